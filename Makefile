@@ -1,0 +1,28 @@
+.PHONY: setup setup-test quickstart test unit lint format clean
+
+setup:
+	@python3 scripts/setup.py
+
+setup-test:
+	@python3 scripts/setup.py --test
+
+# The main job: a small policy learns to use a calculator in a real NeMo Gym environment.
+quickstart: setup
+	@.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		recipes/grpo.py --config recipes/quickstart.yaml $(ARGS)
+
+test: setup-test
+	@.venv/bin/python -m pytest $(ARGS)
+
+unit: setup-test
+	@.venv/bin/python -m pytest -m "not e2e" $(ARGS)
+
+lint: setup
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+format: setup
+	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+
+# Everything that set-up and runs made. The next `make` builds it again.
+clean:
+	rm -rf .venv .gym-venv .gym-venv-0.7 .setup runs

@@ -1,0 +1,134 @@
+"""Nothing that we start may outlive us, however we end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trl_gym.processes import ChildProcess, bind_socket
+
+# A server that ignores SIGINT and has a child in another session: the worst citizen we can think of.
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print(os.getpid(), grandchild.pid, flush=True)
+time.sleep(600)
+"""
+
+POLITE = """
+import signal, sys, time
+try:
+    print("up", flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("bye", flush=True)
+    sys.exit(7)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, timeout_s: float = 15.0):
+    deadline = time.monotonic() + timeout_s
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+    return result
+
+
+def log_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def test_stop_lets_a_polite_child_finish(tmp_path: Path) -> None:
+    child = ChildProcess("polite", [sys.executable, "-c", POLITE], log_path=tmp_path / "log")
+    wait_for(lambda: "up" in log_of(tmp_path / "log"))
+    assert child.poll() is None
+    child.stop()
+    child.stop()  # idempotent
+    assert child.poll() == 7
+    assert "bye" in child.log_tail()
+
+
+def test_death_is_explained_with_code_log_and_path(tmp_path: Path) -> None:
+    child = ChildProcess(
+        "demo server", [sys.executable, "-c", "import sys; sys.exit('no such model')"], log_path=tmp_path / "log"
+    )
+    assert child.wait(10.0) == 1
+    message = child.describe_death()
+    assert "demo server ended (exit code 1)" in message
+    assert "no such model" in message
+    assert str(tmp_path / "log") in message
+    child.stop()
+
+
+def test_death_by_signal_is_named(tmp_path: Path) -> None:
+    child = ChildProcess(
+        "demo", [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], log_path=tmp_path / "l"
+    )
+    wait_for(lambda: child.poll() is not None)
+    assert "SIGKILL" in child.describe_death()
+    child.stop()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_survives_the_owner(tmp_path: Path, how: signal.Signals) -> None:
+    owner_code = (
+        "import sys, time; from pathlib import Path; from trl_gym.processes import ChildProcess\n"
+        f"ChildProcess('stubborn', [sys.executable, '-c', {STUBBORN!r}], log_path=Path({str(tmp_path / 'log')!r}))\n"
+        "time.sleep(600)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", owner_code])
+    pids = [int(p) for p in wait_for(lambda: log_of(tmp_path / "log")).split()]
+    assert len(pids) == 2 and all(map(alive, pids))
+    os.kill(owner.pid, how)
+    owner.wait()
+    wait_for(lambda: not any(map(alive, pids)), timeout_s=10.0)
+
+
+def test_environment_can_be_added_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_GYM_TEST_GONE", "1")
+    child = ChildProcess(
+        "env",
+        [sys.executable, "-c", "import os; print(os.environ.get('TRL_GYM_TEST_NEW'), os.environ.get('TRL_GYM_TEST_GONE'))"],
+        log_path=tmp_path / "log",
+        env={"TRL_GYM_TEST_NEW": "yes", "TRL_GYM_TEST_GONE": None},
+    )
+    assert child.wait(10.0) == 0
+    assert child.log_tail() == "yes None"
+    child.stop()
+
+
+def test_a_bound_port_is_taken_and_travels_to_the_child(tmp_path: Path) -> None:
+    sock = bind_socket()
+    port = sock.getsockname()[1]
+    with pytest.raises(OSError):
+        bind_socket(port=port)
+    serve = f"import socket; s = socket.socket(fileno={sock.fileno()}); s.listen(); s.accept()[0].sendall(b'hello')"
+    child = ChildProcess("listener", [sys.executable, "-c", serve], log_path=tmp_path / "log", pass_fds=[sock.fileno()])
+    sock.close()
+
+    def talk() -> bytes:
+        import socket
+
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+                return connection.recv(16)
+        except ConnectionRefusedError:
+            return b""
+
+    assert wait_for(talk) == b"hello"
+    assert child.wait(10.0) == 0
+    child.stop()

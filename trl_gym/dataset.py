@@ -1,0 +1,147 @@
+"""NeMo Gym JSONL files as `datasets.Dataset`, and back, byte for byte.
+
+Arrow would unify the types of nested fields over all rows (missing keys become nulls, mixed lists fail). A Gym row is
+therefore kept as the JSON text it was, in the column `gym_row`; beside it stands `prompt`, the messages that TRL shows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_gym.errors import DatasetError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ROW_COLUMN = "gym_row"
+_MAX_REPORTED = 10
+
+
+def load_gym_dataset(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    agent: str | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    """Load one or several Gym JSONL files.
+
+    Args:
+        paths: One file, or several whose rows are put after one another (training shuffles them).
+        agent: Agent for rows that name none in `agent_ref`. Without it, such a row goes to the only agent of the
+            running Gym; several agents make it an error when the row is rolled out.
+        limit: At most so many rows of each file.
+
+    Returns:
+        A dataset with the columns `prompt` (list of `{"role", "content"}`), `agent` (str or None) and `gym_row` (the
+        row's JSON text, unchanged except for a filled-in `agent_ref`).
+
+    Raises:
+        DatasetError: A file is missing or has lines that are not Gym rows; every bad line is named with its number.
+
+    Example:
+
+    ```python
+    dataset = load_gym_dataset("data/train.jsonl")
+    ```
+    """
+    from datasets import Dataset
+
+    files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if not files:
+        raise DatasetError("No Gym dataset was given; name at least one JSONL file.")
+    problems: list[str] = []
+    records = [record for file in files for record in _records(file, agent, limit, problems)]
+    if problems:
+        more = len(problems) - _MAX_REPORTED
+        listed = "\n".join(f"  - {problem}" for problem in problems[:_MAX_REPORTED])
+        tail = f"\n  … and {more} more" if more > 0 else ""
+        raise DatasetError(f"{len(problems)} problem(s) in the Gym dataset:\n{listed}{tail}")
+    if not records:
+        raise DatasetError(f"{', '.join(map(str, files))}: no rows. A Gym dataset has one JSON object per line.")
+    return Dataset.from_list(records)
+
+
+def gym_row(example: dict[str, Any]) -> dict[str, Any]:
+    """The Gym row of one dataset example.
+
+    Raises:
+        DatasetError: The example does not come from `load_gym_dataset`.
+    """
+    try:
+        return json.loads(example[ROW_COLUMN])
+    except KeyError:
+        raise DatasetError(
+            f"A dataset row has no column `{ROW_COLUMN}` (it has: {', '.join(sorted(example))}). Load Gym datasets "
+            "with `load_gym_dataset`; mapping and filtering must keep that column."
+        ) from None
+
+
+def prompt_messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The row's input as plain messages, for TRL's logs; what is sent to Gym is the row itself."""
+    given = row["responses_create_params"].get("input", [])
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    instructions = row["responses_create_params"].get("instructions")
+    messages = [{"role": "system", "content": instructions}] if instructions else []
+    messages += [{"role": str(item.get("role", item.get("type", "user"))), "content": _text(item)} for item in items]
+    # Environments that make their own first observation ship rows without input; TRL needs one message to show.
+    return messages or [{"role": "user", "content": ""}]
+
+
+def _records(file: Path, agent: str | None, limit: int | None, problems: list[str]) -> Iterable[dict[str, Any]]:
+    try:
+        # Not splitlines(): a JSON string may hold U+2028 and the like, which are no line ends in JSONL.
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{file}: cannot be read ({error})")
+        return
+    count = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if limit is not None and count >= limit:
+            return
+        problem, row = _parse(line)
+        if row is None:
+            problems.append(f"{file}, line {number}: {problem}")
+            continue
+        count += 1
+        named = (row.get("agent_ref") or {}).get("name")
+        if named is None and agent is not None:
+            row["agent_ref"] = {"type": "responses_api_agents", "name": agent}
+            line = json.dumps(row, ensure_ascii=False)
+        yield {"prompt": prompt_messages(row), "agent": named or agent, ROW_COLUMN: line}
+
+
+def _parse(line: str) -> tuple[str, dict[str, Any] | None]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error})", None
+    if not isinstance(row, dict):
+        return f"a JSON {type(row).__name__}, not an object", None
+    params = row.get("responses_create_params")
+    if not isinstance(params, dict):
+        return "no object `responses_create_params` (the request that Gym's agents send)", None
+    given = params.get("input")
+    if not isinstance(given, str | list) or not given:
+        if given == []:
+            return "", row
+        return "`responses_create_params.input` must be a string or a list of messages", None
+    if isinstance(given, list) and not all(isinstance(item, dict) for item in given):
+        return "`responses_create_params.input` holds an item that is not an object", None
+    reference = row.get("agent_ref")
+    if reference is not None and not isinstance(reference, dict):
+        return "`agent_ref` must be an object like {'name': 'my_agent'}", None
+    return "", row
+
+
+def _text(item: dict[str, Any]) -> str:
+    content = item.get("content", "")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in content)
+    return json.dumps(item, ensure_ascii=False) if content is None else str(content)

@@ -1,0 +1,183 @@
+"""A child process that is always cleaned up and that can explain its death.
+
+Used by the two owners of processes, `policy_server/server.py` and `gym/servers.py`, and by nothing else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
+_GRACE_S = 5.0  # from SIGINT to SIGKILL; "Ctrl-C ends all within 10 s" leaves room for both servers
+
+# Last line of defence for children whose owner forgot them: `stop` at interpreter exit. Weak, so that it keeps nobody
+# alive. A trainer that is killed with SIGKILL does not get here; the supervisor's pipe covers that.
+_running: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
+
+
+def bind_socket(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """Bind a TCP socket and listen: from here on nobody else can take the port, and early callers queue.
+
+    Listening is part of it: with `SO_REUSEADDR`, which a restart on the same port needs, Linux lets a second process
+    bind a port that is bound but not listening.
+
+    Args:
+        host: Address to bind.
+        port: Port, or 0 to let the operating system choose a free one.
+
+    Raises:
+        OSError: If the port is taken or the address is not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+class ChildProcess:
+    """One server process in a session of its own, with its output in a log file.
+
+    Args:
+        name: What messages call it, e.g. `"policy server"`.
+        command: Program and arguments.
+        log_path: File that receives stdout and stderr (truncated at start; parent folders are made).
+        env: Variables added to (or, when `None`, removed from) our own environment.
+        cwd: Working directory; ours when not given.
+        pass_fds: File descriptors that the process inherits, e.g. a socket that was bound for it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | os.PathLike[str]],
+        *,
+        log_path: Path,
+        env: Mapping[str, str | None] | None = None,
+        cwd: Path | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self.name = name
+        self.log_path = Path(log_path)
+        self._command = [os.fspath(part) for part in command]
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        death_read, self._death_write = os.pipe()
+        supervise = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(death_read), str(_GRACE_S), "--"]
+        try:
+            with open(self.log_path, "wb") as log:
+                self._supervisor = subprocess.Popen(
+                    [*supervise, *self._command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=_merged_environment(env),
+                    cwd=cwd,
+                    pass_fds=[death_read, *pass_fds],
+                    # A session of its own: Ctrl-C in the terminal reaches us, and we stop the children in order.
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(self._death_write)
+            raise
+        finally:
+            os.close(death_read)
+        _running.add(self)
+
+    @property
+    def pid(self) -> int:
+        """Pid of the supervisor; the server is its child."""
+        return self._supervisor.pid
+
+    def poll(self) -> int | None:
+        """Exit code, or `None` while it runs."""
+        return self._supervisor.poll()
+
+    def log_tail(self, num_lines: int = 15) -> str:
+        """The last lines of the log, for error messages."""
+        with contextlib.suppress(OSError), open(self.log_path, "rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(0, log.tell() - 64 * 1024))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-num_lines:])
+        return ""
+
+    def describe_death(self) -> str:
+        """`"policy server ended with exit code 1"` plus last log lines and log path."""
+        code = self.poll()
+        how = f"was ended by signal {signal.Signals(code - 128).name}" if _is_signal(code) else f"exit code {code}"
+        return (
+            f"{self.name} ended ({how}). Last lines of its log:\n\n{_indent(self.log_tail())}\n\n"
+            f"The whole log: {self.log_path}"
+        )
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for the process to end; `None` when it still runs after `timeout_s`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._supervisor.wait(timeout=timeout_s)
+        return None
+
+    def stop(self) -> None:
+        """SIGINT, a few seconds of grace, then SIGKILL to everything below. Idempotent; safe in `atexit`."""
+        if self._death_write is not None:
+            os.close(self._death_write)
+            self._death_write = None
+        if self.wait(_GRACE_S + 5.0) is None:  # the supervisor itself hangs: cannot happen, must not leak
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._supervisor.pid, signal.SIGKILL)
+            self._supervisor.wait()
+        _running.discard(self)
+
+
+def stop_all(children: Sequence[ChildProcess]) -> None:
+    """Stop several children side by side, so that their grace periods overlap."""
+    for child in children:
+        if child._death_write is not None:
+            os.close(child._death_write)
+            child._death_write = None
+    for child in children:
+        child.stop()
+
+
+def _merged_environment(changes: Mapping[str, str | None] | None) -> dict[str, str]:
+    env = dict(os.environ)
+    for key, value in (changes or {}).items():
+        if value is None:
+            env.pop(key, None)
+        else:
+            env[key] = value
+    return env
+
+
+def _is_signal(code: int | None) -> bool:
+    return code is not None and code - 128 in {s.value for s in signal.Signals}
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def wait_until(deadline: float, pause_s: float = 0.1) -> bool:
+    """Sleep a little; False once `time.monotonic()` has passed `deadline`. For readiness loops."""
+    if time.monotonic() >= deadline:
+        return False
+    time.sleep(pause_s)
+    return True
+
+
+@atexit.register
+def _stop_forgotten_children() -> None:
+    stop_all(list(_running))

@@ -1,0 +1,1 @@
+"""From dataset rows to trained trajectories: collect, check, record."""

@@ -1,0 +1,190 @@
+"""One Gym answer → the token sequence that is trained on. Pure functions on lists; no I/O, no torch.
+
+NeMo Gym puts the token bundle (`prompt_token_ids`, `generation_token_ids`, `generation_log_probs`) of each model call
+on the *last* output item of that call. Walking these items in order, with `seen` = all tokens up to here,
+
+    prompt_token_ids of the next call == seen + what the environment added (mask 0)
+    generation_token_ids              == what the policy sampled           (mask 1)
+
+must hold. Where a prompt does not start with `seen`, the history was rewritten: that is *drift*, and the tokens after
+it were sampled in a context other than the one that would be trained. It is never repaired by guessing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DriftPolicy = Literal["split", "truncate", "exclude", "error"]
+
+
+class TrajectoryError(ValueError):
+    """A Gym answer has no trainable tokens, or its token bundle contradicts itself. Becomes a `policy` failure."""
+
+
+class DriftError(TrajectoryError):
+    """A prompt does not start with the tokens already seen, and the drift policy is `exclude` or `error`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """Token bundle of one model call.
+
+    Attributes:
+        prompt_ids: `[P]`, the exact prompt.
+        generation_ids: `[T]`, the sampled tokens.
+        logprobs: `[T]`, log-probability of each sampled token under the distribution it was drawn from, in nats.
+    """
+
+    prompt_ids: list[int]
+    generation_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Where a rollout's history was rewritten.
+
+    Attributes:
+        turn: Index of the model call (0-based) whose prompt does not continue what was seen.
+        position: First index at which prompt and seen tokens differ.
+        seen: Up to 8 seen tokens from `position` on.
+        prompt: Up to 8 prompt tokens from `position` on.
+    """
+
+    turn: int
+    position: int
+    seen: list[int]
+    prompt: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """A contiguous token sequence of one rollout.
+
+    Attributes:
+        prompt_ids: `[P]`, prompt of the first model call.
+        completion_ids: `[T]`, everything after it: sampled tokens and what the environment added.
+        env_mask: `[T]`, 1 where the policy sampled the token, 0 where the environment put it.
+        logprobs: `[T]`, sampling log-probability in nats; 0.0 where `env_mask` is 0.
+        num_turns: Model calls in it.
+        turn_ends: `[num_turns]`, index into `completion_ids` just after each call's last sampled token.
+        drift: Where and how the history was rewritten after this trajectory; None when it was not.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    env_mask: list[int]
+    logprobs: list[float]
+    num_turns: int
+    turn_ends: list[int] = field(default_factory=list)
+    drift: Drift | None = None
+
+
+def model_calls(result: Mapping[str, Any]) -> list[ModelCall]:
+    """The token bundles in a Gym answer, in order.
+
+    Raises:
+        TrajectoryError: A bundle is incomplete, its lengths disagree, or a log-probability is not a finite number.
+    """
+    return list(_bundles(result.get("response", {}).get("output") or []))
+
+
+def from_gym(result: Mapping[str, Any], drift: DriftPolicy = "truncate") -> list[Trajectory]:
+    """Turn one Gym answer into trajectories that share its reward (one today; several once `split` is complete).
+
+    Args:
+        result: Gym's answer to `/run`.
+        drift: What to do where a prompt does not start with the tokens already seen.
+
+    Raises:
+        TrajectoryError: There is no trainable token in it, or a bundle is broken.
+        DriftError: There is drift and the policy is `exclude` or `error`.
+
+    Example: two calls with prompts `[1, 2]` and `[1, 2, 3, 4, 5]`, generations `[3]` and `[6]` give `prompt_ids=[1, 2]`,
+    `completion_ids=[3, 4, 5, 6]`, `env_mask=[1, 0, 0, 1]`.
+    """
+    calls = model_calls(result)
+    if not calls:
+        raise TrajectoryError(_why_empty(result))
+    trajectory = contiguous_head(calls)
+    if trajectory.drift is not None and drift in ("exclude", "error"):
+        raise DriftError(describe(trajectory.drift))
+    return [trajectory]
+
+
+def contiguous_head(calls: Sequence[ModelCall]) -> Trajectory:
+    """Join model calls up to the first one whose prompt does not start with the tokens already seen."""
+    first = calls[0]
+    completion, mask, logprobs = list(first.generation_ids), [1] * len(first.generation_ids), list(first.logprobs)
+    seen = first.prompt_ids + first.generation_ids
+    turn_ends = [len(completion)]
+    drift = None
+    for turn, call in enumerate(calls[1:], start=1):
+        if call.prompt_ids[: len(seen)] != seen:
+            drift = _first_difference(turn, seen, call.prompt_ids)
+            break
+        added = call.prompt_ids[len(seen) :]
+        completion += added + call.generation_ids
+        mask += [0] * len(added) + [1] * len(call.generation_ids)
+        logprobs += [0.0] * len(added) + call.logprobs
+        seen = call.prompt_ids + call.generation_ids
+        turn_ends.append(len(completion))
+    return Trajectory(
+        prompt_ids=list(first.prompt_ids),
+        completion_ids=completion,
+        env_mask=mask,
+        logprobs=logprobs,
+        num_turns=len(turn_ends),
+        turn_ends=turn_ends,
+        drift=drift,
+    )
+
+
+def describe(drift: Drift) -> str:
+    """One sentence for logs and failures."""
+    return (
+        f"the prompt of model call {drift.turn} does not start with the tokens already seen: at token "
+        f"{drift.position} it has {drift.prompt} where {drift.seen} was seen"
+    )
+
+
+def finish_reason(result: Mapping[str, Any]) -> str:
+    """`"stop"`, or why Gym says that the rollout was cut (`"max_output_tokens"`, …)."""
+    details = result.get("response", {}).get("incomplete_details")
+    return (details or {}).get("reason") or "stop"
+
+
+def _bundles(output: Sequence[Mapping[str, Any]]) -> Iterator[ModelCall]:
+    for index, item in enumerate(output):
+        generation = item.get("generation_token_ids")
+        if not generation:
+            continue
+        prompt, logprobs = item.get("prompt_token_ids"), item.get("generation_log_probs")
+        if not prompt or logprobs is None:
+            raise TrajectoryError(f"output item {index} has generated tokens without their prompt or log-probabilities")
+        if len(logprobs) != len(generation):
+            raise TrajectoryError(
+                f"output item {index} has {len(generation)} generated tokens and {len(logprobs)} log-probabilities"
+            )
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs):
+            raise TrajectoryError(f"output item {index} has a log-probability that is not a finite number")
+        yield ModelCall(list(prompt), list(generation), [float(value) for value in logprobs])
+
+
+def _first_difference(turn: int, seen: list[int], prompt: list[int]) -> Drift:
+    position = next((i for i, (a, b) in enumerate(zip(seen, prompt, strict=False)) if a != b), min(len(seen), len(prompt)))
+    return Drift(turn, position, seen[position : position + 8], prompt[position : position + 8])
+
+
+def _why_empty(result: Mapping[str, Any]) -> str:
+    output = result.get("response", {}).get("output") or []
+    kinds = [str(item.get("type")) for item in output]
+    if finish_reason(result) != "stop":
+        return f"no trainable token: the first model call was already cut ({finish_reason(result)})"
+    return (
+        f"no trainable token: none of the output items {kinds} carries token ids. Does the environment's agent use "
+        "`policy_model`, and does the policy server run the on-policy middleware?"
+    )

@@ -1,0 +1,112 @@
+"""Stands between us and one server so that the server cannot outlive us. Standard library only; run as a script.
+
+    trainer ──pipe──► supervisor ──► server (own session) ──► its own children
+
+The trainer holds the write end of a pipe and never writes. When the trainer ends, in whatever way, the kernel closes
+it; the supervisor then sends SIGINT to the server's process group, waits `grace_s`, and kills what is left. A
+parent-death signal alone would not do: it is tied to the *thread* that forked, so a server started from a worker
+thread would die with that thread, and it does not reach grandchildren such as vLLM's engine process. The supervisor
+declares itself sub-reaper, so grandchildren that lose their parent, or leave the session, are found and killed too.
+
+    python supervisor.py DEATH_FD GRACE_S -- COMMAND [ARG …]
+
+Exit status: that of the command (128 + n if signal n ended it).
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+POLL_S = 1.0  # how often the parent's pid is looked at, for a pipe end that leaked into a forked process
+
+
+def prctl(option: int, value: int) -> None:
+    """Linux only; elsewhere the pipe and the process group have to do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def prepare_child() -> None:
+    """Run in the child before exec: die with the supervisor, and undo an inherited `nohup`-style SIGINT."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def descendants(root: int) -> list[int]:
+    """Pids of all live processes below `root`, from /proc; empty where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
+        if entry.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{entry}/stat") as stat:
+                fields = stat.read().rpartition(")")[2].split()
+                if fields[0] != "Z":
+                    children.setdefault(int(fields[1]), []).append(int(entry))
+    found: list[int] = []
+    queue = [root]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def kill_everything(group: int) -> None:
+    """SIGKILL the group and every descendant until none is left."""
+    for _ in range(50):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
+        alive = descendants(os.getpid())
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if not alive:
+            return
+        time.sleep(0.05)
+
+
+def main(death_fd: int, grace_s: float, command: list[str]) -> int:
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    parent = os.getppid()
+    asked_to_stop = False
+
+    def on_signal(_signum: int, _frame: object) -> None:
+        nonlocal asked_to_stop
+        asked_to_stop = True
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    wakeup_read, wakeup_write = os.pipe()
+    os.set_blocking(wakeup_write, False)
+    signal.set_wakeup_fd(wakeup_write)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    os.set_inheritable(death_fd, False)
+    # close_fds=False: the listening socket that the trainer bound travels on to the server.
+    child = subprocess.Popen(command, start_new_session=True, close_fds=False, preexec_fn=prepare_child)
+    while child.poll() is None and not asked_to_stop and os.getppid() == parent:
+        ready, _, _ = select.select([death_fd, wakeup_read], [], [], POLL_S)
+        if death_fd in ready:
+            break
+        if wakeup_read in ready:
+            os.read(wakeup_read, 4096)
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=grace_s)
+    kill_everything(child.pid)
+    status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    separator = sys.argv.index("--")
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[separator + 1 :]))
