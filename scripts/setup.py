@@ -1,4 +1,4 @@
-"""Set up a checkout: `.venv` (trainer + vLLM) and `.gym-venv` (NeMo Gym). Safe to run again; quick when nothing changed.
+"""Set up a checkout: `.venv` (trainer + vLLM) and `.gym-venv` (NeMo Gym). Safe to repeat; quick when nothing changed.
 
     python3 scripts/setup.py            # what `make setup` and `make quickstart` run
     python3 scripts/setup.py --test     # also what the tests need: a second NeMo Gym, packages of some environments
@@ -44,7 +44,12 @@ def run(command, env=None):
     """Run a command with its output in the log. Returns (exit code, output)."""
     os.makedirs(os.path.dirname(LOG), exist_ok=True)
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, **(env or {})}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
     )
     with open(LOG, "a") as log:
         log.write(f"\n$ {' '.join(command)}\n{done.stdout}")
@@ -180,7 +185,9 @@ def check(command, what):
     lowered = output.lower()
     if "no space left" in lowered:
         reason = "the disk is full: free some space"
-    elif any(sign in lowered for sign in ("failed to fetch", "dns error", "connection", "could not connect", "timed out")):
+    elif any(
+        sign in lowered for sign in ("failed to fetch", "dns error", "connection", "could not connect", "timed out")
+    ):
         reason = (
             "a package index could not be reached: check the network or proxy (HTTPS_PROXY), or name a folder of "
             "wheels in PIP_FIND_LINKS"
@@ -190,11 +197,14 @@ def check(command, what):
     else:
         reason = "the command failed"
     tail = "\n".join("    " + line for line in output.strip().splitlines()[-8:])
-    raise SetupError(f"Set-up stopped while {what}: {reason}, then run `make setup` again.\n{tail}\n  Whole log: {LOG}")
+    raise SetupError(
+        f"Set-up stopped while {what}: {reason}, then run `make setup` again.\n{tail}\n  Whole log: {LOG}"
+    )
 
 
 def install(uv, environment, packages, links, extra=()):
-    command = [uv, "pip", "install", "--python", environment.python]
+    # Bytecode now: otherwise trainer, vLLM and Gym compile side by side at their first start.
+    command = [uv, "pip", "install", "--python", environment.python, "--compile-bytecode"]
     for link in links:
         command += ["--find-links", link]
     check([*command, *extra, *packages], f"installing {' '.join(packages)} into {environment.name}")

@@ -76,7 +76,9 @@ def test_death_is_explained_with_code_log_and_path(tmp_path: Path) -> None:
 
 def test_death_by_signal_is_named(tmp_path: Path) -> None:
     child = ChildProcess(
-        "demo", [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], log_path=tmp_path / "l"
+        "demo",
+        [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"],
+        log_path=tmp_path / "l",
     )
     wait_for(lambda: child.poll() is not None)
     assert "SIGKILL" in child.describe_death()
@@ -102,7 +104,11 @@ def test_environment_can_be_added_and_removed(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("TRL_GYM_TEST_GONE", "1")
     child = ChildProcess(
         "env",
-        [sys.executable, "-c", "import os; print(os.environ.get('TRL_GYM_TEST_NEW'), os.environ.get('TRL_GYM_TEST_GONE'))"],
+        [
+            sys.executable,
+            "-c",
+            "import os; print(os.environ.get('TRL_GYM_TEST_NEW'), os.environ.get('TRL_GYM_TEST_GONE'))",
+        ],
         log_path=tmp_path / "log",
         env={"TRL_GYM_TEST_NEW": "yes", "TRL_GYM_TEST_GONE": None},
     )
@@ -117,7 +123,9 @@ def test_a_bound_port_is_taken_and_travels_to_the_child(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         bind_socket(port=port)
     serve = f"import socket; s = socket.socket(fileno={sock.fileno()}); s.listen(); s.accept()[0].sendall(b'hello')"
-    child = ChildProcess("listener", [sys.executable, "-c", serve], log_path=tmp_path / "log", pass_fds=[sock.fileno()])
+    child = ChildProcess(
+        "listener", [sys.executable, "-c", serve], log_path=tmp_path / "log", pass_fds=[sock.fileno()]
+    )
     sock.close()
 
     def talk() -> bytes:

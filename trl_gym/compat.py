@@ -92,3 +92,28 @@ def default_progress_callbacks() -> tuple[type[TrainerCallback], ...]:
     from transformers import PrinterCallback, ProgressCallback
 
     return (ProgressCallback, PrinterCallback)
+
+
+class ServedGeneration:
+    """Stands in `GRPOTrainer` where TRL has its own vLLM backend.
+
+    TRL calls `sync_weights()` before it generates with weights that are not loaded yet, asks a server's
+    `logprobs_mode`, and calls `generate` only on paths that `GymGRPOTrainer` replaces.
+
+    Args:
+        sync: Pushes the current weights to the policy server.
+    """
+
+    def __init__(self, sync: Callable[[], None]) -> None:
+        self.sync_weights = sync
+        self.vllm_client = self
+
+    @staticmethod
+    def get_server_info() -> dict[str, Any]:
+        """What TRL looks at to warn of a biased importance ratio. Our servers are started with this mode; a remote
+        one is checked by the probe after the first weight sync and by `sampling/sampling_logp_difference`."""
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+    @staticmethod
+    def generate(*_args: Any, **_kwargs: Any) -> Any:
+        raise NotImplementedError("GymGRPOTrainer generates through NeMo Gym rollouts only.")

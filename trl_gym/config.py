@@ -98,8 +98,8 @@ class GymGRPOConfig(GRPOConfig):
     gym_config_paths: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "NeMo Gym configs, resolved as Gym does: absolute, relative to the working directory, or inside the "
-            "installed nemo-gym."
+            "help": "NeMo Gym configs, resolved as Gym does: absolute, relative to the working directory, or inside "
+            "the installed nemo-gym."
         },
     )
     gym_mode: str = field(
@@ -122,22 +122,18 @@ class GymGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Any NeMo Gym option, nested or with dotted keys (JSON on the command line)."},
     )
-    gym_start_timeout: float = field(
-        default=120.0, metadata={"help": "Seconds until every Gym server must answer."}
-    )
+    gym_start_timeout: float = field(default=120.0, metadata={"help": "Seconds until every Gym server must answer."})
     gym_vllm_args: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Flags passed to `vllm serve`, e.g. {'tool-call-parser': 'hermes'} (JSON on the command line)."},
+        metadata={
+            "help": "Flags passed to `vllm serve`, e.g. {'tool-call-parser': 'hermes'} (JSON on the command line)."
+        },
     )
     gym_server_start_timeout: float = field(
         default=600.0, metadata={"help": "Seconds until the policy server that we start must be ready."}
     )
-    gym_deadline: float = field(
-        default=600.0, metadata={"help": "Seconds after which a rollout counts as failed."}
-    )
-    gym_max_inflight: int = field(
-        default=256, metadata={"help": "Rollouts of one rank that run at the same time."}
-    )
+    gym_deadline: float = field(default=600.0, metadata={"help": "Seconds after which a rollout counts as failed."})
+    gym_max_inflight: int = field(default=256, metadata={"help": "Rollouts of one rank that run at the same time."})
     gym_drift: str = field(
         default="truncate",
         metadata={
@@ -212,7 +208,7 @@ class GymGRPOConfig(GRPOConfig):
             problems.append("`gym_mode` is 'attach' and `gym_head_url` is not set; name the head server of that Gym.")
         if self.gym_head_url is not None and self.gym_config_paths:
             problems.append(
-                "`gym_head_url` attaches to a running Gym and `gym_config_paths` would start one; set only one of them."
+                "`gym_head_url` attaches to a running Gym and `gym_config_paths` would start one; set only one."
             )
         if self.gym_overrides is not None and not isinstance(self.gym_overrides, dict):
             problems.append(f"`gym_overrides` must be a mapping or a JSON object, got {self.gym_overrides!r}.")
@@ -256,7 +252,8 @@ class GymGRPOConfig(GRPOConfig):
         length, context = self.max_completion_length, self.vllm_max_model_length
         if length is not None and context is not None and length >= context:
             problems.append(
-                f"`max_completion_length` ({length}) leaves no room for a prompt in `vllm_max_model_length` ({context})."
+                f"`max_completion_length` ({length}) leaves no room for a prompt in `vllm_max_model_length` "
+                f"({context})."
             )
         if length is None:
             problems.append("`max_completion_length` must be set: it bounds the tokens of a rollout after its prompt.")

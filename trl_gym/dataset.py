@@ -1,7 +1,7 @@
 """NeMo Gym JSONL files as `datasets.Dataset`, and back, byte for byte.
 
 Arrow would unify the types of nested fields over all rows (missing keys become nulls, mixed lists fail). A Gym row is
-therefore kept as the JSON text it was, in the column `gym_row`; beside it stands `prompt`, the messages that TRL shows.
+therefore kept as the JSON text it was, in the column `gym_row`; beside it stands `prompt`, the messages TRL shows.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def load_gym_dataset(
         limit: At most so many rows of each file.
 
     Returns:
-        A dataset with the columns `prompt` (list of `{"role", "content"}`), `agent` (str or None) and `gym_row` (the
-        row's JSON text, unchanged except for a filled-in `agent_ref`).
+        A dataset with the columns `prompt` (list of `{"role", "content"}`), `agent` (str or None), `task_index` (int,
+        the row's number over all files) and `gym_row` (the row's JSON text, unchanged except for a filled-in
+        `agent_ref`).
 
     Raises:
         DatasetError: A file is missing or has lines that are not Gym rows; every bad line is named with its number.
@@ -54,6 +55,8 @@ def load_gym_dataset(
         raise DatasetError("No Gym dataset was given; name at least one JSONL file.")
     problems: list[str] = []
     records = [record for file in files for record in _records(file, agent, limit, problems)]
+    for index, record in enumerate(records):
+        record["task_index"] = index
     if problems:
         more = len(problems) - _MAX_REPORTED
         listed = "\n".join(f"  - {problem}" for problem in problems[:_MAX_REPORTED])

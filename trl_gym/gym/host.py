@@ -35,7 +35,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Our own folder must not be importable: environments have modules called `client`, too.
+from host_middleware import lighten
+
+# From here on our own folder must not be importable: environments have modules called `client`, too.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import uvicorn  # noqa: E402
@@ -172,6 +174,7 @@ def load_applications(instances: Sequence[Instance]) -> list[dict[str, Any]]:
                 _run_entry_point(instance)
             if len(recorded) != 1:
                 raise HostError(f"the entry point of {instance.label} started {len(recorded)} web servers, expected 1")
+            lighten(recorded[0]["app"])
             applications.append(recorded[0])
     finally:
         uvicorn.run = original_run
@@ -241,7 +244,7 @@ def adapt_server_class(instances: Sequence[Instance]) -> None:
     def run_webserver(cls: type) -> Any:
         folder = folders[os.environ[global_config.NEMO_GYM_CONFIG_PATH_ENV_VAR_NAME]]
         if needs_ray(cls, folder):
-            raise HostError("this server runs its work on Ray, which `mode='host'` does not start. Use mode='upstream'")
+            raise HostError("this server runs its work on Ray, which mode='host' does not start: use mode='upstream'")
         return original(cls)
 
     base.run_webserver = classmethod(run_webserver)
@@ -297,9 +300,7 @@ async def serve(applications: Sequence[tuple[dict[str, Any], socket.socket]], he
         HostError: If a server ends by itself.
     """
     servers = [_make_server(kwargs) for kwargs, _ in applications]
-    tasks = [
-        asyncio.create_task(s.serve(sockets=[sock])) for s, (_, sock) in zip(servers, applications, strict=True)
-    ]
+    tasks = [asyncio.create_task(s.serve(sockets=[sock])) for s, (_, sock) in zip(servers, applications, strict=True)]
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, lambda: [setattr(server, "should_exit", True) for server in servers])
@@ -320,7 +321,7 @@ async def serve(applications: Sequence[tuple[dict[str, Any], socket.socket]], he
 
 def _make_server(kwargs: Mapping[str, Any]) -> _Server:
     options = {key: value for key, value in kwargs.items() if key not in ("host", "port", "workers")}
-    return _Server(uvicorn.Config(**{**options, "log_level": "warning", "access_log": False}))
+    return _Server(uvicorn.Config(**{**options, "log_level": "warning", "access_log": False, "proxy_headers": False}))
 
 
 def _raise_if_ended(servers: Sequence[_Server], tasks: Sequence[asyncio.Task[None]]) -> None:

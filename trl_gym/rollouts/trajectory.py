@@ -103,8 +103,8 @@ def from_gym(result: Mapping[str, Any], drift: DriftPolicy = "truncate") -> list
         TrajectoryError: There is no trainable token in it, or a bundle is broken.
         DriftError: There is drift and the policy is `exclude` or `error`.
 
-    Example: two calls with prompts `[1, 2]` and `[1, 2, 3, 4, 5]`, generations `[3]` and `[6]` give `prompt_ids=[1, 2]`,
-    `completion_ids=[3, 4, 5, 6]`, `env_mask=[1, 0, 0, 1]`.
+    Example: two calls with prompts `[1, 2]` and `[1, 2, 3, 4, 5]`, generations `[3]` and `[6]` give
+    `prompt_ids=[1, 2]`, `completion_ids=[3, 4, 5, 6]`, `env_mask=[1, 0, 0, 1]`.
     """
     calls = model_calls(result)
     if not calls:
@@ -164,7 +164,9 @@ def _bundles(output: Sequence[Mapping[str, Any]]) -> Iterator[ModelCall]:
             continue
         prompt, logprobs = item.get("prompt_token_ids"), item.get("generation_log_probs")
         if not prompt or logprobs is None:
-            raise TrajectoryError(f"output item {index} has generated tokens without their prompt or log-probabilities")
+            raise TrajectoryError(
+                f"output item {index} has generated tokens without their prompt or log-probabilities"
+            )
         if len(logprobs) != len(generation):
             raise TrajectoryError(
                 f"output item {index} has {len(generation)} generated tokens and {len(logprobs)} log-probabilities"
@@ -175,7 +177,9 @@ def _bundles(output: Sequence[Mapping[str, Any]]) -> Iterator[ModelCall]:
 
 
 def _first_difference(turn: int, seen: list[int], prompt: list[int]) -> Drift:
-    position = next((i for i, (a, b) in enumerate(zip(seen, prompt, strict=False)) if a != b), min(len(seen), len(prompt)))
+    position = next(
+        (i for i, (a, b) in enumerate(zip(seen, prompt, strict=False)) if a != b), min(len(seen), len(prompt))
+    )
     return Drift(turn, position, seen[position : position + 8], prompt[position : position + 8])
 
 

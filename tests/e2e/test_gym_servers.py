@@ -1,0 +1,305 @@
+"""Real NeMo Gym servers, both supported ends of its version range, against a policy without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.gym.fake_policy import FakePolicy
+from trl_gym.errors import ConfigError, GymServerError, RolloutFailure
+from trl_gym.gym.client import GymAnswer, new_session, run_rollout
+from trl_gym.gym.interpreter import GymInstallation, probe
+from trl_gym.gym.servers import GymServers
+from trl_gym.processes import bind_socket
+
+pytestmark = pytest.mark.e2e
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+INTERPRETERS = {
+    "0.4.0": ("TRL_GYM_PYTHON_040", CHECKOUT / ".gym-venv/bin/python"),
+    "0.7.0": ("TRL_GYM_PYTHON_070", CHECKOUT / ".gym-venv-0.7/bin/python"),
+}
+START_TIMEOUT_S = 300.0  # seconds where the machine is idle; several tests may share two cores
+DEADLINE_S = 120.0
+ENVIRONMENTS = (
+    "example_single_tool_call",
+    "example_multi_step",
+    "workplace_assistant",
+    "reasoning_gym",
+    "mcqa",
+    "example_session_state_mgmt",
+    "example_multi_turn_gymnasium",
+)
+NO_POLICY = "http://127.0.0.1:9/v1"  # for tests that make no model call
+
+CUSTOM_SERVER = """
+from nemo_gym.base_resources_server import BaseResourcesServerConfig, BaseVerifyResponse, SimpleResourcesServer
+from helper import REWARD
+import MISSING
+
+class Halves(SimpleResourcesServer):
+    config: BaseResourcesServerConfig
+
+    async def verify(self, body: "BaseVerifyRequest") -> BaseVerifyResponse:
+        import late_helper  # imports inside functions work, too
+        return BaseVerifyResponse(**body.model_dump(), reward=REWARD * late_helper.SIGN)
+
+from nemo_gym.base_resources_server import BaseVerifyRequest
+
+if __name__ == "__main__":
+    Halves.run_webserver()
+"""
+
+
+@pytest.fixture(scope="module", params=INTERPRETERS)
+def gym(request: pytest.FixtureRequest) -> GymInstallation:
+    variable, default = INTERPRETERS[request.param]
+    path = Path(os.environ.get(variable, default))
+    if not path.is_file():
+        pytest.fail(f"no interpreter with nemo-gym {request.param}: run `make setup`, or set {variable}=/…/bin/python")
+    return probe(path)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 10
+    while left := psutil.Process().children(recursive=True):
+        assert time.monotonic() < deadline, [child.cmdline() for child in left]
+        time.sleep(0.1)
+
+
+@pytest.fixture
+async def policy() -> AsyncIterator[FakePolicy]:
+    async with FakePolicy() as fake:
+        yield fake
+
+
+def config_of(name: str) -> str:
+    return f"resources_servers/{name}/configs/{name}.yaml"
+
+
+def make(gym: GymInstallation, tmp_path: Path, configs: list[str | Path], **options: object) -> GymServers:
+    options = {"policy_base_url": NO_POLICY, "start_timeout_s": START_TIMEOUT_S, **options}
+    return GymServers(configs, python=gym.python, log_dir=tmp_path / "logs", **options)  # type: ignore[arg-type]
+
+
+def example_rows(gym: GymInstallation, name: str) -> list[dict]:
+    lines = (gym.root / f"resources_servers/{name}/data/example.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def agent_of(servers: GymServers, environment: str) -> str:
+    """Agents are called after their environment; their `resources_server` sometimes is not."""
+    return next(name for name in servers.agents if name.startswith(environment))
+
+
+async def roll_out(gym: GymInstallation, servers: GymServers, environments: list[str]) -> list[GymAnswer]:
+    """All example rows side by side; any failure fails the test."""
+    async with new_session(64) as session:
+        calls = [
+            run_rollout(session, servers.agent(agent_of(servers, name)), row, deadline_s=DEADLINE_S)
+            for name in environments
+            for row in example_rows(gym, name)
+        ]
+        results = await asyncio.gather(*calls)
+    failures = [result for result in results if isinstance(result, RolloutFailure)]
+    assert not failures, failures
+    return [result for result in results if isinstance(result, GymAnswer)]
+
+
+async def test_seven_environments_in_one_process(gym: GymInstallation, tmp_path: Path, policy: FakePolicy) -> None:
+    overrides = {"mcqa_simple_agent.responses_api_agents.simple_agent.max_steps": 5, "text": 'it\'s "a, b": ${x} \n#'}
+    overrides["text"] = overrides["text"].replace("${x}", "$x")  # an interpolation would be resolved
+    configs: list[str | Path] = [config_of(name) for name in ENVIRONMENTS]
+    key = "sk-secret-for-e2e"
+    servers = make(gym, tmp_path, configs, overrides=overrides, policy_api_key=key, policy_base_url=policy.base_url)
+    servers.start()
+    try:
+        await asyncio.to_thread(servers.wait_ready)
+        assert servers.gym_version == gym.version and servers.sole_agent is None
+        assert len(servers.agents) == len(ENVIRONMENTS)
+        answers = await roll_out(gym, servers, list(ENVIRONMENTS))
+        assert len(answers) == 5 * len(ENVIRONMENTS)
+        for answer in answers:
+            assert any(item.get("generation_token_ids") for item in answer.result["response"]["output"])
+        servers.check()
+
+        config = servers._view.config  # type: ignore[union-attr]
+        assert config["text"] == overrides["text"]
+        assert config["mcqa_simple_agent"]["responses_api_agents"]["simple_agent"]["max_steps"] == 5
+        assert key not in json.dumps(config)
+        family = psutil.Process().children(recursive=True)
+        assert key not in str([process.cmdline() for process in family])
+        assert len(family) == 2, "one supervisor, one host"
+    finally:
+        await asyncio.to_thread(servers.stop)
+    roles = {message["role"] for body in policy.requests for message in body["messages"]}
+    assert "developer" not in roles and "tool" in roles
+
+
+def write_custom_environment(folder: Path, missing_module: str = "json") -> Path:
+    """A server beside its config, with helper modules and code of its own."""
+    server = folder / "resources_servers" / "halves"
+    server.mkdir(parents=True)
+    (server / "app.py").write_text(CUSTOM_SERVER.replace("MISSING", missing_module))
+    (server / "helper.py").write_text("REWARD = 0.5\n")
+    (server / "late_helper.py").write_text("SIGN = -1\n")
+    (server / "requirements.txt").write_text("-e nemo-gym[dev] @ ../../\nno-such-package>=1\n")
+    model = {"type": "responses_api_models", "name": "policy_model"}
+    resources = {"type": "resources_servers", "name": "halves"}
+    agent = {"entrypoint": "app.py", "resources_server": resources, "model_server": model}
+    config = {
+        "halves": {"resources_servers": {"halves": {"entrypoint": "app.py", "domain": "other"}}},
+        "halves_agent": {"responses_api_agents": {"simple_agent": agent}},
+    }
+    path = folder / "halves.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+async def roll_out_halves(servers: GymServers) -> None:
+    row = {"responses_create_params": {"input": [{"role": "user", "content": "?"}], "metadata": None}}
+    async with new_session(1) as session:
+        answer = await run_rollout(session, servers.agent("halves_agent"), row, deadline_s=DEADLINE_S)
+    assert isinstance(answer, GymAnswer), answer
+    assert answer.result["reward"] == -0.5
+
+
+async def test_server_beside_its_config(gym: GymInstallation, tmp_path: Path, policy: FakePolicy) -> None:
+    servers = make(gym, tmp_path, [write_custom_environment(tmp_path / "env")], policy_base_url=policy.base_url)
+    servers.start()
+    try:
+        await asyncio.to_thread(servers.wait_ready)
+        assert servers.sole_agent == "halves_agent" and servers.agents["halves_agent"].resources_server == "halves"
+        await roll_out_halves(servers)
+        attached = await asyncio.to_thread(GymServers.attach, servers.head_url)
+        attached.connect_policy(policy.base_url, "policy")
+        await roll_out_halves(attached)
+        attached.stop()
+        servers.check()  # still there
+    finally:
+        await asyncio.to_thread(servers.stop)
+
+
+def test_missing_module_names_server_module_and_command(gym: GymInstallation, tmp_path: Path) -> None:
+    config = write_custom_environment(tmp_path / "env", missing_module="no_such_module")
+    with pytest.raises(GymServerError) as error, make(gym, tmp_path, [config]):
+        pass
+    text = str(error.value)
+    assert "`halves` (resources_servers/halves/app.py)" in text and "`no_such_module`" in text
+    assert f"{gym.python} -m pip install 'no-such-package>=1'" in text
+
+
+def test_a_server_that_needs_ray_is_sent_to_upstream_mode(gym: GymInstallation, tmp_path: Path) -> None:
+    config = write_custom_environment(tmp_path / "env", missing_module="ray")
+    with pytest.raises(GymServerError, match=r"`halves`.*mode='upstream'"), make(gym, tmp_path, [config]):
+        pass
+
+
+def test_config_that_does_not_exist(gym: GymInstallation, tmp_path: Path) -> None:
+    servers = make(gym, tmp_path, ["resources_servers/mcqa/configs/mqca.yaml"])
+    with pytest.raises(
+        ConfigError, match=r"mqca\.yaml does not exist[\s\S]*resources_servers/mcqa/configs/mcqa\.yaml"
+    ):
+        servers.start()
+
+
+def test_gyms_own_complaint_comes_through(gym: GymInstallation, tmp_path: Path) -> None:
+    overrides = {"mcqa_simple_agent.responses_api_agents.simple_agent.resources_server.name": "mcqb"}
+    with (
+        pytest.raises(GymServerError, match="ServerRefNotFoundError.*mcqa_simple_agent"),
+        make(gym, tmp_path, [config_of("mcqa")], overrides=overrides),
+    ):
+        pass
+
+
+def test_busy_head_port_and_death_of_the_host(gym: GymInstallation, tmp_path: Path) -> None:
+    with make(gym, tmp_path, [config_of("mcqa")]) as first:
+        port = int(first.head_url.rpartition(":")[2])
+        second = make(gym, tmp_path / "second", [config_of("mcqa")], overrides={"head_server.port": port})
+        with pytest.raises(GymServerError, match=rf"cannot listen on 127.0.0.1:{port}.*GymServers\.attach"):
+            second.start()
+
+        # The port was free when it was looked at, and somebody else's Gym has it when ours comes: only the nonce tells.
+        third = make(gym, tmp_path / "third", [config_of("mcqa")])
+        third.start()
+        third._head_url = first.head_url
+        with pytest.raises(GymServerError, match="another NeMo Gym answers"):
+            third.wait_ready()
+
+        host = psutil.Process().children(recursive=True)[-1]
+        os.kill(host.pid, signal.SIGKILL)
+        host.wait(10)
+        time.sleep(0.5)
+        with pytest.raises(GymServerError, match=r"NeMo Gym ended \(was ended by signal SIGKILL\)[\s\S]*gym\.log"):
+            first.check()
+
+
+OWNER = """
+import sys, time
+from trl_gym.gym.servers import GymServers
+python, logs, policy, *configs = sys.argv[1:]
+servers = GymServers(configs, python=python, log_dir=logs, policy_base_url=policy, start_timeout_s=300)
+with servers:
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_sigkill_of_the_owner_leaves_nothing(gym: GymInstallation, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(gym.python), str(tmp_path), NO_POLICY, config_of("mcqa")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
+        family = psutil.Process(owner.pid).children(recursive=True)
+        assert len(family) == 2
+        owner.kill()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+@pytest.mark.slow
+async def test_upstream_mode(
+    gym: GymInstallation, tmp_path: Path, policy: FakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gym's own launcher, with a server of the user's and one of the installation; Ray leaves no process behind."""
+    monkeypatch.chdir(tmp_path)
+    configs: list[str | Path] = [write_custom_environment(tmp_path / "env"), config_of("example_single_tool_call")]
+    servers = make(gym, tmp_path, configs, mode="upstream", policy_base_url=policy.base_url, start_timeout_s=500)
+    servers.start()
+    try:
+        await asyncio.to_thread(servers.wait_ready)
+        family = psutil.Process().children(recursive=True)
+        assert any("gcs_server" in process.name() for process in family)
+        await roll_out(gym, servers, ["example_single_tool_call"])
+        await roll_out_halves(servers)
+        servers.check()
+        victim = next(server for server in servers.servers if server.name == "halves")
+        os.kill(victim.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        with pytest.raises(GymServerError, match="servers have died: `halves`"):
+            servers.check()
+    finally:
+        await asyncio.to_thread(servers.stop)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    assert not {path.name for path in tmp_path.iterdir()} - {"env", "logs"}, "nothing in the user's folder"
+
+
+def test_a_free_port_is_needed_for_nothing(gym: GymInstallation, tmp_path: Path) -> None:
+    """A fixed head port works and is announced."""
+    sock = bind_socket()
+    port = sock.getsockname()[1]
+    sock.close()
+    with make(gym, tmp_path, [config_of("mcqa")], overrides={"head_server.port": port}) as servers:
+        assert servers.head_url == f"http://127.0.0.1:{port}"

@@ -1,0 +1,168 @@
+"""Life cycle and discovery, without a real Gym: heads are small local servers. The real ones are in tests/e2e."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trl_gym.errors import ConfigError, GymServerError
+from trl_gym.gym.servers import AgentInfo, GymServers, GymState
+from trl_gym.processes import bind_socket
+
+SECRET = "sk-do-not-print"
+
+
+class FakeHead:
+    """Answers GET with whatever `pages` holds; a value that is not bytes is sent as JSON."""
+
+    def __init__(self) -> None:
+        self.pages: dict[str, Any] = {"/": {"status": "ok"}}
+        pages = self.pages
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                page = pages.get(self.path)
+                body = page if isinstance(page, bytes) else json.dumps(page).encode()
+                self.send_response(404 if page is None else 200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                return
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def describe(self, config: dict[str, Any], instances: list[dict[str, Any]]) -> None:
+        self.pages["/global_config_dict_yaml"] = yaml.safe_dump(config)
+        self.pages["/server_instances"] = instances
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def head() -> Iterator[FakeHead]:
+    fake = FakeHead()
+    reference = {"type": "resources_servers", "name": "math"}
+    config = {
+        "policy_base_url": "http://127.0.0.1:8000/v1",
+        "policy_api_key": SECRET,
+        "math": {"resources_servers": {"math": {"entrypoint": "app.py"}}},
+        "math_agent": {"responses_api_agents": {"simple_agent": {"resources_server": reference}}},
+        "free_agent": {"responses_api_agents": {"other_agent": {}}},
+    }
+    instances = [
+        instance("math", "resources_servers", "math", fake.url),
+        instance("math_agent", "responses_api_agents", "simple_agent", fake.url),
+        instance("free_agent", "responses_api_agents", "other_agent", fake.url + "/"),
+    ]
+    fake.describe(config, instances)
+    yield fake
+    fake.close()
+
+
+def instance(name: str, kind: str, server: str, url: str) -> dict[str, Any]:
+    return {"process_name": name, "server_type": kind, "name": server, "url": url, "pid": 1, "status": None}
+
+
+def test_attach_discovers_agents(head: FakeHead) -> None:
+    gym = GymServers.attach(head.url + "/")
+    assert gym.state is GymState.READY and gym.head_url == head.url and gym.log_path is None
+    assert gym.agents == {
+        "math_agent": AgentInfo("math_agent", head.url, "math", "simple_agent"),
+        "free_agent": AgentInfo("free_agent", head.url, None, "other_agent"),
+    }
+    assert gym.sole_agent is None and len(gym.servers) == 3
+    assert gym.agent("math_agent").url == head.url
+    with pytest.raises(ConfigError, match=r"no agent `maths_agent`.*Did you mean `math_agent`\?.*`free_agent`"):
+        gym.agent("maths_agent")
+    gym.check()
+    gym.stop()
+    gym.stop()
+    assert gym.state is GymState.STOPPED
+
+
+def test_connect_policy_compares_with_an_attached_gym(head: FakeHead) -> None:
+    with GymServers.attach(head.url) as gym:
+        gym.connect_policy("http://localhost:8000/v1/", "policy")
+        with pytest.raises(GymServerError, match=r"http://127\.0\.0\.1:8000/v1, but .* http://127\.0\.0\.1:9000/v1"):
+            gym.connect_policy("http://127.0.0.1:9000/v1", "policy")
+
+
+def test_an_attached_gym_that_goes_away(head: FakeHead) -> None:
+    gym = GymServers.attach(head.url)
+    head.close()
+    with pytest.raises(GymServerError, match="no NeMo Gym head server answers"):
+        gym.check()
+
+
+@pytest.mark.parametrize(
+    ("path", "page", "words"),
+    [
+        ("/global_config_dict_yaml", None, "answered HTTP 404"),
+        ("/global_config_dict_yaml", b"<html>", "did not answer with JSON"),
+        ("/global_config_dict_yaml", {"a": 1}, "another form"),
+        ("/global_config_dict_yaml", f"policy_api_key: {SECRET}\n: [", "not YAML"),
+        ("/server_instances", [{"name": "x"}], "incomplete"),
+    ],
+)
+def test_something_else_answers(head: FakeHead, path: str, page: Any, words: str) -> None:
+    head.pages[path] = page
+    with pytest.raises(GymServerError, match="is not the head server of a NeMo Gym") as error:
+        GymServers.attach(head.url, timeout_s=5)
+    assert words in str(error.value) and SECRET not in str(error.value)
+
+
+def test_nothing_answers() -> None:
+    sock = bind_socket()
+    port = sock.getsockname()[1]
+    sock.close()
+    with pytest.raises(GymServerError, match=r"not ready after 0\.2 s: no NeMo Gym head server answers"):
+        GymServers.attach(f"http://127.0.0.1:{port}", timeout_s=0.2)
+    with pytest.raises(ConfigError, match="looks like http"):
+        GymServers.attach("127.0.0.1:11000")
+
+
+def test_a_server_that_does_not_answer_is_named(head: FakeHead) -> None:
+    sock = bind_socket()
+    dead = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    sock.close()
+    head.pages["/server_instances"].append(instance("judge", "resources_servers", "judge", dead))
+    with pytest.raises(GymServerError, match=f"no answer from `judge` at {dead}"):
+        GymServers.attach(head.url, timeout_s=0.3)
+
+
+def test_secrets_do_not_show(head: FakeHead) -> None:
+    gym = GymServers.attach(head.url)
+    assert SECRET not in repr(gym._view)
+
+
+def test_illegal_transitions(tmp_path: Path) -> None:
+    gym = GymServers(["x.yaml"], log_dir=tmp_path)
+    assert gym.state is GymState.NEW
+    for act in (gym.wait_ready, gym.check, lambda: gym.agents, lambda: gym.head_url):
+        with pytest.raises(GymServerError):
+            act()
+    gym.stop()
+    with pytest.raises(GymServerError, match="cannot start NeMo Gym servers that are stopped"):
+        gym.start()
+    with pytest.raises(GymServerError, match="stopped"):
+        gym.connect_policy("http://x/v1", "policy")
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ConfigError, match="GymServers.attach"):
+        GymServers(mode="attach")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="list of paths"):
+        GymServers("x.yaml")

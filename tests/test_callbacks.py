@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from trl_gym.callbacks import MetricsCallback, WeightSyncCallback
+
+
+def state(step: int, max_steps: int = 10) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=max_steps, is_world_process_zero=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "generates", "evaluates", "pushed"),
+    [(3, False, False, []), (3, True, False, [3]), (3, False, True, [3]), (10, False, False, [10])],
+)
+def test_weights_are_pushed_only_if_something_will_be_sampled(
+    step: int, generates: bool, evaluates: bool, pushed: list[int]
+) -> None:
+    versions: list[int] = []
+    callback = WeightSyncCallback(versions.append, lambda: generates)
+    callback.on_step_end(None, state(step), TrainerControl(should_evaluate=evaluates))
+    assert versions == pushed
+
+
+def test_metrics_have_one_object_per_step_with_the_evaluation_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    callback = MetricsCallback(path)
+
+    def log(step: int, **logs: Any) -> None:
+        callback.on_log(None, state(step), TrainerControl(), logs=logs)
+
+    callback.on_train_begin(None, state(0), TrainerControl())
+    log(0, eval_reward=0.4)
+    log(1, reward=0.5, loss=math.nan, note="text")
+    log(2, reward=0.6)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]  # on disk at once
+    log(2, eval_reward=0.7)
+    log(2, train_runtime=1.0)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 0, "eval_reward": 0.4},
+        {"step": 1, "reward": 0.5, "loss": None},
+        {"step": 2, "reward": 0.6, "eval_reward": 0.7},
+    ]
+
+
+def test_a_resumed_run_keeps_the_steps_it_has_and_drops_those_it_repeats(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
+    callback = MetricsCallback(path)
+    callback.on_train_begin(None, state(2), TrainerControl())
+    callback.on_log(None, state(3), TrainerControl(), logs={"reward": 1.0})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "reward": 1.0},
+    ]
+    callback.on_train_begin(None, state(0), TrainerControl())
+    assert path.read_text() == ""

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import importlib.metadata
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from trl_gym import compat
+from trl_gym.errors import UnsupportedVersionError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_installed_versions_are_supported() -> None:
+    compat.check_versions(("trl", "transformers", "vllm"))
+
+
+def test_ranges_are_the_ones_in_pyproject_and_readme() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["vllm"]]
+    declared = {r.name: r.specifier for r in map(Requirement, wanted)}
+    readme = (ROOT / "README.md").read_text()
+    for package, supported in compat.SUPPORTED.items():
+        assert declared[package] == supported, package
+        assert f"`{','.join(sorted(str(supported).split(','), reverse=True))}`" in readme, package
+
+
+def test_every_unsupported_version_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"trl": "1.9.0", "transformers": "5.17.0", "vllm": None}
+    monkeypatch.setattr(compat, "installed_version", versions.__getitem__)
+    with pytest.raises(UnsupportedVersionError) as caught:
+        compat.check_versions(tuple(versions))
+    message = str(caught.value)
+    assert "trl 1.9.0 is installed and trl-gym supports" in message
+    assert "vllm is not installed" in message
+    assert "pip install 'trl" in message
+    assert "transformers" not in message
+
+
+def test_vllm_is_found_under_either_name() -> None:
+    assert compat.installed_version("vllm") is not None
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("no-such-package")
+    assert compat.installed_version("no-such-package") is None
+
+
+def test_the_swapped_backend_is_put_back_even_after_an_error() -> None:
+    import trl.trainer.grpo_trainer as upstream
+
+    original = upstream.VLLMGeneration
+    with pytest.raises(RuntimeError), compat.generation_backend(lambda **_: "ours"):
+        assert upstream.VLLMGeneration() == "ours"
+        raise RuntimeError
+    assert upstream.VLLMGeneration is original

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import io
+import time
+
+from rich.console import Console
+
+from trl_gym.progress import BarProgress, LineProgress, PhaseClock
+
+METRICS = {"reward": 0.5, "success": 0.25, "seconds/rollouts": 3.1, "seconds/weight_sync": 0.06, "loss": 1.0}
+
+
+def test_nested_time_counts_for_the_innermost_phase() -> None:
+    clock = PhaseClock()
+    with clock.phase("outer"):
+        time.sleep(0.02)
+        with clock.phase("inner"):
+            time.sleep(0.05)
+    taken = clock.take()
+    assert taken["inner"] >= 0.05
+    assert 0.02 <= taken["outer"] < taken["inner"]
+    assert clock.take() == {}
+
+
+def test_time_outside_phases_counts_for_nothing() -> None:
+    clock = PhaseClock()
+    time.sleep(0.02)
+    with clock.phase("a"):
+        pass
+    assert clock.take()["a"] < 0.02
+
+
+def test_leaving_closes_what_an_exception_left_open() -> None:
+    changes: list[str | None] = []
+    clock = PhaseClock(changes.append)
+    clock.enter("update")
+    clock.enter("scoring")
+    clock.leave("update")
+    assert changes == ["update", "scoring", None]
+
+
+def test_piped_output_is_one_plain_line_per_step() -> None:
+    out = io.StringIO()
+    progress = LineProgress(Console(file=out, width=40))
+    progress.start(20, 0)
+    progress.evaluated(0, METRICS)
+    progress.phase("rollouts 1/2")
+    progress.step(1, METRICS)
+    progress.stop()
+    assert out.getvalue().splitlines() == [
+        "evaluation at step 0: reward 0.500, success 0.250",
+        "step 1/20: reward 0.500, success 0.250 (rollouts 3.1 s, weight sync 0.1 s)",
+    ]
+
+
+def test_the_bar_shows_step_reward_and_phase() -> None:
+    out = io.StringIO()
+    progress = BarProgress(Console(file=out, force_terminal=True, width=120))
+    progress.start(20, 0)
+    progress.step(3, METRICS | {"rollouts/failed_fraction": 0.5})
+    progress.phase("rollouts 64/128")
+    progress.stop()
+    text = out.getvalue()
+    assert "3/20" in text
+    assert "reward 0.500, success 0.250, failed 50%" in text
+    assert "rollouts 64/128" in text

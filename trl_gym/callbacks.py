@@ -1,0 +1,148 @@
+"""Callbacks of `GymGRPOTrainer`: weight sync, metrics on disk, progress."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_gym.progress import PhaseClock, RunProgress
+
+EVAL_PREFIX = "eval_"
+
+
+class WeightSyncCallback(TrainerCallback):
+    """Pushes weights after an optimizer step, if something will be sampled with them.
+
+    That is when the next micro-step generates, when an evaluation follows, or when training ends. It comes after
+    Transformers' own flow callback, whose `should_evaluate` it reads.
+
+    Args:
+        push: Sends the current weights and stamps them with the step.
+        generates_next: Whether the next micro-step starts with rollouts.
+    """
+
+    def __init__(self, push: Callable[[int], None], generates_next: Callable[[], bool]) -> None:
+        self._push = push
+        self._generates_next = generates_next
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        if ends or control.should_evaluate or self._generates_next():
+            self._push(state.global_step)
+
+
+class PhaseCallback(TrainerCallback):
+    """Counts the time of an optimizer step that is not spent on rollouts, scoring or weight sync as `update`."""
+
+    def __init__(self, clock: PhaseClock) -> None:
+        self._clock = clock
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._clock.enter("update")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._clock.leave("update")
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes `metrics.jsonl`: one object per logged step, evaluation results in the object of their step.
+
+    A step's line is written when its training metrics are known and rewritten in place when an evaluation follows, so
+    a run that dies loses nothing that was logged.
+
+    Args:
+        path: The file; a run that does not resume starts it anew.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._last: dict[str, Any] = {}
+        self._offset = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._path.read_text().splitlines() if state.global_step > 0 and self._path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self._path.write_text("".join(f"{line}\n" for line in kept))
+        self._last, self._offset = {}, self._path.stat().st_size
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        numbers = {name: _finite(value) for name, value in logs.items() if isinstance(value, bool | int | float)}
+        mode = "r+" if self._path.exists() else "w+"
+        with open(self._path, mode) as file:
+            if self._last.get("step") == state.global_step:
+                self._last |= numbers
+            else:
+                self._offset = file.seek(0, 2)
+                self._last = {"step": state.global_step, **numbers}
+            file.seek(self._offset)
+            file.write(json.dumps(self._last) + "\n")
+            file.truncate()
+
+
+class ProgressCallback(TrainerCallback):
+    """Feeds a `RunProgress` from the training loop."""
+
+    def __init__(self, progress: RunProgress) -> None:
+        self._progress = progress
+        self._running = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._progress.start(state.max_steps, state.global_step)
+            self._running = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if f"{EVAL_PREFIX}reward" in logs:
+            self._progress.evaluated(
+                state.global_step, {name.removeprefix(EVAL_PREFIX): value for name, value in logs.items()}
+            )
+        elif "reward" in logs:
+            self._progress.step(state.global_step, logs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._running:
+            self._progress.stop()
+            self._running = False
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

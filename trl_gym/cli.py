@@ -1,0 +1,113 @@
+"""`trl-gym`: the command line. Each subcommand is one function that adds its arguments and one that runs it.
+
+Nothing heavy is imported here, so that `trl-gym --help` is instant; subcommands import what they need when they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import trl_gym
+from trl_gym.errors import TrlGymError
+
+_CHECK_EVERY_S = 0.5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `trl-gym`; returns the exit status. An error of ours is one message on stderr and status 1."""
+    parser = argparse.ArgumentParser(
+        prog="trl-gym", description="Train language models with TRL's GRPO on NVIDIA NeMo Gym environments."
+    )
+    parser.add_argument("--version", action="version", version=f"trl-gym {trl_gym.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in _COMMANDS:
+        add(commands)
+    options = parser.parse_args(argv)
+    try:
+        return options.run(options)
+    except TrlGymError as error:
+        print(f"trl-gym: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+# -- serve ------------------------------------------------------------------------------------------------------------
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="serve a policy: vLLM's OpenAI server with token-exact prompts and weight updates",
+        usage="trl-gym serve MODEL [options] [any flag of `vllm serve`]",
+        description=(
+            "Serve a policy in the foreground. Prints `ready URL` once it answers; everything that vLLM says goes to "
+            "a log file. Ctrl-C ends it."
+        ),
+    )
+    parser.add_argument("model", metavar="MODEL", help="model folder or name; comes first")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    _add_serve_options(parser)
+    parser.set_defaults(run=_serve, parser=parser)
+
+
+def _add_serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port, or 0 for a free one (default: %(default)s)")
+    parser.add_argument("--served-model-name", default="policy", help="name of the model (default: %(default)s)")
+    parser.add_argument("--log-dir", default="trl_gym_logs", help="folder for the log file (default: %(default)s)")
+    parser.add_argument(
+        "--start-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="give up when it is not ready by then (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("VLLM_API_KEY"),
+        help="bearer token to demand on every route but /health; needed beyond loopback (default: $VLLM_API_KEY)",
+    )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from trl_gym.policy_server.server import PolicyServer
+
+    # Of what comes after MODEL, ours are picked out and vLLM gets the rest. Before MODEL only ours are allowed: which
+    # of vLLM's flags take a value, and so what is the model, is known only to vLLM's parser.
+    own = argparse.ArgumentParser(prog="trl-gym serve", usage=options.parser.usage, add_help=False, allow_abbrev=False)
+    _add_serve_options(own)
+    serve, vllm_flags = own.parse_known_args(options.flags, namespace=options)
+    if "-h" in vllm_flags or "--help" in vllm_flags:
+        options.parser.print_help()
+        return 0
+    server = PolicyServer(
+        options.model,
+        served_model_name=serve.served_model_name,
+        host=serve.host,
+        port=serve.port,
+        vllm_args=vllm_flags,
+        log_dir=serve.log_dir,
+        start_timeout_s=serve.start_timeout,
+        api_key=serve.api_key,
+    )
+    try:
+        server.start()
+        print(f"loading {options.model}; log: {server.log_path}", file=sys.stderr, flush=True)
+        server.wait_ready()
+        print(f"ready {server.base_url}", flush=True)
+        while True:
+            time.sleep(_CHECK_EVERY_S)
+            server.check()
+    finally:
+        server.stop()
+
+
+_COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [_add_serve]
+
+if __name__ == "__main__":
+    sys.exit(main())

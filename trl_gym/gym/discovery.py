@@ -1,0 +1,150 @@
+"""What a NeMo Gym head server says about itself: its servers, its agents, its config.
+
+The config holds API keys in clear (`/global_config_dict_yaml`): no function here puts it into a message or a log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import requests
+import yaml
+
+from trl_gym.errors import GymServerError
+
+AGENTS = "responses_api_agents"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentInfo:
+    """An agent server, the place that runs rollouts.
+
+    Attributes:
+        name: Its name in the config, which rows give as `agent_ref.name`.
+        url: Base URL, without a slash at the end.
+        resources_server: Name of the environment that it works on; None for agents without one.
+        kind: Name of its implementation, e.g. `"simple_agent"`.
+    """
+
+    name: str
+    url: str
+    resources_server: str | None
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInstance:
+    """One entry of `/server_instances`."""
+
+    name: str
+    kind: str  # "resources_servers", "responses_api_agents", "responses_api_models", "environment_servers"
+    server: str  # name of the implementation
+    url: str
+    pid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadView:
+    """One look at a head server. The config is left out of `repr`: it may contain API keys."""
+
+    config: dict[str, Any] = field(repr=False)
+    instances: list[ServerInstance]
+
+    def agents(self) -> dict[str, AgentInfo]:
+        return {
+            instance.name: AgentInfo(
+                name=instance.name,
+                url=instance.url,
+                resources_server=_resources_server(self.config, instance),
+                kind=instance.server,
+            )
+            for instance in self.instances
+            if instance.kind == AGENTS
+        }
+
+    def policy_base_urls(self) -> list[str]:
+        """Where the model servers send their calls, as far as the config says it without interpolation."""
+        value = self.config.get("policy_base_url")
+        return [str(url) for url in (value if isinstance(value, list) else [value]) if url]
+
+
+class HeadUnreachable(GymServerError):
+    """Nothing answers (yet): worth another try while servers start."""
+
+
+def new_http_session() -> requests.Session:
+    session = requests.Session()
+    session.trust_env = False  # proxies of the environment are for the internet, not for our servers
+    return session
+
+
+def look_at_head(session: requests.Session, head_url: str, *, timeout_s: float) -> HeadView:
+    """Read a head server's config and servers.
+
+    Raises:
+        HeadUnreachable: If nothing answers within `timeout_s` seconds.
+        GymServerError: If what answers is not a NeMo Gym head server.
+    """
+    config_text = _get_json(session, f"{head_url}/global_config_dict_yaml", timeout_s)
+    instances = _get_json(session, f"{head_url}/server_instances", timeout_s)
+    if not isinstance(config_text, str) or not isinstance(instances, list):
+        raise _not_a_head(head_url, "its answers have another form")
+    try:
+        config = yaml.safe_load(config_text)
+    except yaml.YAMLError as error:
+        # Without the cause: a YAML error quotes the text around it.
+        raise _not_a_head(head_url, f"its config is not YAML ({type(error).__name__})") from None
+    if not isinstance(config, dict):
+        raise _not_a_head(head_url, "its config is not a mapping")
+    return HeadView(config=config, instances=[_instance(head_url, entry) for entry in instances])
+
+
+def answers(session: requests.Session, url: str, *, timeout_s: float) -> bool:
+    """Whether a server answers `GET /` at all; not every server has something there."""
+    try:
+        return session.get(f"{url}/", timeout=timeout_s).status_code < 500
+    except requests.RequestException:
+        return False
+
+
+def _get_json(session: requests.Session, url: str, timeout_s: float) -> Any:
+    head_url = url.rpartition("/")[0]
+    try:
+        response = session.get(url, timeout=timeout_s)
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise HeadUnreachable(f"no NeMo Gym head server answers at {head_url} ({type(error).__name__})") from error
+    except requests.RequestException as error:
+        raise _not_a_head(head_url, str(error)) from error
+    if response.status_code != 200:
+        raise _not_a_head(head_url, f"GET {url} answered HTTP {response.status_code}")
+    try:
+        return json.loads(response.content)
+    except ValueError as error:
+        raise _not_a_head(head_url, f"GET {url} did not answer with JSON") from error
+
+
+def _not_a_head(head_url: str, why: str) -> GymServerError:
+    return GymServerError(f"{head_url} is not the head server of a NeMo Gym: {why}")
+
+
+def _instance(head_url: str, entry: Any) -> ServerInstance:
+    try:
+        return ServerInstance(
+            name=entry["process_name"],
+            kind=entry["server_type"],
+            server=entry["name"],
+            url=entry["url"].rstrip("/"),
+            pid=entry.get("pid"),
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise _not_a_head(head_url, f"an entry of /server_instances is incomplete: {error!r}") from error
+
+
+def _resources_server(config: Mapping[str, Any], instance: ServerInstance) -> str | None:
+    node: Any = config
+    for key in (instance.name, instance.kind, instance.server, "resources_server", "name"):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node if isinstance(node, str) else None

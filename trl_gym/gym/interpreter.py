@@ -1,0 +1,124 @@
+"""Which Python runs NeMo Gym, and what is installed there.
+
+Gym needs Python 3.12 and pins packages that conflict with vLLM, so it lives in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+
+from trl_gym.errors import ConfigError, UnsupportedVersionError
+
+SUPPORTED_GYM = ">=0.4.0,<0.8"  # the one place; trl_gym/compat.py imports it
+MIN_PYTHON = (3, 12)
+PYTHON_VARIABLE = "TRL_GYM_PYTHON"
+VENV_NAME = ".gym-venv"
+REMEDY = f"Run `make setup`, or point to an interpreter that has nemo-gym: {PYTHON_VARIABLE}=/path/to/bin/python"
+
+_PROBE_TIMEOUT_S = 60.0  # a cold disk makes even `importlib.metadata` slow
+# Finds packages without importing them: nemo_gym itself takes seconds.
+_PROBE = """
+import importlib.metadata, importlib.util, json, os, sys
+spec = importlib.util.find_spec("nemo_gym")
+found = {"python": list(sys.version_info[:3]), "version": None, "root": None}
+if spec is not None:
+    found["root"] = os.path.dirname(os.path.dirname(os.path.abspath(spec.origin)))
+    try:
+        found["version"] = importlib.metadata.version("nemo-gym")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class GymInstallation:
+    """A usable Gym.
+
+    Attributes:
+        python: Its interpreter (not resolved: the link in a virtual environment is what selects it).
+        version: Version of nemo-gym, e.g. `"0.4.0"`.
+        root: Folder that holds `nemo_gym/`, `resources_servers/`, `responses_api_models/`, …
+    """
+
+    python: Path
+    version: str
+    root: Path
+
+
+def find_installation(python: str | Path | None = None) -> GymInstallation:
+    """Find Gym's interpreter and look into it.
+
+    Args:
+        python: The interpreter. When not given: the environment variable `TRL_GYM_PYTHON`, then `.gym-venv/bin/python`
+            in the current directory and its parents, then beside the checkout of trl_gym.
+
+    Raises:
+        ConfigError: If there is no such interpreter, or no nemo-gym in it.
+        UnsupportedVersionError: If Python or nemo-gym has a version that we do not support.
+    """
+    return probe(_find_python(python))
+
+
+def _find_python(python: str | Path | None) -> Path:
+    if python is not None:
+        return _executable(Path(python), "the `python` given")
+    if from_environment := os.environ.get(PYTHON_VARIABLE):
+        return _executable(Path(from_environment), f"the environment variable {PYTHON_VARIABLE}")
+    candidates = default_candidates()
+    for candidate in candidates:
+        if candidate.is_file():
+            return _executable(candidate, "the search for Gym's interpreter")
+    looked_for = "".join(f"\n  - {candidate}" for candidate in candidates)
+    raise ConfigError(
+        f"no Python interpreter with NeMo Gym found. {PYTHON_VARIABLE} is not set, and none of these exists:"
+        f"{looked_for}\n{REMEDY}"
+    )
+
+
+def default_candidates() -> list[Path]:
+    """Where an interpreter is looked for when nobody names one, in order."""
+    checkout = Path(__file__).resolve().parents[2]
+    folders = [Path.cwd(), *Path.cwd().parents, checkout]
+    return [folder / VENV_NAME / "bin" / "python" for folder in dict.fromkeys(folders)]
+
+
+def _executable(path: Path, source: str) -> Path:
+    path = Path(os.path.abspath(path.expanduser()))
+    if not path.is_file():
+        raise ConfigError(f"{source} names {path}, which does not exist. {REMEDY}")
+    if not os.access(path, os.X_OK):
+        raise ConfigError(f"{source} names {path}, which is not executable. {REMEDY}")
+    return path
+
+
+def probe(python: Path) -> GymInstallation:
+    """Ask an interpreter what it has. Starts it once, imports nothing heavy.
+
+    Raises:
+        ConfigError: If it cannot be run or has no nemo-gym.
+        UnsupportedVersionError: If a version is out of range.
+    """
+    try:
+        done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S)
+        found = json.loads(done.stdout)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"{python} cannot be run: {error}. {REMEDY}") from error
+    except ValueError as error:
+        raise ConfigError(f"{python} is not a working Python interpreter: {done.stderr.strip()}. {REMEDY}") from error
+    python_version = ".".join(map(str, found["python"]))
+    if found["root"] is None:
+        raise ConfigError(f"{python} (Python {python_version}) has no nemo-gym installed. {REMEDY}")
+    if tuple(found["python"]) < MIN_PYTHON:
+        needed = ".".join(map(str, MIN_PYTHON))
+        raise UnsupportedVersionError(f"{python} is Python {python_version}; NeMo Gym needs {needed}. {REMEDY}")
+    version = found["version"]
+    if version is None or not SpecifierSet(SUPPORTED_GYM).contains(version, prereleases=True):
+        raise UnsupportedVersionError(f"{python} has nemo-gym {version}, but {SUPPORTED_GYM} is needed. {REMEDY}")
+    return GymInstallation(python=python, version=version, root=Path(found["root"]))

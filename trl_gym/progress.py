@@ -1,0 +1,152 @@
+"""What a person sees while a run goes on: a bar in a terminal or notebook, a line per step where output is piped."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class PhaseClock:
+    """Seconds by phase. Phases nest; time counts for the innermost one only.
+
+    Args:
+        on_change: Told the name of the phase that time counts for from now on (None between phases).
+    """
+
+    def __init__(self, on_change: Callable[[str | None], None] = lambda phase: None) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._stack: list[str] = []
+        self._since = time.perf_counter()
+        self._on_change = on_change
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave(name)
+
+    def enter(self, name: str) -> None:
+        self._settle()
+        self._stack.append(name)
+        self._on_change(name)
+
+    def leave(self, name: str) -> None:
+        """Leave `name` and whatever is still open inside it (an exception may have skipped an `on_step_end`)."""
+        self._settle()
+        while self._stack and self._stack.pop() != name:
+            pass
+        self._on_change(self._stack[-1] if self._stack else None)
+
+    def take(self) -> dict[str, float]:
+        """Seconds per phase since the last call."""
+        self._settle()
+        taken = dict(self._seconds)
+        self._seconds.clear()
+        return taken
+
+    def _settle(self) -> None:
+        now = time.perf_counter()
+        if self._stack:
+            self._seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+
+class RunProgress(Protocol):
+    """Shows a run. `start` comes first, `stop` last and always; `phase` may be called from any thread."""
+
+    def start(self, num_steps: int, first_step: int) -> None: ...
+
+    def phase(self, text: str | None) -> None: ...
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class BarProgress:
+    """One live bar: steps, time, reward, phase. Evaluations are printed above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[reward]}"),
+            TextColumn("[dim]{task.fields[phase]}"),
+            console=console,
+            transient=False,
+        )
+        self._task = self._bar.add_task("", total=None, reward="", phase="")
+
+    def start(self, num_steps: int, first_step: int) -> None:
+        self._bar.update(self._task, total=num_steps, completed=first_step)
+        self._bar.start()
+
+    def phase(self, text: str | None) -> None:
+        self._bar.update(self._task, phase=text or "")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._bar.update(self._task, completed=step, reward=_headline(metrics))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._console.print(f"evaluation at step {step}: {_headline(metrics)}", highlight=False)
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+class LineProgress:
+    """One plain line per logged step, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._num_steps = 0
+
+    def start(self, num_steps: int, first_step: int) -> None:
+        self._num_steps = num_steps
+
+    def phase(self, text: str | None) -> None:
+        pass
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        seconds = ", ".join(
+            f"{name.partition('/')[2].replace('_', ' ')} {value:.1f} s"
+            for name, value in metrics.items()
+            if name.startswith("seconds/")
+        )
+        self._print(f"step {step}/{self._num_steps}: {_headline(metrics)}" + (f" ({seconds})" if seconds else ""))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._print(f"evaluation at step {step}: {_headline(metrics)}")
+
+    def stop(self) -> None:
+        pass
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def make_progress(*, live: bool) -> RunProgress:
+    """A bar where there is a terminal or a notebook and `live` is wanted, else lines."""
+    console = Console()
+    return BarProgress(console) if live and (console.is_terminal or console.is_jupyter) else LineProgress(console)
+
+
+def _headline(metrics: Mapping[str, float]) -> str:
+    shown = [
+        f"{name} {metrics[name]:.3f}" for name in ("reward", "success") if isinstance(metrics.get(name), int | float)
+    ]
+    failed = metrics.get("rollouts/failed_fraction")
+    return ", ".join(shown + ([f"failed {failed:.0%}"] if failed else []))

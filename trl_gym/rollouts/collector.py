@@ -1,0 +1,189 @@
+"""Many requests → many results. The one place where the synchronous trainer meets asynchronous HTTP.
+
+    trainer thread                       collector thread (one event loop, for the collector's whole life)
+    ──────────────                       ─────────────────────────────────────────────────────────────────
+    submit(requests) ────────────────►   one task per request, at most `max_inflight` past the gate
+    future.result()                      each: POST /run, then `finish(result)` in this thread
+                     ◄────────────────   the values of `finish`, in the order of the requests
+                                         beside them: every second, are the servers alive?
+
+A rollout that fails is a result like any other. What ends a collection early is an exception: a server that died
+(NeMo Gym would retry a refused connection for ever), an error in `finish`, or the trainer's thread giving up. In all
+three cases every task of the collection is cancelled before the exception reaches the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import aiohttp
+
+from trl_gym.errors import RolloutFailure
+from trl_gym.gym.client import GymAnswer, new_session, run_rollout
+from trl_gym.gym.servers import AgentInfo
+from trl_gym.rollouts.requests import RolloutRequest
+
+_CHECK_EVERY_S = 1.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutResult:
+    """How one rollout ended.
+
+    Attributes:
+        request: What was asked.
+        answer: Gym's answer; None when the rollout failed.
+        failure: Why it failed; None when it did not.
+        seconds: Wall time from dispatch (after the in-flight gate) to the end.
+    """
+
+    request: RolloutRequest
+    answer: dict[str, Any] | None
+    failure: RolloutFailure | None
+    seconds: float
+
+
+class Progress(Protocol):
+    """Called in the collector's thread whenever a rollout ends."""
+
+    def __call__(self, num_done: int, num_failed: int, num_total: int) -> None: ...
+
+
+class RolloutCollector(Generic[T]):
+    """Runs rollouts on NeMo Gym agents.
+
+    Args:
+        agent: Address of an agent by name; raises for one that is unknown.
+        deadline_s: Seconds that one rollout may take.
+        max_inflight: Rollouts that run at the same time.
+        check: Raises when a server that rollouts need has died; called about every second.
+    """
+
+    def __init__(
+        self,
+        agent: Callable[[str], AgentInfo],
+        *,
+        deadline_s: float,
+        max_inflight: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._agent = agent
+        self._deadline_s = deadline_s
+        self._max_inflight = max_inflight
+        self._check = check
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    def collect(
+        self,
+        requests: Sequence[RolloutRequest],
+        finish: Callable[[RolloutResult], T],
+        progress: Progress | None = None,
+    ) -> list[T]:
+        """Run all requests and wait. See `submit`."""
+        future = self.submit(requests, finish, progress)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C arrives here, in the trainer's thread
+            future.cancel()
+            raise
+
+    def submit(
+        self,
+        requests: Sequence[RolloutRequest],
+        finish: Callable[[RolloutResult], T],
+        progress: Progress | None = None,
+    ) -> concurrent.futures.Future[list[T]]:
+        """Start running all requests.
+
+        Args:
+            requests: What to run.
+            finish: Called once per rollout, as it ends, in the collector's thread; its values are returned in the
+                order of the requests. An exception in it ends the collection.
+            progress: Told about every rollout that ends.
+
+        Raises (from the future):
+            ServerError: A server died.
+        """
+        return asyncio.run_coroutine_threadsafe(self._collect(list(requests), finish, progress), self._running_loop())
+
+    def close(self) -> None:
+        """Close connections and end the thread. Idempotent."""
+        if self._loop is None:
+            return
+        if self._session is not None:
+            asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
+        self._loop = self._thread = self._session = None
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="trl-gym-collector", daemon=True)
+            self._thread.start()
+        return self._loop
+
+    async def _collect(
+        self, requests: list[RolloutRequest], finish: Callable[[RolloutResult], T], progress: Progress | None
+    ) -> list[T]:
+        if self._session is None:
+            self._session = new_session(self._max_inflight)
+        gate = asyncio.Semaphore(self._max_inflight)
+        tally = _Tally(len(requests), progress)
+
+        async def one(request: RolloutRequest) -> T:
+            async with gate:
+                result = await self._run(request)
+            value = finish(result)
+            tally.count(result)
+            return value
+
+        tasks = [asyncio.create_task(one(request)) for request in requests]
+        watch = asyncio.create_task(self._watch())
+        rollouts = asyncio.gather(*tasks)
+        try:
+            await asyncio.wait({rollouts, watch}, return_when=asyncio.FIRST_COMPLETED)
+            return rollouts.result() if rollouts.done() else watch.result()
+        finally:
+            for task in (*tasks, watch):  # `gather` leaves the siblings of a task that raised running
+                task.cancel()
+            await asyncio.gather(*tasks, watch, rollouts, return_exceptions=True)
+
+    async def _run(self, request: RolloutRequest) -> RolloutResult:
+        started = time.monotonic()
+        outcome = await run_rollout(
+            self._session, self._agent(request.agent), request.row, deadline_s=self._deadline_s
+        )
+        seconds = time.monotonic() - started
+        if isinstance(outcome, GymAnswer):
+            return RolloutResult(request=request, answer=outcome.result, failure=None, seconds=seconds)
+        return RolloutResult(request=request, answer=None, failure=outcome, seconds=seconds)
+
+    async def _watch(self) -> Any:
+        """Never returns; raises when a server is gone."""
+        while True:
+            await asyncio.sleep(_CHECK_EVERY_S)
+            await asyncio.to_thread(self._check)  # it may ask over the network
+
+
+class _Tally:
+    def __init__(self, num_total: int, progress: Progress | None) -> None:
+        self._num_total, self._progress = num_total, progress
+        self._num_done = self._num_failed = 0
+
+    def count(self, result: RolloutResult) -> None:
+        self._num_done += 1
+        self._num_failed += result.failure is not None
+        if self._progress is not None:
+            self._progress(self._num_done, self._num_failed, self._num_total)

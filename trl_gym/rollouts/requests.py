@@ -1,0 +1,104 @@
+"""One dataset row → the request that NeMo Gym gets. Pure functions.
+
+The sampling parameters travel twice: in the places of the Responses API that Gym knows, and under
+`metadata.extra_body`, which Gym's `vllm_model` merges into the body of every model call of the rollout. The second is
+what the policy server's middleware pins: an agent that sets its own temperature cannot take the rollout off policy.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """The distribution that tokens are drawn from, in vLLM's terms."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """One rollout to run.
+
+    Attributes:
+        rollout_id: Unique over all steps, ranks and attempts; safe in a URL path and as a file name.
+        task_index: Index of the dataset row.
+        group: Index, in this generation batch over all ranks, of the group the rollout belongs to.
+        member: Index in its group.
+        attempt: 0 for the first try.
+        agent: Name of the Gym agent that runs it.
+        row: What is posted to `/run`.
+    """
+
+    rollout_id: str
+    task_index: int
+    group: int
+    member: int
+    attempt: int
+    agent: str
+    row: dict[str, Any]
+
+
+def stamp(
+    row: Mapping[str, Any],
+    *,
+    rollout_id: str,
+    task_index: int,
+    member: int,
+    sampling: Sampling,
+    completion_budget: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A copy of a Gym row with identity, sampling and budget written into it.
+
+    Args:
+        row: The dataset row.
+        rollout_id: See `RolloutRequest`.
+        task_index: See `RolloutRequest`.
+        member: See `RolloutRequest`.
+        sampling: Sampling parameters of every model call.
+        completion_budget: Tokens that the whole rollout may have after its first prompt. A single model call gets at
+            most this many, or what the row asks for when that is less.
+        chat_template_kwargs: Passed to the chat template by the policy server.
+
+    Raises:
+        ValueError: The row's own `metadata.extra_body` is not a JSON object.
+    """
+    stamped = copy.deepcopy(dict(row))
+    params = stamped["responses_create_params"]
+    asked = params.get("max_output_tokens")
+    params["max_output_tokens"] = completion_budget if asked is None else min(int(asked), completion_budget)
+    params["temperature"] = sampling.temperature
+    params["top_p"] = sampling.top_p
+    metadata = dict(params.get("metadata") or {})
+    tag = {"rollout": rollout_id, "sampling": asdict(sampling), "completion_budget": completion_budget}
+    metadata["extra_body"] = json.dumps(_json_object(metadata.get("extra_body"), "extra_body") | {"trl_gym": tag})
+    if chat_template_kwargs:
+        given = _json_object(metadata.get("chat_template_kwargs"), "chat_template_kwargs")
+        metadata["chat_template_kwargs"] = json.dumps(dict(chat_template_kwargs) | given)
+    params["metadata"] = metadata
+    stamped["_ng_task_index"] = task_index
+    stamped["_ng_rollout_index"] = member
+    stamped["_ng_rollout_id"] = rollout_id
+    return stamped
+
+
+def _json_object(text: str | None, name: str) -> dict[str, Any]:
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`metadata.{name}` of a Gym row must be a JSON object in a string: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`metadata.{name}` of a Gym row must be a JSON object in a string, got {text!r}")
+    return value

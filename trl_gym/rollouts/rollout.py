@@ -1,0 +1,149 @@
+"""A finished rollout: what was asked, what came back, what is trained; as a journal line and as a conversation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl_gym.errors import RolloutFailure
+from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.trajectory import Trajectory, finish_reason
+
+# Fields of a verify response that are the protocol's, not measurements of the environment.
+_NOT_METRICS = ("responses_create_params", "response", "reward", "agent_ref")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One rollout that has ended, well or badly.
+
+    Attributes:
+        request: What was asked.
+        answer: Gym's answer; None when there is none.
+        failure: Why it has no reward; None when it has one.
+        trajectories: What is trained; empty for a failed rollout. They share the reward.
+        seconds: Wall time.
+    """
+
+    request: RolloutRequest
+    answer: dict[str, Any] | None
+    failure: RolloutFailure | None
+    trajectories: list[Trajectory]
+    seconds: float
+
+    @property
+    def reward(self) -> float | None:
+        """The environment's reward; None for a failed rollout, which leaves loss and group baseline."""
+        return None if self.failure is not None else float(self.answer["reward"])
+
+    @property
+    def success(self) -> float | None:
+        """1.0 or 0.0: the verifier's own `success` where it reports one, else whether the reward reached 1."""
+        if self.failure is not None:
+            return None
+        reported = self.answer.get("success")
+        return float(reported) if isinstance(reported, bool | int | float) else float(self.reward >= 1.0)
+
+    def metrics(self) -> dict[str, float]:
+        """Every finite number at the top level of the verify response, e.g. `{"success": 1.0}`."""
+        if self.failure is not None:
+            return {}
+        return {
+            name: float(value)
+            for name, value in self.answer.items()
+            if name not in _NOT_METRICS
+            and not name.startswith("_ng_")
+            and name not in self.request.row  # echoed task fields: part of the question, not of the result
+            and isinstance(value, bool | int | float)
+            and math.isfinite(value)
+        }
+
+
+def journal_record(rollout: Rollout, *, step: int, mode: str, weight_versions: Sequence[str]) -> dict[str, Any]:
+    """The journal's line for a rollout (design §6), without `schema` and `rank`, which the journal adds."""
+    request, answer = rollout.request, rollout.answer or {}
+    trained = rollout.trajectories[0] if rollout.trajectories else None
+    components = answer.get("reward_components")
+    return {
+        "step": step,
+        "mode": mode,
+        "task_index": request.task_index,
+        "group": request.group,
+        "rollout_id": request.rollout_id,
+        "attempt": request.attempt,
+        "agent": request.agent,
+        "weight_versions": list(weight_versions),
+        "reward": rollout.reward,
+        "reward_components": components if isinstance(components, dict) else {},
+        "failure": rollout.failure.as_json() if rollout.failure else None,
+        "finish_reason": finish_reason(answer) if answer else None,
+        "prompt_ids": trained.prompt_ids if trained else [],
+        "completion_ids": trained.completion_ids if trained else [],
+        "env_mask": trained.env_mask if trained else [],
+        "logprobs": trained.logprobs if trained else [],
+        "turns": list(_turns(answer)),
+        "seconds": round(rollout.seconds, 4),
+        "row": request.row,
+        "response": _json_safe(answer.get("response")),
+    }
+
+
+def conversation(rollout: Rollout) -> list[dict[str, Any]]:
+    """What happened after the prompt, as chat messages: for reward functions and the completions table."""
+    messages: list[dict[str, Any]] = []
+    for item in _output(rollout.answer):
+        kind = item.get("type")
+        if kind == "message":
+            messages.append({"role": item.get("role", "assistant"), "content": _text(item.get("content"))})
+        elif kind == "reasoning":
+            text = "".join(part.get("text", "") for part in item.get("summary") or [])
+            messages.append({"role": "assistant", "content": f"<think>{text}</think>"})
+        elif kind == "function_call":
+            call = {"name": item.get("name"), "arguments": item.get("arguments")}
+            messages.append(
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+            )
+        elif kind == "function_call_output":
+            messages.append({"role": "tool", "content": _text(item.get("output"))})
+    return messages or [{"role": "assistant", "content": ""}]
+
+
+def _turns(answer: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Model and tool calls in order. What only the policy server knows (queue, cache) is null here."""
+    for item in _output(answer):
+        if item.get("generation_token_ids"):
+            yield {
+                "kind": "model",
+                "prompt_tokens": len(item.get("prompt_token_ids") or []),
+                "generation_tokens": len(item["generation_token_ids"]),
+                "cached_tokens": None,
+                "queue_s": None,
+                "prefill_s": None,
+                "decode_s": None,
+            }
+        if item.get("type") == "function_call":
+            yield {"kind": "tool", "name": item.get("name"), "seconds": None, "error": None}
+
+
+def _output(answer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    return ((answer or {}).get("response") or {}).get("output") or []
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" if isinstance(part, dict) else str(part) for part in content)
+    return content if isinstance(content, str) else json.dumps(content)
+
+
+def _json_safe(value: Any) -> Any:
+    """NaN and infinities as null: JSON has neither, and readers in other languages would fail on them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _json_safe(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_safe(item) for item in value]
+    return value

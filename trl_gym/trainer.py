@@ -1,0 +1,425 @@
+"""`GymGRPOTrainer`: TRL's GRPO with rollouts from NeMo Gym.
+
+TRL's loop is not touched. Four of its methods are extended, none is copied:
+
+    _generate_and_score_completions   keeps the batch's rows at hand while TRL works on their prompts
+    _generate                         the rollouts themselves, through TRL's `rollout_func`; completions as messages
+    _calculate_rewards                a failed rollout is NaN for every reward function: out of loss and baseline
+    log, evaluate                     seconds per phase
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+
+from trl_gym import compat, servers
+from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
+from trl_gym.config import GymGRPOConfig
+from trl_gym.dataset import gym_row
+from trl_gym.errors import ConfigError, FailureKind, RolloutError, RolloutFailure
+from trl_gym.gym.servers import GymServers
+from trl_gym.policy_server.server import PolicyBackend
+from trl_gym.progress import PhaseClock, make_progress
+from trl_gym.rollouts.batch import describe_failures, rollout_metrics, training_rows
+from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
+from trl_gym.rollouts.journal import Journal
+from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
+from trl_gym.rollouts.rollout import Rollout, conversation, journal_record
+from trl_gym.rollouts.trajectory import DriftError, Trajectory, TrajectoryError, from_gym
+from trl_gym.weight_sync.source import check_supported
+from trl_gym.weight_sync.sync import WeightSync
+from trl_gym.weight_sync.transports import choose_transport
+
+_INITIAL_POLICY = "initial_policy"  # folder for a model that was given as an object without a folder of its own
+
+
+def gym(*, gym_reward: list[float | None], **_: Any) -> list[float]:
+    """The environment's reward as a TRL reward function; its name is the metric's name.
+
+    A failed rollout is 0 here and NaN after `_calculate_rewards`, which also takes other reward functions out.
+    """
+    return [0.0 if reward is None else reward for reward in gym_reward]
+
+
+class GymGRPOTrainer(GRPOTrainer):
+    """
+    Trainer for GRPO on NVIDIA NeMo Gym environments.
+
+    Example:
+
+    ```python
+    >>> from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
+
+    >>> trainer = GymGRPOTrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     args=GymGRPOConfig(output_dir="out", gym_config_paths=["my_environment.yaml"]),
+    ...     train_dataset=load_gym_dataset("train.jsonl"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    To change how rows become requests, how answers become trajectories or how rewards are formed, override
+    [`build_request`], [`build_trajectories`] or [`compute_rewards`].
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As for [`~trl.GRPOTrainer`].
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            Reward functions added to the environment's reward. They get the conversation as `completions`, and
+            `gym_reward` and `gym_result` (Gym's answer, `None` for a failed rollout) as keyword arguments.
+            `args.reward_weights`, when set, begins with the weight of the environment's reward.
+        args ([`GymGRPOConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            From [`load_gym_dataset`].
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            From [`load_gym_dataset`].
+        policy_server ([`PolicyServer`], *optional*):
+            A server to use instead of one that the trainer starts and stops itself.
+        gym_servers ([`GymServers`], *optional*):
+            A NeMo Gym to use instead of one that the trainer starts and stops itself.
+        kwargs:
+            Everything else that [`~trl.GRPOTrainer`] takes, except `tools`, `environment_factory` and `rollout_func`:
+            a Gym environment brings its own tools.
+
+    Raises:
+        ConfigError: Options contradict each other, a file is missing, a version is not supported.
+        ServerError: A server could not be started.
+    """
+
+    _tag_names = ["trl", "grpo", "trl-gym", "nemo-gym"]  # noqa: RUF012 - as in TRL
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any = None,
+        args: GymGRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        policy_server: PolicyBackend | None = None,
+        gym_servers: GymServers | None = None,
+        **kwargs: Any,
+    ) -> None:
+        compat.check_versions()
+        args = _checked_args(args, model, kwargs)
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # about `rollout_func`; compat.py watches it for users
+        rewards = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+
+        self._run_id = uuid.uuid4().hex[:8]
+        self._rows: list[dict[str, Any]] = []
+        self._rollouts: list[Rollout] = []
+        self._num_batches = 0
+        self._progress = make_progress(live=not args.disable_tqdm)
+        self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
+        self._servers = servers.RunServers(
+            args, lambda: _servable(model, kwargs.get("processing_class"), args), policy_server, gym_servers
+        )
+        try:
+            self._servers.start()  # they load while the model does
+            with compat.generation_backend(lambda **_: compat.ServedGeneration(self._sync_before_generating)):
+                super().__init__(
+                    model=model,
+                    reward_funcs=[gym, *rewards],
+                    args=args,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    rollout_func=self._roll_out,
+                    **kwargs,
+                )
+            check_supported(self.accelerator)
+            self._servers.wait_ready(broadcast_object_list)
+            self._connect(args)
+        except BaseException:
+            self._servers.stop()
+            raise
+
+    # ------------------------------------------------------------------------------------- what subclasses override
+
+    def build_request(self, row: dict[str, Any], request: RolloutRequest) -> dict[str, Any]:
+        """How a row becomes what is posted to `/run`.
+
+        Args:
+            row: The Gym row of the dataset.
+            request: Identity of the rollout; its `row` is what this method returns by default: the dataset's row with
+                ids, sampling parameters and token budget stamped into it.
+
+        Returns:
+            The body of the request. Keep the stamps: without them the policy server cannot pin the sampling.
+        """
+        return request.row
+
+    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest) -> list[Trajectory]:
+        """How Gym's answer becomes token sequences.
+
+        Args:
+            answer: Gym's answer to `/run`.
+            request: What was asked.
+
+        Returns:
+            One trajectory (several, sharing one reward, are a seam for rewritten histories and not trained yet).
+
+        Raises:
+            TrajectoryError: There is nothing to train on; the rollout counts as failed.
+        """
+        return from_gym(answer, drift=self.args.gym_drift)
+
+    def compute_rewards(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """How rewards are formed, one per rollout; None takes a rollout out of the loss and of the group baseline.
+
+        Args:
+            rollouts: This rank's rollouts of one generation batch, failed ones included.
+        """
+        return [rollout.reward for rollout in rollouts]
+
+    # ----------------------------------------------------------------------------------------------- life of servers
+
+    @property
+    def policy_server(self) -> PolicyBackend:
+        """The policy server: started by the trainer, or the one that was passed in."""
+        return self._servers.policy
+
+    @property
+    def gym_servers(self) -> GymServers:
+        """NeMo Gym: started by the trainer, or the one that was passed in."""
+        return self._servers.gym
+
+    def close(self) -> None:
+        """Stop what the trainer started; servers that were passed in run on. Also done at interpreter exit."""
+        for attribute in ("_collector", "_journal", "_weight_sync"):
+            if (resource := getattr(self, attribute, None)) is not None:
+                resource.close()
+        self._servers.stop()
+
+    def __enter__(self) -> GymGRPOTrainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _connect(self, args: GymGRPOConfig) -> None:
+        """Everything that needs the accelerator and running servers."""
+        self._collector = RolloutCollector(
+            self._servers.gym.agent,
+            deadline_s=args.gym_deadline,
+            max_inflight=args.gym_max_inflight,
+            check=self._servers.check,
+        )
+        self._journal = Journal(Path(args.output_dir) / "rollouts", rank=self.accelerator.process_index)
+        dtype = getattr(torch, args.serving_dtype)
+        transport = choose_transport(self._servers.policy.weight_transports, args.gym_weight_dir, dtype)
+        self._weight_sync = WeightSync(
+            self.accelerator, self._servers.policy, transport, probe_tolerance=args.probe_tolerance
+        )
+        for callback in compat.default_progress_callbacks():
+            self.remove_callback(callback)
+        # Order matters: the clock stops before weights are pushed, which counts its own time.
+        self.add_callback(PhaseCallback(self._clocks["train"]))
+        self.add_callback(WeightSyncCallback(self._push_weights, self._generates_next))
+        self.add_callback(MetricsCallback(Path(args.output_dir) / "metrics.jsonl"))
+        self.add_callback(ProgressCallback(self._progress))
+
+    # --------------------------------------------------------------------------------------------------- weight sync
+
+    def _sync_before_generating(self) -> None:
+        """TRL's own sync, reached when weights changed and no callback has pushed them: at the start, on resume."""
+        self._push_weights(self.state.global_step)
+
+    def _push_weights(self, step: int) -> None:
+        with self._clock.phase("weight_sync"):
+            report = self._weight_sync.push(self.model_wrapped, version=str(step))
+        self._last_loaded_step = step
+        self._metrics[self._mode]["weight_sync/bytes"].append(float(report.num_bytes))
+        if report.probe is not None:
+            self._metrics[self._mode]["weight_sync/probe_gap"].append(report.probe.mean_gap)
+
+    def _generates_next(self) -> bool:
+        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+
+    # ------------------------------------------------------------------------------------------------------ rollouts
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows = inputs
+        try:
+            with self._clock.phase("scoring"):
+                return super()._generate_and_score_completions(inputs)
+        finally:
+            self._rows = []
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        prompt_ids, completion_ids, tool_mask, _, *rest = super()._generate(prompts)
+        # TRL decodes the merged token sequence as if it were one assistant turn; Gym has the real conversation.
+        completions = [conversation(rollout) for rollout in self._rollouts]
+        return prompt_ids, completion_ids, tool_mask, completions, *rest
+
+    def _roll_out(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+        """TRL's `rollout_func`: one rollout per row. TRL repeats rows `num_generations` times before it calls."""
+        version = self._servers.policy.client.weight_version()
+        with self._clock.phase("rollouts"):
+            requests = self._requests()
+            self._rollouts = self._collector.collect(requests, self._finish(version), self._show_progress)
+            self._journal.commit()
+        if (now := self._servers.policy.client.weight_version()) != version:
+            raise RolloutError(f"The policy server's weights changed from version {version} to {now} during rollouts.")
+        for name, values in rollout_metrics(self._rollouts).items():
+            self._pending_metrics[name] += values  # TRL averages these over the ranks
+        rewards = self.compute_rewards(self._rollouts)
+        if all(reward is None for reward in rewards):
+            raise RolloutError(
+                f"All {len(rewards)} rollouts of step {self.state.global_step} failed on rank "
+                f"{self.accelerator.process_index}; there is nothing to train on:\n"
+                f"{describe_failures(self._rollouts)}\n"
+                f"Each is recorded in {self._journal.folder}; server logs are in {self.args.gym_log_dir}."
+            )
+        return training_rows(
+            self._rollouts, rewards, pad_id=self._tokenizer.pad_token_id, eos_id=self._tokenizer.eos_token_id
+        )
+
+    def _requests(self) -> list[RolloutRequest]:
+        num_members = self.num_generations if self._mode == "train" else self.num_generations_eval
+        first = self.accelerator.process_index * len(self._rows)
+        batch = f"{self._run_id}-{self._mode}{self.state.global_step}-b{self._num_batches}"
+        self._num_batches += 1
+        return [
+            self._request(example, batch, *divmod(first + index, num_members))
+            for index, example in enumerate(self._rows)
+        ]
+
+    def _request(self, example: dict[str, Any], batch: str, group: int, member: int) -> RolloutRequest:
+        row = gym_row(example)
+        identity: dict[str, Any] = {
+            "rollout_id": f"{batch}-g{group}-m{member}-a0",
+            "task_index": int(example.get("task_index", group)),
+            "member": member,
+        }
+        sampling = Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k if self.top_k else -1,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty,
+        )
+        stamped = stamp(
+            row,
+            **identity,
+            sampling=sampling,
+            completion_budget=self.max_completion_length,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+        request = RolloutRequest(**identity, group=group, attempt=0, agent=self._agent_name(row), row=stamped)
+        sent = self.build_request(row, request)
+        return RolloutRequest(**identity, group=group, attempt=0, agent=request.agent, row=sent)
+
+    def _agent_name(self, row: dict[str, Any]) -> str:
+        named = (row.get("agent_ref") or {}).get("name")
+        if named is not None:
+            return named
+        sole = self._servers.gym.sole_agent
+        if sole is None:
+            raise ConfigError(
+                "A dataset row names no agent in `agent_ref` and the running Gym has several "
+                f"({', '.join(sorted(self._servers.gym.agents))}); load the file with "
+                "`load_gym_dataset(path, agent=…)`."
+            )
+        return sole
+
+    def _finish(self, version: str) -> Callable[[RolloutResult], Rollout]:
+        """What happens to each rollout as it ends, in the collector's thread: trajectory, then journal."""
+        step, mode = self.state.global_step, self._mode
+
+        def finish(result: RolloutResult) -> Rollout:
+            rollout = self._rollout(result)
+            self._journal.append(journal_record(rollout, step=step, mode=mode, weight_versions=[version]))
+            return rollout
+
+        return finish
+
+    def _rollout(self, result: RolloutResult) -> Rollout:
+        failure, trajectories = result.failure, []
+        if failure is None:
+            try:
+                trajectories = self.build_trajectories(result.answer, result.request)
+            except TrajectoryError as error:
+                if isinstance(error, DriftError) and self.args.gym_drift == "error":
+                    raise RolloutError(
+                        f"Rollout {result.request.rollout_id} of {result.request.agent}: {error}"
+                    ) from error
+                failure = RolloutFailure(kind=FailureKind.POLICY, text=str(error), where=result.request.agent)
+        return Rollout(
+            request=result.request,
+            answer=result.answer,
+            failure=failure,
+            trajectories=trajectories,
+            seconds=result.seconds,
+        )
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> torch.Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        failed = torch.tensor([example["gym_reward"] is None for example in inputs], device=rewards.device)
+        rewards[gather(failed)] = torch.nan
+        return rewards
+
+    # ------------------------------------------------------------------------------------------------------- metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        prefix = "" if self._mode == "train" else "eval_"
+        if "train_runtime" not in logs:
+            logs |= {f"{prefix}seconds/{phase}": round(s, 4) for phase, s in self._clock.take().items()}
+        super().log(logs, start_time)
+
+    def _show_progress(self, num_done: int, num_failed: int, num_total: int) -> None:
+        failed = f", {num_failed} failed" if num_failed else ""
+        self._progress.phase(f"rollouts {num_done}/{num_total}{failed}")
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @property
+    def _clock(self) -> PhaseClock:
+        return self._clocks[self._mode]
+
+
+def _checked_args(args: GymGRPOConfig | None, model: Any, kwargs: dict[str, Any]) -> GymGRPOConfig:
+    """The configuration, or one error for what TRL takes and a Gym trainer cannot."""
+    for name in ("tools", "environment_factory", "rollout_func"):
+        if kwargs.get(name) is not None:
+            raise ConfigError(
+                f"`{name}` cannot be combined with a NeMo Gym environment, which brings its own tools and rollouts; "
+                "use TRL's GRPOTrainer, or write a Gym environment."
+            )
+    if args is None:
+        name = model if isinstance(model, str) else compat.model_id(model)
+        return GymGRPOConfig(output_dir=f"{Path(name).name or 'policy'}-GymGRPO")
+    if not isinstance(args, GymGRPOConfig):
+        raise ConfigError(f"`args` must be a GymGRPOConfig, got {type(args).__name__}.")
+    return args
+
+
+def _servable(model: str | PreTrainedModel, processing_class: Any, args: GymGRPOConfig) -> str:
+    """Folder or hub id that the policy server loads. The trainer's weights are pushed before anything is sampled, so
+    it only has to be the same architecture and tokenizer; a model without a folder is saved to one."""
+    name = model if isinstance(model, str) else compat.model_id(model)
+    if name and (processing_class is None or isinstance(model, str)):
+        return name
+    if processing_class is None:
+        raise ConfigError(
+            "`model` was not loaded from a folder or hub id, so the policy server needs a tokenizer: pass "
+            "`processing_class`."
+        )
+    folder = Path(args.output_dir) / _INITIAL_POLICY
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.save_pretrained(folder)
+    processing_class.save_pretrained(folder)
+    return str(folder)
