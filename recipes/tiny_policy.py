@@ -117,11 +117,11 @@ class Settings:
     add_instead_of_subtract_rate: float = 0.62
     subtract_instead_of_add_rate: float = 0.03
 
-    num_steps: int = 120  # optimizer steps of the warm start
+    num_steps: int = 160  # optimizer steps of the warm start
     batch_size: int = 32  # demonstrations per step
     num_extra_steps: int = 40  # per extension, when the policy is not good enough yet
     max_extensions: int = 4
-    min_success: float = 0.40  # expected success on training tasks that ends the warm start
+    min_success: float = 0.44  # expected success on training tasks that ends the warm start
     num_probe_tasks: int = 256
     muon_lr: float = 0.02  # hidden matrices
     adamw_lr: float = 3e-3  # embedding and norms
@@ -360,7 +360,7 @@ def warm_start(
                 if success >= settings.min_success:
                     break
             # Linear warm-up and decay; extensions run at the floor.
-            factor = min(1.0, (step + 1) / settings.warmup_steps) * max(0.1, 1 - step / settings.num_steps)
+            factor = min(1.0, (step + 1) / settings.warmup_steps) * max(0.15, 1 - step / settings.num_steps)
             for optimizer, peak_lr in zip(optimizers, peak_lrs, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = peak_lr * factor

@@ -75,8 +75,6 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from trl_gym.policy_server.server import PolicyServer
-
     # Of what comes after MODEL, ours are picked out and vLLM gets the rest. Before MODEL only ours are allowed: which
     # of vLLM's flags take a value, and so what is the model, is known only to vLLM's parser.
     own = argparse.ArgumentParser(prog="trl-gym serve", usage=options.parser.usage, add_help=False, allow_abbrev=False)
@@ -85,6 +83,8 @@ def _serve(options: argparse.Namespace) -> int:
     if "-h" in vllm_flags or "--help" in vllm_flags:
         options.parser.print_help()
         return 0
+    from trl_gym.policy_server.server import PolicyServer
+
     server = PolicyServer(
         options.model,
         served_model_name=serve.served_model_name,

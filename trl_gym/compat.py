@@ -102,17 +102,14 @@ class ServedGeneration:
 
     Args:
         sync: Pushes the current weights to the policy server.
+        server_info: The server's resolved configuration; TRL asks for it when `vllm_mode` is `"server"`, and warns of
+            a `logprobs_mode` that biases the importance ratio.
     """
 
-    def __init__(self, sync: Callable[[], None]) -> None:
+    def __init__(self, sync: Callable[[], None], server_info: Callable[[], dict[str, Any]]) -> None:
         self.sync_weights = sync
+        self.get_server_info = server_info
         self.vllm_client = self
-
-    @staticmethod
-    def get_server_info() -> dict[str, Any]:
-        """What TRL looks at to warn of a biased importance ratio. Our servers are started with this mode; a remote
-        one is checked by the probe after the first weight sync and by `sampling/sampling_logp_difference`."""
-        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
     @staticmethod
     def generate(*_args: Any, **_kwargs: Any) -> Any:

@@ -126,7 +126,7 @@ class GymGRPOTrainer(GRPOTrainer):
         )
         try:
             self._servers.start()  # they load while the model does
-            with compat.generation_backend(lambda **_: compat.ServedGeneration(self._sync_before_generating)):
+            with compat.generation_backend(self._generation_backend):
                 super().__init__(
                     model=model,
                     reward_funcs=[gym, *rewards],
@@ -205,6 +205,11 @@ class GymGRPOTrainer(GRPOTrainer):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _generation_backend(self, **_: Any) -> compat.ServedGeneration:
+        return compat.ServedGeneration(
+            self._sync_before_generating, lambda: self._servers.policy.client.server_config()
+        )
 
     def _connect(self, args: GymGRPOConfig) -> None:
         """Everything that needs the accelerator and running servers."""

@@ -16,8 +16,10 @@ import psutil
 import pytest
 import yaml
 
-from tests.gym.fake_policy import FakePolicy
-from trl_gym.errors import ConfigError, GymServerError, RolloutFailure
+sys.path.insert(0, str(Path(__file__).parents[1] / "gym"))  # the tests are not a package
+from fake_policy import FakePolicy
+
+from trl_gym.errors import ConfigError, FailureKind, GymServerError, RolloutFailure
 from trl_gym.gym.client import GymAnswer, new_session, run_rollout
 from trl_gym.gym.interpreter import GymInstallation, probe
 from trl_gym.gym.servers import GymServers
@@ -53,6 +55,8 @@ class Halves(SimpleResourcesServer):
 
     async def verify(self, body: "BaseVerifyRequest") -> BaseVerifyResponse:
         import late_helper  # imports inside functions work, too
+        if body.responses_create_params.input[0].content == "boom":
+            raise ValueError("the verifier tripped")
         return BaseVerifyResponse(**body.model_dump(), reward=REWARD * late_helper.SIGN)
 
 from nemo_gym.base_resources_server import BaseVerifyRequest
@@ -177,6 +181,16 @@ async def roll_out_halves(servers: GymServers) -> None:
     assert answer.result["reward"] == -0.5
 
 
+async def fail_halves(servers: GymServers) -> None:
+    row = {"responses_create_params": {"input": [{"role": "user", "content": "boom"}]}}
+    async with new_session(1) as session:
+        failure = await run_rollout(session, servers.agent("halves_agent"), row, deadline_s=DEADLINE_S)
+        unusable = await run_rollout(session, servers.agent("halves_agent"), {}, deadline_s=DEADLINE_S)
+    assert isinstance(failure, RolloutFailure) and failure.kind is FailureKind.ENVIRONMENT
+    assert failure.text == "halves_agent → the server that it called: ValueError('the verifier tripped')"
+    assert isinstance(unusable, RolloutFailure) and "HTTP 422" in unusable.text
+
+
 async def test_server_beside_its_config(gym: GymInstallation, tmp_path: Path, policy: FakePolicy) -> None:
     servers = make(gym, tmp_path, [write_custom_environment(tmp_path / "env")], policy_base_url=policy.base_url)
     servers.start()
@@ -184,6 +198,7 @@ async def test_server_beside_its_config(gym: GymInstallation, tmp_path: Path, po
         await asyncio.to_thread(servers.wait_ready)
         assert servers.sole_agent == "halves_agent" and servers.agents["halves_agent"].resources_server == "halves"
         await roll_out_halves(servers)
+        await fail_halves(servers)
         attached = await asyncio.to_thread(GymServers.attach, servers.head_url)
         attached.connect_policy(policy.base_url, "policy")
         await roll_out_halves(attached)
@@ -219,7 +234,7 @@ def test_config_that_does_not_exist(gym: GymInstallation, tmp_path: Path) -> Non
 def test_gyms_own_complaint_comes_through(gym: GymInstallation, tmp_path: Path) -> None:
     overrides = {"mcqa_simple_agent.responses_api_agents.simple_agent.resources_server.name": "mcqb"}
     with (
-        pytest.raises(GymServerError, match="ServerRefNotFoundError.*mcqa_simple_agent"),
+        pytest.raises(GymServerError, match=r"ServerRefNotFoundError.*mcqa_simple_agent"),
         make(gym, tmp_path, [config_of("mcqa")], overrides=overrides),
     ):
         pass
@@ -232,7 +247,7 @@ def test_busy_head_port_and_death_of_the_host(gym: GymInstallation, tmp_path: Pa
         with pytest.raises(GymServerError, match=rf"cannot listen on 127.0.0.1:{port}.*GymServers\.attach"):
             second.start()
 
-        # The port was free when it was looked at, and somebody else's Gym has it when ours comes: only the nonce tells.
+        # The port was free when we looked, and another Gym has it when ours comes: only the nonce tells.
         third = make(gym, tmp_path / "third", [config_of("mcqa")])
         third.start()
         third._head_url = first.head_url
@@ -287,6 +302,7 @@ async def test_upstream_mode(
         servers.check()
         victim = next(server for server in servers.servers if server.name == "halves")
         os.kill(victim.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        await asyncio.sleep(1)  # a killed process is not gone at once
         with pytest.raises(GymServerError, match="servers have died: `halves`"):
             servers.check()
     finally:

@@ -192,6 +192,7 @@ def _run_entry_point(instance: Instance) -> None:
     except HostError as error:
         raise HostError(f"{instance.label}: {error}") from error
     except (Exception, SystemExit) as error:
+        traceback.print_exc()
         raise HostError(f"{instance.label} failed while starting: {type(error).__name__}: {error}") from error
 
 
@@ -402,11 +403,18 @@ def main(settings_path: str) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        traceback.print_exc()
-        text = str(error) if isinstance(error, HostError) else f"{type(error).__name__}: {error}"
+        text = explain(error)
+        traceback.print_tb(error.__traceback__)
+        sys.stderr.write(f"{text}\n")
         Path(settings["error_path"]).write_text(text)
         return 1
     return 0
+
+
+def explain(error: Exception) -> str:
+    """The message, without the dump of the whole config that Gym attaches to some: it may hold secrets."""
+    text = str(error).partition("Found global config dict yaml")[0].rstrip()
+    return text if isinstance(error, HostError) else f"{type(error).__name__}: {text}"
 
 
 if __name__ == "__main__":

@@ -71,6 +71,10 @@ class PolicyClient:
         """The models that the server serves, adapters included."""
         return self._call("GET", "/v1/models")["data"]
 
+    def server_config(self) -> dict[str, Any]:
+        """vLLM's resolved configuration as a tree, e.g. `["model_config"]["logprobs_mode"]`."""
+        return self._call("GET", "/server_info", params={"config_format": "json"})["vllm_config"]
+
     # -- pause, sleep, caches -----------------------------------------------------------------------------------------
 
     def pause(self, mode: Literal["abort", "wait", "keep"] = "wait", *, timeout_s: float | None = None) -> None:

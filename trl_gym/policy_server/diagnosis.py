@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 _MAX_LOG_BYTES = 512 * 1024  # from the end; the cause is followed by a few hundred lines of consequences
@@ -10,12 +11,18 @@ _MAX_LOG_BYTES = 512 * 1024  # from the end; the cause is followed by a few hund
 # An exception as a traceback ends, argparse's last word, or one of our own refusals; vLLM puts "(EngineCore pid=7)
 # ERROR 11-22 12:00:00 [core.py:1] " in front.
 _PREFIX = re.compile(r"^(?:\((?:\w+)(?: \w+)* pid=\d+\) )?(?:(?:ERROR|CRITICAL) \S+ \S+ \[[^\]]+\] )?")
-_CAUSE = re.compile(r"^(?:[\w.]*(?:Error|Exception)(?:: .+|$)|(?:[\w.-]+: )*error: .+)")
+_CAUSE = re.compile(r"^(?:[\w.]*(?:Error|Exception)(?:: .+|$)|(?:[\w. -]+: )?error: .+)")
+_PYDANTIC = re.compile(r"validation errors? for \w+$")  # the reason is on the next line
 
 # Said by processes that only notice that another one failed.
 _CONSEQUENCES = ("Engine core initialization failed", "Engine core proc", "WorkerProc initialization failed")
 
 _HINTS: list[tuple[str, str]] = [
+    (r"Repo id must be in the form", "a path that was given does not exist on this machine"),
+    (
+        r"greater than the derived max_model_len",
+        "max-model-len is more than the model was made for (max_position_embeddings in its config.json)",
+    ),
     (
         r"unrecognized arguments",
         "this vLLM does not know that flag; `vllm serve --help=all` lists those that it knows",
@@ -58,7 +65,8 @@ def find_cause(log: str) -> str | None:
     The *first* exception that is not a consequence counts: what comes later was raised while handling it, or by a
     process that only noticed. Of lines that repeat it, none adds anything.
     """
-    causes = [line for line in map(_bare, log.splitlines()) if _CAUSE.match(line)]
+    lines = [_PREFIX.sub("", line) for line in log.splitlines()]
+    causes = [_whole(line, following) for line, following in pairwise([*lines, ""]) if _CAUSE.match(line)]
     primary = [line for line in causes if not any(phrase in line for phrase in _CONSEQUENCES)]
     if not (primary or causes):
         return None
@@ -83,5 +91,7 @@ def explain(log_path: Path) -> str:
     return f"{cause}\nHint: {hint}" if hint else cause
 
 
-def _bare(line: str) -> str:
-    return _PREFIX.sub("", line).strip() if not line.startswith(" ") else ""
+def _whole(line: str, following: str) -> str:
+    if _PYDANTIC.search(line):
+        line = f"{line}: {following.strip().partition(' [type=')[0]}"
+    return line.strip()

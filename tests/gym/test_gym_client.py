@@ -78,7 +78,7 @@ async def test_an_answer_with_a_finite_reward(session: aiohttp.ClientSession, se
         (b'{"reward": "1"}', "`reward` is '1'"),
         (b'{"reward": null}', "`reward` is None"),
         (b'{"reward": true}', "`reward` is True"),
-        (b'{"reward": 1, "mask_sample": true, "failure_kind": "judge_failed", "failure_reason": "off"}', "judge_failed: off"),
+        (b'{"reward": 1, "mask_sample": true, "failure_kind": "judge", "failure_reason": "off"}', "judge: off"),
         (b'{"reward": 1, "failure_kind": "judge_failed"}', "masked this sample: judge_failed"),
         (b'{"reward": 1, "instance_config": {"mask_sample": true}}', "masked this sample"),
         (b'{"episode_id": {}, "task_id": {}, "failure": {"failure_reason": "slow", "stage": "seed"}}', "seed: slow"),

@@ -48,7 +48,7 @@ def test_no_body_is_too_strange(body: bytes) -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        "ClientConnectorError(\"Cannot connect to host 127.0.0.1:14347 ssl:default [Connect call failed ('127.0.0.1'\")",
+        'ClientConnectorError("Cannot connect to host 127.0.0.1:1 ssl:default [Connect call failed")',
         "ServerDisconnectedError('Server disconnected')",
         "ConnectionResetError(104, 'Connection reset by peer')",
         "An unknown error occurred",

@@ -162,7 +162,7 @@ def test_illegal_transitions(tmp_path: Path) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ConfigError, match="GymServers.attach"):
+    with pytest.raises(ConfigError, match=r"GymServers\.attach"):
         GymServers(mode="attach")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="list of paths"):
         GymServers("x.yaml")

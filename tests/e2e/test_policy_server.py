@@ -1,0 +1,369 @@
+"""A real vLLM server on a tiny random model: `trl-gym serve` for most tests, then one that a trainer owns.
+
+One server at a time, and each is started once: loading dominates the duration.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for _package in ("vllm", "torch", "transformers"):
+    pytest.importorskip(_package)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "policy_server"))
+from tiny_model import build_model, build_random_policy, build_tokenizer
+
+from trl_gym.errors import PolicyServerError
+from trl_gym.policy_server.client import PolicyClient
+from trl_gym.policy_server.server import PolicyServer
+from trl_gym.processes import bind_socket
+
+pytestmark = pytest.mark.e2e
+
+MAX_MODEL_LEN = 512
+START_TIMEOUT_S = 400.0  # 30 s on a quiet machine
+FLAGS = {"max-model-len": MAX_MODEL_LEN, "enforce-eager": True, "dtype": "float32", "tool-call-parser": "hermes"}
+GREEDY = {"rollout": "greedy", "sampling": {"temperature": 0.0}}
+SAMPLED = {"rollout": "sampled", "sampling": {"temperature": 1.0, "top_p": 1.0}}
+USER = {"role": "user", "content": "What is 47 + 36?"}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "the sum",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
+    },
+}
+SEQUENCES = [[5, 9, 300, 17, 44, 120, 8], [7, 8], [401, 33, 2, 3, 90]]
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Served:
+    """A running `trl-gym serve`, attached to."""
+
+    process: subprocess.Popen[str]
+    server: PolicyServer
+    first_line: str
+
+    @property
+    def client(self) -> PolicyClient:
+        return self.server.client
+
+    def chat(self, messages: list[Json], **body: Any) -> Json:
+        return self.client.chat(messages=messages, timeout_s=120.0, **body)
+
+    def message(self, messages: list[Json], **body: Any) -> Json:
+        return self.chat(messages, **body)["choices"][0]["message"]
+
+
+def serve_argv(model: Path, log_dir: Path, *more: str) -> list[str]:
+    flags = ["--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager", "--dtype", "float32"]
+    flags += ["--tool-call-parser", "hermes", "--log-dir", str(log_dir), "--start-timeout", str(START_TIMEOUT_S)]
+    return [sys.executable, "-m", "trl_gym.cli", "serve", str(model), *flags, *more]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("policy_server")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    return build_random_policy(folder / "tied")
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path, model: Path) -> Iterator[Served]:
+    process = subprocess.Popen(
+        serve_argv(model, folder / "logs", "--port", "0"),
+        stdout=subprocess.PIPE,
+        stderr=(folder / "stderr").open("w"),
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready http://127.0.0.1:"), (folder / "stderr").read_text()
+        yield Served(process, PolicyServer.attach(line.split()[1]), line)
+    finally:
+        process.terminate()
+        process.wait(20.0)
+
+
+def hf_logprobs(*, tie: bool, seed: int) -> list[list[float]]:
+    """What the trainer's own forward pass computes, in float32."""
+    import torch
+
+    model = build_model(build_tokenizer(), tie=tie, seed=seed).eval()
+    result = []
+    for ids in SEQUENCES:
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        result.append(logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
+    return result
+
+
+def largest_difference(a: list[list[float]], b: list[list[float]]) -> float:
+    return max(abs(x - y) for row, other in zip(a, b, strict=True) for x, y in zip(row, other, strict=True))
+
+
+def sync(client: PolicyClient, weights: Path, version: str) -> None:
+    client.init_weight_transfer({})
+    client.pause()
+    client.start_weight_update()
+    client.update_weights({"path": str(weights)})
+    client.finish_weight_update(version)
+    client.reset_caches()
+    client.resume()
+
+
+# -- mistakes, before anything is served ------------------------------------------------------------------------------
+
+
+def failed_serve(argv: list[str]) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=START_TIMEOUT_S)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr.partition("Last lines of its log")[0]
+    return done.stderr
+
+
+def test_a_folder_without_tokenizer_is_one_readable_error(folder: Path, model: Path) -> None:
+    bare = folder / "bare"
+    bare.mkdir()
+    shutil.copy(model / "config.json", bare)
+    assert "has no tokenizer: none of tokenizer.json" in failed_serve(serve_argv(bare, folder / "logs"))
+
+
+def test_a_busy_port_is_one_readable_error(folder: Path, model: Path) -> None:
+    with bind_socket() as taken:
+        port = taken.getsockname()[1]
+        error = failed_serve(serve_argv(model, folder / "logs", "--port", str(port)))
+    assert f"port {port} on 127.0.0.1 is in use" in error
+
+
+def test_an_unknown_flag_is_one_readable_error(folder: Path, model: Path) -> None:
+    error = failed_serve(serve_argv(model, folder / "logs", "--port", "0", "--no-such-flag", "3"))
+    assert "unrecognized arguments: --no-such-flag 3" in error
+    assert "Hint: this vLLM does not know that flag" in error
+    assert "exit code 2" in error and "policy_server-" in error
+
+
+# -- `trl-gym serve` --------------------------------------------------------------------------------------------------
+
+
+def test_what_it_is(served: Served) -> None:
+    info = served.client.info()
+    assert (info["max_model_len"], info["model_names"]) == (MAX_MODEL_LEN, ["policy"])
+    assert info["turn_end_token_id"] == build_tokenizer().eos_token_id
+    assert info["nonce"] and info["vllm_version"] and info["package_version"]
+    assert served.client.health() and served.client.models()[0]["id"] == "policy"
+
+
+def test_the_bundle(served: Served) -> None:
+    answer = served.chat([USER], temperature=0.0, max_tokens=5, logprobs=True, return_tokens_as_token_ids=True)
+    choice = answer["choices"][0]
+    message = choice["message"]
+    assert message["prompt_token_ids"] == served.client.render([USER])
+    assert message["prompt_token_ids"] == build_tokenizer().apply_chat_template(
+        [USER], add_generation_prompt=True, return_dict=False
+    )
+    content = choice["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == [f"token_id:{t}" for t in message["generation_token_ids"]]
+    assert message["generation_log_probs"] == [entry["logprob"] for entry in content]
+    assert answer["usage"]["prompt_tokens"] == len(message["prompt_token_ids"])
+    assert answer["usage"]["completion_tokens"] == len(message["generation_token_ids"])
+    assert answer["weight_version"] == served.client.weight_version()
+
+
+def test_four_turns_keep_every_sampled_token(served: Served) -> None:
+    messages: list[Json] = [USER]
+    seen: list[int] = []
+    drifts_without_us = 0
+    for turn in range(4):
+        answer = served.chat(messages, max_tokens=12, trl_gym=SAMPLED)
+        message = answer["choices"][0]["message"]
+        assert message["prompt_token_ids"][: len(seen)] == seen
+        assert "trl_gym" not in answer
+        plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+        drifts_without_us += served.client.render(plain)[: len(seen)] != seen
+        seen = message["prompt_token_ids"] + message["generation_token_ids"]
+        messages += [message, {"role": "user", "content": f"and {turn} + 1?"}]
+    assert drifts_without_us >= 2, "the template would have kept the tokens by itself: this test shows nothing"
+
+
+def test_a_tool_call_is_parsed_from_a_forced_prompt(served: Served) -> None:
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 47, "b": 36}}\n</tool_call>'
+    messages = [USER, served.message([USER], max_tokens=8, trl_gym=SAMPLED, tools=[TOOL])]
+    messages += [{"role": "user", "content": "Use the tool."}]
+    before = served.client.info()["counters"]["spliced"]
+    first = served.message(
+        messages, tools=[TOOL], tool_choice="auto", trl_gym=SAMPLED, structured_outputs={"choice": [call]}
+    )
+    assert served.client.info()["counters"]["spliced"] == before + 1
+    assert first["tool_calls"][0]["function"]["name"] == "add"
+    messages += [first, {"role": "tool", "tool_call_id": first["tool_calls"][0]["id"], "content": "83"}]
+    second = served.message(messages, tools=[TOOL], max_tokens=8, trl_gym=SAMPLED)
+    seen = first["prompt_token_ids"] + first["generation_token_ids"]
+    assert second["prompt_token_ids"][: len(seen)] == seen
+    assert "<tool_response>\n83" in build_tokenizer().decode(second["prompt_token_ids"][len(seen) :])
+
+
+def test_the_rollouts_sampling_wins(served: Served) -> None:
+    pinned = served.message([USER], temperature=2.0, max_tokens=12, trl_gym=GREEDY)["generation_token_ids"]
+    assert pinned == served.message([USER], temperature=0.0, max_tokens=12)["generation_token_ids"]
+    sampled = [
+        tuple(served.message([USER], temperature=0.0, max_tokens=12, trl_gym=SAMPLED)["generation_token_ids"])
+        for _ in range(2)
+    ]
+    assert sampled[0] != sampled[1]
+
+
+def test_logprobs_are_those_of_the_sampling_temperature(served: Served) -> None:
+    tag = {"rollout": "hot", "sampling": {"temperature": 2.0, "top_p": 1.0}}
+    message = served.message([USER], max_tokens=6, trl_gym=tag)
+    ids = message["prompt_token_ids"] + message["generation_token_ids"]
+
+    import torch
+
+    with torch.no_grad():
+        logits = build_model(build_tokenizer(), tie=True, seed=0).eval()(torch.tensor([ids])).logits[0, :-1] / 2.0
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    sampled = expected[-len(message["generation_token_ids"]) :]
+    assert message["generation_log_probs"] == pytest.approx(sampled, abs=1e-3)
+
+
+def test_the_room_is_clamped_and_an_overflow_ends_a_rollout_gracefully(served: Served) -> None:
+    long = [{"role": "user", "content": "1" * (MAX_MODEL_LEN - 30)}]
+    length = len(served.client.render(long))
+    assert length < MAX_MODEL_LEN
+    message = served.message(long, max_tokens=10_000, ignore_eos=True, trl_gym=SAMPLED)
+    assert len(message["generation_token_ids"]) == MAX_MODEL_LEN - length
+    messages = [*long, message, {"role": "user", "content": "more"}]
+    for too_long in (messages, [{"role": "user", "content": "1" * MAX_MODEL_LEN}]):
+        with pytest.raises(PolicyServerError, match="HTTP 400: .*maximum context length"):
+            served.chat(too_long, trl_gym=SAMPLED)
+    assert served.client.info()["counters"]["overflows"] >= 2
+
+
+def test_a_completion_budget_spans_the_rollout(served: Served) -> None:
+    tag = {**SAMPLED, "completion_budget": 40}
+    first = served.message([USER], max_tokens=10, ignore_eos=True, trl_gym=tag)
+    messages = [USER, first, {"role": "user", "content": "2"}]
+    second = served.message(messages, ignore_eos=True, trl_gym=tag)
+    total = len(second["prompt_token_ids"]) + len(second["generation_token_ids"])
+    assert total - len(first["prompt_token_ids"]) == 40
+
+
+def test_an_untagged_request_is_the_stock_answer_and_the_bundle(served: Served) -> None:
+    body = {"messages": [USER], "temperature": 0.0, "max_tokens": 12}
+    response = served.client._session.post(f"{served.client.base_url}/chat/completions", json={**body, "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert "token_ids" not in response.text or '"token_ids":null' in response.text
+    choice = served.client.chat(**body)["choices"][0]
+    assert choice["logprobs"] is None and choice["token_ids"] is None
+    assert choice["message"]["generation_token_ids"]
+    assert len(choice["message"]["generation_log_probs"]) == len(choice["message"]["generation_token_ids"])
+
+
+def test_new_weights_change_what_the_tied_model_computes(served: Served, folder: Path) -> None:
+    old, new = hf_logprobs(tie=True, seed=0), hf_logprobs(tie=True, seed=1)
+    assert largest_difference(old, new) > 0.5
+    assert largest_difference(served.client.prompt_logprobs(SEQUENCES), old) < 1e-3
+    sync(served.client, build_random_policy(folder / "tied1", seed=1) / "model.safetensors", "step-1")
+    assert largest_difference(served.client.prompt_logprobs(SEQUENCES), new) < 1e-3
+    assert served.client.weight_version() == "step-1"
+    assert served.chat([USER], max_tokens=2)["weight_version"] == "step-1"
+
+
+def test_a_file_that_cannot_be_read_leaves_the_weights_alone(served: Served, folder: Path) -> None:
+    before = served.client.prompt_logprobs(SEQUENCES)
+    served.client.start_weight_update()
+    with pytest.raises(PolicyServerError, match=r"update_weights: HTTP 500: .*No such file"):
+        served.client.update_weights({"path": str(folder / "missing.safetensors")})
+    assert served.client.prompt_logprobs(SEQUENCES) == before
+
+
+def test_ctrl_c_ends_it_and_it_said_one_line(served: Served) -> None:
+    started = time.monotonic()
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(15.0) in (0, 130)
+    assert time.monotonic() - started < 10.0
+    assert served.process.stdout is not None
+    assert served.process.stdout.read() == ""
+    assert not served.client.health()
+
+
+# -- a server that a trainer owns -------------------------------------------------------------------------------------
+
+OWNER = """
+import sys, time
+from trl_gym.policy_server.server import PolicyServer
+server = PolicyServer(sys.argv[1], vllm_args=%r, log_dir=sys.argv[2], start_timeout_s=%r)
+with server:
+    print(server.base_url, flush=True)
+    time.sleep(600)
+"""
+
+
+def descendants(pid: int) -> set[int]:
+    import psutil
+
+    return {child.pid for child in psutil.Process(pid).children(recursive=True)}
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_an_owned_untied_server_takes_weights_and_dies_with_its_owner(folder: Path) -> None:
+    model = build_random_policy(folder / "untied", tie=False)
+    code = OWNER % (FLAGS, START_TIMEOUT_S)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, str(model), str(folder / "owned_logs")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert owner.stdout is not None
+        client = PolicyClient(owner.stdout.readline().strip(), timeout_s=120.0)
+        sync(client, build_random_policy(folder / "untied1", tie=False, seed=1) / "model.safetensors", "1")
+        assert largest_difference(client.prompt_logprobs(SEQUENCES), hf_logprobs(tie=False, seed=1)) < 1e-3
+        incomplete_update_is_refused(client, model, folder)
+        processes = descendants(owner.pid)
+        assert len(processes) >= 3  # supervisor, API server, engine
+    finally:
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.wait()
+    deadline = time.monotonic() + 10.0
+    while any(map(alive, processes)):
+        assert time.monotonic() < deadline, "processes outlived their owner"
+        time.sleep(0.1)
+
+
+def incomplete_update_is_refused(client: PolicyClient, model: Path, folder: Path) -> None:
+    """Last on a server: it cannot serve afterwards."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    weights.pop("model.layers.1.self_attn.k_proj.weight")
+    save_file(weights, folder / "incomplete.safetensors")
+    client.start_weight_update()
+    client.update_weights({"path": str(folder / "incomplete.safetensors")})
+    with pytest.raises(PolicyServerError, match=r"lacks 1 parameters of the model: .*k_proj"):
+        client.finish_weight_update("2")
+    assert client.weight_version() == "1"

@@ -1,0 +1,95 @@
+"""A small ASGI application that answers like vLLM, for tests of the middleware.
+
+Characters are tokens (code points below 0x1000), `END` closes a turn. It samples `reply`, whatever the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+END = 2
+Json = dict[str, Any]
+
+
+def render(messages: list[Json], add_generation_prompt: bool = True, **_: Any) -> list[int]:
+    """`<role initial>content END`; assistant turns are written upper case, so that they re-tokenize differently."""
+    ids: list[int] = []
+    for message in messages:
+        content = message.get("content") or ""
+        text = content.upper() if message["role"] == "assistant" else content
+        ids += [*map(ord, message["role"][0] + text), END]
+    return [*ids, ord("a")] if add_generation_prompt else ids
+
+
+@dataclass
+class FakeVllm:
+    """What it was asked is in `requests`; `change_answer` lets a test corrupt what it says."""
+
+    max_model_len: int = 200
+    weight_version: str = "default"
+    reply: list[int] = field(default_factory=lambda: [ord("o"), ord("k"), END])
+    render: Callable[..., list[int]] = render
+    change_answer: Callable[[Json], None] = lambda answer: None
+    requests: list[tuple[str, Json]] = field(default_factory=list)
+
+    def chats(self) -> list[Json]:
+        return [body for path, body in self.requests if path == "/v1/chat/completions"]
+
+    async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http", scope
+        body = (await receive())["body"] if scope["method"] == "POST" else b""
+        headers = dict(scope["headers"])
+        assert int(headers.get(b"content-length", len(body))) == len(body)
+        status, payload = self.answer(scope["path"], body)
+        await send(
+            {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]}
+        )
+        await send({"type": "http.response.body", "body": json.dumps(payload).encode()})
+
+    def answer(self, path: str, body: bytes) -> tuple[int, Json]:
+        try:
+            request = json.loads(body) if body else {}
+        except ValueError:
+            return 422, {"detail": "no JSON"}
+        self.requests.append((path, request))
+        match path:
+            case "/v1/models":
+                return 200, {"data": [{"id": "policy", "max_model_len": self.max_model_len}]}
+            case "/version":
+                return 200, {"version": "0.31.0"}
+            case "/weight_info":
+                return 200, {"weight_version": self.weight_version}
+            case "/finish_weight_update":
+                self.weight_version = request["weight_version"]
+                return 200, {"message": "ok"}
+            case "/tokenize":
+                return 200, {"tokens": self.render(**request)}
+            case "/v1/chat/completions":
+                return self.chat(request)
+            case "/health":
+                return 200, {}
+        return 404, {"detail": "Not Found"}
+
+    def chat(self, request: Json) -> tuple[int, Json]:
+        if not request.get("messages"):
+            return 400, {"error": {"message": "messages missing"}}
+        forced = (request.get("kv_transfer_params") or {}).get("prompt_token_ids") or request.get("prompt_token_ids")
+        prompt = forced or self.render(**request)
+        content = [{"token": chr(t), "logprob": -0.5} for t in self.reply]
+        answer: Json = {
+            "choices": [
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": "".join(chr(t) for t in self.reply if t != END)},
+                    "logprobs": {"content": content} if request.get("logprobs") else None,
+                    "token_ids": self.reply if request.get("return_token_ids") else None,
+                }
+                for index in range(request.get("n") or 1)
+            ],
+            "prompt_token_ids": prompt if request.get("return_token_ids") else None,
+        }
+        self.change_answer(answer)
+        return 200, answer

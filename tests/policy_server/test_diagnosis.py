@@ -1,0 +1,54 @@
+"""The line of vLLM's log that says why it ended. The logs are excerpts of real ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from trl_gym.policy_server.diagnosis import find_cause, hint_for
+
+ENGINE = """
+(EngineCore pid=7) ERROR 11-22 13:10:48 [core.py:1433] EngineCore failed to start.
+(EngineCore pid=7) ERROR 11-22 13:10:48 [core.py:1433] Traceback (most recent call last):
+(EngineCore pid=7) ERROR 11-22 13:10:48 [core.py:1433]     raise ValueError(
+(EngineCore pid=7) ERROR 11-22 13:10:48 [core.py:1433] ValueError: No available memory for the cache blocks. Try more.
+Traceback (most recent call last):
+    raise RuntimeError(
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+ARGPARSE = """
+                                       [--dtype {auto,half}]
+python -m trl_gym.policy_server: error: unrecognized arguments: --no-such-flag 3
+"""
+PYDANTIC = """
+pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, Model architectures ['FooForCausalLM'] are not supported for now. [type=value_error, input_value=X]
+    For further information visit https://errors.pydantic.dev/2.14/v/value_error
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "cause", "hint"),
+    [
+        (ENGINE, "ValueError: No available memory for the cache blocks. Try more.", "KV cache is too small"),
+        (ARGPARSE, "unrecognized arguments: --no-such-flag 3", "does not know that flag"),
+        (
+            PYDANTIC,
+            "Model architectures ['FooForCausalLM'] are not supported for now.",
+            "cannot serve the architecture",
+        ),
+        ("error: invalid tool call parser: nope (chose from { hermes })", "nope", "--tool-parser-plugin"),
+        ("OSError: [Errno 98] Address already in use", "Address already in use", "leave it at 0"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried", "CUDA out of memory", "gpu-memory-utilization"),
+        ("ValueError: Invalid weight transfer backend: file. Available", "backend: file", "VLLM_PLUGINS"),
+        ("KeyError: 'something new'", "KeyError: 'something new'", None),
+    ],
+)
+def test_cause_and_hint(log: str, cause: str, hint: str | None) -> None:
+    found = find_cause(log)
+    assert found is not None and cause in found
+    assert "[type=" not in found
+    assert hint_for(found) is None if hint is None else hint in str(hint_for(found))
+
+
+def test_a_log_without_an_error_has_no_cause() -> None:
+    assert find_cause("INFO all is well\nno Error here\n") is None

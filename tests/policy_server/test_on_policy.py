@@ -1,0 +1,270 @@
+"""The middleware around a fake server that renders assistant turns differently than they were sampled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from fake_vllm import END, FakeVllm, Json, render
+
+from trl_gym.policy_server.on_policy import OnPolicyMiddleware
+
+TAG = {"rollout": "r0", "sampling": {"temperature": 0.7, "top_p": 0.9}}
+USER = {"role": "user", "content": "hi"}
+
+
+class Http:
+    """Talks to the middleware in process."""
+
+    def __init__(self, app: FakeVllm) -> None:
+        self.app, self.middleware = app, OnPolicyMiddleware(app)
+
+    async def __call__(
+        self, method: str, path: str, body: Json | bytes = b"", headers: dict[bytes, bytes] | None = None
+    ) -> tuple[int, Any]:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        pending = [raw[: len(raw) // 2], raw[len(raw) // 2 :]]  # bodies come in pieces
+        sent: list[Json] = []
+
+        async def receive() -> Json:
+            if not pending:
+                await asyncio.Event().wait()
+            return {"type": "http.request", "body": pending.pop(0), "more_body": bool(pending)}
+
+        async def send(message: Json) -> None:
+            sent.append(message)
+
+        given = {b"content-length": str(len(raw)).encode(), **(headers or {})}
+        scope = {"type": "http", "method": method, "path": path, "headers": list(given.items()), "query_string": b""}
+        if path != "/v1/chat/completions" or b"stream" in raw:
+            pending[:] = [raw]  # the fake reads one piece
+        await self.middleware(scope, receive, send)
+        return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]) or b"null")
+
+    async def chat(self, messages: list[Json], **body: Any) -> Json:
+        status, answer = await self("POST", "/v1/chat/completions", {"messages": messages, **body})
+        assert status == 200, answer
+        return answer
+
+    async def counters(self) -> Json:
+        return (await self("GET", "/trl_gym/info"))[1]["counters"]
+
+
+@pytest.fixture
+def app() -> FakeVllm:
+    return FakeVllm()
+
+
+@pytest.fixture
+def http(app: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Http:
+    monkeypatch.setenv("TRL_GYM_NONCE", "n1")
+    return Http(app)
+
+
+async def converse(http: Http, num_turns: int, **body: Any) -> list[Json]:
+    """`num_turns` turns of one rollout; the messages, answers included."""
+    messages: list[Json] = [USER]
+    for turn in range(num_turns):
+        message = (await http.chat(messages, **{"trl_gym": TAG, **body}))["choices"][0]["message"]
+        messages += [message, {"role": "user", "content": f"more {turn}"}]
+    return messages
+
+
+async def test_info(http: Http) -> None:
+    status, info = await http("GET", "/trl_gym/info")
+    assert status == 200
+    assert info["nonce"] == "n1"
+    assert (info["max_model_len"], info["model_names"], info["turn_end_token_id"]) == (200, ["policy"], END)
+    assert (info["vllm_version"], info["weight_version"]) == ("0.31.0", "default")
+
+
+async def test_every_prompt_starts_with_all_tokens_seen(http: Http, app: FakeVllm) -> None:
+    messages = await converse(http, 4)
+    seen: list[int] = []
+    for message in messages[1::2]:
+        assert message["prompt_token_ids"][: len(seen)] == seen
+        assert message["generation_log_probs"] == [-0.5] * 3
+        seen = message["prompt_token_ids"] + message["generation_token_ids"]
+    last = messages[-2]["prompt_token_ids"]
+    assert "ok" in "".join(map(chr, last)) and "OK" not in "".join(map(chr, last))  # sampled, not rendered
+    assert last.count(END) == 7  # none doubled
+    assert (await http.counters()) == {"requests": 4, "spliced": 3, "served_as_rendered": 0, "overflows": 0}
+    assert all("generation_token_ids" not in m for chat in app.chats() for m in chat["messages"])
+
+
+async def test_a_turn_cut_off_at_its_limit_is_closed_by_the_template(http: Http, app: FakeVllm) -> None:
+    app.reply = [ord("o")]
+    messages = await converse(http, 2)
+    first, second = messages[1], messages[3]
+    seen = first["prompt_token_ids"] + first["generation_token_ids"]
+    assert second["prompt_token_ids"][: len(seen) + 1] == [*seen, END]
+
+
+async def test_one_index_for_both_renders_when_a_later_answer_has_no_ids(http: Http) -> None:
+    messages = await converse(http, 1)
+    messages += [{"role": "assistant", "content": "forced"}, {"role": "user", "content": "and?"}]
+    message = (await http.chat(messages, trl_gym=TAG))["choices"][0]["message"]
+    text = "".join(map(chr, message["prompt_token_ids"]))
+    assert "more 0" in text and "FORCED" in text and "and?" in text
+
+
+async def test_nothing_new_starts_another_assistant_turn(http: Http) -> None:
+    messages = (await converse(http, 1))[:2]
+    message = (await http.chat(messages, trl_gym=TAG))["choices"][0]["message"]
+    first = messages[1]
+    assert message["prompt_token_ids"] == first["prompt_token_ids"] + first["generation_token_ids"] + [ord("a")]
+
+
+async def test_continuing_the_sampled_turn_uses_it_as_it_is(http: Http, app: FakeVllm) -> None:
+    app.reply = [ord("o")]
+    messages = (await converse(http, 1))[:2]
+    ending = {"continue_final_message": True, "add_generation_prompt": False}
+    message = (await http.chat(messages, trl_gym=TAG, **ending))["choices"][0]["message"]
+    assert message["prompt_token_ids"] == messages[1]["prompt_token_ids"] + messages[1]["generation_token_ids"]
+
+
+async def test_no_boundary_is_reported_and_not_guessed(http: Http, app: FakeVllm) -> None:
+    app.render = lambda messages, **_: [*map(ord, "".join(m["content"] for m in messages))]  # closes nothing
+    messages: list[Json] = [USER]
+    answer = await http.chat(messages, trl_gym=TAG)
+    assert "trl_gym" not in answer
+    messages += [answer["choices"][0]["message"], {"role": "user", "content": "more"}]
+    answer = await http.chat(messages, trl_gym=TAG)
+    assert "writes nothing after" in answer["trl_gym"]["drift"]
+    assert answer["choices"][0]["message"]["prompt_token_ids"] == [*map(ord, "hiokmore")]
+    assert (await http.counters())["served_as_rendered"] == 1
+
+
+async def test_images_are_never_dropped(http: Http, app: FakeVllm) -> None:
+    messages = await converse(http, 1)
+    app.render = lambda messages, **_: [5, END]
+    messages[-1] = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    answer = await http.chat(messages, trl_gym=TAG)
+    assert "images" in answer["trl_gym"]["drift"]
+    assert "kv_transfer_params" not in app.chats()[-1]
+
+
+async def test_sampling_is_pinned(http: Http, app: FakeVllm) -> None:
+    tag = {"rollout": "r", "sampling": {"temperature": 0.7, "top_p": 1.0, "top_k": None}}
+    await http.chat([USER], temperature=0.1, top_k=5, trl_gym=tag)
+    sent = app.chats()[-1]
+    assert (sent["temperature"], sent["top_p"], "top_k" in sent, "trl_gym" in sent) == (0.7, 1.0, False, False)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"trl_gym": TAG, "n": 2}, "n must be 1"),
+        ({"trl_gym": TAG, "stream": True}, "cannot be streamed"),
+        ({"trl_gym": {"rollout": "r", "sampling": {"typical_p": 1}}}, "typical_p"),
+        ({"trl_gym": {"rollout": "r", "budget": 1}}, "unknown keys: budget"),
+        ({"trl_gym": {"sampling": {}}}, "rollout"),
+        ({"trl_gym": {"rollout": "r", "completion_budget": 0}}, "completion_budget"),
+        ({"messages": [{"role": "assistant", "content": "", "generation_token_ids": [1]}]}, "prompt_token_ids"),
+    ],
+)
+async def test_a_contradiction_is_a_400_that_names_it(http: Http, body: Json, message: str) -> None:
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": [USER], **body})
+    assert status == 400
+    assert message in answer["error"]["message"]
+
+
+async def test_max_tokens_is_clamped_to_the_room(http: Http, app: FakeVllm) -> None:
+    app.max_model_len = 10
+    await http.chat([USER], trl_gym=TAG, max_tokens=100)
+    assert app.chats()[-1]["max_tokens"] == 10 - len(render([USER]))
+    await http.chat([USER], trl_gym=TAG, max_completion_tokens=2)
+    assert app.chats()[-1]["max_completion_tokens"] == 2
+
+
+async def test_the_budget_counts_all_that_follows_the_first_prompt(http: Http, app: FakeVllm) -> None:
+    tag = {**TAG, "completion_budget": 20}
+    messages = await converse(http, 1, trl_gym=tag, max_tokens=50)
+    assert app.chats()[-1]["max_tokens"] == 20
+    answer = await http.chat(messages, trl_gym=tag)
+    used = len(answer["choices"][0]["message"]["prompt_token_ids"]) - len(render([USER]))
+    assert app.chats()[-1]["max_tokens"] == 20 - used
+
+
+async def test_overflow_is_the_400_that_ends_a_rollout_gracefully(http: Http, app: FakeVllm) -> None:
+    messages = await converse(http, 1)
+    app.max_model_len = 8
+    http.middleware = OnPolicyMiddleware(app)
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": messages, "trl_gym": TAG})
+    assert status == 400
+    assert "maximum context length" in answer["error"]["message"]
+    assert answer["error"]["code"] == 400
+    assert (await http.counters())["overflows"] == 1
+
+
+async def test_an_untagged_request_is_answered_as_stock_plus_the_bundle(http: Http, app: FakeVllm) -> None:
+    answer = await http.chat([USER], temperature=0.1, n=2, max_tokens=10**6)
+    assert (app.chats()[-1]["temperature"], app.chats()[-1]["max_tokens"]) == (0.1, 10**6)
+    assert not any(path == "/tokenize" for path, _ in app.requests)
+    for choice in answer["choices"]:
+        assert choice["logprobs"] is None and choice["token_ids"] is None
+        assert choice["message"]["generation_token_ids"] == app.reply
+    assert answer["prompt_token_ids"] is None
+    asked = await http.chat([USER], logprobs=True, return_token_ids=True)
+    assert asked["choices"][0]["logprobs"] and asked["choices"][0]["token_ids"] and asked["prompt_token_ids"]
+
+
+async def test_streams_and_nonsense_go_through_untouched(http: Http, app: FakeVllm) -> None:
+    await http("POST", "/v1/chat/completions", {"messages": [USER], "stream": True})
+    assert "return_token_ids" not in app.chats()[-1]
+    assert (await http("POST", "/v1/chat/completions", b"{nonsense stream"))[0] == 422
+    assert (await http("POST", "/v1/chat/completions", b'{"stream": false}'))[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("logprob", -9999.0, "no finite number"),  # what vLLM writes for minus infinity
+        ("logprob", None, "no finite number"),
+        ("token_ids", [1], "3 logprobs for 1 sampled tokens"),
+        ("prompt_token_ids", [1, 2], "did not use the exact prompt"),
+    ],
+)
+async def test_a_bundle_that_is_not_exact_is_a_500(
+    http: Http, app: FakeVllm, key: str, value: Any, message: str
+) -> None:
+    messages = await converse(http, 1)
+
+    def corrupt(answer: Json) -> None:
+        choice = answer["choices"][0]
+        place = {"logprob": choice["logprobs"]["content"][1], "token_ids": choice}.get(key, answer)
+        place[key] = value
+
+    app.change_answer = corrupt
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": messages, "trl_gym": TAG})
+    assert status == 500
+    assert message in answer["error"]["message"]
+
+
+async def test_the_weight_version_follows_an_update(http: Http, app: FakeVllm) -> None:
+    assert (await http.chat([USER]))["weight_version"] == "default"
+    await http("POST", "/finish_weight_update", {"weight_version": "7"})
+    assert (await http.chat([USER]))["weight_version"] == "7"
+    assert sum(path == "/weight_info" for path, _ in app.requests) == 2  # cached in between
+
+
+async def test_with_a_key_every_route_but_health_demands_it(app: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_GYM_API_KEY", "first\nsecond")
+    http = Http(app)
+    for path in ("/trl_gym/info", "/v1/models", "/weight_info", "/metrics"):
+        assert (await http("GET", path))[0] == 401
+        assert (await http("GET", path, headers={b"authorization": b"Bearer wrong"}))[0] == 401
+    assert (await http("GET", "/weight_info", headers={b"authorization": b"Bearer second"}))[0] == 200
+    assert (await http("GET", "/trl_gym/info", headers={b"authorization": b"Bearer first"}))[0] == 200
+    assert (await http("GET", "/health"))[0] == 200
+
+
+async def test_the_first_class_field_is_used_where_there_is_one(
+    app: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_GYM_PROMPT_FIELD", "1")
+    await converse(Http(app), 2)
+    assert "kv_transfer_params" not in app.chats()[-1]
+    assert app.chats()[-1]["prompt_token_ids"]

@@ -1,0 +1,135 @@
+"""PolicyClient against a real HTTP server: what is sent, and that every failure is a readable PolicyServerError."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from trl_gym.errors import PolicyServerError
+from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
+
+Answers = dict[str, tuple[int, Any]]
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[PolicyClient, Answers, list[tuple[str, str, Any]]]]:
+    answers: Answers = {}
+    seen: list[tuple[str, str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            seen.append((self.command, self.path, json.loads(body) if body else None))
+            status, payload = answers.get(self.path.partition("?")[0], (200, {}))
+            if payload == "slow":
+                time.sleep(1.0)
+            raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    client = PolicyClient(f"http://127.0.0.1:{http.server_port}/v1", timeout_s=5.0)
+    yield client, answers, seen
+    client.close()
+    http.shutdown()
+    http.server_close()
+
+
+def test_one_weight_update(server: Any) -> None:
+    client, answers, seen = server
+    answers["/weight_info"] = (200, {"weight_version": "7"})
+    answers["/reset_mm_cache"] = (200, b"")
+    client.init_weight_transfer({})
+    client.pause()
+    client.start_weight_update()
+    client.update_weights({"path": "/dev/shm/w"})
+    client.finish_weight_update("7")
+    client.reset_caches()
+    client.resume()
+    assert client.weight_version() == "7"
+    assert seen == [
+        ("POST", "/init_weight_transfer_engine", {"init_info": {}}),
+        ("POST", "/pause?mode=wait", None),
+        ("POST", "/start_weight_update", None),
+        ("POST", "/update_weights", {"update_info": {"path": "/dev/shm/w"}}),
+        ("POST", "/finish_weight_update", {"weight_version": "7"}),
+        ("POST", "/reset_prefix_cache", None),
+        ("POST", "/reset_mm_cache", None),
+        ("POST", "/reset_encoder_cache", None),
+        ("POST", "/resume", None),
+        ("GET", "/weight_info", None),
+    ]
+
+
+def test_sleep_and_wake_up(server: Any) -> None:
+    client, _, seen = server
+    client.sleep(2)
+    client.wake_up(["weights", "kv_cache"])
+    client.wake_up()
+    assert [path for _, path, _ in seen] == ["/sleep?level=2", "/wake_up?tags=weights&tags=kv_cache", "/wake_up"]
+
+
+def test_a_prefix_cache_in_use_is_an_error(server: Any) -> None:
+    client, answers, _ = server
+    answers["/reset_prefix_cache"] = (200, {"success": False})
+    with pytest.raises(PolicyServerError, match="Pause the server first"):
+        client.reset_caches()
+
+
+def test_prompt_logprobs_are_those_of_the_tokens_themselves(server: Any) -> None:
+    client, answers, seen = server
+    entries = [None, {"5": {"logprob": -1.5}, "6": {"logprob": -0.1}}]
+    answers["/v1/completions"] = (
+        200,
+        {"choices": [{"index": 1, "prompt_logprobs": [None]}, {"index": 0, "prompt_logprobs": entries}]},
+    )
+    assert client.prompt_logprobs([[4, 5], [9]]) == [[-1.5], []]
+    assert seen[0][2]["prompt"] == [[4, 5], [9]]
+    assert client.prompt_logprobs([]) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "payload", "words"),
+    [
+        (400, {"error": {"message": "maximum context length"}}, "HTTP 400: maximum context length"),
+        (422, {"detail": "bad body"}, "HTTP 422: bad body"),
+        (500, b"Internal Server Error", "HTTP 500: Internal Server Error"),
+        (200, b"<html>", "is not JSON"),
+    ],
+)
+def test_an_answer_that_is_an_error(server: Any, status: int, payload: Any, words: str) -> None:
+    client, answers, _ = server
+    answers["/weight_info"] = (status, payload)
+    with pytest.raises(PolicyServerError, match=f"GET http://127.0.0.1.*/weight_info: .*{words}") as caught:
+        client.weight_version()
+    if status != 200:
+        assert isinstance(caught.value, PolicyResponseError) and caught.value.status == status
+
+
+def test_a_slow_answer_and_none_at_all(server: Any) -> None:
+    client, answers, _ = server
+    answers["/trl_gym/info"] = (200, "slow")
+    with pytest.raises(PolicyServerError, match=r"no answer within 0.2 s"):
+        client.info(timeout_s=0.2)
+    assert client.health()
+    gone = PolicyClient("http://127.0.0.1:9/v1")
+    assert not gone.health()
+    with pytest.raises(PolicyServerError, match="cannot be reached"):
+        gone.resume()
