@@ -312,8 +312,8 @@ async def test_upstream_mode(
     assert not {path.name for path in tmp_path.iterdir()} - {"env", "logs"}, "nothing in the user's folder"
 
 
-def test_a_free_port_is_needed_for_nothing(gym: GymInstallation, tmp_path: Path) -> None:
-    """A fixed head port works and is announced."""
+def test_fixed_head_port(gym: GymInstallation, tmp_path: Path) -> None:
+    """The port that the user chose is the one that answers."""
     sock = bind_socket()
     port = sock.getsockname()[1]
     sock.close()

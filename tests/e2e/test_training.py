@@ -1,0 +1,393 @@
+"""The whole loop on real parts: vLLM server, NeMo Gym, TRL; a policy that can learn, and one that only samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.policy_server.tiny_model import build_random_policy
+from trl_gym import GymGRPOConfig, GymGRPOTrainer, GymServers, PolicyServer, load_gym_dataset
+from trl_gym.errors import RolloutError
+from trl_gym.rollouts.journal import read_journal
+from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.trajectory import model_calls
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+CALCULATOR = ROOT / "recipes" / "environments" / "calculator"
+# Measured below 1e-4 in float32; the bound is the one that the project promises.
+MAX_MEAN_GAP = 0.02
+
+
+class RecordingTrainer(GymGRPOTrainer):
+    """Keeps what reaches the loss, and the rollouts it came from."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seen: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        self.seen.append({"mode": self._mode, "step": self.state.global_step, "rollouts": self._rollouts, **output})
+        return output
+
+
+def gap(batch: dict[str, Any]) -> float:
+    """Mean absolute difference in nats between sampling and training log-probabilities of the trained tokens."""
+    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    return (batch["old_per_token_logps"] - batch["sampling_per_token_logps"])[mask].abs().mean().item()
+
+
+def config(output_dir: Path, **changes: Any) -> GymGRPOConfig:
+    return GymGRPOConfig(
+        **{
+            "output_dir": str(output_dir),
+            "use_cpu": True,
+            "seed": 0,
+            "num_generations": 8,
+            "per_device_train_batch_size": 64,
+            "max_completion_length": 64,
+            "max_steps": 8,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "per_device_eval_batch_size": 64,
+            "num_generations_eval": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "gym_deadline": 120,
+        }
+        | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, calculator_data: Any) -> tuple[Path, Path]:
+    return calculator_data.generate(tmp_path_factory.mktemp("data"), num_train=512, num_validation=64, seed=0)
+
+
+@pytest.fixture(scope="module")
+def policy(small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
+    with PolicyServer(
+        small_policy,
+        vllm_args={
+            "dtype": "float32",
+            "max-model-len": 512,
+            "enforce-eager": True,
+            "tool-call-parser": "hermes",
+            "max-num-seqs": 128,
+        },
+        log_dir=tmp_path_factory.mktemp("policy"),
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def gym(policy: PolicyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GymServers]:
+    with GymServers(
+        [CALCULATOR / "calculator.yaml"], policy_base_url=policy.base_url, log_dir=tmp_path_factory.mktemp("gym")
+    ) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def run(
+    small_policy: Path,
+    policy: PolicyServer,
+    gym: GymServers,
+    data: tuple[Path, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> RecordingTrainer:
+    """One training run that several tests look at."""
+    train, validation = data
+    trainer = RecordingTrainer(
+        model=str(small_policy),
+        args=config(tmp_path_factory.mktemp("run")),
+        train_dataset=load_gym_dataset(train),
+        eval_dataset=load_gym_dataset(validation),
+        policy_server=policy,
+        gym_servers=gym,
+    )
+    trainer.train()
+    return trainer
+
+
+def test_every_trained_trajectory_is_contiguous(run: RecordingTrainer) -> None:
+    """Independent of the code under test: the last prompt of a rollout holds every token seen before, and what is
+    trained is exactly that prompt and the last generation."""
+    rollouts = [rollout for batch in run.seen for rollout in batch["rollouts"]]
+    assert len(rollouts) >= 8 * 64
+    assert all(rollout.failure is None for rollout in rollouts)
+    num_turns = set()
+    for rollout in rollouts:
+        calls = model_calls(rollout.answer)
+        num_turns.add(len(calls))
+        for before, after in zip(calls, calls[1:], strict=False):
+            seen = before.prompt_ids + before.generation_ids
+            assert after.prompt_ids[: len(seen)] == seen
+        [trajectory] = rollout.trajectories
+        assert trajectory.prompt_ids + trajectory.completion_ids == calls[-1].prompt_ids + calls[-1].generation_ids
+    assert 2 in num_turns
+
+
+def test_trainer_and_server_agree_before_and_after_every_sync(run: RecordingTrainer) -> None:
+    gaps = [gap(batch) for batch in run.seen]
+    assert len(gaps) >= 10  # 8 training batches, 2 evaluations
+    assert max(gaps) < MAX_MEAN_GAP, gaps
+
+
+def test_what_reaches_the_loss_is_what_was_sampled(run: RecordingTrainer) -> None:
+    for batch in run.seen:
+        for row, rollout in enumerate(batch["rollouts"]):
+            [trajectory] = rollout.trajectories
+            length = len(trajectory.completion_ids)
+            assert batch["completion_ids"][row, :length].tolist() == trajectory.completion_ids
+            assert batch["completion_mask"][row].sum() == length
+            assert batch["tool_mask"][row, :length].tolist() == trajectory.env_mask
+            assert batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist() == trajectory.prompt_ids
+
+
+def test_the_weight_version_is_the_optimizer_step_also_in_evaluation(run: RecordingTrainer) -> None:
+    recorded = list(read_journal(Path(run.args.output_dir) / "rollouts"))
+    assert {(r["mode"], r["step"]) for r in recorded} == {("train", k) for k in range(8)} | {("eval", 4), ("eval", 8)}
+    assert all(r["weight_versions"] == [str(r["step"])] for r in recorded)
+    assert run.policy_server.client.weight_version() == "8"
+
+
+def test_the_journal_is_what_was_trained(run: RecordingTrainer) -> None:
+    recorded = {r["rollout_id"]: r for r in read_journal(Path(run.args.output_dir) / "rollouts")}
+    trained = {r.request.rollout_id: r for batch in run.seen for r in batch["rollouts"]}
+    assert set(recorded) == set(trained)
+    for rollout_id, rollout in trained.items():
+        [trajectory] = rollout.trajectories
+        record = recorded[rollout_id]
+        assert record["completion_ids"] == trajectory.completion_ids
+        assert record["env_mask"] == trajectory.env_mask
+        assert record["logprobs"] == pytest.approx(trajectory.logprobs)
+        assert record["reward"] == rollout.reward
+
+
+def test_training_raises_the_reward(run: RecordingTrainer) -> None:
+    rewards = [entry["reward"] for entry in run.state.log_history if "reward" in entry]
+    assert len(rewards) == 8
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1, rewards
+    evaluated = [entry["eval_reward"] for entry in run.state.log_history if "eval_reward" in entry]
+    assert len(evaluated) == 2
+
+
+def test_metrics_are_on_disk_with_phases(run: RecordingTrainer) -> None:
+    lines = [json.loads(line) for line in (Path(run.args.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for line in lines:
+        assert {"reward", "success", "seconds/rollouts", "seconds/update", "seconds/weight_sync"} <= set(line)
+        assert line["rollouts/failed_fraction"] == 0.0
+        assert line["rollouts/drift_fraction"] == 0.0
+    assert [line["step"] for line in lines if "eval_reward" in line] == [4, 8]
+
+
+class Halved(GymGRPOTrainer):
+    """Overrides the three documented methods."""
+
+    def build_request(self, row: dict[str, Any], request: Any) -> dict[str, Any]:
+        return request.row | {"note": f"task {request.task_index}"}
+
+    def build_trajectories(self, answer: dict[str, Any], request: Any) -> Any:
+        assert request.row["note"] == f"task {request.task_index}"
+        return super().build_trajectories(answer, request)
+
+    def compute_rewards(self, rollouts: Any) -> list[float | None]:
+        # The first of each group is taken out: as if it had failed.
+        return [None if r.request.member == 0 else 0.5 * r.reward for r in rollouts]
+
+
+def brevity(completions: list[Any], gym_result: list[dict[str, Any]], **_: Any) -> list[float]:
+    assert all(messages[0]["role"] == "assistant" for messages in completions)
+    assert all("reward" in result for result in gym_result)
+    return [1.0] * len(completions)
+
+
+def test_a_subclass_with_an_extra_reward_and_an_adapter(
+    small_policy: Path, policy: PolicyServer, gym: GymServers, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """On the same servers, with PEFT: the base model's weights on the server are replaced by merged ones."""
+    from peft import LoraConfig
+
+    class Recording(RecordingTrainer, Halved):
+        pass
+
+    trainer = Recording(
+        model=str(small_policy),
+        reward_funcs=brevity,
+        args=config(tmp_path, max_steps=3, learning_rate=1e-2, eval_strategy="no", reward_weights=[1.0, 0.25]),
+        train_dataset=load_gym_dataset(data[0]),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        policy_server=policy,
+        gym_servers=gym,
+    )
+    trainer.train()
+    assert max(gap(batch) for batch in trainer.seen) < MAX_MEAN_GAP
+    for batch in trainer.seen:
+        first_members = [row for row, rollout in enumerate(batch["rollouts"]) if rollout.request.member == 0]
+        assert len(first_members) == 8
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["rewards/brevity/mean"] == 1.0
+    # 0.25 for everybody, and half of the environment's reward for those that have one.
+    for line in metrics:
+        assert line["reward"] == pytest.approx(line["rewards/gym/mean"] + 0.25, abs=1e-5)
+    trainer.close()
+    policy.check()  # borrowed servers run on
+    gym.check()
+
+
+def test_rollouts_without_a_reward_move_nothing(
+    small_policy: Path, policy: PolicyServer, gym: GymServers, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Half of each group is taken out: those rows have advantage 0 and no trained token, and the baseline of the
+    others is their own mean."""
+
+    class Half(RecordingTrainer):
+        def compute_rewards(self, rollouts: list[Rollout]) -> list[float | None]:
+            return [None if r.request.member % 2 else float(r.request.member) for r in rollouts]
+
+    trainer = Half(
+        model=str(small_policy),
+        args=config(tmp_path, max_steps=1, eval_strategy="no", scale_rewards="none"),
+        train_dataset=load_gym_dataset(data[0]),
+        policy_server=policy,
+        gym_servers=gym,
+    )
+    trainer.train()
+    [batch] = trainer.seen
+    kept = torch.tensor([rollout.request.member % 2 == 0 for rollout in batch["rollouts"]])
+    assert (batch["tool_mask"] * batch["completion_mask"])[~kept].sum() == 0
+    assert batch["advantages"][~kept].abs().sum() == 0
+    # Members 0, 2, 4, 6 have rewards 0, 2, 4, 6: their mean is 3.
+    expected = [float(r.request.member) - 3.0 for r in batch["rollouts"] if r.request.member % 2 == 0]
+    torch.testing.assert_close(batch["advantages"][kept], torch.tensor(expected))
+
+
+def test_a_batch_without_any_success_stops_and_says_why(
+    small_policy: Path, policy: PolicyServer, gym: GymServers, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    trainer = GymGRPOTrainer(
+        model=str(small_policy),
+        args=config(tmp_path, gym_deadline=0.001, eval_strategy="no"),
+        train_dataset=load_gym_dataset(data[0]),
+        policy_server=policy,
+        gym_servers=gym,
+    )
+    with pytest.raises(RolloutError, match=r"(?s)All 64 rollouts of step 0 failed.*64 × deadline"):
+        trainer.train()
+    recorded = list(read_journal(tmp_path / "rollouts"))
+    assert len(recorded) == 64
+    assert all(r["reward"] is None and r["failure"]["kind"] == "deadline" for r in recorded)
+
+
+def test_a_dead_policy_server_ends_training_at_once(
+    data: tuple[Path, Path], gym: GymServers, tmp_path: Path, small_policy: Path
+) -> None:
+    """Last in this module: it kills the shared server's stand-in, not the server itself."""
+    from trl_gym.errors import PolicyServerError
+
+    class Dying:
+        """The shared server, reported dead from the first check on."""
+
+        def __init__(self, server: PolicyServer) -> None:
+            self._server = server
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._server, name)
+
+        def check(self) -> None:
+            raise PolicyServerError("policy server ended (exit code 9)")
+
+    class Slow(GymGRPOTrainer):
+        def build_trajectories(self, answer: dict[str, Any], request: Any) -> Any:
+            import time
+
+            time.sleep(0.1)  # 64 of these outlast the first check
+            return super().build_trajectories(answer, request)
+
+    trainer = Slow(
+        model=str(small_policy),
+        args=config(tmp_path, eval_strategy="no"),
+        train_dataset=load_gym_dataset(data[0]),
+        policy_server=Dying(_policy_of(gym)),
+        gym_servers=gym,
+    )
+    with pytest.raises(PolicyServerError, match="exit code 9"):
+        trainer.train()
+
+
+def _policy_of(gym: GymServers) -> PolicyServer:
+    return PolicyServer.attach(gym._policy[0])
+
+
+ENVIRONMENTS = (
+    "example_single_tool_call",
+    "example_multi_step",
+    "example_session_state_mgmt",
+    "example_multi_turn_gymnasium",
+    "workplace_assistant",
+    "reasoning_gym",
+    "mcqa",
+)
+
+
+@pytest.mark.slow
+def test_environments_that_nobody_here_wrote(tmp_path: Path) -> None:
+    """All seven in one Gym and one batch, with a random policy: every rollout ends without an error."""
+    installed = next((ROOT / ".gym-venv" / "lib").glob("python*/site-packages/resources_servers"))
+    files = [installed / name / "data" / "example.jsonl" for name in ENVIRONMENTS]
+    paths = [f"resources_servers/{name}/configs/{name}.yaml" for name in ENVIRONMENTS]
+    model = build_random_policy(tmp_path / "policy")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 40960}))
+    agents = {name: f"{name}_simple_agent" for name in ENVIRONMENTS} | {
+        "example_multi_turn_gymnasium": "example_multi_turn_gymnasium_gymnasium_agent"
+    }
+    rows = tmp_path / "rows.jsonl"
+    with open(rows, "w") as out:
+        for name, file in zip(ENVIRONMENTS, files, strict=True):
+            for line in file.read_text().splitlines()[:2]:
+                row = json.loads(line)
+                row["agent_ref"] = {"type": "responses_api_agents", "name": agents[name]}
+                out.write(json.dumps(row) + "\n")
+    dataset = load_gym_dataset(rows)
+    args = config(
+        tmp_path / "out",
+        gym_config_paths=paths,
+        vllm_max_model_length=40960,
+        max_completion_length=48,
+        per_device_train_batch_size=28,
+        num_generations=2,
+        max_steps=1,
+        eval_strategy="no",
+        shuffle_dataset=False,
+        gym_vllm_args={"tool-call-parser": "hermes", "max-num-seqs": 32},
+        gym_deadline=300,
+    )
+    with RecordingTrainer(model=str(model), args=args, train_dataset=dataset) as trainer:
+        trainer.train()
+    rollouts = [rollout for batch in trainer.seen for rollout in batch["rollouts"]]
+    failures = [(r.request.agent, r.failure.text) for r in rollouts if r.failure is not None]
+    assert failures == []
+    assert {rollout.request.agent for rollout in rollouts} == set(agents.values())
+    assert all(gap(batch) < MAX_MEAN_GAP for batch in trainer.seen)
+
+
+def test_the_saved_model_loads_in_transformers(run: RecordingTrainer, tmp_path: Path) -> None:
+    run.save_model(str(tmp_path))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(loaded(ids).logits, run.model.eval()(ids).logits)
