@@ -52,7 +52,7 @@ def quiet() -> None:
     logging.basicConfig(level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-    for name in ("transformers", "trl", "datasets", "accelerate", "httpx"):
+    for name in ("transformers", "trl", "datasets", "accelerate", "httpx", "vllm.triton_utils.importing"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -67,10 +67,12 @@ def main() -> None:
     quiet()
     started = time.monotonic()
     from accelerate import PartialState
+    from transformers.utils import logging as transformers_logging
     from trl import ModelConfig, TrlParser, get_peft_config
 
     from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
 
+    transformers_logging.disable_progress_bar()
     parser = TrlParser((ScriptArguments, GymGRPOConfig, ModelConfig))
     script, args, model = parser.parse_args_and_config()
     state = PartialState()

@@ -28,6 +28,13 @@ TRAINER_PYTHONS = ("3.12", "3.11", "3.13")
 GYM_BY_PYTHON = (("3.12", "0.4.0"), ("3.13", "0.7.0"))  # first interpreter found wins for .gym-venv
 GYM_FLOOR = "3.13.14"  # what nemo-gym >= 0.5 declares; see above
 ENVIRONMENT_PACKAGES = ["reasoning-gym", "tiktoken"]  # the environments that the tests roll out import these
+# Imported once after an installation: it proves that the packages fit together, and compiles their bytecode, which
+# three processes would otherwise do side by side at their first start.
+TRAINER_IMPORTS = (
+    "trl_gym.trainer, trl_gym.gym.servers, vllm.entrypoints.openai.api_server, vllm.v1.engine.core, "
+    "vllm.model_executor.models.qwen3"
+)
+GYM_IMPORTS = "nemo_gym.rollout_collection, responses_api_agents.simple_agent.app, responses_api_models.vllm_model.app"
 VISION_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 NEEDED_GIB = {".venv": 6, ".gym-venv": 2, ".gym-venv-0.7": 2}
 
@@ -165,7 +172,10 @@ class Environment:
             check([self.python, "-m", "pip", "install", "--quiet", "uv"], f"installing uv into {self.name}")
         return own_uv
 
-    def finish(self, mark):
+    def finish(self, mark, imports):
+        """Try the imports, then write the stamp."""
+        import_all = [self.python, "-W", "ignore", "-c", f"import {imports}"]
+        check(import_all, f"importing what was installed into {self.name}", {"PYTHONDONTWRITEBYTECODE": ""})
         with open(self.stamp, "w") as stamp:
             json.dump({"fingerprint": mark}, stamp)
 
@@ -178,8 +188,8 @@ class Environment:
             )
 
 
-def check(command, what):
-    code, output = run(command, {"UV_PYTHON_DOWNLOADS": os.environ.get("UV_PYTHON_DOWNLOADS", "never")})
+def check(command, what, env=None):
+    code, output = run(command, {"UV_PYTHON_DOWNLOADS": "never", **(env or {})})
     if code == 0:
         return
     lowered = output.lower()
@@ -203,8 +213,7 @@ def check(command, what):
 
 
 def install(uv, environment, packages, links, extra=()):
-    # Bytecode now: otherwise trainer, vLLM and Gym compile side by side at their first start.
-    command = [uv, "pip", "install", "--python", environment.python, "--compile-bytecode"]
+    command = [uv, "pip", "install", "--python", environment.python]
     for link in links:
         command += ["--find-links", link]
     check([*command, *extra, *packages], f"installing {' '.join(packages)} into {environment.name}")
@@ -233,7 +242,7 @@ def set_up_trainer(uv, links):
     elif not gpu:
         extra = ["--torch-backend", "cpu"]
     install(uv, environment, ["-e", f".[{flavour},dev]"], links, extra)
-    environment.finish(mark)
+    environment.finish(mark, TRAINER_IMPORTS)
 
 
 def set_up_gym(uv, links, name, choices, packages):
@@ -249,7 +258,7 @@ def set_up_gym(uv, links, name, choices, packages):
     below_floor = version.startswith("3.13.") and int(version.split(".")[2]) < int(GYM_FLOOR.split(".")[2])
     extra = ["--python-version", GYM_FLOOR] if below_floor else []
     install(uv, environment, [f"nemo-gym=={gym}", *packages], links, extra)
-    environment.finish(mark)
+    environment.finish(mark, GYM_IMPORTS)
 
 
 def main():

@@ -159,7 +159,7 @@ class GymGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._parse_json_options()
-        if self.bf16 is None and self.use_cpu:
+        if self.bf16 is None and (self.use_cpu or not _has_accelerator()):
             # TRL turns bf16 on by default. On a CPU, autocast is slower than float32 and widens the gap to the server.
             self.bf16 = False
         if self.gym_head_url is not None:
@@ -271,3 +271,9 @@ class GymGRPOConfig(GRPOConfig):
             for name, reason in ignored.items()
             if getattr(self, name)
         ]
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()

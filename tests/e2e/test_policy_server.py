@@ -5,6 +5,7 @@ One server at a time, and each is started once: loading dominates the duration.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -18,18 +19,18 @@ from typing import Any
 
 import pytest
 
-for _package in ("vllm", "torch", "transformers"):
-    pytest.importorskip(_package)
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "policy_server"))
-from tiny_model import build_model, build_random_policy, build_tokenizer
-
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.processes import bind_socket
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "policy_server"))
+from tiny_model import build_model, build_random_policy, build_tokenizer
+
 pytestmark = pytest.mark.e2e
+pytest.importorskip("torch")
+if importlib.util.find_spec("vllm") is None:  # not imported: that takes ten seconds
+    pytest.skip("vLLM is not installed", allow_module_level=True)
 
 MAX_MODEL_LEN = 512
 START_TIMEOUT_S = 400.0  # 30 s on a quiet machine
@@ -254,7 +255,7 @@ def test_the_room_is_clamped_and_an_overflow_ends_a_rollout_gracefully(served: S
     assert len(message["generation_token_ids"]) == MAX_MODEL_LEN - length
     messages = [*long, message, {"role": "user", "content": "more"}]
     for too_long in (messages, [{"role": "user", "content": "1" * MAX_MODEL_LEN}]):
-        with pytest.raises(PolicyServerError, match="HTTP 400: .*maximum context length"):
+        with pytest.raises(PolicyServerError, match=r"HTTP 400: .*maximum context length"):
             served.chat(too_long, trl_gym=SAMPLED)
     assert served.client.info()["counters"]["overflows"] >= 2
 

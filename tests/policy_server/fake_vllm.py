@@ -30,6 +30,7 @@ class FakeVllm:
 
     max_model_len: int = 200
     weight_version: str = "default"
+    chat_status: int = 200
     reply: list[int] = field(default_factory=lambda: [ord("o"), ord("k"), END])
     render: Callable[..., list[int]] = render
     change_answer: Callable[[Json], None] = lambda answer: None
@@ -92,4 +93,4 @@ class FakeVllm:
             "prompt_token_ids": prompt if request.get("return_token_ids") else None,
         }
         self.change_answer(answer)
-        return 200, answer
+        return self.chat_status, answer

@@ -243,6 +243,12 @@ async def test_a_bundle_that_is_not_exact_is_a_500(
     assert message in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("status", [429, 502, 503, 504, 520])
+async def test_a_status_that_gym_would_retry_for_ever_becomes_a_500(http: Http, app: FakeVllm, status: int) -> None:
+    app.chat_status = status
+    assert (await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG}))[0] == 500
+
+
 async def test_the_weight_version_follows_an_update(http: Http, app: FakeVllm) -> None:
     assert (await http.chat([USER]))["weight_version"] == "default"
     await http("POST", "/finish_weight_update", {"weight_version": "7"})

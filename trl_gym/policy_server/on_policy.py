@@ -55,6 +55,7 @@ ENV_PROMPT_FIELD = "TRL_GYM_PROMPT_FIELD"  # "1" if the server takes `prompt_tok
 INFO_PATH = "/trl_gym/info"
 CHAT_PATH = "/v1/chat/completions"
 _VERSION_PATHS = ("/finish_weight_update", "/update_weight_version")
+_RETRIED_FOREVER = (429, 502, 503, 504, 520)  # by Gym, every half second; a 500 three times
 _MAX_CACHED_TEMPLATES = 64
 
 # What decides how a chat is rendered, by its name in /tokenize.
@@ -104,7 +105,8 @@ class _AnsweredError(Exception):
 class OnPolicyMiddleware:
     """Pure ASGI; configured by `TRL_GYM_NONCE`, `TRL_GYM_API_KEY` and `TRL_GYM_PROMPT_FIELD`.
 
-    Never answers 429, 502, 503, 504 or 520: Gym retries these for ever.
+    The routes handled here never answer 429, 502, 503, 504 or 520, whatever the server says: Gym retries these for
+    ever.
     """
 
     def __init__(self, app: App) -> None:
@@ -133,8 +135,11 @@ class OnPolicyMiddleware:
             reply = answered.reply
         except ClientGoneError:
             return None
-        if reply is not None:  # None: the handler has let the application answer directly
-            await reply.send(send)
+        if reply is None:
+            return None  # the handler has let the application answer directly
+        if reply.status in _RETRIED_FOREVER:
+            reply = Reply(500, reply.body, reply.content_type)
+        await reply.send(send)
         return None
 
     def _handlers(self) -> dict[tuple[str, str], Any]:

@@ -1,8 +1,8 @@
 """Everything that the server process imports from vLLM. Importing this module imports vLLM.
 
-Holds for vLLM 0.30 and 0.31, where the server lives in `vllm.entrypoints.launchers`. What is used: the argument parser
-of `vllm serve`, its validation, and `run_server_worker(listen_address, sock, args)`, which takes a socket that is
-already bound. When a release moves these names, this is the only file to change.
+Holds for vLLM 0.30 (read) and 0.31 (run), where the server lives in `vllm.entrypoints.launchers`. What is used: the
+argument parser of `vllm serve`, its validation, and `run_server_worker(listen_address, sock, args)`, which takes a
+socket that is already bound. When a release moves these names, this is the only file to change.
 """
 
 from __future__ import annotations
@@ -114,8 +114,13 @@ def _configure_environment(args: argparse.Namespace) -> None:
     """What the middleware reads, and what vLLM needs to share a small machine."""
     os.environ[ENV_API_KEYS] = "\n".join(_api_keys(args))
     os.environ[ENV_PROMPT_FIELD] = "1" if "prompt_token_ids" in ChatCompletionRequest.model_fields else ""
-    if current_platform.is_cpu() and args.kv_cache_memory_bytes is None:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM would take half of the memory
+    if not current_platform.is_cpu():
+        return
+    if args.kv_cache_memory_bytes is None:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM would take most of the memory
+    if args.enforce_eager:
+        # The sampler's helpers are compiled even then: seconds in the first request, and a C++ compiler is needed.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def _listen(args: argparse.Namespace, listen_fd: int | None) -> socket.socket:

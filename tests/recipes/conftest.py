@@ -1,0 +1,43 @@
+# Copyright 2026 The trl-gym Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes are scripts, not a package: import them by path, under names that clash with nothing."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+CALCULATOR = RECIPES / "environments" / "calculator"
+
+
+def load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def calculator_dir() -> Path:
+    return CALCULATOR
+
+
+@pytest.fixture(scope="session")
+def calculator_data() -> ModuleType:
+    return load("recipe_calculator_data", CALCULATOR / "generate_data.py")
+
+
+@pytest.fixture(scope="session")
+def calculator_scoring() -> ModuleType:
+    path = CALCULATOR / "resources_servers" / "calculator" / "calculator_scoring.py"
+    return load("recipe_calculator_scoring", path)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy() -> ModuleType:
+    return load("recipe_tiny_policy", RECIPES / "tiny_policy.py")
