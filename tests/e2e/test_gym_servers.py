@@ -16,9 +16,7 @@ import psutil
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "gym"))  # the tests are not a package
-from fake_policy import FakePolicy
-
+from tests.gym.fake_policy import FakePolicy
 from trl_gym.errors import ConfigError, FailureKind, GymServerError, RolloutFailure
 from trl_gym.gym.client import GymAnswer, new_session, run_rollout
 from trl_gym.gym.interpreter import GymInstallation, probe

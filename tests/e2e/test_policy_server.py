@@ -5,7 +5,6 @@ One server at a time, and each is started once: loading dominates the duration.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -19,18 +18,13 @@ from typing import Any
 
 import pytest
 
+from tests.policy_server.tiny_model import build_model, build_random_policy, build_tokenizer
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.processes import bind_socket
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "policy_server"))
-from tiny_model import build_model, build_random_policy, build_tokenizer
-
 pytestmark = pytest.mark.e2e
-pytest.importorskip("torch")
-if importlib.util.find_spec("vllm") is None:  # not imported: that takes ten seconds
-    pytest.skip("vLLM is not installed", allow_module_level=True)
 
 MAX_MODEL_LEN = 512
 START_TIMEOUT_S = 400.0  # 30 s on a quiet machine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,64 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.policy_server.tiny_model import build_random_policy
-from trl_gym import GymGRPOConfig, GymGRPOTrainer, GymServers, PolicyServer, load_gym_dataset
+from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, config, gap
+from trl_gym import GymGRPOTrainer, GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import RolloutError
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.trajectory import model_calls
 
 pytestmark = pytest.mark.e2e
-
-ROOT = Path(__file__).resolve().parents[2]
-CALCULATOR = ROOT / "recipes" / "environments" / "calculator"
-# Measured below 1e-4 in float32; the bound is the one that the project promises.
-MAX_MEAN_GAP = 0.02
-
-
-class RecordingTrainer(GymGRPOTrainer):
-    """Keeps what reaches the loss, and the rollouts it came from."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.seen: list[dict[str, Any]] = []
-        super().__init__(*args, **kwargs)
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        self.seen.append({"mode": self._mode, "step": self.state.global_step, "rollouts": self._rollouts, **output})
-        return output
-
-
-def gap(batch: dict[str, Any]) -> float:
-    """Mean absolute difference in nats between sampling and training log-probabilities of the trained tokens."""
-    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
-    return (batch["old_per_token_logps"] - batch["sampling_per_token_logps"])[mask].abs().mean().item()
-
-
-def config(output_dir: Path, **changes: Any) -> GymGRPOConfig:
-    return GymGRPOConfig(
-        **{
-            "output_dir": str(output_dir),
-            "use_cpu": True,
-            "seed": 0,
-            "num_generations": 8,
-            "per_device_train_batch_size": 64,
-            "max_completion_length": 64,
-            "max_steps": 8,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "gradient_checkpointing": False,
-            "eval_strategy": "steps",
-            "eval_steps": 4,
-            "per_device_eval_batch_size": 64,
-            "num_generations_eval": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "gym_deadline": 120,
-        }
-        | changes
-    )
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +83,7 @@ def test_every_trained_trajectory_is_contiguous(run: RecordingTrainer) -> None:
     for rollout in rollouts:
         calls = model_calls(rollout.answer)
         num_turns.add(len(calls))
-        for before, after in zip(calls, calls[1:], strict=False):
+        for before, after in itertools.pairwise(calls):
             seen = before.prompt_ids + before.generation_ids
             assert after.prompt_ids[: len(seen)] == seen
         [trajectory] = rollout.trajectories
@@ -331,59 +282,6 @@ def test_a_dead_policy_server_ends_training_at_once(
 
 def _policy_of(gym: GymServers) -> PolicyServer:
     return PolicyServer.attach(gym._policy[0])
-
-
-ENVIRONMENTS = (
-    "example_single_tool_call",
-    "example_multi_step",
-    "example_session_state_mgmt",
-    "example_multi_turn_gymnasium",
-    "workplace_assistant",
-    "reasoning_gym",
-    "mcqa",
-)
-
-
-@pytest.mark.slow
-def test_environments_that_nobody_here_wrote(tmp_path: Path) -> None:
-    """All seven in one Gym and one batch, with a random policy: every rollout ends without an error."""
-    installed = next((ROOT / ".gym-venv" / "lib").glob("python*/site-packages/resources_servers"))
-    files = [installed / name / "data" / "example.jsonl" for name in ENVIRONMENTS]
-    paths = [f"resources_servers/{name}/configs/{name}.yaml" for name in ENVIRONMENTS]
-    model = build_random_policy(tmp_path / "policy")
-    settings = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 40960}))
-    agents = {name: f"{name}_simple_agent" for name in ENVIRONMENTS} | {
-        "example_multi_turn_gymnasium": "example_multi_turn_gymnasium_gymnasium_agent"
-    }
-    rows = tmp_path / "rows.jsonl"
-    with open(rows, "w") as out:
-        for name, file in zip(ENVIRONMENTS, files, strict=True):
-            for line in file.read_text().splitlines()[:2]:
-                row = json.loads(line)
-                row["agent_ref"] = {"type": "responses_api_agents", "name": agents[name]}
-                out.write(json.dumps(row) + "\n")
-    dataset = load_gym_dataset(rows)
-    args = config(
-        tmp_path / "out",
-        gym_config_paths=paths,
-        vllm_max_model_length=40960,
-        max_completion_length=48,
-        per_device_train_batch_size=28,
-        num_generations=2,
-        max_steps=1,
-        eval_strategy="no",
-        shuffle_dataset=False,
-        gym_vllm_args={"tool-call-parser": "hermes", "max-num-seqs": 32},
-        gym_deadline=300,
-    )
-    with RecordingTrainer(model=str(model), args=args, train_dataset=dataset) as trainer:
-        trainer.train()
-    rollouts = [rollout for batch in trainer.seen for rollout in batch["rollouts"]]
-    failures = [(r.request.agent, r.failure.text) for r in rollouts if r.failure is not None]
-    assert failures == []
-    assert {rollout.request.agent for rollout in rollouts} == set(agents.values())
-    assert all(gap(batch) < MAX_MEAN_GAP for batch in trainer.seen)
 
 
 def test_the_saved_model_loads_in_transformers(run: RecordingTrainer, tmp_path: Path) -> None:

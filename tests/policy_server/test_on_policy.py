@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 import pytest
-from fake_vllm import END, FakeVllm, Json, render
 
+from tests.policy_server.fake_vllm import END, FakeVllm, Json, render
 from trl_gym.policy_server.on_policy import OnPolicyMiddleware
 
 TAG = {"rollout": "r0", "sampling": {"temperature": 0.7, "top_p": 0.9}}

@@ -18,7 +18,8 @@ import asyncio
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -79,9 +80,8 @@ class RolloutCollector(Generic[T]):
         self._deadline_s = deadline_s
         self._max_inflight = max_inflight
         self._check = check
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._session: aiohttp.ClientSession | None = None
+        self._worker: _Worker | None = None
+        self._finalizer: weakref.finalize | None = None
 
     def collect(
         self,
@@ -114,37 +114,31 @@ class RolloutCollector(Generic[T]):
         Raises (from the future):
             ServerError: A server died.
         """
-        return asyncio.run_coroutine_threadsafe(self._collect(list(requests), finish, progress), self._running_loop())
+        if self._worker is None:
+            self._worker = _Worker(self._max_inflight)
+            # Also when nobody calls `close`: at the latest when the interpreter ends.
+            self._finalizer = weakref.finalize(self, self._worker.close)
+        return self._worker.run(self._collect(self._worker.session, list(requests), finish, progress))
 
     def close(self) -> None:
-        """Close connections and end the thread. Idempotent."""
-        if self._loop is None:
-            return
-        if self._session is not None:
-            asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(timeout=10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10)
-        self._loop.close()
-        self._loop = self._thread = self._session = None
-
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="trl-gym-collector", daemon=True)
-            self._thread.start()
-        return self._loop
+        """Close connections and end the thread. Idempotent; the collector can be used again."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self._worker = self._finalizer = None
 
     async def _collect(
-        self, requests: list[RolloutRequest], finish: Callable[[RolloutResult], T], progress: Progress | None
+        self,
+        session: aiohttp.ClientSession,
+        requests: list[RolloutRequest],
+        finish: Callable[[RolloutResult], T],
+        progress: Progress | None,
     ) -> list[T]:
-        if self._session is None:
-            self._session = new_session(self._max_inflight)
         gate = asyncio.Semaphore(self._max_inflight)
         tally = _Tally(len(requests), progress)
 
         async def one(request: RolloutRequest) -> T:
             async with gate:
-                result = await self._run(request)
+                result = await self._run(session, request)
             value = finish(result)
             tally.count(result)
             return value
@@ -160,11 +154,9 @@ class RolloutCollector(Generic[T]):
                 task.cancel()
             await asyncio.gather(*tasks, watch, rollouts, return_exceptions=True)
 
-    async def _run(self, request: RolloutRequest) -> RolloutResult:
+    async def _run(self, session: aiohttp.ClientSession, request: RolloutRequest) -> RolloutResult:
         started = time.monotonic()
-        outcome = await run_rollout(
-            self._session, self._agent(request.agent), request.row, deadline_s=self._deadline_s
-        )
+        outcome = await run_rollout(session, self._agent(request.agent), request.row, deadline_s=self._deadline_s)
         seconds = time.monotonic() - started
         if isinstance(outcome, GymAnswer):
             return RolloutResult(request=request, answer=outcome.result, failure=None, seconds=seconds)
@@ -175,6 +167,29 @@ class RolloutCollector(Generic[T]):
         while True:
             await asyncio.sleep(_CHECK_EVERY_S)
             await asyncio.to_thread(self._check)  # it may ask over the network
+
+
+class _Worker:
+    """An event loop in a thread, with one HTTP session."""
+
+    def __init__(self, max_inflight: int) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="trl-gym-collector", daemon=True)
+        self._thread.start()
+        self.session = self.run(_in_loop(new_session, max_inflight)).result()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        self.run(self.session.close()).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
+
+
+async def _in_loop(make: Callable[[int], aiohttp.ClientSession], max_inflight: int) -> aiohttp.ClientSession:
+    return make(max_inflight)
 
 
 class _Tally:

@@ -1,5 +1,3 @@
-# Copyright 2026 The trl-gym Authors
-# SPDX-License-Identifier: Apache-2.0
 """Recipes are scripts, not a package: import them by path, under names that clash with nothing."""
 
 import importlib.util
@@ -9,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CALCULATOR = RECIPES / "environments" / "calculator"
 
 

@@ -1,0 +1,86 @@
+"""Real environments that nobody here wrote, mixed in one batch, through the trainer's own collector."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.training import MAX_MEAN_GAP, ROOT, RecordingTrainer, config, gap
+from tests.policy_server.tiny_model import build_random_policy
+from trl_gym import load_gym_dataset
+
+pytestmark = pytest.mark.e2e
+
+ENVIRONMENTS = (
+    "example_single_tool_call",
+    "example_multi_step",
+    "example_session_state_mgmt",
+    "example_multi_turn_gymnasium",
+    "workplace_assistant",
+    "reasoning_gym",
+    "mcqa",
+)
+
+
+TRAINED = ("example_single_tool_call", "reasoning_gym")  # short prompts: a forward pass over them is cheap
+AGENTS = {name: f"{name}_simple_agent" for name in ENVIRONMENTS} | {
+    "example_multi_turn_gymnasium": "example_multi_turn_gymnasium_agent"
+}
+
+
+def example_rows(path: Path, installation: Path, names: tuple[str, ...], num_rows: int) -> Path:
+    """The first rows that each environment ships, with the agent that its config defines."""
+    with open(path, "w") as out:
+        for name in names:
+            lines = (installation / name / "data" / "example.jsonl").read_text().splitlines()
+            for row in map(json.loads, lines[:num_rows]):
+                row["agent_ref"] = {"type": "responses_api_agents", "name": AGENTS[name]}
+                out.write(json.dumps(row) + "\n")
+    return path
+
+
+def long_context_policy(folder: Path) -> Path:
+    model = build_random_policy(folder)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 40960}))
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("venv", [".gym-venv", ".gym-venv-0.7"])
+def test_they_roll_out_through_the_trainer(tmp_path: Path, venv: str) -> None:
+    """All seven in one Gym and one batch; then one step of training on two of them mixed."""
+    installation = next((ROOT / venv / "lib").glob("python*/site-packages/resources_servers"))
+    every = load_gym_dataset(example_rows(tmp_path / "every.jsonl", installation, ENVIRONMENTS, 2))
+    args = config(
+        tmp_path / "out",
+        gym_config_paths=[f"resources_servers/{name}/configs/{name}.yaml" for name in ENVIRONMENTS],
+        gym_python=str(ROOT / venv / "bin" / "python"),
+        vllm_max_model_length=40960,
+        max_completion_length=48,
+        per_device_train_batch_size=8,
+        num_generations=2,
+        max_steps=1,
+        eval_strategy="no",
+        gym_vllm_args={"tool-call-parser": "hermes", "max-num-seqs": 16},
+        gym_deadline=300,
+    )
+    with RecordingTrainer(
+        model=str(long_context_policy(tmp_path / "policy")),
+        args=args,
+        train_dataset=load_gym_dataset(example_rows(tmp_path / "two.jsonl", installation, TRAINED, 2)),
+    ) as trainer:
+        trainer._rows = [example for example in every for _ in range(2)]
+        rows = trainer._roll_out([], trainer)
+        rollouts = trainer._rollouts
+        assert [(r.request.agent, r.failure.text) for r in rollouts if r.failure is not None] == []
+        assert {rollout.request.agent for rollout in rollouts} == set(AGENTS.values())
+        assert all(sum(mask) > 0 for mask in rows["env_mask"])
+
+        trainer.train()
+    [batch] = trainer.seen
+    assert {rollout.request.agent for rollout in batch["rollouts"]} == {AGENTS[name] for name in TRAINED}
+    assert all(rollout.failure is None for rollout in batch["rollouts"])
+    assert gap(batch) < MAX_MEAN_GAP
