@@ -116,3 +116,6 @@ if __name__ == "__main__":
         main()
     except TrlGymError as error:
         sys.exit(f"\n{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; servers are stopped, finished rollouts are in the journal", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,128 @@
+"""The recipe as a user starts it, and as a user, or the machine, ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.training import ROOT
+from trl_gym.rollouts.journal import read_journal
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+ACCELERATE = Path(sys.executable).with_name("accelerate")
+LAUNCH = [ACCELERATE, "launch", "--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCH += ["--dynamo_backend", "no", "recipes/grpo.py", "--config", "recipes/quickstart.yaml"]
+START_TIMEOUT_S = 300.0
+END_TIMEOUT_S = 10.0  # what the project promises after Ctrl-C and after kill -9
+
+
+def launch(output_dir: Path, *options: str) -> subprocess.Popen[str]:
+    command = [*map(str, LAUNCH), "--output_dir", str(output_dir), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
+    """Seconds until the condition held."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout_s, f"timed out: {what}"
+        time.sleep(0.1)
+    return time.monotonic() - started
+
+
+def running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def in_training(output_dir: Path, options: tuple[str, ...] = ()) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A run that has finished its first step, and every process below the launcher."""
+    run = launch(output_dir, "--max_steps", "500", "--eval_strategy", "no", "--eval_on_start", "false", *options)
+    metrics = output_dir / "metrics.jsonl"
+
+    def has_stepped() -> bool:
+        assert run.poll() is None, run.communicate()[0]
+        return metrics.exists() and '"reward"' in metrics.read_text()
+
+    wait_for(has_stepped, START_TIMEOUT_S, "the first step")
+    below = psutil.Process(run.pid).children(recursive=True)
+    assert len(below) >= 6  # trainer; two supervisors; Gym; vLLM's API server and engine
+    return run, below
+
+
+def test_the_quickstart_shortened(small_policy: Path, tmp_path: Path) -> None:
+    run = launch(tmp_path, "--max_steps", "2", "--eval_steps", "2", "--save_steps", "2")
+    output, _ = run.communicate(timeout=500)
+    assert run.returncode == 0, output
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert len(lines) < 40, output  # no log spam
+    for expected in ("policy server log:", "NeMo Gym log:", "step 2/2: reward", "before → after", "checkpoint: "):
+        assert expected in output, output
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    assert [row["step"] for row in metrics if "eval_reward" in row] == [0, 2]
+    assert all("reward" in row and "seconds/rollouts" in row for row in metrics[1:])
+    assert 0.2 < metrics[0]["eval_success"] <= 0.65
+    assert len([r for r in read_journal(tmp_path / "rollouts") if r["mode"] == "train"]) == 2 * 128
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint-2")
+    assert model.config.vocab_size >= len(tokenizer)
+
+
+def test_kill_9_of_the_trainer_leaves_nothing(small_policy: Path, tmp_path: Path) -> None:
+    run, below = in_training(tmp_path)
+    trainer = next(p for p in below if "recipes/grpo.py" in " ".join(p.cmdline()))
+    trainer.kill()
+    wait_for(lambda: not running(below), END_TIMEOUT_S, f"still running: {running(below)}")
+    run.wait(timeout=10)
+
+
+def test_ctrl_c_ends_everything(small_policy: Path, tmp_path: Path) -> None:
+    run, below = in_training(tmp_path)
+    os.killpg(run.pid, signal.SIGINT)  # a terminal sends it to the whole foreground group
+    wait_for(lambda: not running(below), END_TIMEOUT_S, f"still running: {running(below)}")
+    output, _ = run.communicate(timeout=10)
+    assert run.returncode != 0
+    assert "interrupted" in output
+    assert len(list(read_journal(tmp_path / "rollouts"))) >= 128  # what was finished is kept
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ("--gym_config_paths", "nowhere/a.yaml", "nowhere/b.yaml"),
+            ("ConfigError", "nowhere/a.yaml", "nowhere/b.yaml"),
+        ),
+        (("--gym_vllm_args", '{"no-such-flag": 1}'), ("PolicyServerError", "--no-such-flag")),
+        (("--model_name_or_path", "MODEL"), ("ConfigError", "tokenizer")),
+        (("--gym_deadline", "0", "--gym_max_inflight", "0"), ("ConfigError", "gym_deadline", "gym_max_inflight")),
+    ],
+    ids=["config path", "vllm flag", "no tokenizer", "two options"],
+)
+def test_mistakes_give_one_readable_error(
+    small_policy: Path, tmp_path: Path, options: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((small_policy / "config.json").read_bytes())
+    (model / "model.safetensors").write_bytes((small_policy / "model.safetensors").read_bytes())
+    run = launch(tmp_path / "out", *(str(model) if option == "MODEL" else option for option in options))
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode not in (0, None)
+    for text in expected:
+        assert text in output, output
+    assert "Traceback" not in output.split("Last lines of its log")[0], output
