@@ -158,13 +158,13 @@ class GymGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        self._parse_json_options()
+        problems = self._parse_json_options()
         if self.bf16 is None and (self.use_cpu or not _has_accelerator()):
             # TRL turns bf16 on by default. On a CPU, autocast is slower than float32 and widens the gap to the server.
             self.bf16 = False
         if self.gym_head_url is not None:
             self.gym_mode = "attach"
-        problems = self._problems()
+        problems += self._problems()
         try:
             super().__post_init__()
         except ValueError as error:  # TRL's and transformers' own checks stop at their first complaint
@@ -187,14 +187,18 @@ class GymGRPOConfig(GRPOConfig):
             return self.gym_probe_tolerance
         return 0.02 if self.serving_dtype == "float32" else 0.1
 
-    def _parse_json_options(self) -> None:
+    def _parse_json_options(self) -> list[str]:
+        """Turn JSON text from the command line into mappings; transformers would stop at the first that is broken."""
+        problems = []
         for name in ("gym_overrides", "gym_vllm_args"):
             value = getattr(self, name)
             if isinstance(value, str):
                 try:
                     setattr(self, name, json.loads(value))
-                except json.JSONDecodeError:
-                    continue  # reported by _problems, together with everything else
+                except json.JSONDecodeError as error:
+                    setattr(self, name, None)
+                    problems.append(f"`{name}` must be a JSON object, got {value!r} ({error}).")
+        return problems
 
     def _problems(self) -> list[str]:
         """Everything that is wrong with our own options, in the order of the options."""

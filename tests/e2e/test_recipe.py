@@ -103,10 +103,7 @@ def test_ctrl_c_ends_everything(small_policy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (
-            ("--gym_config_paths", "nowhere/a.yaml", "nowhere/b.yaml"),
-            ("ConfigError", "nowhere/a.yaml", "nowhere/b.yaml"),
-        ),
+        (("--gym_config_paths", "no/a.yaml", "no/b.yaml"), ("ConfigError", "no/a.yaml", "no/b.yaml")),
         (("--gym_vllm_args", '{"no-such-flag": 1}'), ("PolicyServerError", "--no-such-flag")),
         (("--model_name_or_path", "MODEL"), ("ConfigError", "tokenizer")),
         (("--gym_deadline", "0", "--gym_max_inflight", "0"), ("ConfigError", "gym_deadline", "gym_max_inflight")),
