@@ -44,6 +44,7 @@ def plot_reward(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, label, style in (
@@ -55,6 +56,7 @@ def plot_reward(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="optimizer step", ylabel="mean over rollouts", ylim=(-0.02, 1.02), title=path.parent.name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)

@@ -1,11 +1,16 @@
 """Recipes are scripts, not a package: import them by path, under names that clash with nothing."""
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background job ignores SIGINT, and so would every child that the tests send one to.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CALCULATOR = RECIPES / "environments" / "calculator"

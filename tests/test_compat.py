@@ -23,7 +23,8 @@ def test_ranges_are_the_ones_in_pyproject_and_readme() -> None:
     declared = {r.name: r.specifier for r in map(Requirement, wanted)}
     readme = (ROOT / "README.md").read_text()
     for package, supported in compat.SUPPORTED.items():
-        assert declared[package] == supported, package
+        if package != "nemo-gym":  # lives in another interpreter
+            assert declared[package] == supported, package
         assert f"`{','.join(sorted(str(supported).split(','), reverse=True))}`" in readme, package
 
 

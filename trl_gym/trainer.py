@@ -195,10 +195,12 @@ class GymGRPOTrainer(GRPOTrainer):
 
     def close(self) -> None:
         """Stop what the trainer started; servers that were passed in run on. Also done at interpreter exit."""
-        for attribute in ("_collector", "_journal", "_weight_sync"):
-            if (resource := getattr(self, attribute, None)) is not None:
-                resource.close()
-        self._servers.stop()
+        try:
+            for attribute in ("_collector", "_journal"):
+                if (resource := getattr(self, attribute, None)) is not None:
+                    resource.close()
+        finally:
+            self._servers.stop()
 
     def __enter__(self) -> GymGRPOTrainer:
         return self

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 pytestmark = pytest.mark.slow  # imports vLLM
-pytest.importorskip("vllm")
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 

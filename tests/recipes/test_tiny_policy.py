@@ -31,7 +31,6 @@ CONVERSATION = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_policy, calculator_data):
-    pytest.importorskip("transformers")
     return tiny_policy.build_tokenizer(calculator_data)
 
 

@@ -11,11 +11,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.specifiers import SpecifierSet
-
+from trl_gym.compat import SUPPORTED
 from trl_gym.errors import ConfigError, UnsupportedVersionError
 
-SUPPORTED_GYM = ">=0.4.0,<0.8"  # the one place; trl_gym/compat.py imports it
+SUPPORTED_GYM = SUPPORTED["nemo-gym"]
 MIN_PYTHON = (3, 12)
 PYTHON_VARIABLE = "TRL_GYM_PYTHON"
 VENV_NAME = ".gym-venv"
@@ -119,6 +118,6 @@ def probe(python: Path) -> GymInstallation:
         needed = ".".join(map(str, MIN_PYTHON))
         raise UnsupportedVersionError(f"{python} is Python {python_version}; NeMo Gym needs {needed}. {REMEDY}")
     version = found["version"]
-    if version is None or not SpecifierSet(SUPPORTED_GYM).contains(version, prereleases=True):
+    if version is None or not SUPPORTED_GYM.contains(version, prereleases=True):
         raise UnsupportedVersionError(f"{python} has nemo-gym {version}, but {SUPPORTED_GYM} is needed. {REMEDY}")
     return GymInstallation(python=python, version=version, root=Path(found["root"]))

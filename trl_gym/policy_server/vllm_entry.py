@@ -127,9 +127,9 @@ def _configure_environment(args: argparse.Namespace) -> None:
 
 def _run_the_worker_in_the_engine(args: argparse.Namespace) -> None:
     """On a CPU vLLM gives even a single worker its own process, and both spin while they wait for each other. On a
-    small machine that takes the cores which Gym and the trainer need: the calculator's rollouts run about 1.7 times as
-    fast without it (`benchmarks/rollouts.py`), and the server starts sooner. What is lost is the binding of OpenMP
-    threads to cores, so their number is bounded instead: one core is left to the others."""
+    small machine that takes the cores which Gym and the trainer need: on two cores the calculator's rollouts run about
+    1.5 times as fast without it (`benchmarks/rollouts.py`), and the server starts sooner. What is lost is the binding
+    of OpenMP threads to cores, so their number is bounded instead: one core is left to the others."""
     args.distributed_executor_backend = "uni"
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # otherwise vLLM turns "uni" back into "mp"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from trl_gym.policy_server.client import PolicyClient
     from trl_gym.policy_server.server import PolicyBackend
     from trl_gym.weight_sync.transports import WeightTransport
 
@@ -73,29 +74,35 @@ class WeightSync:
         unwrapped = self._accelerator.unwrap_model(model)
         client = self._server.client if self._accelerator.is_main_process else None
         self._accelerator.wait_for_everyone()
-        if client is not None:
-            if not self._connected:
-                self._transport.connect(client)
-                self._connected = True
-            client.pause("wait")
-            client.start_weight_update()
-        num_bytes = self._transport.send(named_weights(unwrapped), client)
-        if client is not None:
-            client.finish_weight_update(version)
-            client.reset_caches()
-            held = client.weight_version()
-            if held != version:
-                raise WeightSyncError(
-                    f"Weight version {version} was sent and the policy server says it holds {held!r}; it stays paused."
-                )
-            client.resume()
+        try:
+            if client is not None:
+                self._begin(client)
+            num_bytes = self._transport.send(named_weights(unwrapped), client)
+            if client is not None:
+                self._finish(client, version)
+        finally:
+            self._transport.release()
         probe = None if self._verified else self._verify(unwrapped, version)
         self._verified = True
         self._accelerator.wait_for_everyone()
         return SyncReport(version, time.monotonic() - started, num_bytes, probe)
 
-    def close(self) -> None:
-        self._transport.close()
+    def _begin(self, client: PolicyClient) -> None:
+        if not self._connected:
+            self._transport.connect(client)
+            self._connected = True
+        client.pause("wait")
+        client.start_weight_update()
+
+    def _finish(self, client: PolicyClient, version: str) -> None:
+        client.finish_weight_update(version)
+        client.reset_caches()
+        held = client.weight_version()
+        if held != version:
+            raise WeightSyncError(
+                f"Weight version {version} was sent and the policy server says it holds {held!r}; it stays paused."
+            )
+        client.resume()
 
     def _verify(self, model: torch.nn.Module, version: str) -> ProbeReport | None:
         batch = probe_batch(model.config.get_text_config().vocab_size)

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import uuid
 from collections.abc import Iterable
@@ -27,7 +26,7 @@ class WeightTransport(Protocol):
     """Moves one set of weights between `start_weight_update` and `finish_weight_update`.
 
     Called by `WeightSync` only. `connect` comes once, before the first transfer; `send` once per sync, on every rank
-    in step; `close` at the end.
+    in step; `release` after each sync, however it ended.
     """
 
     name: str
@@ -46,8 +45,8 @@ class WeightTransport(Protocol):
             Bytes handed over (0 on other ranks).
         """
 
-    def close(self) -> None:
-        """Release what `connect` and `send` took. Idempotent."""
+    def release(self) -> None:
+        """Give back what `send` took; the server has loaded the weights or never will. Idempotent."""
 
 
 class FileTransport:
@@ -98,9 +97,8 @@ class FileTransport:
         client.update_weights({"path": str(self._path)})
         return size
 
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+    def release(self) -> None:
+        self._path.unlink(missing_ok=True)
 
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch
