@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, config, gap
+from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, NUM_STEPS, RecordingTrainer, config, gap
 from trl_gym import GymGRPOTrainer, GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import RolloutError
 from trl_gym.rollouts.journal import read_journal
@@ -77,7 +77,7 @@ def test_every_trained_trajectory_is_contiguous(run: RecordingTrainer) -> None:
     """Independent of the code under test: the last prompt of a rollout holds every token seen before, and what is
     trained is exactly that prompt and the last generation."""
     rollouts = [rollout for batch in run.seen for rollout in batch["rollouts"]]
-    assert len(rollouts) >= 8 * 64
+    assert len(rollouts) >= NUM_STEPS * 64
     assert all(rollout.failure is None for rollout in rollouts)
     num_turns = set()
     for rollout in rollouts:
@@ -93,7 +93,7 @@ def test_every_trained_trajectory_is_contiguous(run: RecordingTrainer) -> None:
 
 def test_trainer_and_server_agree_before_and_after_every_sync(run: RecordingTrainer) -> None:
     gaps = [gap(batch) for batch in run.seen]
-    assert len(gaps) >= 10  # 8 training batches, 2 evaluations
+    assert len(gaps) >= NUM_STEPS + 2  # training batches and evaluations
     assert max(gaps) < MAX_MEAN_GAP, gaps
 
 
@@ -110,9 +110,10 @@ def test_what_reaches_the_loss_is_what_was_sampled(run: RecordingTrainer) -> Non
 
 def test_the_weight_version_is_the_optimizer_step_also_in_evaluation(run: RecordingTrainer) -> None:
     recorded = list(read_journal(Path(run.args.output_dir) / "rollouts"))
-    assert {(r["mode"], r["step"]) for r in recorded} == {("train", k) for k in range(8)} | {("eval", 4), ("eval", 8)}
+    expected = {("train", step) for step in range(NUM_STEPS)} | {("eval", NUM_STEPS // 2), ("eval", NUM_STEPS)}
+    assert {(r["mode"], r["step"]) for r in recorded} == expected
     assert all(r["weight_versions"] == [str(r["step"])] for r in recorded)
-    assert run.policy_server.client.weight_version() == "8"
+    assert run.policy_server.client.weight_version() == str(NUM_STEPS)
 
 
 def test_the_journal_is_what_was_trained(run: RecordingTrainer) -> None:
@@ -130,20 +131,20 @@ def test_the_journal_is_what_was_trained(run: RecordingTrainer) -> None:
 
 def test_training_raises_the_reward(run: RecordingTrainer) -> None:
     rewards = [entry["reward"] for entry in run.state.log_history if "reward" in entry]
-    assert len(rewards) == 8
-    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1, rewards
+    assert len(rewards) == NUM_STEPS
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:3]) / 3 + 0.1, rewards
     evaluated = [entry["eval_reward"] for entry in run.state.log_history if "eval_reward" in entry]
     assert len(evaluated) == 2
 
 
 def test_metrics_are_on_disk_with_phases(run: RecordingTrainer) -> None:
     lines = [json.loads(line) for line in (Path(run.args.output_dir) / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
     for line in lines:
         assert {"reward", "success", "seconds/rollouts", "seconds/update", "seconds/weight_sync"} <= set(line)
         assert line["rollouts/failed_fraction"] == 0.0
         assert line["rollouts/drift_fraction"] == 0.0
-    assert [line["step"] for line in lines if "eval_reward" in line] == [4, 8]
+    assert [line["step"] for line in lines if "eval_reward" in line] == [NUM_STEPS // 2, NUM_STEPS]
 
 
 class Halved(GymGRPOTrainer):
@@ -247,37 +248,36 @@ def test_a_batch_without_any_success_stops_and_says_why(
 def test_a_dead_policy_server_ends_training_at_once(
     data: tuple[Path, Path], gym: GymServers, tmp_path: Path, small_policy: Path
 ) -> None:
-    """Last in this module: it kills the shared server's stand-in, not the server itself."""
+    """The server is paused, so that no rollout can end by itself, and reported dead by its stand-in."""
     from trl_gym.errors import PolicyServerError
 
+    server = _policy_of(gym)
+
     class Dying:
-        """The shared server, reported dead from the first check on."""
-
-        def __init__(self, server: PolicyServer) -> None:
-            self._server = server
-
         def __getattr__(self, name: str) -> Any:
-            return getattr(self._server, name)
+            return getattr(server, name)
 
         def check(self) -> None:
             raise PolicyServerError("policy server ended (exit code 9)")
 
-    class Slow(GymGRPOTrainer):
-        def build_trajectories(self, answer: dict[str, Any], request: Any) -> Any:
-            import time
+    class Paused(GymGRPOTrainer):
+        def build_request(self, row: dict[str, Any], request: Any) -> dict[str, Any]:
+            if request.group == request.member == 0:
+                server.client.pause("keep")
+            return request.row
 
-            time.sleep(0.1)  # 64 of these outlast the first check
-            return super().build_trajectories(answer, request)
-
-    trainer = Slow(
+    trainer = Paused(
         model=str(small_policy),
         args=config(tmp_path, eval_strategy="no"),
         train_dataset=load_gym_dataset(data[0]),
-        policy_server=Dying(_policy_of(gym)),
+        policy_server=Dying(),
         gym_servers=gym,
     )
-    with pytest.raises(PolicyServerError, match="exit code 9"):
-        trainer.train()
+    try:
+        with pytest.raises(PolicyServerError, match="exit code 9"):
+            trainer.train()
+    finally:
+        server.client.resume()
 
 
 def _policy_of(gym: GymServers) -> PolicyServer:
