@@ -91,11 +91,11 @@ class BarProgress:
         self._task = self._bar.add_task("", total=None, reward="", phase="")
 
     def start(self, num_steps: int, first_step: int) -> None:
-        self._bar.update(self._task, total=num_steps, completed=first_step)
+        self._bar.reset(self._task, total=num_steps, completed=first_step)  # time counts from here
         self._bar.start()
 
     def phase(self, text: str | None) -> None:
-        self._bar.update(self._task, phase=text or "")
+        self._bar.update(self._task, phase=(text or "").replace("_", " "))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._bar.update(self._task, completed=step, reward=_headline(metrics))
