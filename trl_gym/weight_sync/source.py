@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_supported(accelerator: Accelerator) -> None:
-    """Refuse wrappings whose parameters cannot be streamed yet, before anything is started.
+    """Refuse wrappings whose parameters cannot be streamed yet, before anything is sampled.
 
     Raises:
         ConfigError: FSDP1 or ZeRO-3.

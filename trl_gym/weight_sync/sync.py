@@ -1,6 +1,7 @@
 """One weight sync: pause → transfer → finish with version → reset caches → resume.
 
-A sync that fails leaves the server paused: resuming it would serve half-updated weights.
+A transfer that fails leaves the server paused: resuming it would serve half-updated weights. The probe comes after the
+resume, because it asks the server to compute; when it finds a mismatch, training stops.
 """
 
 from __future__ import annotations
