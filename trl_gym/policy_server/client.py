@@ -13,6 +13,7 @@ from typing import Any, Literal
 import requests
 
 from trl_gym.errors import PolicyServerError
+from trl_gym.policy_server.calls import CallRecord
 
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_QUOTED_CHARS = 2000
@@ -133,6 +134,34 @@ class PolicyClient:
 
     def weight_version(self) -> str:
         return str(self._call("GET", "/weight_info")["weight_version"])
+
+    # -- rollouts -----------------------------------------------------------------------------------------------------
+
+    def rollout_records(self, rollouts: Sequence[str], *, forget: bool = True) -> dict[str, list[CallRecord]]:
+        """The model calls of rollouts, in the order in which they were answered.
+
+        Args:
+            rollouts: Rollout ids, as in `trl_gym.rollout` of their requests.
+            forget: Whether the server may drop what it returns.
+
+        Returns:
+            One list per id; empty for a rollout that has made no call (or was forgotten).
+        """
+        body = {"rollouts": list(rollouts), "forget": forget}
+        return self._call("POST", "/trl_gym/rollouts/records", json=body)["records"]
+
+    def cancel_rollouts(self, rollouts: Sequence[str]) -> int:
+        """End rollouts that nobody waits for: what they sample now is aborted, and every later call of theirs is told
+        that the context is full, upon which agents end the rollout by themselves.
+
+        Returns:
+            How many calls were aborted.
+        """
+        return self._call("POST", "/trl_gym/rollouts/cancel", json={"rollouts": list(rollouts)})["aborted"]
+
+    def set_sampling(self, sampling: dict[str, Any] | None) -> None:
+        """Pin the sampling of rollouts whose calls bring none (`trl_gym.sampling`); `None` pins nothing."""
+        self._call("POST", "/trl_gym/sampling", json={"sampling": sampling or {}})
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
