@@ -102,19 +102,48 @@ class _AnsweredError(Exception):
         self.reply = reply
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one middleware is set up.
+
+    Attributes:
+        nonce: Comes back from `/trl_gym/info`, which proves who answers.
+        api_keys: Any of these is demanded as bearer token on every route but `/health`; empty demands none.
+        has_prompt_field: Whether the server takes `prompt_token_ids` as a field of a chat request.
+    """
+
+    nonce: str | None = None
+    api_keys: tuple[str, ...] = ()
+    has_prompt_field: bool = False
+
+    @classmethod
+    def from_env(cls) -> Settings:
+        """From `TRL_GYM_NONCE`, `TRL_GYM_API_KEY` and `TRL_GYM_PROMPT_FIELD`: vLLM builds middleware itself."""
+        return cls(
+            nonce=os.environ.get(ENV_NONCE) or None,
+            api_keys=tuple(key for key in os.environ.get(ENV_API_KEYS, "").splitlines() if key),
+            has_prompt_field=os.environ.get(ENV_PROMPT_FIELD) == "1",
+        )
+
+
 class OnPolicyMiddleware:
-    """Pure ASGI; configured by `TRL_GYM_NONCE`, `TRL_GYM_API_KEY` and `TRL_GYM_PROMPT_FIELD`.
+    """Pure ASGI.
 
     The routes handled here never answer 429, 502, 503, 504 or 520, whatever the server says: Gym retries these for
     ever.
+
+    Args:
+        app: What is wrapped: vLLM's application, or a gateway to one.
+        settings: Taken from the environment when not given.
     """
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, settings: Settings | None = None) -> None:
         self.app = app
         self.counters = Counters()
-        self._nonce = os.environ.get(ENV_NONCE) or None
-        self._api_keys = [key.encode() for key in os.environ.get(ENV_API_KEYS, "").splitlines() if key]
-        self._has_prompt_field = os.environ.get(ENV_PROMPT_FIELD) == "1"
+        settings = settings or Settings.from_env()
+        self._nonce = settings.nonce
+        self._api_keys = [key.encode() for key in settings.api_keys]
+        self._has_prompt_field = settings.has_prompt_field
         self._closings: dict[str, list[int]] = {}
         self._facts: dict[str, Any] | None = None
         self._weight_version: str | None = None
