@@ -15,11 +15,17 @@ Json = dict[str, Any]
 
 
 def render(messages: list[Json], add_generation_prompt: bool = True, **_: Any) -> list[int]:
-    """`<role initial>content END`; assistant turns are written upper case, so that they re-tokenize differently."""
+    """`<role initial>content END`; assistant turns are written upper case, so that they re-tokenize differently.
+
+    All but z, q and x: the middleware's marker consists of them, and no template writes it differently.
+    """
     ids: list[int] = []
     for message in messages:
         content = message.get("content") or ""
-        text = content.upper() if message["role"] == "assistant" else content
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content)
+        upper = "".join(letter if letter in "zqx" else letter.upper() for letter in content)
+        text = upper if message["role"] == "assistant" else content
         ids += [*map(ord, message["role"][0] + text), END]
     return [*ids, ord("a")] if add_generation_prompt else ids
 
@@ -31,6 +37,9 @@ class FakeVllm:
     max_model_len: int = 200
     weight_version: str = "default"
     chat_status: int = 200
+    finish_reason: str | None = None
+    hangs: bool = False  # a chat is never answered; the client must hang up
+    disconnects: int = 0
     reply: list[int] = field(default_factory=lambda: [ord("o"), ord("k"), END])
     render: Callable[..., list[int]] = render
     change_answer: Callable[[Json], None] = lambda answer: None
@@ -42,6 +51,11 @@ class FakeVllm:
     async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
         assert scope["type"] == "http", scope
         body = (await receive())["body"] if scope["method"] == "POST" else b""
+        if self.hangs and scope["path"] == "/v1/chat/completions":
+            self.requests.append((scope["path"], json.loads(body)))
+            assert (await receive())["type"] == "http.disconnect"
+            self.disconnects += 1
+            return
         headers = dict(scope["headers"])
         assert int(headers.get(b"content-length", len(body))) == len(body)
         status, payload = self.answer(scope["path"], body)
@@ -67,7 +81,8 @@ class FakeVllm:
                 self.weight_version = request["weight_version"]
                 return 200, {"message": "ok"}
             case "/tokenize":
-                return 200, {"tokens": self.render(**request)}
+                tokens = self.render(**request)
+                return 200, {"tokens": tokens, "token_strs": [chr(token) for token in tokens]}
             case "/v1/chat/completions":
                 return self.chat(request)
             case "/health":
@@ -79,6 +94,9 @@ class FakeVllm:
             return 400, {"error": {"message": "messages missing"}}
         forced = (request.get("kv_transfer_params") or {}).get("prompt_token_ids") or request.get("prompt_token_ids")
         prompt = forced or self.render(**request)
+        limit = request.get("max_completion_tokens") or request.get("max_tokens") or 1
+        if len(prompt) + limit > self.max_model_len:
+            return 400, {"error": {"message": f"This model's maximum context length is {self.max_model_len} tokens."}}
         content = [{"token": chr(t), "logprob": -0.5} for t in self.reply]
         answer: Json = {
             "choices": [
@@ -87,10 +105,18 @@ class FakeVllm:
                     "message": {"role": "assistant", "content": "".join(chr(t) for t in self.reply if t != END)},
                     "logprobs": {"content": content} if request.get("logprobs") else None,
                     "token_ids": self.reply if request.get("return_token_ids") else None,
+                    "finish_reason": self.finish_reason or ("stop" if self.reply[-1] == END else "length"),
+                    "stop_reason": None,
                 }
                 for index in range(request.get("n") or 1)
             ],
             "prompt_token_ids": prompt if request.get("return_token_ids") else None,
+            "usage": {
+                "prompt_tokens": len(prompt),
+                "completion_tokens": len(self.reply),
+                "prompt_tokens_details": {"cached_tokens": len(prompt) - 1},
+            },
+            "metrics": {"queue_time_ms": 1.0, "time_to_first_token_ms": 2.0, "generation_time_ms": 3.0},
         }
         self.change_answer(answer)
         return self.chat_status, answer

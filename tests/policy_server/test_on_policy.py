@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,12 +42,20 @@ class Http:
         if path != "/v1/chat/completions" or b"stream" in raw:
             pending[:] = [raw]  # the fake reads one piece
         await self.middleware(scope, receive, send)
-        return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]) or b"null")
+        answer = b"".join(message.get("body", b"") for message in sent[1:])
+        if dict(sent[0]["headers"])[b"content-type"].startswith(b"text/event-stream"):
+            return sent[0]["status"], answer.decode()
+        return sent[0]["status"], json.loads(answer or b"null")
 
     async def chat(self, messages: list[Json], **body: Any) -> Json:
         status, answer = await self("POST", "/v1/chat/completions", {"messages": messages, **body})
         assert status == 200, answer
         return answer
+
+    async def records(self, rollout: str, **body: Any) -> list[Json]:
+        status, answer = await self("POST", "/trl_gym/rollouts/records", {"rollouts": [rollout], **body})
+        assert status == 200, answer
+        return answer["records"][rollout]
 
     async def counters(self) -> Json:
         return (await self("GET", "/trl_gym/info"))[1]["counters"]
@@ -90,7 +99,8 @@ async def test_every_prompt_starts_with_all_tokens_seen(http: Http, app: FakeVll
     last = messages[-2]["prompt_token_ids"]
     assert "ok" in "".join(map(chr, last)) and "OK" not in "".join(map(chr, last))  # sampled, not rendered
     assert last.count(END) == 7  # none doubled
-    assert (await http.counters()) == {"requests": 4, "spliced": 3, "served_as_rendered": 0, "overflows": 0}
+    counters = await http.counters()
+    assert (counters["requests"], counters["spliced"], counters["served_as_rendered"]) == (4, 3, 0)
     assert all("generation_token_ids" not in m for chat in app.chats() for m in chat["messages"])
 
 
@@ -126,15 +136,25 @@ async def test_continuing_the_sampled_turn_uses_it_as_it_is(http: Http, app: Fak
 
 
 async def test_no_boundary_is_reported_and_not_guessed(http: Http, app: FakeVllm) -> None:
-    app.render = lambda messages, **_: [*map(ord, "".join(m["content"] for m in messages))]  # closes nothing
+    app.render = lambda messages, **_: [*map(ord, "".join((m["content"] or "").lstrip("zqx") for m in messages))]
     messages: list[Json] = [USER]
     answer = await http.chat(messages, trl_gym=TAG)
     assert "trl_gym" not in answer
     messages += [answer["choices"][0]["message"], {"role": "user", "content": "more"}]
     answer = await http.chat(messages, trl_gym=TAG)
-    assert "writes nothing after" in answer["trl_gym"]["drift"]
+    drift = answer["trl_gym"]["drift"]
+    assert drift == {"cause": "no_boundary", "text": "the chat template does not write the turn's text as it is given"}
     assert answer["choices"][0]["message"]["prompt_token_ids"] == [*map(ord, "hiokmore")]
     assert (await http.counters())["served_as_rendered"] == 1
+    record = (await http.records("r0"))[-1]
+    assert (record["prompt"], record["drift"]) == ("rendered", drift)
+
+
+async def test_a_template_that_closes_nothing_is_exact_all_the_same(http: Http, app: FakeVllm) -> None:
+    app.render = lambda messages, **_: [*map(ord, "".join(m["content"] or "" for m in messages))]
+    messages = await converse(http, 2)
+    seen = messages[1]["prompt_token_ids"] + messages[1]["generation_token_ids"]
+    assert messages[3]["prompt_token_ids"] == [*seen, *map(ord, "more 0")]
 
 
 async def test_images_are_never_dropped(http: Http, app: FakeVllm) -> None:
@@ -142,8 +162,70 @@ async def test_images_are_never_dropped(http: Http, app: FakeVllm) -> None:
     app.render = lambda messages, **_: [5, END]
     messages[-1] = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
     answer = await http.chat(messages, trl_gym=TAG)
-    assert "images" in answer["trl_gym"]["drift"]
+    assert "images" in answer["trl_gym"]["drift"]["text"]
     assert "kv_transfer_params" not in app.chats()[-1]
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda messages: messages[2:],  # compacted: what came first is gone
+        lambda messages: [{"role": "user", "content": "summary"}, *messages[1:]],
+        lambda messages: [{"role": "system", "content": "be brief"}, *messages],
+    ],
+    ids=["dropped", "edited", "injected in front"],
+)
+async def test_a_rewritten_history_is_served_as_the_agent_means_it(
+    http: Http, app: FakeVllm, rewrite: Callable[[list[Json]], list[Json]]
+) -> None:
+    messages = rewrite(await converse(http, 2))
+    answer = await http.chat(messages, trl_gym=TAG)
+    assert answer["trl_gym"]["drift"]["cause"] == "history_rewritten"
+    bare = [{key: m[key] for key in ("role", "content")} for m in messages]
+    assert answer["choices"][0]["message"]["prompt_token_ids"] == render(bare)
+
+
+async def test_what_agents_do_to_sampled_turns_rewrites_nothing(http: Http) -> None:
+    messages = await converse(http, 2)
+    messages[1] |= {"content": "without its thinking", "reasoning_content": None}
+    messages[0] = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+    assert "trl_gym" not in await http.chat(messages, trl_gym=TAG)
+
+
+async def test_other_tools_than_before_are_a_rewritten_history(http: Http) -> None:
+    messages = await converse(http, 1)
+    tool = {"type": "function", "function": {"name": "late", "parameters": {}}}
+    answer = await http.chat(messages, trl_gym=TAG, tools=[tool])
+    assert "tools" in answer["trl_gym"]["drift"]["text"]
+
+
+async def test_lost_ids_are_reported(http: Http) -> None:
+    messages = await converse(http, 2)
+    bare = [{key: m[key] for key in ("role", "content")} for m in messages]
+    answer = await http.chat(bare, trl_gym=TAG)
+    assert answer["trl_gym"]["drift"]["cause"] == "message_without_ids"
+    assert answer["choices"][0]["message"]["prompt_token_ids"] == render(bare)
+    answer = await http.chat([*messages[:2], *bare[2:]], trl_gym=TAG)  # the newest turn's only
+    assert answer["trl_gym"]["drift"]["cause"] == "message_without_ids"
+    assert (await http.counters())["served_as_rendered"] == 1
+
+
+async def test_a_stub_in_front_is_enough_once_it_has_proved_itself(http: Http, app: FakeVllm) -> None:
+    for _ in range(3):
+        await converse(http, 3)
+    *_, (_, stub) = [call for call in app.requests if call[0] == "/tokenize"]
+    counters = await http.counters()
+    assert (counters["rendered_whole"], counters["rendered_extension"]) == (4, 2)  # two agreements per depth
+    assert [message["content"] for message in stub["messages"]] == ["0", "zqx0", "more 1"]
+
+
+async def test_a_template_that_looks_back_is_rendered_whole(http: Http, app: FakeVllm) -> None:
+    app.render = lambda messages, **options: [*render(messages, **options), len(messages)]  # numbered rounds
+    app.max_model_len = 500
+    for _ in range(4):
+        messages = await converse(http, 3)
+        assert messages[5]["prompt_token_ids"][-1] == 5
+    assert (await http.counters())["rendered_extension"] == 0
 
 
 async def test_sampling_is_pinned(http: Http, app: FakeVllm) -> None:
@@ -157,18 +239,42 @@ async def test_sampling_is_pinned(http: Http, app: FakeVllm) -> None:
     ("body", "message"),
     [
         ({"trl_gym": TAG, "n": 2}, "n must be 1"),
-        ({"trl_gym": TAG, "stream": True}, "cannot be streamed"),
         ({"trl_gym": {"rollout": "r", "sampling": {"typical_p": 1}}}, "typical_p"),
         ({"trl_gym": {"rollout": "r", "budget": 1}}, "unknown keys: budget"),
         ({"trl_gym": {"sampling": {}}}, "rollout"),
         ({"trl_gym": {"rollout": "r", "completion_budget": 0}}, "completion_budget"),
+        ({"trl_gym": {"rollout": "r", "sampling": [1]}}, "must be an object"),
         ({"messages": [{"role": "assistant", "content": "", "generation_token_ids": [1]}]}, "prompt_token_ids"),
+        (
+            {"messages": [{"role": "assistant", "prompt_token_ids": [-1], "generation_token_ids": [1]}]},
+            "prompt_token_ids",
+        ),
+        (
+            {"messages": [{"role": "assistant", "prompt_token_ids": [1.5], "generation_token_ids": [1]}]},
+            "prompt_token_ids",
+        ),
+        ({"trl_gym": TAG, "messages": []}, "list of `messages`"),
+        ({"trl_gym": TAG, "messages": "hi"}, "list of `messages`"),
     ],
 )
 async def test_a_contradiction_is_a_400_that_names_it(http: Http, body: Json, message: str) -> None:
     status, answer = await http("POST", "/v1/chat/completions", {"messages": [USER], **body})
     assert status == 400
     assert message in answer["error"]["message"]
+
+
+async def test_nan_in_a_turn_of_a_rollout_is_a_400(http: Http) -> None:
+    body = b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN, "trl_gym": {"rollout": "r"}}'
+    status, answer = await http("POST", "/v1/chat/completions", body)
+    assert (status, "NaN" in answer["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+async def test_other_ways_to_chat_take_no_turns_of_rollouts(http: Http, app: FakeVllm, path: str) -> None:
+    status, answer = await http("POST", path, {"input": "hi", "trl_gym": TAG})
+    assert (status, "/v1/chat/completions" in answer["error"]["message"]) == (400, True)
+    assert (await http("POST", path, {"input": 'what is "trl_gym"?'}))[0] == 404  # the server's own answer
+    assert [called for called, _ in app.requests] == [path]
 
 
 async def test_max_tokens_is_clamped_to_the_room(http: Http, app: FakeVllm) -> None:
@@ -200,8 +306,8 @@ async def test_overflow_is_the_400_that_ends_a_rollout_gracefully(http: Http, ap
 
 
 async def test_an_untagged_request_is_answered_as_stock_plus_the_bundle(http: Http, app: FakeVllm) -> None:
-    answer = await http.chat([USER], temperature=0.1, n=2, max_tokens=10**6)
-    assert (app.chats()[-1]["temperature"], app.chats()[-1]["max_tokens"]) == (0.1, 10**6)
+    answer = await http.chat([USER], temperature=0.1, n=2, max_tokens=100)
+    assert (app.chats()[-1]["temperature"], app.chats()[-1]["max_tokens"]) == (0.1, 100)
     assert not any(path == "/tokenize" for path, _ in app.requests)
     for choice in answer["choices"]:
         assert choice["logprobs"] is None and choice["token_ids"] is None
@@ -247,6 +353,74 @@ async def test_a_bundle_that_is_not_exact_is_a_500(
 async def test_a_status_that_gym_would_retry_for_ever_becomes_a_500(http: Http, app: FakeVllm, status: int) -> None:
     app.chat_status = status
     assert (await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG}))[0] == 500
+
+
+async def test_every_call_of_a_rollout_is_recorded(http: Http, app: FakeVllm) -> None:
+    messages = await converse(http, 2)
+    app.max_model_len = 5
+    http.middleware._facts.__init__()
+    await http("POST", "/v1/chat/completions", {"messages": messages, "trl_gym": TAG})
+    first, second, overflow = await http.records("r0", forget=False)
+    assert (first["prompt"], second["prompt"], overflow["status"]) == ("rendered", "exact", 400)
+    assert "maximum context length" in overflow["error"]
+    assert (second["prompt_tokens"], second["completion_tokens"]) == (len(messages[3]["prompt_token_ids"]), 3)
+    assert second["cached_tokens"] == second["prompt_tokens"] - 1
+    assert (second["queue_s"], second["prefill_s"], second["decode_s"]) == (0.001, 0.002, 0.003)
+    assert (second["weight_version"], second["finish_reason"], second["drift"]) == ("default", "stop", None)
+    assert second["seconds"] > 0
+    assert len(await http.records("r0")) == 3
+    assert await http.records("r0") == []  # forgotten
+
+
+async def test_a_cancelled_rollout_is_told_that_its_context_is_full(http: Http, app: FakeVllm) -> None:
+    await converse(http, 1)
+    assert (await http("POST", "/trl_gym/rollouts/cancel", {"rollouts": ["r0"]}))[1] == {"aborted": 0}
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG})
+    assert status == 400
+    assert "context length" in answer["error"]["message"] and "cancelled" in answer["error"]["message"]
+    await http.chat([USER], trl_gym={"rollout": "another"})
+    assert len(app.chats()) == 2
+
+
+async def test_cancelling_hangs_up_on_the_engine(http: Http, app: FakeVllm) -> None:
+    app.hangs = True
+    running = asyncio.create_task(http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG}))
+    while not app.chats():
+        await asyncio.sleep(0)
+    assert (await http("POST", "/trl_gym/rollouts/cancel", {"rollouts": ["r0"]}))[1] == {"aborted": 1}
+    status, answer = await asyncio.wait_for(running, 5.0)
+    assert (status, "cancelled" in answer["error"]["message"], app.disconnects) == (400, True, 1)
+    assert (await http.counters())["cancelled"] == 1
+
+
+@pytest.mark.parametrize("path", ["/trl_gym/rollouts/records", "/trl_gym/rollouts/cancel", "/trl_gym/sampling"])
+async def test_the_control_plane_says_what_it_wants(http: Http, path: str) -> None:
+    for body in (b"nonsense", b"[1]", b'{"rollouts": "r0", "sampling": 1}'):
+        status, answer = await http("POST", path, body)
+        assert status == 400
+        assert answer["error"]["message"]
+
+
+async def test_sampling_can_be_pinned_for_rollouts_that_bring_none(http: Http, app: FakeVllm) -> None:
+    assert (await http("POST", "/trl_gym/sampling", {"sampling": {"temperature": 0.3}}))[0] == 200
+    await http.chat([USER], temperature=0.9, trl_gym={"rollout": "r"})
+    await http.chat([USER], temperature=0.9, trl_gym=TAG)
+    await http.chat([USER], temperature=0.9)
+    assert [chat["temperature"] for chat in app.chats()] == [0.3, 0.7, 0.9]
+
+
+async def test_a_streamed_turn_is_answered_whole_as_a_stream(http: Http, app: FakeVllm) -> None:
+    body = {"messages": [USER], "trl_gym": TAG, "stream": True, "stream_options": {"include_usage": True}}
+    status, text = await http("POST", "/v1/chat/completions", body)
+    *chunks, done = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    delta, finish, usage = map(json.loads, chunks)
+    assert (status, done) == (200, "[DONE]")
+    assert delta["choices"][0]["delta"]["content"] == "ok"
+    assert delta["choices"][0]["delta"]["generation_token_ids"] == app.reply
+    assert finish["choices"][0]["finish_reason"] == "stop"
+    assert usage["usage"]["completion_tokens"] == 3
+    assert app.chats()[-1]["stream"] is False and "stream_options" not in app.chats()[-1]
+    assert len(await http.records("r0")) == 1
 
 
 async def test_the_weight_version_follows_an_update(http: Http, app: FakeVllm) -> None:

@@ -36,6 +36,14 @@ class Reply:
         """The body as JSON. Raises `ValueError` if it is something else."""
         return json.loads(self.body)
 
+    def error_text(self) -> str:
+        """What an error says, in OpenAI's form or any other."""
+        try:
+            payload = self.json()
+            return str(payload["error"]["message"])
+        except (ValueError, TypeError, KeyError):
+            return self.body.decode(errors="replace")
+
     @classmethod
     def from_json(cls, status: int, payload: Any) -> Reply:
         """Raises `ValueError` for NaN and infinities: they are not JSON, and no client could read them."""

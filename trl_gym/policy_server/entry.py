@@ -28,6 +28,8 @@ DEFAULT_FLAGS: dict[str, object] = {
     "weight_transfer_config": '{"backend": "file"}',
     "generation_config": "vllm",  # no top_k, top_p from the model's generation_config.json behind the trainer's back
     "logprobs_mode": "processed_logprobs",  # what the trainer computes at temperature ≠ 1
+    "enable_prompt_tokens_details": True,  # tokens from the prefix cache, for the call records
+    "enable_per_request_metrics": True,  # seconds in queue, prefill and decode, for the call records
     "disable_uvicorn_access_log": True,
 }
 

@@ -1,99 +1,179 @@
-"""Exact prompts from token ids: pure functions on lists of ints, no I/O.
+"""Exact prompts from token ids: pure functions on lists, no I/O.
 
-The words used here and in `on_policy.py`:
+The words used here, in `rendering.py` and in `on_policy.py`:
 
     seen     every token of the rollout so far: the prompt of the newest sampled turn plus what was sampled
-    before   the chat template's render of the messages up to and including that turn, no generation prompt
-    full     the chat template's render of all messages, as the next prompt would be on a stock server
-    closing  what the template writes after the content of an assistant turn, e.g. `[<|im_end|>, "\\n"]`;
-             its first token is the turn end
+    tail     what the chat template writes after the text of that turn: its end, new messages, generation prompt
+    closing  the beginning of a tail that ends a turn, the same for every turn of its kind, e.g. `[<|im_end|>, "\\n"]`
+    turn end the one token of a closing that says that the turn is over, e.g. `<|im_end|>`
 
-`before` and `full` are only used to find out where the *new* messages start; the tokens of the old ones are `seen`.
+The next prompt is `seen` plus the tail, minus the part of the closing that the policy has sampled itself. The template
+only ever decides what comes *after* the sampled turn; how it would write that turn, or earlier ones, does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 
 class NoBoundaryError(Exception):
-    """The end of the newest sampled turn cannot be found in the render of all messages. The text says why."""
+    """The end of the newest sampled turn cannot be found in the template's render. The text says why."""
 
 
-def find_closing(render_a: Sequence[int], render_b: Sequence[int]) -> list[int]:
-    """What a chat template writes after an assistant turn: the longest common suffix of two renders.
+class NoMarkerError(NoBoundaryError):
+    """The template does not write the text that was put in place of the turn's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Token ids with their strings, as a tokenizer's vocabulary spells them.
+
+    Attributes:
+        ids: `[T]`.
+        strings: `[T]`; byte-level alphabets and sentencepiece underscores are fine.
+    """
+
+    ids: list[int]
+    strings: list[str]
+
+    def after(self, marker: str) -> Rendered:
+        """What follows the last occurrence of a text.
+
+        Args:
+            marker: ASCII letters and digits: every tokenizer spells them as they are.
+
+        Raises:
+            NoMarkerError: It does not occur.
+            NoBoundaryError: A token spans its end.
+        """
+        start = "".join(self.strings).rfind(marker)
+        if start < 0:
+            raise NoMarkerError("the chat template does not write the turn's text as it is given")
+        ends = list(accumulate(map(len, self.strings)))
+        last = bisect_left(ends, start + len(marker))  # the token in which the marker ends
+        if ends[last] != start + len(marker):
+            raise NoBoundaryError("a token spans the end of the turn's text and what the chat template writes next")
+        return Rendered(self.ids[last + 1 :], self.strings[last + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """What the template writes between the text of an assistant turn and whatever comes next.
+
+    Attributes:
+        ids: `[C]`; empty if the template writes nothing (the next turn's opening token ends this one then: GLM).
+        end: Index of the turn end in `ids`; None if nothing in them can be one.
+        begin: Index of the first of them that is no white space, `<= end` (Cohere ends a turn with two tokens).
+        has_markup: Whether it begins with the end of a tool call, which the policy has sampled in its own tokens.
+    """
+
+    ids: list[int]
+    end: int | None
+    begin: int = 0
+    has_markup: bool = False
+
+    @property
+    def turn_end(self) -> int | None:
+        return None if self.end is None else self.ids[self.end]
+
+
+def plain_closing(rendered: Rendered, stop_ids: Collection[int]) -> Closing:
+    """The closing of a turn of plain text.
 
     Args:
-        render_a: A conversation that ends in an assistant turn, without generation prompt.
-        render_b: The same conversation with other content in that turn; the contents must end differently.
-
-    Returns:
-        The closing tokens, turn end first; empty if the template writes nothing after an assistant turn.
+        rendered: From `closing_of`.
+        stop_ids: Tokens at which generation is known to stop.
 
     Example:
-        >>> find_closing([1, 7, 8, 2, 9], [1, 7, 5, 2, 9])  # 2 = <|im_end|>, 9 = newline
-        [2, 9]
+        >>> plain_closing(Rendered([5, 2, 9], ["Ġ", "</s>", "Ċ"]), ())  # blanks end no turn
+        Closing(ids=[5, 2, 9], end=1, begin=1, has_markup=False)
     """
-    length = 0
-    for a, b in zip(reversed(render_a), reversed(render_b), strict=False):
-        if a != b:
-            break
-        length += 1
-    return list(render_a[len(render_a) - length :])
+    begin = next((i for i, string in enumerate(rendered.strings) if not _is_blank(string)), None)
+    end = next((i for i, token in enumerate(rendered.ids) if token in stop_ids), begin)
+    return Closing(rendered.ids, end, 0 if begin is None or end is None else min(begin, end))
 
 
-def splice(seen: Sequence[int], before: Sequence[int], full: Sequence[int], closing: Sequence[int]) -> list[int]:
-    """The next prompt: all tokens seen, then the template's tokens for the messages that are new.
+def tool_closing(rendered: Rendered, plain: Closing, stop_ids: Collection[int]) -> Closing:
+    """The closing of a turn that ends in a tool call: the rest of the call's markup, then the turn end.
 
-    The turn end that closes the newest turn is the n-th one in `full`, n being their number in `before`. Counting (and
-    not the position) is what makes this right when the template drops the thinking of earlier turns. If the policy
-    sampled the turn end it is not doubled; if it was cut off at its token limit, the template's closes the turn.
+    Args:
+        rendered: What follows the last argument of the call.
+        plain: The closing of a plain turn; its turn end is looked for too.
+        stop_ids: Tokens at which generation is known to stop.
+
+    Example:
+        >>> tool_closing(Rendered([7, 8, 2, 9], ['"}', "</tool_call>", "<|im_end|>", "Ċ"]), Closing([2, 9], 0), ())
+        Closing(ids=[7, 8, 2, 9], end=2, begin=2, has_markup=True)
+    """
+    ends = {*stop_ids, *([] if plain.turn_end is None else [plain.turn_end])}
+    end = next((i for i, token in enumerate(rendered.ids) if token in ends), None)
+    return Closing(rendered.ids, end, end or 0, has_markup=True)
+
+
+def closing_of(tail: Sequence[int], generation_prompt: Sequence[int]) -> int | None:
+    """Length of the closing in a tail after which only the generation prompt comes; None if it does not come.
+
+    Example:
+        >>> closing_of([2, 9, 40, 41], [40, 41])
+        2
+    """
+    length = len(tail) - len(generation_prompt)
+    return length if length >= 0 and list(tail[length:]) == list(generation_prompt) else None
+
+
+def splice(seen: Sequence[int], tail: Sequence[int], closing: Closing, stop_ids: Collection[int]) -> list[int]:
+    """The next prompt: all tokens seen, then the template's tokens for what is new.
+
+    Whether the policy has closed its turn is read off the last token seen. A turn end that it sampled is not doubled;
+    one that stops generation and that the template writes differently in history (gpt-oss: `<|return|>` for `<|end|>`)
+    stands for the template's; if it was cut off, the template closes the turn.
 
     Args:
         seen: Prompt and sampled ids of the newest turn.
-        before: Render up to and including that turn, without generation prompt.
-        full: Render of all messages.
-        closing: From `find_closing`.
+        tail: What the template writes after that turn's text.
+        closing: How the template closes turns of this kind.
+        stop_ids: Tokens at which generation is known to stop.
 
     Returns:
         A prompt that starts with `seen`.
 
     Raises:
-        NoBoundaryError: If the cut would be a guess: the template closes no turn, closes this one differently, or
-            writes the old messages differently once new ones follow (beyond leaving something out).
+        NoBoundaryError: If the cut would be a guess.
 
     Example:
-        >>> splice([11, 12, 99, 55, 2], [11, 12, 88, 56, 2], [11, 12, 56, 2, 70, 71, 2, 40], [2])
-        [11, 12, 99, 55, 2, 70, 71, 2, 40]
+        >>> splice([11, 99, 2], [2, 9, 70, 40], Closing([2, 9], 0), ())  # closed by the policy
+        [11, 99, 2, 9, 70, 40]
+        >>> splice([11, 99], [2, 9, 70, 40], Closing([2, 9], 0), ())  # cut off at its token limit
+        [11, 99, 2, 9, 70, 40]
     """
-    if not seen:
-        return list(full)
-    if not closing:
-        raise NoBoundaryError("the chat template writes nothing after an assistant turn")
-    if list(before[-len(closing) :]) != list(closing):
-        raise NoBoundaryError("the chat template does not close this turn as it closes other assistant turns")
-    turn_end = closing[0]
-    end_in_before = len(before) - len(closing)
-    end_in_full = _nth_index(full, turn_end, _count(before[: end_in_before + 1], turn_end))
-    if end_in_full is None:
-        raise NoBoundaryError("the render of all messages has fewer turn ends than that of the earlier ones")
-    if not _is_subsequence(full[:end_in_full], before[:end_in_before]):
-        raise NoBoundaryError("the chat template writes earlier messages differently once new messages follow")
-    kept = seen[:-1] if seen[-1] == turn_end else seen
-    return [*kept, *full[end_in_full:]]
+    last = seen[-1]
+    end = _find_end(tail, closing)
+    if end is None:
+        return [*seen, *tail[_length_sampled(last, tail, closing, stop_ids) :]]
+    if last == tail[end] or last in stop_ids:
+        return [*seen, *tail[end + 1 :]]
+    if closing.has_markup:
+        return [*seen, *tail[end:]]
+    for cut in range(end, closing.begin, -1):  # cut off in the middle of a closing of several tokens
+        if list(seen[closing.begin - cut :]) == list(tail[closing.begin : cut]):
+            return [*seen, *tail[cut:]]
+    return [*seen, *tail]
 
 
-def continue_turn(seen: Sequence[int], closing: Sequence[int]) -> list[int]:
+def continue_turn(seen: Sequence[int], closing: Closing, stop_ids: Collection[int]) -> list[int]:
     """The prompt for `continue_final_message` on the newest sampled turn: `seen`, open-ended.
 
     Raises:
         NoBoundaryError: If the policy has closed the turn itself; dropping its turn end would unsample a token.
 
     Example:
-        >>> continue_turn([11, 12, 99], [2])
+        >>> continue_turn([11, 12, 99], Closing([2], 0), ())
         [11, 12, 99]
     """
-    if closing and seen[-1] == closing[0]:
+    if seen[-1] == closing.turn_end or seen[-1] in stop_ids:
         raise NoBoundaryError("the turn to be continued was closed by the policy")
     return list(seen)
 
@@ -120,23 +200,31 @@ def room(
     return min(left, completion_budget - used)
 
 
-def _count(ids: Sequence[int], token: int) -> int:
-    return sum(1 for other in ids if other == token)
+def _find_end(tail: Sequence[int], closing: Closing) -> int | None:
+    """Index of the turn end in `tail`; None if this template writes none."""
+    if closing.end is None:
+        return None
+    through = closing.end + 1
+    if list(tail[:through]) == closing.ids[:through]:
+        return closing.end
+    if closing.has_markup and closing.turn_end in tail:
+        return list(tail).index(closing.turn_end)  # call ids in the markup differ; they contain no turn end
+    raise NoBoundaryError("the chat template does not close this turn as it closes other assistant turns")
 
 
-def _nth_index(ids: Sequence[int], token: int, n: int) -> int | None:
-    """Index of the n-th `token` (n >= 1), or `None`."""
-    for index, other in enumerate(ids):
-        if other == token:
-            n -= 1
-            if n == 0:
-                return index
-    return None
+def _length_sampled(last: int, tail: Sequence[int], closing: Closing, stop_ids: Collection[int]) -> int:
+    """How much of a tail without turn end the policy has sampled itself: a call's markup, the next turn's opening."""
+    own = 0
+    if closing.has_markup:
+        if last not in stop_ids:
+            raise NoBoundaryError("the turn was cut off behind a tool call, and it is not known how such a turn ends")
+        if list(tail[: len(closing.ids)]) != closing.ids:
+            raise NoBoundaryError("the chat template writes no turn end after this tool call")
+        own = len(closing.ids)
+    opened = last in stop_ids and own < len(tail) and tail[own] == last
+    return own + opened
 
 
-def _is_subsequence(short: Sequence[int], long: Sequence[int]) -> bool:
-    """Whether `short` is `long` with nothing but removals."""
-    if list(short) == list(long):
-        return True
-    rest = iter(long)
-    return all(token in rest for token in short)
+def _is_blank(string: str) -> bool:
+    """Whether a token is white space, in the spelling of byte-level (Ġ, Ċ, …) or sentencepiece (▁) vocabularies."""
+    return not string.strip(" \n\r\tĠĊĉč▁")

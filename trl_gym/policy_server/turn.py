@@ -1,14 +1,31 @@
-"""One chat completion request, understood: whose it is, which tokens it has seen, and what goes on to the server."""
+"""One chat completion request, understood: whose it is, which tokens it has seen, and what goes on to the server.
+
+Every sampled message carries its whole prompt, so a request of turn 30 is a megabyte of token ids of which only the
+newest message's count. The others are stepped over, never parsed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKEN_KEYS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
 _TEXT_PARTS = ("text", "refusal", "thinking")
 _TAG_KEYS = ("rollout", "sampling", "completion_budget")
+# What decides how a chat is rendered, by its name in /tokenize.
+_RENDER_KEYS = ("model", "tools", "chat_template", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs")
+
+_MAX_TOKEN_ID = 2**31 - 1  # what an engine can hold; the server itself refuses ids beyond its vocabulary
+
+_Fields = dict[str, msgspec.Raw]
+_fields = msgspec.json.Decoder(_Fields)
+_messages = msgspec.json.Decoder(list[_Fields])
+_ids = msgspec.json.Decoder(list[int])
+_any = msgspec.json.Decoder()
 
 
 class InvalidTurnError(ValueError):
@@ -20,19 +37,23 @@ class Turn:
     """One model call.
 
     Attributes:
-        body: The request without `trl_gym`, sampling pinned; changed by `limit_tokens`.
-        messages: Its messages, as sent.
-        rollout: Whose turn it is; `None` for a request without a tag.
+        body: The request without `trl_gym` and messages, sampling pinned; changed by `limit_tokens`.
+        messages: Its messages, without token ids.
+        sampled: Per message its sampled ids as JSON, or None.
+        rollout: Whose turn it is; None for a request without a tag.
+        sampling: What the tag pins, or None if it does not say.
         completion_budget: Tokens that the rollout may have after its first prompt.
-        newest: Index of the newest message that carries sampled ids, or `None`.
-        seen: Prompt and sampled ids of that message, or `None`.
-        num_first_prompt: Length of the rollout's first prompt, or `None` on its first turn.
+        newest: Index of the newest message that carries sampled ids, or None.
+        seen: Prompt and sampled ids of that message, or None.
+        num_first_prompt: Length of the prompt of the first message that carries sampled ids, or None.
         asked: What the client itself wants to see of what we always ask for.
     """
 
     body: dict[str, Any]
     messages: list[dict[str, Any]]
+    sampled: list[bytes | None] = field(default_factory=list)
     rollout: str | None = None
+    sampling: dict[str, Any] | None = None
     completion_budget: int | None = None
     newest: int | None = None
     seen: list[int] | None = None
@@ -40,21 +61,31 @@ class Turn:
     asked: frozenset[str] = field(default_factory=frozenset)
 
     @classmethod
-    def from_request(cls, request: dict[str, Any]) -> Turn:
-        """Read a request and pin its sampling.
+    def from_json(cls, raw: bytes) -> Turn | None:
+        """Read a request.
 
         Args:
-            request: Parsed JSON with a non-empty list of message objects.
+            raw: The body.
+
+        Returns:
+            None if it is no JSON object with a list of message objects: the server has its own words for that.
 
         Raises:
-            InvalidTurnError: If the tag or the token ids are malformed, or a rollout asks for `n` > 1 or a stream.
+            InvalidTurnError: If the tag or the token ids are malformed, or a rollout asks for `n` > 1.
         """
-        body = dict(request)
+        try:
+            fields = _fields.decode(raw)
+            messages = _messages.decode(fields.pop("messages", b"null"))
+        except msgspec.MsgspecError:
+            return None
+        if not messages:
+            return None
+        body = {key: _any.decode(value) for key, value in fields.items()}
         tag = body.pop("trl_gym", None)
-        turn = cls(body, body["messages"], asked=_asked(body))
+        turn = cls(body, [_without_token_ids(message) for message in messages], asked=_asked(body))
         if tag is not None:
             turn._apply_tag(tag)
-        turn._read_history()
+        turn._read_history(messages)
         if turn.is_ours and body.get("n") not in (None, 1):
             raise InvalidTurnError(f"n must be 1 for a turn of a rollout, not {body['n']!r}")
         return turn
@@ -69,6 +100,14 @@ class Turn:
         return self.is_tagged or self.seen is not None
 
     @property
+    def is_streamed(self) -> bool:
+        return bool(self.body.get("stream"))
+
+    @property
+    def asks_for_limit(self) -> bool:
+        return any(self.body.get(key) is not None for key in ("max_tokens", "max_completion_tokens"))
+
+    @property
     def ending(self) -> dict[str, bool]:
         """How the render of all messages ends, as /tokenize wants it."""
         return {
@@ -77,9 +116,16 @@ class Turn:
         }
 
     @property
-    def continues_newest(self) -> bool:
-        """Whether the sampled turn itself is to be continued, instead of a new one being started."""
-        return bool(self.body.get("continue_final_message")) and self.newest == len(self.messages) - 1
+    def render_options(self) -> dict[str, Any]:
+        """What else decides the render, as /tokenize wants it."""
+        options = {key: self.body[key] for key in _RENDER_KEYS if self.body.get(key) is not None}
+        # These two are fields of a chat request and template arguments everywhere else.
+        extra = {key: self.body[key] for key in ("documents", "reasoning_effort") if self.body.get(key) is not None}
+        if "reasoning_effort" in extra:
+            extra["enable_thinking"] = extra["reasoning_effort"] != "none"
+        if extra:
+            options["chat_template_kwargs"] = {**extra, **options.get("chat_template_kwargs", {})}
+        return options
 
     @property
     def has_media(self) -> bool:
@@ -88,12 +134,18 @@ class Turn:
         parts = (part for content in contents if isinstance(content, list) for part in content)
         return any(isinstance(part, dict) and part.get("type") not in _TEXT_PARTS for part in parts)
 
+    def pin(self, sampling: Mapping[str, Any]) -> None:
+        """Sample with these parameters whatever the agent wants; None stands for the server's own default."""
+        for key, value in sampling.items():
+            if value is None:
+                self.body.pop(key, None)
+            else:
+                self.body[key] = value
+
     def limit_tokens(self, room: int) -> None:
         """Sample at most `room` tokens, and no more than the request itself allows."""
         key = "max_completion_tokens" if self.body.get("max_completion_tokens") is not None else "max_tokens"
         asked = self.body.get(key)
-        if asked is None and self.completion_budget is None:
-            return  # the server stops at its maximum length by itself
         if asked is None or (isinstance(asked, int) and asked > room):
             self.body[key] = room
 
@@ -101,13 +153,16 @@ class Turn:
         """What is sent to the server.
 
         Args:
-            forced: The exact prompt, or `None` to let the server render.
+            forced: The exact prompt, or None to let the server render.
             has_prompt_field: Whether the server takes the prompt as a field of its own. Otherwise it travels the way a
                 prefill server hands it to a decode server, which uses the ids and still parses tools and reasoning.
         """
-        body = {**self.body, "messages": without_token_ids(self.messages), "logprobs": True, "return_token_ids": True}
+        body = {**self.body, "messages": self.messages, "logprobs": True, "return_token_ids": True}
         if body.get("top_logprobs") is None:
             body["top_logprobs"] = 0  # an explicit null switches logprobs off
+        if self.is_streamed:  # answered whole and streamed from here: only then are all its tokens known
+            body["stream"] = False
+            body.pop("stream_options", None)
         if forced is not None and has_prompt_field:
             body["prompt_token_ids"] = forced
         elif forced is not None:
@@ -124,33 +179,43 @@ class Turn:
         if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
             raise InvalidTurnError(f"trl_gym.completion_budget must be a positive integer, not {budget!r}")
         self.completion_budget = budget
-        if self.body.get("stream"):
-            raise InvalidTurnError("a turn of a rollout cannot be streamed: its tokens come with the whole answer")
-        self._pin_sampling(tag.get("sampling") or {})
+        if tag.get("sampling"):
+            self.sampling = checked_sampling(tag["sampling"], "trl_gym.sampling")
+            self.pin(self.sampling)
 
-    def _pin_sampling(self, sampling: Any) -> None:
-        if not isinstance(sampling, dict) or (unknown := sorted(set(sampling) - set(SAMPLING_KEYS))):
-            names = f": {', '.join(unknown)}" if isinstance(sampling, dict) else ""
-            raise InvalidTurnError(f"trl_gym.sampling must be an object of {', '.join(SAMPLING_KEYS)}{names}")
-        for key, value in sampling.items():
-            if value is None:
-                self.body.pop(key, None)  # the server's own default, whatever the agent wanted
-            else:
-                self.body[key] = value
-
-    def _read_history(self) -> None:
-        with_ids = [i for i, message in enumerate(self.messages) if message.get("generation_token_ids")]
+    def _read_history(self, messages: list[_Fields]) -> None:
+        self.sampled = [_sampled(message) for message in messages]
+        with_ids = [index for index, ids in enumerate(self.sampled) if ids is not None]
         if not with_ids:
             return
         self.newest = with_ids[-1]
-        newest = self.messages[self.newest]
-        self.seen = _ids(newest, "prompt_token_ids") + _ids(newest, "generation_token_ids")
-        self.num_first_prompt = len(_ids(self.messages[with_ids[0]], "prompt_token_ids"))
+        newest = messages[self.newest]
+        self.seen = _token_ids(newest, "prompt_token_ids") + _token_ids(newest, "generation_token_ids")
+        self.num_first_prompt = len(_token_ids(messages[with_ids[0]], "prompt_token_ids"))
 
 
-def without_token_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as they were before the bundle was attached; the server neither knows nor needs the ids."""
-    return [{key: value for key, value in message.items() if key not in TOKEN_KEYS} for message in messages]
+def checked_sampling(sampling: Any, name: str) -> dict[str, Any]:
+    """Sampling parameters to pin.
+
+    Raises:
+        InvalidTurnError: If it is anything but an object of the known ones.
+    """
+    if isinstance(sampling, dict) and not (unknown := sorted(set(sampling) - set(SAMPLING_KEYS))):
+        return sampling
+    names = f": {', '.join(unknown)}" if isinstance(sampling, dict) else ""
+    raise InvalidTurnError(f"{name} must be an object of {', '.join(SAMPLING_KEYS)}{names}")
+
+
+def _without_token_ids(message: _Fields) -> dict[str, Any]:
+    """A message as it was before the bundle was attached; the server neither knows nor needs the ids."""
+    return {key: _any.decode(value) for key, value in message.items() if key not in TOKEN_KEYS}
+
+
+def _sampled(message: _Fields) -> bytes | None:
+    """The sampled ids as JSON without blanks; None if there are none."""
+    raw = message.get("generation_token_ids")
+    ids = b"" if raw is None else bytes(raw).translate(None, b" \n\r\t")
+    return ids if ids not in (b"", b"null", b"[]") else None
 
 
 def _asked(body: dict[str, Any]) -> frozenset[str]:
@@ -160,8 +225,13 @@ def _asked(body: dict[str, Any]) -> frozenset[str]:
     return frozenset(asked)
 
 
-def _ids(message: dict[str, Any], key: str) -> list[int]:
-    ids = message.get(key)
-    if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
-        raise InvalidTurnError(f"a message with generation_token_ids needs {key} as a non-empty list of integers")
+def _token_ids(message: _Fields, key: str) -> list[int]:
+    try:
+        ids = _ids.decode(message[key])
+    except (KeyError, msgspec.MsgspecError) as error:
+        raise InvalidTurnError(
+            f"a message with generation_token_ids needs {key} as a non-empty list of integers"
+        ) from error
+    if not ids or min(ids) < 0 or max(ids) > _MAX_TOKEN_ID:
+        raise InvalidTurnError(f"a message with generation_token_ids needs {key} as a non-empty list of token ids")
     return ids

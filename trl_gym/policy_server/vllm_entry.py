@@ -79,6 +79,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     _refuse_unsupported(args)
     if args.tool_call_parser:
         args.enable_auto_tool_choice = True
+    if args.disable_log_stats:
+        args.enable_per_request_metrics = False  # our default; vLLM refuses the two together
     # Last is outermost: nothing may answer before our check of the API key.
     args.middleware = [*(name for name in args.middleware if name != MIDDLEWARE), MIDDLEWARE]
     if args.tool_parser_plugin:

@@ -1,0 +1,298 @@
+"""The turns of rollouts: which prompt, how many tokens, sampled, recorded.
+
+newest message with `generation_token_ids`?  ── no ──► the prompt is what the server renders
+  │ yes: seen = prompt_token_ids + generation_token_ids
+  │ has the agent changed what is in front of it?                                   `history.Histories`
+  │ what does the template write after it?                                          `rendering.Templates`
+  ▼
+prompt = seen + that, minus what the policy sampled of it itself                    `splice.splice`
+POST /v1/chat/completions (in process), prompt ids forced, token limit clamped
+  ▼
+the answer, plus the bundle on `choices[0].message`                                 `bundle.attach`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from trl_gym.policy_server import bundle, splice, sse
+from trl_gym.policy_server.asgi import Reply
+from trl_gym.policy_server.calls import CallDrift, DriftCause, RolloutBook, record_of
+from trl_gym.policy_server.facts import ServerFacts
+from trl_gym.policy_server.history import Digest, Histories, digest
+from trl_gym.policy_server.inner import AbortedError, AnsweredError, Inner
+from trl_gym.policy_server.marking import Chat
+from trl_gym.policy_server.rendering import RenderRefusedError, Templates
+from trl_gym.policy_server.turn import Turn
+
+CHAT_PATH = "/v1/chat/completions"
+_OVERFLOW = "maximum context length"  # Gym ends a rollout gracefully when it reads "context length" in a 400
+_NO_MEDIA = "a prompt of token ids cannot carry images, audio or video"
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the server's start.
+
+    Attributes:
+        requests: Chat completions that were not passed through.
+        spliced: Prompts that were forced.
+        served_as_rendered: Prompts that should have been forced and could not.
+        overflows: Requests refused because no room was left.
+        cancelled: Requests refused or aborted because their rollout was cancelled.
+    """
+
+    requests: int = 0
+    spliced: int = 0
+    served_as_rendered: int = 0
+    overflows: int = 0
+    cancelled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the policy will see.
+
+    Attributes:
+        forced: The exact ids, or None to let the server render.
+        num_tokens: Its length; None while only the server knows.
+        drift: Why it may not start with the tokens already seen.
+    """
+
+    forced: list[int] | None = None
+    num_tokens: int | None = None
+    drift: CallDrift | None = None
+
+
+class ChatTurns:
+    """Answers chat completions.
+
+    Args:
+        facts: About the server behind.
+        has_prompt_field: Whether it takes `prompt_token_ids` as a field of a chat request.
+
+    Attributes:
+        counters: What happened so far.
+        book: The calls of each rollout.
+        templates: What is known about chat templates.
+        sampling: Pinned for rollouts whose calls pin nothing.
+    """
+
+    def __init__(self, facts: ServerFacts, *, has_prompt_field: bool) -> None:
+        self.counters = Counters()
+        self.book = RolloutBook()
+        self.templates = Templates()
+        self.sampling: dict[str, Any] = {}
+        self._facts = facts
+        self._histories = Histories()
+        self._has_prompt_field = has_prompt_field
+
+    async def answer(self, inner: Inner, turn: Turn) -> Reply:
+        """One chat completion; every error is a reply. Raises `ClientGoneError`."""
+        self.counters.requests += 1
+        if turn.rollout is None:
+            return (await self._serve(inner, turn))[0]
+        if self.book.is_cancelled(turn.rollout):
+            return self._cancelled(turn)
+        if turn.sampling is None:
+            turn.pin(self.sampling)
+        with self.book.running(turn.rollout) as abort:
+            try:
+                return await self._serve_recorded(inner, turn, abort)
+            except AbortedError:
+                return self._cancelled(turn)
+
+    async def _serve_recorded(self, inner: Inner, turn: Turn, abort: asyncio.Event) -> Reply:
+        started = time.monotonic()
+        reply, answer, prompt = await self._serve(inner, turn, abort)
+        calls = self.book.calls(turn.rollout)
+        if answer is not None and calls.num_first_prompt is None:
+            calls.num_first_prompt = answer["usage"]["prompt_tokens"]
+        calls.records.append(
+            record_of(
+                answer,
+                status=reply.status,
+                exact=prompt.forced is not None,
+                seconds=time.monotonic() - started,
+                weight_version=(answer or {}).get("weight_version"),
+                drift=prompt.drift,
+                error=None if reply.ok else reply.error_text(),
+            )
+        )
+        return reply
+
+    async def _serve(
+        self, inner: Inner, turn: Turn, abort: asyncio.Event | None = None
+    ) -> tuple[Reply, dict[str, Any] | None, Prompt]:
+        """The reply, the answer in it if there is one, and the prompt as far as it was found."""
+        prompt = Prompt()
+        try:
+            prompt = await self._prompt(inner, turn)
+            if turn.is_ours:
+                await self._limit(inner, turn, prompt)
+            reply = await self._ask(inner, turn, prompt, abort)
+            if not reply.ok:
+                return reply, None, prompt
+            answer = await self._complete(inner, turn, prompt, reply)
+        except AnsweredError as answered:
+            return answered.reply, None, prompt
+        if not (turn.is_ours and turn.is_streamed):
+            return Reply.from_json(200, answer), answer, prompt
+        include_usage = bool((turn.body.get("stream_options") or {}).get("include_usage"))
+        return Reply(200, sse.events(answer, include_usage=include_usage), sse.CONTENT_TYPE), answer, prompt
+
+    # -- which prompt -------------------------------------------------------------------------------------------------
+
+    async def _prompt(self, inner: Inner, turn: Turn) -> Prompt:
+        if turn.seen is None:
+            if not self._has_lost_its_ids(turn):
+                return Prompt()  # a first turn, or a request that is none of ours: the server renders and bounds it
+            text = "the agent sent no token ids with any message, although this rollout has sampled before"
+            return await self._as_rendered(inner, turn, CallDrift(cause=DriftCause.MESSAGE_WITHOUT_IDS, text=text))
+        if turn.has_media:
+            return await self._as_rendered(inner, turn, CallDrift(cause=DriftCause.NO_BOUNDARY, text=_NO_MEDIA))
+        changed = self._histories.difference(turn.seen, _digest(turn, turn.newest))
+        if changed is not None:
+            return await self._as_rendered(inner, turn, CallDrift(cause=DriftCause.HISTORY_REWRITTEN, text=changed))
+        chat = Chat(turn.messages, turn.newest, turn.render_options, turn.ending)
+        try:
+            forced = await self.templates.next_prompt(inner.tokenize, chat, turn.seen)
+        except (splice.NoBoundaryError, RenderRefusedError) as error:
+            drift = CallDrift(cause=DriftCause.NO_BOUNDARY, text=str(error))
+            return await self._as_rendered(inner, turn, drift)
+        self.counters.spliced += 1
+        return Prompt(forced, len(forced), self._skipped_turn(turn))
+
+    async def _as_rendered(self, inner: Inner, turn: Turn, drift: CallDrift) -> Prompt:
+        """Let the server render, and say why, unless its render starts with the tokens seen anyhow."""
+        body = {**turn.render_options, "messages": turn.messages, **turn.ending}
+        try:
+            tokens = (await inner.tokenize(body))["tokens"]
+        except RenderRefusedError as error:
+            raise AnsweredError(Reply.error(400, str(error))) from error
+        if turn.seen is not None and tokens[: len(turn.seen)] == turn.seen:
+            return Prompt(num_tokens=len(tokens))
+        self.counters.served_as_rendered += 1
+        return Prompt(num_tokens=len(tokens), drift=drift)
+
+    def _has_lost_its_ids(self, turn: Turn) -> bool:
+        if turn.rollout is None or not self.book.calls(turn.rollout).has_sampled:
+            return False
+        return any(message.get("role") == "assistant" for message in turn.messages)
+
+    def _skipped_turn(self, turn: Turn) -> CallDrift | None:
+        """A turn that was sampled after `newest` and came back without its ids: the template wrote it."""
+        if turn.rollout is None or all(m.get("role") != "assistant" for m in turn.messages[turn.newest + 1 :]):
+            return None
+        newest_answer = self.book.calls(turn.rollout).newest_answer
+        if newest_answer is None or self._histories.key(turn.seen) == newest_answer:
+            return None
+        return CallDrift(
+            cause=DriftCause.MESSAGE_WITHOUT_IDS,
+            text=f"the agent sent no token ids with a turn sampled after message {turn.newest}",
+        )
+
+    # -- how many tokens ----------------------------------------------------------------------------------------------
+
+    async def _limit(self, inner: Inner, turn: Turn, prompt: Prompt) -> None:
+        """Clamp the token limit to the room that is left. Raises `AnsweredError` if there is none."""
+        max_model_len = await self._facts.max_model_len(inner)
+        if prompt.num_tokens is None:
+            if turn.asks_for_limit or turn.completion_budget is not None:  # else the server stops at its own limit
+                turn.limit_tokens(min(max_model_len - 1, turn.completion_budget or max_model_len))
+            return
+        first = turn.num_first_prompt
+        if first is None and turn.rollout is not None:
+            first = self.book.calls(turn.rollout).num_first_prompt
+        room = splice.room(
+            prompt.num_tokens,
+            max_model_len=max_model_len,
+            completion_budget=turn.completion_budget,
+            num_first_prompt=first,
+        )
+        if room <= 0:
+            self.counters.overflows += 1
+            budget = f" and the rollout's budget of {turn.completion_budget}" if turn.completion_budget else ""
+            message = (
+                f"This model's {_OVERFLOW} is {max_model_len} tokens{budget}; the prompt of "
+                f"{prompt.num_tokens} tokens leaves no room for a completion."
+            )
+            raise AnsweredError(Reply.error(400, message))
+        turn.limit_tokens(room)
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
+
+    async def _ask(self, inner: Inner, turn: Turn, prompt: Prompt, abort: asyncio.Event | None) -> Reply:
+        reply = await self._send(inner, turn, prompt, abort)
+        unbounded = turn.is_tagged and prompt.num_tokens is None
+        if unbounded and reply.status == 400 and _OVERFLOW in reply.error_text():
+            # The first prompt is rendered by the server alone; only when its limit is too high do we count tokens.
+            tokens = await inner.tokenize({**turn.render_options, "messages": turn.messages, **turn.ending})
+            await self._limit(inner, turn, Prompt(num_tokens=len(tokens["tokens"])))
+            reply = await self._send(inner, turn, prompt, abort)
+        return reply
+
+    async def _send(self, inner: Inner, turn: Turn, prompt: Prompt, abort: asyncio.Event | None) -> Reply:
+        request = turn.sampling_request(prompt.forced, self._has_prompt_field)
+        if abort is None:
+            return await inner.ask("POST", CHAT_PATH, request)
+        return await inner.ask_until(abort, "POST", CHAT_PATH, request)
+
+    async def _complete(self, inner: Inner, turn: Turn, prompt: Prompt, reply: Reply) -> dict[str, Any]:
+        """The answer with bundle, version and drift. Raises `AnsweredError` if a promised bundle is not exact."""
+        answer = reply.json()
+        try:
+            bundle.attach(answer, forced_prompt=prompt.forced)
+            self._remember(turn, answer)
+        except bundle.BundleError as error:
+            if turn.is_ours:
+                raise AnsweredError(Reply.error(500, str(error))) from error
+            answer["trl_gym"] = {"no_bundle": str(error)}
+        bundle.strip_unasked(answer, turn.asked)
+        version = await self._facts.weight_version(inner)
+        if version is not None:
+            answer["weight_version"] = version
+        if prompt.drift is not None:
+            answer["trl_gym"] = {"drift": prompt.drift}
+        return answer
+
+    def _remember(self, turn: Turn, answer: dict[str, Any]) -> None:
+        """What the next turn needs to know about this one."""
+        if len(answer["choices"]) != 1:
+            return
+        choice = answer["choices"][0]
+        ids = choice["message"]["generation_token_ids"]
+        key = self._histories.remember(answer["prompt_token_ids"] + ids, _digest(turn, len(turn.messages)))
+        if turn.rollout is not None:
+            self.book.calls(turn.rollout).newest_answer = key
+        if _stopped_by_itself(turn, choice):
+            self.templates.stop_ids.add(ids[-1])
+
+    def _cancelled(self, turn: Turn) -> Reply:
+        self.counters.cancelled += 1
+        text = f"The rollout {turn.rollout} was cancelled; its {_OVERFLOW} counts as reached."
+        return Reply.error(400, text)
+
+
+def _stopped_by_itself(turn: Turn, choice: dict[str, Any]) -> bool:
+    """Whether the last token is one at which this model stops.
+
+    A stop that the request asked for says nothing about the model, and an answer with tool calls says "tool_calls"
+    also when it was cut off at its limit.
+    """
+    if turn.body.get("stop_token_ids") or turn.body.get("stop") or isinstance(choice.get("stop_reason"), str):
+        return False
+    num_tokens = len(choice["message"]["generation_token_ids"])
+    limit = turn.body.get("max_completion_tokens") or turn.body.get("max_tokens")
+    below_limit = choice.get("finish_reason") == "tool_calls" and limit is not None and num_tokens < limit
+    return num_tokens > 0 and (choice.get("finish_reason") == "stop" or below_limit)
+
+
+def _digest(turn: Turn, end: int) -> Digest:
+    """Of the first `end` messages, and of all that else decides their render."""
+    options = json.dumps(turn.render_options, sort_keys=True).encode()
+    return digest(turn.messages[:end], turn.sampled[:end], options)
