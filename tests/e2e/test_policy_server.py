@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,109 @@ def test_a_completion_budget_spans_the_rollout(served: Served) -> None:
     second = served.message(messages, ignore_eos=True, trl_gym=tag)
     total = len(second["prompt_token_ids"]) + len(second["generation_token_ids"])
     assert total - len(first["prompt_token_ids"]) == 40
+
+
+def test_t1_counting_to_five(served: Served) -> None:
+    count = [{"role": "user", "content": "count to 5"}]
+    body = {"temperature": 0.0, "top_p": 1.0, "logprobs": True, "max_tokens": 1}
+    answer = served.chat(count, **body, return_tokens_as_token_ids=True)
+    choice, message = answer["choices"][0], answer["choices"][0]["message"]
+    prompt = build_tokenizer().apply_chat_template(count, add_generation_prompt=True, return_dict=False)
+    assert message["prompt_token_ids"] == prompt
+    [entry], [token] = choice["logprobs"]["content"], message["generation_token_ids"]
+    assert entry["token"] == f"token_id:{token}"
+    assert message["generation_log_probs"] == [entry["logprob"]]
+    assert choice["finish_reason"] == "length"
+    assert [answer["usage"][f"{kind}_tokens"] for kind in ("prompt", "completion", "total")] == [
+        len(prompt),
+        1,
+        len(prompt) + 1,
+    ]
+    assert served.chat(count, **body, top_logprobs=None)["choices"][0]["logprobs"] is None  # as stock: asked for none
+    assert served.client.render(count) == prompt
+
+
+def test_t5_ids_that_no_tokenizer_would_write_reach_the_engine(served: Served) -> None:
+    tokenizer = build_tokenizer()
+    canonical = served.client.render([{"role": "user", "content": "Skinny"}])
+    opening = tokenizer.apply_chat_template([{"role": "user", "content": ""}], return_dict=False)[:-2]
+    letters = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "Skinny"]
+    seen = opening + letters
+    tail = canonical[canonical.index(tokenizer.eos_token_id) :]
+    assert canonical != seen + tail, "the tokenizer writes single letters: this test shows nothing"
+    user = {"role": "user", "content": "Skinny", "prompt_token_ids": opening, "generation_token_ids": letters}
+    message = served.message([user], temperature=0.0, max_tokens=1)
+    assert message["prompt_token_ids"] == seen + tail
+    baseline = served.client._call(
+        "POST",
+        "/v1/completions",
+        json={"prompt": [seen + tail], "temperature": 0.0, "max_tokens": 1, "return_token_ids": True},
+    )
+    assert message["generation_token_ids"] == baseline["choices"][0]["token_ids"]
+
+
+def test_all_tokens_seen_come_from_the_prefix_cache(served: Served) -> None:
+    tag = {**SAMPLED, "rollout": "cached"}
+    messages: list[Json] = [{"role": "user", "content": "1 + 2 = 3. " * 12}]
+    lengths = []
+    for turn in range(3):
+        message = served.message(messages, max_tokens=20, ignore_eos=True, trl_gym=tag)
+        lengths.append(len(message["prompt_token_ids"]) + len(message["generation_token_ids"]))
+        messages += [message, {"role": "user", "content": f"and {turn}? " + "4 + 5 = 9. " * 6}]
+    records = served.client.rollout_records(["cached"])["cached"]
+    block = served.client.server_config()["cache_config"]["block_size"]
+    for seen, record in zip(lengths, records[1:], strict=False):
+        assert record["prompt"] == "exact"
+        # The engine caches whole blocks, and its last sampled token has not been computed with yet.
+        assert record["cached_tokens"] >= (seen - 1) // block * block > 0
+    assert all(record["decode_s"] > 0 and record["queue_s"] is not None for record in records)
+    assert {record["weight_version"] for record in records} == {served.client.weight_version()}
+
+
+def test_cancelling_a_rollout_ends_what_it_samples(served: Served) -> None:
+    tag = {**SAMPLED, "rollout": "abandoned"}
+    second = PolicyClient(served.client.base_url)  # a client belongs to one thread
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(second.chat, messages=[USER], ignore_eos=True, trl_gym=tag)
+        time.sleep(0.2)  # most likely it samples by now, for seconds; if not, it is refused as soon as it arrives
+        served.client.cancel_rollouts(["abandoned"])
+        with pytest.raises(
+            PolicyServerError, match=r"HTTP 400: .*abandoned was cancelled; its maximum context length"
+        ):
+            running.result(20.0)
+    with pytest.raises(PolicyServerError, match="cancelled"):
+        served.chat([USER], trl_gym=tag)
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        ([{**USER, "prompt_token_ids": [5], "generation_token_ids": [10**6]}], "HTTP 400: .*vocab"),
+        ([{**USER, "prompt_token_ids": [5] * 600, "generation_token_ids": [6]}], "HTTP 400: .*maximum context length"),
+        ([{**USER, "generation_token_ids": [6]}], "HTTP 400: .*needs prompt_token_ids"),
+        ([{**USER, "prompt_token_ids": [5], "generation_token_ids": ["6"]}], "HTTP 400: .*needs generation_token_ids"),
+        ([], "HTTP 400: .*`messages`"),
+        ([{"role": "assistant", "content": {"no": "text"}}], "HTTP 4"),
+    ],
+)
+def test_a_broken_turn_is_a_clear_4xx_and_the_server_lives(served: Served, messages: list[Json], why: str) -> None:
+    with pytest.raises(PolicyServerError, match=why):
+        served.chat(messages, max_tokens=2, trl_gym=SAMPLED)
+    assert served.message([USER], max_tokens=2, trl_gym=SAMPLED)["generation_token_ids"]
+
+
+def test_a_bundle_on_only_some_messages_is_continued_from_the_newest(served: Served) -> None:
+    first = served.message([USER], max_tokens=8, trl_gym={**SAMPLED, "rollout": "some"})
+    forced = {"role": "assistant", "content": "12 and 90"}
+    messages = [USER, first, {"role": "user", "content": "more"}, forced, {"role": "user", "content": "and?"}]
+    second = served.message(messages, max_tokens=8, trl_gym={**SAMPLED, "rollout": "some"})
+    seen = first["prompt_token_ids"] + first["generation_token_ids"]
+    assert second["prompt_token_ids"][: len(seen)] == seen
+    text = build_tokenizer().decode(second["prompt_token_ids"][len(seen) :])
+    assert text.endswith(
+        "more<|im_end|>\n<|im_start|>assistant\n12 and 90<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
 
 
 def test_an_untagged_request_is_the_stock_answer_and_the_bundle(served: Served) -> None:

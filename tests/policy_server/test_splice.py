@@ -113,6 +113,13 @@ def test_t4_without_a_turn_end_nothing_is_guessed() -> None:
         # A tool call's markup is the policy's own, whatever the template would write.
         ([1, 9, 9, END], [30, 31, END, NEWLINE, 7], Closing([30, 31, END, NEWLINE], 2, 2, True), (), [NEWLINE, 7]),
         ([1, 9, 9], [30, 31, END, NEWLINE, 7], Closing([30, 31, END, NEWLINE], 2, 2, True), (), [END, NEWLINE, 7]),
+        (
+            [1, 9, 30],
+            [30, 31, END, NEWLINE, 7],
+            Closing([30, 31, END, NEWLINE], 2, 2, True),
+            (),
+            [31, END, NEWLINE, 7],
+        ),
         ([1, 9, END], [30, 77, END, 7], Closing([30, 31, END], 2, 2, True), (), [7]),  # a call id in the markup
         ([1, 9, OBSERVATION], [30, OBSERVATION, 7], Closing([30], None, 0, True), {OBSERVATION}, [7]),
     ],

@@ -247,7 +247,7 @@ class ChatTurns:
         answer = reply.json()
         try:
             bundle.attach(answer, forced_prompt=prompt.forced)
-            self._remember(turn, answer)
+            self._remember(turn, answer, await self._facts.max_model_len(inner))
         except bundle.BundleError as error:
             if turn.is_ours:
                 raise AnsweredError(Reply.error(500, str(error))) from error
@@ -260,16 +260,15 @@ class ChatTurns:
             answer["trl_gym"] = {"drift": prompt.drift}
         return answer
 
-    def _remember(self, turn: Turn, answer: dict[str, Any]) -> None:
+    def _remember(self, turn: Turn, answer: dict[str, Any], max_model_len: int) -> None:
         """What the next turn needs to know about this one."""
         if len(answer["choices"]) != 1:
             return
-        choice = answer["choices"][0]
-        ids = choice["message"]["generation_token_ids"]
+        ids = answer["choices"][0]["message"]["generation_token_ids"]
         key = self._histories.remember(answer["prompt_token_ids"] + ids, _digest(turn, len(turn.messages)))
         if turn.rollout is not None:
             self.book.calls(turn.rollout).newest_answer = key
-        if _stopped_by_itself(turn, choice):
+        if _stopped_by_itself(turn, answer, max_model_len):
             self.templates.stop_ids.add(ids[-1])
 
     def _cancelled(self, turn: Turn) -> Reply:
@@ -278,18 +277,21 @@ class ChatTurns:
         return Reply.error(400, text)
 
 
-def _stopped_by_itself(turn: Turn, choice: dict[str, Any]) -> bool:
+def _stopped_by_itself(turn: Turn, answer: dict[str, Any], max_model_len: int) -> bool:
     """Whether the last token is one at which this model stops.
 
     A stop that the request asked for says nothing about the model, and an answer with tool calls says "tool_calls"
     also when it was cut off at its limit.
     """
-    if turn.body.get("stop_token_ids") or turn.body.get("stop") or isinstance(choice.get("stop_reason"), str):
+    choice = answer["choices"][0]
+    stop_reason, num_tokens = choice.get("stop_reason"), len(choice["message"]["generation_token_ids"])
+    if turn.body.get("stop_token_ids") or turn.body.get("stop") or isinstance(stop_reason, str) or not num_tokens:
         return False
-    num_tokens = len(choice["message"]["generation_token_ids"])
-    limit = turn.body.get("max_completion_tokens") or turn.body.get("max_tokens")
-    below_limit = choice.get("finish_reason") == "tool_calls" and limit is not None and num_tokens < limit
-    return num_tokens > 0 and (choice.get("finish_reason") == "stop" or below_limit)
+    if choice.get("finish_reason") == "stop" or isinstance(stop_reason, int):
+        return True
+    limit = turn.body.get("max_completion_tokens") or turn.body.get("max_tokens") or max_model_len
+    room = max_model_len - len(answer["prompt_token_ids"])
+    return choice.get("finish_reason") == "tool_calls" and num_tokens < min(limit, room)
 
 
 def _digest(turn: Turn, end: int) -> Digest:

@@ -149,7 +149,8 @@ async def _probe(tokenize: Tokenize, options: dict[str, Any]) -> _Probes:
     user, mark = {"role": "user", "content": "0"}, new_marker([])
     closed = await _render(tokenize, options, [user], add_generation_prompt=False)
     opened = await _render(tokenize, options, [user], add_generation_prompt=True)
-    prompt = opened.ids[len(closed.ids) :] if opened.ids[: len(closed.ids)] == closed.ids else None
+    # Some templates end a finished chat with EOS (Phi 3): what they have in common is the user's turn.
+    prompt = opened.ids[splice.num_common(closed.ids, opened.ids) :]
     call = {"id": "callabcd0", "type": "function", "function": {"name": "f", "arguments": "{}"}}  # Mistral wants 9
     turn = {"role": "assistant", "content": None, "tool_calls": [call]}
     plain = await _closing(tokenize, options, [user, {"role": "assistant", "content": mark}], mark, prompt)
@@ -161,14 +162,13 @@ async def _probe(tokenize: Tokenize, options: dict[str, Any]) -> _Probes:
 
 
 async def _closing(
-    tokenize: Tokenize, options: dict[str, Any], messages: list[Any], mark: str, prompt: list[int] | None
+    tokenize: Tokenize, options: dict[str, Any], messages: list[Any], mark: str, prompt: list[int]
 ) -> Rendered:
-    """What comes between the marker and the generation prompt; templates without one are asked for none."""
-    if prompt is not None:
-        tail = (await _render(tokenize, options, messages, add_generation_prompt=True)).after(mark)
-        length = splice.closing_of(tail.ids, prompt)
-        if length is not None:
-            return Rendered(tail.ids[:length], tail.strings[:length])
+    """What comes between the marker and the generation prompt; where that does not come, up to the end of the chat."""
+    tail = (await _render(tokenize, options, messages, add_generation_prompt=True)).after(mark)
+    length = splice.closing_of(tail.ids, prompt)
+    if length is not None:
+        return Rendered(tail.ids[:length], tail.strings[:length])
     return (await _render(tokenize, options, messages, add_generation_prompt=False)).after(mark)
 
 

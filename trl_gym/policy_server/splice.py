@@ -156,7 +156,7 @@ def splice(seen: Sequence[int], tail: Sequence[int], closing: Closing, stop_ids:
     if last == tail[end] or last in stop_ids:
         return [*seen, *tail[end + 1 :]]
     if closing.has_markup:
-        return [*seen, *tail[end:]]
+        return [*seen, *tail[_num_markup(last, tail, end) :]]
     for cut in range(end, closing.begin, -1):  # cut off in the middle of a closing of several tokens
         if list(seen[closing.begin - cut :]) == list(tail[closing.begin : cut]):
             return [*seen, *tail[cut:]]
@@ -200,6 +200,16 @@ def room(
     return min(left, completion_budget - used)
 
 
+def num_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix.
+
+    Example:
+        >>> num_common([1, 2, 3], [1, 2, 4])
+        2
+    """
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _find_end(tail: Sequence[int], closing: Closing) -> int | None:
     """Index of the turn end in `tail`; None if this template writes none."""
     if closing.end is None:
@@ -210,6 +220,11 @@ def _find_end(tail: Sequence[int], closing: Closing) -> int | None:
     if closing.has_markup and closing.turn_end in tail:
         return list(tail).index(closing.turn_end)  # call ids in the markup differ; they contain no turn end
     raise NoBoundaryError("the chat template does not close this turn as it closes other assistant turns")
+
+
+def _num_markup(last: int, tail: Sequence[int], end: int) -> int:
+    """How much of a call's markup a policy has sampled that was cut off in it: through its last token."""
+    return next((index + 1 for index in reversed(range(end)) if tail[index] == last), end)
 
 
 def _length_sampled(last: int, tail: Sequence[int], closing: Closing, stop_ids: Collection[int]) -> int:
