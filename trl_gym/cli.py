@@ -107,7 +107,74 @@ def _serve(options: argparse.Namespace) -> int:
         server.stop()
 
 
-_COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [_add_serve]
+# -- gateway ----------------------------------------------------------------------------------------------------------
+
+
+def _add_gateway(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "gateway",
+        help="token-exact prompts in front of vLLM servers that somebody else started",
+        description=(
+            "Serve one URL for one or more vLLM OpenAI servers that hold the same model, and add to them what "
+            "`trl-gym serve` has: token-exact prompts and the tokens of every answer. Turns of a rollout stay on one "
+            "upstream; when it is lost, the others take over. Prints `ready URL` once it answers. Ctrl-C ends it."
+        ),
+    )
+    parser.add_argument(
+        "--upstream",
+        action="append",
+        required=True,
+        metavar="URL",
+        help="vLLM server, e.g. http://10.0.0.5:8000; repeat for replicas",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8001, help="port, or 0 for a free one (default: %(default)s)")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("VLLM_API_KEY"),
+        help="bearer token to demand on every route but /health; needed beyond loopback (default: $VLLM_API_KEY)",
+    )
+    parser.add_argument(
+        "--upstream-api-key",
+        default=os.environ.get("TRL_GYM_UPSTREAM_API_KEY"),
+        help="bearer token to send to the upstreams (default: $TRL_GYM_UPSTREAM_API_KEY)",
+    )
+    parser.add_argument(
+        "--start-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="give up when an upstream does not answer by then (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=("critical", "error", "warning", "info", "debug"),
+        default="warning",
+        help="what is logged to stderr; debug logs every request (default: %(default)s)",
+    )
+    parser.set_defaults(run=_gateway)
+
+
+def _gateway(options: argparse.Namespace) -> int:
+    from trl_gym.policy_server import gateway
+
+    gateway.run(
+        gateway.GatewayOptions(
+            upstreams=options.upstream,
+            host=options.host,
+            port=options.port,
+            api_key=options.api_key,
+            upstream_api_key=options.upstream_api_key,
+            start_timeout_s=options.start_timeout,
+            log_level=options.log_level,
+        ),
+        ready=lambda url: print(f"ready {url}", flush=True),
+        note=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    return 0
+
+
+_COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [_add_serve, _add_gateway]
 
 if __name__ == "__main__":
     sys.exit(main())

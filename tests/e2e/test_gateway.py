@@ -1,0 +1,233 @@
+"""`trl-gym gateway` in front of a stock vLLM server: started as anybody would, without development mode.
+
+One server and one gateway for the whole module; the last tests end them, in this order.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from tests.policy_server.tiny_model import build_random_policy, build_tokenizer
+from trl_gym.errors import PolicyServerError
+from trl_gym.policy_server.client import PolicyClient
+from trl_gym.policy_server.server import PolicyServer
+from trl_gym.policy_server.turn import TOKEN_KEYS
+from trl_gym.processes import ChildProcess, bind_socket
+
+pytestmark = pytest.mark.e2e
+
+MAX_MODEL_LEN = 512
+START_TIMEOUT_S = 400.0  # 30 s on a quiet machine
+HOT = {"rollout": "hot", "sampling": {"temperature": 1.5, "top_p": 1.0, "top_k": -1}}
+USER = {"role": "user", "content": "What is 47 + 36?"}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "the sum",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
+    },
+}
+STOCK_FLAGS = ["--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager", "--dtype", "float32"]
+STOCK_FLAGS += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--served-model-name", "policy"]
+# Only what a small machine needs (see `vllm_entry`); nothing that the gateway could profit from.
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": None,
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1)),
+}
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Gate:
+    """A running `trl-gym gateway`, attached to, and the server behind it."""
+
+    process: subprocess.Popen[str]
+    server: PolicyServer
+    stock: ChildProcess
+    stock_url: str
+    log: Path
+
+    @property
+    def client(self) -> PolicyClient:
+        return self.server.client
+
+    def chat(self, messages: list[Json], **body: Any) -> Json:
+        return self.client.chat(messages=messages, timeout_s=120.0, **body)
+
+    def message(self, messages: list[Json], **body: Any) -> Json:
+        return self.chat(messages, **body)["choices"][0]["message"]
+
+    def metric(self, name: str) -> float:
+        text = requests.get(f"{self.stock_url}/metrics", timeout=10.0).text
+        return sum(float(value) for value in re.findall(rf"^vllm:{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    folder = tmp_path_factory.mktemp("gateway")
+    with bind_socket() as free:
+        port = free.getsockname()[1]
+    model = build_random_policy(folder / "model")
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *STOCK_FLAGS]
+    argv += ["--host", "127.0.0.1", "--port", str(port), "--distributed-executor-backend", "uni"]
+    stock = ChildProcess("stock vLLM", argv, log_path=folder / "vllm.log", env=ENVIRONMENT)
+    url, log = f"http://127.0.0.1:{port}", folder / "gateway.log"
+    # Started at once: it waits for the server.
+    command = [sys.executable, "-m", "trl_gym.cli", "gateway", "--upstream", f"{url}/v1", "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--start-timeout", str(START_TIMEOUT_S)], stdout=subprocess.PIPE, stderr=log.open("w"), text=True
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready http://127.0.0.1:"), log.read_text() + stock.log_tail()
+        yield Gate(process, PolicyServer.attach(line.split()[1]), stock, url, log)
+    finally:
+        process.terminate()
+        process.wait(20.0)
+        stock.stop()
+
+
+def test_what_it_is_and_what_it_said_while_starting(gate: Gate) -> None:
+    info = gate.client.info()
+    assert (info["max_model_len"], info["model_names"]) == (MAX_MODEL_LEN, ["policy"])
+    assert info["turn_end_token_id"] == build_tokenizer().eos_token_id
+    assert info["vllm_version"] and info["weight_version"] is None  # no development mode: nobody can change them
+    log = gate.log.read_text()
+    assert f"waiting for {gate.stock_url}" in log
+    assert "--logprobs-mode processed_logprobs" in log  # stock vLLM reports raw ones
+
+
+def test_three_turns_keep_every_sampled_token(gate: Gate) -> None:
+    messages: list[Json] = [USER]
+    seen: list[int] = []
+    drifts_without_us = 0
+    for turn in range(3):
+        answer = gate.chat(messages, max_tokens=12, trl_gym=HOT)
+        message = answer["choices"][0]["message"]
+        assert message["prompt_token_ids"][: len(seen)] == seen
+        assert "trl_gym" not in answer
+        assert len(message["generation_log_probs"]) == len(message["generation_token_ids"])
+        plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+        drifts_without_us += gate.client.render(plain)[: len(seen)] != seen
+        seen = message["prompt_token_ids"] + message["generation_token_ids"]
+        messages += [message, {"role": "user", "content": f"and {turn} + 1?"}]
+    assert drifts_without_us >= 1, "the template would have kept the tokens by itself: this test shows nothing"
+
+
+def test_a_tool_call_is_parsed_from_a_forced_prompt(gate: Gate) -> None:
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 47, "b": 36}}\n</tool_call>'
+    messages = [USER, gate.message([USER], max_tokens=8, trl_gym=HOT, tools=[TOOL])]
+    messages += [{"role": "user", "content": "Use the tool."}]
+    first = gate.message(
+        messages, tools=[TOOL], tool_choice="auto", trl_gym=HOT, structured_outputs={"choice": [call]}
+    )
+    assert first["tool_calls"][0]["function"]["name"] == "add"
+    messages += [first, {"role": "tool", "tool_call_id": first["tool_calls"][0]["id"], "content": "83"}]
+    second = gate.message(messages, tools=[TOOL], max_tokens=8, trl_gym=HOT)
+    seen = first["prompt_token_ids"] + first["generation_token_ids"]
+    assert second["prompt_token_ids"][: len(seen)] == seen
+    assert "<tool_response>\n83" in build_tokenizer().decode(second["prompt_token_ids"][len(seen) :])
+
+
+def test_another_client_gets_the_stock_answer(gate: Gate) -> None:
+    body = {"model": "policy", "messages": [USER], "temperature": 0.0, "max_tokens": 12}
+    stock, ours = (
+        requests.post(f"{url}/v1/chat/completions", json=body, timeout=60.0).json()
+        for url in (gate.stock_url, gate.client.root_url)
+    )
+    bundle = {key: ours["choices"][0]["message"].pop(key) for key in TOKEN_KEYS}
+    assert len(bundle["generation_token_ids"]) == len(bundle["generation_log_probs"]) == 12
+    for key in ("choices", "usage", "object", "model"):
+        assert ours[key] == stock[key]
+
+
+def test_another_client_gets_the_stock_stream(gate: Gate) -> None:
+    body = {"model": "policy", "messages": [USER], "temperature": 0.0, "max_tokens": 12, "stream": True}
+    texts = []
+    for url in (gate.stock_url, gate.client.root_url):
+        response = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60.0)
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+        assert events[-1] == "[DONE]"
+        # Where the text is cut into events depends on time.
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events[:-1]]
+        texts.append("".join(delta.get("content") or "" for delta in deltas))
+    assert texts[0] == texts[1] != ""
+
+
+def test_routes_that_a_stock_server_lacks_are_said_to_be_missing(gate: Gate) -> None:
+    with pytest.raises(PolicyServerError, match=r"HTTP 500: upstream http\S+ answered HTTP 404 to POST /pause"):
+        gate.client.pause()
+    assert gate.client.health()
+    assert gate.message([USER], max_tokens=2, trl_gym=HOT)["generation_token_ids"]
+
+
+LONG: Json = {"messages": [USER], "max_tokens": MAX_MODEL_LEN - 100, "ignore_eos": True, "trl_gym": HOT}
+
+
+def test_a_client_that_hangs_up_aborts_the_generation(gate: Gate) -> None:
+    before = gate.metric("generation_tokens_total")
+    client = http.client.HTTPConnection(gate.client.root_url.removeprefix("http://"), timeout=60.0)
+    client.request("POST", "/v1/chat/completions", json.dumps(LONG), {"content-type": "application/json"})
+    deadline = time.monotonic() + 30.0
+    while gate.metric("num_requests_running") == 0:
+        assert time.monotonic() < deadline, "it never ran, or was over before it was seen"
+    client.close()
+    while gate.metric("num_requests_running") > 0:
+        assert time.monotonic() < deadline
+    assert gate.metric("generation_tokens_total") - before < LONG["max_tokens"]
+
+
+def test_a_killed_upstream_is_an_error_with_words_and_the_gateway_lives_on(gate: Gate) -> None:
+    failed: list[tuple[int, str]] = []
+
+    def sample() -> None:
+        answer = requests.post(f"{gate.client.base_url}/chat/completions", json=LONG, timeout=60.0)
+        failed.append((answer.status_code, answer.text))
+
+    running = threading.Thread(target=sample)
+    running.start()
+    while gate.metric("num_requests_running") == 0:
+        assert running.is_alive(), failed
+    started = time.monotonic()
+    for child in psutil.Process(gate.stock.pid).children(recursive=True):
+        child.kill()
+    running.join(10.0)
+    sample()
+    assert time.monotonic() - started < 5.0
+    assert [status for status, _ in failed] == [500, 500]
+    assert all("no upstream of the gateway can answer" in text and gate.stock_url in text for _, text in failed)
+    assert requests.get(f"{gate.client.root_url}/health", timeout=5.0).status_code == 503
+    assert gate.process.poll() is None
+
+
+def test_ctrl_c_ends_it_and_it_said_one_line(gate: Gate) -> None:
+    started = time.monotonic()
+    gate.process.send_signal(signal.SIGINT)
+    assert gate.process.wait(15.0) == 130
+    assert time.monotonic() - started < 5.0
+    assert gate.process.stdout is not None and gate.process.stdout.read() == ""
+    assert "Traceback" not in gate.log.read_text()

@@ -1,0 +1,323 @@
+"""`trl-gym gateway`: what it refuses, what it finds out about its upstreams, and the process itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.policy_server.fake_upstream import FakeUpstream
+from tests.policy_server.fake_vllm import END, render
+from trl_gym.cli import main
+from trl_gym.errors import ConfigError, PolicyServerError
+from trl_gym.policy_server import gateway
+from trl_gym.policy_server.upstream_checks import UpstreamFacts, check_upstreams, takes_prompt_field
+from trl_gym.processes import bind_socket
+
+CHAT = {"messages": [{"role": "user", "content": "0"}], "max_tokens": 1}
+
+
+def test_help_is_instant_and_the_gateway_needs_no_engine() -> None:
+    imports_nothing = (
+        "import sys; from trl_gym.cli import main\n"
+        "try: main(['gateway', '--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'aiohttp', 'uvicorn', 'requests'} & set(sys.modules)\n"
+    )
+    needs_no_engine = (
+        "import sys, trl_gym.policy_server.gateway\n"
+        "assert not {'vllm', 'torch', 'transformers', 'trl'} & set(sys.modules)\n"
+    )
+    for code in (imports_nothing, needs_no_engine):
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
+def test_urls_are_taken_with_and_without_v1(url: str) -> None:
+    assert gateway.upstream_urls([url, "https://h:2/proxy/v1"]) == ["http://h:1", "https://h:2/proxy"]
+
+
+def test_every_wrong_url_is_named_and_no_password() -> None:
+    given = ["localhost:8000", "http://h:x", "http://", "http://me:secret@h:1", "http://h:1?x=1", "http://a/v1"]
+    with pytest.raises(ConfigError) as caught:
+        gateway.upstream_urls([*given, "http://a"])
+    message = str(caught.value)
+    assert message.count("\n") == 6
+    assert "'localhost:8000' must look like http://host:port" in message
+    assert "--upstream http://a is given twice" in message
+    assert "secret" not in message and "--upstream-api-key" in message
+
+
+def test_beyond_loopback_a_key_is_needed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert main(["gateway", "--upstream", "http://127.0.0.1:1", "--host", "0.0.0.0"]) == 1
+    assert "--host 0.0.0.0 can be reached from other machines" in capsys.readouterr().err
+
+
+def test_a_busy_port_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with bind_socket() as taken:
+        port = taken.getsockname()[1]
+        assert main(["gateway", "--upstream", "http://127.0.0.1:1", "--port", str(port)]) == 1
+    captured = capsys.readouterr()
+    assert f"port {port} on 127.0.0.1 is in use" in captured.err and captured.out == ""
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    with gateway._bind("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname()):
+        accepted, _ = sock.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+async def facts_of(
+    *fakes: FakeUpstream, api_key: str | None = None, notes: list[str] | None = None
+) -> list[UpstreamFacts]:
+    for fake in fakes:
+        await fake.start()
+    try:
+        note = (notes if notes is not None else []).append
+        return await check_upstreams([fake.url for fake in fakes], api_key=api_key, timeout_s=0.1, note=note)
+    finally:
+        for fake in fakes:
+            await fake.stop()
+
+
+async def refusal(*fakes: FakeUpstream, api_key: str | None = None) -> str:
+    with pytest.raises(PolicyServerError) as caught:
+        await facts_of(*fakes, api_key=api_key)
+    message = str(caught.value)
+    assert message.startswith("the gateway cannot be started:\n")
+    assert any(fake.url in message for fake in fakes)
+    return message
+
+
+async def test_what_is_found_out() -> None:
+    fake = FakeUpstream()
+    [facts] = await facts_of(fake, api_key="k")
+    assert facts == UpstreamFacts(fake.url, ("policy",), 200, "0.31.0", False, True, False)
+    assert {headers["authorization"] for *_, headers in fake.requests} == {"Bearer k"}
+
+
+@pytest.mark.parametrize(
+    ("exact", "has_field"),
+    [
+        (("kv_transfer_params",), False),
+        (("prompt_token_ids",), True),
+        (("kv_transfer_params", "prompt_token_ids"), True),
+    ],
+)
+async def test_how_exact_prompts_are_taken_is_found_by_trying(exact: tuple[str, ...], has_field: bool) -> None:
+    assert takes_prompt_field(await facts_of(FakeUpstream(exact=exact))) is has_field
+
+
+async def test_upstreams_with_one_way_in_common_use_that_one() -> None:
+    new = FakeUpstream(exact=("kv_transfer_params", "prompt_token_ids"))
+    assert not takes_prompt_field(await facts_of(FakeUpstream(), new))
+    message = await refusal(FakeUpstream(), FakeUpstream(exact=("prompt_token_ids",)))
+    assert "accept exact prompts in different ways" in message
+
+
+async def test_an_upstream_without_exact_prompts_is_refused() -> None:
+    message = await refusal(FakeUpstream(exact=()))
+    assert "asked for 5 given tokens, it (vLLM 0.31.0) answered on its own render of 4. vLLM >= 0.27 does" in message
+
+
+async def test_raw_logprobs_are_a_warning() -> None:
+    fake, notes = FakeUpstream(raw_logprobs=True), []
+    [facts] = await facts_of(fake, notes=notes)
+    assert facts.raw_logprobs is True
+    assert len(notes) == 1 and fake.url in notes[0] and "--logprobs-mode processed_logprobs" in notes[0]
+
+
+async def test_logprobs_that_cannot_be_measured_are_a_warning() -> None:
+    fake, notes = FakeUpstream(num_top_logprobs=0), []
+    [facts] = await facts_of(fake, notes=notes)
+    assert facts.raw_logprobs is None
+    assert len(notes) == 1 and "could not be measured" in notes[0]
+
+
+async def test_nobody_there() -> None:
+    with bind_socket() as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    notes: list[str] = []
+    with pytest.raises(PolicyServerError, match=f"{url} cannot be reached: .*Is it running"):
+        await check_upstreams([url], api_key=None, timeout_s=0.0, note=notes.append)
+    message = await refusal(FakeUpstream(hangs={"/v1/models"}))
+    assert "cannot be reached: GET /v1/models: no answer within 1 s" in message
+
+
+async def test_an_upstream_that_is_still_loading_is_waited_for() -> None:
+    fake = await FakeUpstream(answers={"GET /v1/models": (503, {"detail": "loading"})}).start()
+    notes: list[str] = []
+    checking = asyncio.create_task(check_upstreams([fake.url], api_key=None, timeout_s=20.0, note=notes.append))
+    while not notes:
+        await asyncio.sleep(0.01)
+    assert notes[0].startswith(f"waiting for {fake.url}: GET /v1/models: HTTP 503")
+    fake.answers.clear()
+    [facts] = await checking
+    assert facts.vllm_version == "0.31.0" and len(notes) == 1
+    await fake.stop()
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        (
+            {"GET /v1/models": (404, "nothing")},
+            "it is no OpenAI server made by vLLM: GET /v1/models answered HTTP 404",
+        ),
+        ({"GET /v1/models": (200, {"data": [{"id": "gpt"}]})}, "it is no OpenAI server made by vLLM"),
+        ({"GET /version": (404, {"detail": "x"})}, "an OpenAI server, but not vLLM's"),
+        ({"GET /trl_gym/info": (200, {"package_version": "1"})}, "trl-gym server already, .* use its URL directly"),
+        ({"POST /tokenize": (400, {"error": "no chat template"})}, "does not render chats.*no chat template"),
+        ({"POST /v1/chat/completions": (500, {"error": "broken"})}, "answered HTTP 500: .*broken"),
+        ({"POST /v1/chat/completions": (400, {"error": "extra"})}, "takes exact prompts neither"),
+    ],
+)
+async def test_what_cannot_be_an_upstream(answers: dict[str, Any], words: str) -> None:
+    assert re.search(words, await refusal(FakeUpstream(answers=answers)))
+
+
+@pytest.mark.parametrize(("key", "words"), [(None, "it demands a key"), ("wrong-key", "the upstream key is wrong")])
+async def test_a_missing_or_wrong_key(key: str | None, words: str) -> None:
+    message = await refusal(FakeUpstream(answers={"GET /v1/models": (401, {"error": "no"})}), api_key=key)
+    assert words in message and "TRL_GYM_UPSTREAM_API_KEY" in message
+    assert "wrong-key" not in message
+
+
+@pytest.mark.parametrize("other", [{"name": "other"}, {"max_model_len": 100}])
+async def test_upstreams_must_be_replicas(other: dict[str, Any]) -> None:
+    message = await refusal(FakeUpstream(), FakeUpstream(**other))
+    assert "different models" in message and "max_model_len 200" in message
+
+
+async def test_all_problems_are_named_at_once() -> None:
+    fakes = [FakeUpstream(exact=()), FakeUpstream(answers={"GET /v1/models": (401, {})})]
+    message = await refusal(*fakes)
+    assert all(fake.url in message for fake in fakes)
+
+
+# -- the process ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    process: asyncio.subprocess.Process
+    base_url: str
+
+    @property
+    def root(self) -> str:
+        return self.base_url.removesuffix("/v1")
+
+
+@asynccontextmanager
+async def running(*fakes: FakeUpstream, flags: tuple[str, ...] = (), **env: str) -> AsyncIterator[Running]:
+    argv = [part for fake in fakes for part in ("--upstream", fake.url)]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "trl_gym.cli", "gateway", "--port", "0", "--start-timeout", "10", *argv, *flags),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, **env},
+    )
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = (await asyncio.wait_for(process.stdout.readline(), 20.0)).decode()
+        assert line.startswith("ready http://127.0.0.1:"), (await process.stderr.read()).decode()
+        yield Running(process, line.split()[1])
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_it_answers_with_the_bundle_and_ends_on_ctrl_c() -> None:
+    fakes = [await FakeUpstream().start(), await FakeUpstream(weight_version="default").start()]
+    env = {"VLLM_API_KEY": "our-key", "TRL_GYM_UPSTREAM_API_KEY": "their-key"}
+    async with running(*fakes, flags=("--log-level", "debug"), **env) as gate, aiohttp.ClientSession() as session:
+        async with session.post(f"{gate.base_url}/chat/completions", json=CHAT) as answer:
+            assert answer.status == 401
+        async with session.get(f"{gate.root}/health") as answer:
+            assert answer.status == 200
+        session.headers["Authorization"] = "Bearer our-key"
+        async with session.post(f"{gate.base_url}/chat/completions", json=CHAT) as answer:
+            message = (await answer.json())["choices"][0]["message"]
+        assert message["prompt_token_ids"] == render(CHAT["messages"])
+        assert message["generation_token_ids"] == [ord("x"), END]
+        turns = [*CHAT["messages"], message, {"role": "user", "content": "1"}]
+        async with session.post(f"{gate.base_url}/chat/completions", json={"messages": turns}) as answer:
+            prompt = (await answer.json())["choices"][0]["message"]["prompt_token_ids"]
+        seen = message["prompt_token_ids"] + message["generation_token_ids"]
+        assert prompt == seen + render(turns[2:])  # the template alone would have written X
+        async with session.get(f"{gate.root}/trl_gym/info") as answer:
+            info = await answer.json()
+        assert (info["model_names"], info["max_model_len"]) == (["policy"], 200)
+        assert (info["vllm_version"], info["weight_version"], info["nonce"]) == ("0.31.0", "default", None)
+        gate.process.send_signal(signal.SIGINT)
+        output, log = await asyncio.wait_for(gate.process.communicate(), 10.0)
+        assert gate.process.returncode == 130
+    assert output == b"" and b"Traceback" not in log
+    assert b"our-key" not in log and b"their-key" not in log
+    keys = {headers.get("authorization") for fake in fakes for *_, headers in fake.requests}
+    assert keys == {"Bearer their-key"}
+    for fake in fakes:
+        await fake.stop()
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_cuts_running_requests_off(end: signal.Signals) -> None:
+    fake = await FakeUpstream().start()
+    async with running(fake) as gate, aiohttp.ClientSession() as session:
+        fake.hangs.add("/v1/chat/completions")
+        num_asked = fake.asked("/v1/chat/completions")
+        waiting = asyncio.create_task(session.post(f"{gate.base_url}/chat/completions", json=CHAT))
+        stream = await session.get(f"{gate.root}/sse")
+        assert await stream.content.readline() == b"data: 1\n"
+        while fake.asked("/v1/chat/completions") == num_asked:
+            await asyncio.sleep(0.01)
+        started = time.monotonic()
+        gate.process.send_signal(end)
+        answer = await waiting
+        assert answer.status == 500 and "shutting down" in await answer.text()
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await stream.read()
+        _, log = await asyncio.wait_for(gate.process.communicate(), 10.0)
+        assert time.monotonic() - started < 5.0
+        assert gate.process.returncode == (130 if end == signal.SIGINT else -signal.SIGTERM)
+        assert b"Traceback" not in log
+    async with asyncio.timeout(5.0):
+        while not fake.cancelled:
+            await asyncio.sleep(0.01)
+    await fake.stop()
+
+
+async def test_an_answer_that_breaks_off_breaks_off_for_the_client_too() -> None:
+    fake = await FakeUpstream().start()
+    async with running(fake) as gate, aiohttp.ClientSession() as session:
+        fake.breaks_off |= {"/v1/completions", "/v1/chat/completions"}
+        with pytest.raises(aiohttp.ClientPayloadError):
+            async with session.post(f"{gate.base_url}/completions", json={}) as answer:
+                await answer.read()
+        # The middleware has sent nothing yet when it notices: that is an error with words.
+        async with session.post(f"{gate.base_url}/chat/completions", json=CHAT) as answer:
+            assert answer.status == 500
+            assert "broke its answer" in json.loads(await answer.text())["error"]["message"]
+    await fake.stop()

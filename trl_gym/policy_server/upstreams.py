@@ -1,0 +1,397 @@
+"""An ASGI application that answers by asking OpenAI servers elsewhere: the inner half of `trl-gym gateway`.
+
+    request ──► control route?  ── yes ──► every upstream at once; all must answer 200
+                    │ no
+                    ▼
+                choose an upstream in rotation:  with `scope["trl_gym.affinity"]`: rendezvous hashing
+                    │                            without: the one with the fewest running requests
+                    ▼
+                forward, stream the answer back ── lost before its first byte ──► the next upstream
+
+An upstream is in rotation unless it is *down* (it cannot be reached or `/health` says no; it is probed in the
+background and comes back by itself) or *excluded* (it may hold other weights than the rest):
+
+  * A control call failed on it. It is admitted again when a whole weight update that began after that failure, from
+    `/start_weight_update` to `/finish_weight_update`, has succeeded on it.
+  * It came back from being down with another weight version than it held: it was restarted. The same admits it again.
+
+When every upstream refuses a control call alike (the same 4xx, e.g. a route that stock servers do not have), nothing
+has changed anywhere and nobody is excluded.
+
+No reply that is made up here has the status 429, 502, 503, 504 or 520, which Gym retries for ever, except that of
+`/health`, which Gym does not ask. Bodies of control calls are passed on as they are; an `init_weight_transfer_engine`
+for `nccl` needs other ranks for every replica and cannot be sent through here to more than one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from trl_gym.errors import PolicyServerError
+from trl_gym.policy_server import forwarding
+from trl_gym.policy_server.asgi import ClientGoneError, Receive, Reply, Scope, Send, read_body
+from trl_gym.policy_server.forwarding import Answering, ForwardedRequest, UpstreamLostError, listed, quote, words
+from trl_gym.policy_server.on_policy import AFFINITY
+
+# What changes the state of a server: every replica must do it, or they are no replicas any more.
+CONTROL_PATHS = frozenset(
+    {
+        *("/pause", "/resume", "/sleep", "/wake_up", "/release_kv_cache_memory"),
+        *("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"),
+        *("/init_weight_transfer_engine", "/start_weight_update", "/start_draft_weight_update", "/update_weights"),
+        *("/finish_weight_update", "/update_weight_version", "/collective_rpc", "/abort_requests"),
+        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    }
+)
+_START, _FINISH = "/start_weight_update", "/finish_weight_update"
+_VERSION_PATHS = (_FINISH, "/update_weight_version")
+
+_PROBE_TIMEOUT_S = 30.0  # an event loop that loads weights is slow to answer, and not dead
+# A request whose connection was lost after it had been sent may be what killed the server: it must not kill them all.
+_MAX_LOST = 2
+_NO_ANSWER = 599  # stands for "no answer" among statuses, as the worst of them; never sent
+_SHUTTING_DOWN = "the gateway is shutting down"
+
+_logger = logging.getLogger("trl_gym.gateway")
+
+
+@dataclass(slots=True)
+class Upstream:
+    """One server.
+
+    Attributes:
+        url: Root URL, without `/v1`.
+        num_running: Requests that it is answering now.
+        num_sent: Requests that it was ever given.
+        down: Why it is not asked until a probe succeeds, or `None`.
+        excluded: Why it must not answer although it may be up, or `None`.
+        weight_version: The version it held when it was last asked, `None` if it has no `/weight_info`.
+        updates_whole: Whether no control call has failed since its last `/start_weight_update`.
+    """
+
+    url: str
+    num_running: int = 0
+    num_sent: int = 0
+    down: str | None = None
+    excluded: str | None = None
+    weight_version: str | None = None
+    updates_whole: bool = False
+
+    @property
+    def in_rotation(self) -> bool:
+        return self.down is None and self.excluded is None
+
+    def mark_down(self, reason: str) -> None:
+        if self.down is None:
+            _logger.warning("%s is down: %s", self.url, reason)
+        self.down = reason
+
+    def mark_up(self) -> None:
+        if self.down is not None:
+            _logger.warning("%s is up again", self.url)
+        self.down = None
+
+    def exclude(self, reason: str) -> None:
+        if self.excluded is None:
+            _logger.warning("%s is excluded until a weight update succeeds on it: %s", self.url, reason)
+        self.excluded = reason
+        self.updates_whole = False
+
+    def admit(self) -> None:
+        if self.excluded is not None:
+            _logger.warning("%s holds the current weights and is admitted again", self.url)
+        self.excluded = None
+
+
+class UpstreamApp:
+    """ASGI (http and lifespan) in front of one or more OpenAI servers that hold the same model.
+
+    Args:
+        urls: Root URLs without `/v1`, all different.
+        api_key: Sent as bearer token to each of them; a client's own `Authorization` never is.
+        probe_every_s: Seconds between two looks at `/health` of an upstream.
+    """
+
+    def __init__(self, urls: Sequence[str], *, api_key: str | None = None, probe_every_s: float = 5.0) -> None:
+        self.upstreams = [Upstream(url) for url in urls]
+        self._api_key = api_key
+        self._probe_every_s = probe_every_s
+        self._session: aiohttp.ClientSession | None = None
+        self._monitors: list[asyncio.Task[None]] = []
+        self._running: set[asyncio.Task[None]] = set()
+        self._is_cut_off = False
+
+    async def start(self) -> None:
+        """Open the connection pool and begin to watch the upstreams. Called by the lifespan protocol."""
+        self._session = forwarding.open_session()
+        await asyncio.gather(*(self._learn_version(upstream) for upstream in self.upstreams))
+        self._monitors = [asyncio.create_task(self._monitor(upstream)) for upstream in self.upstreams]
+        for monitor in self._monitors:
+            monitor.add_done_callback(_report_death)
+
+    async def close(self) -> None:
+        """Cancel what is running and close every connection. Idempotent."""
+        self.cut_off()
+        for monitor in self._monitors:
+            monitor.cancel()
+        await asyncio.gather(*self._monitors, *self._running, return_exceptions=True)
+        self._monitors = []
+        if self._session is not None:
+            await self._session.close()
+
+    def cut_off(self) -> None:
+        """Cancel every running request, and refuse later ones: the client is told 500, or its answer breaks off."""
+        self._is_cut_off = True
+        for work in self._running:
+            work.cancel()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises `UpstreamLostError`, see there; every other failure is an answer."""
+        if scope["type"] == "lifespan":
+            return await self._live(receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1011, "reason": "the gateway forwards HTTP only"})
+        try:
+            request = ForwardedRequest.from_scope(scope, await read_body(receive), self._api_key)
+        except ClientGoneError:
+            return None
+        if not request.target.startswith("/"):  # `OPTIONS *`: must not become part of the host name
+            return await Reply.error(400, f"{request.target!r} is no path").send(send)
+        if self._is_cut_off:
+            return await Reply.error(500, _SHUTTING_DOWN).send(send)
+        answering = Answering(send)
+        await self._while_client_waits(self._answer(request, scope.get(AFFINITY), answering), receive, answering)
+        return None
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self.start()
+                await send({"type": "lifespan.startup.complete"})
+            elif message["type"] == "lifespan.shutdown":
+                await self.close()
+                return await send({"type": "lifespan.shutdown.complete"})
+
+    async def _while_client_waits(
+        self, work: Coroutine[Any, Any, None], receive: Receive, answering: Answering
+    ) -> None:
+        """Run `work` until the client hangs up: the upstream notices that, and stops generating."""
+        working = asyncio.create_task(work)
+        hanging_up = asyncio.create_task(forwarding.hang_up(receive))
+        self._running.add(working)
+        try:
+            await asyncio.wait({working, hanging_up}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                return hanging_up.result()
+            if not working.cancelled():
+                return working.result()
+        finally:
+            self._running.discard(working)
+            working.cancel()
+            hanging_up.cancel()
+            await asyncio.gather(working, hanging_up, return_exceptions=True)
+        if answering.has_begun:
+            raise UpstreamLostError(_SHUTTING_DOWN)
+        return await Reply.error(500, _SHUTTING_DOWN).send(answering)
+
+    async def _answer(self, request: ForwardedRequest, affinity: str | None, answering: Answering) -> None:
+        try:
+            if request.method == "POST" and request.path in CONTROL_PATHS:
+                reply = await self._fan_out(request)
+            elif (request.method, request.path) == ("GET", "/weight_info"):
+                reply = await self._weight_info(request)
+            elif (request.method, request.path) == ("GET", "/health"):
+                reply = self._health()
+            else:
+                return await self._forward(request, affinity, answering)
+        except UpstreamLostError:
+            raise
+        except PolicyServerError as error:
+            reply = Reply.error(500, str(error))
+        return await reply.send(answering)
+
+    # -- one upstream -------------------------------------------------------------------------------------------------
+
+    async def _forward(self, request: ForwardedRequest, affinity: str | None, answering: Answering) -> None:
+        lost: list[str] = []
+        while len(lost) < _MAX_LOST:
+            upstream = self._choose(request, affinity, lost)
+            upstream.num_running += 1
+            upstream.num_sent += 1
+            try:
+                return await forwarding.stream(self._open_session, upstream.url, request, answering)
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                upstream.mark_down(words(error))
+            except aiohttp.ClientError as error:
+                _logger.warning("%s gave no answer to %s: %s", upstream.url, request, words(error))
+                lost.append(upstream.url)
+                await self._probe(upstream)
+            finally:
+                upstream.num_running -= 1
+        raise PolicyServerError(
+            f"the connection to {' and then to '.join(lost)} was lost before {request} was answered; it is not sent "
+            "once more, for it may be what ended them"
+        )
+
+    def _choose(self, request: ForwardedRequest, affinity: str | None, lost: Sequence[str]) -> Upstream:
+        alive = [upstream for upstream in self.upstreams if upstream.in_rotation]
+        candidates = [upstream for upstream in alive if upstream.url not in lost] or alive
+        if not candidates:
+            raise self._nobody_left()
+        if affinity is not None:
+            return max(candidates, key=lambda upstream: _rank(affinity, upstream.url))
+        if request.method == "GET":
+            return candidates[0]  # a question about the server: the same one answers as long as it can
+        return min(candidates, key=lambda upstream: (upstream.num_running, upstream.num_sent))
+
+    def _nobody_left(self) -> PolicyServerError:
+        return PolicyServerError(f"no upstream of the gateway can answer: {self._absences()}")
+
+    def _absences(self) -> str:
+        reasons = {u.url: f"excluded ({u.excluded})" if u.excluded else f"down ({u.down})" for u in self.upstreams}
+        return listed(reasons)
+
+    async def _ask(self, upstream: Upstream, request: ForwardedRequest) -> Reply:
+        return await forwarding.ask(self._open_session, upstream.url, request)
+
+    @property
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise PolicyServerError("the gateway was not started: its server must speak the lifespan protocol")
+        return self._session
+
+    # -- all upstreams ------------------------------------------------------------------------------------------------
+
+    async def _fan_out(self, request: ForwardedRequest) -> Reply:
+        """A control call to every upstream, down or not: one that missed an update must not serve old weights."""
+        before = [(upstream.excluded, upstream.updates_whole) for upstream in self.upstreams]
+        replies = await asyncio.gather(*(self._control(upstream, request) for upstream in self.upstreams))
+        statuses = {reply.status for reply in replies}
+        if statuses == {200}:
+            return next((reply for reply in replies if _says_no(reply)), replies[0])
+        if len(statuses) == 1 and 400 <= replies[0].status < 500:  # all refused alike, before they did anything
+            for upstream, (excluded, updates_whole) in zip(self.upstreams, before, strict=True):
+                upstream.excluded, upstream.updates_whole = excluded, updates_whole
+        worst, upstream = max(zip(replies, self.upstreams, strict=True), key=lambda pair: pair[0].status)
+        how = "gave no answer" if worst.status == _NO_ANSWER else f"answered HTTP {worst.status}"
+        return Reply.error(500, f"upstream {upstream.url} {how} to {request}: {quote(worst.body)}")
+
+    async def _control(self, upstream: Upstream, request: ForwardedRequest) -> Reply:
+        """One upstream's part of a control call, never sent twice."""
+        try:
+            reply = await self._ask(upstream, request)
+            if reply.ok and request.path in _VERSION_PATHS:
+                upstream.weight_version = await self._read_version(upstream)
+            if reply.ok and upstream.down is not None:
+                await self._come_back(upstream)
+        except asyncio.CancelledError:
+            upstream.exclude(f"{request} was cut off before it was answered")
+            raise
+        except aiohttp.ClientError as error:
+            upstream.exclude(f"{request}: {words(error)}")
+            return Reply(_NO_ANSWER, words(error).encode())
+        if not reply.ok:
+            upstream.exclude(f"{request}: HTTP {reply.status}: {quote(reply.body)}")
+            return reply
+        if request.path == _START:
+            upstream.updates_whole = True
+        if request.path == _FINISH and upstream.updates_whole:
+            upstream.admit()
+        return reply
+
+    async def _weight_info(self, request: ForwardedRequest) -> Reply:
+        asked = [upstream for upstream in self.upstreams if upstream.in_rotation]
+        answers = await asyncio.gather(*(self._ask_or_mark_down(upstream, request) for upstream in asked))
+        replies = {upstream.url: reply for upstream, reply in zip(asked, answers, strict=True) if reply is not None}
+        if not replies:
+            raise self._nobody_left()
+        versions = {url: quote(r.body) if r.ok else f"HTTP {r.status}" for url, r in replies.items()}
+        if len(set(versions.values())) > 1:
+            raise PolicyServerError(f"the upstreams hold different weights: {listed(versions)}")
+        return next(iter(replies.values()))
+
+    async def _ask_or_mark_down(self, upstream: Upstream, request: ForwardedRequest) -> Reply | None:
+        try:
+            return await self._ask(upstream, request)
+        except aiohttp.ClientError as error:
+            upstream.mark_down(words(error))
+            return None
+
+    def _health(self) -> Reply:
+        if any(upstream.in_rotation for upstream in self.upstreams):
+            return Reply.from_json(200, {})
+        return Reply.error(503, self._absences())
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+
+    async def _monitor(self, upstream: Upstream) -> None:
+        while True:
+            await asyncio.sleep(self._probe_every_s)
+            await self._probe(upstream)
+
+    async def _probe(self, upstream: Upstream) -> None:
+        """Ask `/health` and mark the upstream accordingly."""
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                health = await self._ask(upstream, self._get("/health"))
+                if health.ok and upstream.down is not None:
+                    await self._come_back(upstream)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return upstream.mark_down(f"GET /health: {words(error)}")
+        if not health.ok:
+            upstream.mark_down(f"GET /health: HTTP {health.status}")
+        return None
+
+    async def _come_back(self, upstream: Upstream) -> None:
+        version = await self._read_version(upstream)
+        if upstream.weight_version is not None and version != upstream.weight_version:
+            held = f"weights {version!r} where it held {upstream.weight_version!r}"
+            upstream.exclude(f"it was restarted and holds {held}")
+        upstream.mark_up()
+
+    async def _learn_version(self, upstream: Upstream) -> None:
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                upstream.weight_version = await self._read_version(upstream)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            upstream.mark_down(words(error))
+
+    async def _read_version(self, upstream: Upstream) -> str | None:
+        """`None` from a server that does not say: it has no way to get other weights either."""
+        reply = await self._ask(upstream, self._get("/weight_info"))
+        version = _object(reply).get("weight_version") if reply.ok else None
+        return None if version is None else str(version)
+
+    def _get(self, path: str) -> ForwardedRequest:
+        return ForwardedRequest.of("GET", path).with_key(self._api_key)
+
+
+def _rank(affinity: str, url: str) -> bytes:
+    """Rendezvous hashing: the highest rank answers; without that upstream only its own keys move."""
+    return hashlib.blake2b(f"{affinity}\0{url}".encode(), digest_size=8).digest()
+
+
+def _says_no(reply: Reply) -> bool:
+    """`/reset_prefix_cache` says so with status 200."""
+    return _object(reply).get("success") is False
+
+
+def _object(reply: Reply) -> dict[str, Any]:
+    try:
+        parsed = reply.json()
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _report_death(monitor: asyncio.Task[None]) -> None:
+    if not monitor.cancelled() and (error := monitor.exception()) is not None:
+        _logger.error("an upstream is not watched any more", exc_info=error)
