@@ -71,8 +71,10 @@ class GymGRPOConfig(GRPOConfig):
         gym_max_inflight (`int`, *optional*, defaults to `256`):
             Rollouts of one rank that run at the same time.
         gym_drift (`str`, *optional*, defaults to `"truncate"`):
-            What to do with a rollout whose prompt does not start with the tokens already seen: `"truncate"` trains the
-            part before, `"exclude"` drops the rollout, `"error"` stops, `"split"` behaves as `"truncate"` for now.
+            What to do with a rollout that drifts: one of its prompts does not start with the tokens already seen.
+            `"truncate"` trains the tokens before, `"exclude"` takes the rollout out of the loss and of its group's
+            baseline, `"error"` stops training, `"split"` behaves as `"truncate"` for now. Every drift is counted,
+            logged with its cause and explained in the journal.
 
         > Parameters that control weight sync
 
@@ -138,7 +140,8 @@ class GymGRPOConfig(GRPOConfig):
         default="truncate",
         metadata={
             "help": "What to do with a rollout whose prompt does not start with the tokens already seen: 'truncate' "
-            "trains the part before, 'exclude' drops it, 'error' stops, 'split' behaves as 'truncate' for now.",
+            "trains the part before, 'exclude' takes it out of loss and baseline, 'error' stops, 'split' behaves as "
+            "'truncate' for now.",
             "choices": list(DRIFT_POLICIES),
         },
     )

@@ -10,16 +10,21 @@ is started, and stopped, here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedModel
 
 from trl_gym import compat
 from trl_gym.config import GymGRPOConfig
 from trl_gym.errors import ConfigError, ServerError, TrlGymError
 from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
+from trl_gym.policy_server.splice_probe import check_splice
+
+_INITIAL_POLICY = "initial_policy"  # folder for a model that was given as an object without a folder of its own
 
 
 class RunServers:
@@ -47,6 +52,7 @@ class RunServers:
         self._owns_policy = policy is None or policy.state == "new"
         self._owns_gym = gym is None or gym.state.value == "new"
         self._is_main = PartialState().is_main_process
+        self._splice_checked = False
         _check_sources(args, policy, gym)
         self.policy: PolicyBackend | None = policy
         self.gym: GymServers | None = gym
@@ -60,6 +66,9 @@ class RunServers:
         if self.policy.state == "new":
             compat.check_versions(("vllm",))
             self.policy.start()
+        elif self.policy.state == "ready":  # refused before a model is loaded for nothing
+            check_splice(self.policy.client, self.policy.model_name)
+            self._splice_checked = True
         if self.gym is None:
             self.gym = self._new_gym()
         self.gym.connect_policy(self.policy.base_url, self.policy.model_name, self.policy.client.api_key or "EMPTY")
@@ -81,6 +90,8 @@ class RunServers:
             try:
                 self.gym.wait_ready()
                 self.policy.wait_ready()
+                if not self._splice_checked:
+                    check_splice(self.policy.client, self.policy.model_name)
                 message[0] = (self.policy.base_url, self.policy.client.api_key, self.gym.head_url)
             except TrlGymError as caught:
                 error = caught  # told to the other ranks first: they would wait for the broadcast for ever
@@ -131,6 +142,24 @@ class RunServers:
             log_dir=args.gym_log_dir,
             start_timeout_s=args.gym_start_timeout,
         )
+
+
+def servable(model: str | PreTrainedModel, processing_class: Any, args: GymGRPOConfig) -> str:
+    """Folder or hub id that the policy server loads. The trainer's weights are pushed before anything is sampled, so
+    it only has to be the same architecture and tokenizer; a model without a folder is saved to one."""
+    name = model if isinstance(model, str) else compat.model_id(model)
+    if name and (processing_class is None or isinstance(model, str)):
+        return name
+    if processing_class is None:
+        raise ConfigError(
+            "`model` was not loaded from a folder or hub id, so the policy server needs a tokenizer: pass "
+            "`processing_class`."
+        )
+    folder = Path(args.output_dir) / _INITIAL_POLICY
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.save_pretrained(folder)
+    processing_class.save_pretrained(folder)
+    return str(folder)
 
 
 def _check_sources(args: GymGRPOConfig, policy: PolicyBackend | None, gym: GymServers | None) -> None:

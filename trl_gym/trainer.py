@@ -2,7 +2,7 @@
 
 TRL's loop is not touched. Four of its methods are extended, none is copied:
 
-    _generate_and_score_completions   keeps the batch's rows at hand while TRL works on their prompts
+    _generate_and_score_completions   keeps the batch's rows at hand while TRL works on their prompts; logprob gap
     _generate                         the rollouts themselves, through TRL's `rollout_func`; completions as messages
     _calculate_rewards                a failed rollout is NaN for every reward function: out of loss and baseline
     log, evaluate                     seconds per phase
@@ -10,14 +10,15 @@ TRL's loop is not touched. Four of its methods are extended, none is copied:
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather
+from accelerate.utils import broadcast_object_list, gather, gather_object
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
@@ -25,21 +26,25 @@ from trl_gym import compat, servers
 from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig
 from trl_gym.dataset import gym_row
-from trl_gym.errors import ConfigError, FailureKind, RolloutError, RolloutFailure
+from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.progress import PhaseClock, make_progress
-from trl_gym.rollouts.batch import describe_failures, rollout_metrics, training_rows
-from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
+from trl_gym.rollouts import logprob_gap
+from trl_gym.rollouts.batch import describe_drift, describe_failures, rollout_metrics, training_rows
+from trl_gym.rollouts.call_records import RolloutLedger
+from trl_gym.rollouts.collector import RolloutCollector
+from trl_gym.rollouts.drift import make_decoder
+from trl_gym.rollouts.finish import Finisher
 from trl_gym.rollouts.journal import Journal
 from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
-from trl_gym.rollouts.rollout import Rollout, conversation, journal_record
-from trl_gym.rollouts.trajectory import DriftError, Trajectory, TrajectoryError, from_gym
+from trl_gym.rollouts.rollout import Rollout, conversation
+from trl_gym.rollouts.trajectory import Trajectory, from_gym
 from trl_gym.weight_sync.source import check_supported
 from trl_gym.weight_sync.sync import WeightSync
 from trl_gym.weight_sync.transports import choose_transport
 
-_INITIAL_POLICY = "initial_policy"  # folder for a model that was given as an object without a folder of its own
+logger = logging.getLogger(__name__)
 
 
 def gym(*, gym_reward: list[float | None], **_: Any) -> list[float]:
@@ -122,7 +127,7 @@ class GymGRPOTrainer(GRPOTrainer):
         self._progress = make_progress(live=not args.disable_tqdm)
         self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
         self._servers = servers.RunServers(
-            args, lambda: _servable(model, kwargs.get("processing_class"), args), policy_server, gym_servers
+            args, lambda: servers.servable(model, kwargs.get("processing_class"), args), policy_server, gym_servers
         )
         try:
             self._servers.start()  # they load while the model does
@@ -215,18 +220,18 @@ class GymGRPOTrainer(GRPOTrainer):
 
     def _connect(self, args: GymGRPOConfig) -> None:
         """Everything that needs the accelerator and running servers."""
+        policy = self._servers.policy
         self._collector = RolloutCollector(
             self._servers.gym.agent,
             deadline_s=args.gym_deadline,
             max_inflight=args.gym_max_inflight,
             check=self._servers.check,
+            ledger=RolloutLedger(policy.client.root_url, policy.client.api_key) if policy.keeps_records else None,
         )
         self._journal = Journal(Path(args.output_dir) / "rollouts", rank=self.accelerator.process_index)
         dtype = getattr(torch, args.serving_dtype)
-        transport = choose_transport(self._servers.policy.weight_transports, args.gym_weight_dir, dtype)
-        self._weight_sync = WeightSync(
-            self.accelerator, self._servers.policy, transport, probe_tolerance=args.probe_tolerance
-        )
+        transport = choose_transport(policy.weight_transports, args.gym_weight_dir, dtype)
+        self._weight_sync = WeightSync(self.accelerator, policy, transport, probe_tolerance=args.probe_tolerance)
         for callback in compat.default_progress_callbacks():
             self.remove_callback(callback)
         # Order matters: the clock stops before weights are pushed, which counts its own time.
@@ -258,7 +263,9 @@ class GymGRPOTrainer(GRPOTrainer):
         self._rows = inputs
         try:
             with self._clock.phase("scoring"):
-                return super()._generate_and_score_completions(inputs)
+                output = super()._generate_and_score_completions(inputs)
+                self._log_gap(output)
+                return output
         finally:
             self._rows = []
 
@@ -273,8 +280,10 @@ class GymGRPOTrainer(GRPOTrainer):
         version = self._servers.policy.client.weight_version()
         with self._clock.phase("rollouts"):
             requests = self._requests()
-            self._rollouts = self._collector.collect(requests, self._finish(version), self._show_progress)
+            self._rollouts = self._collector.collect(requests, self._finisher(version), self._show_progress)
             self._journal.commit()
+        for line in describe_drift(self._rollouts):
+            logger.warning(line)
         if (now := self._servers.policy.client.weight_version()) != version:
             raise RolloutError(f"The policy server's weights changed from version {version} to {now} during rollouts.")
         for name, values in rollout_metrics(self._rollouts).items():
@@ -339,34 +348,15 @@ class GymGRPOTrainer(GRPOTrainer):
             )
         return sole
 
-    def _finish(self, version: str) -> Callable[[RolloutResult], Rollout]:
-        """What happens to each rollout as it ends, in the collector's thread: trajectory, then journal."""
-        step, mode = self.state.global_step, self._mode
-
-        def finish(result: RolloutResult) -> Rollout:
-            rollout = self._rollout(result)
-            self._journal.append(journal_record(rollout, step=step, mode=mode, weight_versions=[version]))
-            return rollout
-
-        return finish
-
-    def _rollout(self, result: RolloutResult) -> Rollout:
-        failure, trajectories = result.failure, []
-        if failure is None:
-            try:
-                trajectories = self.build_trajectories(result.answer, result.request)
-            except TrajectoryError as error:
-                if isinstance(error, DriftError) and self.args.gym_drift == "error":
-                    raise RolloutError(
-                        f"Rollout {result.request.rollout_id} of {result.request.agent}: {error}"
-                    ) from error
-                failure = RolloutFailure(kind=FailureKind.POLICY, text=str(error), where=result.request.agent)
-        return Rollout(
-            request=result.request,
-            answer=result.answer,
-            failure=failure,
-            trajectories=trajectories,
-            seconds=result.seconds,
+    def _finisher(self, version: str) -> Finisher:
+        return Finisher(
+            build=self.build_trajectories,
+            decode=make_decoder(self._tokenizer),
+            journal=self._journal,
+            drift_policy=self.args.gym_drift,
+            step=self.state.global_step,
+            mode=self._mode,
+            weight_version=version,
         )
 
     def _calculate_rewards(
@@ -384,6 +374,14 @@ class GymGRPOTrainer(GRPOTrainer):
         if "train_runtime" not in logs:
             logs |= {f"{prefix}seconds/{phase}": round(s, 4) for phase, s in self._clock.take().items()}
         super().log(logs, start_time)
+
+    def _log_gap(self, batch: dict[str, Any]) -> None:
+        """Every rank calls it. Not through `_pending_metrics`: TRL has emptied those of this batch already."""
+        turn_ends = [rollout.trajectories[0].turn_ends if rollout.trajectories else [] for rollout in self._rollouts]
+        agents = [rollout.request.agent for rollout in self._rollouts]
+        gaps = logprob_gap.batch_gaps(batch, turn_ends, agents)
+        for name, value in logprob_gap.merge(gather_object([gaps])).items():
+            self._metrics[self._mode][name].append(value)
 
     def _show_progress(self, num_done: int, num_failed: int, num_total: int) -> None:
         failed = f", {num_failed} failed" if num_failed else ""
@@ -412,21 +410,3 @@ def _checked_args(args: GymGRPOConfig | None, model: Any, kwargs: dict[str, Any]
     if not isinstance(args, GymGRPOConfig):
         raise ConfigError(f"`args` must be a GymGRPOConfig, got {type(args).__name__}.")
     return args
-
-
-def _servable(model: str | PreTrainedModel, processing_class: Any, args: GymGRPOConfig) -> str:
-    """Folder or hub id that the policy server loads. The trainer's weights are pushed before anything is sampled, so
-    it only has to be the same architecture and tokenizer; a model without a folder is saved to one."""
-    name = model if isinstance(model, str) else compat.model_id(model)
-    if name and (processing_class is None or isinstance(model, str)):
-        return name
-    if processing_class is None:
-        raise ConfigError(
-            "`model` was not loaded from a folder or hub id, so the policy server needs a tokenizer: pass "
-            "`processing_class`."
-        )
-    folder = Path(args.output_dir) / _INITIAL_POLICY
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.save_pretrained(folder)
-    processing_class.save_pretrained(folder)
-    return str(folder)

@@ -129,6 +129,15 @@ def test_the_journal_is_what_was_trained(run: RecordingTrainer) -> None:
         assert record["reward"] == rollout.reward
 
 
+def test_the_journal_knows_what_each_model_call_took(run: RecordingTrainer) -> None:
+    for record in read_journal(Path(run.args.output_dir) / "rollouts"):
+        calls = [turn for turn in record["turns"] if turn["kind"] == "model"]
+        assert calls and record["drift"] is None
+        for call in calls:
+            assert all(call[name] >= 0 for name in ("cached_tokens", "queue_s", "prefill_s", "decode_s")), call
+            assert call["weight_version"] == str(record["step"])
+
+
 def test_training_raises_the_reward(run: RecordingTrainer) -> None:
     rewards = [entry["reward"] for entry in run.state.log_history if "reward" in entry]
     assert len(rewards) == NUM_STEPS
@@ -144,6 +153,9 @@ def test_metrics_are_on_disk_with_phases(run: RecordingTrainer) -> None:
         assert {"reward", "success", "seconds/rollouts", "seconds/update", "seconds/weight_sync"} <= set(line)
         assert line["rollouts/failed_fraction"] == 0.0
         assert line["rollouts/drift_fraction"] == 0.0
+        gaps = {name: value for name, value in line.items() if "logprob_gap/" in name and not name.endswith("/max")}
+        assert {"logprob_gap/mean", "logprob_gap/turn_0", "logprob_gap/turn_1"} <= set(gaps)
+        assert all(0 <= value < MAX_MEAN_GAP for value in gaps.values()), gaps
     assert [line["step"] for line in lines if "eval_reward" in line] == [NUM_STEPS // 2, NUM_STEPS]
 
 

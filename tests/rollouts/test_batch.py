@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
 
 from trl_gym.errors import FailureKind, RolloutFailure
-from trl_gym.rollouts.batch import describe_failures, rollout_metrics, training_rows
+from trl_gym.policy_server.calls import CallRecord, DriftCause
+from trl_gym.rollouts.batch import describe_drift, describe_failures, rollout_metrics, training_rows
+from trl_gym.rollouts.drift import DriftReport
 from trl_gym.rollouts.requests import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, conversation, journal_record
 from trl_gym.rollouts.trajectory import from_gym
@@ -56,6 +59,33 @@ def bad(kind: FailureKind = FailureKind.DEADLINE, text: str = "took 3 s") -> Rol
     return Rollout(request=request(), answer=None, failure=failure, trajectories=[], seconds=3.0)
 
 
+def drifted(cause: DriftCause, agent: str = "calculator", *, excluded: bool = False) -> Rollout:
+    report = DriftReport(turn=1, position=2, cause=cause, seen_text="a", prompt_text="b", text=f"it is {cause}")
+    failure = RolloutFailure(kind=FailureKind.POLICY, text="excluded", where=agent) if excluded else None
+    rollout = good()
+    return Rollout(
+        request=request(agent=agent, rollout_id=f"{agent}-{cause}"),
+        answer=rollout.answer,
+        failure=failure,
+        trajectories=[] if excluded else rollout.trajectories,
+        seconds=0.1,
+        drift=report,
+    )
+
+
+def record(prompt_tokens: int | None, completion_tokens: int | None, **changes: Any) -> CallRecord:
+    fields: dict[str, Any] = {
+        "status": 200, "prompt": "exact", "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+        "cached_tokens": 1, "finish_reason": "stop", "weight_version": "3", "seconds": 0.1, "queue_s": 0.01,
+        "prefill_s": 0.02, "decode_s": 0.03, "drift": None,
+    }  # fmt: skip
+    return CallRecord(**(fields | changes))
+
+
+def with_records(rollout: Rollout, *records: CallRecord) -> Rollout:
+    return dataclasses.replace(rollout, records=list(records))
+
+
 def test_a_failed_rollout_trains_nothing() -> None:
     rows = training_rows([good(), bad()], [1.0, None], pad_id=0, eos_id=9)
     assert rows["prompt_ids"] == [[1, 2], [0]]
@@ -91,28 +121,85 @@ def test_failures_are_counted_by_cause() -> None:
     assert "1 × environment" in text
 
 
+def test_drift_is_counted_also_where_it_excluded_the_rollout() -> None:
+    """Of rollouts without tokens nobody knows; they count neither way."""
+    batch = [good(), drifted(DriftCause.RETOKENIZED), drifted(DriftCause.NO_BOUNDARY, excluded=True), bad()]
+    metrics = rollout_metrics(batch)
+    assert metrics["rollouts/drift_fraction"] == [0.0, 1.0, 1.0]
+    assert metrics["gym/calculator/drift_fraction"] == [0.0, 1.0, 1.0]
+    assert metrics["gym/calculator/drift/retokenized"] == [1.0]
+    assert metrics["gym/calculator/drift/no_boundary"] == [1.0]
+    assert metrics["gym/calculator/failed/policy"] == [1.0]
+    assert metrics["gym/calculator/reward"] == [1.0, 1.0]
+
+
+def test_drift_is_described_once_per_agent_and_cause() -> None:
+    batch = [good(), drifted(DriftCause.RETEMPLATED), *[drifted(DriftCause.RETOKENIZED)] * 2]
+    batch += [drifted(DriftCause.RETOKENIZED, "search", excluded=True)]
+    lines = describe_drift(batch)
+    assert len(lines) == 3
+    assert lines[0] == (
+        "2 of 4 rollouts of calculator drifted (retokenized). In calculator-retokenized, it is retokenized"
+    )
+    assert any(line.startswith("1 of 1 rollouts of search drifted (retokenized)") for line in lines)
+    assert describe_drift([good(), bad()]) == []
+
+
+def test_turns_have_what_the_server_measured() -> None:
+    """The failed call in between has no place in Gym's answer."""
+    refused = record(None, None, status=400, weight_version=None)
+    rollout = with_records(good(), record(2, 1), refused, record(4, 1, cached_tokens=3, weight_version="4"))
+    line = journal_record(rollout, step=3, mode="train", weight_version="9")
+    measured = ("prompt_tokens", "generation_tokens", "cached_tokens", "queue_s", "prefill_s", "decode_s")
+    models = [turn for turn in line["turns"] if turn["kind"] == "model"]
+    assert [tuple(turn[name] for name in measured) for turn in models] == [
+        (2, 1, 1, 0.01, 0.02, 0.03),
+        (4, 1, 3, 0.01, 0.02, 0.03),
+    ]
+    assert [turn["weight_version"] for turn in models] == ["3", "4"]
+    assert line["weight_versions"] == ["3", "4"]
+    assert line["turns"][1] == {"kind": "tool", "name": "add", "seconds": None, "error": None}
+
+
+def test_records_that_do_not_match_are_not_distributed_by_guessing() -> None:
+    line = journal_record(with_records(good(), record(2, 1), record(5, 1)), step=3, mode="train", weight_version="9")
+    assert [turn["queue_s"] for turn in line["turns"] if turn["kind"] == "model"] == [None, None]
+    assert line["weight_versions"] == ["3"]  # that much is certain: these versions answered
+
+
+def test_the_calls_of_a_failed_rollout_are_known_from_the_records() -> None:
+    rollout = with_records(bad(), record(2, 1), record(None, None, status=400))
+    line = journal_record(rollout, step=3, mode="train", weight_version="9")
+    assert [(turn["prompt_tokens"], turn["queue_s"]) for turn in line["turns"]] == [(2, 0.01)]
+
+
 def test_journal_record_has_the_agreed_keys() -> None:
-    record = journal_record(good(), step=3, mode="train", weight_versions=["3"])
+    record = journal_record(good(), step=3, mode="train", weight_version="3")
+    assert record["weight_versions"] == ["3"]
+    assert record["drift"] is None
     assert set(record) == {
         "step", "mode", "task_index", "group", "rollout_id", "attempt", "agent", "weight_versions", "reward",
-        "reward_components", "failure", "finish_reason", "prompt_ids", "completion_ids", "env_mask", "logprobs",
-        "turns", "seconds", "row", "response",
+        "reward_components", "failure", "drift", "finish_reason", "prompt_ids", "completion_ids", "env_mask",
+        "logprobs", "turns", "seconds", "row", "response",
     }  # fmt: skip
     assert [(turn["kind"], turn.get("name")) for turn in record["turns"]] == [
         ("model", None),
         ("tool", "add"),
         ("model", None),
     ]
-    failed = journal_record(bad(), step=3, mode="train", weight_versions=["3"])
+    failed = journal_record(bad(), step=3, mode="train", weight_version="3")
     assert failed["reward"] is None
     assert failed["failure"] == {"kind": "deadline", "text": "took 3 s", "where": "calculator /run"}
-    json.dumps([record, failed], allow_nan=False)
+    excluded = journal_record(drifted(DriftCause.NO_BOUNDARY, excluded=True), step=3, mode="eval", weight_version="3")
+    assert set(excluded["drift"]) == {"turn", "position", "cause", "seen_text", "prompt_text", "text"}
+    assert excluded["reward"] is None
+    json.dumps([record, failed, excluded], allow_nan=False)
 
 
 def test_nan_in_a_response_becomes_null() -> None:
     rollout = good()
     rollout.answer["response"]["usage"] = {"x": math.nan, "y": [math.inf, 1.0]}
-    response = journal_record(rollout, step=0, mode="train", weight_versions=[])["response"]
+    response = journal_record(rollout, step=0, mode="train", weight_version="0")["response"]
     assert response["usage"] == {"x": None, "y": [None, 1.0]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -12,7 +13,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from trl_gym.errors import FailureKind, ServerError
+from trl_gym.errors import FailureKind, PolicyServerError, ServerError
 from trl_gym.gym.servers import AgentInfo
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.requests import RolloutRequest
@@ -159,3 +160,112 @@ async def test_an_unknown_agent_is_an_error_not_a_failed_rollout(agent: Any) -> 
 
     with pytest.raises(ConfigError, match="no agent `a`"):
         await collect(lookup, [{}])
+
+
+class Ledger:
+    """Plays the policy server's part; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+        self.cancelled: list[list[str]] = []
+        self.broken: PolicyServerError | None = None
+
+    async def take(self, session: Any, rollout_id: str) -> list[Any]:
+        self._refuse()
+        self.taken.append(rollout_id)
+        return [{"status": 200, "of": rollout_id}]
+
+    async def cancel(self, session: Any, rollout_ids: Any, *, timeout_s: float = 60.0) -> None:
+        assert not session.closed
+        await asyncio.sleep(0.05)
+        self._refuse()
+        self.cancelled.append(list(rollout_ids))
+
+    def _refuse(self) -> None:
+        if self.broken is not None:
+            raise self.broken
+
+
+async def test_each_result_brings_the_records_of_its_calls(agent: Any) -> None:
+    _, lookup = agent
+    ledger = Ledger()
+    results = await collect(lookup, [{}, {"do": "raise"}], ledger=ledger)
+    assert [result.records for result in results] == [[{"status": 200, "of": name}] for name in ("r0", "r1")]
+    assert ledger.cancelled == []
+    assert [result.records for result in await collect(lookup, [{}])] == [None]
+
+
+async def test_a_rollout_that_missed_its_deadline_is_cancelled_at_the_policy_server(agent: Any) -> None:
+    """NeMo Gym before 0.7 would go on with it."""
+    _, lookup = agent
+    ledger = Ledger()
+    results = await collect(lookup, [{}, {"seconds": 30}], ledger=ledger, deadline_s=0.5)
+    assert results[1].failure.kind is FailureKind.DEADLINE
+    assert ledger.cancelled == [["r1"]]
+    assert sorted(ledger.taken) == ["r0", "r1"]
+
+
+async def test_what_runs_when_a_collection_ends_early_is_cancelled_together(agent: Any) -> None:
+    _, lookup = agent
+    ledger = Ledger()
+
+    def finish(result: RolloutResult) -> None:
+        if result.request.rollout_id == "r1":
+            raise OSError("no space left on device")
+
+    rows = [{}, {"seconds": 0.3}, *[{"seconds": 20}] * 3]
+    with pytest.raises(OSError, match="no space left"):
+        await collect(lookup, rows, finish=finish, ledger=ledger, max_inflight=2)
+    [cancelled] = ledger.cancelled
+    assert "r2" in cancelled
+    assert not {"r0", "r1", "r4"} & set(cancelled)  # two have ended, one has never begun
+
+
+async def test_giving_up_tells_the_policy_server_before_the_session_closes(agent: Any) -> None:
+    """As Ctrl-C does: the trainer's thread stops waiting and closes the collector at once."""
+    behaviour, lookup = agent
+    ledger = Ledger()
+    collector = RolloutCollector(lookup, deadline_s=60.0, max_inflight=4, ledger=ledger)
+    future = collector.submit(requests({"seconds": 30}, {"seconds": 30}), lambda result: result)
+    for _ in range(200):
+        if behaviour.running == 2:
+            break
+        await asyncio.sleep(0.02)
+    future.cancel()
+    await asyncio.to_thread(collector.close)
+    assert ledger.cancelled == [["r0", "r1"]]
+
+
+async def test_closing_gives_up_what_still_runs(agent: Any) -> None:
+    behaviour, lookup = agent
+    ledger = Ledger()
+    collector = RolloutCollector(lookup, deadline_s=60.0, max_inflight=4, ledger=ledger)
+    future = collector.submit(requests({"seconds": 30}), lambda result: result)
+    for _ in range(200):
+        if behaviour.running:
+            break
+        await asyncio.sleep(0.02)
+    await asyncio.to_thread(collector.close)
+    assert future.cancelled()
+    assert ledger.cancelled == [["r0"]]
+
+
+async def test_a_policy_server_that_cannot_be_told_does_not_hide_the_cause(agent: Any, caplog: Any) -> None:
+    _, lookup = agent
+    ledger = Ledger()
+
+    def check() -> None:
+        ledger.broken = PolicyServerError("connection refused")
+        raise ServerError("policy server ended (exit code 9)")
+
+    with caplog.at_level(logging.WARNING), pytest.raises(ServerError, match="exit code 9"):
+        await collect(lookup, [{"seconds": 30}], check=check, ledger=ledger)
+    assert "1 rollouts could not be cancelled" in caplog.text and "connection refused" in caplog.text
+
+
+async def test_records_that_cannot_be_had_end_the_collection(agent: Any) -> None:
+    _, lookup = agent
+    ledger = Ledger()
+    ledger.broken = PolicyServerError("this server keeps no records")
+    with pytest.raises(PolicyServerError, match="keeps no records"):
+        await collect(lookup, [{}], ledger=ledger)

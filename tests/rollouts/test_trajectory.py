@@ -88,6 +88,9 @@ def test_one_changed_token_of_the_history_is_drift_at_that_token(calls: list[Mod
     trajectory = contiguous_head(drifted)
     assert trajectory.drift is not None
     assert (trajectory.drift.turn, trajectory.drift.position) == (turn, position)
+    assert trajectory.drift.seen == seen_before
+    assert trajectory.drift.prompt == changed
+    assert trajectory.drift.sampled == [0] * len(calls[0].prompt_ids) + trajectory.env_mask
     assert trajectory.completion_ids == contiguous_head(calls[:turn]).completion_ids
 
 
@@ -107,8 +110,9 @@ def test_drift_keeps_the_head(policy: Any) -> None:
 
 @pytest.mark.parametrize("policy", ["exclude", "error"])
 def test_drift_can_be_refused(policy: Any) -> None:
-    with pytest.raises(DriftError, match="model call 1"):
+    with pytest.raises(DriftError, match="model call 1") as caught:
         from_gym(answer(bundle([1], [2]), bundle([9, 9, 9], [4])), drift=policy)
+    assert (caught.value.drift.turn, caught.value.drift.position) == (1, 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, None, "-1"])

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from trl_gym.errors import PolicyServerError
-from trl_gym.policy_server import command, diagnosis
-from trl_gym.policy_server.client import PolicyClient
+from trl_gym.policy_server import command, diagnosis, splice_probe
+from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.on_policy import ENV_NONCE
 from trl_gym.processes import ChildProcess, bind_socket, wait_until
 
@@ -42,6 +42,9 @@ class PolicyBackend(Protocol):
         placement: Whether the server shares the trainer's devices.
         weight_transports: Ways in which it accepts weights, best first.
         client: Control plane, used by rank 0 between optimizer steps.
+        keeps_records: Whether it answers `POST /trl_gym/rollouts/records` and `/cancel` (see `calls.py`). Without it
+            the journal has no versions, seconds and cache hits of single model calls, drift is explained from the
+            tokens alone, and a rollout that is given up goes on sampling.
     """
 
     base_url: str
@@ -49,6 +52,7 @@ class PolicyBackend(Protocol):
     placement: Placement
     weight_transports: tuple[str, ...]
     client: PolicyClient
+    keeps_records: bool
 
     def check(self) -> None:
         """Called before each batch of rollouts. Raises `PolicyServerError` if the server has died."""
@@ -97,6 +101,7 @@ class PolicyServer:
         self.model_name = served_model_name
         self.placement: Placement = "colocate"
         self.weight_transports: tuple[str, ...] = ("file",)
+        self.keeps_records = True
         self.state = ServerState.NEW
         self.log_path: Path | None = None
         self._host, self._port = host, port
@@ -112,15 +117,19 @@ class PolicyServer:
 
     @classmethod
     def attach(cls, base_url: str, *, api_key: str | None = None, timeout_s: float = 240.0) -> PolicyServer:
-        """Use a server that somebody else runs (`trl-gym serve`); it is never stopped from here.
+        """Use a server that somebody else runs (`trl-gym serve` or `trl-gym gateway`); it is never stopped from here.
 
         Args:
             base_url: Its OpenAI base URL.
             api_key: Its API key, if it demands one.
             timeout_s: How long to wait for it to answer.
 
+        That it continues sampled tokens exactly is checked where that matters, when a trainer starts
+        (`splice_probe.check_splice`).
+
         Raises:
-            PolicyServerError: If it does not answer in time or is not a trl-gym policy server.
+            PolicyServerError: If it does not answer in time or is not a trl-gym policy server; the message tells a
+                wrong key, an OpenAI server without our middleware and something else apart.
         """
         server = cls(model="", api_key=api_key, start_timeout_s=timeout_s)
         server.placement = "server"
@@ -239,8 +248,9 @@ class PolicyServer:
                 info = self.client.info(timeout_s=_PROBE_TIMEOUT_S)
             except PolicyServerError as error:
                 self.check()
-                if self._process is None and getattr(error, "status", None) in _FINAL_STATUSES:
-                    raise self._not_ours(error) from error
+                is_final = isinstance(error, PolicyResponseError) and error.status in _FINAL_STATUSES
+                if self._process is None and is_final:
+                    raise PolicyServerError(splice_probe.explain_stranger(self.client, error)) from error
                 if not wait_until(deadline):
                     raise self._timed_out(error) from error
                 continue
@@ -257,12 +267,6 @@ class PolicyServer:
         return PolicyServerError(
             f"{waited}; it was stopped. Last lines of its log:\n{self._process.log_tail()}\n\n"
             f"The whole log: {self.log_path}"
-        )
-
-    def _not_ours(self, answer: PolicyServerError) -> PolicyServerError:
-        return PolicyServerError(
-            f"{self.client.base_url} cannot be used as a policy server: {answer}. It must have been started with "
-            "`trl-gym serve MODEL`, and api_key must be the one that it demands"
         )
 
     def _explanation(self) -> str:

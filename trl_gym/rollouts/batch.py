@@ -49,7 +49,9 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
     |---|---|
     | `success` | see `Rollout.success` |
     | `rollouts/failed_fraction` | rollouts without a reward |
-    | `rollouts/drift_fraction` | trained rollouts whose history was rewritten |
+    | `rollouts/drift_fraction` | rollouts that drifted, of those with tokens; also those excluded for it |
+    | `gym/<agent>/drift_fraction` | the same of one agent |
+    | `gym/<agent>/drift/<cause>` | 1.0 per rollout that drifted for this cause |
     | `rollouts/turns`, `rollouts/seconds` | model calls trained on, wall time |
     | `gym/<agent>/reward`, `gym/<agent>/<field>` | reward and every number of the verify response |
     | `gym/<agent>/failed/<kind>` | 1.0 per failed rollout |
@@ -58,11 +60,15 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
     for rollout in rollouts:
         agent = rollout.request.agent
         values["rollouts/failed_fraction"].append(float(rollout.failure is not None))
+        if rollout.failure is None or rollout.drift is not None:
+            values["rollouts/drift_fraction"].append(float(rollout.drift is not None))
+            values[f"gym/{agent}/drift_fraction"].append(float(rollout.drift is not None))
+        if rollout.drift is not None:
+            values[f"gym/{agent}/drift/{rollout.drift.cause}"].append(1.0)
         if rollout.failure is not None:
             values[f"gym/{agent}/failed/{rollout.failure.kind}"].append(1.0)
             continue
         values["success"].append(rollout.success)
-        values["rollouts/drift_fraction"].append(float(any(t.drift is not None for t in rollout.trajectories)))
         values["rollouts/turns"].append(float(sum(t.num_turns for t in rollout.trajectories)))
         values["rollouts/seconds"].append(rollout.seconds)
         values[f"gym/{agent}/reward"].append(rollout.reward)
@@ -79,3 +85,16 @@ def describe_failures(rollouts: Sequence[Rollout], *, num_shown: int = 5) -> str
         if rollout.failure is not None
     )
     return "\n".join(f"  {count} × {cause}" for cause, count in causes.most_common(num_shown))
+
+
+def describe_drift(rollouts: Sequence[Rollout]) -> list[str]:
+    """One line per agent and cause, most frequent first: how many rollouts drifted, and the first of them."""
+    examples: defaultdict[tuple[str, str], list[Rollout]] = defaultdict(list)
+    for rollout in rollouts:
+        if rollout.drift is not None:
+            examples[rollout.request.agent, rollout.drift.cause].append(rollout)
+    return [
+        f"{len(drifted)} of {sum(rollout.request.agent == agent for rollout in rollouts)} rollouts of {agent} drifted "
+        f"({cause}). In {drifted[0].request.rollout_id}, {drifted[0].drift.text}"
+        for (agent, cause), drifted in sorted(examples.items(), key=lambda item: -len(item[1]))
+    ]

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_gym.errors import RolloutFailure
+from trl_gym.policy_server.calls import CallRecord
+from trl_gym.rollouts.call_records import match_records, weight_versions
+from trl_gym.rollouts.drift import DriftReport
 from trl_gym.rollouts.requests import RolloutRequest
-from trl_gym.rollouts.trajectory import Trajectory, finish_reason
+from trl_gym.rollouts.trajectory import ModelCall, Trajectory, TrajectoryError, finish_reason, model_calls
 
 # Fields of a verify response that are the protocol's, not measurements of the environment.
 _NOT_METRICS = ("responses_create_params", "response", "reward", "agent_ref")
@@ -26,6 +29,8 @@ class Rollout:
         failure: Why it has no reward; None when it has one.
         trajectories: What is trained; empty for a failed rollout. They share the reward.
         seconds: Wall time.
+        drift: Where its history was rewritten first, and why; also for a rollout that failed because of it.
+        records: The policy server's records of its model calls; None when the server keeps none.
     """
 
     request: RolloutRequest
@@ -33,6 +38,8 @@ class Rollout:
     failure: RolloutFailure | None
     trajectories: list[Trajectory]
     seconds: float
+    drift: DriftReport | None = None
+    records: list[CallRecord] | None = None
 
     @property
     def reward(self) -> float | None:
@@ -62,8 +69,15 @@ class Rollout:
         }
 
 
-def journal_record(rollout: Rollout, *, step: int, mode: str, weight_versions: Sequence[str]) -> dict[str, Any]:
-    """The journal's line for a rollout (design §6), without `schema` and `rank`, which the journal adds."""
+def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: str) -> dict[str, Any]:
+    """The journal's line for a rollout, without `schema` and `rank`, which the journal adds.
+
+    Args:
+        rollout: Has ended.
+        step: Optimizer step whose weights sampled it.
+        mode: `"train"` or `"eval"`.
+        weight_version: What the policy server held; `weight_versions` when no record says which versions answered.
+    """
     request, answer = rollout.request, rollout.answer or {}
     trained = rollout.trajectories[0] if rollout.trajectories else None
     components = answer.get("reward_components")
@@ -75,16 +89,17 @@ def journal_record(rollout: Rollout, *, step: int, mode: str, weight_versions: S
         "rollout_id": request.rollout_id,
         "attempt": request.attempt,
         "agent": request.agent,
-        "weight_versions": list(weight_versions),
+        "weight_versions": weight_versions(rollout.records or []) or [weight_version],
         "reward": rollout.reward,
         "reward_components": components if isinstance(components, dict) else {},
         "failure": rollout.failure.as_json() if rollout.failure else None,
+        "drift": rollout.drift.as_json() if rollout.drift else None,
         "finish_reason": finish_reason(answer) if answer else None,
         "prompt_ids": trained.prompt_ids if trained else [],
         "completion_ids": trained.completion_ids if trained else [],
         "env_mask": trained.env_mask if trained else [],
         "logprobs": trained.logprobs if trained else [],
-        "turns": list(_turns(answer)),
+        "turns": list(_turns(answer, rollout.records or [])),
         "seconds": round(rollout.seconds, 4),
         "row": request.row,
         "response": _json_safe(answer.get("response")),
@@ -111,21 +126,38 @@ def conversation(rollout: Rollout) -> list[dict[str, Any]]:
     return messages or [{"role": "assistant", "content": ""}]
 
 
-def _turns(answer: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Model and tool calls in order. What only the policy server knows (queue, cache) is null here."""
+def _turns(answer: Mapping[str, Any], records: Sequence[CallRecord]) -> Iterator[dict[str, Any]]:
+    """Model and tool calls in order. What only the policy server knows is null where it is not known."""
+    if not answer:  # the rollout failed; its calls up to then are known from the records alone
+        for record in records:
+            if record["status"] == 200:
+                yield _model_turn(record["prompt_tokens"], record["completion_tokens"], record)
+        return
+    matched = iter(match_records(_known_calls(answer), records) or [])
     for item in _output(answer):
         if item.get("generation_token_ids"):
-            yield {
-                "kind": "model",
-                "prompt_tokens": len(item.get("prompt_token_ids") or []),
-                "generation_tokens": len(item["generation_token_ids"]),
-                "cached_tokens": None,
-                "queue_s": None,
-                "prefill_s": None,
-                "decode_s": None,
-            }
+            num_prompt, num_sampled = len(item.get("prompt_token_ids") or []), len(item["generation_token_ids"])
+            yield _model_turn(num_prompt, num_sampled, next(matched, None))
         if item.get("type") == "function_call":
             yield {"kind": "tool", "name": item.get("name"), "seconds": None, "error": None}
+
+
+def _model_turn(num_prompt: int | None, num_sampled: int | None, record: CallRecord | None) -> dict[str, Any]:
+    known: Mapping[str, Any] = record or {}
+    measured = ("cached_tokens", "queue_s", "prefill_s", "decode_s", "weight_version")
+    return {
+        "kind": "model",
+        "prompt_tokens": num_prompt,
+        "generation_tokens": num_sampled,
+        **{name: known.get(name) for name in measured},
+    }
+
+
+def _known_calls(answer: Mapping[str, Any]) -> list[ModelCall]:
+    try:
+        return model_calls(answer)
+    except TrajectoryError:
+        return []  # a broken bundle: the rollout has failed for it, and says so
 
 
 def _output(answer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -25,7 +25,15 @@ class TrajectoryError(ValueError):
 
 
 class DriftError(TrajectoryError):
-    """A prompt does not start with the tokens already seen, and the drift policy is `exclude` or `error`."""
+    """A prompt does not start with the tokens already seen, and the drift policy is `exclude` or `error`.
+
+    Attributes:
+        drift: Where and how.
+    """
+
+    def __init__(self, drift: Drift) -> None:
+        super().__init__(describe(drift))
+        self.drift = drift
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +53,20 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Where a rollout's history was rewritten.
+    """Where a rollout's history was rewritten, for the first time. `trl_gym.rollouts.drift` explains it.
 
     Attributes:
         turn: Index of the model call (0-based) whose prompt does not continue what was seen.
-        position: First index at which prompt and seen tokens differ.
-        seen: Up to 8 seen tokens from `position` on.
-        prompt: Up to 8 prompt tokens from `position` on.
+        position: First index at which prompt and seen tokens differ; below `S`.
+        seen: `[S]`, prompt and sampled ids of the model call before.
+        sampled: `[S]`, 1 where the policy sampled the token, 0 where it was put there.
+        prompt: `[P]`, what that model call was prompted with.
     """
 
     turn: int
     position: int
     seen: list[int]
+    sampled: list[int]
     prompt: list[int]
 
 
@@ -111,7 +121,7 @@ def from_gym(result: Mapping[str, Any], drift: DriftPolicy = "truncate") -> list
         raise TrajectoryError(_why_empty(result))
     trajectory = contiguous_head(calls)
     if trajectory.drift is not None and drift in ("exclude", "error"):
-        raise DriftError(describe(trajectory.drift))
+        raise DriftError(trajectory.drift)
     return [trajectory]
 
 
@@ -124,7 +134,8 @@ def contiguous_head(calls: Sequence[ModelCall]) -> Trajectory:
     drift = None
     for turn, call in enumerate(calls[1:], start=1):
         if call.prompt_ids[: len(seen)] != seen:
-            drift = _first_difference(turn, seen, call.prompt_ids)
+            sampled = [0] * len(first.prompt_ids) + mask
+            drift = Drift(turn, first_difference(seen, call.prompt_ids), seen, sampled, call.prompt_ids)
             break
         added = call.prompt_ids[len(seen) :]
         completion += added + call.generation_ids
@@ -144,11 +155,17 @@ def contiguous_head(calls: Sequence[ModelCall]) -> Trajectory:
 
 
 def describe(drift: Drift) -> str:
-    """One sentence for logs and failures."""
+    """One sentence, in ids."""
+    shown = slice(drift.position, drift.position + 8)
     return (
         f"the prompt of model call {drift.turn} does not start with the tokens already seen: at token "
-        f"{drift.position} it has {drift.prompt} where {drift.seen} was seen"
+        f"{drift.position} it has {drift.prompt[shown]} where {drift.seen[shown]} was seen"
     )
+
+
+def first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """First index at which two sequences differ; the length of the shorter one if that begins the other."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def finish_reason(result: Mapping[str, Any]) -> str:
@@ -174,13 +191,6 @@ def _bundles(output: Sequence[Mapping[str, Any]]) -> Iterator[ModelCall]:
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs):
             raise TrajectoryError(f"output item {index} has a log-probability that is not a finite number")
         yield ModelCall(list(prompt), list(generation), [float(value) for value in logprobs])
-
-
-def _first_difference(turn: int, seen: list[int], prompt: list[int]) -> Drift:
-    position = next(
-        (i for i, (a, b) in enumerate(zip(seen, prompt, strict=False)) if a != b), min(len(seen), len(prompt))
-    )
-    return Drift(turn, position, seen[position : position + 8], prompt[position : position + 8])
 
 
 def _why_empty(result: Mapping[str, Any]) -> str:

@@ -1,0 +1,112 @@
+"""What becomes of a rollout that has ended, for every drift policy, and what the journal says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rollouts.test_batch import record, request
+from trl_gym.errors import FailureKind, RolloutError, RolloutFailure
+from trl_gym.policy_server.calls import DriftCause
+from trl_gym.rollouts.batch import training_rows
+from trl_gym.rollouts.collector import RolloutResult
+from trl_gym.rollouts.finish import Finisher
+from trl_gym.rollouts.journal import Journal, read_journal
+from trl_gym.rollouts.trajectory import from_gym
+
+
+def message(prompt: str, sampled: str) -> dict[str, Any]:
+    return {
+        "type": "message",
+        "prompt_token_ids": [ord(char) for char in prompt],
+        "generation_token_ids": [ord(char) for char in sampled],
+        "generation_log_probs": [-0.5] * len(sampled),
+    }
+
+
+DRIFTED = [message("q", "AB"), message("qAB?", "C"), message("qXB?C!", "D"), message("other", "E")]
+
+
+def result(output: list[dict[str, Any]] | None = None, **changes: Any) -> RolloutResult:
+    answer = {"reward": 1.0, "response": {"output": DRIFTED if output is None else output}}
+    return RolloutResult(**({"request": request(), "answer": answer, "failure": None, "seconds": 0.1} | changes))
+
+
+def finisher(tmp_path: Path, policy: Any) -> Finisher:
+    return Finisher(
+        build=lambda answer, _: from_gym(answer, drift=policy),
+        decode=lambda ids: "".join(map(chr, ids)),
+        journal=Journal(tmp_path),
+        drift_policy=policy,
+        step=3,
+        mode="train",
+        weight_version="3",
+    )
+
+
+@pytest.mark.parametrize("policy", ["truncate", "split"])
+def test_the_head_is_trained_and_the_first_drift_explained(tmp_path: Path, policy: str) -> None:
+    rollout = finisher(tmp_path, policy)(result())
+    assert rollout.reward == 1.0
+    assert rollout.trajectories[0].num_turns == 2
+    assert (rollout.drift.turn, rollout.drift.position, rollout.drift.cause) == (2, 1, DriftCause.RETEMPLATED)
+    [line] = read_journal(tmp_path)
+    assert line["failure"] is None
+    assert line["drift"] == rollout.drift.as_json()
+    assert (line["drift"]["seen_text"], line["drift"]["prompt_text"]) == ("qAB?C", "qXB?C!")
+    assert line["completion_ids"] == [ord(char) for char in "AB?C"]
+
+
+def test_an_excluded_rollout_has_no_reward_and_says_why(tmp_path: Path) -> None:
+    rollout = finisher(tmp_path, "exclude")(result())
+    assert rollout.failure.kind is FailureKind.POLICY
+    assert rollout.failure.text.startswith("excluded for drift: the prompt of model call 2")
+    assert rollout.reward is None and rollout.success is None and rollout.metrics() == {}
+    assert rollout.drift.cause is DriftCause.RETEMPLATED
+    rows = training_rows([rollout], [rollout.reward], pad_id=0, eos_id=9)
+    assert rows["env_mask"] == [[0]] and rows["gym_reward"] == [None]
+    [line] = read_journal(tmp_path)
+    assert line["drift"]["cause"] == "retemplated"
+    assert line["reward"] is None and line["response"] is not None
+
+
+def test_an_error_stops_and_the_rollout_is_in_the_journal(tmp_path: Path) -> None:
+    with pytest.raises(RolloutError, match=r"Rollout r of calculator drifted.*'error'.*model call 2.*'truncate'"):
+        finisher(tmp_path, "error")(result())
+    [line] = read_journal(tmp_path)
+    assert line["drift"]["turn"] == 2
+
+
+def test_the_cause_is_the_servers_where_its_records_match(tmp_path: Path) -> None:
+    drift = {"cause": "message_without_ids", "text": "no ids came"}
+    records = [record(1, 2), record(4, 1), record(None, None, status=400), record(6, 1, drift=drift), record(5, 1)]
+    rollout = finisher(tmp_path, "truncate")(result(records=records))
+    assert rollout.drift.cause is DriftCause.MESSAGE_WITHOUT_IDS
+    assert "no ids came" in rollout.drift.text
+    unmatched = finisher(tmp_path, "truncate")(result(records=records[1:]))
+    assert unmatched.drift.cause is DriftCause.RETEMPLATED
+
+
+@pytest.mark.parametrize("policy", ["truncate", "exclude", "error"])
+def test_without_drift_every_policy_does_the_same(tmp_path: Path, policy: str) -> None:
+    rollout = finisher(tmp_path, policy)(result(DRIFTED[:2]))
+    assert rollout.drift is None and rollout.reward == 1.0
+    assert rollout.trajectories[0].num_turns == 2
+
+
+def test_a_failure_of_gyms_is_passed_on(tmp_path: Path) -> None:
+    failure = RolloutFailure(kind=FailureKind.DEADLINE, text="took too long", where="calculator /run")
+    rollout = finisher(tmp_path, "error")(result(answer=None, failure=failure, records=[record(2, 1)]))
+    assert rollout.failure is failure
+    [line] = read_journal(tmp_path)
+    assert line["failure"]["kind"] == "deadline"
+    assert len(line["turns"]) == 1
+
+
+def test_a_broken_bundle_is_a_failure(tmp_path: Path) -> None:
+    broken = [message("q", "AB") | {"generation_log_probs": [-0.5]}]
+    rollout = finisher(tmp_path, "truncate")(result(broken, records=[record(1, 2)]))
+    assert rollout.failure.kind is FailureKind.POLICY and rollout.drift is None
+    assert "2 generated tokens and 1 log-prob" in rollout.failure.text

@@ -1,0 +1,97 @@
+"""The gap is over sampled tokens of trained rollouts only, every token with the same weight on every rank."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_gym.rollouts.logprob_gap import GapSum, batch_gaps, gap_sums, merge
+
+
+def test_an_example() -> None:
+    batch = {
+        "sampling_per_token_logps": torch.tensor([[-1.0, 0.0, -2.0, 0.0], [-1.0, -1.0, 0.0, 0.0], [0.0] * 4]),
+        # Where nothing was sampled the trainer's side is anything.
+        "old_per_token_logps": torch.tensor([[-1.1, -9.0, -2.3, -9.0], [-1.0, -1.2, -9.0, -9.0], [-9.0] * 4]),
+        "completion_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]),
+        "tool_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]),  # the third has failed
+    }
+    metrics = merge([batch_gaps(batch, [[1, 3], [2], []], ["a", "b", "c"])])
+    assert metrics == pytest.approx(
+        {
+            "logprob_gap/mean": 0.6 / 4,
+            "logprob_gap/max": 0.3,
+            "logprob_gap/turn_0": 0.3 / 3,
+            "logprob_gap/turn_1": 0.3,
+            "gym/a/logprob_gap": 0.2,
+            "gym/b/logprob_gap": 0.1,
+        },
+        abs=1e-6,
+    )
+
+
+@pytest.mark.parametrize("missing", ["old_per_token_logps", "sampling_per_token_logps"])
+def test_without_one_side_there_is_no_gap(missing: str) -> None:
+    ones = torch.ones(1, 1)
+    batch = {name: ones for name in ("old_per_token_logps", "sampling_per_token_logps") if name != missing}
+    assert merge([batch_gaps({**batch, "completion_mask": ones}, [[1]], ["a"])]) == {}
+
+
+def test_late_turns_are_counted_together() -> None:
+    ends = [list(range(1, 12))]
+    gaps = gap_sums(torch.zeros(1, 11), torch.arange(11.0)[None], torch.ones(1, 11), ends, ["a"])
+    assert gaps["logprob_gap/turn_7"] == GapSum(7.0, 1, 7.0)
+    assert gaps["logprob_gap/turn_8+"] == GapSum(27.0, 3, 10.0)
+
+
+def test_nan_is_not_hidden() -> None:
+    gaps = gap_sums(torch.zeros(1, 2), torch.tensor([[math.nan, 0.0]]), torch.ones(1, 2), [[2]], ["a"])
+    metrics = merge([{"logprob_gap": GapSum(1.0, 1, 1.0)}, gaps])
+    assert math.isnan(metrics["logprob_gap/mean"]) and math.isnan(metrics["logprob_gap/max"])
+
+
+def test_a_batch_with_nothing_to_train_has_no_gap() -> None:
+    assert merge([gap_sums(torch.zeros(2, 1), torch.ones(2, 1), torch.zeros(2, 1), [[], []], ["a", "a"])]) == {}
+    assert merge([]) == {}
+
+
+@st.composite
+def rollouts(draw: st.DrawFn) -> tuple[list[list[tuple[int, float]]], list[int], str]:
+    """Turns of (is trained, gap) tokens with environment tokens between them, and the agent."""
+    turns = draw(st.lists(st.lists(st.floats(0, 4, width=32), min_size=1, max_size=3), max_size=10))
+    fillers = draw(st.lists(st.integers(0, 2), min_size=len(turns), max_size=len(turns)))
+    return turns, fillers, draw(st.sampled_from("ab"))
+
+
+@given(st.lists(rollouts(), min_size=1, max_size=4), st.integers(0, 4))
+def test_ranks_together_say_what_one_would(batch: list, split: int) -> None:
+    length = 1 + max(sum(map(len, turns)) + sum(fillers) for turns, fillers, _ in batch)
+    training, mask = torch.full((len(batch), length), 99.0), torch.zeros(len(batch), length, dtype=torch.long)
+    turn_ends, by_turn = [], {}
+    for row, (turns, fillers, _) in enumerate(batch):
+        at, ends = 0, []
+        for index, (turn, filler) in enumerate(zip(turns, fillers, strict=True)):
+            at += filler
+            training[row, at : at + len(turn)] = torch.tensor(turn)
+            mask[row, at : at + len(turn)] = 1
+            at += len(turn)
+            ends.append(at)
+            by_turn.setdefault("8+" if index >= 8 else str(index), []).extend(turn)
+        turn_ends.append(ends)
+    agents = [agent for *_, agent in batch]
+
+    def rank(rows: slice) -> dict[str, GapSum]:
+        return gap_sums(torch.zeros_like(training)[rows], training[rows], mask[rows], turn_ends[rows], agents[rows])
+
+    split = min(split, len(batch))
+    ranks = [rank(rows) for rows in (slice(0, split), slice(split, None)) if turn_ends[rows]]
+    metrics = merge(ranks)
+    assert metrics == pytest.approx(merge([rank(slice(None))]), abs=1e-6)
+    every = [gap for gaps in by_turn.values() for gap in gaps]
+    assert metrics.get("logprob_gap/max") == pytest.approx(max(every)) if every else not metrics
+    for turn, gaps in by_turn.items():
+        assert metrics[f"logprob_gap/turn_{turn}"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)

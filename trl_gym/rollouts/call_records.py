@@ -1,0 +1,101 @@
+"""What the policy server knows about a rollout's model calls: fetched when the rollout has ended, and matched to the
+calls in Gym's answer.
+
+A request per rollout and not one per batch: the journal's line is written when the rollout ends, so that a crash loses
+nothing, and needs them. It takes about a millisecond, while other rollouts go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+
+from trl_gym.errors import PolicyServerError
+from trl_gym.policy_server.calls import CallRecord
+from trl_gym.rollouts.trajectory import ModelCall
+
+RECORDS_PATH = "/trl_gym/rollouts/records"
+CANCEL_PATH = "/trl_gym/rollouts/cancel"
+_TIMEOUT_S = 60.0
+
+
+class RolloutLedger:
+    """Records and cancellation of rollouts at one policy server, for a running event loop.
+
+    Args:
+        root_url: Address of the server, without `/v1`.
+        api_key: Its bearer token, if it demands one.
+    """
+
+    def __init__(self, root_url: str, api_key: str | None = None) -> None:
+        self._root_url = root_url
+        # A connection per request: one that the server closes while it idles would fail a request now and then, and
+        # records that were forgotten on the way cannot be asked for again.
+        self._headers = {"Connection": "close"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+
+    async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> list[CallRecord]:
+        """The records of a rollout that has ended, in the order of its calls; the server forgets them.
+
+        Raises:
+            PolicyServerError: The server cannot be reached, or keeps no records.
+        """
+        body = {"rollouts": [rollout_id], "forget": True}
+        return (await self._post(session, RECORDS_PATH, body, _TIMEOUT_S))["records"][rollout_id]
+
+    async def cancel(
+        self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = _TIMEOUT_S
+    ) -> None:
+        """End rollouts that nobody waits for. NeMo Gym before 0.7 goes on with a rollout whose client has left.
+
+        Raises:
+            PolicyServerError: See `take`.
+        """
+        await self._post(session, CANCEL_PATH, {"rollouts": list(rollout_ids)}, timeout_s)
+
+    async def _post(self, session: aiohttp.ClientSession, path: str, body: dict[str, Any], timeout_s: float) -> Any:
+        url = f"{self._root_url}{path}"
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with session.post(url, json=body, headers=self._headers, timeout=timeout) as response:
+                if response.status == 200:
+                    return await response.json()
+                text = (await response.text())[:500]
+        except TimeoutError as error:
+            raise PolicyServerError(f"POST {url}: no answer within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise PolicyServerError(f"POST {url}: {type(error).__name__}: {error}") from error
+        remedy = ""
+        if response.status == 404:
+            remedy = (
+                ". This server keeps no records of rollouts: another version of trl-gym started it. Restart it with "
+                "the installed one (`trl-gym serve MODEL` or `trl-gym gateway --upstream URL`)"
+            )
+        raise PolicyServerError(f"POST {url}: HTTP {response.status}: {text}{remedy}")
+
+
+def match_records(calls: Sequence[ModelCall], records: Sequence[CallRecord]) -> list[CallRecord] | None:
+    """The record of each model call, or None where it would be a guess which is whose.
+
+    Calls that failed, or sampled nothing, have no tokens in Gym's answer and are left out. What remains must agree
+    call by call in the number of prompt and sampled tokens: an answer that Gym dropped (a retry) or put elsewhere (a
+    judge that uses the policy) makes all of it doubtful.
+
+    Args:
+        calls: `[N]`, from Gym's answer.
+        records: Of the same rollout, in order.
+
+    Returns:
+        `[N]` records.
+    """
+    answered = [record for record in records if record["status"] == 200 and record["completion_tokens"] != 0]
+    sizes = [(record["prompt_tokens"], record["completion_tokens"]) for record in answered]
+    expected = [(len(call.prompt_ids), len(call.generation_ids)) for call in calls]
+    return answered if sizes == expected else None
+
+
+def weight_versions(records: Sequence[CallRecord]) -> list[str]:
+    """The versions that answered a rollout's calls, each once, in order of use."""
+    versions = (record["weight_version"] for record in records if record["status"] == 200)
+    return list(dict.fromkeys(version for version in versions if version is not None))
