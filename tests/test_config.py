@@ -90,3 +90,38 @@ def test_yaml_and_command_line(tmp_path: Path) -> None:
 def test_broken_json_is_one_of_the_problems() -> None:
     with pytest.raises(ConfigError, match="gym_overrides"):
         GymGRPOConfig(**BASE, gym_overrides="{not json")
+
+
+def test_retries_may_be_a_number_or_by_kind() -> None:
+    assert GymGRPOConfig(**BASE).gym_retries == {"infrastructure": 2}
+    assert GymGRPOConfig(**BASE, gym_retries=0).gym_retries == {"infrastructure": 0}
+    own = {"slow": {"retries": 1, "deadline": 30}}
+    args = GymGRPOConfig(**BASE, gym_retries='{"environment": 1}', gym_environments=own)
+    assert args.gym_retries == {"environment": 1}
+    assert args.gym_environments["slow"]["retries"] == {"infrastructure": 1}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("gym_retries", {"weather": 1}, "'weather'"),
+        ("gym_retries", {"policy": -1}, "-1"),
+        ("gym_retries", "many", "gym_retries"),
+        ("gym_launch_rate", 0.0, "gym_launch_rate"),
+        ("gym_environments", {"a": {"speed": 1}}, "gym_environments['a']['speed']"),
+        ("gym_environments", {"a": {"deadline": 0}}, "gym_environments['a']['deadline']"),
+        ("gym_environments", {"a": {"retries": {"policy": "x"}}}, "gym_environments['a']['retries']"),
+        ("gym_environments", {"a": 1}, "gym_environments"),
+        ("gym_on_environment_down", "ignore", "gym_on_environment_down"),
+        ("gym_min_group_size", 1, "gym_min_group_size"),
+        ("gym_min_valid_fraction", 1.5, "gym_min_valid_fraction"),
+        ("gym_eval_sampling", {"heat": 1}, "'heat'"),
+        ("gym_replay", "no/such/folder", "gym_replay"),
+        ("gym_journal_max_mb", 0, "gym_journal_max_mb"),
+        ("gym_stall_timeout", 0, "gym_stall_timeout"),
+    ],
+)
+def test_each_wrong_option_is_named(option: str, value: Any, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        GymGRPOConfig(**BASE, **{option: value})
+    assert "1 problem(s)" in str(caught.value) and named in str(caught.value)

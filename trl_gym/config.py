@@ -15,6 +15,17 @@ from trl_gym.errors import ConfigError
 
 GYM_MODES = ("host", "upstream", "attach")
 DRIFT_POLICIES = ("split", "truncate", "exclude", "error")
+ON_ENVIRONMENT_DOWN = ("fail", "skip")
+_JSON_OPTIONS = (
+    "gym_overrides",
+    "gym_vllm_args",
+    "gym_retries",
+    "gym_environments",
+    "gym_eval_sampling",
+)
+_RETRIED_KINDS = ("infrastructure", "deadline", "environment", "policy")
+_ENVIRONMENT_KEYS = ("deadline", "max_inflight", "retries", "launch_rate")
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Flags of the policy server that belong to us; each names the option that sets it, or why it cannot be set.
 _OWNED_VLLM_FLAGS = {
     "host": "the managed server is reachable from this machine only",
@@ -70,6 +81,27 @@ class GymGRPOConfig(GRPOConfig):
             Seconds after which a rollout counts as failed.
         gym_max_inflight (`int`, *optional*, defaults to `256`):
             Rollouts of one rank that run at the same time.
+        gym_retries (`int` or `dict` or `str`, *optional*, defaults to `{"infrastructure": 2}`):
+            How often a failed rollout is run again, per failure kind (`infrastructure`, `deadline`, `environment`,
+            `policy`); a number stands for `infrastructure`. Only that rollout is sent again, after a pause that
+            doubles from attempt to attempt.
+        gym_launch_rate (`float`, *optional*):
+            Rollouts that are started per second and rank at most.
+        gym_environments (`dict` or `str`, *optional*):
+            Other values for single agents: `{agent: {"deadline": …, "max_inflight": …, "retries": …, "launch_rate":
+            …}}`.
+        gym_on_environment_down (`str`, *optional*, defaults to `"fail"`):
+            What to do when an environment's servers do not answer any more: `"fail"` stops training, `"skip"` leaves
+            its rollouts out of the batch and tries again with the next one.
+        gym_stall_timeout (`float`, *optional*, defaults to `60.0`):
+            Seconds without a finished rollout after which every outstanding one is listed with what it waits for.
+        gym_min_group_size (`int`, *optional*, defaults to `2`):
+            A group with fewer rollouts that have a reward is left out of the loss.
+        gym_min_valid_fraction (`float`, *optional*, defaults to `0.1`):
+            A generation batch in which a smaller part of the rollouts can be trained on stops training.
+        gym_eval_sampling (`dict` or `str`, *optional*):
+            Sampling parameters of evaluation that differ from training: `temperature`, `top_p`, `top_k`, `min_p`,
+            `repetition_penalty`.
         gym_drift (`str`, *optional*, defaults to `"truncate"`):
             What to do with a rollout that drifts: one of its prompts does not start with the tokens already seen.
             `"truncate"` trains the tokens before, `"exclude"` takes the rollout out of the loss and of its group's
@@ -87,11 +119,15 @@ class GymGRPOConfig(GRPOConfig):
 
         > Parameters that control what is written
 
+        gym_replay (`str`, *optional*):
+            Folder of a journal to train from instead of live rollouts; no server is started.
+        gym_journal_max_mb (`float`, *optional*, defaults to `512.0`):
+            Size in MB at which a journal file is continued in a new one.
         gym_log_dir (`str`, *optional*):
             Folder of the server logs. Default: `<output_dir>/logs`.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "gym_overrides", "gym_vllm_args"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, *_JSON_OPTIONS]  # noqa: RUF012
 
     use_vllm: bool = field(
         default=True,
@@ -136,6 +172,52 @@ class GymGRPOConfig(GRPOConfig):
     )
     gym_deadline: float = field(default=600.0, metadata={"help": "Seconds after which a rollout counts as failed."})
     gym_max_inflight: int = field(default=256, metadata={"help": "Rollouts of one rank that run at the same time."})
+    gym_retries: dict[str, Any] | int | str | None = field(
+        default=None,
+        metadata={
+            "help": "How often a failed rollout is run again: a number (infrastructure failures), or JSON by failure "
+            "kind. Default: {'infrastructure': 2}."
+        },
+    )
+    gym_launch_rate: float | None = field(
+        default=None, metadata={"help": "Rollouts that are started per second and rank at most."}
+    )
+    gym_environments: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Other values for single agents (JSON on the command line): {agent: {'deadline': 30, "
+            "'max_inflight': 8, 'retries': 1, 'launch_rate': 2}}."
+        },
+    )
+    gym_on_environment_down: str = field(
+        default="fail",
+        metadata={
+            "help": "When an environment's servers do not answer any more: 'fail' stops training, 'skip' leaves its "
+            "rollouts out of the batch.",
+            "choices": list(ON_ENVIRONMENT_DOWN),
+        },
+    )
+    gym_stall_timeout: float = field(
+        default=60.0,
+        metadata={"help": "Seconds without a finished rollout after which every outstanding one is listed."},
+    )
+    gym_min_group_size: int = field(
+        default=2, metadata={"help": "A group with fewer rollouts that have a reward is left out of the loss."}
+    )
+    gym_min_valid_fraction: float = field(
+        default=0.1,
+        metadata={"help": "A generation batch in which a smaller part can be trained on stops training."},
+    )
+    gym_eval_sampling: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Sampling parameters of evaluation that differ from training, e.g. {'temperature': 0.0}."},
+    )
+    gym_replay: str | None = field(
+        default=None, metadata={"help": "Folder of a journal to train from instead of live rollouts."}
+    )
+    gym_journal_max_mb: float = field(
+        default=512.0, metadata={"help": "Size in MB at which a journal file is continued in a new one."}
+    )
     gym_drift: str = field(
         default="truncate",
         metadata={
@@ -193,7 +275,7 @@ class GymGRPOConfig(GRPOConfig):
     def _parse_json_options(self) -> list[str]:
         """Turn JSON text from the command line into mappings; transformers would stop at the first that is broken."""
         problems = []
-        for name in ("gym_overrides", "gym_vllm_args"):
+        for name in _JSON_OPTIONS:
             value = getattr(self, name)
             if isinstance(value, str):
                 try:
@@ -205,7 +287,13 @@ class GymGRPOConfig(GRPOConfig):
 
     def _problems(self) -> list[str]:
         """Everything that is wrong with our own options, in the order of the options."""
-        return [*self._gym_problems(), *self._server_problems(), *self._number_problems(), *self._ignored_options()]
+        return [
+            *self._gym_problems(),
+            *self._server_problems(),
+            *self._number_problems(),
+            *self._rollout_problems(),
+            *self._ignored_options(),
+        ]
 
     def _gym_problems(self) -> list[str]:
         problems = []
@@ -248,7 +336,7 @@ class GymGRPOConfig(GRPOConfig):
 
     def _number_problems(self) -> list[str]:
         problems = []
-        for name in ("gym_start_timeout", "gym_server_start_timeout", "gym_deadline"):
+        for name in ("gym_start_timeout", "gym_server_start_timeout", "gym_deadline", "gym_stall_timeout"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value < math.inf):
                 problems.append(f"`{name}` is {value!r}; it must be a number of seconds above 0.")
@@ -266,6 +354,58 @@ class GymGRPOConfig(GRPOConfig):
             problems.append("`max_completion_length` must be set: it bounds the tokens of a rollout after its prompt.")
         return problems
 
+    def _rollout_problems(self) -> list[str]:
+        if isinstance(self.gym_retries, int):
+            self.gym_retries = {"infrastructure": self.gym_retries}
+        elif self.gym_retries is None:
+            self.gym_retries = {"infrastructure": 2}
+        problems = _retry_problems("gym_retries", self.gym_retries)
+        if self.gym_launch_rate is not None and not self.gym_launch_rate > 0:
+            problems.append(f"`gym_launch_rate` is {self.gym_launch_rate!r}; it must be above 0 (per second).")
+        if self.gym_on_environment_down not in ON_ENVIRONMENT_DOWN:
+            problems.append(
+                f"`gym_on_environment_down` is {self.gym_on_environment_down!r}; choose one of "
+                f"{', '.join(ON_ENVIRONMENT_DOWN)}."
+            )
+        if self.gym_min_group_size < 2:
+            problems.append(f"`gym_min_group_size` is {self.gym_min_group_size}; a baseline needs at least 2.")
+        if not 0 <= self.gym_min_valid_fraction <= 1:
+            problems.append(f"`gym_min_valid_fraction` is {self.gym_min_valid_fraction}; it must be within 0 and 1.")
+        if self.gym_replay is not None and not Path(self.gym_replay).is_dir():
+            problems.append(f"`gym_replay` is {self.gym_replay!r}, which is not a folder.")
+        if not self.gym_journal_max_mb > 0:
+            problems.append(f"`gym_journal_max_mb` is {self.gym_journal_max_mb}; it must be above 0.")
+        return problems + self._eval_sampling_problems() + self._environment_problems()
+
+    def _eval_sampling_problems(self) -> list[str]:
+        sampling = self.gym_eval_sampling
+        if sampling is None:
+            return []
+        if not isinstance(sampling, dict):
+            return [f"`gym_eval_sampling` must be a mapping or a JSON object, got {sampling!r}."]
+        return [
+            f"`gym_eval_sampling` has the unknown key {name!r}; choose among {', '.join(_SAMPLING_KEYS)}."
+            for name in sampling
+            if name not in _SAMPLING_KEYS
+        ]
+
+    def _environment_problems(self) -> list[str]:
+        environments = self.gym_environments or {}
+        if not isinstance(environments, dict) or not all(isinstance(own, dict) for own in environments.values()):
+            return [f"`gym_environments` must map agent names to mappings, got {environments!r}."]
+        problems = []
+        for agent, own in environments.items():
+            for name, value in own.items():
+                where = f"gym_environments[{agent!r}][{name!r}]"
+                if name not in _ENVIRONMENT_KEYS:
+                    problems.append(f"`{where}` is unknown; choose among {', '.join(_ENVIRONMENT_KEYS)}.")
+                elif name == "retries":
+                    own[name] = {"infrastructure": value} if isinstance(value, int) else value
+                    problems += _retry_problems(where, own[name])
+                elif not isinstance(value, int | float) or not 0 < value < math.inf:
+                    problems.append(f"`{where}` is {value!r}; it must be a number above 0.")
+        return problems
+
     def _ignored_options(self) -> list[str]:
         """Options of TRL that the rollout path cannot honour: refused, because silence would be worse."""
         ignored = {
@@ -278,6 +418,21 @@ class GymGRPOConfig(GRPOConfig):
             for name, reason in ignored.items()
             if getattr(self, name)
         ]
+
+
+def _retry_problems(where: str, retries: Any) -> list[str]:
+    if not isinstance(retries, dict):
+        return [f"`{where}` must be a number or a mapping from failure kinds to numbers, got {retries!r}."]
+    problems = [
+        f"`{where}` has the unknown failure kind {kind!r}; choose among {', '.join(_RETRIED_KINDS)}."
+        for kind in retries
+        if kind not in _RETRIED_KINDS
+    ]
+    return problems + [
+        f"`{where}` has {number!r} for {kind!r}; it must be an integer of at least 0."
+        for kind, number in retries.items()
+        if not isinstance(number, int) or number < 0
+    ]
 
 
 def _has_accelerator() -> bool:
