@@ -194,16 +194,17 @@ def _gaps(model: Any, calls: Sequence[ModelCall], temperature: float) -> list[fl
 
 def _requests(gym: GymServers, options: argparse.Namespace) -> list[RolloutRequest]:
     installation = next(Path(options.gym_python).absolute().parents[1].glob("lib/python*/site-packages"))
-    files = {"calculator": CALCULATOR / "data" / "example.jsonl"}
-    files |= {name: installation / "resources_servers" / name / "data" / "example.jsonl" for name in UPSTREAM}
-    rows = []
-    for name, file in files.items():
-        agent = AGENTS.get(name) or next(a for a in gym.agents if "calculator" in a)
-        rows.append([(agent, json.loads(line)) for line in file.read_text().splitlines()])
+    follow_ups = installation / "resources_servers" / UPSTREAM[0] / "data" / "example.jsonl"
+    questions = CALCULATOR / "data" / "example.jsonl"
+    calculator = next(agent for agent in gym.agents if "calculator" in agent)
+    # The third has other tools than the policy calls: it answers every call with an error, and the rollout goes on.
+    sources = [(AGENTS[UPSTREAM[0]], follow_ups), (calculator, questions), (AGENTS[UPSTREAM[1]], questions)]
+    rows = [[(agent, json.loads(line)) for line in file.read_text().splitlines()] for agent, file in sources]
     requests = []
     for number in range(options.rollouts):
         examples = rows[number % len(rows)]
         agent, row = examples[number // len(rows) % len(examples)]
+        row = {**row, "agent_ref": {"type": "responses_api_agents", "name": agent}}
         identity = {"rollout_id": f"fidelity-{number}", "task_index": number, "member": 0}
         sampling = Sampling(temperature=options.temperature)
         stamped = stamp(row, **identity, sampling=sampling, completion_budget=_COMPLETION_BUDGET)

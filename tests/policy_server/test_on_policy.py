@@ -192,6 +192,34 @@ async def test_what_agents_do_to_sampled_turns_rewrites_nothing(http: Http) -> N
     assert "trl_gym" not in await http.chat(messages, trl_gym=TAG)
 
 
+@pytest.mark.parametrize("sends", ["nothing", "an empty message"])
+async def test_an_empty_turn_that_the_agent_drops_is_put_back(http: Http, app: FakeVllm, sends: str) -> None:
+    messages, seen = [USER], []
+    for turn, reply in enumerate(["ok", "", "", "ok", "", "ok"]):
+        app.reply = [*map(ord, reply), END]
+        answer = await http.chat(messages, trl_gym=TAG)
+        message = answer["choices"][0]["message"]
+        assert message["prompt_token_ids"][: len(seen)] == seen
+        assert "trl_gym" not in answer
+        seen = message["prompt_token_ids"] + message["generation_token_ids"]
+        if reply:
+            messages.append(message)
+        elif sends == "an empty message":
+            messages.append({"role": "assistant", "content": ""})
+        messages.append({"role": "user", "content": f"more {turn}"})
+    assert "".join(map(chr, seen)) == "uhi\2aok\2umore 0\2a\2umore 1\2a\2umore 2\2aok\2umore 3\2a\2umore 4\2aok\2"
+
+
+async def test_an_empty_first_turn_counts_into_the_budget(http: Http, app: FakeVllm) -> None:
+    tag = {**TAG, "completion_budget": 20}
+    app.reply = [END]
+    first = (await http.chat([USER], trl_gym=tag))["choices"][0]["message"]
+    second = await http.chat([USER, {"role": "user", "content": "more"}], trl_gym=tag)
+    prompt = second["choices"][0]["message"]["prompt_token_ids"]
+    assert prompt[: len(first["prompt_token_ids"]) + 1] == [*first["prompt_token_ids"], END]
+    assert app.chats()[-1]["max_tokens"] == 20 - (len(prompt) - len(first["prompt_token_ids"]))
+
+
 async def test_other_tools_than_before_are_a_rewritten_history(http: Http) -> None:
     messages = await converse(http, 1)
     tool = {"type": "function", "function": {"name": "late", "parameters": {}}}

@@ -12,7 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+
+if TYPE_CHECKING:  # this module is also read by the trainer, which needs nothing of a server's
+    from trl_gym.policy_server.empty_turns import EmptyTurn
 
 _MAX_ROLLOUTS = 16_384
 _MAX_CANCELLED = 65_536
@@ -74,12 +77,14 @@ class RolloutCalls:
         records: Those that were answered, in that order.
         num_first_prompt: Tokens of its first prompt; None before its first answer.
         newest_answer: Key of its newest answer (`Histories.key`).
+        empty_turns: Answers without text or calls, oldest first.
         aborts: One event per call that runs; setting it hangs up on the engine.
     """
 
     records: list[CallRecord] = field(default_factory=list)
     num_first_prompt: int | None = None
     newest_answer: bytes | None = None
+    empty_turns: list[EmptyTurn] = field(default_factory=list)
     aborts: list[asyncio.Event] = field(default_factory=list)
 
     @property

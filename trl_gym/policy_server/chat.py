@@ -14,7 +14,6 @@ the answer, plus the bundle on `choices[0].message`                             
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,9 @@ from typing import Any
 from trl_gym.policy_server import bundle, splice, sse
 from trl_gym.policy_server.asgi import Reply
 from trl_gym.policy_server.calls import CallDrift, DriftCause, RolloutBook, record_of
+from trl_gym.policy_server.empty_turns import EmptyTurn, is_empty, restore
 from trl_gym.policy_server.facts import ServerFacts
-from trl_gym.policy_server.history import Digest, Histories, digest
+from trl_gym.policy_server.history import Histories, digest_of
 from trl_gym.policy_server.inner import AbortedError, AnsweredError, Inner
 from trl_gym.policy_server.marking import Chat
 from trl_gym.policy_server.rendering import RenderRefusedError, Templates
@@ -100,6 +100,7 @@ class ChatTurns:
             return self._cancelled(turn)
         if turn.sampling is None:
             turn.pin(self.sampling)
+        restore(turn, self.book.calls(turn.rollout).empty_turns, self._histories)
         with self.book.running(turn.rollout) as abort:
             try:
                 return await self._serve_recorded(inner, turn, abort)
@@ -155,7 +156,7 @@ class ChatTurns:
             return await self._as_rendered(inner, turn, CallDrift(cause=DriftCause.MESSAGE_WITHOUT_IDS, text=text))
         if turn.has_media:
             return await self._as_rendered(inner, turn, CallDrift(cause=DriftCause.NO_BOUNDARY, text=_NO_MEDIA))
-        changed = self._histories.difference(turn.seen, _digest(turn, turn.newest))
+        changed = self._histories.difference(turn.seen, digest_of(turn, turn.newest))
         if changed is not None:
             return await self._as_rendered(inner, turn, CallDrift(cause=DriftCause.HISTORY_REWRITTEN, text=changed))
         chat = Chat(turn.messages, turn.newest, turn.render_options, turn.ending)
@@ -264,10 +265,15 @@ class ChatTurns:
         """What the next turn needs to know about this one."""
         if len(answer["choices"]) != 1:
             return
-        ids = answer["choices"][0]["message"]["generation_token_ids"]
-        key = self._histories.remember(answer["prompt_token_ids"] + ids, _digest(turn, len(turn.messages)))
+        message = answer["choices"][0]["message"]
+        ids = message["generation_token_ids"]
+        seen = answer["prompt_token_ids"] + ids
+        key = self._histories.remember(seen, digest_of(turn, len(turn.messages)))
         if turn.rollout is not None:
-            self.book.calls(turn.rollout).newest_answer = key
+            calls = self.book.calls(turn.rollout)
+            calls.newest_answer = key
+            if is_empty(message):
+                calls.empty_turns.append(EmptyTurn(seen, len(turn.messages)))
         if _stopped_by_itself(turn, answer, max_model_len):
             self.templates.stop_ids.add(ids[-1])
 
@@ -292,9 +298,3 @@ def _stopped_by_itself(turn: Turn, answer: dict[str, Any], max_model_len: int) -
     limit = turn.body.get("max_completion_tokens") or turn.body.get("max_tokens") or max_model_len
     room = max_model_len - len(answer["prompt_token_ids"])
     return choice.get("finish_reason") == "tool_calls" and num_tokens < min(limit, room)
-
-
-def _digest(turn: Turn, end: int) -> Digest:
-    """Of the first `end` messages, and of all that else decides their render."""
-    options = json.dumps(turn.render_options, sort_keys=True).encode()
-    return digest(turn.messages[:end], turn.sampled[:end], options)

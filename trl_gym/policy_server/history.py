@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trl_gym.policy_server.turn import Turn
+
 _MAX_ANSWERS = 65_536  # about 200 bytes each
 
 
@@ -91,6 +93,12 @@ def digest(messages: Sequence[dict[str, Any]], sampled: Sequence[bytes | None], 
         state.update(json.dumps(parts).encode())
     whole = state.digest()
     return Digest(whole, before if end < len(messages) else whole, hashlib.blake2b(options, digest_size=16).digest())
+
+
+def digest_of(turn: Turn, end: int) -> Digest:
+    """Of a request's first `end` messages, and of all that else decides their render."""
+    options = json.dumps(turn.render_options, sort_keys=True).encode()
+    return digest(turn.messages[:end], turn.sampled[:end], options)
 
 
 def _meaning(message: dict[str, Any]) -> Iterable[Any]:

@@ -1,0 +1,55 @@
+"""Odd tokens over many turns: real vLLM, real NeMo Gym, three environments, temperature 1.5.
+
+The same rollouts from a stock server, which must drift (else the test shows nothing), and through the gateway in front
+of it, which must not. `benchmarks/token_fidelity.py` does the same with `trl-gym serve`, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import token_fidelity
+from tests.e2e.training import MAX_MEAN_GAP, ROOT
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def options() -> argparse.Namespace:
+    python = str(ROOT / ".gym-venv" / "bin" / "python")
+    return argparse.Namespace(rollouts=390, temperature=1.5, gym_python=python)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fidelity")
+
+
+@pytest.fixture(scope="module")
+def stock(small_policy: Path, folder: Path) -> Iterator[str]:
+    with token_fidelity.stock_server(small_policy, folder) as url:
+        yield url
+
+
+def test_a_stock_server_drifts(stock: str, small_policy: Path, folder: Path, options: argparse.Namespace) -> None:
+    outcome = token_fidelity.collect(stock, small_policy, folder, options)
+    assert outcome.failures == []
+    assert outcome.num_multi_turn >= 200 and len(outcome.agents) == 3
+    assert outcome.num_drifting > outcome.num_multi_turn // 4
+    assert max(outcome.gaps) > 1.0
+
+
+def test_the_gateway_in_front_of_it_does_not(
+    stock: str, small_policy: Path, folder: Path, options: argparse.Namespace
+) -> None:
+    with token_fidelity.gateway(stock, folder) as url:
+        outcome = token_fidelity.collect(url, small_policy, folder, options)
+    assert outcome.failures == []
+    assert outcome.num_multi_turn >= 200 and len(outcome.agents) == 3
+    assert outcome.num_odd > outcome.num_multi_turn // 4, "the tokens are canonical: this test shows nothing"
+    assert outcome.num_drifting == 0, outcome.causes
+    assert sum(outcome.gaps) / len(outcome.gaps) < MAX_MEAN_GAP
