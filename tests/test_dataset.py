@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl_gym.dataset import gym_row, load_gym_dataset
+from trl_gym.dataset import gym_row, load_gym_dataset, mix_gym_datasets
 from trl_gym.errors import DatasetError
 
 json_value = st.recursive(
@@ -86,3 +86,33 @@ def test_inputs_of_all_shapes_have_a_prompt_to_show(tmp_path: Path) -> None:
 def test_a_row_that_lost_its_column_says_how_to_mend_it() -> None:
     with pytest.raises(DatasetError, match="load_gym_dataset"):
         gym_row({"prompt": "x"})
+
+
+def parts(tmp_path: Path, **sizes: int) -> list[Any]:
+    return [
+        load_gym_dataset(write(tmp_path / f"{name}.jsonl", [row(f"{name}{i}") for i in range(size)]), agent=name)
+        for name, size in sizes.items()
+    ]
+
+
+def test_environments_are_mixed_by_weight_and_every_row_is_used(tmp_path: Path) -> None:
+    mixed = mix_gym_datasets(parts(tmp_path, a=300, b=20), weights=[3, 1])
+    agents = mixed["agent"]
+    assert 0.15 < agents.count("b") / len(agents) < 0.35
+    assert len({example["gym_row"] for example in mixed}) == 320
+    tasks = {(example["task_index"], example["gym_row"]) for example in mixed}
+    assert len(tasks) == 320 and {task for task, _ in tasks} == set(range(320))
+
+
+def test_mixing_is_repeatable_and_takes_rows_without_agents(tmp_path: Path) -> None:
+    [named] = parts(tmp_path, a=5)
+    bare = load_gym_dataset(write(tmp_path / "bare.jsonl", [row("x")]))
+    first, again, other = (mix_gym_datasets([named, bare], seed=seed)["task_index"] for seed in (1, 1, 2))
+    assert first == again != other
+    assert None in mix_gym_datasets([named, bare])["agent"]
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, float("inf")]])
+def test_weights_that_do_not_fit(tmp_path: Path, weights: list[float]) -> None:
+    with pytest.raises(DatasetError, match="weights"):
+        mix_gym_datasets(parts(tmp_path, a=2, b=2), weights=weights)

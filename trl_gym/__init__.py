@@ -17,6 +17,7 @@ _PUBLIC = {
     "PolicyServer": "trl_gym.policy_server.server",
     "TrlGymError": "trl_gym.errors",
     "load_gym_dataset": "trl_gym.dataset",
+    "mix_gym_datasets": "trl_gym.dataset",
 }
 
 __all__ = [*_PUBLIC, "__version__"]
@@ -24,6 +25,7 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig as GymGRPOConfig
     from trl_gym.dataset import load_gym_dataset as load_gym_dataset
+    from trl_gym.dataset import mix_gym_datasets as mix_gym_datasets
     from trl_gym.errors import TrlGymError as TrlGymError
     from trl_gym.gym.servers import GymServers as GymServers
     from trl_gym.policy_server.server import PolicyServer as PolicyServer

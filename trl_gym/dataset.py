@@ -67,6 +67,53 @@ def load_gym_dataset(
     return Dataset.from_list(records)
 
 
+def mix_gym_datasets(datasets: Sequence[Dataset], weights: Sequence[float] | None = None, *, seed: int = 0) -> Dataset:
+    """Several environments in one dataset, each with its share.
+
+    Rows are drawn by weight until every dataset has been used up once; smaller ones repeat meanwhile.
+
+    Args:
+        datasets: From `load_gym_dataset`.
+        weights: One positive number per dataset, in any unit; equal shares when not given.
+        seed: Of the draw.
+
+    Returns:
+        A dataset like its parts. `task_index` counts the rows of all parts, so a row that is drawn twice is the same
+        task twice.
+
+    Raises:
+        DatasetError: The weights do not fit the datasets.
+
+    Example:
+
+    ```python
+    dataset = mix_gym_datasets([load_gym_dataset("math.jsonl"), load_gym_dataset("tools.jsonl")], weights=[3, 1])
+    ```
+    """
+    from datasets import interleave_datasets
+
+    if not datasets:
+        raise DatasetError("No Gym dataset to mix was given.")
+    weights = [1.0] * len(datasets) if weights is None else [float(weight) for weight in weights]
+    if len(weights) != len(datasets) or not all(0 < weight < float("inf") for weight in weights):
+        raise DatasetError(f"`weights` is {weights}; one positive number for each of the {len(datasets)} is needed.")
+    offset, parts = 0, []
+    for dataset in datasets:
+        parts.append(_renumbered(dataset, offset))
+        offset += len(dataset)
+    shares = [weight / sum(weights) for weight in weights]
+    return interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+
+
+def _renumbered(dataset: Dataset, offset: int) -> Dataset:
+    numbers = [offset + index for index in range(len(dataset))]
+    # Agents may be None in one part only: strings all the same.
+    from datasets import Value
+
+    dataset = dataset.remove_columns("task_index").add_column("task_index", numbers)
+    return dataset.cast_column("agent", Value("string"))
+
+
 def gym_row(example: dict[str, Any]) -> dict[str, Any]:
     """The Gym row of one dataset example.
 
