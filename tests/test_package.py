@@ -41,6 +41,7 @@ def test_public_names() -> None:
         "TrlGymError",
         "__version__",
         "load_gym_dataset",
+        "mix_gym_datasets",
     ]
     for name in trl_gym.__all__:
         assert getattr(trl_gym, name) is not None
