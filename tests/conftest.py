@@ -7,6 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No timed assertions: the machine may be busy, and the first example of a run builds hypothesis' character tables.
+settings.register_profile("trl-gym", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("trl-gym")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores SIGINT, and so would every child that the tests send one to.
