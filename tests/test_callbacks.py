@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from trl_gym.callbacks import MetricsCallback, WeightSyncCallback
+from trl_gym.callbacks import MetricsCallback, ProgressCallback, WeightSyncCallback
+from trl_gym.progress import LineProgress
 
 
 def state(step: int, max_steps: int = 10) -> TrainerState:
@@ -62,3 +65,15 @@ def test_a_resumed_run_keeps_the_steps_it_has_and_drops_those_it_repeats(tmp_pat
     ]
     callback.on_train_begin(None, state(0), TrainerControl())
     assert path.read_text() == ""
+
+
+def test_every_evaluation_set_is_shown_by_its_name() -> None:
+    out = io.StringIO()
+    callback = ProgressCallback(LineProgress(Console(file=out, width=100)))
+    callback.on_log(None, state(3), TrainerControl(), logs={"eval_runtime": 1.0, "eval_reward": 0.5})
+    named = {"eval_hard_sums_runtime": 1.0, "eval_hard_sums_reward": 0.25, "eval_hard_sums_success": 0.0, "epoch": 1}
+    callback.on_log(None, state(3), TrainerControl(), logs=named)
+    assert out.getvalue().splitlines() == [
+        "evaluation at step 3: reward 0.500",
+        "evaluation of hard_sums at step 3: reward 0.250, success 0.000",
+    ]

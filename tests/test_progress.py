@@ -6,6 +6,7 @@ import time
 from rich.console import Console
 
 from trl_gym.progress import BarProgress, LineProgress, PhaseClock
+from trl_gym.rollouts.watch import CollectionStatus
 
 METRICS = {"reward": 0.5, "success": 0.25, "seconds/rollouts": 3.1, "seconds/weight_sync": 0.06, "loss": 1.0}
 
@@ -51,6 +52,38 @@ def test_piped_output_is_one_plain_line_per_step() -> None:
         "evaluation at step 0: reward 0.500, success 0.250",
         "step 1/20: reward 0.500, success 0.250 (rollouts 3.1 s, weight sync 0.1 s)",
     ]
+
+
+def status(num_done: int) -> CollectionStatus:
+    return CollectionStatus(
+        num_done=num_done, num_failed=1, num_running=2, num_retried=0, num_total=64, slowest=("calc", 7.0)
+    )
+
+
+def test_piped_output_says_now_and_then_how_far_a_long_batch_is() -> None:
+    out, now = io.StringIO(), [0.0]
+    progress = LineProgress(Console(file=out, width=40), clock=lambda: now[0])
+    progress.start(20, 0)
+    progress.phase("rollouts")
+    for seconds in range(0, 70, 5):
+        now[0] = float(seconds)
+        progress.rollouts(status(seconds))
+    progress.phase("scoring")
+    now[0] = 80.0
+    progress.rollouts(status(64))
+    assert out.getvalue().splitlines() == [
+        "rollouts 30/64, 1 failed, 2 running, slowest calc 7 s",
+        "rollouts 60/64, 1 failed, 2 running, slowest calc 7 s",
+    ]
+
+
+def test_the_bar_shows_how_far_a_batch_is() -> None:
+    out = io.StringIO()
+    progress = BarProgress(Console(file=out, force_terminal=True, width=160))
+    progress.start(20, 0)
+    progress.rollouts(status(12))
+    progress.stop()
+    assert "rollouts 12/64, 1 failed, 2 running, slowest calc 7 s" in out.getvalue()
 
 
 def test_the_bar_shows_step_reward_and_phase() -> None:

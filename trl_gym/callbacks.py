@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl_gym.progress import PhaseClock, RunProgress
 
 EVAL_PREFIX = "eval_"
+_EVALUATION_TIME = "runtime"  # transformers logs `<prefix>_runtime` with every evaluation
 
 
 class WeightSyncCallback(TrainerCallback):
@@ -129,10 +130,9 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if f"{EVAL_PREFIX}reward" in logs:
-            self._progress.evaluated(
-                state.global_step, {name.removeprefix(EVAL_PREFIX): value for name, value in logs.items()}
-            )
+        if (prefix := _evaluation_prefix(logs)) is not None:
+            metrics = {name.removeprefix(prefix): value for name, value in logs.items() if name.startswith(prefix)}
+            self._progress.evaluated(state.global_step, metrics, prefix.removeprefix(EVAL_PREFIX).rstrip("_"))
         elif "reward" in logs:
             self._progress.step(state.global_step, logs)
 
@@ -142,6 +142,12 @@ class ProgressCallback(TrainerCallback):
         if self._running:
             self._progress.stop()
             self._running = False
+
+
+def _evaluation_prefix(logs: Mapping[str, Any]) -> str | None:
+    """What the names of an evaluation's metrics begin with: `"eval_"`, or `"eval_<set>_"`; None for a training log."""
+    timed = [name for name in logs if name.startswith(EVAL_PREFIX) and name.endswith(_EVALUATION_TIME)]
+    return timed[0].removesuffix(_EVALUATION_TIME) if timed else None
 
 
 def _finite(value: float) -> float | None:

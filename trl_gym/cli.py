@@ -174,7 +174,36 @@ def _gateway(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [_add_serve, _add_gateway]
+# -- rollout, eval ----------------------------------------------------------------------------------------------------
+
+
+def _add_rollout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from trl_gym.commands import options, rollout
+
+    parser = commands.add_parser(
+        "rollout", help="collect rollouts without training, from any OpenAI endpoint", description=rollout.DESCRIPTION
+    )
+    options.add_arguments(parser)
+    parser.set_defaults(run=rollout.run)
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from trl_gym.commands import eval as evaluation
+    from trl_gym.commands import options
+
+    parser = commands.add_parser(
+        "eval", help="mean@k and pass@k on named sets, from any OpenAI endpoint", description=evaluation.DESCRIPTION
+    )
+    options.add_arguments(parser)
+    parser.set_defaults(run=evaluation.run)
+
+
+_COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [
+    _add_serve,
+    _add_gateway,
+    _add_rollout,
+    _add_eval,
+]
 
 if __name__ == "__main__":
     sys.exit(main())

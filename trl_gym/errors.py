@@ -17,6 +17,7 @@ and leaves both the loss and the group baseline. `RolloutError` is for what conc
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -62,13 +63,22 @@ class RolloutError(TrlGymError, RuntimeError):
 
 
 class FailureKind(StrEnum):
-    """Why a rollout has no reward. The values are written to the journal."""
+    """Why a rollout has no reward. The values are written to the journal and are keys of `gym_retries`."""
 
-    INFRASTRUCTURE = "infrastructure"  # connection refused or dropped, 5xx without a cause, server died
-    DEADLINE = "deadline"  # took longer than its deadline
-    ENVIRONMENT = "environment"  # tool, verifier or agent raised; answer without a usable reward; `mask_sample`
-    POLICY = "policy"  # no trainable token: overflow on the first turn, or drift excluded
-    CANCELLED = "cancelled"  # the batch was given up while the rollout was running
+    INFRASTRUCTURE = "infrastructure"
+    """Connection refused or dropped, 5xx without a cause, a server died: says nothing about policy or task."""
+
+    DEADLINE = "deadline"
+    """It took longer than its deadline."""
+
+    ENVIRONMENT = "environment"
+    """Tool, verifier or agent raised; an answer without a usable reward; `mask_sample`, `failure_kind` of Gym 0.7."""
+
+    POLICY = "policy"
+    """Nothing to train on: no sampled token (the first prompt overflows the context), or excluded for drift."""
+
+    CANCELLED = "cancelled"
+    """The collection ended while it ran. Never retried, never in a batch that is trained; in the journal only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +89,36 @@ class RolloutFailure:
         kind: Which boundary failed.
         text: One readable sentence, with the server's own words where there are any.
         where: URL, agent or stage in which it happened, e.g. `"calculator_simple_agent /run"`.
+        agent: Name of the Gym agent that ran it.
+        task_index: Index of the dataset row; None before `of`.
+        rollout_id: Of the attempt that failed.
+        attempt: 0 for the first try.
+        seconds: From dispatch to failure; 0.0 when it was never dispatched.
     """
 
     kind: FailureKind
     text: str
     where: str
+    agent: str = ""
+    task_index: int | None = None
+    rollout_id: str = ""
+    attempt: int = 0
+    seconds: float = 0.0
 
-    def as_json(self) -> dict[str, str]:
-        return {"kind": str(self.kind), "text": self.text, "where": self.where}
+    def of(self, *, agent: str, task_index: int, rollout_id: str, attempt: int, seconds: float) -> RolloutFailure:
+        """The same cause, with the rollout that it belongs to."""
+        return dataclasses.replace(
+            self, agent=agent, task_index=task_index, rollout_id=rollout_id, attempt=attempt, seconds=seconds
+        )
+
+    def as_json(self) -> dict[str, str | int | float | None]:
+        return {
+            "kind": str(self.kind),
+            "text": self.text,
+            "where": self.where,
+            "agent": self.agent,
+            "task_index": self.task_index,
+            "rollout_id": self.rollout_id,
+            "attempt": self.attempt,
+            "seconds": round(self.seconds, 4),
+        }

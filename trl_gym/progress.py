@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,10 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from trl_gym.rollouts.watch import CollectionStatus
+
+_LINE_EVERY_S = 30.0  # of a batch of rollouts, where lines stay
 
 
 class PhaseClock:
@@ -66,9 +71,11 @@ class RunProgress(Protocol):
 
     def phase(self, text: str | None) -> None: ...
 
+    def rollouts(self, status: CollectionStatus) -> None: ...
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def evaluated(self, step: int, metrics: Mapping[str, float], name: str = "") -> None: ...
 
     def stop(self) -> None: ...
 
@@ -97,28 +104,43 @@ class BarProgress:
     def phase(self, text: str | None) -> None:
         self._bar.update(self._task, phase=(text or "").replace("_", " "))
 
+    def rollouts(self, status: CollectionStatus) -> None:
+        self._bar.update(self._task, phase=f"rollouts {status}")
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._bar.update(self._task, completed=step, reward=_headline(metrics))
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._console.print(f"evaluation at step {step}: {_headline(metrics)}", highlight=False)
+    def evaluated(self, step: int, metrics: Mapping[str, float], name: str = "") -> None:
+        self._console.print(_evaluation(step, metrics, name), highlight=False)
 
     def stop(self) -> None:
         self._bar.stop()
 
 
 class LineProgress:
-    """One plain line per logged step, for logs and pipes."""
+    """One plain line per logged step, for logs and pipes; more for a batch of rollouts that takes long.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: Where to.
+        clock: Seconds; only differences count.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
+        self._clock = clock
         self._num_steps = 0
+        self._next_line = math.inf
 
     def start(self, num_steps: int, first_step: int) -> None:
         self._num_steps = num_steps
 
     def phase(self, text: str | None) -> None:
-        pass
+        self._next_line = self._clock() + _LINE_EVERY_S
+
+    def rollouts(self, status: CollectionStatus) -> None:
+        if self._clock() >= self._next_line:
+            self._next_line = self._clock() + _LINE_EVERY_S
+            self._print(f"rollouts {status}")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         seconds = ", ".join(
@@ -128,8 +150,8 @@ class LineProgress:
         )
         self._print(f"step {step}/{self._num_steps}: {_headline(metrics)}" + (f" ({seconds})" if seconds else ""))
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._print(f"evaluation at step {step}: {_headline(metrics)}")
+    def evaluated(self, step: int, metrics: Mapping[str, float], name: str = "") -> None:
+        self._print(_evaluation(step, metrics, name))
 
     def stop(self) -> None:
         pass
@@ -142,6 +164,10 @@ def make_progress(*, live: bool) -> RunProgress:
     """A bar where there is a terminal or a notebook and `live` is wanted, else lines."""
     console = Console()
     return BarProgress(console) if live and (console.is_terminal or console.is_jupyter) else LineProgress(console)
+
+
+def _evaluation(step: int, metrics: Mapping[str, float], name: str) -> str:
+    return f"evaluation{' of ' + name if name else ''} at step {step}: {_headline(metrics)}"
 
 
 def _headline(metrics: Mapping[str, float]) -> str:

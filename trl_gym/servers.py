@@ -23,6 +23,7 @@ from trl_gym.errors import ConfigError, ServerError, TrlGymError
 from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
+from trl_gym.rollouts.replay import check_replay
 
 _INITIAL_POLICY = "initial_policy"  # folder for a model that was given as an object without a folder of its own
 
@@ -106,9 +107,14 @@ class RunServers:
             self.gym = GymServers.attach(head_url).wait_ready()
 
     def check(self) -> None:
-        """Raise when a server has died."""
+        """Raise when the policy server, or the whole Gym that we started, has died. A single environment that is down
+        is for the collector: it may be skipped."""
         self.policy.check()
-        self.gym.check()
+        self.gym.check_process()
+
+    def server_config(self) -> dict[str, Any]:
+        """The policy server's resolved configuration."""
+        return self.policy.client.server_config()
 
     def stop(self) -> None:
         """Stop what was started here. Idempotent."""
@@ -142,6 +148,43 @@ class RunServers:
             log_dir=args.gym_log_dir,
             start_timeout_s=args.gym_start_timeout,
         )
+
+
+class NoServers:
+    """In the place of `RunServers` where nothing is sampled: training from a journal."""
+
+    policy: PolicyBackend | None = None
+    gym: GymServers | None = None
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def wait_ready(self, broadcast: Callable[[list[Any]], Any]) -> None:
+        """Nothing to wait for."""
+
+    def check(self) -> None:
+        """Nothing that could have died."""
+
+    def server_config(self) -> dict[str, Any]:
+        """What TRL asks for: recorded log-probabilities are those of the distribution that was drawn from."""
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+    def stop(self) -> None:
+        """Nothing to stop."""
+
+
+def servers_for(
+    args: GymGRPOConfig,
+    model: str | PreTrainedModel,
+    processing_class: Any,
+    policy: PolicyBackend | None,
+    gym: GymServers | None,
+) -> RunServers | NoServers:
+    """What a run needs: two servers, or none when it trains from a journal. For the arguments see `RunServers`."""
+    if args.gym_replay is not None:
+        check_replay(args, has_servers=policy is not None or gym is not None)
+        return NoServers()
+    return RunServers(args, lambda: servable(model, processing_class, args), policy, gym)
 
 
 def servable(model: str | PreTrainedModel, processing_class: Any, args: GymGRPOConfig) -> str:

@@ -2,10 +2,11 @@
 
 TRL's loop is not touched. Four of its methods are extended, none is copied:
 
-    _generate_and_score_completions   keeps the batch's rows at hand while TRL works on their prompts; logprob gap
+    _generate_and_score_completions   keeps the batch's rows at hand while TRL works on their prompts
     _generate                         the rollouts themselves, through TRL's `rollout_func`; completions as messages
-    _calculate_rewards                a failed rollout is NaN for every reward function: out of loss and baseline
-    log, evaluate                     seconds per phase
+    log                               seconds per phase
+
+What is trained, logged and evaluated is in `trl_gym.accounting`, exact resuming in `trl_gym.resume`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather, gather_object
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from trl_gym import compat, servers
+from trl_gym.accounting import AccountingGRPOTrainer
 from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig
 from trl_gym.dataset import gym_row
@@ -30,16 +32,21 @@ from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.progress import PhaseClock, make_progress
-from trl_gym.rollouts import logprob_gap
-from trl_gym.rollouts.batch import describe_drift, describe_failures, rollout_metrics, training_rows
+from trl_gym.resume import ResumableGRPOTrainer
+from trl_gym.rollouts.batch import completion, describe_drift, training_rows
+from trl_gym.rollouts.budgets import budgets_from_options
 from trl_gym.rollouts.call_records import RolloutLedger
 from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.drift import make_decoder
 from trl_gym.rollouts.finish import Finisher
 from trl_gym.rollouts.journal import Journal
-from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
-from trl_gym.rollouts.rollout import Rollout, conversation
+from trl_gym.rollouts.replay import ReplayCollector
+from trl_gym.rollouts.requests import RolloutRequest, stamp
+from trl_gym.rollouts.reuse import Policy, Recall, collect_missing
+from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.trajectory import Trajectory, from_gym
+from trl_gym.rollouts.watch import CollectionStatus
+from trl_gym.weight_sync.fingerprint import fingerprint
 from trl_gym.weight_sync.source import check_supported
 from trl_gym.weight_sync.sync import WeightSync
 from trl_gym.weight_sync.transports import choose_transport
@@ -55,7 +62,7 @@ def gym(*, gym_reward: list[float | None], **_: Any) -> list[float]:
     return [0.0 if reward is None else reward for reward in gym_reward]
 
 
-class GymGRPOTrainer(GRPOTrainer):
+class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
     """
     Trainer for GRPO on NVIDIA NeMo Gym environments.
 
@@ -72,8 +79,8 @@ class GymGRPOTrainer(GRPOTrainer):
     >>> trainer.train()
     ```
 
-    To change how rows become requests, how answers become trajectories or how rewards are formed, override
-    [`build_request`], [`build_trajectories`] or [`compute_rewards`].
+    To change which tasks are rolled out, how rows become requests, how answers become trajectories or how rewards are
+    formed, override [`choose_task`], [`build_request`], [`build_trajectories`] or [`compute_rewards`].
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -126,9 +133,8 @@ class GymGRPOTrainer(GRPOTrainer):
         self._num_batches = 0
         self._progress = make_progress(live=not args.disable_tqdm)
         self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
-        self._servers = servers.RunServers(
-            args, lambda: servers.servable(model, kwargs.get("processing_class"), args), policy_server, gym_servers
-        )
+        self._recall: Recall | None = None
+        self._servers = servers.servers_for(args, model, kwargs.get("processing_class"), policy_server, gym_servers)
         try:
             self._servers.start()  # they load while the model does
             with compat.generation_backend(self._generation_backend):
@@ -149,6 +155,19 @@ class GymGRPOTrainer(GRPOTrainer):
             raise
 
     # ------------------------------------------------------------------------------------- what subclasses override
+
+    def choose_task(self, example: dict[str, Any], group: int) -> dict[str, Any]:
+        """Which task a group rolls out: the place for a curriculum over tasks or environments.
+
+        Args:
+            example: The dataset's example whose turn it is.
+            group: Index of the group in this generation batch, over all ranks.
+
+        Returns:
+            That example, or another one of the dataset. It is asked once per member, on whatever rank that runs: the
+            choice must depend on nothing but `group`, `self.state` and what all ranks know alike.
+        """
+        return example
 
     def build_request(self, row: dict[str, Any], request: RolloutRequest) -> dict[str, Any]:
         """How a row becomes what is posted to `/run`.
@@ -182,7 +201,8 @@ class GymGRPOTrainer(GRPOTrainer):
         """How rewards are formed, one per rollout; None takes a rollout out of the loss and of the group baseline.
 
         Args:
-            rollouts: This rank's rollouts of one generation batch, failed ones included.
+            rollouts: This rank's rollouts of one generation batch, failed ones included. Those without trajectories
+                stay out whatever reward they get: they have no token to train.
         """
         return [rollout.reward for rollout in rollouts]
 
@@ -214,24 +234,20 @@ class GymGRPOTrainer(GRPOTrainer):
         self.close()
 
     def _generation_backend(self, **_: Any) -> compat.ServedGeneration:
-        return compat.ServedGeneration(
-            self._sync_before_generating, lambda: self._servers.policy.client.server_config()
-        )
+        return compat.ServedGeneration(self._sync_before_generating, lambda: self._servers.server_config())
 
     def _connect(self, args: GymGRPOConfig) -> None:
         """Everything that needs the accelerator and running servers."""
-        policy = self._servers.policy
-        self._collector = RolloutCollector(
-            self._servers.gym.agent,
-            deadline_s=args.gym_deadline,
-            max_inflight=args.gym_max_inflight,
-            check=self._servers.check,
-            ledger=RolloutLedger(policy.client.root_url, policy.client.api_key) if policy.keeps_records else None,
+        self._run = broadcast_object_list([self._run_id])[0]
+        self._journal = Journal(
+            Path(args.output_dir) / "rollouts",
+            rank=self.accelerator.process_index,
+            max_bytes=args.gym_journal_max_mb * 1e6,
         )
-        self._journal = Journal(Path(args.output_dir) / "rollouts", rank=self.accelerator.process_index)
-        dtype = getattr(torch, args.serving_dtype)
-        transport = choose_transport(policy.weight_transports, args.gym_weight_dir, dtype)
-        self._weight_sync = WeightSync(self.accelerator, policy, transport, probe_tolerance=args.probe_tolerance)
+        if args.gym_replay is not None:
+            self._collector = ReplayCollector(args.gym_replay, lambda: int(self.state.epoch or 0))
+        else:
+            self._connect_servers(args)
         for callback in compat.default_progress_callbacks():
             self.remove_callback(callback)
         # Order matters: the clock stops before weights are pushed, which counts its own time.
@@ -240,6 +256,31 @@ class GymGRPOTrainer(GRPOTrainer):
         self.add_callback(MetricsCallback(Path(args.output_dir) / "metrics.jsonl"))
         self.add_callback(ProgressCallback(self._progress))
 
+    def _connect_servers(self, args: GymGRPOConfig) -> None:
+        policy = self._servers.policy
+        gym = self._servers.gym
+        budgets = budgets_from_options(
+            deadline_s=args.gym_deadline,
+            max_inflight=args.gym_max_inflight,
+            retries=args.gym_retries,
+            launch_rate=args.gym_launch_rate,
+            environments=args.gym_environments,
+        )
+        budgets.check_agents(gym.agents)
+        self._collector = RolloutCollector(
+            gym.agent,
+            budgets=budgets,
+            check=self._servers.check,
+            agents_down=gym.agents_down,
+            on_environment_down=args.gym_on_environment_down,
+            gym_log=gym.log_end,
+            ledger=RolloutLedger(policy.client.root_url, policy.client.api_key) if policy.keeps_records else None,
+            stall_timeout_s=args.gym_stall_timeout,
+        )
+        dtype = getattr(torch, args.serving_dtype)
+        transport = choose_transport(policy.weight_transports, args.gym_weight_dir, dtype)
+        self._weight_sync = WeightSync(self.accelerator, policy, transport, probe_tolerance=args.probe_tolerance)
+
     # --------------------------------------------------------------------------------------------------- weight sync
 
     def _sync_before_generating(self) -> None:
@@ -247,6 +288,8 @@ class GymGRPOTrainer(GRPOTrainer):
         self._push_weights(self.state.global_step)
 
     def _push_weights(self, step: int) -> None:
+        if self.args.gym_replay is not None:
+            return
         with self._clock.phase("weight_sync"):
             report = self._weight_sync.push(self.model_wrapped, version=str(step))
         self._last_loaded_step = step
@@ -263,51 +306,68 @@ class GymGRPOTrainer(GRPOTrainer):
         self._rows = inputs
         try:
             with self._clock.phase("scoring"):
-                output = super()._generate_and_score_completions(inputs)
-                self._log_gap(output)
-                return output
+                return super()._generate_and_score_completions(inputs)
         finally:
             self._rows = []
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         prompt_ids, completion_ids, tool_mask, _, *rest = super()._generate(prompts)
         # TRL decodes the merged token sequence as if it were one assistant turn; Gym has the real conversation.
-        completions = [conversation(rollout) for rollout in self._rollouts]
+        completions = [completion(rollout) for rollout in self._rollouts]
         return prompt_ids, completion_ids, tool_mask, completions, *rest
 
     def _roll_out(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: one rollout per row. TRL repeats rows `num_generations` times before it calls."""
-        version = self._servers.policy.client.weight_version()
+        version = self._served_version()
         with self._clock.phase("rollouts"):
-            requests = self._requests()
-            self._rollouts = self._collector.collect(requests, self._finisher(version), self._show_progress)
+            self._rollouts = self._collect(self._requests(), version)
             self._journal.commit()
         for line in describe_drift(self._rollouts):
             logger.warning(line)
-        if (now := self._servers.policy.client.weight_version()) != version:
+        if (now := self._served_version()) != version:
             raise RolloutError(f"The policy server's weights changed from version {version} to {now} during rollouts.")
-        for name, values in rollout_metrics(self._rollouts).items():
-            self._pending_metrics[name] += values  # TRL averages these over the ranks
-        rewards = self.compute_rewards(self._rollouts)
-        if all(reward is None for reward in rewards):
-            raise RolloutError(
-                f"All {len(rewards)} rollouts of step {self.state.global_step} failed on rank "
-                f"{self.accelerator.process_index}; there is nothing to train on:\n"
-                f"{describe_failures(self._rollouts)}\n"
-                f"Each is recorded in {self._journal.folder}; server logs are in {self.args.gym_log_dir}."
-            )
-        return training_rows(
-            self._rollouts, rewards, pad_id=self._tokenizer.pad_token_id, eos_id=self._tokenizer.eos_token_id
+        rewards = self._settle(
+            self.compute_rewards(self._rollouts),
+            f"Each is recorded in {self._journal.folder}; server logs are in {self.args.gym_log_dir}.",
         )
+        return training_rows(
+            self._rollouts,
+            rewards,
+            pad_id=self._tokenizer.pad_token_id,
+            eos_id=self._tokenizer.eos_token_id,
+            mask_truncated=self.args.mask_truncated_completions,
+            with_logprobs=not self._samples_differently,
+        )
+
+    def _collect(self, requests: list[RolloutRequest], version: str) -> list[Rollout]:
+        """Rollouts from a journal, from the interrupted run that is resumed, or from NeMo Gym."""
+        step = self.state.global_step
+        if isinstance(self._collector, ReplayCollector):
+            rollouts, metrics = self._collector.replay(requests, mode=self._mode, step=step)
+            for name, values in metrics.items():
+                self._pending_metrics[name] += values
+            return rollouts
+        weights = fingerprint(self.accelerator.unwrap_model(self.model_wrapped), self.accelerator)
+        policy = Policy(run=self._run, step=step, weights=weights)
+        recall = self._recall if self._mode == "train" else None
+        finish = self._finisher(version, policy)
+        return collect_missing(self._collector, requests, policy, recall, finish, self._show_progress)
+
+    def _resumed(self) -> None:
+        self._recall = Recall(self._journal.folder)
+
+    def _served_version(self) -> str:
+        return "recorded" if self._servers.policy is None else self._servers.policy.client.weight_version()
 
     def _requests(self) -> list[RolloutRequest]:
         num_members = self.num_generations if self._mode == "train" else self.num_generations_eval
         first = self.accelerator.process_index * len(self._rows)
         batch = f"{self._run_id}-{self._mode}{self.state.global_step}-b{self._num_batches}"
         self._num_batches += 1
+        places = (divmod(first + index, num_members) for index in range(len(self._rows)))
         return [
-            self._request(example, batch, *divmod(first + index, num_members))
-            for index, example in enumerate(self._rows)
+            self._request(self.choose_task(example, group), batch, group, member)
+            for example, (group, member) in zip(self._rows, places, strict=True)
         ]
 
     def _request(self, example: dict[str, Any], batch: str, group: int, member: int) -> RolloutRequest:
@@ -317,17 +377,10 @@ class GymGRPOTrainer(GRPOTrainer):
             "task_index": int(example.get("task_index", group)),
             "member": member,
         }
-        sampling = Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k if self.top_k else -1,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=self.repetition_penalty,
-        )
         stamped = stamp(
             row,
             **identity,
-            sampling=sampling,
+            sampling=self._sampling,
             completion_budget=self.max_completion_length,
             chat_template_kwargs=self.chat_template_kwargs,
         )
@@ -339,6 +392,8 @@ class GymGRPOTrainer(GRPOTrainer):
         named = (row.get("agent_ref") or {}).get("name")
         if named is not None:
             return named
+        if self._servers.gym is None:
+            return "recorded"
         sole = self._servers.gym.sole_agent
         if sole is None:
             raise ConfigError(
@@ -348,48 +403,28 @@ class GymGRPOTrainer(GRPOTrainer):
             )
         return sole
 
-    def _finisher(self, version: str) -> Finisher:
+    def _finisher(self, version: str, policy: Policy) -> Finisher:
         return Finisher(
             build=self.build_trajectories,
             decode=make_decoder(self._tokenizer),
-            journal=self._journal,
+            journal=self._journal.tagged(**policy.tags()),
             drift_policy=self.args.gym_drift,
             step=self.state.global_step,
             mode=self._mode,
             weight_version=version,
         )
 
-    def _calculate_rewards(
-        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
-    ) -> torch.Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        failed = torch.tensor([example["gym_reward"] is None for example in inputs], device=rewards.device)
-        rewards[gather(failed)] = torch.nan
-        return rewards
-
     # ------------------------------------------------------------------------------------------------------- metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        prefix = "" if self._mode == "train" else "eval_"
         if "train_runtime" not in logs:
-            logs |= {f"{prefix}seconds/{phase}": round(s, 4) for phase, s in self._clock.take().items()}
+            for phase, seconds in self._clock.take().items():
+                self._metrics[self._mode][f"seconds/{phase}"] = [round(seconds, 4)]
         super().log(logs, start_time)
 
-    def _log_gap(self, batch: dict[str, Any]) -> None:
-        """Every rank calls it. Not through `_pending_metrics`: TRL has emptied those of this batch already."""
-        turn_ends = [rollout.trajectories[0].turn_ends if rollout.trajectories else [] for rollout in self._rollouts]
-        agents = [rollout.request.agent for rollout in self._rollouts]
-        gaps = logprob_gap.batch_gaps(batch, turn_ends, agents)
-        for name, value in logprob_gap.merge(gather_object([gaps])).items():
-            self._metrics[self._mode][name].append(value)
-
-    def _show_progress(self, num_done: int, num_failed: int, num_total: int) -> None:
-        failed = f", {num_failed} failed" if num_failed else ""
-        self._progress.phase(f"rollouts {num_done}/{num_total}{failed}")
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
+    def _show_progress(self, status: CollectionStatus) -> None:
+        if self.accelerator.is_main_process:  # every rank collects; one line tells how far the first is
+            self._progress.rollouts(status)
 
     @property
     def _clock(self) -> PhaseClock:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -17,7 +19,7 @@ from trl_gym import GymGRPOTrainer, GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import RolloutError
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.rollout import Rollout
-from trl_gym.rollouts.trajectory import model_calls
+from trl_gym.rollouts.trajectory import finish_reason, model_calls
 
 pytestmark = pytest.mark.e2e
 
@@ -156,7 +158,69 @@ def test_metrics_are_on_disk_with_phases(run: RecordingTrainer) -> None:
         gaps = {name: value for name, value in line.items() if "logprob_gap/" in name and not name.endswith("/max")}
         assert {"logprob_gap/mean", "logprob_gap/turn_0", "logprob_gap/turn_1"} <= set(gaps)
         assert all(0 <= value < MAX_MEAN_GAP for value in gaps.values()), gaps
-    assert [line["step"] for line in lines if "eval_reward" in line] == [NUM_STEPS // 2, NUM_STEPS]
+        agents = {name.split("/")[1] for name in line if name.startswith("gym/")}
+        assert len(agents) == 1
+        scope = f"gym/{agents.pop()}"
+        assert line[f"{scope}/reward"] == pytest.approx(line["reward"], abs=1e-5)
+        assert line[f"{scope}/failed/deadline"] == 0.0
+        assert line["rollouts/count"] == 64 and line["rollouts/groups/size"] == 8
+        assert 0 < line["rollouts/queue_seconds_p50"] < line["rollouts/model_seconds_p50"]
+        assert line["rollouts/model_seconds_p50"] <= line["rollouts/seconds_p95"]
+    evaluated = [line for line in lines if "eval_reward" in line]
+    assert [line["step"] for line in evaluated] == [NUM_STEPS // 2, NUM_STEPS]
+    for line in evaluated:
+        assert line["eval_pass@1"] == line["eval_mean@1"] == pytest.approx(line["eval_success"])
+        assert line["eval_rollouts/count"] == line["eval_pass@1/tasks"] == 64
+
+
+def test_named_evaluation_sets_truncation_and_the_table(
+    small_policy: Path, policy: PolicyServer, gym: GymServers, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """One step with too few tokens for most, and greedy evaluations of two sets."""
+    validation = load_gym_dataset(data[1])
+    trainer = RecordingTrainer(
+        model=str(small_policy),
+        args=config(
+            tmp_path,
+            max_steps=1,
+            eval_steps=1,
+            max_completion_length=25,
+            mask_truncated_completions=True,
+            num_generations_eval=2,
+            gym_eval_sampling={"temperature": 0.0},
+            log_completions=True,
+            num_completions_to_print=1,
+        ),
+        train_dataset=load_gym_dataset(data[0]),
+        eval_dataset={"few": validation.select(range(4)), "more": validation.select(range(4, 12))},
+        policy_server=policy,
+        gym_servers=gym,
+    )
+    trainer.train()
+
+    batch = trainer.seen[0]
+    cut = torch.tensor([finish_reason(rollout.answer) != "stop" for rollout in batch["rollouts"]])
+    assert 0 < cut.sum() < len(cut)
+    assert torch.equal((batch["tool_mask"] * batch["completion_mask"]).sum(1) == 0, cut)
+    [line] = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        line["completions/clipped_ratio"] == line["rollouts/truncated_fraction"] == pytest.approx(cut.float().mean())
+    )
+
+    assert (line["eval_few_rollouts/count"], line["eval_more_rollouts/count"]) == (8, 16)
+    for name in ("few", "more"):  # greedy: both attempts at a task are the same
+        assert line[f"eval_{name}_pass@1"] == line[f"eval_{name}_pass@2"] == line[f"eval_{name}_mean@2"]
+    sampled = defaultdict(set)
+    for record in read_journal(tmp_path / "rollouts"):
+        if record["mode"] == "eval":
+            sampled[record["task_index"]].add(tuple(record["completion_ids"]))
+    assert len(sampled) == 12 and all(len(attempts) == 1 for attempts in sampled.values())
+
+    table = pandas.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert len(table) == 64 and {"assistant", "tool"} == {
+        m["role"] for messages in table["completion"] for m in messages
+    }
+    assert len(pandas.read_parquet(tmp_path / "completions" / "eval_more_00001.parquet")) == 16
 
 
 class Halved(GymGRPOTrainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -105,6 +106,18 @@ def test_an_attached_gym_that_goes_away(head: FakeHead) -> None:
     head.close()
     with pytest.raises(GymServerError, match="no NeMo Gym head server answers"):
         gym.check()
+
+
+def test_agents_whose_servers_are_gone_are_named_with_the_server(head: FakeHead) -> None:
+    with bind_socket() as sock:
+        tools = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        gym = GymServers.attach(head.url)
+    gym._view.instances[0] = dataclasses.replace(gym._view.instances[0], url=tools)
+    looks = [gym.agents_down() for _ in range(3)]
+    assert looks == [{}, {}, {"math_agent": f"server `math`: {tools} refuses connections"}]
+    gym.check_process()
+    gym.stop()
+    assert gym.agents_down() == {}
 
 
 @pytest.mark.parametrize(

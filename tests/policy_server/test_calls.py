@@ -51,5 +51,7 @@ def test_cancelling_aborts_what_runs() -> None:
     with book.running("a") as first, book.running("a") as second, book.running("b") as other:
         assert book.cancel(["a", "unknown"]) == 2
         assert (first.is_set(), second.is_set(), other.is_set()) == (True, True, False)
+        assert book.num_running(["a", "b", "unknown"]) == {"a": 2, "b": 1, "unknown": 0}
+    assert book.num_running(["a"]) == {"a": 0}
     assert book.cancel(["a"]) == 0
     assert book.is_cancelled("unknown")

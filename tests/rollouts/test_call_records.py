@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import PolicyServerError
-from trl_gym.rollouts.call_records import RolloutLedger, match_records, weight_versions
+from trl_gym.rollouts.call_records import CallState, RolloutLedger, match_records, weight_versions
 from trl_gym.rollouts.trajectory import ModelCall
 
 
@@ -70,18 +70,24 @@ class Server:
 
     def __init__(self) -> None:
         self.records: dict[str, list[Any]] = {}
+        self.extra: dict[str, Any] = {}
         self.asked: list[tuple[str, Any, str | None]] = []
-        self.status, self.delay_s, self.num_connections = 200, 0.0, 0
+        self.status, self.delay_s, self.num_dropped = 200, 0.0, 0
 
     async def handle(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.asked.append((request.path, body, request.headers.get("Authorization")))
         await asyncio.sleep(self.delay_s)
+        if self.num_dropped:
+            self.num_dropped -= 1
+            request.transport.abort()
         if self.status != 200:
             return web.json_response({"detail": "Not Found"}, status=self.status)
         if request.path.endswith("/cancel"):
             return web.json_response({"aborted": 1})
-        return web.json_response({"records": {name: self.records.pop(name, []) for name in body["rollouts"]}})
+        take = self.records.pop if body["forget"] else self.records.get
+        records = {name: take(name, []) for name in body["rollouts"]}
+        return web.json_response({"records": records, **self.extra})
 
 
 @pytest.fixture
@@ -128,3 +134,40 @@ async def test_no_answer_is_an_error_that_names_the_url(server: Any) -> None:
             await RolloutLedger(url).cancel(session, ["r1"], timeout_s=0.05)
         with pytest.raises(PolicyServerError, match=r"127\.0\.0\.1:9/trl_gym/rollouts/records: Client"):
             await RolloutLedger("http://127.0.0.1:9").take(session, "r1")
+
+
+async def test_peeking_forgets_nothing_and_says_what_runs(server: Any) -> None:
+    behaviour, url = server
+    behaviour.records["r1"] = [record(1, 1), record(2, 1)]
+    async with aiohttp.ClientSession() as session:
+        ledger = RolloutLedger(url)
+        assert await ledger.peek(session, ["r1"]) == {"r1": CallState(2, None)}
+        behaviour.extra = {"running": {"r1": 0, "r2": 1}}
+        assert await ledger.peek(session, ["r1", "r2"]) == {"r1": CallState(2, 0), "r2": CallState(0, 1)}
+
+
+@pytest.mark.parametrize(("num_dropped", "survives"), [(2, True), (3, False)])
+async def test_a_connection_that_breaks_now_and_then_is_survived(
+    server: Any, num_dropped: int, survives: bool
+) -> None:
+    behaviour, url = server
+    behaviour.records["r1"], behaviour.num_dropped = [record(1, 1)], num_dropped
+    async with aiohttp.ClientSession() as session:
+        if survives:
+            await RolloutLedger(url).cancel(session, ["r1"])
+        else:
+            with pytest.raises(PolicyServerError, match="ServerDisconnectedError"):
+                await RolloutLedger(url).cancel(session, ["r1"])
+    assert len(behaviour.asked) == 3
+
+
+async def test_a_server_that_is_slow_or_complains_is_there(server: Any) -> None:
+    behaviour, url = server
+    async with aiohttp.ClientSession() as session:
+        ledger = RolloutLedger(url)
+        assert await ledger.ping(session)
+        behaviour.status = 500
+        assert await ledger.ping(session)
+        behaviour.delay_s = 5.0
+        assert await ledger.ping(session, timeout_s=0.05)
+        assert not await RolloutLedger("http://127.0.0.1:9").ping(session)

@@ -5,91 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 
+from tests.rollouts.fake_agent import Ledger, collect, make, requests
 from trl_gym.errors import FailureKind, PolicyServerError, ServerError
 from trl_gym.gym.servers import AgentInfo
-from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
-from trl_gym.rollouts.requests import RolloutRequest
-
-
-class Agent:
-    """`/run` does what the row says: `{"do": "answer" | "sleep" | "raise" | "drop", …}`."""
-
-    def __init__(self) -> None:
-        self.running = self.most_at_once = self.started = self.cancelled = 0
-
-    async def run(self, request: web.Request) -> web.StreamResponse:
-        row = await request.json()
-        self.started += 1
-        self.running += 1
-        self.most_at_once = max(self.most_at_once, self.running)
-        try:
-            await asyncio.sleep(row.get("seconds", 0))
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        finally:
-            self.running -= 1
-        if row.get("do") == "drop":
-            request.transport.close()
-        if row.get("do") == "raise":
-            return web.json_response("the verifier raised", status=500)
-        return web.json_response({"reward": row["value"], "response": {"output": []}})
-
-
-@pytest.fixture
-async def agent() -> AsyncIterator[tuple[Agent, Callable[[str], AgentInfo]]]:
-    behaviour = Agent()
-    app = web.Application()
-    app.router.add_post("/run", behaviour.run)
-    server = TestServer(app)
-    await server.start_server()  # aiohttp cancels the handler of a client that went away
-    info = AgentInfo(name="a", url=str(server.make_url("")).rstrip("/"), resources_server=None, kind="simple_agent")
-    yield behaviour, lambda name: info
-    await server.close()
-
-
-def requests(*rows: dict[str, Any]) -> list[RolloutRequest]:
-    return [
-        RolloutRequest(
-            rollout_id=f"r{index}",
-            task_index=index,
-            group=0,
-            member=index,
-            attempt=0,
-            agent="a",
-            row={"responses_create_params": {"input": "x"}, "value": float(index)} | row,
-        )
-        for index, row in enumerate(rows)
-    ]
-
-
-async def collect(lookup: Callable[[str], AgentInfo], rows: list[dict[str, Any]], **options: Any) -> list[Any]:
-    """Run the synchronous collector in a thread, as the trainer's thread would."""
-    finish = options.pop("finish", lambda result: result)
-    progress = options.pop("progress", None)
-    collector = RolloutCollector(lookup, **({"deadline_s": 5.0, "max_inflight": 64} | options))
-    try:
-        return await asyncio.to_thread(collector.collect, requests(*rows), finish, progress)
-    finally:
-        await asyncio.to_thread(collector.close)
+from trl_gym.rollouts.collector import RolloutResult
+from trl_gym.rollouts.watch import CollectionStatus
 
 
 async def test_results_come_in_the_order_of_the_requests(agent: Any) -> None:
     _, lookup = agent
-    seen: list[tuple[int, int, int]] = []
+    seen: list[CollectionStatus] = []
     rows = [{"seconds": 0.2 - 0.05 * index} for index in range(4)]
-    results = await collect(lookup, rows, progress=lambda *counts: seen.append(counts))
+    results = await collect(lookup, rows, progress=seen.append)
     assert [result.answer["reward"] for result in results] == [0.0, 1.0, 2.0, 3.0]
     assert all(result.failure is None and result.seconds > 0 for result in results)
-    assert seen == [(1, 0, 4), (2, 0, 4), (3, 0, 4), (4, 0, 4)]
+    ends = [status for status in seen if status.num_done]
+    assert [status.num_done for status in ends] == [1, 2, 3, 4]
+    assert [status.num_running for status in ends] == [3, 2, 1, 0]
+    assert all((status.num_failed, status.num_total) == (0, 4) for status in seen)
+    assert [status.slowest is None for status in ends] == [False, False, False, True]
 
 
 async def test_one_failure_leaves_its_siblings_alone(agent: Any) -> None:
@@ -112,12 +50,15 @@ async def test_a_dead_server_ends_the_collection_at_once(agent: Any) -> None:
     behaviour, lookup = agent
 
     def check() -> None:
-        raise ServerError("policy server ended (exit code 9)")
+        if behaviour.running == 3:
+            raise ServerError("policy server ended (exit code 9)")
 
-    started = time.monotonic()
+    ended: list[RolloutResult] = []
     with pytest.raises(ServerError, match="exit code 9"):
-        await collect(lookup, [{"seconds": 30}] * 3, check=check, deadline_s=60.0)
-    assert time.monotonic() - started < 20
+        await collect(lookup, [{"seconds": 30}] * 3, check=check, deadline_s=60.0, finish=ended.append)
+    assert [(result.failure.kind, result.failure.rollout_id) for result in ended] == [
+        (FailureKind.CANCELLED, f"r{index}") for index in range(3)
+    ]
     for _ in range(100):
         if behaviour.cancelled == 3:
             break
@@ -138,13 +79,18 @@ async def test_an_error_in_finish_reaches_the_caller(agent: Any) -> None:
 async def test_finish_runs_in_the_collectors_thread_as_rollouts_end(agent: Any) -> None:
     _, lookup = agent
     threads: set[str] = set()
-    await collect(lookup, [{}] * 3, finish=lambda result: threads.add(threading.current_thread().name))
+
+    def finish(result: RolloutResult) -> RolloutResult:
+        threads.add(threading.current_thread().name)
+        return result
+
+    await collect(lookup, [{}] * 3, finish=finish)
     assert threads == {"trl-gym-collector"}
 
 
 async def test_a_collector_can_be_used_again_and_after_close(agent: Any) -> None:
     _, lookup = agent
-    collector = RolloutCollector(lookup, deadline_s=5.0, max_inflight=4)
+    collector = make(lookup, max_inflight=4)
     for _ in range(2):
         for _ in range(2):
             assert len(await asyncio.to_thread(collector.collect, requests({}, {}), lambda result: result)) == 2
@@ -160,30 +106,6 @@ async def test_an_unknown_agent_is_an_error_not_a_failed_rollout(agent: Any) -> 
 
     with pytest.raises(ConfigError, match="no agent `a`"):
         await collect(lookup, [{}])
-
-
-class Ledger:
-    """Plays the policy server's part; keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.taken: list[str] = []
-        self.cancelled: list[list[str]] = []
-        self.broken: PolicyServerError | None = None
-
-    async def take(self, session: Any, rollout_id: str) -> list[Any]:
-        self._refuse()
-        self.taken.append(rollout_id)
-        return [{"status": 200, "of": rollout_id}]
-
-    async def cancel(self, session: Any, rollout_ids: Any, *, timeout_s: float = 60.0) -> None:
-        assert not session.closed
-        await asyncio.sleep(0.05)
-        self._refuse()
-        self.cancelled.append(list(rollout_ids))
-
-    def _refuse(self) -> None:
-        if self.broken is not None:
-            raise self.broken
 
 
 async def test_each_result_brings_the_records_of_its_calls(agent: Any) -> None:
@@ -209,9 +131,10 @@ async def test_what_runs_when_a_collection_ends_early_is_cancelled_together(agen
     _, lookup = agent
     ledger = Ledger()
 
-    def finish(result: RolloutResult) -> None:
+    def finish(result: RolloutResult) -> RolloutResult:
         if result.request.rollout_id == "r1":
             raise OSError("no space left on device")
+        return result
 
     rows = [{}, {"seconds": 0.3}, *[{"seconds": 20}] * 3]
     with pytest.raises(OSError, match="no space left"):
@@ -225,7 +148,7 @@ async def test_giving_up_tells_the_policy_server_before_the_session_closes(agent
     """As Ctrl-C does: the trainer's thread stops waiting and closes the collector at once."""
     behaviour, lookup = agent
     ledger = Ledger()
-    collector = RolloutCollector(lookup, deadline_s=60.0, max_inflight=4, ledger=ledger)
+    collector = make(lookup, deadline_s=60.0, ledger=ledger)
     future = collector.submit(requests({"seconds": 30}, {"seconds": 30}), lambda result: result)
     for _ in range(200):
         if behaviour.running == 2:
@@ -239,7 +162,7 @@ async def test_giving_up_tells_the_policy_server_before_the_session_closes(agent
 async def test_closing_gives_up_what_still_runs(agent: Any) -> None:
     behaviour, lookup = agent
     ledger = Ledger()
-    collector = RolloutCollector(lookup, deadline_s=60.0, max_inflight=4, ledger=ledger)
+    collector = make(lookup, deadline_s=60.0, ledger=ledger)
     future = collector.submit(requests({"seconds": 30}), lambda result: result)
     for _ in range(200):
         if behaviour.running:
@@ -251,10 +174,12 @@ async def test_closing_gives_up_what_still_runs(agent: Any) -> None:
 
 
 async def test_a_policy_server_that_cannot_be_told_does_not_hide_the_cause(agent: Any, caplog: Any) -> None:
-    _, lookup = agent
+    behaviour, lookup = agent
     ledger = Ledger()
 
     def check() -> None:
+        if not behaviour.running:
+            return
         ledger.broken = PolicyServerError("connection refused")
         raise ServerError("policy server ended (exit code 9)")
 
@@ -269,3 +194,23 @@ async def test_records_that_cannot_be_had_end_the_collection(agent: Any) -> None
     ledger.broken = PolicyServerError("this server keeps no records")
     with pytest.raises(PolicyServerError, match="keeps no records"):
         await collect(lookup, [{}], ledger=ledger)
+
+
+async def test_nothing_is_left_behind(agent: Any) -> None:
+    _, lookup = agent
+    collector = make(lookup, deadline_s=0.3, retries={"infrastructure": 1}, ledger=Ledger())
+    rows = [{}] * 20 + [{"do": "drop"}] * 5 + [{"seconds": 5}] * 5
+    for _ in range(2):
+        await asyncio.to_thread(collector.collect, requests(*rows), lambda result: result)
+    worker = collector._worker
+    left = asyncio.run_coroutine_threadsafe(_tasks(), worker._loop).result()
+    assert left == 1, "only the one that counts"
+    threads = {thread.name for thread in threading.enumerate()}
+    assert "trl-gym-collector" in threads
+    await asyncio.to_thread(collector.close)
+    assert worker.session.closed and worker._loop.is_closed()
+    assert not [thread for thread in threading.enumerate() if thread.name == "trl-gym-collector"]
+
+
+async def _tasks() -> int:
+    return len(asyncio.all_tasks())

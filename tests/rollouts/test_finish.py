@@ -7,14 +7,29 @@ from typing import Any
 
 import pytest
 
-from tests.rollouts.test_batch import record, request
 from trl_gym.errors import FailureKind, RolloutError, RolloutFailure
-from trl_gym.policy_server.calls import DriftCause
+from trl_gym.policy_server.calls import CallRecord, DriftCause
 from trl_gym.rollouts.batch import training_rows
 from trl_gym.rollouts.collector import RolloutResult
 from trl_gym.rollouts.finish import Finisher
 from trl_gym.rollouts.journal import Journal, read_journal
+from trl_gym.rollouts.requests import RolloutRequest
 from trl_gym.rollouts.trajectory import from_gym
+
+
+def request() -> RolloutRequest:
+    row = {"responses_create_params": {"input": "1 + 2?"}, "a": 1}
+    identity = {"rollout_id": "r", "task_index": 4, "member": 0}
+    return RolloutRequest(**identity, group=1, attempt=0, agent="calculator", row=row)
+
+
+def record(prompt_tokens: int | None, completion_tokens: int | None, **changes: Any) -> CallRecord:
+    fields: dict[str, Any] = {
+        "status": 200, "prompt": "exact", "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+        "cached_tokens": 1, "finish_reason": "stop", "weight_version": "3", "seconds": 0.1, "queue_s": 0.01,
+        "prefill_s": 0.02, "decode_s": 0.03, "drift": None,
+    }  # fmt: skip
+    return CallRecord(**(fields | changes))
 
 
 def message(prompt: str, sampled: str) -> dict[str, Any]:
@@ -110,3 +125,20 @@ def test_a_broken_bundle_is_a_failure(tmp_path: Path) -> None:
     rollout = finisher(tmp_path, "truncate")(result(broken, records=[record(1, 2)]))
     assert rollout.failure.kind is FailureKind.POLICY and rollout.drift is None
     assert "2 generated tokens and 1 log-prob" in rollout.failure.text
+
+
+def test_a_failure_that_only_the_finisher_sees_knows_its_rollout(tmp_path: Path) -> None:
+    broken = [message("q", "AB") | {"generation_log_probs": [-0.5]}]
+    rollout = finisher(tmp_path, "truncate")(result(broken))
+    asked = request()
+    assert rollout.failure.rollout_id == asked.rollout_id and rollout.failure.agent == asked.agent
+    assert (rollout.failure.task_index, rollout.failure.seconds) == (asked.task_index, 0.1)
+
+
+def test_the_line_of_an_attempt_that_is_tried_again_says_so(tmp_path: Path) -> None:
+    finish = finisher(tmp_path, "truncate")
+    broken = [message("q", "AB") | {"generation_log_probs": [-0.5]}]
+    finish(result(broken, retried_kinds=frozenset({FailureKind.POLICY})))
+    finish(result(broken, retried_kinds=frozenset({FailureKind.DEADLINE})))
+    finish(result(DRIFTED[:2], retried_kinds=frozenset({FailureKind.POLICY})))
+    assert [line["retried"] for line in read_journal(tmp_path)] == [True, False, False]

@@ -1,16 +1,29 @@
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import multiprocessing
+import os
+import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from trl_gym.rollouts.journal import Journal, read_journal
+from trl_gym.errors import RolloutError
+from trl_gym.rollouts import journal as journal_module
+from trl_gym.rollouts.journal import Journal, journal_files, read_journal, read_line, read_lines
 
 
 def record(step: int = 0, mode: str = "train", **fields: object) -> dict[str, object]:
     return {"step": step, "mode": mode, **fields}
+
+
+def values(folder: Path) -> list[Any]:
+    return [r["value"] for r in read_journal(folder)]
 
 
 def test_lines_are_found_again_with_schema_and_rank(tmp_path: Path) -> None:
@@ -30,29 +43,40 @@ def test_lines_are_found_again_with_schema_and_rank(tmp_path: Path) -> None:
         ("train", 1, None),
         ("eval", 1, 0.5),
     }
-    assert all(r["schema"] == 1 and r["rank"] == 3 for r in rollouts)
+    assert all(r["schema"] == 1 and r["rank"] == 3 and r["time"] > 0 for r in rollouts)
     assert any(r.get("text") == "zwei\u2028Zeilen" for r in rollouts)
     journal.close()
     journal.close()
 
 
-def test_appending_again_keeps_what_was_there(tmp_path: Path) -> None:
+def test_a_run_in_the_same_folder_adds_and_never_touches_what_is_there(tmp_path: Path) -> None:
     for value in (1, 2):
         journal = Journal(tmp_path)
         journal.append(record(value=value))
         journal.close()
-    assert [r["value"] for r in read_journal(tmp_path)] == [1, 2]
+    assert [path.name for path in journal_files(tmp_path)] == ["step-0.rank-0.jsonl", "step-0.rank-0.part-1.jsonl"]
+    assert values(tmp_path) == [1, 2]
 
 
-def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_an_error(tmp_path: Path) -> None:
+def test_a_torn_last_line_does_not_merge_with_the_next_and_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     journal = Journal(tmp_path)
-    journal.append(record(value=1))
+    journal.append(record(value="ä" * 20))
     journal.close()
     path = journal.path(0, "train")
-    whole = path.read_text()
-    path.write_text(whole + whole[:20])
-    assert [r["value"] for r in read_journal(tmp_path)] == [1]
-    path.write_text(whole[:20] + "\n" + whole)
+    whole = path.read_bytes()
+    for torn in (whole[:20], whole[: whole.index("ä".encode()) + 1], b"\0" * 50):  # also within a character
+        path.write_bytes(whole + torn)
+        resumed = Journal(tmp_path)
+        resumed.append(record(value="next"))
+        resumed.close()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert values(tmp_path) == ["ä" * 20, "next"]
+        assert f"line 2: torn by a crash after {len(torn)} bytes" in caplog.text
+        journal.path(0, "train", 1).unlink()
+    path.write_bytes(whole[:20] + b"\n" + whole)
     with pytest.raises(ValueError, match="line 1"):
         list(read_journal(tmp_path))
 
@@ -71,3 +95,152 @@ def test_a_line_is_readable_by_others_before_commit(tmp_path: Path) -> None:
     journal.append(record(value=1))
     assert json.loads(journal.path(0, "train").read_text())["value"] == 1
     journal.close()
+
+
+def test_a_full_file_goes_on_in_a_new_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, max_bytes=300)
+    for value in range(12):
+        journal.append(record(value=value, text="x" * 60))
+    journal.append(record(value=12, text="x" * 1000))  # longer than a file may be: alone in one
+    journal.commit()
+    files = journal_files(tmp_path)
+    assert len(files) > 10 - 4 and files[0].name == "step-0.rank-0.jsonl"
+    assert [path.name for path in files] == sorted((p.name for p in files), key=lambda n: (len(n), n))
+    assert all(path.stat().st_size <= 300 for path in files[:-1])
+    assert values(tmp_path) == list(range(13))
+    journal.close()
+
+
+def test_steps_ranks_and_parts_are_read_in_numerical_order(tmp_path: Path) -> None:
+    for step in (10, 9, 100):
+        for rank in (10, 2):
+            journal = Journal(tmp_path, rank=rank)
+            journal.append(record(step=step, value=(step, rank)))
+            journal.close()
+    expected = [[9, 2], [9, 10], [10, 2], [10, 10], [100, 2], [100, 10]]
+    assert values(tmp_path) == expected
+    assert [line.record["value"] for line in read_lines(tmp_path, mode="train", step=9)] == expected[:2]
+    assert list(read_lines(tmp_path, mode="eval")) == []
+
+
+def test_a_line_can_be_read_again_from_its_place(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for value in ("é", 2, [3]):
+        journal.append(record(value=value))
+    journal.close()
+    for line in read_lines(tmp_path):
+        assert read_line(line.path, line.offset, line.length) == line.record
+
+
+def test_tags_are_on_every_line_and_secrets_on_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "value-of-a-variable")
+    journal = Journal(tmp_path, secrets=("key-of-the-server",))
+    journal.tagged(run="r1", weights="w").append(
+        record(row={"text": "value-of-a-variable"}, response={"policy_api_key": "x"}, failure="key-of-the-server!")
+    )
+    journal.close()
+    [line] = read_journal(tmp_path)
+    assert (line["run"], line["weights"]) == ("r1", "w")
+    assert (line["row"], line["response"]) == ({"text": "[redacted]"}, {"policy_api_key": "[redacted]"})
+    assert line["failure"] == "[redacted]!"
+
+
+@pytest.mark.parametrize("written", [0, 7])
+def test_a_full_disk_stops_and_leaves_what_was_written_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    """The fault is injected: a write that takes some bytes, and then no more."""
+    journal = Journal(tmp_path)
+    journal.append(record(value=1))
+    real_write, calls = os.write, []
+
+    def write(descriptor: int, data: Any) -> int:
+        calls.append(len(data))
+        if len(calls) == 1 and written:
+            return real_write(descriptor, data[:written])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(journal_module.os, "write", write)
+    with pytest.raises(RolloutError, match=r"(?s)step-0\.rank-0\.jsonl.*No space left.*MB of .* free.*Make room"):
+        journal.append(record(value=2))
+    monkeypatch.undo()
+    assert journal.path(0, "train").read_bytes().endswith(b"}\n")
+    assert values(tmp_path) == [1]
+    journal.append(record(value=3))  # room was made
+    journal.close()
+    assert values(tmp_path) == [1, 3]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_really_full_device_is_named(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append(record(value=1))
+    [part] = journal._parts.values()
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, part.descriptor)
+    os.close(full)
+    with pytest.raises(RolloutError, match="No space left on device"):
+        journal.append(record(value=2))
+    assert values(tmp_path) == [1]
+
+
+def test_a_refused_fsync_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path)
+    journal.append(record(value=1))
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(journal_module.os, "fsync", fsync)
+    with pytest.raises(RolloutError, match="Input/output error"):
+        journal.commit()
+
+
+def test_commit_does_not_make_append_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path)
+    journal.append(record(value=1))
+    in_fsync, may_end = threading.Event(), threading.Event()
+    real_fsync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        in_fsync.set()
+        assert may_end.wait(timeout=30)
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(journal_module.os, "fsync", fsync)
+    committing = threading.Thread(target=journal.commit)
+    committing.start()
+    assert in_fsync.wait(timeout=30)
+    journal.append(record(value=2))  # would hang here
+    may_end.set()
+    committing.join()
+    monkeypatch.undo()
+    journal.close()
+    assert values(tmp_path) == [1, 2]
+
+
+def _write_until_killed(folder: str, started: Any) -> None:
+    journal = Journal(folder)
+    for value in range(10**9):
+        journal.append(record(value=value, text="x" * 5000))
+        if value == 50:
+            started.set()
+
+
+def test_a_writer_that_is_killed_loses_nothing_that_was_appended_and_disturbs_nobody(tmp_path: Path) -> None:
+    """Two processes with the same rank by mistake, one of them killed in the middle of writing."""
+    context = multiprocessing.get_context("fork")
+    started = [context.Event(), context.Event()]
+    writers = [context.Process(target=_write_until_killed, args=(str(tmp_path), event)) for event in started]
+    for writer, event in zip(writers, started, strict=True):
+        writer.start()
+        assert event.wait(timeout=60)
+    for writer in writers:
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+    found = values(tmp_path)
+    restarts = [index for index, value in enumerate(found) if value == 0]
+    assert len(restarts) == 2
+    for first, last in ((0, restarts[1]), (restarts[1], len(found))):
+        assert found[first:last] == list(range(last - first))
+        assert last - first > 50

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.rollouts.requests import Sampling, stamp
+from trl_gym.rollouts.requests import RolloutRequest, Sampling, next_attempt, stamp
 
 json_value = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
@@ -82,3 +83,32 @@ def test_a_rows_own_template_arguments_win() -> None:
 def test_broken_extra_body_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"metadata\.extra_body"):
         stamped({"responses_create_params": {"input": "hi", "metadata": {"extra_body": text}}})
+
+
+def first_attempt(row: dict[str, Any]) -> RolloutRequest:
+    identity = {"rollout_id": "run-train0-g0-m1-a0", "task_index": 7, "member": 1}
+    return RolloutRequest(**identity, group=0, attempt=0, agent="a", row=row)
+
+
+@given(st.dictionaries(st.text(max_size=8), json_value, max_size=4), st.integers(1, 12))
+def test_another_attempt_differs_in_its_id_everywhere_and_in_nothing_else(extra: dict[str, Any], times: int) -> None:
+    row = stamped(extra | {"responses_create_params": {"input": "hi", "metadata": {"extra_body": '{"seed": 3}'}}})
+    before = copy.deepcopy(row)
+    request = first_attempt(row)
+    for _ in range(times):
+        request = next_attempt(request)
+    assert row == before
+    rollout_id = f"run-train0-g0-m1-a{times}"
+    assert (request.rollout_id, request.attempt, request.task_index, request.member) == (rollout_id, times, 7, 1)
+    assert request.row == stamped(before, rollout_id=rollout_id)
+
+
+def test_a_row_of_ones_own_making_is_left_alone() -> None:
+    row = {"responses_create_params": {"input": "hi", "metadata": None}, "x": 1}
+    request = next_attempt(first_attempt(row))
+    assert request.row == row and request.rollout_id.endswith("-a1")
+    assert next_attempt(RolloutRequest(**{**vars_of(request), "rollout_id": "mine"})).rollout_id == "mine-a2"
+
+
+def vars_of(request: RolloutRequest) -> dict[str, Any]:
+    return {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}

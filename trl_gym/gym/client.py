@@ -20,6 +20,8 @@ from trl_gym.gym.discovery import AgentInfo
 from trl_gym.gym.error_text import explain
 
 _SPARE_CONNECTIONS = 16
+# Gym's servers close a connection that has idled for 5 s; a row sent at that moment would be lost.
+_KEEP_ALIVE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,9 @@ def new_session(max_inflight: int) -> aiohttp.ClientSession:
     """
     return aiohttp.ClientSession(
         cookie_jar=aiohttp.DummyCookieJar(),
-        connector=aiohttp.TCPConnector(limit=max_inflight + _SPARE_CONNECTIONS, limit_per_host=0),
+        connector=aiohttp.TCPConnector(
+            limit=max_inflight + _SPARE_CONNECTIONS, limit_per_host=0, keepalive_timeout=_KEEP_ALIVE_S
+        ),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=None, sock_read=None),
     )
 

@@ -26,6 +26,7 @@ import re
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -378,7 +379,21 @@ def run_upstream(settings: Mapping[str, Any]) -> None:
     os.chdir(work_dir)
     helper = RunHelper()
     helper.start(None)  # takes the config that was parsed above
-    helper.run_forever()
+    try:
+        while helper._processes:
+            report_ended(helper._processes)
+            time.sleep(1)
+    finally:
+        helper.shutdown()
+
+
+def report_ended(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Say which servers have ended, and forget them. Gym's own `run_forever` would end all others a minute later;
+    whether they go on is for whoever started us to say."""
+    for name in [name for name, process in processes.items() if process.poll() is not None]:
+        code = processes.pop(name).returncode
+        sys.stdout.write(f"server {name} ended (exit code {code})\n")
+        sys.stdout.flush()
 
 
 def prepare_upstream_folder(instance: Instance, work_dir: Path) -> None:

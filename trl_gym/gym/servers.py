@@ -36,6 +36,7 @@ from trl_gym.gym.discovery import (
     look_at_head,
     new_http_session,
 )
+from trl_gym.gym.health import ServerProbe, is_alive, needed_servers
 from trl_gym.gym.interpreter import find_installation
 from trl_gym.gym.launch import LOCALHOST, error_path, spawn
 from trl_gym.processes import ChildProcess, bind_socket, wait_until
@@ -109,6 +110,7 @@ class GymServers:
         self._work_dir: Path | None = None
         self._deadline = 0.0
         self._http = new_http_session()
+        self._probe = ServerProbe()
 
     @classmethod
     def attach(cls, head_url: str, *, timeout_s: float = 60.0) -> GymServers:
@@ -281,13 +283,41 @@ class GymServers:
         if self._is_attached:
             look_at_head(self._http, self.head_url, timeout_s=_REQUEST_TIMEOUT_S)
             return
+        self.check_process()
+        if self._mode == "upstream" and self._view is not None:
+            dead = [f"`{server.name}`" for server in self._view.instances if not is_alive(server.pid)]
+            if dead:
+                raise GymServerError(f"NeMo Gym servers have died: {', '.join(dead)}.\n\n{self.log_end()}")
+
+    def check_process(self) -> None:
+        """Notice that the Gym that we started has ended as a whole; single servers are `agents_down`'s.
+
+        Raises:
+            GymServerError: With exit code, last log lines and log path.
+        """
         if self._child is not None and self._child.poll() is not None:
             raise self._death()
-        if self._mode == "upstream" and self._view is not None:
-            # Gym's launcher looks once a minute, and then takes all servers down.
-            dead = [f"`{server.name}`" for server in self._view.instances if not _is_alive(server.pid)]
-            if dead:
-                raise GymServerError(f"NeMo Gym servers have died: {', '.join(dead)}.\n\n{self._log_end()}")
+
+    def agents_down(self) -> dict[str, str]:
+        """By name, agents that cannot run rollouts because a server that they need is gone: which one, and why.
+
+        A refused connection counts when three calls in a row see it; call it about every second.
+        """
+        if self._state is not GymState.READY or self._view is None:
+            return {}
+        knows_processes = self._mode == "upstream" and not self._is_attached
+        gone = self._probe.gone(self._view.instances, knows_processes=knows_processes)
+        return {
+            agent: "; ".join(f"server `{name}`: {gone[name]}" for name in sorted(needed & gone.keys()))
+            for agent in self._agents
+            if (needed := needed_servers(self._view.config, agent)) & gone.keys()
+        }
+
+    def log_end(self) -> str:
+        """Last lines and path of the Gym's log, for messages; empty for an attached Gym."""
+        if self._child is None:
+            return ""
+        return f"Last lines of its log:\n\n{self._child.log_tail()}\n\nThe whole log: {self.log_path}"
 
     def stop(self) -> None:
         """Stop what we started. Idempotent; an attached Gym keeps running."""
@@ -350,7 +380,7 @@ class GymServers:
             if not self._is_attached and view.config.get(NONCE_KEY) != self._nonce:
                 raise GymServerError(
                     f"another NeMo Gym answers at {self.head_url}: it took the port before ours could. "
-                    f"Leave `head_server.port` out to get a free one.\n\n{self._log_end()}"
+                    f"Leave `head_server.port` out to get a free one.\n\n{self.log_end()}"
                 )
             if view.instances:
                 return view
@@ -388,25 +418,10 @@ class GymServers:
         return GymServerError(self._child.describe_death())
 
     def _too_late(self, what: str) -> GymServerError:
-        return GymServerError(f"NeMo Gym is not ready after {self._start_timeout_s:g} s: {what}.\n\n{self._log_end()}")
-
-    def _log_end(self) -> str:
-        if self._child is None:
-            return ""
-        return f"Last lines of its log:\n\n{self._child.log_tail()}\n\nThe whole log: {self.log_path}"
+        return GymServerError(f"NeMo Gym is not ready after {self._start_timeout_s:g} s: {what}.\n\n{self.log_end()}")
 
 
 def _normalized(url: str) -> str:
     parts = urlsplit(url.rstrip("/"))
     host = LOCALHOST if parts.hostname == "localhost" else parts.hostname
     return f"{parts.scheme}://{host}:{parts.port}{parts.path}"
-
-
-def _is_alive(pid: int | None) -> bool:
-    """False for a process that ended, also while its parent has not noticed. True where we cannot know."""
-    if pid is None or not Path("/proc/self").exists():
-        return True
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

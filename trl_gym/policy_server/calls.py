@@ -141,6 +141,10 @@ class RolloutBook:
                     del self._rollouts[name]
         return records
 
+    def num_running(self, rollouts: Sequence[str]) -> dict[str, int]:
+        """How many calls of each rollout are being answered."""
+        return {name: len(self._rollouts[name].aborts) if name in self._rollouts else 0 for name in rollouts}
+
 
 def record_of(
     answer: dict[str, Any] | None,

@@ -198,8 +198,10 @@ class OnPolicyMiddleware:
 
     async def _records(self, inner: Inner, _send: Send) -> Reply:
         request = _parse_object(await read_body(inner.receive))
-        records = self._chat.book.records(_names(request), forget=bool(request.get("forget", True)))
-        return Reply.from_json(200, {"records": records})
+        names, book = _names(request), self._chat.book
+        running = book.num_running(names)
+        records = book.records(names, forget=bool(request.get("forget", True)))
+        return Reply.from_json(200, {"records": records, "running": running})
 
     async def _cancel(self, inner: Inner, _send: Send) -> Reply:
         request = _parse_object(await read_body(inner.receive))

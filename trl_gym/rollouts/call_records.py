@@ -7,7 +7,9 @@ nothing, and needs them. It takes about a millisecond, while other rollouts go o
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -19,6 +21,21 @@ from trl_gym.rollouts.trajectory import ModelCall
 RECORDS_PATH = "/trl_gym/rollouts/records"
 CANCEL_PATH = "/trl_gym/rollouts/cancel"
 _TIMEOUT_S = 60.0
+_PEEK_TIMEOUT_S = 5.0  # for questions that only a person waits for
+_PAUSES_S = (0.1, 0.3)  # after a broken connection
+
+
+@dataclass(frozen=True, slots=True)
+class CallState:
+    """Where a rollout is that has not ended.
+
+    Attributes:
+        num_answered: Model calls that were answered.
+        num_running: Model calls that are being answered; None where the server does not say.
+    """
+
+    num_answered: int
+    num_running: int | None
 
 
 class RolloutLedger:
@@ -31,9 +48,7 @@ class RolloutLedger:
 
     def __init__(self, root_url: str, api_key: str | None = None) -> None:
         self._root_url = root_url
-        # A connection per request: one that the server closes while it idles would fail a request now and then, and
-        # records that were forgotten on the way cannot be asked for again.
-        self._headers = {"Connection": "close"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> list[CallRecord]:
         """The records of a rollout that has ended, in the order of its calls; the server forgets them.
@@ -43,6 +58,33 @@ class RolloutLedger:
         """
         body = {"rollouts": [rollout_id], "forget": True}
         return (await self._post(session, RECORDS_PATH, body, _TIMEOUT_S))["records"][rollout_id]
+
+    async def peek(
+        self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = _PEEK_TIMEOUT_S
+    ) -> dict[str, CallState]:
+        """Where rollouts that have not ended are, one entry per id. Nothing is forgotten.
+
+        Raises:
+            PolicyServerError: See `take`.
+        """
+        body = {"rollouts": list(rollout_ids), "forget": False}
+        answer = await self._post(session, RECORDS_PATH, body, timeout_s)
+        running = answer.get("running", {})  # a gateway of an older trl-gym does not say
+        return {
+            name: CallState(num_answered=len(answer["records"][name]), num_running=running.get(name))
+            for name in rollout_ids
+        }
+
+    async def ping(self, session: aiohttp.ClientSession, *, timeout_s: float = _PEEK_TIMEOUT_S) -> bool:
+        """False when nothing listens at the server's address any more. One that is slow, or complains, is there."""
+        try:
+            await self._post_once(session, RECORDS_PATH, {"rollouts": [], "forget": False}, timeout_s)
+        except PolicyServerError as error:
+            return not isinstance(error.__cause__, aiohttp.ClientConnectorError)
+        return True
+
+    def describe_silence(self) -> str:
+        return f"The policy server at {self._root_url} refuses connections: it has ended, or its network is gone."
 
     async def cancel(
         self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = _TIMEOUT_S
@@ -55,6 +97,19 @@ class RolloutLedger:
         await self._post(session, CANCEL_PATH, {"rollouts": list(rollout_ids)}, timeout_s)
 
     async def _post(self, session: aiohttp.ClientSession, path: str, body: dict[str, Any], timeout_s: float) -> Any:
+        """With a few tries: a network that drops a connection now and then is no reason to give a batch up, and a
+        connection that the server closed while it idled has lost nothing. An answer with records that was lost on the
+        way cannot be had again; then there are none, which says "not known"."""
+        for pause_s in _PAUSES_S:
+            try:
+                return await self._post_once(session, path, body, timeout_s)
+            except PolicyServerError as error:
+                if not isinstance(error.__cause__, aiohttp.ClientConnectionError):
+                    raise
+            await asyncio.sleep(pause_s)
+        return await self._post_once(session, path, body, timeout_s)
+
+    async def _post_once(self, session: aiohttp.ClientSession, path: str, body: Any, timeout_s: float) -> Any:
         url = f"{self._root_url}{path}"
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:

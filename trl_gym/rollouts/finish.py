@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 from trl_gym.errors import FailureKind, RolloutError, RolloutFailure
 from trl_gym.policy_server.calls import CallRecord
 from trl_gym.rollouts.call_records import match_records
-from trl_gym.rollouts.collector import RolloutResult
+from trl_gym.rollouts.collection import RolloutResult
 from trl_gym.rollouts.drift import Decode, DriftReport, explain
-from trl_gym.rollouts.journal import Journal
+from trl_gym.rollouts.journal import Recorder
 from trl_gym.rollouts.requests import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, journal_record
 from trl_gym.rollouts.trajectory import Drift, DriftError, DriftPolicy, Trajectory, TrajectoryError, model_calls
@@ -19,12 +20,12 @@ from trl_gym.rollouts.trajectory import Drift, DriftError, DriftPolicy, Trajecto
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finisher:
-    """Called once per rollout of a batch, in the collector's thread.
+    """Called once per attempt of a rollout, in the collector's thread.
 
     Attributes:
         build: Gym's answer and the request → trajectories; raises `TrajectoryError`.
         decode: Text of token ids.
-        journal: Gets a line per rollout.
+        journal: Gets a line per attempt.
         drift_policy: With `"error"`, drift raises.
         step: Optimizer step whose weights sample this batch.
         mode: `"train"` or `"eval"`.
@@ -33,7 +34,7 @@ class Finisher:
 
     build: Callable[[dict[str, Any], RolloutRequest], list[Trajectory]]
     decode: Decode
-    journal: Journal
+    journal: Recorder
     drift_policy: DriftPolicy
     step: int
     mode: str
@@ -47,6 +48,8 @@ class Finisher:
         """
         rollout = self._rollout(result)
         record = journal_record(rollout, step=self.step, mode=self.mode, weight_version=self.weight_version)
+        # The line of an attempt that is not the last says so: whoever counts rollouts leaves it out.
+        record["retried"] = rollout.failure is not None and rollout.failure.kind in result.retried_kinds
         self.journal.append(record)
         if rollout.drift is not None and self.drift_policy == "error":
             raise RolloutError(
@@ -64,9 +67,10 @@ class Finisher:
             except TrajectoryError as error:
                 drift = error.drift if isinstance(error, DriftError) else None
                 failure = RolloutFailure(kind=FailureKind.POLICY, text=str(error), where=result.request.agent)
+                failure = failure.of(**result.request.identity, seconds=result.seconds)
         report = None if drift is None else self._explain(drift, result)
         if report is not None and failure is not None:
-            failure = RolloutFailure(kind=failure.kind, text=f"excluded for drift: {report.text}", where=failure.where)
+            failure = dataclasses.replace(failure, text=f"excluded for drift: {report.text}")
         return Rollout(
             request=result.request,
             answer=result.answer,

@@ -1,20 +1,58 @@
 """Append-only record of every rollout: what was asked, what came back, which tokens are trained.
 
-One JSON object per line in `<output_dir>/rollouts/step-<k>.rank-<r>.jsonl` (`eval-step-<k>.…` for evaluation), where k
-is the optimizer step whose weights sampled it. A line is on disk before its rollout is trained on. Viewer, debugging,
-resume and offline training read the same files.
+One JSON object per line in `<output_dir>/rollouts/step-<k>.rank-<r>.jsonl` (`eval-step-<k>.…` for evaluation,
+`rollout-step-0.…` for `trl-gym rollout`), where k is the optimizer step whose weights sampled it. A file that has
+grown too large goes on in `step-<k>.rank-<r>.part-1.jsonl`. Viewer, debugging, resume and offline training read the
+same files.
+
+    append(record)   redacted, one line, in the operating system's hands when it returns: a process that is killed
+                     afterwards loses nothing. In the thread where rollouts end, without waiting for the disk.
+    commit()         fsync of everything since the last one, in the trainer's thread, before the rollouts are trained
+                     on: a machine that fails afterwards loses nothing that was trained on.
+
+Nobody ever opens a file that exists for writing. A run that is resumed or started anew, and a second process by
+mistake, each get parts of their own, so no line is torn by another writer or merged with a torn one. A line that a
+crash tore can only be the last of its file; readers leave it out and say so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import re
+import shutil
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from trl_gym.errors import RolloutError
+from trl_gym.rollouts.redaction import make_redactor, secrets_of
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+_MAX_BYTES = 512 * 10**6
+_NAME = re.compile(r"(?:(?P<mode>\w+)-)?step-(?P<step>\d+)\.rank-(?P<rank>\d+)(?:\.part-(?P<part>\d+))?\.jsonl")
+
+
+class Recorder(Protocol):
+    """Where a finished rollout is recorded."""
+
+    def append(self, record: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(slots=True)
+class _Part:
+    """A file that is being written: `size` bytes of whole lines."""
+
+    path: Path
+    descriptor: int
+    size: int = 0
 
 
 class Journal:
@@ -25,71 +63,229 @@ class Journal:
     Args:
         folder: `<output_dir>/rollouts`; made when missing.
         rank: This process's rank.
+        max_bytes: Size at which a file is continued in a new one.
+        secrets: Values to keep out of the journal, beside those that the environment's variables give away.
     """
 
-    def __init__(self, folder: str | Path, rank: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path, rank: int = 0, *, max_bytes: float = _MAX_BYTES, secrets: tuple[str, ...] = ()
+    ) -> None:
         self.folder = Path(folder)
         self.rank = rank
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._max_bytes = max_bytes
+        self._redact: Callable[[Any], Any] = make_redactor([*secrets_of(os.environ), *secrets])
         self._lock = threading.Lock()
-        self._file: Any = None
-        self._path: Path | None = None
+        self._parts: dict[tuple[str, int], _Part] = {}
+        self._ended: list[_Part] = []  # full, or of an earlier step: closed by the next commit
+        self._has_new_file = False
 
-    def path(self, step: int, mode: str) -> Path:
+    def path(self, step: int, mode: str, part: int = 0) -> Path:
         prefix = "step" if mode == "train" else f"{mode}-step"
-        return self.folder / f"{prefix}-{step}.rank-{self.rank}.jsonl"
+        suffix = f".part-{part}" if part else ""
+        return self.folder / f"{prefix}-{step}.rank-{self.rank}{suffix}.jsonl"
+
+    def tagged(self, **fields: Any) -> Recorder:
+        """A recorder that adds these fields to every line."""
+        return _Tagged(self, fields)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one rollout; it is safe from a crash of this process at once, and from one of the machine after
         `commit`.
 
         Raises:
-            OSError: The disk is full or gone; nothing is trained on that could not be recorded.
+            RolloutError: The disk is full or gone. Lines written before are intact, this one is not there.
             ValueError: The record holds NaN or infinity.
         """
-        line = json.dumps({"schema": SCHEMA, "rank": self.rank, **record}, ensure_ascii=False, allow_nan=False)
+        stamped = {"schema": SCHEMA, "rank": self.rank, "time": round(time.time(), 3), **self._redact(record)}
+        line = (json.dumps(stamped, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
         with self._lock:
-            self._open(self.path(record["step"], record["mode"]))
-            self._file.write(line + "\n")
-            self._file.flush()
+            part = self._part(record["mode"], record["step"], len(line))
+            try:
+                _write_all(part.descriptor, line)
+            except OSError as error:
+                self._abandon(part)
+                raise self._failure(part.path, error) from error
+            part.size += len(line)
 
     def commit(self) -> None:
-        """fsync what was appended."""
-        with self._lock:
-            if self._file is not None:
-                os.fsync(self._file.fileno())
+        """fsync what was appended. Call it before anything is trained on, and from one thread only.
+
+        Raises:
+            RolloutError: The disk refused.
+        """
+        with self._lock:  # not while the disk works: `append` may be waited for by an event loop
+            ended, self._ended = self._ended, []
+            open_parts = list(self._parts.values())
+            has_new_file, self._has_new_file = self._has_new_file, False
+        try:
+            for part in (*ended, *open_parts):
+                with self._explained(part.path):
+                    os.fsync(part.descriptor)
+            if has_new_file:
+                self._sync_folder()
+        finally:
+            for part in ended:
+                os.close(part.descriptor)
 
     def close(self) -> None:
+        """Commit and close; idempotent. What is appended afterwards goes to new parts."""
         with self._lock:
-            if self._file is not None:
-                os.fsync(self._file.fileno())
-                self._file.close()
-            self._file = self._path = None
+            self._ended += self._parts.values()
+            self._parts.clear()
+        self.commit()
 
-    def _open(self, path: Path) -> None:
-        if path == self._path:
-            return
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open over many appends
-        self._path = path
+    def _part(self, mode: str, step: int, num_bytes: int) -> _Part:
+        key = (mode, step)
+        part = self._parts.get(key)
+        if part is not None and (part.size == 0 or part.size + num_bytes <= self._max_bytes):
+            return part
+        self._ended += self._parts.values()
+        self._parts = {key: self._new_part(mode, step)}
+        return self._parts[key]
+
+    def _new_part(self, mode: str, step: int) -> _Part:
+        number = 0
+        while True:
+            path = self.path(step, mode, number)
+            try:
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+            except FileExistsError:
+                number += 1
+                continue
+            except OSError as error:
+                raise self._failure(path, error) from error
+            self._has_new_file = True
+            return _Part(path, descriptor)
+
+    def _abandon(self, part: _Part) -> None:
+        """After a write that failed halfway: cut the torn line off, and write no more to this file."""
+        self._parts = {key: other for key, other in self._parts.items() if other is not part}
+        self._ended.append(part)
+        with contextlib.suppress(OSError):  # then the torn line stays, as the last of its file
+            os.ftruncate(part.descriptor, part.size)
+
+    def _sync_folder(self) -> None:
+        with self._explained(self.folder):
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _explained(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._failure(path, error) from error
+
+    def _failure(self, path: Path, error: OSError) -> RolloutError:
+        try:
+            usage = shutil.disk_usage(self.folder)
+            space = f"{usage.free / 1e6:.1f} MB of {usage.total / 1e6:.0f} MB are free there"
+        except OSError as unknown:
+            space = f"free space unknown: {unknown.strerror}"
+        return RolloutError(
+            f"The journal {path} cannot be written: {error.strerror or error} ({space}). What was recorded before is "
+            "intact and nothing is trained on that is not recorded. Make room, or choose another `output_dir`, and "
+            "resume from the last checkpoint."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tagged:
+    journal: Journal
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        self.journal.append({**record, **self.fields})
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One rollout of a journal, and where it stands.
+
+    Attributes:
+        path: The file.
+        offset: Of the line's first byte.
+        length: In bytes, without the newline.
+        record: The line, parsed.
+    """
+
+    path: Path
+    offset: int
+    length: int
+    record: dict[str, Any]
 
 
 def read_journal(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """All rollouts of a run, by file. A last line that a crash tore is left out; one in the middle is an error.
+    """All rollouts of a run, by mode, step, rank and part. See `read_lines`."""
+    return (line.record for line in read_lines(folder))
+
+
+def read_lines(folder: str | Path, *, mode: str | None = None, step: int | None = None) -> Iterator[Line]:
+    """The lines of a journal, without holding a file in memory.
+
+    Args:
+        folder: The journal's.
+        mode: Only this one; all when None.
+        step: Only this one; all when None.
 
     Raises:
-        ValueError: A line that is not the last of its file is not JSON.
+        ValueError: A line that is not the last of its file is not JSON. The last one may have been torn by a crash;
+            then it is left out, and logged.
     """
-    for path in sorted(Path(folder).glob("*.jsonl")):
-        lines = path.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines, start=1):
-            if not line:
-                continue
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                if number == len(lines):  # no newline after it: torn while it was written
-                    continue
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+    for path in journal_files(folder, mode=mode, step=step):
+        with open(path, "rb") as file:
+            offset = 0
+            for number, raw in enumerate(file, start=1):
+                if raw.strip():
+                    record = _parse(raw, path, number)
+                    if record is not None:
+                        yield Line(path, offset, len(raw.rstrip(b"\n")), record)
+                offset += len(raw)
+
+
+def read_line(path: Path, offset: int, length: int) -> dict[str, Any]:
+    """One rollout again, from where `read_lines` found it."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return json.loads(file.read(length))
+
+
+def journal_files(folder: str | Path, *, mode: str | None = None, step: int | None = None) -> list[Path]:
+    """The files of a journal, in the order in which they are read: by mode, step, rank, part."""
+    found = []
+    for path in Path(folder).glob("*.jsonl"):
+        match = _NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        its_mode, its_step = match["mode"] or "train", int(match["step"])
+        if mode in (None, its_mode) and step in (None, its_step):
+            found.append(((its_mode, its_step, int(match["rank"]), int(match["part"] or 0)), path))
+    return [path for _, path in sorted(found)]
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step in the name of a journal's file."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path.name} is not the name of a journal's file")
+    return int(match["step"])
+
+
+def _parse(raw: bytes, path: Path, number: int) -> dict[str, Any] | None:
+    try:
+        return json.loads(raw)
+    except ValueError as error:  # also a character of which only the first bytes are there
+        if not raw.endswith(b"\n"):
+            logger.warning("%s, line %d: torn by a crash after %d bytes; left out", path, number, len(raw))
+            return None
+        raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -8,10 +8,14 @@ what the policy server's middleware pins: an agent that sets its own temperature
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+_ATTEMPT = re.compile(r"-a\d+$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,16 @@ class RolloutRequest:
     attempt: int
     agent: str
     row: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What `RolloutFailure.of` takes."""
+        return {
+            "agent": self.agent,
+            "task_index": self.task_index,
+            "rollout_id": self.rollout_id,
+            "attempt": self.attempt,
+        }
 
 
 def stamp(
@@ -90,6 +104,27 @@ def stamp(
     stamped["_ng_rollout_index"] = member
     stamped["_ng_rollout_id"] = rollout_id
     return stamped
+
+
+def next_attempt(request: RolloutRequest) -> RolloutRequest:
+    """The same rollout once more, under an id of its own: `…-a0` becomes `…-a1`.
+
+    The id is replaced in every place where `stamp` wrote it, so that calls which the failed attempt still makes are
+    not taken for calls of this one. Whatever else is in the row stays as it is.
+    """
+    attempt = request.attempt + 1
+    rollout_id = f"{_ATTEMPT.sub('', request.rollout_id)}-a{attempt}"
+    row = dict(request.row)
+    if "_ng_rollout_id" in row:
+        row["_ng_rollout_id"] = rollout_id
+    params = row.get("responses_create_params")
+    metadata = params.get("metadata") if isinstance(params, Mapping) else None
+    if isinstance(metadata, Mapping) and metadata.get("extra_body"):
+        extra_body = _json_object(metadata["extra_body"], "extra_body")
+        if isinstance(tag := extra_body.get("trl_gym"), dict):
+            extra_body["trl_gym"] = tag | {"rollout": rollout_id}
+        row["responses_create_params"] = {**params, "metadata": {**metadata, "extra_body": json.dumps(extra_body)}}
+    return dataclasses.replace(request, rollout_id=rollout_id, attempt=attempt, row=row)
 
 
 def _json_object(text: str | None, name: str) -> dict[str, Any]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_gym.errors import RolloutFailure
-from trl_gym.policy_server.calls import CallRecord
+from trl_gym.errors import FailureKind, RolloutFailure
+from trl_gym.policy_server.calls import CallRecord, DriftCause
 from trl_gym.rollouts.call_records import match_records, weight_versions
 from trl_gym.rollouts.drift import DriftReport
+from trl_gym.rollouts.identity import request_hash, task_hash
 from trl_gym.rollouts.requests import RolloutRequest
 from trl_gym.rollouts.trajectory import ModelCall, Trajectory, TrajectoryError, finish_reason, model_calls
 
 # Fields of a verify response that are the protocol's, not measurements of the environment.
 _NOT_METRICS = ("responses_create_params", "response", "reward", "agent_ref")
+# Fields of Gym's answer that a journal's line has elsewhere, or can do without: the parameters are in the row.
+_NOT_VERIFIED = ("responses_create_params", "response")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +55,7 @@ class Rollout:
         """1.0 or 0.0: the verifier's own `success` where it reports one, else whether the reward reached 1."""
         if self.failure is not None:
             return None
-        reported = self.answer.get("success")
-        return float(reported) if isinstance(reported, bool | int | float) else float(self.reward >= 1.0)
+        return success_of(self.answer, self.reward)
 
     def metrics(self) -> dict[str, float]:
         """Every finite number at the top level of the verify response, e.g. `{"success": 1.0}`."""
@@ -67,6 +70,17 @@ class Rollout:
             and isinstance(value, bool | int | float)
             and math.isfinite(value)
         }
+
+
+def success_of(answer: Mapping[str, Any], reward: float) -> float:
+    """1.0 or 0.0: the verifier's own `success` where it reports one, else whether the reward reached 1.
+
+    Args:
+        answer: Gym's answer, or `verify` of a journal's line.
+        reward: Of the same rollout.
+    """
+    reported = answer.get("success")
+    return float(reported) if isinstance(reported, bool | int | float) else float(reward >= 1.0)
 
 
 def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: str) -> dict[str, Any]:
@@ -85,7 +99,10 @@ def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: st
         "step": step,
         "mode": mode,
         "task_index": request.task_index,
+        "task_hash": task_hash(request.row),
+        "request_hash": request_hash(request.row),
         "group": request.group,
+        "member": request.member,
         "rollout_id": request.rollout_id,
         "attempt": request.attempt,
         "agent": request.agent,
@@ -99,11 +116,62 @@ def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: st
         "completion_ids": trained.completion_ids if trained else [],
         "env_mask": trained.env_mask if trained else [],
         "logprobs": trained.logprobs if trained else [],
+        "turn_ends": trained.turn_ends if trained else [],
         "turns": list(_turns(answer, rollout.records or [])),
         "seconds": round(rollout.seconds, 4),
         "row": request.row,
         "response": _json_safe(answer.get("response")),
+        "verify": _json_safe({name: value for name, value in answer.items() if name not in _NOT_VERIFIED}),
     }
+
+
+def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
+    """A recorded rollout again, as the answer to a request for the same task.
+
+    The trajectory is the recorded one, to the token. Of Gym's answer only `responses_create_params` is not recorded:
+    it is taken from the row that was sent.
+
+    Args:
+        record: A journal's line.
+        request: What is asked now.
+
+    Raises:
+        KeyError: The line was written before journals could be read back (it has no `verify`).
+    """
+    failure, verify = record["failure"], record["verify"]
+    answer = None
+    if record["response"] is not None:
+        parameters = record["row"].get("responses_create_params")
+        answer = {"responses_create_params": parameters, **verify, "response": record["response"]}
+    return Rollout(
+        request=request,
+        answer=answer,
+        failure=None if failure is None else _failure_from(failure),
+        trajectories=[_trajectory_from(record)] if record["completion_ids"] else [],
+        seconds=record["seconds"],
+        drift=None if record["drift"] is None else _drift_from(record["drift"]),
+    )
+
+
+def _trajectory_from(record: Mapping[str, Any]) -> Trajectory:
+    return Trajectory(
+        prompt_ids=record["prompt_ids"],
+        completion_ids=record["completion_ids"],
+        env_mask=record["env_mask"],
+        logprobs=record["logprobs"],
+        num_turns=len(record["turn_ends"]),
+        turn_ends=record["turn_ends"],
+    )
+
+
+def _drift_from(drift: Mapping[str, Any]) -> DriftReport:
+    return DriftReport(**{**drift, "cause": DriftCause(drift["cause"])})
+
+
+def _failure_from(failure: Mapping[str, Any]) -> RolloutFailure:
+    known = {field.name for field in dataclasses.fields(RolloutFailure)}
+    fields = {name: value for name, value in failure.items() if name in known}
+    return RolloutFailure(**{**fields, "kind": FailureKind(failure["kind"])})
 
 
 def conversation(rollout: Rollout) -> list[dict[str, Any]]:

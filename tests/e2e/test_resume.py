@@ -1,0 +1,244 @@
+"""A run that is killed in the middle of a generation batch and resumed ends as one that was never interrupted; then
+the same rollouts train another run without any server.
+
+Sampling is seeded per rollout (TRL divides logits by the temperature, so it cannot be 0), through the documented
+override: the same weights, task and member then sample the same tokens, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.training import CALCULATOR, RecordingTrainer, config
+from trl_gym import GymServers, PolicyServer, load_gym_dataset
+from trl_gym.rollouts.journal import read_journal
+from trl_gym.rollouts.requests import RolloutRequest
+
+pytestmark = pytest.mark.e2e
+
+# Eight steps over two epochs of eight tasks: a generation batch has 4 tasks x 4 rollouts and lasts two optimizer
+# steps. Checkpoints after every third step: that of step 3 is in the middle of a generation batch, that of step 6
+# in the second epoch.
+NUM_STEPS = 8
+KILLED_AT_STEP, KILLED_AFTER = 6, 7
+# Log-probabilities of the same tokens differ in the last bits with what else is in the server's batch, and a resumed
+# batch is smaller; they enter the loss through the importance ratio, and Adam turns a difference in a tiny gradient
+# into one of up to the learning rate.
+TOLERANCE = 1e-4
+
+
+class Seeded(RecordingTrainer):
+    """Samples reproducibly."""
+
+    def build_request(self, row: dict[str, Any], request: RolloutRequest) -> dict[str, Any]:
+        metadata = request.row["responses_create_params"]["metadata"]
+        seed = 1000 * self.state.global_step + 10 * request.task_index + request.member
+        metadata["extra_body"] = json.dumps(json.loads(metadata["extra_body"]) | {"seed": seed})
+        return request.row
+
+
+class Killed(Seeded):
+    """Dies without notice once so many rollouts of a step are in the journal."""
+
+    num_left = KILLED_AFTER
+
+    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest) -> Any:
+        if self.state.global_step == KILLED_AT_STEP:
+            if self.num_left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.num_left -= 1
+        return super().build_trajectories(answer, request)
+
+
+def settings(output_dir: Path, **changes: Any) -> Any:
+    return config(
+        output_dir,
+        **{
+            "num_generations": 4,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 4,
+            "max_steps": NUM_STEPS,
+            "eval_strategy": "no",
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "gym_max_inflight": 8,
+        }
+        | changes,
+    )
+
+
+def train(trainer: type[Seeded], output_dir: Path, policy: str, gym_head: str, data: Path, model: Path) -> Seeded:
+    made = trainer(
+        model=str(model),
+        args=settings(output_dir),
+        train_dataset=load_gym_dataset(data),
+        policy_server=PolicyServer.attach(policy),
+        gym_servers=GymServers.attach(gym_head),
+    )
+    made.train(resume_from_checkpoint=(output_dir / "checkpoint-3").exists())
+    return made
+
+
+@pytest.fixture(scope="module")
+def servers(small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    flags = {"dtype": "float32", "max-model-len": 512, "enforce-eager": True, "tool-call-parser": "hermes"}
+    logs = tmp_path_factory.mktemp("logs")
+    with (
+        PolicyServer(small_policy, vllm_args=flags, log_dir=logs) as policy,
+        GymServers([CALCULATOR / "calculator.yaml"], policy_base_url=policy.base_url, log_dir=logs) as gym,
+    ):
+        yield policy.base_url, gym.head_url
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, calculator_data: Any) -> Path:
+    return calculator_data.generate(tmp_path_factory.mktemp("data"), num_train=8, num_validation=1, seed=0)[0]
+
+
+def train_when_told(told: Connection) -> None:
+    """In a process of its own: what takes long to import is imported while the servers start."""
+    import trl_gym.trainer  # noqa: F401
+
+    train(Killed, *told.recv())
+
+
+@pytest.fixture(scope="module")
+def victim() -> Iterator[tuple[SpawnProcess, Connection]]:
+    """The process of the run that is killed, and what tells it to begin."""
+    context = multiprocessing.get_context("spawn")
+    told, tell = context.Pipe(duplex=False)
+    process = context.Process(target=train_when_told, args=(told,))
+    process.start()
+    yield process, tell
+    process.kill()
+    process.join()
+
+
+@pytest.fixture(scope="module")
+def runs(
+    victim: tuple[SpawnProcess, Connection],
+    servers: tuple[str, str],
+    data: Path,
+    small_policy: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Seeded, Seeded, Path]:
+    """An uninterrupted run, and one that was killed and resumed, with its folder."""
+    process, tell = victim
+    folder = tmp_path_factory.mktemp("runs")
+    whole = train(Seeded, folder / "whole", *servers, data, small_policy)
+    tell.send((folder / "killed", *servers, data, small_policy))
+    process.join(timeout=240)
+    assert process.exitcode == -signal.SIGKILL
+    assert (folder / "killed" / "checkpoint-6").exists()
+    return whole, train(Seeded, folder / "killed", *servers, data, small_policy), folder / "killed"
+
+
+def identity(record: dict[str, Any]) -> tuple[int, int, int, int]:
+    return record["step"], record["task_index"], record["group"], record["member"]
+
+
+def test_the_same_tasks_and_rollouts_and_nothing_is_collected_twice(runs: tuple[Seeded, Seeded, Path]) -> None:
+    whole, _, folder = runs
+    expected = list(read_journal(Path(whole.args.output_dir) / "rollouts"))
+    recorded = list(read_journal(folder / "rollouts"))
+    assert [r["failure"] for r in expected + recorded] == [None] * len(expected + recorded)
+    assert len(expected) == 16 * NUM_STEPS / 2
+    assert Counter(map(identity, recorded)) == Counter(map(identity, expected))  # each once, none missing
+    tokens = {identity(r): r["completion_ids"] for r in expected}
+    assert {identity(r): r["completion_ids"] for r in recorded} == tokens
+    in_the_interrupted_batch = [r for r in recorded if r["step"] == KILLED_AT_STEP]
+    # The order of rollout ids tells who collected: the killed run's begin with another id than the resumed one's.
+    assert sorted(Counter(r["rollout_id"].split("-")[0] for r in in_the_interrupted_batch).values()) == [
+        KILLED_AFTER,
+        16 - KILLED_AFTER,
+    ]
+    assert {r["run"] for r in recorded} != {r["run"] for r in expected}
+    assert len({r["run"] for r in recorded}) == 1
+
+
+def test_the_batches_and_the_weights_are_the_same(runs: tuple[Seeded, Seeded, Path]) -> None:
+    whole, resumed, _ = runs
+    assert [batch["step"] for batch in whole.seen] == [0, 2, 4, 6]
+    assert [batch["step"] for batch in resumed.seen] == [6]
+    last, again = whole.seen[-1], resumed.seen[-1]
+    assert torch.equal(last["completion_ids"], again["completion_ids"])
+    assert torch.equal(last["advantages"], again["advantages"])
+    torch.testing.assert_close(last["sampling_per_token_logps"], again["sampling_per_token_logps"], atol=1e-4, rtol=0)
+    for (name, expected), actual in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0, msg=name)
+
+
+def test_a_checkpoint_in_the_middle_of_a_batch_goes_on_with_its_rest(
+    runs: tuple[Seeded, Seeded, Path], servers: tuple[str, str], data: Path, small_policy: Path, tmp_path: Path
+) -> None:
+    """From checkpoint 3, trained on without its journal: step 3 uses up the buffered half of the batch of step 2, and
+    generates at step 4 for the tasks that the uninterrupted run has there."""
+    whole, _, folder = runs
+    trainer = Seeded(
+        model=str(small_policy),
+        args=settings(tmp_path, max_steps=5),
+        train_dataset=load_gym_dataset(data),
+        policy_server=PolicyServer.attach(servers[0]),
+        gym_servers=GymServers.attach(servers[1]),
+    )
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    trainer.close()
+    [batch] = trainer.seen
+    assert batch["step"] == 4
+    expected = whole.seen[2]
+    assert [r.request.task_index for r in batch["rollouts"]] == [r.request.task_index for r in expected["rollouts"]]
+    assert torch.equal(batch["completion_ids"], expected["completion_ids"])
+
+
+def test_a_run_that_is_started_anew_recalls_nothing(
+    runs: tuple[Seeded, Seeded, Path], servers: tuple[str, str], data: Path, small_policy: Path
+) -> None:
+    """In the same folder, with the same weights, tasks and sampling as the run before, but without resuming."""
+    _, _, folder = runs
+    before = Counter(map(identity, read_journal(folder / "rollouts")))
+    trainer = Seeded(
+        model=str(small_policy),
+        args=settings(folder, max_steps=1, save_strategy="no"),
+        train_dataset=load_gym_dataset(data),
+        policy_server=PolicyServer.attach(servers[0]),
+        gym_servers=GymServers.attach(servers[1]),
+    )
+    trainer.train()
+    trainer.close()
+    after = Counter(map(identity, read_journal(folder / "rollouts")))
+    assert sum((after - before).values()) == 16
+    assert before <= after  # nothing that was there is gone
+
+
+def test_training_from_the_journal_needs_no_server(
+    runs: tuple[Seeded, Seeded, Path], data: Path, small_policy: Path, tmp_path: Path
+) -> None:
+    """The first generation batch of the recorded run, replayed: the same tensors, and so the same first steps."""
+    whole, _, _ = runs
+    journal = Path(whole.args.output_dir) / "rollouts"
+    trainer = RecordingTrainer(
+        model=str(small_policy),
+        args=settings(tmp_path, max_steps=4, save_strategy="no", gym_replay=str(journal)),
+        train_dataset=load_gym_dataset(data),
+    )
+    assert trainer.policy_server is None and trainer.gym_servers is None
+    trainer.train()
+    first, recorded = trainer.seen[0], whole.seen[0]
+    for name in ("prompt_ids", "completion_ids", "tool_mask", "advantages", "sampling_per_token_logps"):
+        assert torch.equal(first[name], recorded[name]), name
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["rollouts/staleness"] == 0.0
+    trainer.close()

@@ -1,0 +1,313 @@
+"""One optimizer step on prepared rollouts, through the real trainers and the real loss, without servers.
+
+`gym_step` is `GymGRPOTrainer` on rollouts of which some have failed; `reference_step` is TRL's own `GRPOTrainer` on
+what is left of them: every group with as many members fewer, as if nobody had asked for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from tests.policy_server.tiny_model import build_model, build_tokenizer
+from trl_gym import GymGRPOConfig, GymGRPOTrainer, compat, servers
+from trl_gym.errors import FailureKind, RolloutFailure
+from trl_gym.rollouts.groups import LOSS_TYPES as LOSS_TYPES
+from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.trajectory import Trajectory, from_gym
+
+NUM_MEMBERS = 4
+AGENT = "arithmetic"
+Failed = Collection[tuple[int, int]]  # (task, member)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One optimizer step.
+
+    Attributes:
+        name: Unique.
+        failed: Rollouts that fail, as (task, member).
+        num_tasks: Groups.
+        options: Of the configuration, beyond what all cases have.
+        parts: For the reference: rows of each micro-batch that TRL shall take its means over, where that is not all.
+    """
+
+    name: str
+    failed: Failed
+    num_tasks: int = 3
+    options: dict[str, Any] = field(default_factory=dict)
+    parts: Sequence[int] | None = None
+
+    @property
+    def surviving(self) -> dict[int, list[int]]:
+        """Members by task; the same number for every task that has any."""
+        members = {
+            task: [member for member in range(NUM_MEMBERS) if (task, member) not in self.failed]
+            for task in range(self.num_tasks)
+        }
+        return {task: own for task, own in members.items() if own}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of it.
+
+    Attributes:
+        gradient: By parameter.
+        logs: What was logged of the step.
+        batches: Micro-batches as they were handed to TRL's loss.
+    """
+
+    gradient: dict[str, torch.Tensor]
+    logs: dict[str, float]
+    batches: list[dict[str, torch.Tensor]]
+
+
+def trajectory_of(task: int, member: int) -> tuple[Trajectory, float, bool]:
+    """A prepared rollout: two turns with environment tokens between them, its reward, and whether it was cut."""
+    draw = random.Random(f"{task}-{member}")
+    prompt = [draw.randrange(10, 400) for _ in range(4 + task)]
+    turns = [[draw.randrange(10, 400) for _ in range(draw.randrange(2, 7))] for _ in range(2)]
+    added = [draw.randrange(10, 400) for _ in range(3)]
+    mask = [1] * len(turns[0]) + [0] * len(added) + [1] * len(turns[1])
+    trajectory = Trajectory(
+        prompt_ids=prompt,
+        completion_ids=turns[0] + added + turns[1],
+        env_mask=mask,
+        # Near what the policy says (about -6.3), so that importance ratios are neither 1 nor clipped away.
+        logprobs=[-6.3 + draw.uniform(-0.3, 0.3) if sampled else 0.0 for sampled in mask],
+        num_turns=2,
+        turn_ends=[len(turns[0]), len(mask)],
+    )
+    return trajectory, round(draw.uniform(0, 1), 3), draw.random() < 0.4
+
+
+def rollout_of(request: RolloutRequest, failed: Failed) -> Rollout:
+    """The rollout that Gym would have answered with."""
+    if (request.task_index, request.member) in failed:
+        failure = RolloutFailure(kind=FailureKind.DEADLINE, text="took too long", where=f"{AGENT} /run")
+        return Rollout(request=request, answer=None, failure=failure, trajectories=[], seconds=9.0)
+    trajectory, reward, is_cut = trajectory_of(request.task_index, request.member)
+    cut = {"incomplete_details": {"reason": "max_output_tokens"}} if is_cut else {}
+    first, last = trajectory.turn_ends[0], trajectory.turn_ends[1]
+    second_prompt = trajectory.prompt_ids + trajectory.completion_ids[: first + 3]
+    output = [
+        _item(trajectory.prompt_ids, trajectory.completion_ids[:first], trajectory.logprobs[:first]),
+        {"type": "function_call", "name": "add", "arguments": "not json"},
+        {"type": "function_call_output", "output": '{"error": "no such number"}'},
+        _item(second_prompt, trajectory.completion_ids[first + 3 : last], trajectory.logprobs[first + 3 :]),
+    ]
+    answer = {"reward": reward, "steps": 2 + request.member, "response": {"output": output, **cut}}
+    return Rollout(request=request, answer=answer, failure=None, trajectories=from_gym(answer), seconds=1.0)
+
+
+def save_model(folder: Path) -> Path:
+    """A tiny random policy in float64, so that rounding is far below what a row that counts would do."""
+    tokenizer = build_tokenizer()
+    build_model(tokenizer, tie=True, seed=0).double().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def gym_step(model: Path, case: Case, output_dir: Path, *, num_ranks: int = 1) -> Step:
+    """One step of `GymGRPOTrainer`, failures and all."""
+    return _step(make_trainer(model, case, output_dir, num_ranks=num_ranks))
+
+
+def make_trainer(model: Path, case: Case, output_dir: Path, *, num_ranks: int = 1) -> PreparedTrainer:
+    """`GymGRPOTrainer` on prepared rollouts."""
+    original, servers.RunServers = servers.RunServers, lambda *_: servers.NoServers()
+    try:
+        args = gym_config(output_dir, case, num_ranks)
+        return PreparedTrainer(case.failed, model=str(model), args=args, train_dataset=tasks(range(case.num_tasks)))
+    finally:
+        servers.RunServers = original
+
+
+def reference_step(model: Path, case: Case, output_dir: Path) -> Step:
+    """One step of TRL's `GRPOTrainer` on the rollouts that did not fail; single process, one micro-batch."""
+    sizes = {len(own) for own in case.surviving.values()}
+    assert len(sizes) == 1, "TRL's groups are of one size"
+    num_members = sizes.pop()
+    num_rows = num_members * len(case.surviving)
+    taken = {"gym_min_group_size", "gym_min_valid_fraction"}
+    args = GRPOConfig(
+        **_common(output_dir, num_rows, num_members)
+        | {name: value for name, value in case.options.items() if name not in taken}
+        | {"gradient_accumulation_steps": 1, "use_vllm": True}
+    )
+    with compat.generation_backend(lambda **_: compat.ServedGeneration(lambda: None, dict)):
+        trainer = ReferenceTrainer(
+            case, model=str(model), args=args, train_dataset=tasks(case.surviving), reward_funcs=prepared_reward
+        )
+    return _step(trainer)
+
+
+def num_trained(batch: dict[str, torch.Tensor]) -> int:
+    """Rows that have a token in the loss."""
+    return int(((batch["completion_mask"] * batch["tool_mask"]).sum(1) > 0).sum())
+
+
+class PreparedTrainer(GymGRPOTrainer):
+    """`GymGRPOTrainer` whose rollouts are there already."""
+
+    def __init__(self, failed: Failed, **kwargs: Any) -> None:
+        self._failed = failed
+        self.requests: list[RolloutRequest] = []
+        self.batches: list[dict[str, Any]] = []
+        super().__init__(**kwargs)
+
+    def _connect(self, args: GymGRPOConfig) -> None:
+        class NoJournal:
+            folder = args.output_dir
+
+            def commit(self) -> None: ...
+
+        self._journal = NoJournal()
+
+    def _push_weights(self, step: int) -> None: ...
+
+    def _served_version(self) -> str:
+        return "0"
+
+    def _collect(self, requests: Sequence[RolloutRequest], version: str) -> list[Rollout]:
+        self.requests += requests
+        return [rollout_of(request, self._failed) for request in requests]
+
+    def _agent_name(self, row: dict[str, Any]) -> str:
+        return AGENT
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self.batches.append(inputs)
+        return super()._compute_loss(model, inputs)
+
+
+class ReferenceTrainer(GRPOTrainer):
+    """TRL's own, on the surviving rollouts of a case."""
+
+    def __init__(self, case: Case, **kwargs: Any) -> None:
+        self._case = case
+        self.batches: list[dict[str, Any]] = []
+        super().__init__(rollout_func=self._roll_out, **kwargs)
+
+    def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        prepared = [trajectory_of(task, member) for task, own in self._case.surviving.items() for member in own]
+        assert len(prepared) == len(prompts)
+        masked = [self.args.mask_truncated_completions and cut for *_, cut in prepared]
+        self.mask_truncated_completions = False  # TRL would look at the last token, which is drawn
+        return {
+            "prompt_ids": [trajectory.prompt_ids for trajectory, *_ in prepared],
+            "completion_ids": [trajectory.completion_ids for trajectory, *_ in prepared],
+            "logprobs": [trajectory.logprobs for trajectory, *_ in prepared],
+            "env_mask": [
+                [0] * len(t.env_mask) if m else t.env_mask for (t, *_), m in zip(prepared, masked, strict=True)
+            ],
+            "prepared": [reward for _, reward, _ in prepared],
+        }
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        return output | {"row": torch.arange(len(inputs))}
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._case.parts is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        order = inputs["row"].argsort()
+        pieces = order.split(list(self._case.parts))
+        return sum(
+            len(piece) / len(order) * super(ReferenceTrainer, self).compute_loss(model, _rows(inputs, piece))
+            for piece in pieces
+        )
+
+
+def prepared_reward(prepared: list[float], **_: Any) -> list[float]:
+    return prepared
+
+
+def gym_config(output_dir: Path, case: Case, num_ranks: int) -> GymGRPOConfig:
+    num_steps = case.options.get("gradient_accumulation_steps", 1)
+    num_rows = case.num_tasks * NUM_MEMBERS // num_ranks // num_steps
+    return GymGRPOConfig(**_common(output_dir, num_rows, NUM_MEMBERS) | case.options)
+
+
+def tasks(indices: Collection[int]) -> Dataset:
+    row = '{"responses_create_params": {"input": "?"}}'
+    question = [{"role": "user", "content": "?"}]
+    return Dataset.from_list([{"prompt": question, "task_index": task, "gym_row": row} for task in indices])
+
+
+def _common(output_dir: Path, num_rows: int, num_members: int) -> dict[str, Any]:
+    return {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "model_init_kwargs": {"dtype": "auto"},  # float64, as `save_model` wrote it
+        "num_generations": num_members,
+        "per_device_train_batch_size": num_rows,
+        "max_completion_length": 16,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "learning_rate": 1e-4,
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "gradient_checkpointing": False,
+        "shuffle_dataset": False,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+@contextlib.contextmanager
+def lean() -> Iterator[None]:
+    """One thread, and no look at what was there before in the garbage collections with which `train` ends: a step
+    takes a tenth of a second instead of one."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        torch.set_num_threads(num_threads)
+
+
+class _KeepGradient(TrainerCallback):
+    def __init__(self) -> None:
+        self.gradient: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.gradient = {
+            name.removeprefix("module."): parameter.grad.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+
+
+def _step(trainer: Any) -> Step:
+    kept = _KeepGradient()
+    trainer.add_callback(kept)
+    trainer.train()
+    return Step(kept.gradient, trainer.state.log_history[0], trainer.batches)
+
+
+def _item(prompt: list[int], sampled: list[int], logprobs: list[float]) -> dict[str, Any]:
+    bundle = {"prompt_token_ids": prompt, "generation_token_ids": sampled, "generation_log_probs": logprobs}
+    return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "…"}], **bundle}
+
+
+def _rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    return {name: value[rows] if value.ndim else value for name, value in inputs.items()}

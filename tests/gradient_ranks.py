@@ -1,0 +1,64 @@
+"""What each of several ranks of `torchrun` does in `test_gradient.py`: cases of `gradient.py`, gradients to a file.
+
+torchrun --nproc_per_node 2 -m tests.gradient_ranks MODEL FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.gradient import LOSS_TYPES, Case, gym_step, lean, make_trainer, num_trained, tasks
+from trl_gym.errors import RolloutError
+
+# Rows 0 to 5 are rank 0's, the others rank 1's: group 1 lies across both.
+UNEQUAL = {(0, 1), (1, 0), (2, 3)}
+EMPTY_RANK = {(1, member) for member in range(4)}
+VESPO = {"vllm_importance_sampling_mode": "token_truncate"}
+
+
+def cases() -> list[Case]:
+    """Those that are compared with a reference."""
+    found = []
+    for loss_type in LOSS_TYPES:
+        options = {"loss_type": loss_type} | (VESPO if loss_type == "vespo" else {})
+        # TRL's `bnpo` is a mean over what a rank has: 4 rows on rank 0, 5 on rank 1.
+        parts = (4, 5) if loss_type == "bnpo" else None
+        found.append(Case(name=f"unequal-{loss_type}", failed=UNEQUAL, options=options, parts=parts))
+        found.append(Case(name=f"empty_rank-{loss_type}", failed=EMPTY_RANK, num_tasks=2, options=options))
+    return found
+
+
+def below_fraction() -> Case:
+    """Too many fail on rank 0 alone, not too many on rank 1 alone, and too many on both."""
+    return Case(name="below_fraction", failed=UNEQUAL | {(0, 0), (2, 0)}, options={"gym_min_valid_fraction": 0.6})
+
+
+def evaluation() -> tuple[Case, range]:
+    """Ten rollouts in batches of eight over two ranks: accelerate fills the last one up with tasks from the start."""
+    options = {"num_generations_eval": 2, "per_device_eval_batch_size": 4}
+    return Case(name="evaluation", failed={(4, 0), (1, 1)}, options=options), range(5)
+
+
+def main(model: Path, folder: Path) -> None:
+    results = {}
+    for case in cases():
+        step = gym_step(model, case, folder / "run", num_ranks=2)
+        trained = [num_trained(batch) for batch in step.batches]
+        results[case.name] = {"gradient": step.gradient, "logs": step.logs, "trained": trained}
+    try:
+        gym_step(model, below_fraction(), folder / "run", num_ranks=2)
+    except RolloutError as error:
+        results["error"] = str(error)
+    case, evaluated = evaluation()
+    trainer = make_trainer(model, case, folder / "run", num_ranks=2)
+    results["evaluation"] = trainer.evaluate(tasks(evaluated))
+    torch.save(results, folder / f"rank-{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    with lean():
+        main(Path(sys.argv[1]), Path(sys.argv[2]))

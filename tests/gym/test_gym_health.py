@@ -1,0 +1,63 @@
+"""Servers that are gone, and the agents that need them. Sockets are real; there is no Gym."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from trl_gym.gym.discovery import ServerInstance
+from trl_gym.gym.health import ServerProbe, is_alive, needed_servers
+from trl_gym.processes import bind_socket
+
+
+def server(url: str, pid: int | None = None) -> ServerInstance:
+    return ServerInstance("tools", "resources_servers", "tools", url, pid)
+
+
+def test_a_refused_connection_counts_when_it_repeats() -> None:
+    sock = bind_socket()
+    address = server(f"http://127.0.0.1:{sock.getsockname()[1]}")
+    probe = ServerProbe()
+    assert probe.gone([address], knows_processes=False) == {}
+    sock.close()
+    assert probe.gone([address], knows_processes=False) == {}
+    assert probe.gone([address], knows_processes=False) == {}
+    assert probe.gone([address], knows_processes=False) == {"tools": f"{address.url} refuses connections"}
+    with bind_socket(port=int(address.url.rpartition(":")[2])):
+        assert probe.gone([address], knows_processes=False) == {}
+    assert probe.gone([address], knows_processes=False) == {}, "counted anew"
+
+
+def test_a_process_that_ended_counts_at_once_where_it_is_ours() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child, bind_socket() as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        child.wait()
+        gone = ServerProbe().gone([server(url, child.pid)], knows_processes=True)
+        assert gone == {"tools": f"its process (pid {child.pid}) has ended"}
+        assert ServerProbe().gone([server(url, child.pid)], knows_processes=False) == {}
+        assert ServerProbe().gone([server(url, os.getpid())], knows_processes=True) == {}
+    assert is_alive(os.getpid()) and is_alive(None)
+
+
+def test_an_agent_needs_what_its_config_refers_to_and_so_on() -> None:
+    def reference(kind: str, name: str) -> dict[str, str]:
+        return {"type": kind, "name": name}
+
+    config = {
+        "agent": {
+            "responses_api_agents": {
+                "simple_agent": {
+                    "resources_server": reference("resources_servers", "tools"),
+                    "model_server": reference("responses_api_models", "policy_model"),
+                    "datasets": [{"type": "example", "name": "not_a_server"}],
+                }
+            }
+        },
+        "tools": {"resources_servers": {"tools": {"judges": [reference("responses_api_models", "judge_model")]}}},
+        "other": {"responses_api_agents": {"simple_agent": {}}},
+    }
+    assert needed_servers(config, "agent") == {"agent", "tools", "policy_model", "judge_model"}
+    assert needed_servers(config, "other") == {"other"}
+    config["tools"]["resources_servers"]["tools"]["back"] = reference("responses_api_agents", "agent")
+    assert needed_servers(config, "tools") == {"agent", "tools", "policy_model", "judge_model"}

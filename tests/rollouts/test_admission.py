@@ -1,0 +1,93 @@
+"""Who may start: never more than the caps and rates allow, nobody forgotten, nobody starved."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_gym.rollouts.admission import Admission
+from trl_gym.rollouts.budgets import Budgets, budgets_from_options
+
+
+def budgets(max_inflight: int, **options: Any) -> Budgets:
+    return budgets_from_options(deadline_s=1.0, max_inflight=max_inflight, **options)
+
+
+class Runs:
+    """Uses places and counts."""
+
+    def __init__(self, limits: Budgets) -> None:
+        self.admission = Admission(limits)
+        self.now: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.order: list[str] = []
+
+    async def run(self, agent: str, num_turns: int = 1) -> None:
+        async with self.admission.place(agent):
+            self.order.append(agent)
+            self.now[agent] += 1
+            self.most[agent] = max(self.most[agent], self.now[agent])
+            self.most[""] = max(self.most[""], self.now.total())
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            self.now[agent] -= 1
+
+
+agents = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4), st.booleans()), max_size=30)
+
+
+@settings(deadline=None)
+@given(agents, st.integers(1, 5), st.integers(1, 3))
+def test_the_caps_hold_and_everybody_comes_in(who: list[tuple[str, int, bool]], cap: int, own: int) -> None:
+    async def go() -> Runs:
+        runs = Runs(budgets(cap, environments={"a": {"max_inflight": own}}))
+        tasks = [asyncio.create_task(runs.run(agent, turns)) for agent, turns, _ in who]
+        await asyncio.sleep(0)
+        for task, (_, _, is_cancelled) in zip(tasks, who, strict=True):
+            if is_cancelled:
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.timeout(5):  # every place is free again, also those of the cancelled
+            await asyncio.gather(*(runs.run("b") for _ in range(cap)))
+        return runs
+
+    runs = asyncio.run(go())
+    assert runs.most[""] <= cap and runs.most["a"] <= own
+    assert len(runs.order) >= cap + sum(not is_cancelled for *_, is_cancelled in who)
+
+
+async def test_places_go_to_the_agent_with_the_fewest() -> None:
+    runs = Runs(budgets(4))
+    await asyncio.gather(*(runs.run("a", 50) for _ in range(10)), *(runs.run("b", 1) for _ in range(10)))
+    assert Counter(runs.order[:4]) == {"a": 2, "b": 2}
+    assert runs.order.index("b") < 4 and Counter(runs.order[4:12]) == {"b": 8}
+
+
+async def test_a_waiting_rollout_of_a_full_agent_holds_no_place() -> None:
+    runs = Runs(budgets(3, environments={"a": {"max_inflight": 1}}))
+    await asyncio.gather(*(runs.run("a", 20) for _ in range(5)), *(runs.run("b", 20) for _ in range(4)))
+    assert runs.most == {"a": 1, "b": 2, "": 3}
+
+
+@pytest.mark.parametrize("options", [{"launch_rate": 50.0}, {"environments": {"a": {"launch_rate": 50.0}}}])
+async def test_starts_are_spaced(options: dict[str, Any]) -> None:
+    loop, starts = asyncio.get_running_loop(), []
+    admission = Admission(budgets(100, **options))
+
+    async def run() -> None:
+        async with admission.place("a"):
+            starts.append(loop.time())
+
+    await asyncio.gather(*(run() for _ in range(8)))
+    assert starts[-1] - starts[0] >= 7 / 50 - 0.001
+
+
+async def test_an_agents_rate_does_not_slow_the_others() -> None:
+    runs = Runs(budgets(10, environments={"a": {"launch_rate": 5.0}}))
+    await asyncio.gather(*(runs.run("a") for _ in range(3)), *(runs.run("b") for _ in range(5)))
+    assert runs.order[1:6] == ["b"] * 5

@@ -1,0 +1,218 @@
+"""Attempts, environments that hang or are down, and what is said meanwhile; against a local agent over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import re
+from typing import Any
+
+import pytest
+
+from tests.rollouts.fake_agent import Ledger, collect, make, requests
+from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, RolloutFailure
+from trl_gym.gym.health import ServerProbe
+from trl_gym.gym.servers import AgentInfo, ServerInstance
+from trl_gym.rollouts.call_records import CallState
+from trl_gym.rollouts.collector import RolloutResult
+from trl_gym.rollouts.watch import CollectionStatus
+
+# -- attempts ---------------------------------------------------------------------------------------------------------
+
+
+async def test_only_the_missing_rollout_is_run_again_under_a_new_id(agent: Any) -> None:
+    behaviour, lookup = agent
+    ledger = Ledger()
+    ended: list[RolloutResult] = []
+
+    def finish(result: RolloutResult) -> RolloutResult:
+        ended.append(result)
+        return result
+
+    seen: list[CollectionStatus] = []
+    rows = [{}, {"do": "drop", "times": 2}, {}]
+    options = {"retries": {"infrastructure": 2}, "ledger": ledger, "finish": finish, "progress": seen.append}
+    results = await collect(lookup, rows, **options)
+    assert [result.failure for result in results] == [None] * 3
+    assert [result.request.rollout_id for result in results] == ["r0", "r1-a2", "r2"]
+    assert results[1].request.row["_ng_rollout_id"] == "r1-a2" and results[1].request.attempt == 2
+    assert behaviour.started == 5
+    assert ledger.cancelled == [["r1"], ["r1-a1"]]
+    failed = [result for result in ended if result.failure is not None]
+    assert [(result.failure.attempt, result.failure.rollout_id) for result in failed] == [(0, "r1"), (1, "r1-a1")]
+    assert all(FailureKind.INFRASTRUCTURE in result.retried_kinds for result in failed)
+    last = seen[-1]
+    assert (last.num_done, last.num_failed, last.num_retried) == (3, 0, 2)
+
+
+async def test_attempts_end_and_kinds_have_budgets_of_their_own(agent: Any) -> None:
+    behaviour, lookup = agent
+    options = {"retries": {"infrastructure": 1, "environment": 0}, "environments": {"other": {"retries": 5}}}
+    results = await collect(lookup, [{"do": "drop"}, {"do": "raise"}], **options)
+    assert [(r.failure.kind, r.failure.attempt) for r in results] == [
+        (FailureKind.INFRASTRUCTURE, 1),
+        (FailureKind.ENVIRONMENT, 0),
+    ]
+    assert all(result.failure.kind not in result.retried_kinds for result in results)
+    assert behaviour.started == 3
+
+
+@dataclasses.dataclass
+class Value:
+    failure: RolloutFailure | None
+
+
+async def test_what_only_finish_sees_is_retried_too(agent: Any) -> None:
+    """A rollout without a token to train on is a failure that Gym's answer does not show."""
+    _, lookup = agent
+    failure = RolloutFailure(kind=FailureKind.POLICY, text="no token", where="a")
+    values = await collect(
+        lookup,
+        [{}, {}],
+        finish=lambda result: Value(None if result.request.rollout_id in ("r0", "r1-a1") else failure),
+        retries={"policy": 1},
+    )
+    assert values == [Value(None), Value(None)]
+
+
+async def test_a_failure_names_agent_task_rollout_attempt_and_seconds(agent: Any) -> None:
+    _, lookup = agent
+    [result] = await collect(lookup, [{"seconds": 30}], deadline_s=0.3)
+    written = result.failure.as_json()
+    assert {key: written[key] for key in ("kind", "agent", "task_index", "rollout_id", "attempt", "where")} == {
+        "kind": "deadline",
+        "agent": "a",
+        "task_index": 0,
+        "rollout_id": "r0",
+        "attempt": 0,
+        "where": "a /run",
+    }
+    assert 0.3 <= written["seconds"] < 5
+
+
+# -- environments -----------------------------------------------------------------------------------------------------
+
+
+async def test_an_agent_has_the_deadline_and_the_cap_of_its_own(agent: Any) -> None:
+    behaviour, lookup = agent
+    environments = {"a": {"deadline": 0.3, "max_inflight": 2}}
+    results = await collect(lookup, [{"seconds": 30}] * 4, environments=environments, deadline_s=60.0)
+    assert {result.failure.text for result in results} == {"no answer within 0.3 s"}
+    assert behaviour.most_at_once == 2
+
+
+async def test_an_environment_that_hangs_does_not_hold_the_others_up(agent: Any) -> None:
+    """Both compete for three places; those of the one that hangs come first."""
+    _, lookup = agent
+    ends: list[str] = []
+
+    def finish(result: RolloutResult) -> RolloutResult:
+        ends.append(result.request.agent)
+        return result
+
+    rows = [{"seconds": 30, "agent": "hangs"}] * 10 + [{"agent": "works"}] * 10
+    collector = make(lookup, max_inflight=3, deadline_s=60.0)
+    future = collector.submit(requests(*rows), finish)
+    for _ in range(200):
+        if ends.count("works") == 10:
+            break
+        await asyncio.sleep(0.02)
+    assert ends == ["works"] * 10
+    future.cancel()
+    await asyncio.to_thread(collector.close)
+
+
+async def test_an_environment_that_is_down_ends_the_collection_and_is_named(agent: Any) -> None:
+    _, lookup = agent
+    with pytest.raises(
+        GymServerError, match=r"The environment `bad` is down: server `bad_tools`: gone\. 2 of its.*'skip'[\s\S]*LOG"
+    ):
+        await collect(
+            lookup,
+            [{"agent": "bad", "seconds": 30}] * 2 + [{"agent": "good", "seconds": 30}],
+            agents_down=lambda: {"bad": "server `bad_tools`: gone", "unused": "server `x`: gone"},
+            gym_log=lambda: "LOG",
+        )
+
+
+async def test_an_environment_that_is_down_is_left_out_and_tried_again_with_the_next_batch(agent: Any) -> None:
+    behaviour, lookup = agent
+    down: dict[str, str] = {}
+
+    def agents_down() -> dict[str, str]:
+        return dict(down) if behaviour.running == 3 or down.get("now") else {}
+
+    down["bad"] = "server `bad_tools`: gone"
+    rows = [{"agent": "bad", "seconds": 30}] * 4 + [{"agent": "good", "seconds": 1.0}] * 4
+    options = {"retries": {"infrastructure": 3}, "max_inflight": 3, "deadline_s": 60.0}
+    collector = make(lookup, agents_down=agents_down, on_environment_down="skip", **options)
+    results = await asyncio.to_thread(collector.collect, requests(*rows), lambda result: result)
+    failed = [result for result in results if result.failure is not None]
+    assert {result.request.agent for result in failed} == {"bad"} and len(failed) == 4
+    for result in failed:
+        assert result.failure.kind is FailureKind.INFRASTRUCTURE and result.request.attempt == 0
+        assert result.failure.text == "the environment `bad` is down: server `bad_tools`: gone"
+    down.clear()
+    again = await asyncio.to_thread(collector.collect, requests({"agent": "bad"}), lambda result: result)
+    assert again[0].failure is None
+    await asyncio.to_thread(collector.close)
+
+
+async def test_a_dead_environment_is_noticed_before_its_rollouts_use_up_their_attempts(unused_tcp_port: int) -> None:
+    """Refused connections fail in milliseconds: without a closer look they would all fail before anybody knew why."""
+    info = AgentInfo("a", f"http://127.0.0.1:{unused_tcp_port}", None, "simple_agent")
+    instance = ServerInstance("a", "responses_api_agents", "simple_agent", info.url, None)
+    probe = ServerProbe()
+    ended: list[RolloutResult] = []
+
+    def agents_down() -> dict[str, str]:
+        return probe.gone([instance], knows_processes=False)
+
+    with pytest.raises(GymServerError, match=r"`a` is down: .*refuses connections"):
+        await collect(lambda name: info, [{}] * 3, agents_down=agents_down, finish=ended.append)
+    assert {result.failure.kind for result in ended} <= {FailureKind.CANCELLED}
+
+
+async def test_a_policy_server_that_refuses_connections_ends_the_collection(agent: Any) -> None:
+    """One that we did not start: there is no process to look at."""
+    _, lookup = agent
+    ledger = Ledger()
+    ledger.answers = False
+    with pytest.raises(PolicyServerError, match="refuses connections"):
+        await collect(lookup, [{"seconds": 30}], ledger=ledger, deadline_s=60.0)
+
+
+async def test_what_has_ended_is_recorded_even_when_the_policy_server_is_gone(agent: Any) -> None:
+    _, lookup = agent
+    ledger = Ledger()
+    ledger.broken = PolicyServerError("connection refused")
+    ended: list[RolloutResult] = []
+
+    def finish(result: RolloutResult) -> RolloutResult:
+        ended.append(result)
+        return result
+
+    with pytest.raises(PolicyServerError, match="connection refused"):
+        await collect(lookup, [{}, {"seconds": 20}], ledger=ledger, finish=finish)
+    assert ended[0].answer["reward"] == 0.0 and ended[0].failure is None
+    assert [result.failure.kind for result in ended[1:]] == [FailureKind.CANCELLED]
+
+
+async def test_a_stall_lists_who_waits_for_what(agent: Any, caplog: Any) -> None:
+    _, lookup = agent
+    ledger = Ledger()
+    ledger.calls = {"r0": CallState(2, 0), "r1": CallState(0, 1)}
+    collector = make(lookup, max_inflight=2, ledger=ledger, stall_timeout_s=0.5, deadline_s=60.0)
+    with caplog.at_level(logging.WARNING):
+        future = collector.submit(requests(*[{"seconds": 30}] * 3), lambda result: result)
+        for _ in range(300):
+            if "No rollout has ended" in caplog.text:
+                break
+            await asyncio.sleep(0.02)
+        future.cancel()
+        await asyncio.to_thread(collector.close)
+    assert "3 are outstanding" in caplog.text
+    assert re.search(r"r0 \(a, \d+ s, attempt 0\): tool or verifier of a\n", caplog.text)
+    assert "attempt 0): model call (policy server)" in caplog.text
+    assert re.search(r"r2 .*not dispatched \(cap\)", caplog.text)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rollouts.recorded import POLICY, request, rollout, write
+from trl_gym import GymGRPOConfig
+from trl_gym.errors import ConfigError, FailureKind, RolloutFailure
+from trl_gym.rollouts.journal import Journal
+from trl_gym.rollouts.replay import ReplayCollector, check_replay, staleness
+from trl_gym.rollouts.requests import Sampling
+
+FAILURE = RolloutFailure(kind=FailureKind.ENVIRONMENT, text="the verifier raised", where="calculator /run")
+
+
+def group(task: int, rewards: list[float], **changes: Any) -> list[Any]:
+    return [rollout(request(task, member, **changes), reward) for member, reward in enumerate(rewards)]
+
+
+def replayed(folder: Path, task: int, number: int, size: int = 2) -> list[float | None]:
+    collector = ReplayCollector(folder, lambda: number)
+    # Another place in another batch, sampled otherwise: only the task counts.
+    asked = [request(task, member, group=7, sampling=Sampling(temperature=0.3)) for member in range(size)]
+    return [one.reward for one in collector.collect(asked)]
+
+
+def test_a_pass_over_the_dataset_takes_the_next_recorded_group(tmp_path: Path) -> None:
+    write(tmp_path, group(0, [0.1, 0.2]) + group(1, [0.5, 0.6]))
+    write(tmp_path, group(0, [0.3, 0.4]), policy=dataclasses.replace(POLICY, step=9, weights="later"))
+    assert replayed(tmp_path, task=0, number=0) == [0.1, 0.2]
+    assert replayed(tmp_path, task=0, number=1) == [0.3, 0.4]
+    assert replayed(tmp_path, task=0, number=2) == [0.1, 0.2]
+    assert replayed(tmp_path, task=1, number=1) == [0.5, 0.6]
+
+
+def test_tokens_are_as_recorded_and_failures_stay_failures(tmp_path: Path) -> None:
+    recorded = [rollout(request(0, 0)), rollout(request(0, 1), failure=FAILURE)]
+    write(tmp_path, recorded)
+    first, second = ReplayCollector(tmp_path, lambda: 0).collect([request(0, 0), request(0, 1)])
+    assert first.trajectories == recorded[0].trajectories
+    assert (second.reward, second.failure, second.trajectories) == (None, FAILURE, [])
+
+
+def test_a_rollout_that_was_run_again_counts_as_it_ended_last(tmp_path: Path) -> None:
+    write(tmp_path, [rollout(request(0, 0), failure=FAILURE), rollout(request(0, 1), reward=0.25)])
+    write(tmp_path, [rollout(request(0, 0), reward=0.5), rollout(request(0, 1), failure=FAILURE)])
+    assert replayed(tmp_path, task=0, number=0) == [0.5, 0.25]
+
+
+def test_groups_that_were_interrupted_come_last(tmp_path: Path) -> None:
+    write(tmp_path, group(0, [0.1]), policy=dataclasses.replace(POLICY, step=1))
+    write(tmp_path, group(0, [0.3, 0.4]))
+    assert replayed(tmp_path, task=0, number=0) == [0.3, 0.4]
+
+
+def test_what_was_given_up_or_tried_again_is_no_rollout(tmp_path: Path) -> None:
+    cancelled = dataclasses.replace(FAILURE, kind=FailureKind.CANCELLED)
+    given_up = dataclasses.replace(POLICY, weights="given up")
+    write(tmp_path, [*group(0, [0.1]), rollout(request(0, 1), failure=cancelled)], policy=given_up)
+    write(tmp_path, [rollout(request(0, 0), failure=FAILURE)], retried=True)
+    write(tmp_path, group(0, [0.3, 0.4]))
+    assert replayed(tmp_path, task=0, number=0) == [0.3, 0.4]
+
+
+def test_members_of_different_weights_are_not_one_group(tmp_path: Path) -> None:
+    """A step that was trained again after a resume, with other weights than the first time."""
+    write(tmp_path, group(0, [0.1, 0.2]))
+    write(tmp_path, group(0, [0.3, 0.4]), policy=dataclasses.replace(POLICY, weights="other"))
+    assert [replayed(tmp_path, 0, number) for number in (0, 1)] == [[0.1, 0.2], [0.3, 0.4]]
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    write(tmp_path, group(0, [0.1, 0.2]))
+    with pytest.raises(ConfigError, match=r"gym_replay.*no rollout of the task with index 5 \(5 \+ 1\?\)"):
+        replayed(tmp_path, task=5, number=0)
+    with pytest.raises(ConfigError, match="groups of at most 2; `num_generations`"):
+        replayed(tmp_path, task=0, number=0, size=3)
+
+
+def test_a_journal_with_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no rollouts of training"):
+        ReplayCollector(tmp_path, lambda: 0)
+    write(tmp_path, group(0, [1.0]), mode="eval")
+    with pytest.raises(ConfigError, match="no rollouts of training"):
+        ReplayCollector(tmp_path, lambda: 0)
+    write(tmp_path, [dataclasses.replace(one, trajectories=[]) for one in group(0, [1.0])])
+    with pytest.raises(ConfigError, match=r"token ids and a reward.*trl-gym serve"):
+        ReplayCollector(tmp_path, lambda: 0)
+
+
+def test_a_journal_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append({"step": 0, "mode": "train", "completion_ids": [1], "failure": None, "reward": 1.0})
+    journal.close()
+    with pytest.raises(ConfigError, match="earlier version"):
+        ReplayCollector(tmp_path, lambda: 0)
+
+
+def test_staleness_is_in_optimizer_steps_and_known_only_for_training_runs(tmp_path: Path) -> None:
+    write(tmp_path, group(0, [0.1, 0.2]))
+    asked = [request(0, 0), request(0, 1)]
+    assert ReplayCollector(tmp_path, lambda: 0).weight_versions(asked) == [3, 3]
+    assert staleness(10, [3, 3]) == {"rollouts/staleness": [7.0, 7.0]}
+    assert staleness(0, [3]) == {"rollouts/staleness": [-3.0]}
+    write(tmp_path / "other", group(0, [0.1, 0.2]), weight_versions=["default"])
+    versions = ReplayCollector(tmp_path / "other", lambda: 0).weight_versions(asked)
+    assert staleness(0, versions) == {}
+
+
+def test_what_needs_servers_is_refused_all_at_once(tmp_path: Path) -> None:
+    args = GymGRPOConfig(
+        output_dir=str(tmp_path),
+        gym_replay=str(tmp_path),
+        eval_strategy="steps",
+        eval_steps=1,
+        vllm_importance_sampling_correction=False,
+        use_cpu=True,
+    )
+    with pytest.raises(ConfigError, match=r"(?s)eval_strategy.*importance_sampling_correction.*gym_servers"):
+        check_replay(args, has_servers=True)
+    args = GymGRPOConfig(output_dir=str(tmp_path), gym_replay=str(tmp_path), use_cpu=True)
+    check_replay(args, has_servers=False)

@@ -1,0 +1,207 @@
+"""A batch with failed rollouts moves the policy as the batch without them would: TRL's own trainer says how.
+
+Everything is in float64 except what TRL itself computes in float32 (rewards, advantages, log-probabilities), which
+leaves differences of about 1e-7.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import GRPOTrainer
+
+from tests.gradient import (
+    LOSS_TYPES,
+    Case,
+    Step,
+    gym_step,
+    lean,
+    make_trainer,
+    num_trained,
+    reference_step,
+    save_model,
+    tasks,
+)
+from tests.gradient_ranks import EMPTY_RANK, UNEQUAL, VESPO, below_fraction, cases, evaluation
+from trl_gym.errors import RolloutError
+
+TOLERANCE = 1e-6  # of a parameter's gradient, relative to its norm
+ROOT = Path(__file__).resolve().parents[1]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "no importance sampling correction": {"vllm_importance_sampling_correction": False},
+    "ratios by sequence": {"importance_sampling_level": "sequence", "loss_type": "luspo"},
+    "importance sampling by token": {"vllm_importance_sampling_mode": "token_mask"},
+    "kl": {"beta": 0.1, "loss_type": "grpo"},
+    "entropy bonus": {"entropy_coef": 0.1, "loss_type": "dr_grpo"},
+    "high entropy tokens": {"top_entropy_quantile": 0.5, "loss_type": "grpo"},
+    "batch std": {"scale_rewards": "batch"},
+    "no std": {"scale_rewards": "none"},
+    "normalize first": {"multi_objective_aggregation": "normalize_then_sum"},
+    "truncated masked": {"mask_truncated_completions": True, "loss_type": "grpo"},
+    "off-policy mask": {"off_policy_mask_threshold": 0.5, "loss_type": "grpo"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = save_model(tmp_path_factory.mktemp("model"))
+    with lean():
+        yield folder
+
+
+def difference(step: Step, reference: Step) -> float:
+    """Largest relative difference over parameters."""
+    assert step.gradient.keys() == reference.gradient.keys() and step.gradient
+    return max(
+        ((step.gradient[name] - expected).norm() / expected.norm()).item()
+        for name, expected in reference.gradient.items()
+    )
+
+
+def check_weights(batches: list[dict[str, torch.Tensor]], *, num_valid: int) -> None:
+    """As many rows as that are trained, and the others have a weight of exactly zero in what is handed to the loss."""
+    assert sum(map(num_trained, batches)) == num_valid
+    for batch in batches:
+        mask = batch["completion_mask"] * batch["tool_mask"]
+        untrained = mask.sum(1) == 0
+        assert batch["advantages"][untrained].abs().sum() == 0
+        assert batch["completion_mask"][untrained].sum() == untrained.sum()  # of one token each
+
+
+def test_these_are_all_loss_types_of_trl() -> None:
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    named = re.findall(r"self\.loss_type (?:==|in) (\[[^]]*\]|\"\w+\")", source)
+    assert {name for text in named for name in re.findall(r"\w+", text)} == set(LOSS_TYPES)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_failed_rollouts_leave_no_trace(model: Path, tmp_path: Path, loss_type: str) -> None:
+    options = {"loss_type": loss_type} | (VESPO if loss_type == "vespo" else {})
+    case = Case(name=loss_type, failed=UNEQUAL, options=options)
+    step = gym_step(model, case, tmp_path / "gym")
+    assert difference(step, reference_step(model, case, tmp_path / "trl")) < TOLERANCE
+    check_weights(step.batches, num_valid=9)
+    # That the test can tell: with one rollout more than failed, the gradient is another.
+    other = gym_step(model, Case(name="other", failed=UNEQUAL | {(0, 0)}, options=options), tmp_path / "other")
+    assert difference(other, step) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_failed_rollouts_leave_no_trace_with_other_options(model: Path, tmp_path: Path, variant: str) -> None:
+    case = Case(name=variant, failed=UNEQUAL, options=VARIANTS[variant])
+    step, reference = gym_step(model, case, tmp_path / "gym"), reference_step(model, case, tmp_path / "trl")
+    assert difference(step, reference) < TOLERANCE
+    for name in ("loss", "reward", "reward_std", "entropy", "kl", "clip_ratio/region_mean"):
+        assert step.logs.get(name) == pytest.approx(reference.logs.get(name), abs=1e-6), name
+
+
+@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "bnpo"])
+def test_micro_batches_with_unequal_numbers(model: Path, tmp_path: Path, loss_type: str) -> None:
+    """Four micro-batches of three rows, shuffled by TRL: what fails in each is chance, and may be all of it. Not for
+    `bnpo`, a mean over whatever is in a micro-batch, which without failures is not that of one batch either; see
+    `test_two_ranks_with_unequal_failures`."""
+    options = {"loss_type": loss_type, "gradient_accumulation_steps": 4} | (VESPO if loss_type == "vespo" else {})
+    case = Case(name=loss_type, failed=UNEQUAL | {(2, member) for member in range(4)}, options=options)
+    step = gym_step(model, case, tmp_path / "gym")
+    assert len(step.batches) == 4 and len({num_trained(batch) for batch in step.batches}) > 1
+    check_weights(step.batches, num_valid=6)
+    assert difference(step, reference_step(model, case, tmp_path / "trl")) < TOLERANCE
+
+
+def test_a_group_that_is_too_small_is_left_out_whole(model: Path, tmp_path: Path) -> None:
+    """Of task 1 one rollout is left: no baseline can be made of it."""
+    almost = {(1, 0), (1, 1), (1, 2)}
+    case = Case(name="small", failed={(0, 0), (2, 0)} | almost, options={"loss_type": "grpo"})
+    without = Case(name="without", failed={(0, 0), (2, 0)} | almost | {(1, 3)}, options={"loss_type": "grpo"})
+    step = gym_step(model, case, tmp_path / "gym")
+    assert difference(step, reference_step(model, without, tmp_path / "trl")) < TOLERANCE
+    assert step.logs["rollouts/groups/dropped_fraction"] == pytest.approx(1 / 3)
+    assert step.logs["rollouts/failed_fraction"] == pytest.approx(5 / 12)
+    assert step.logs["rollouts/untrained_fraction"] == pytest.approx(6 / 12)
+
+
+def test_truncation_is_what_gym_reports(model: Path, tmp_path: Path) -> None:
+    """The prepared completions end on tokens that are no end of turn, whether they were cut or not."""
+    step = gym_step(model, Case(name="cut", failed=UNEQUAL), tmp_path)
+    assert step.logs["completions/clipped_ratio"] == pytest.approx(3 / 9)
+    assert step.logs["completions/min_length"] > 0  # no row of a failed rollout among them
+
+
+def test_too_few_rollouts_stop_training(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RolloutError, match=r"(?s)Only 7 of the 12 rollouts.*5 failed.*5 × deadline \(arithmetic /run"):
+        gym_step(model, below_fraction(), tmp_path)
+    every = Case(name="all", failed={(0, member) for member in range(4)}, num_tasks=1)
+    with pytest.raises(RolloutError, match=r"All 4 rollouts of step 0 failed"):
+        gym_step(model, every, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two gloo processes wrote."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    ended = subprocess.run(
+        [*command, "-m", "tests.gradient_ranks", str(model), str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_two_ranks_with_unequal_failures(
+    case: Case, two_ranks: list[dict[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    reference = reference_step(model, case, tmp_path)
+    for rank in two_ranks:
+        assert difference(Step(rank[case.name]["gradient"], {}, []), reference) < TOLERANCE
+    trained = [rank[case.name]["trained"] for rank in two_ranks]
+    assert trained == ([[4], [5]] if case.failed == UNEQUAL else [[4], [0]])
+
+
+@pytest.mark.parametrize("name", ["unequal-dapo", "empty_rank-grpo"])
+def test_two_ranks_log_what_one_would(name: str, two_ranks: list[dict[str, Any]], model: Path, tmp_path: Path) -> None:
+    case = next(case for case in cases() if case.name == name)
+    expected = gym_step(model, case, tmp_path).logs
+    prefixes = ("rollouts/", "gym/", "completions/", "reward", "success", "logprob_gap", "sampling/", "num_tokens")
+    compared = {key: value for key, value in expected.items() if key.startswith(prefixes)}
+    assert len(compared) > 50
+    for key, value in compared.items():
+        assert two_ranks[0][name]["logs"][key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+
+
+def test_two_ranks_evaluate_what_one_would(two_ranks: list[dict[str, Any]], model: Path, tmp_path: Path) -> None:
+    case, evaluated = evaluation()
+    expected = make_trainer(model, case, tmp_path).evaluate(tasks(evaluated))
+    assert expected["eval_rollouts/count"] == 10
+    prefixes = ("eval_rollouts/", "eval_gym/", "eval_pass@", "eval_mean@", "eval_success")
+    # The gap is over every row that was computed, also those that only fill the last batch up.
+    compared = {key: v for key, v in expected.items() if key.startswith(prefixes) and "logprob_gap" not in key}
+    assert {"eval_pass@2", "eval_gym/arithmetic/pass@1/tasks", "eval_mean@2"} <= set(compared)
+    for rank in two_ranks:
+        assert {key: rank["evaluation"][key] for key in compared} == pytest.approx(compared)
+
+
+def test_no_rank_raises_alone(two_ranks: list[dict[str, Any]]) -> None:
+    assert "Only 7 of the 12 rollouts" in two_ranks[0]["error"]
+    assert two_ranks[0]["error"] == two_ranks[1]["error"]
+
+
+def test_one_rank_without_any_success_trains(two_ranks: list[dict[str, Any]]) -> None:
+    assert {member for _, member in EMPTY_RANK} == {0, 1, 2, 3}
+    assert all("empty_rank-grpo" in rank for rank in two_ranks)

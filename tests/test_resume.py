@@ -1,0 +1,78 @@
+"""The parts of resuming that need no servers; the whole of it is in e2e/test_resume.py."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from trl_gym.errors import ConfigError
+from trl_gym.resume import RunState, last_complete_checkpoint, load_state, save_state
+from trl_gym.weight_sync.fingerprint import fingerprint
+
+BUFFERED = [
+    {"ids": torch.arange(6).view(2, 3), "advantages": torch.tensor([0.5, -0.5]), "pixel_values": None, "n": 3},
+    {"ids": torch.arange(6, 12).view(2, 3), "advantages": torch.tensor([1.0, float("nan")]), "n": torch.tensor(4)},
+]
+
+
+def test_state_is_read_back_as_it_was(tmp_path: Path) -> None:
+    state = RunState(run="r", num_micro_steps=6, num_ranks=2, buffered=BUFFERED)
+    save_state(tmp_path / "checkpoint-3", 1, state)
+    assert [path.name for path in (tmp_path / "checkpoint-3").iterdir()] == ["trl_gym_state.rank-1.pt"]
+    read = load_state(tmp_path / "checkpoint-3", 1)
+    assert (read.run, read.num_micro_steps, read.num_ranks) == ("r", 6, 2)
+    for expected, actual in zip(BUFFERED, read.buffered, strict=True):
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+    assert load_state(tmp_path / "checkpoint-3", 0) is None
+
+
+def test_state_of_another_schema_is_refused(tmp_path: Path) -> None:
+    torch.save({"schema": 99}, tmp_path / "trl_gym_state.rank-0.pt")
+    with pytest.raises(ConfigError, match="schema 99"):
+        load_state(tmp_path, 0)
+
+
+def checkpoint(folder: Path, step: int, state: str | None) -> None:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    if state is not None:
+        (path / "trainer_state.json").write_text(state)
+
+
+def test_a_checkpoint_that_was_interrupted_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert last_complete_checkpoint(tmp_path) is None
+    checkpoint(tmp_path, 30, None)
+    with pytest.raises(ConfigError, match="written to its end"):
+        last_complete_checkpoint(tmp_path)
+    checkpoint(tmp_path, 9, '{"global_step": 9}')
+    checkpoint(tmp_path, 10, '{"global_step": 10}')
+    checkpoint(tmp_path, 20, '{"global_st')
+    (tmp_path / "checkpoint-best").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert "checkpoint-20 was interrupted" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_fingerprint_sees_every_bit_and_every_name(dtype: torch.dtype) -> None:
+    def model() -> torch.nn.Sequential:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)).to(dtype)
+
+    accelerator = Accelerator(cpu=True)
+    expected = fingerprint(model(), accelerator)
+    assert fingerprint(model(), accelerator) == expected
+    for index in range(4):
+        changed = model()
+        with torch.no_grad():
+            flat = list(changed.parameters())[index].view(-1)
+            flat[1] = (
+                torch.nextafter(flat[1], torch.tensor(9, dtype=dtype)) if dtype != torch.bfloat16 else flat[1] * 1.01
+            )
+        assert fingerprint(changed, accelerator) != expected
+    renamed = torch.nn.ModuleDict({"a": model()[0], "b": model()[1]})
+    assert fingerprint(renamed, accelerator) != expected

@@ -1,0 +1,149 @@
+"""Resumed from any checkpoint, a run trains on the same tasks in the same order and ends with the same weights, bit
+for bit. Rollouts come from a journal (`gym_replay`), so that nothing but resuming can make a difference."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from tests.policy_server.tiny_model import build_model, build_tokenizer
+from tests.rollouts.recorded import POLICY, write
+from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
+from trl_gym.errors import ConfigError, RolloutError
+from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.trajectory import Trajectory
+
+NUM_TASKS, NUM_MEMBERS = 6, 2
+# Optimizer steps, rows and passes per generation batch, by what is special about them.
+SCHEDULES = {
+    "a batch per step": {"gradient_accumulation_steps": 2, "steps_per_generation": 2},
+    "a batch for two steps": {"gradient_accumulation_steps": 1, "steps_per_generation": 2},
+    "two batches per step": {"gradient_accumulation_steps": 4, "steps_per_generation": 2},
+    "a batch passed through twice": {"gradient_accumulation_steps": 2, "steps_per_generation": 2, "num_iterations": 2},
+}
+
+
+class Watched(GymGRPOTrainer):
+    """Keeps the tasks of every generation batch, with the step at which it was made."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.batches: list[tuple[int, list[int]]] = []
+        super().__init__(**kwargs)
+
+    def build_request(self, row: dict[str, Any], request: RolloutRequest) -> dict[str, Any]:
+        if not self.batches or len(self.batches[-1][1]) == 4:
+            self.batches.append((self.state.global_step, []))
+        self.batches[-1][1].append(request.task_index)
+        return request.row
+
+
+def sampled(task: int, member: int) -> Rollout:
+    rng = random.Random(10 * task + member)
+    ids = [rng.randrange(20) for _ in range(6)]
+    trajectory = Trajectory(
+        prompt_ids=[1, task],
+        completion_ids=ids,
+        env_mask=[1] * 6,
+        logprobs=[-3.0] * 6,
+        num_turns=1,
+        turn_ends=[6],
+    )
+    answer = {"response": {"output": []}, "reward": rng.random()}
+    row = {"responses_create_params": {"input": f"{task}?"}}
+    asked = RolloutRequest(
+        rollout_id=f"{task}-{member}", task_index=task, group=task, member=member, attempt=0, agent="a", row=row
+    )
+    return Rollout(request=asked, answer=answer, failure=None, trajectories=[trajectory], seconds=0.1)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A journal and its dataset."""
+    folder = tmp_path_factory.mktemp("recorded")
+    write(folder / "rollouts", [sampled(task, member) for task in range(NUM_TASKS) for member in range(NUM_MEMBERS)])
+    rows = [{"responses_create_params": {"input": f"{task}?"}} for task in range(NUM_TASKS)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert POLICY.step == 3
+    return folder / "rollouts", folder / "train.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+def trainer(recorded: tuple[Path, Path], tokenizer: Any, output_dir: Path, **changes: Any) -> Watched:
+    model: Qwen3ForCausalLM = build_model(tokenizer, tie=True, seed=0)
+    options = {
+        "output_dir": str(output_dir),
+        "gym_replay": str(recorded[0]),
+        "use_cpu": True,
+        "seed": 3,
+        "num_generations": NUM_MEMBERS,
+        "per_device_train_batch_size": 2,
+        "max_steps": 7,
+        "max_completion_length": 8,
+        "learning_rate": 1e-3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return Watched(
+        model=model,
+        processing_class=tokenizer,
+        args=GymGRPOConfig(**(options | changes)),
+        train_dataset=load_gym_dataset(recorded[1]),
+    )
+
+
+def weights(made: Watched) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in made.model.parameters()]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_resumed_from_checkpoints(
+    recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path, schedule: dict[str, int]
+) -> None:
+    whole = trainer(recorded, tokenizer, tmp_path / "whole", **schedule)
+    whole.train()
+    # Three batches of two tasks per epoch: at least one epoch ends within the run.
+    assert len(whole.batches) > 3
+    assert len({task for _, tasks in whole.batches for task in tasks}) == NUM_TASKS
+    # Step 1 is within a batch where one lasts for two steps, 4 and 6 are in or before the second epoch.
+    for step in (1, 4, 6):
+        resumed = trainer(recorded, tokenizer, tmp_path / f"from-{step}", **schedule, save_only_model=True)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert resumed.batches == [batch for batch in whole.batches if batch[0] >= step], step
+        for expected, actual in zip(weights(whole), weights(resumed), strict=True):
+            assert torch.equal(expected, actual), step
+        assert resumed._run == whole._run
+
+
+def test_a_batch_that_was_begun_cannot_be_taken_over_without_its_rest(
+    recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    schedule = SCHEDULES["a batch for two steps"]
+    trainer(recorded, tokenizer, tmp_path / "whole", **schedule, max_steps=2).train()
+    for checkpoint in (tmp_path / "whole").glob("checkpoint-*"):
+        (checkpoint / "trl_gym_state.rank-0.pt").unlink()
+    resumed = trainer(recorded, tokenizer, tmp_path / "again", **schedule, max_steps=3)
+    with pytest.raises(ConfigError, match=r"checkpoint-1 was saved in the middle .* not written by trl-gym"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert [step for step, _ in resumed.batches] == [2]
+
+
+def test_evaluation_is_refused(recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path) -> None:
+    made = trainer(recorded, tokenizer, tmp_path)
+    with pytest.raises(RolloutError, match="nothing can be evaluated"):
+        made.evaluate(load_gym_dataset(recorded[1]))

@@ -1,0 +1,259 @@
+"""Collecting without training: NeMo Gym is started, missing rollouts are run, each is in the journal when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl_gym.commands.endpoint import Endpoint, EndpointKind, look_at
+from trl_gym.commands.options import CollectOptions
+from trl_gym.commands.plan import Job, all_jobs, claim, done, load_tasks, missing
+from trl_gym.errors import ConfigError, RolloutFailure
+from trl_gym.gym.config import POLICY_MODEL, resolve_configs
+from trl_gym.gym.interpreter import find_installation
+from trl_gym.gym.servers import GymServers
+from trl_gym.rollouts.budgets import budgets_from_options
+from trl_gym.rollouts.call_records import RolloutLedger
+from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
+from trl_gym.rollouts.finish import Finisher
+from trl_gym.rollouts.journal import Journal, read_journal
+from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
+from trl_gym.rollouts.trajectory import from_gym
+from trl_gym.rollouts.watch import CollectionStatus
+
+_COMMIT_EVERY_S = 1.0
+_CHUNK = 4096  # requests that are held in memory at a time
+
+
+class InterruptedCollectionError(Exception):
+    """Ctrl-C; what has ended is on disk.
+
+    Attributes:
+        num_done: Rollouts with a reward, those of earlier runs included.
+        num_planned: All that were asked for.
+    """
+
+    def __init__(self, num_done: int, num_planned: int) -> None:
+        super().__init__(f"{num_done} of {num_planned} rollouts")
+        self.num_done = num_done
+        self.num_planned = num_planned
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What is in the output folder after a collection.
+
+    Attributes:
+        jobs: Everything that was asked for.
+        num_found: How many of them an earlier run had finished.
+    """
+
+    jobs: list[Job]
+    num_found: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What is kept in memory of a rollout; the rest is in the journal."""
+
+    failure: RolloutFailure | None
+
+
+def collect(
+    options: CollectOptions, *, say: Callable[[str], None], progress: Callable[[CollectionStatus], None]
+) -> Collected:
+    """Run every rollout that is not in the journal yet.
+
+    Args:
+        options: What to do.
+        say: Told, in sentences, what a user should know.
+        progress: Told how far the collection is, in the collector's thread.
+
+    Raises:
+        ConfigError: Options or files are wrong.
+        ServerError: The endpoint or NeMo Gym is not there, or died.
+        RolloutError: The journal cannot be written.
+        InterruptedCollectionError: Ctrl-C.
+    """
+    tasks = load_tasks(options.datasets, agent=options.agent, limit=options.limit)
+    jobs = all_jobs(tasks, options.num_generations)
+    claim(options)
+    todo = missing(jobs, finished(options))
+    num_found = len(jobs) - len(todo)
+    if num_found:
+        say(f"{num_found} of {len(jobs)} rollouts are in {options.journal_dir} already")
+    if todo:
+        _run(options, jobs, todo, say, progress)
+    return Collected(jobs, num_found)
+
+
+def finished(options: CollectOptions) -> Counter[tuple[str, str, int]]:
+    """What the journal in the output folder has with a reward."""
+    return done(read_journal(options.journal_dir))
+
+
+def _run(
+    options: CollectOptions,
+    jobs: Sequence[Job],
+    todo: Sequence[Job],
+    say: Callable[[str], None],
+    progress: Callable[[CollectionStatus], None],
+) -> None:
+    endpoint = look_at(options.base_url, options.model, options.api_key)
+    if endpoint.note is not None:
+        say(endpoint.note)
+    try:
+        with (
+            _gym(options, endpoint) as gym,
+            contextlib.closing(Journal(options.journal_dir, secrets=_secrets(options))) as journal,
+            contextlib.closing(_collector(options, endpoint, gym)) as collector,
+        ):
+            requests = _Requests(options, endpoint, gym)
+            for start in range(0, len(todo), _CHUNK):
+                chunk = todo[start : start + _CHUNK]
+                _run_chunk(
+                    collector, journal, [requests.make(job) for job in chunk], chunk, endpoint, options, progress
+                )
+    except KeyboardInterrupt:
+        done_now = len(jobs) - len(missing(jobs, finished(options)))
+        raise InterruptedCollectionError(done_now, len(jobs)) from None
+
+
+def _run_chunk(
+    collector: RolloutCollector[_Outcome],
+    journal: Journal,
+    requests: list[RolloutRequest],
+    jobs: Sequence[Job],
+    endpoint: Endpoint,
+    options: CollectOptions,
+    progress: Callable[[CollectionStatus], None],
+) -> None:
+    has_tokens = endpoint.kind is not EndpointKind.PLAIN
+    job_of = {(job.task.index, job.member): job for job in jobs}
+
+    def finish(result: RolloutResult) -> _Outcome:
+        job = job_of[result.request.task_index, result.request.member]
+        finisher = Finisher(
+            build=(lambda answer, request: from_gym(answer)) if has_tokens else (lambda answer, request: []),
+            decode=lambda ids: str(list(ids)),  # there is no tokenizer here; drift is shown in ids
+            journal=journal.tagged(dataset=job.task.dataset, task_hash=job.task.hash, model=options.model),
+            drift_policy="truncate",
+            step=0,
+            mode=options.mode,
+            weight_version=endpoint.weight_version,
+        )
+        return _Outcome(finisher(result).failure)
+
+    future = collector.submit(requests, finish, progress)
+    try:
+        while not future.done():
+            with contextlib.suppress(TimeoutError):
+                future.exception(timeout=_COMMIT_EVERY_S)
+            journal.commit()
+        future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+class _Requests:
+    """Jobs → requests."""
+
+    def __init__(self, options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> None:
+        self._options = options
+        self._endpoint = endpoint
+        self._gym = gym
+        self._session = uuid.uuid4().hex[:8]
+
+    def make(self, job: Job) -> RolloutRequest:
+        options, task = self._options, job.task
+        identity: dict[str, Any] = {
+            "rollout_id": f"{self._session}-{options.mode}-t{task.index}-m{job.member}-a0",
+            "task_index": task.index,
+            "member": job.member,
+        }
+        row = stamp(
+            task.row,
+            **identity,
+            sampling=Sampling(temperature=options.temperature, top_p=options.top_p),
+            completion_budget=options.max_tokens,
+        )
+        if self._endpoint.kind is not EndpointKind.OURS:
+            row = without_tag(row)
+        return RolloutRequest(**identity, group=task.index, attempt=0, agent=self._agent(task.row), row=row)
+
+    def _agent(self, row: dict[str, Any]) -> str:
+        named = (row.get("agent_ref") or {}).get("name") or self._gym.sole_agent
+        if named is None:
+            agents = ", ".join(sorted(self._gym.agents))
+            raise ConfigError(f"A row names no agent and the NeMo Gym has several ({agents}); choose with --agent.")
+        return named
+
+
+def without_tag(row: dict[str, Any]) -> dict[str, Any]:
+    """A stamped row without what only our middleware understands: other servers refuse unknown fields."""
+    parameters = row["responses_create_params"]
+    metadata = dict(parameters["metadata"])
+    extra_body = json.loads(metadata.pop("extra_body"))
+    extra_body.pop("trl_gym")
+    if extra_body:
+        metadata["extra_body"] = json.dumps(extra_body)
+    kept = {name: value for name, value in parameters.items() if name != "metadata"}
+    return {**row, "responses_create_params": {**kept, "metadata": metadata} if metadata else kept}
+
+
+@contextlib.contextmanager
+def _gym(options: CollectOptions, endpoint: Endpoint) -> Iterator[GymServers]:
+    base_url = options.base_url.rstrip("/").removesuffix("/v1") + "/v1"
+    if options.head_url is not None:
+        gym = GymServers.attach(options.head_url)
+        gym.connect_policy(base_url, options.model, options.api_key or "EMPTY")
+    else:
+        gym = GymServers(
+            options.config_paths,
+            policy_base_url=base_url,
+            policy_model_name=options.model,
+            policy_api_key=options.api_key or "EMPTY",
+            python=options.gym_python,
+            overrides=_overrides(options, endpoint),
+            log_dir=options.output_dir / "logs",
+        )
+    with gym:
+        yield gym
+
+
+def _overrides(options: CollectOptions, endpoint: Endpoint) -> dict[str, Any]:
+    """What the user says; where the endpoint has no tokens, also that NeMo Gym must not ask for them."""
+    if endpoint.kind is not EndpointKind.PLAIN or POLICY_MODEL in options.overrides:
+        return options.overrides
+    configs = resolve_configs(options.config_paths, find_installation(options.gym_python).root)
+    if not configs.adds_model_server:  # the user's own model server knows better
+        return options.overrides
+    settings = {"return_token_id_information": False}
+    return {**options.overrides, POLICY_MODEL: {"responses_api_models": {"vllm_model": settings}}}
+
+
+def _collector(options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> RolloutCollector[_Outcome]:
+    budgets = budgets_from_options(
+        deadline_s=options.deadline_s,
+        max_inflight=options.max_inflight,
+        retries={"infrastructure": options.retries},
+    )
+    root_url = options.base_url.rstrip("/").removesuffix("/v1").rstrip("/")
+    return RolloutCollector(
+        gym.agent,
+        budgets=budgets,
+        check=gym.check,
+        agents_down=gym.agents_down,
+        gym_log=gym.log_end,
+        ledger=RolloutLedger(root_url, options.api_key) if endpoint.kind is EndpointKind.OURS else None,
+    )
+
+
+def _secrets(options: CollectOptions) -> tuple[str, ...]:
+    return (options.api_key,) if options.api_key else ()

@@ -1,0 +1,191 @@
+"""A journal in a few numbers per environment: as data, as a table in a terminal, as lines where output is piped."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trl_gym.commands.plan import Job, Key, key_of
+from trl_gym.rollouts.rollout import success_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one rollout ended for good: what the summaries need of a journal's line.
+
+    Attributes:
+        dataset: Name of its file.
+        task: Task hash.
+        agent: Environment.
+        failure: Kind of failure; None when it has a reward.
+        reward: None when it failed.
+        success: None when it failed.
+        turns: Model calls.
+        seconds: Wall time.
+    """
+
+    dataset: str
+    task: str
+    agent: str
+    failure: str | None
+    reward: float | None
+    success: float | None
+    turns: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Rollouts of one environment. Numbers that need a reward leave failed rollouts out; None where there is none.
+
+    Attributes:
+        rollouts: All, failed ones included.
+        failed: Number by kind of failure.
+        reward_mean: Mean reward.
+        reward_std: Its sample standard deviation; 0.0 for a single rollout.
+        success: Mean success.
+        turns: Mean number of model calls.
+        seconds_p50: Median of wall times.
+        seconds_p95: 95th percentile of wall times.
+    """
+
+    rollouts: int
+    failed: dict[str, int]
+    reward_mean: float | None
+    reward_std: float | None
+    success: float | None
+    turns: float | None
+    seconds_p50: float | None
+    seconds_p95: float | None
+
+
+def outcomes(records: Iterable[Mapping[str, Any]], jobs: Sequence[Job]) -> list[Outcome]:
+    """How the rollouts that were asked for ended. One that failed and was run again counts as it ended last; lines of
+    other rollouts (a dataset that was cut since) do not count.
+
+    Args:
+        records: Lines of the journal, in order.
+        jobs: What was asked for.
+    """
+    expected = Counter(job.key for job in jobs)
+    ended: defaultdict[Key, list[Outcome]] = defaultdict(list)
+    failed: dict[Key, Outcome] = {}
+    for record in records:
+        key = key_of(record)
+        if record.get("retried") or len(ended[key]) >= expected[key]:
+            continue
+        if record["failure"] is None:
+            ended[key].append(_outcome(record))
+        else:
+            failed[key] = _outcome(record)
+    for key, last in failed.items():
+        ended[key] += [last] * (expected[key] - len(ended[key]))
+    return [outcome for key in expected for outcome in ended[key]]
+
+
+def summarize(ended: Iterable[Outcome]) -> dict[str, Summary]:
+    """By environment, in the order of their names."""
+    by_agent: defaultdict[str, list[Outcome]] = defaultdict(list)
+    for outcome in ended:
+        by_agent[outcome.agent].append(outcome)
+    return {agent: summary_of(own) for agent, own in sorted(by_agent.items())}
+
+
+def summary_of(ended: Sequence[Outcome]) -> Summary:
+    """The numbers of some rollouts."""
+    good = [outcome for outcome in ended if outcome.failure is None]
+    rewards = [outcome.reward for outcome in good]
+    seconds = sorted(outcome.seconds for outcome in good)
+    return Summary(
+        rollouts=len(ended),
+        failed=dict(Counter(outcome.failure for outcome in ended if outcome.failure is not None).most_common()),
+        reward_mean=_mean(rewards),
+        reward_std=(statistics.stdev(rewards) if len(rewards) > 1 else 0.0) if rewards else None,
+        success=_mean([outcome.success for outcome in good]),
+        turns=_mean([outcome.turns for outcome in good]),
+        seconds_p50=percentile(seconds, 0.5),
+        seconds_p95=percentile(seconds, 0.95),
+    )
+
+
+def percentile(ascending: Sequence[float], fraction: float) -> float | None:
+    """Linear interpolation between the two nearest; None without values."""
+    if not ascending:
+        return None
+    place = fraction * (len(ascending) - 1)
+    low, high = math.floor(place), math.ceil(place)
+    return ascending[low] + (place - low) * (ascending[high] - ascending[low])
+
+
+def show_summary(summaries: Mapping[str, Summary], console: Console) -> None:
+    """One row per environment, and the kinds of failures below."""
+    header = ["environment", "rollouts", "failed", "reward", "success", "turns", "seconds p50 / p95"]
+    rows = [
+        [
+            agent,
+            str(one.rollouts),
+            ", ".join(f"{number} {kind}" for kind, number in one.failed.items()) or "0",
+            "–" if one.reward_mean is None else f"{one.reward_mean:.3f} ± {one.reward_std:.3f}",
+            _shown(one.success),
+            _shown(one.turns, 1),
+            f"{_shown(one.seconds_p50, 2)} / {_shown(one.seconds_p95, 2)}",
+        ]
+        for agent, one in summaries.items()
+    ]
+    show_table(header, rows, console)
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """A table in a terminal, `first: second 2, third 3` per row where output is piped."""
+    if console.is_terminal:
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        return
+    for row in rows:
+        fields = ", ".join(f"{name} {value}" for name, value in zip(header[1:], row[1:], strict=True))
+        console.print(f"{row[0]}: {fields}", highlight=False, soft_wrap=True, markup=False)
+
+
+def as_json(summaries: Mapping[str, Summary]) -> dict[str, Any]:
+    return {agent: asdict(one) for agent, one in summaries.items()}
+
+
+def _outcome(record: Mapping[str, Any]) -> Outcome:
+    failure, reward = record["failure"], record["reward"]
+    return Outcome(
+        dataset=record["dataset"],
+        task=record["task_hash"],
+        agent=record["agent"],
+        failure=None if failure is None else failure["kind"],
+        reward=reward,
+        success=None if failure is not None else success_of(record["verify"], reward),
+        turns=_num_model_calls(record),
+        seconds=record["seconds"],
+    )
+
+
+def _num_model_calls(record: Mapping[str, Any]) -> int:
+    """As recorded; without token ids, the stretches of output between tool results: each is one model call."""
+    recorded = sum(turn["kind"] == "model" for turn in record["turns"])
+    if recorded:
+        return recorded
+    output = (record["response"] or {}).get("output") or []
+    sampled = [item.get("type") != "function_call_output" for item in output]
+    return sum(now and not before for before, now in zip([False, *sampled], sampled, strict=False))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _shown(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

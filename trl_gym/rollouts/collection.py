@@ -1,0 +1,361 @@
+"""One batch of rollouts on an event loop: attempts, retries, and a watch beside them.
+
+    rollout    wait for a place ─► POST /run ─► records of its calls ─► `finish` ─┬─► value
+                     ▲                                                            │ failed, and may be retried
+                     └───────────────── pause ◄── a new rollout id ◄──────────────┘
+    watch      about every second: are the servers there? has anything ended lately?
+
+A rollout that fails is a value like any other. What ends the collection is an exception: the policy server or the
+whole Gym is gone, an environment is down and may not be skipped, `finish` raised, or the caller gave up. Then every
+task is cancelled, what ran is recorded as cancelled, and the policy server is told that nobody waits any more: NeMo
+Gym before 0.7 goes on with a rollout whose client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, NoReturn, Protocol, TypeVar
+
+import aiohttp
+
+from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, RolloutFailure
+from trl_gym.gym.client import GymAnswer, run_rollout
+from trl_gym.gym.discovery import AgentInfo
+from trl_gym.policy_server.calls import CallRecord
+from trl_gym.rollouts.admission import Admission
+from trl_gym.rollouts.budgets import Budgets, backoff_s
+from trl_gym.rollouts.call_records import RolloutLedger
+from trl_gym.rollouts.requests import RolloutRequest, next_attempt
+from trl_gym.rollouts.watch import CollectionStatus, Outstanding, Phase, Tally, describe_stall
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 1.0
+_HURRIED_LOOK_S = 0.1  # while a rollout waits to hear whether its servers are gone
+_PATIENCE = 3  # looks in a row before a server counts as gone
+_EXPLAIN_S = 2.0  # for a server that has just died to be seen as dead
+_GIVE_UP_TIMEOUT_S = 5.0  # for telling a policy server that may be the reason for giving up
+# Failures after which somebody behind the agent may go on with the rollout.
+_MAY_GO_ON = frozenset({FailureKind.DEADLINE, FailureKind.INFRASTRUCTURE})
+
+
+class Ended(Protocol):
+    """What `finish` returns: says whether the rollout failed."""
+
+    @property
+    def failure(self) -> RolloutFailure | None: ...
+
+
+T = TypeVar("T", bound=Ended)
+
+
+class Progress(Protocol):
+    """Called in the collector's thread whenever a rollout ends, and about every second."""
+
+    def __call__(self, status: CollectionStatus) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutResult:
+    """How one attempt ended.
+
+    Attributes:
+        request: What was asked.
+        answer: Gym's answer; None when the attempt failed.
+        failure: Why it failed; None when it did not.
+        seconds: Wall time from dispatch (after waiting for a place) to the end.
+        records: The policy server's records of its model calls; None without a ledger.
+        retried_kinds: If it has failed for one of these, also for a reason that only `finish` sees, another attempt
+            follows and this one is not the last word.
+    """
+
+    request: RolloutRequest
+    answer: dict[str, Any] | None
+    failure: RolloutFailure | None
+    seconds: float
+    records: list[CallRecord] | None = None
+    retried_kinds: frozenset[FailureKind] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a collection works with; see `RolloutCollector`."""
+
+    agent: Callable[[str], AgentInfo]
+    budgets: Budgets
+    check: Callable[[], None]
+    agents_down: Callable[[], Mapping[str, str]]
+    on_environment_down: Literal["fail", "skip"]
+    gym_log: Callable[[], str]
+    ledger: RolloutLedger | None
+    stall_timeout_s: float
+
+
+class Collection(Generic[T]):
+    """Runs once.
+
+    Args:
+        around: What it works with.
+        session: For all requests.
+        admission: Shared with other collections of the rank.
+        finish: See `RolloutCollector.submit`.
+        progress: See `RolloutCollector.submit`.
+    """
+
+    def __init__(
+        self,
+        around: Surroundings,
+        session: aiohttp.ClientSession,
+        admission: Admission,
+        finish: Callable[[RolloutResult], T],
+        progress: Progress | None,
+    ) -> None:
+        self._around, self._session, self._admission = around, session, admission
+        self._finish, self._progress = finish, progress
+        self._clock = asyncio.get_running_loop().time
+        self._rng = random.Random()
+        self._tally = Tally(0)
+        self._tasks: list[asyncio.Task[T]] = []
+        self._current: list[RolloutRequest] = []  # the newest attempt of each rollout
+        self._down: dict[str, str] = {}  # environments that are skipped, and why
+        self._interrupted: set[int] = set()  # rollouts that are cancelled because of that
+        self._num_suspicious = 0
+        self._suspicion, self._looked = asyncio.Event(), asyncio.Event()
+        self._num_unanswered_pings = 0
+        self._last_end = self._last_warning = self._clock()
+
+    async def run(self, requests: Sequence[RolloutRequest]) -> list[T]:
+        """The values of `finish`, in the order of the requests."""
+        self._tally = Tally(len(requests))
+        self._current = list(requests)
+        self._tasks = [asyncio.create_task(self._rollout(index)) for index in range(len(requests))]
+        watch = asyncio.create_task(self._watch())
+        rollouts = asyncio.gather(*self._tasks)
+        try:
+            await asyncio.wait({rollouts, watch}, return_when=asyncio.FIRST_COMPLETED)
+            return rollouts.result() if rollouts.done() else watch.result()
+        finally:
+            for task in (*self._tasks, watch):  # `gather` leaves the siblings of a task that raised running
+                task.cancel()
+            await asyncio.gather(*self._tasks, watch, rollouts, return_exceptions=True)
+            await self._give_up()
+
+    # -- one rollout --------------------------------------------------------------------------------------------------
+
+    async def _rollout(self, index: int) -> T:
+        failed: Counter[FailureKind] = Counter()
+        while True:
+            result = await self._attempt(index, failed)
+            value = await self._settle(index, result)
+            failure = value.failure
+            self._last_end = self._clock()
+            if failure is None or failure.kind not in result.retried_kinds:
+                self._tally.num_done += 1
+                self._tally.num_failed += failure is not None
+                self._report()
+                return value
+            failed[failure.kind] += 1
+            self._tally.num_retried += 1
+            self._current[index] = next_attempt(result.request)
+
+    async def _attempt(self, index: int, failed: Counter[FailureKind]) -> RolloutResult:
+        request = self._current[index]
+        started: float | None = None
+        try:
+            if failed:
+                self._enter(index, Phase.PAUSED)
+                await asyncio.sleep(backoff_s(failed.total(), self._rng))
+            if request.agent in self._down:
+                return self._result(request, self._down_failure(request), 0.0)
+            self._enter(index, Phase.WAITING)
+            budget = self._around.budgets.budget_for(request.agent)
+            async with self._admission.place(request.agent):
+                self._enter(index, Phase.RUNNING)
+                started = self._clock()
+                agent = self._around.agent(request.agent)
+                outcome = await run_rollout(self._session, agent, request.row, deadline_s=budget.deadline_s)
+            seconds = self._clock() - started
+            if isinstance(outcome, RolloutFailure) and outcome.kind is FailureKind.INFRASTRUCTURE:
+                await self._look_closely()
+            return self._result(request, outcome, seconds, budget.retried_kinds(failed))
+        except asyncio.CancelledError:
+            if index not in self._interrupted or asyncio.current_task().uncancel() > 0:
+                raise
+            self._interrupted.discard(index)
+            seconds = 0.0 if started is None else self._clock() - started
+            return self._result(request, self._down_failure(request), seconds)
+
+    def _result(
+        self,
+        request: RolloutRequest,
+        outcome: GymAnswer | RolloutFailure,
+        seconds: float,
+        retried_kinds: frozenset[FailureKind] = frozenset(),
+    ) -> RolloutResult:
+        failure = outcome if isinstance(outcome, RolloutFailure) else None
+        return RolloutResult(
+            request=request,
+            answer=None if isinstance(outcome, RolloutFailure) else outcome.result,
+            failure=None if failure is None else failure.of(**request.identity, seconds=seconds),
+            seconds=seconds,
+            retried_kinds=retried_kinds,
+        )
+
+    async def _settle(self, index: int, result: RolloutResult) -> T:
+        """What is to be done once an attempt has ended. Whatever happens at the policy server, it is recorded."""
+        self._enter(index, Phase.SETTLING)
+        ledger, rollout_id = self._around.ledger, result.request.rollout_id
+        records: list[CallRecord] | None = None
+        lost: PolicyServerError | None = None
+        try:
+            if ledger is not None:
+                if result.failure is not None and result.failure.kind in _MAY_GO_ON:
+                    await ledger.cancel(self._session, [rollout_id])
+                records = await ledger.take(self._session, rollout_id)
+        except PolicyServerError as error:
+            lost = error
+        except asyncio.CancelledError:
+            self._record_last(dataclasses.replace(result, retried_kinds=frozenset()))
+            raise
+        self._tally.leave(index)
+        value = self._finish(dataclasses.replace(result, records=records))
+        if lost is not None:
+            await self._raise_explained(lost)
+        return value
+
+    async def _raise_explained(self, error: PolicyServerError) -> NoReturn:
+        """A dead process says more than the connection that it closed; it may take a moment to be seen as dead."""
+        if isinstance(error.__cause__, OSError | aiohttp.ClientError):
+            for _ in range(round(_EXPLAIN_S / _HURRIED_LOOK_S)):
+                await asyncio.to_thread(self._around.check)
+                await asyncio.sleep(_HURRIED_LOOK_S)
+        raise error
+
+    def _enter(self, index: int, phase: Phase) -> None:
+        request = self._current[index]
+        one = Outstanding(request.agent, request.rollout_id, request.attempt, phase, self._clock())
+        self._tally.enter(index, one)
+
+    def _report(self) -> None:
+        if self._progress is not None:
+            self._progress(self._tally.status(self._clock()))
+
+    # -- the watch ----------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> NoReturn:
+        """Raises when the collection cannot go on."""
+        while True:
+            await self._look()
+            looked, self._looked = self._looked, asyncio.Event()
+            looked.set()
+            self._report()
+            now = self._clock()
+            if now - max(self._last_end, self._last_warning) >= self._around.stall_timeout_s:
+                self._last_warning = now
+                await self._warn_of_stall()
+            if self._num_suspicious:
+                await asyncio.sleep(_HURRIED_LOOK_S)
+            else:
+                self._suspicion.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_EVERY_S):
+                        await self._suspicion.wait()
+
+    async def _look(self) -> None:
+        await asyncio.to_thread(self._around.check)  # it may ask over the network
+        if self._around.ledger is not None:
+            answered = await self._around.ledger.ping(self._session)
+            self._num_unanswered_pings = 0 if answered else self._num_unanswered_pings + 1
+            if self._num_unanswered_pings >= _PATIENCE:
+                raise PolicyServerError(self._around.ledger.describe_silence())
+        self._mark_down(await asyncio.to_thread(self._around.agents_down))
+
+    async def _look_closely(self) -> None:
+        """After an infrastructure failure: wait until a server that is gone has been noticed as gone. Otherwise a dead
+        environment would use up the attempts of its rollouts before anybody could say what is wrong."""
+        self._num_suspicious += 1
+        self._suspicion.set()
+        try:
+            for _ in range(_PATIENCE + 1):  # the first may have begun before
+                await self._looked.wait()
+        finally:
+            self._num_suspicious -= 1
+
+    def _mark_down(self, down: Mapping[str, str]) -> None:
+        outstanding = self._tally.outstanding
+        for agent in {one.agent for one in outstanding.values()} & (down.keys() - self._down.keys()):
+            indices = [index for index, one in outstanding.items() if one.agent == agent]
+            text = f"the environment `{agent}` is down: {down[agent]}"
+            if self._around.on_environment_down == "fail":
+                log = self._around.gym_log()
+                raise GymServerError(
+                    f"T{text[1:]}. {len(indices)} of its rollouts were outstanding. Restart it, or set "
+                    "`gym_on_environment_down` to 'skip' to go on without it." + (f"\n\n{log}" if log else "")
+                )
+            logger.warning("%s. Its %d outstanding rollouts fail; the next batch tries it again.", text, len(indices))
+            self._down[agent] = text
+            for index in indices:
+                if outstanding[index].phase is not Phase.SETTLING:
+                    self._interrupted.add(index)
+                    self._tasks[index].cancel()
+
+    def _down_failure(self, request: RolloutRequest) -> RolloutFailure:
+        text = self._down[request.agent]
+        return RolloutFailure(kind=FailureKind.INFRASTRUCTURE, text=text, where=f"{request.agent} /run")
+
+    async def _warn_of_stall(self) -> None:
+        running = [one.rollout_id for one in self._tally.running.values()]
+        calls = {}
+        if self._around.ledger is not None and running:
+            try:
+                calls = await self._around.ledger.peek(self._session, running)
+            except PolicyServerError as error:
+                logger.warning("What stalled rollouts wait for cannot be asked: %s", error)
+        now = self._clock()
+        outstanding = sorted(self._tally.outstanding.values(), key=lambda one: one.since)
+        logger.warning(describe_stall(outstanding, calls, now=now, silent_s=now - self._last_end))
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    async def _give_up(self) -> None:
+        """Record what was running, and tell the policy server. Why the collection ends is on its way to the caller."""
+        given_up = [(index, one) for index, one in self._tally.outstanding.items() if one.phase in _AT_WORK]
+        now = self._clock()
+        for index, one in given_up:
+            if one.phase is Phase.RUNNING:
+                request = self._current[index]
+                failure = RolloutFailure(
+                    kind=FailureKind.CANCELLED, text="the collection ended while it ran", where=f"{one.agent} /run"
+                )
+                if not self._record_last(self._result(request, failure, now - one.since)):
+                    break
+        if given_up and self._around.ledger is not None:
+            ids = sorted(one.rollout_id for _, one in given_up)
+            try:
+                await self._around.ledger.cancel(self._session, ids, timeout_s=_GIVE_UP_TIMEOUT_S)
+            except PolicyServerError as error:
+                logger.warning(
+                    "%d rollouts could not be cancelled at the policy server and may go on until they end by "
+                    "themselves: %s",
+                    len(ids),
+                    error,
+                )
+
+    def _record_last(self, result: RolloutResult) -> bool:
+        """Record an attempt while the collection ends. Whether that worked."""
+        try:
+            self._finish(result)
+        except Exception as error:  # why the collection ends must not be replaced by this
+            logger.warning("%s could not be recorded: %s", result.request.rollout_id, error)
+            return False
+        return True
+
+
+_AT_WORK = (Phase.RUNNING, Phase.SETTLING)

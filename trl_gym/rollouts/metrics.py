@@ -1,0 +1,247 @@
+"""What is logged about rollouts. Computed from the facts of every rollout on every rank since the last log, not from
+averages of ranks or batches: the same on one rank and on many, every rollout with the same weight. Pure but for
+`RunMetrics`, which keeps facts until they are logged.
+
+Over all rollouts as `rollouts/<name>`, and for each environment as `gym/<agent>/rollouts/<name>` or, marked with *,
+as `gym/<agent>/<name>`, beside the numbers of its verify response:
+
+| name | meaning |
+|---|---|
+| `count` | rollouts since the last log |
+| `failed_fraction`, `failed/<kind>`* | of them, the ones that failed; by kind, 0 included |
+| `untrained_fraction` | of them, the ones that are not trained: failed, no reward, or their group was left out |
+| `retried_fraction` | of them, the ones that were run more than once |
+| `drift_fraction`* | of those with tokens, the ones that drifted; also those excluded for it |
+| `reward`*, `reward_std`* | the environment's reward |
+| `truncated_fraction` | cut, as Gym reports it |
+| `turns`, `tokens_in`, `tokens_out` | model calls; tokens that were put there (prompt included) and sampled |
+| `tool_calls`, `tool_errors` | per rollout, see `facts.is_tool_error` |
+| `seconds`, `seconds_p50`, `seconds_p95` | wall time |
+| `model_seconds_p50`, `…_p95`, `queue_seconds_…` | per rollout in model calls, and of that in the engine's queue |
+| `groups/size` | trained rollouts per group that is trained |
+| `groups/zero_variance_fraction` | of the groups that are trained, the ones whose rewards are all the same |
+| `groups/dropped_fraction` | of all groups, the ones left out as too small |
+
+From `reward` on, rollouts that did not fail. `groups/…` only in training, by the environment's reward. Besides:
+
+| name | meaning |
+|---|---|
+| `success`, `gym/<agent>/success` | see `Rollout.success` |
+| `gym/<agent>/<field>` | mean of each number of the verify response, where none of the above has its name |
+| `gym/<agent>/reward_components/<name>` | mean of each number of its `reward_components` |
+| `gym/<agent>/drift/<cause>` | fraction of the rollouts with tokens that drifted for this cause |
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from trl_gym.errors import FailureKind
+from trl_gym.rollouts import logprob_gap
+from trl_gym.rollouts.facts import RolloutFacts
+from trl_gym.rollouts.logprob_gap import GapSum
+
+NEWEST = 65_536  # rollouts of training between two logs; about a kilobyte each, on every rank
+_PERCENTILES = (50, 95)
+
+
+class RunMetrics:
+    """The facts of training or of one evaluation, kept from one log to the next.
+
+    Args:
+        newest: Keep so many of them at most, for a training that logs rarely or never; None for all.
+    """
+
+    def __init__(self, newest: int | None = None) -> None:
+        self._facts: deque[RolloutFacts] = deque(maxlen=newest)
+        self._gaps: deque[Mapping[str, GapSum]] = deque(maxlen=newest)
+
+    def add(self, facts: Sequence[RolloutFacts]) -> None:
+        """
+        Args:
+            facts: Of one batch, of all ranks.
+        """
+        self._facts += facts
+
+    def add_gaps(self, gaps: Sequence[Mapping[str, GapSum]]) -> None:
+        """
+        Args:
+            gaps: What `logprob_gap.batch_gaps` returned, on each rank.
+        """
+        self._gaps += gaps
+
+    def take(self, summarize: Callable[[Sequence[RolloutFacts]], dict[str, float]]) -> dict[str, float]:
+        """The metrics since the last call.
+
+        Args:
+            summarize: From facts to metrics; not asked when there are none.
+        """
+        metrics = logprob_gap.merge(self._gaps) | (summarize(list(self._facts)) if self._facts else {})
+        self._facts.clear()
+        self._gaps.clear()
+        return metrics
+
+
+def training_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
+    """`rollout_metrics` and what concerns groups."""
+    metrics = rollout_metrics(facts) | _prefixed("rollouts/groups", _group_metrics(facts))
+    for agent, own in by_agent(facts).items():
+        metrics |= _prefixed(f"gym/{agent}/rollouts/groups", _group_metrics(own))
+    return metrics
+
+
+def rollout_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
+    """The tables above, without `groups/…`. What no rollout has a value for is left out.
+
+    Args:
+        facts: At least one.
+    """
+    metrics = _prefixed("rollouts", _counts(facts) | _outcomes(facts) | _lengths(facts))
+    _put(metrics, "success", _mean(fact.success for fact in facts))
+    for agent, own in by_agent(facts).items():
+        metrics |= _prefixed(f"gym/{agent}/rollouts", _counts(own) | _lengths(own))
+        metrics |= _prefixed(f"gym/{agent}", _fields(own) | _outcomes(own) | _causes_of_drift(own))
+        _put(metrics, f"gym/{agent}/success", _mean(fact.success for fact in own))
+    return metrics
+
+
+def completion_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
+    """TRL's `completions/…` over rollouts with a reward, with truncation as Gym reports it.
+
+    Args:
+        facts: Of one batch, of all ranks.
+
+    Returns:
+        NaN for what there is no rollout for, which TRL leaves out of its means; 0 for lengths of complete rollouts
+        when all were truncated, as TRL has it.
+    """
+    trained = [fact for fact in facts if fact.is_valid]
+    lengths = [fact.sampled_tokens for fact in trained]
+    complete = [fact.sampled_tokens for fact in trained if not fact.is_truncated] or ([0] if trained else [])
+    metrics = {"completions/clipped_ratio": _mean(fact.is_truncated for fact in trained)}
+    for name, values in (("length", lengths), ("terminated_length", complete)):
+        metrics |= {
+            f"completions/mean_{name}": _mean(values),
+            f"completions/min_{name}": float(min(values)) if values else None,
+            f"completions/max_{name}": float(max(values)) if values else None,
+        }
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
+
+
+def by_agent(facts: Sequence[RolloutFacts]) -> dict[str, list[RolloutFacts]]:
+    """The facts of each environment, by name."""
+    agents: defaultdict[str, list[RolloutFacts]] = defaultdict(list)
+    for fact in facts:
+        agents[fact.agent].append(fact)
+    return dict(sorted(agents.items()))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear interpolation between closest ranks, as NumPy's default.
+
+    Args:
+        values: At least one.
+        percent: 0 to 100.
+    """
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def _counts(facts: Sequence[RolloutFacts]) -> dict[str, float]:
+    return {
+        "count": float(len(facts)),
+        "failed_fraction": _fraction(facts, lambda fact: fact.failure is not None),
+        "untrained_fraction": _fraction(facts, lambda fact: not fact.is_valid),
+        "retried_fraction": _fraction(facts, lambda fact: fact.attempts > 1),
+    }
+
+
+def _outcomes(facts: Sequence[RolloutFacts]) -> dict[str, float]:
+    metrics = {
+        f"failed/{kind}": _fraction(facts, lambda fact, kind=str(kind): fact.failure == kind) for kind in FailureKind
+    }
+    if with_tokens := [fact for fact in facts if fact.has_tokens]:
+        metrics["drift_fraction"] = _fraction(with_tokens, lambda fact: fact.drift is not None)
+    rewards = [fact.reward for fact in facts if fact.reward is not None]
+    _put(metrics, "reward", mean := _mean(rewards))
+    if len(rewards) > 1:
+        metrics["reward_std"] = math.sqrt(math.fsum((x - mean) ** 2 for x in rewards) / (len(rewards) - 1))
+    return metrics
+
+
+def _lengths(facts: Sequence[RolloutFacts]) -> dict[str, float]:
+    """Sizes and times of the rollouts that did not fail."""
+    done = [fact for fact in facts if fact.failure is None]
+    if not done:
+        return {}
+    return {
+        "truncated_fraction": _fraction(done, lambda fact: fact.is_truncated),
+        "turns": _mean(fact.turns for fact in done),
+        "tokens_in": _mean(fact.prompt_tokens + fact.environment_tokens for fact in done),
+        "tokens_out": _mean(fact.sampled_tokens for fact in done),
+        "tool_calls": _mean(fact.tool_calls for fact in done),
+        "tool_errors": _mean(fact.tool_errors for fact in done),
+        "seconds": _mean(fact.seconds for fact in done),
+        **_times(done),
+    }
+
+
+def _causes_of_drift(facts: Sequence[RolloutFacts]) -> dict[str, float]:
+    with_tokens = [fact for fact in facts if fact.has_tokens]
+    causes = sorted({fact.drift for fact in with_tokens if fact.drift is not None})
+    return {f"drift/{cause}": sum(f.drift == cause for f in with_tokens) / len(with_tokens) for cause in causes}
+
+
+def _times(done: Sequence[RolloutFacts]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name in ("seconds", "model_seconds", "queue_seconds"):
+        if values := [value for fact in done if (value := getattr(fact, name)) is not None]:
+            metrics |= {f"{name}_p{percent}": percentile(values, percent) for percent in _PERCENTILES}
+    return metrics
+
+
+def _fields(facts: Sequence[RolloutFacts]) -> dict[str, float]:
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for fact in facts:
+        for name, value in fact.fields.items():
+            values[name].append(value)
+        for name, value in fact.components.items():
+            values[f"reward_components/{name}"].append(value)
+    return {name: math.fsum(own) / len(own) for name, own in values.items()}
+
+
+def _group_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
+    groups: defaultdict[str, list[float]] = defaultdict(list)
+    for fact in facts:
+        members = groups[fact.group]
+        if fact.is_valid:
+            members.append(fact.trained_reward)
+    trained = [members for members in groups.values() if members]
+    metrics = {"dropped_fraction": 1 - len(trained) / len(groups)}
+    if trained:
+        metrics["size"] = sum(map(len, trained)) / len(trained)
+        metrics["zero_variance_fraction"] = sum(min(own) == max(own) for own in trained) / len(trained)
+    return metrics
+
+
+def _fraction(facts: Sequence[RolloutFacts], holds: Callable[[RolloutFacts], bool]) -> float:
+    return sum(map(holds, facts)) / len(facts)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def _put(metrics: dict[str, float], name: str, value: float | None) -> None:
+    if value is not None:
+        metrics[name] = value
