@@ -1,0 +1,32 @@
+"""What subclasses override, without servers. The trainer at work is in `tests/e2e`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gradient import NUM_MEMBERS, Case, make_trainer, save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("trainer") / "model")
+
+
+def test_a_curriculum_chooses_the_task_of_a_whole_group(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(model, Case(name="curriculum", failed=()), tmp_path)
+    examples = list(trainer.train_dataset)
+    trainer._rows = [example for example in examples for _ in range(NUM_MEMBERS)]
+
+    def easy_first(example: dict[str, Any], group: int) -> dict[str, Any]:
+        return examples[0] if group < 2 else example
+
+    assert [request.task_index for request in trainer._requests()[::NUM_MEMBERS]] == [0, 1, 2]
+    monkeypatch.setattr(trainer, "choose_task", easy_first)
+    requests = trainer._requests()
+    assert [(r.group, r.task_index) for r in requests] == [(g, t) for g, t in ((0, 0), (1, 0), (2, 2)) for _ in "abcd"]
+    assert len({request.rollout_id for request in requests}) == 3 * NUM_MEMBERS
