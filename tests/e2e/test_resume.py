@@ -1,5 +1,5 @@
-"""A run that is killed in the middle of a generation batch and resumed ends as one that was never interrupted; then
-the same rollouts train another run without any server.
+"""A run that is killed in the middle of a generation batch and resumed ends as one that was never interrupted; the
+same rollouts train another run without any server; and two ranks do together what one does alone.
 
 Sampling is seeded per rollout (TRL divides logits by the temperature, so it cannot be 0), through the documented
 override: the same weights, task and member then sample the same tokens, whatever else is in the batch.
@@ -11,6 +11,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -21,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.training import CALCULATOR, RecordingTrainer, config
+from tests.e2e.training import CALCULATOR, ROOT, RecordingTrainer, config
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.requests import RolloutRequest
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.e2e
 # steps. Checkpoints after every third step: that of step 3 is in the middle of a generation batch, that of step 6
 # in the second epoch.
 NUM_STEPS = 8
+NUM_RANKS = 2
 KILLED_AT_STEP, KILLED_AFTER = 6, 7
 # Log-probabilities of the same tokens differ in the last bits with what else is in the server's batch, and a resumed
 # batch is smaller; they enter the loss through the importance ratio, and Adam turns a difference in a tiny gradient
@@ -40,7 +43,14 @@ TOLERANCE = 1e-4
 
 
 class Seeded(RecordingTrainer):
-    """Samples reproducibly."""
+    """Samples reproducibly, and keeps the weights of the second step."""
+
+    after_two_steps: dict[str, torch.Tensor]
+
+    def _push_weights(self, step: int) -> None:
+        super()._push_weights(step)
+        if step == 2:
+            self.after_two_steps = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def build_request(self, row: dict[str, Any], request: RolloutRequest) -> dict[str, Any]:
         metadata = request.row["responses_create_params"]["metadata"]
@@ -242,3 +252,37 @@ def test_training_from_the_journal_needs_no_server(
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert metrics[0]["rollouts/staleness"] == 0.0
     trainer.close()
+
+
+def test_two_ranks_roll_out_their_own_rows_and_log_what_one_would(
+    runs: tuple[Seeded, Seeded, Path], servers: tuple[str, str], data: Path, small_policy: Path, tmp_path: Path
+) -> None:
+    """The first generation batch of the uninterrupted run, under `accelerate launch` over gloo."""
+    whole, _, _ = runs
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_machines", "1"]
+    launch += ["--num_processes", str(NUM_RANKS), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["-m", "tests.e2e.two_ranks", str(tmp_path), *servers, str(data), str(small_policy)]
+    # accelerate starts several processes only for "multi_gpu"; with this they use gloo and no GPU.
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    recorded = list(read_journal(tmp_path / "rollouts"))
+    assert Counter(r["rank"] for r in recorded) == {0: 8, 1: 8}
+    together = {identity(r): r["completion_ids"] for r in recorded}
+    alone = {identity(r): r["completion_ids"] for r in read_journal(Path(whole.args.output_dir) / "rollouts")}
+    assert together == {key: ids for key, ids in alone.items() if key[0] == 0}
+
+    [ours, theirs] = (
+        json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+        for folder in (tmp_path, Path(whole.args.output_dir))
+    )
+    names = [name for name in theirs if name.startswith(("rollouts/", "gym/", "success", "reward"))]
+    assert len(names) > 20
+    measured = [name for name in names if "seconds" in name]
+    for name in set(names) - set(measured):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-6), name
+    weights = torch.load(tmp_path / "weights.pt")
+    assert whole.after_two_steps.keys() == weights.keys()
+    for name, expected in whole.after_two_steps.items():
+        torch.testing.assert_close(weights[name], expected, atol=TOLERANCE, rtol=0, msg=name)
