@@ -11,9 +11,8 @@ quickstart: setup
 	@.venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		recipes/grpo.py --config recipes/quickstart.yaml $(ARGS)
 
-# On two cores: one worker has all tests with servers, the other the rest.
 test: setup-test
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@.venv/bin/python scripts/run_tests.py $(ARGS)
 
 unit: setup-test
 	@.venv/bin/python -m pytest -m "not e2e" $(ARGS)

@@ -18,14 +18,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`, tests with servers stay on one worker: never two vLLM servers at a time."""
-    for item in items:
-        if item.get_closest_marker("e2e"):
-            item.add_marker(pytest.mark.xdist_group("servers"))
-
-
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CALCULATOR = RECIPES / "environments" / "calculator"
 

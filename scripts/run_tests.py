@@ -1,0 +1,33 @@
+"""All tests, on two cores: those with servers here, the others beside them, their output afterwards.
+
+    python scripts/run_tests.py [any pytest argument]
+
+Never two vLLM servers at a time: all tests that start one are marked `e2e` and run one after another.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+LOG = Path(__file__).resolve().parents[1] / ".setup" / "unit-tests.log"
+NO_TESTS_COLLECTED = 5
+
+
+def main(arguments: list[str]) -> int:
+    pytest = [sys.executable, "-m", "pytest", *arguments]
+    with LOG.open("w") as log:
+        unit = subprocess.Popen([*pytest, "-m", "not e2e", "--color=no"], stdout=log, stderr=subprocess.STDOUT)
+        try:
+            print(f"tests without servers run beside these; their output: {LOG}", flush=True)
+            servers = subprocess.run([*pytest, "-m", "e2e"]).returncode
+            unit.wait()
+        except KeyboardInterrupt:  # pytest has said so already; the other one got it too
+            unit.wait()
+            return 130
+    print(f"\ntests without servers:\n{LOG.read_text()}", flush=True)
+    codes = [code for code in (servers, unit.returncode) if code != NO_TESTS_COLLECTED]
+    return max(codes, key=abs) if codes else NO_TESTS_COLLECTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
