@@ -5,6 +5,7 @@
 Never two vLLM servers at a time: all tests that start one are marked `e2e` and run one after another.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,16 +18,14 @@ def main(arguments: list[str]) -> int:
     pytest = [sys.executable, "-m", "pytest", *arguments]
     with LOG.open("w") as log:
         unit = subprocess.Popen([*pytest, "-m", "not e2e", "--color=no"], stdout=log, stderr=subprocess.STDOUT)
-        try:
-            print(f"tests without servers run beside these; their output: {LOG}", flush=True)
-            servers = subprocess.run([*pytest, "-m", "e2e"]).returncode
-            unit.wait()
-        except KeyboardInterrupt:  # pytest has said so already; the other one got it too
-            unit.wait()
-            return 130
+    print(f"tests without servers run beside these; their output: {LOG}", flush=True)
+    servers = subprocess.Popen([*pytest, "-m", "e2e"])
+    # Ctrl-C reaches both as well; they stop their servers first, and are waited for.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    codes = [process.wait() for process in (servers, unit)]
     print(f"\ntests without servers:\n{LOG.read_text()}", flush=True)
-    codes = [code for code in (servers, unit.returncode) if code != NO_TESTS_COLLECTED]
-    return max(codes, key=abs) if codes else NO_TESTS_COLLECTED
+    ran = [code for code in codes if code != NO_TESTS_COLLECTED]
+    return max(map(abs, ran)) if ran else NO_TESTS_COLLECTED
 
 
 if __name__ == "__main__":
