@@ -43,14 +43,7 @@ TOLERANCE = 1e-4
 
 
 class Seeded(RecordingTrainer):
-    """Samples reproducibly, and keeps the weights of the second step."""
-
-    after_two_steps: dict[str, torch.Tensor]
-
-    def _push_weights(self, step: int) -> None:
-        super()._push_weights(step)
-        if step == 2:
-            self.after_two_steps = {name: value.clone() for name, value in self.model.state_dict().items()}
+    """Samples reproducibly."""
 
     def build_request(self, row: dict[str, Any], request: RolloutRequest) -> dict[str, Any]:
         metadata = request.row["responses_create_params"]["metadata"]
@@ -257,7 +250,11 @@ def test_training_from_the_journal_needs_no_server(
 def test_two_ranks_roll_out_their_own_rows_and_log_what_one_would(
     runs: tuple[Seeded, Seeded, Path], servers: tuple[str, str], data: Path, small_policy: Path, tmp_path: Path
 ) -> None:
-    """The first generation batch of the uninterrupted run, under `accelerate launch` over gloo."""
+    """The first generation batch of the uninterrupted run, under `accelerate launch` over gloo.
+
+    TRL shuffles each rank's rows before it cuts them into optimizer steps, so the steps themselves differ; that the
+    gradient of a given batch does not is shown in `tests/test_gradient.py`.
+    """
     whole, _, _ = runs
     launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_machines", "1"]
     launch += ["--num_processes", str(NUM_RANKS), "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -279,10 +276,5 @@ def test_two_ranks_roll_out_their_own_rows_and_log_what_one_would(
     )
     names = [name for name in theirs if name.startswith(("rollouts/", "gym/", "success", "reward"))]
     assert len(names) > 20
-    measured = [name for name in names if "seconds" in name]
-    for name in set(names) - set(measured):
+    for name in (name for name in names if "seconds" not in name):
         assert ours[name] == pytest.approx(theirs[name], abs=1e-6), name
-    weights = torch.load(tmp_path / "weights.pt")
-    assert whole.after_two_steps.keys() == weights.keys()
-    for name, expected in whole.after_two_steps.items():
-        torch.testing.assert_close(weights[name], expected, atol=TOLERANCE, rtol=0, msg=name)

@@ -25,8 +25,6 @@ def main(output_dir: Path, policy: str, gym_head: str, data: Path, model: Path) 
     )
     assert trainer.accelerator.num_processes == NUM_RANKS
     trainer.train()
-    if trainer.accelerator.is_main_process:
-        torch.save(trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict(), output_dir / "weights.pt")
     trainer.close()
     torch.distributed.destroy_process_group()
 
