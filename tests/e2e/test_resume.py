@@ -65,6 +65,37 @@ class Killed(Seeded):
         return super().build_trajectories(answer, request)
 
 
+class DiesInItsPhase(Seeded):
+    """Gets a signal in the middle of what it is doing in its first step."""
+
+    phase: str
+    signal: signal.Signals
+
+    def _die_in(self, phase: str) -> None:
+        if phase == self.phase:
+            os.kill(os.getpid(), self.signal)
+
+    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest) -> Any:
+        if request.member == 1:  # some are in the journal by then
+            self._die_in("rollouts")
+        return super().build_trajectories(answer, request)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self._die_in("loss")
+        return super().compute_loss(*args, **kwargs)
+
+    def _push_weights(self, step: int) -> None:
+        if step > 0:
+            self.policy_server.client.pause()
+            self._die_in("weight sync")
+        super()._push_weights(step)
+
+
+def train_until_it_dies(phase: str, signum: int, *where: Any) -> None:
+    DiesInItsPhase.phase, DiesInItsPhase.signal = phase, signal.Signals(signum)
+    train(DiesInItsPhase, *where)
+
+
 def settings(output_dir: Path, **changes: Any) -> Any:
     return config(
         output_dir,
@@ -278,3 +309,36 @@ def test_two_ranks_roll_out_their_own_rows_and_log_what_one_would(
     assert len(names) > 20
     for name in (name for name in names if "seconds" not in name):
         assert ours[name] == pytest.approx(theirs[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("phase", "signum", "num_recorded"),
+    [
+        ("rollouts", signal.SIGTERM, range(1, 16)),
+        ("loss", signal.SIGKILL, range(16, 17)),
+        ("weight sync", signal.SIGKILL, range(16, 17)),
+    ],
+)
+def test_a_signal_in_any_phase_loses_nothing_that_was_finished(
+    servers: tuple[str, str],
+    data: Path,
+    small_policy: Path,
+    tmp_path: Path,
+    phase: str,
+    signum: signal.Signals,
+    num_recorded: range,
+) -> None:
+    """And the servers, which are not the trainer's, serve the next run."""
+    where = (tmp_path, *servers, data, small_policy)
+    process = multiprocessing.get_context("spawn").Process(target=train_until_it_dies, args=(phase, signum, *where))
+    process.start()
+    process.join(timeout=240)
+    assert process.exitcode == -signum
+    recorded = [record for record in read_journal(tmp_path / "rollouts") if record["step"] == 0]
+    assert len(recorded) in num_recorded
+    assert all(record["failure"] is None and record["completion_ids"] for record in recorded)
+    server = PolicyServer.attach(servers[0])
+    if phase == "weight sync":
+        server.client.resume()  # it died between pause and resume; nobody samples from half a policy
+    answer = server.client.chat(messages=[{"role": "user", "content": "1"}], max_tokens=2, timeout_s=60)
+    assert answer["choices"][0]["message"]["generation_token_ids"]
