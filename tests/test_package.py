@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import trl_gym
 
+ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "vllm", "transformers", "trl", "datasets", "aiohttp")
 
 
@@ -30,6 +36,31 @@ def test_servers_and_command_line_need_neither_torch_nor_vllm(module: str) -> No
 
 def test_config_and_dataset_do_not_load_vllm() -> None:
     assert "vllm" not in loaded_after("from trl_gym import GymGRPOConfig, load_gym_dataset")
+
+
+def test_what_is_imported_is_declared() -> None:
+    """A package that happens to come with vLLM is missing where a trainer, or a gateway, runs without it."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["peft"]]
+    declared = {re.split(r"[<>=\[ ]", requirement)[0].replace("pyyaml", "yaml") for requirement in wanted}
+    declared |= {"torch", "numpy", "yarl"}  # transformers, accelerate and aiohttp are nothing without them
+    # These run in vLLM's process, or in NeMo Gym's.
+    elsewhere = {"vllm_entry.py", "vllm_plugin.py", "file_engine.py", "host.py", "host_middleware.py"}
+    files = [path for path in (ROOT / "trl_gym").rglob("*.py") if path.name not in elsewhere]
+    imported = {name for path in files for name in third_party(ast.parse(path.read_text()))}
+    assert "msgspec" in imported
+    assert imported - declared == set()
+
+
+def third_party(module: ast.Module) -> Iterator[str]:
+    for node in ast.walk(module):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in (full.partition(".")[0] for full in names):
+            if name != "trl_gym" and name not in sys.stdlib_module_names:
+                yield name
 
 
 def test_public_names() -> None:

@@ -19,6 +19,11 @@ import ipaddress
 import os
 from collections.abc import Sequence
 
+# How the owner and this process set the middleware up, which vLLM builds.
+ENV_NONCE = "TRL_GYM_NONCE"
+ENV_API_KEYS = "TRL_GYM_API_KEY"  # one per line
+ENV_PROMPT_FIELD = "TRL_GYM_PROMPT_FIELD"  # "1" if the server takes `prompt_token_ids` as a field of the request
+
 MIDDLEWARE = "trl_gym.policy_server.on_policy.OnPolicyMiddleware"
 
 # Flags of `vllm serve` that we set unless the user does. Same names, dashes as underscores.

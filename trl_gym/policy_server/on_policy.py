@@ -41,15 +41,12 @@ from trl_gym.policy_server.asgi import (
     replay,
 )
 from trl_gym.policy_server.chat import CHAT_PATH, ChatTurns
+from trl_gym.policy_server.entry import ENV_API_KEYS, ENV_NONCE, ENV_PROMPT_FIELD
 from trl_gym.policy_server.facts import ServerFacts
 from trl_gym.policy_server.inner import AnsweredError, Inner
 from trl_gym.policy_server.rendering import RenderRefusedError
 from trl_gym.policy_server.splice import NoBoundaryError
 from trl_gym.policy_server.turn import InvalidTurnError, Turn, checked_sampling
-
-ENV_NONCE = "TRL_GYM_NONCE"
-ENV_API_KEYS = "TRL_GYM_API_KEY"  # one per line
-ENV_PROMPT_FIELD = "TRL_GYM_PROMPT_FIELD"  # "1" if the server takes `prompt_token_ids` as a field of the request
 
 AFFINITY = "trl_gym.affinity"  # in the scope of what we ask: calls with the same value should reach the same engine
 INFO_PATH = "/trl_gym/info"

@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server import command, diagnosis, splice_probe
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
-from trl_gym.policy_server.on_policy import ENV_NONCE
+from trl_gym.policy_server.entry import ENV_NONCE
 from trl_gym.processes import ChildProcess, bind_socket, wait_until
 
 _PROBE_TIMEOUT_S = 2.0  # while the model loads, requests queue at the socket: look at the process this often
