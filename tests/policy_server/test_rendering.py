@@ -71,7 +71,7 @@ def call(arguments: str = '{"a": 1}') -> Json:
 
 
 def chat(*messages: Json, newest: int = 1) -> Chat:
-    return Chat(list(messages), newest, {"model": "policy"}, ENDING)
+    return Chat(list(messages), newest, {"model": "policy"}, ENDING, b"key")
 
 
 def said(role: str, content: str | None, **more: Any) -> Json:

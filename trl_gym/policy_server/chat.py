@@ -159,7 +159,7 @@ class ChatTurns:
         changed = self._histories.difference(turn.seen, digest_of(turn, turn.newest))
         if changed is not None:
             return await self._as_rendered(inner, turn, CallDrift(cause=DriftCause.HISTORY_REWRITTEN, text=changed))
-        chat = Chat(turn.messages, turn.newest, turn.render_options, turn.ending)
+        chat = Chat(turn.messages, turn.newest, turn.render_options, turn.ending, turn.options_key)
         try:
             forced = await self.templates.next_prompt(inner.tokenize, chat, turn.seen)
         except (splice.NoBoundaryError, RenderRefusedError) as error:

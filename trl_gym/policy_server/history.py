@@ -80,7 +80,7 @@ def digest(messages: Sequence[dict[str, Any]], sampled: Sequence[bytes | None], 
     Args:
         messages: Without token ids.
         sampled: Per message, its sampled ids as JSON if it has any: these count then, and not the text.
-        options: Tools and template options as JSON.
+        options: Hash of tools and template options.
     """
     end = len(messages)
     while end and messages[end - 1].get("role") == "assistant":
@@ -92,13 +92,12 @@ def digest(messages: Sequence[dict[str, Any]], sampled: Sequence[bytes | None], 
         parts = ["ids", ids.decode()] if ids is not None else list(_meaning(message))
         state.update(json.dumps(parts).encode())
     whole = state.digest()
-    return Digest(whole, before if end < len(messages) else whole, hashlib.blake2b(options, digest_size=16).digest())
+    return Digest(whole, before if end < len(messages) else whole, options)
 
 
 def digest_of(turn: Turn, end: int) -> Digest:
     """Of a request's first `end` messages, and of all that else decides their render."""
-    options = json.dumps(turn.render_options, sort_keys=True).encode()
-    return digest(turn.messages[:end], turn.sampled[:end], options)
+    return digest(turn.messages[:end], turn.sampled[:end], turn.options_key)
 
 
 def _meaning(message: dict[str, Any]) -> Iterable[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 _INSTRUCTING = ("system", "developer")
@@ -27,12 +27,14 @@ class Chat:
         newest: Index of the sampled turn.
         options: What else decides the render, as `/tokenize` wants it: tools, template, its arguments, model.
         ending: `add_generation_prompt` and `continue_final_message`.
+        options_key: Hash of the options; they may hold many tools, and are hashed once per turn.
     """
 
     messages: list[dict[str, Any]]
     newest: int
     options: dict[str, Any]
     ending: dict[str, bool]
+    options_key: bytes
 
     @property
     def turn(self) -> dict[str, Any]:
@@ -50,7 +52,7 @@ class Chat:
     def marked(self, mark: str, place: Place) -> Chat:
         """The chat with `mark` in place of what was sampled."""
         turn = marked_text(self.turn, mark) if place == "text" else marked_calls(self.turn, mark)
-        return Chat([*self.messages[: self.newest], turn, *self.new_messages], self.newest, self.options, self.ending)
+        return replace(self, messages=[*self.messages[: self.newest], turn, *self.new_messages])
 
     def with_instructions(self, text: str) -> Chat:
         """The chat with `text` as content of every new system message."""
@@ -58,7 +60,7 @@ class Chat:
             {**message, "content": text} if message.get("role") in _INSTRUCTING else message
             for message in self.new_messages
         ]
-        return Chat([*self.messages[: self.newest + 1], *new], self.newest, self.options, self.ending)
+        return replace(self, messages=[*self.messages[: self.newest + 1], *new])
 
     def extension(self) -> Chat:
         """The same chat with as little as possible in front of the newest turn."""
@@ -67,18 +69,15 @@ class Chat:
         if "user" in roles:
             head.append({"role": "user", "content": "0"})
         options = {key: value for key, value in self.options.items() if key != "tools"}
-        return Chat([*head, *self.messages[self.newest :]], len(head), options, self.ending)
-
-    def options_key(self) -> bytes:
-        """Template, its arguments and the tools."""
-        return _hash(self.options)
+        return replace(self, messages=[*head, *self.messages[self.newest :]], newest=len(head), options=options)
 
     def shape_key(self, place: Place) -> bytes:
-        """That, and where the turn is, what it looks like and what follows it; not what is written in it."""
+        """The options, and where the turn is, what it looks like and what follows it; not what is written in it."""
         roles = [str(message.get("role")) for message in self.messages]
         lead = [roles[0], "user" in roles[: self.newest]]
         kind = [bool(self.turn.get("content")), len(self.turn.get("tool_calls") or []), place]
-        return _hash([self.options, self.newest, lead, roles[self.newest :], kind, self.ending])
+        shape = [self.options_key.hex(), self.newest, lead, roles[self.newest :], kind, self.ending]
+        return hashlib.blake2b(json.dumps(shape, sort_keys=True).encode(), digest_size=16).digest()
 
 
 def marked_text(message: dict[str, Any], mark: str) -> dict[str, Any]:
@@ -108,7 +107,3 @@ def new_marker(new_messages: Sequence[dict[str, Any]], *, unlike: str = "") -> s
     while (mark := f"zqx{number}") in text or mark == unlike:
         number += 1
     return mark
-
-
-def _hash(value: Any) -> bytes:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()

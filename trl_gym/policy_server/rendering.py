@@ -74,7 +74,8 @@ class Templates:
         plain = await self.closing(tokenize, chat.options)
         if chat.ending["continue_final_message"] and chat.newest == len(chat.messages) - 1:
             return splice.continue_turn(seen, plain, self.stop_ids)
-        if chat.turn.get("tool_calls") and (calling := await self.closing(tokenize, chat.options, of_calls=True)):
+        calling = await self._call_closing(tokenize, chat.options, plain) if chat.turn.get("tool_calls") else None
+        if calling is not None:
             try:
                 tail = await self._tail(tokenize, chat, "calls")
             except NoMarkerError:
@@ -83,18 +84,25 @@ class Templates:
                 return splice.splice(seen, tail, calling, self.stop_ids)
         return splice.splice(seen, await self._tail(tokenize, chat, "text"), plain, self.stop_ids)
 
-    async def closing(self, tokenize: Tokenize, options: dict[str, Any], *, of_calls: bool = False) -> Closing | None:
-        """How this template closes an assistant turn.
+    async def closing(self, tokenize: Tokenize, options: dict[str, Any]) -> Closing:
+        """How this template closes an assistant turn of plain text.
 
         Args:
             tokenize: Asks the server.
             options: See `Chat`.
-            of_calls: Of a turn that ends in a tool call; None then if the template does not write calls.
 
         Raises:
             NoBoundaryError: The template does not show it.
             RenderRefusedError: The template refuses the shortest chat.
         """
+        return splice.plain_closing((await self._probed(tokenize, options)).plain, self.stop_ids)
+
+    async def _call_closing(self, tokenize: Tokenize, options: dict[str, Any], plain: Closing) -> Closing | None:
+        """The same for a turn that ends in a tool call; None if the template does not write calls."""
+        tool = (await self._probed(tokenize, options)).tool
+        return None if tool is None else splice.tool_closing(tool, plain, self.stop_ids)
+
+    async def _probed(self, tokenize: Tokenize, options: dict[str, Any]) -> _Probes:
         options = {key: value for key, value in options.items() if key != "tools"}
         key = json.dumps(options, sort_keys=True)
         if key not in self._probes:
@@ -102,25 +110,20 @@ class Templates:
             if len(self._probes) >= _MAX_TEMPLATES:
                 self._probes.clear()
             self._probes[key] = probes
-        probes = self._probes[key]
-        plain = splice.plain_closing(probes.plain, self.stop_ids)
-        if not of_calls:
-            return plain
-        return None if probes.tool is None else splice.tool_closing(probes.tool, plain, self.stop_ids)
+        return self._probes[key]
 
     async def _tail(self, tokenize: Tokenize, chat: Chat, place: Place) -> list[int]:
         """What the template writes after the newest turn."""
-        key = chat.options_key()
-        if key not in self._whole_only:
+        if chat.options_key not in self._whole_only:
             trust = self._trust_in(chat.shape_key(place))
             trust.used += 1
             if trust.agreed >= _NUM_AGREEMENTS and trust.used % _CHECK_EVERY:
                 self.num_extended += 1
                 return (await _rendered_tail(tokenize, chat.extension(), place)).ids
-            return await self._compare(tokenize, chat, place, key, trust)
+            return await self._compare(tokenize, chat, place, trust)
         return await self._whole(tokenize, chat, place)
 
-    async def _compare(self, tokenize: Tokenize, chat: Chat, place: Place, key: bytes, trust: _Trust) -> list[int]:
+    async def _compare(self, tokenize: Tokenize, chat: Chat, place: Place, trust: _Trust) -> list[int]:
         whole = await self._whole(tokenize, chat, place)
         try:
             extended = (await _rendered_tail(tokenize, chat.extension(), place)).ids
@@ -129,7 +132,7 @@ class Templates:
         if extended == whole:
             trust.agreed += 1
         else:
-            self._whole_only.add(key)
+            self._whole_only.add(chat.options_key)
         return whole
 
     async def _whole(self, tokenize: Tokenize, chat: Chat, place: Place) -> list[int]:

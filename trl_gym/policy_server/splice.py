@@ -84,7 +84,7 @@ def plain_closing(rendered: Rendered, stop_ids: Collection[int]) -> Closing:
     """The closing of a turn of plain text.
 
     Args:
-        rendered: From `closing_of`.
+        rendered: What comes between a turn's text and the generation prompt; `closing_of` finds where that begins.
         stop_ids: Tokens at which generation is known to stop.
 
     Example:

@@ -6,6 +6,8 @@ newest message's count. The others are stepped over, never parsed.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +49,8 @@ class Turn:
         seen: Prompt and sampled ids of that message, or None.
         num_first_prompt: Length of the prompt of the first message that carries sampled ids, or None.
         asked: What the client itself wants to see of what we always ask for.
+        render_options: What decides the render beside messages and ending, as /tokenize wants it.
+        options_key: Hash of these.
     """
 
     body: dict[str, Any]
@@ -59,6 +63,8 @@ class Turn:
     seen: list[int] | None = None
     num_first_prompt: int | None = None
     asked: frozenset[str] = field(default_factory=frozenset)
+    render_options: dict[str, Any] = field(default_factory=dict)
+    options_key: bytes = b""
 
     @classmethod
     def from_json(cls, raw: bytes) -> Turn | None:
@@ -83,6 +89,9 @@ class Turn:
         body = {key: _any.decode(value) for key, value in fields.items()}
         tag = body.pop("trl_gym", None)
         turn = cls(body, [_without_token_ids(message) for message in messages], asked=_asked(body))
+        turn.render_options = _render_options(body)
+        options = json.dumps(turn.render_options, sort_keys=True).encode()
+        turn.options_key = hashlib.blake2b(options, digest_size=16).digest()
         if tag is not None:
             turn._apply_tag(tag)
         turn._read_history(messages)
@@ -114,18 +123,6 @@ class Turn:
             "add_generation_prompt": self.body.get("add_generation_prompt", True),
             "continue_final_message": self.body.get("continue_final_message", False),
         }
-
-    @property
-    def render_options(self) -> dict[str, Any]:
-        """What else decides the render, as /tokenize wants it."""
-        options = {key: self.body[key] for key in _RENDER_KEYS if self.body.get(key) is not None}
-        # These two are fields of a chat request and template arguments everywhere else.
-        extra = {key: self.body[key] for key in ("documents", "reasoning_effort") if self.body.get(key) is not None}
-        if "reasoning_effort" in extra:
-            extra["enable_thinking"] = extra["reasoning_effort"] != "none"
-        if extra:
-            options["chat_template_kwargs"] = {**extra, **options.get("chat_template_kwargs", {})}
-        return options
 
     @property
     def has_media(self) -> bool:
@@ -216,6 +213,17 @@ def _sampled(message: _Fields) -> bytes | None:
     raw = message.get("generation_token_ids")
     ids = b"" if raw is None else bytes(raw).translate(None, b" \n\r\t")
     return ids if ids not in (b"", b"null", b"[]") else None
+
+
+def _render_options(body: dict[str, Any]) -> dict[str, Any]:
+    options = {key: body[key] for key in _RENDER_KEYS if body.get(key) is not None}
+    # These two are fields of a chat request and template arguments everywhere else.
+    extra = {key: body[key] for key in ("documents", "reasoning_effort") if body.get(key) is not None}
+    if "reasoning_effort" in extra:
+        extra["enable_thinking"] = extra["reasoning_effort"] != "none"
+    if extra:
+        options["chat_template_kwargs"] = {**extra, **options.get("chat_template_kwargs", {})}
+    return options
 
 
 def _asked(body: dict[str, Any]) -> frozenset[str]:
