@@ -131,6 +131,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
         self._rows: list[dict[str, Any]] = []
         self._rollouts: list[Rollout] = []
         self._num_batches = 0
+        self._served_weights = ""  # fingerprint; weights are pushed before anything is sampled
         self._progress = make_progress(live=not args.disable_tqdm)
         self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
         self._recall: Recall | None = None
@@ -292,6 +293,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
             return
         with self._clock.phase("weight_sync"):
             report = self._weight_sync.push(self.model_wrapped, version=str(step))
+            self._served_weights = fingerprint(self.accelerator.unwrap_model(self.model_wrapped), self.accelerator)
         self._last_loaded_step = step
         self._metrics[self._mode]["weight_sync/bytes"].append(float(report.num_bytes))
         if report.probe is not None:
@@ -347,8 +349,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
             for name, values in metrics.items():
                 self._pending_metrics[name] += values
             return rollouts
-        weights = fingerprint(self.accelerator.unwrap_model(self.model_wrapped), self.accelerator)
-        policy = Policy(run=self._run, step=step, weights=weights)
+        policy = Policy(run=self._run, step=step, weights=self._served_weights)
         recall = self._recall if self._mode == "train" else None
         finish = self._finisher(version, policy)
         return collect_missing(self._collector, requests, policy, recall, finish, self._show_progress)
