@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from trl import GRPOConfig
 
 from trl_gym.errors import ConfigError
+from trl_gym.rollouts.requests import Sampling
 
 GYM_MODES = ("host", "upstream", "attach")
 DRIFT_POLICIES = ("split", "truncate", "exclude", "error")
@@ -25,7 +26,8 @@ _JSON_OPTIONS = (
 )
 _RETRIED_KINDS = ("infrastructure", "deadline", "environment", "policy")
 _ENVIRONMENT_KEYS = ("deadline", "max_inflight", "retries", "launch_rate")
-_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SAMPLING_KEYS = tuple(parameter.name for parameter in fields(Sampling))
+_DEFAULT_RETRIES = 2
 # Flags of the policy server that belong to us; each names the option that sets it, or why it cannot be set.
 _OWNED_VLLM_FLAGS = {
     "host": "the managed server is reachable from this machine only",
@@ -244,6 +246,7 @@ class GymGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         problems = self._parse_json_options()
+        self._spell_out_retries()
         if self.bf16 is None and (self.use_cpu or not _has_accelerator()):
             # TRL turns bf16 on by default. On a CPU, autocast is slower than float32 and widens the gap to the server.
             self.bf16 = False
@@ -284,6 +287,17 @@ class GymGRPOConfig(GRPOConfig):
                     setattr(self, name, None)
                     problems.append(f"`{name}` must be a JSON object, got {value!r} ({error}).")
         return problems
+
+    def _spell_out_retries(self) -> None:
+        """A number stands for infrastructure failures; from here on every value is by failure kind."""
+        self.gym_retries = _by_kind(_DEFAULT_RETRIES if self.gym_retries is None else self.gym_retries)
+        if isinstance(self.gym_environments, dict):
+            self.gym_environments = {
+                agent: {**own, "retries": _by_kind(own["retries"])}
+                if isinstance(own, dict) and "retries" in own
+                else own
+                for agent, own in self.gym_environments.items()
+            }
 
     def _problems(self) -> list[str]:
         """Everything that is wrong with our own options, in the order of the options."""
@@ -355,10 +369,6 @@ class GymGRPOConfig(GRPOConfig):
         return problems
 
     def _rollout_problems(self) -> list[str]:
-        if isinstance(self.gym_retries, int):
-            self.gym_retries = {"infrastructure": self.gym_retries}
-        elif self.gym_retries is None:
-            self.gym_retries = {"infrastructure": 2}
         problems = _retry_problems("gym_retries", self.gym_retries)
         if self.gym_launch_rate is not None and not self.gym_launch_rate > 0:
             problems.append(f"`gym_launch_rate` is {self.gym_launch_rate!r}; it must be above 0 (per second).")
@@ -400,8 +410,7 @@ class GymGRPOConfig(GRPOConfig):
                 if name not in _ENVIRONMENT_KEYS:
                     problems.append(f"`{where}` is unknown; choose among {', '.join(_ENVIRONMENT_KEYS)}.")
                 elif name == "retries":
-                    own[name] = {"infrastructure": value} if isinstance(value, int) else value
-                    problems += _retry_problems(where, own[name])
+                    problems += _retry_problems(where, value)
                 elif not isinstance(value, int | float) or not 0 < value < math.inf:
                     problems.append(f"`{where}` is {value!r}; it must be a number above 0.")
         return problems
@@ -418,6 +427,10 @@ class GymGRPOConfig(GRPOConfig):
             for name, reason in ignored.items()
             if getattr(self, name)
         ]
+
+
+def _by_kind(retries: Any) -> Any:
+    return {"infrastructure": retries} if isinstance(retries, int) else retries
 
 
 def _retry_problems(where: str, retries: Any) -> list[str]:
