@@ -353,7 +353,7 @@ class Collection(Generic[T]):
         try:
             self._finish(result)
         except Exception as error:  # why the collection ends must not be replaced by this
-            logger.warning("%s could not be recorded: %s", result.request.rollout_id, error)
+            logger.warning("%s could not be recorded: %r", result.request.rollout_id, error)
             return False
         return True
 
