@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
+from trl_gym import config_checks
 from trl_gym.errors import ConfigError
-from trl_gym.rollouts.requests import Sampling
 
-GYM_MODES = ("host", "upstream", "attach")
-DRIFT_POLICIES = ("split", "truncate", "exclude", "error")
-ON_ENVIRONMENT_DOWN = ("fail", "skip")
 _JSON_OPTIONS = (
     "gym_overrides",
     "gym_vllm_args",
@@ -24,22 +19,7 @@ _JSON_OPTIONS = (
     "gym_environments",
     "gym_eval_sampling",
 )
-_RETRIED_KINDS = ("infrastructure", "deadline", "environment", "policy")
-_ENVIRONMENT_KEYS = ("deadline", "max_inflight", "retries", "launch_rate")
-_SAMPLING_KEYS = tuple(parameter.name for parameter in fields(Sampling))
 _DEFAULT_RETRIES = 2
-# Flags of the policy server that belong to us; each names the option that sets it, or why it cannot be set.
-_OWNED_VLLM_FLAGS = {
-    "host": "the managed server is reachable from this machine only",
-    "port": "the operating system chooses it",
-    "listen-fd": "it is how the port reaches the server",
-    "served-model-name": "NeMo Gym is told the same name",
-    "weight-transfer-config": "the weight transport is chosen from the placement",
-    "logprobs-mode": "training needs `processed_logprobs`",
-    "max-model-len": "set `vllm_max_model_length`",
-    "gpu-memory-utilization": "set `vllm_gpu_memory_utilization`",
-    "tensor-parallel-size": "set `vllm_tensor_parallel_size`",
-}
 
 
 @dataclass
@@ -76,6 +56,17 @@ class GymGRPOConfig(GRPOConfig):
             Flags passed to `vllm serve`, e.g. `{"tool-call-parser": "hermes"}`.
         gym_server_start_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds until the server that we start must be ready.
+        gym_server_devices (`str`, *optional*):
+            GPUs for the server that we start, e.g. `"6,7"`, when it shall not share those of training.
+        gym_server_restarts (`int`, *optional*, defaults to `3`):
+            How often, in the whole run, a server that we started is started again after it died.
+        gym_server_reconnect_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds to wait for a server that runs elsewhere and has disappeared.
+        gym_gpu_memory (`str`, *optional*, defaults to `"given"`):
+            `"given"`: the server takes `vllm_gpu_memory_utilization` of each GPU. `"auto"`: what the planner computes
+            from model, batch and context. The planner's arithmetic is printed either way.
+        gym_offload_optimizer (`bool`, *optional*, defaults to `False`):
+            Move the optimizer's state to the host during rollouts.
 
         > Parameters that control rollouts
 
@@ -112,9 +103,27 @@ class GymGRPOConfig(GRPOConfig):
 
         > Parameters that control weight sync
 
+        gym_weight_transport (`str`, *optional*, defaults to `"auto"`):
+            How weights reach the policy server. `"ipc"`: CUDA IPC, on shared GPUs. `"nccl"`: broadcast to other GPUs
+            or hosts. `"file"`: a file in shared memory or on a shared disk, works everywhere. `"adapter"`: only the
+            LoRA adapter is sent. `"auto"` chooses from the placement.
         gym_weight_dir (`str`, *optional*):
-            Folder through which the `file` transport hands over weights. Default: shared memory (`/dev/shm`). With a
+            Folder through which `file` and `adapter` hand over weights. Default: shared memory (`/dev/shm`). With a
             server on another host it must be on a disk that both see.
+        gym_weight_buffer_mb (`int`, *optional*, defaults to `512`):
+            MB of packed weights that `ipc` and `nccl` send at a time; no single tensor may be bigger with `ipc`.
+        gym_sync_only_trainable (`bool`, *optional*, defaults to `False`):
+            After the first sync, send only parameters that are trained.
+        gym_pause_mode (`str`, *optional*, defaults to `"wait"`):
+            What a sync does with requests that are being answered: `"wait"` lets them finish, `"keep"` freezes them;
+            they continue with the new weights.
+        gym_sync_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds for each step of a sync before it counts as failed.
+        gym_verify_sync_steps (`int`, *optional*, defaults to `50`):
+            The log-probabilities of trainer and server are compared after the first sync, after each restart of the
+            server, and after every so many optimizer steps; 0 leaves the last out.
+        gym_max_adapters (`int`, *optional*, defaults to `2`):
+            Versions of the adapter that the server keeps at the same time.
         gym_probe_tolerance (`float`, *optional*):
             Largest mean absolute difference in nats between the log-probabilities of trainer and server after the
             first weight sync. Default: 0.02 when the trainer computes in float32, else 0.1.
@@ -147,7 +156,7 @@ class GymGRPOConfig(GRPOConfig):
         metadata={
             "help": "'host': all Gym servers in one child process; 'upstream': Gym's own launcher, supervised; "
             "'attach': a running Gym at gym_head_url.",
-            "choices": list(GYM_MODES),
+            "choices": list(config_checks.GYM_MODES),
         },
     )
     gym_head_url: str | None = field(
@@ -171,6 +180,26 @@ class GymGRPOConfig(GRPOConfig):
     )
     gym_server_start_timeout: float = field(
         default=600.0, metadata={"help": "Seconds until the policy server that we start must be ready."}
+    )
+    gym_server_devices: str | None = field(
+        default=None, metadata={"help": "GPUs for the server that we start, e.g. '6,7', apart from training's."}
+    )
+    gym_server_restarts: int = field(
+        default=3, metadata={"help": "How often a server that we started is started again after it died."}
+    )
+    gym_server_reconnect_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds to wait for a server that runs elsewhere and has disappeared."}
+    )
+    gym_gpu_memory: str = field(
+        default="given",
+        metadata={
+            "help": "'given': the server takes vllm_gpu_memory_utilization of each GPU; 'auto': what the planner "
+            "computes from model, batch and context.",
+            "choices": list(config_checks.GPU_MEMORY),
+        },
+    )
+    gym_offload_optimizer: bool = field(
+        default=False, metadata={"help": "Move the optimizer's state to the host during rollouts."}
     )
     gym_deadline: float = field(default=600.0, metadata={"help": "Seconds after which a rollout counts as failed."})
     gym_max_inflight: int = field(default=256, metadata={"help": "Rollouts of one rank that run at the same time."})
@@ -196,7 +225,7 @@ class GymGRPOConfig(GRPOConfig):
         metadata={
             "help": "When an environment's servers do not answer any more: 'fail' stops training, 'skip' leaves its "
             "rollouts out of the batch.",
-            "choices": list(ON_ENVIRONMENT_DOWN),
+            "choices": list(config_checks.ON_ENVIRONMENT_DOWN),
         },
     )
     gym_stall_timeout: float = field(
@@ -226,12 +255,47 @@ class GymGRPOConfig(GRPOConfig):
             "help": "What to do with a rollout whose prompt does not start with the tokens already seen: 'truncate' "
             "trains the part before, 'exclude' takes it out of loss and baseline, 'error' stops, 'split' behaves as "
             "'truncate' for now.",
-            "choices": list(DRIFT_POLICIES),
+            "choices": list(config_checks.DRIFT_POLICIES),
+        },
+    )
+    gym_weight_transport: str = field(
+        default="auto",
+        metadata={
+            "help": "How weights reach the policy server: 'ipc' (shared GPUs), 'nccl' (other GPUs or hosts), 'file' "
+            "(everywhere), 'adapter' (LoRA only); 'auto' chooses from the placement.",
+            "choices": list(config_checks.WEIGHT_TRANSPORTS),
         },
     )
     gym_weight_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder through which the 'file' transport hands over weights. Default: shared memory."},
+        metadata={"help": "Folder through which 'file' and 'adapter' hand over weights. Default: shared memory."},
+    )
+    gym_weight_buffer_mb: int = field(
+        default=512, metadata={"help": "MB of packed weights that 'ipc' and 'nccl' send at a time."}
+    )
+    gym_sync_only_trainable: bool = field(
+        default=False, metadata={"help": "After the first sync, send only parameters that are trained."}
+    )
+    gym_pause_mode: str = field(
+        default="wait",
+        metadata={
+            "help": "What a sync does with requests that are being answered: 'wait' lets them finish, 'keep' freezes "
+            "them.",
+            "choices": list(config_checks.PAUSE_MODES),
+        },
+    )
+    gym_sync_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds for each step of a weight sync before it counts as failed."}
+    )
+    gym_verify_sync_steps: int = field(
+        default=50,
+        metadata={
+            "help": "Compare log-probabilities of trainer and server after every so many steps; 0: only after the "
+            "first sync and after restarts."
+        },
+    )
+    gym_max_adapters: int = field(
+        default=2, metadata={"help": "Versions of the adapter that the server keeps at the same time."}
     )
     gym_probe_tolerance: float | None = field(
         default=None,
@@ -252,7 +316,7 @@ class GymGRPOConfig(GRPOConfig):
             self.bf16 = False
         if self.gym_head_url is not None:
             self.gym_mode = "attach"
-        problems += self._problems()
+        problems += config_checks.find_problems(self)
         try:
             super().__post_init__()
         except ValueError as error:  # TRL's and transformers' own checks stop at their first complaint
@@ -299,153 +363,9 @@ class GymGRPOConfig(GRPOConfig):
                 for agent, own in self.gym_environments.items()
             }
 
-    def _problems(self) -> list[str]:
-        """Everything that is wrong with our own options, in the order of the options."""
-        return [
-            *self._gym_problems(),
-            *self._server_problems(),
-            *self._number_problems(),
-            *self._rollout_problems(),
-            *self._ignored_options(),
-        ]
-
-    def _gym_problems(self) -> list[str]:
-        problems = []
-        if self.gym_mode not in GYM_MODES:
-            problems.append(f"`gym_mode` is {self.gym_mode!r}; choose one of {', '.join(GYM_MODES)}.")
-        if self.gym_mode == "attach" and self.gym_head_url is None:
-            problems.append("`gym_mode` is 'attach' and `gym_head_url` is not set; name the head server of that Gym.")
-        if self.gym_head_url is not None and self.gym_config_paths:
-            problems.append(
-                "`gym_head_url` attaches to a running Gym and `gym_config_paths` would start one; set only one."
-            )
-        if self.gym_overrides is not None and not isinstance(self.gym_overrides, dict):
-            problems.append(f"`gym_overrides` must be a mapping or a JSON object, got {self.gym_overrides!r}.")
-        if self.gym_drift not in DRIFT_POLICIES:
-            problems.append(f"`gym_drift` is {self.gym_drift!r}; choose one of {', '.join(DRIFT_POLICIES)}.")
-        return problems
-
-    def _server_problems(self) -> list[str]:
-        problems = []
-        if not self.use_vllm:
-            problems.append("`use_vllm` is false; rollouts need a policy server, leave it at true.")
-        if self.vllm_mode not in ("colocate", "server"):
-            problems.append(f"`vllm_mode` is {self.vllm_mode!r}; choose 'colocate' or 'server'.")
-        if self.vllm_mode == "colocate" and self.vllm_server_base_url is not None:
-            problems.append(
-                "`vllm_server_base_url` names a running server and `vllm_mode` is 'colocate', which starts one; "
-                "set `vllm_mode` to 'server', or leave the URL out."
-            )
-        if self.gym_vllm_args is not None and not isinstance(self.gym_vllm_args, dict):
-            problems.append(f"`gym_vllm_args` must be a mapping or a JSON object, got {self.gym_vllm_args!r}.")
-        elif self.gym_vllm_args:
-            if self.vllm_mode == "server":
-                problems.append("`gym_vllm_args` has no effect with `vllm_mode` 'server': that server runs already.")
-            for flag in self.gym_vllm_args:
-                if (reason := _OWNED_VLLM_FLAGS.get(flag.lstrip("-").replace("_", "-"))) is not None:
-                    problems.append(f"`gym_vllm_args` must not set {flag!r}: {reason}.")
-        if self.gym_weight_dir is not None and not Path(self.gym_weight_dir).is_dir():
-            problems.append(f"`gym_weight_dir` is {self.gym_weight_dir!r}, which is not a folder; create it first.")
-        return problems
-
-    def _number_problems(self) -> list[str]:
-        problems = []
-        for name in ("gym_start_timeout", "gym_server_start_timeout", "gym_deadline", "gym_stall_timeout"):
-            value = getattr(self, name)
-            if not (isinstance(value, int | float) and 0 < value < math.inf):
-                problems.append(f"`{name}` is {value!r}; it must be a number of seconds above 0.")
-        if self.gym_max_inflight < 1:
-            problems.append(f"`gym_max_inflight` is {self.gym_max_inflight}; it must be at least 1.")
-        if self.gym_probe_tolerance is not None and not self.gym_probe_tolerance > 0:
-            problems.append(f"`gym_probe_tolerance` is {self.gym_probe_tolerance}; it must be above 0 (nats).")
-        length, context = self.max_completion_length, self.vllm_max_model_length
-        if length is not None and context is not None and length >= context:
-            problems.append(
-                f"`max_completion_length` ({length}) leaves no room for a prompt in `vllm_max_model_length` "
-                f"({context})."
-            )
-        if length is None:
-            problems.append("`max_completion_length` must be set: it bounds the tokens of a rollout after its prompt.")
-        return problems
-
-    def _rollout_problems(self) -> list[str]:
-        problems = _retry_problems("gym_retries", self.gym_retries)
-        if self.gym_launch_rate is not None and not self.gym_launch_rate > 0:
-            problems.append(f"`gym_launch_rate` is {self.gym_launch_rate!r}; it must be above 0 (per second).")
-        if self.gym_on_environment_down not in ON_ENVIRONMENT_DOWN:
-            problems.append(
-                f"`gym_on_environment_down` is {self.gym_on_environment_down!r}; choose one of "
-                f"{', '.join(ON_ENVIRONMENT_DOWN)}."
-            )
-        if self.gym_min_group_size < 2:
-            problems.append(f"`gym_min_group_size` is {self.gym_min_group_size}; a baseline needs at least 2.")
-        if not 0 <= self.gym_min_valid_fraction <= 1:
-            problems.append(f"`gym_min_valid_fraction` is {self.gym_min_valid_fraction}; it must be within 0 and 1.")
-        if self.gym_replay is not None and not Path(self.gym_replay).is_dir():
-            problems.append(f"`gym_replay` is {self.gym_replay!r}, which is not a folder.")
-        if not self.gym_journal_max_mb > 0:
-            problems.append(f"`gym_journal_max_mb` is {self.gym_journal_max_mb}; it must be above 0.")
-        return problems + self._eval_sampling_problems() + self._environment_problems()
-
-    def _eval_sampling_problems(self) -> list[str]:
-        sampling = self.gym_eval_sampling
-        if sampling is None:
-            return []
-        if not isinstance(sampling, dict):
-            return [f"`gym_eval_sampling` must be a mapping or a JSON object, got {sampling!r}."]
-        return [
-            f"`gym_eval_sampling` has the unknown key {name!r}; choose among {', '.join(_SAMPLING_KEYS)}."
-            for name in sampling
-            if name not in _SAMPLING_KEYS
-        ]
-
-    def _environment_problems(self) -> list[str]:
-        environments = self.gym_environments or {}
-        if not isinstance(environments, dict) or not all(isinstance(own, dict) for own in environments.values()):
-            return [f"`gym_environments` must map agent names to mappings, got {environments!r}."]
-        problems = []
-        for agent, own in environments.items():
-            for name, value in own.items():
-                where = f"gym_environments[{agent!r}][{name!r}]"
-                if name not in _ENVIRONMENT_KEYS:
-                    problems.append(f"`{where}` is unknown; choose among {', '.join(_ENVIRONMENT_KEYS)}.")
-                elif name == "retries":
-                    problems += _retry_problems(where, value)
-                elif not isinstance(value, int | float) or not 0 < value < math.inf:
-                    problems.append(f"`{where}` is {value!r}; it must be a number above 0.")
-        return problems
-
-    def _ignored_options(self) -> list[str]:
-        """Options of TRL that the rollout path cannot honour: refused, because silence would be worse."""
-        ignored = {
-            "vllm_structured_outputs_regex": "NeMo Gym's agents make the requests",
-            "generation_kwargs": "put server-wide settings into `gym_vllm_args`",
-            "use_transformers_continuous_batching": "rollouts are served by vLLM",
-        }
-        return [
-            f"`{name}` has no effect on Gym rollouts ({reason}); remove it."
-            for name, reason in ignored.items()
-            if getattr(self, name)
-        ]
-
 
 def _by_kind(retries: Any) -> Any:
     return {"infrastructure": retries} if isinstance(retries, int) else retries
-
-
-def _retry_problems(where: str, retries: Any) -> list[str]:
-    if not isinstance(retries, dict):
-        return [f"`{where}` must be a number or a mapping from failure kinds to numbers, got {retries!r}."]
-    problems = [
-        f"`{where}` has the unknown failure kind {kind!r}; choose among {', '.join(_RETRIED_KINDS)}."
-        for kind in retries
-        if kind not in _RETRIED_KINDS
-    ]
-    return problems + [
-        f"`{where}` has {number!r} for {kind!r}; it must be an integer of at least 0."
-        for kind, number in retries.items()
-        if not isinstance(number, int) or number < 0
-    ]
 
 
 def _has_accelerator() -> bool:

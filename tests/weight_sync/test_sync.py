@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
 from tests.weight_sync.test_source import model
-from trl_gym.errors import ConfigError, PolicyServerError, WeightMismatchError, WeightSyncError
+from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
+from trl_gym.weight_sync.bits import bit_sum
 from trl_gym.weight_sync.probe import compare, probe_batch, trainer_logprobs
-from trl_gym.weight_sync.sync import WeightSync
-from trl_gym.weight_sync.transports import FileTransport, choose_transport
+from trl_gym.weight_sync.sync import SyncOptions, WeightSync
+from trl_gym.weight_sync.transports import FileTransport, WeightStream
 
 
 class RecordingServer:
@@ -46,16 +47,30 @@ class RecordingServer:
         self.calls.append("finish_weight_update")
         self.version = "other" if self._wrong_version else version
 
+    def patient(self, timeout_s: float) -> RecordingServer:
+        self.timeout_s = timeout_s
+        return self
+
+    def reset_caches(self, *, running: bool) -> None:
+        self.calls.append("reset_caches(running)" if running else "reset_caches")
+        if self._fail_in == "reset_caches":
+            raise PolicyServerError("reset_caches answered 500")
+
     def weight_version(self) -> str:
         return self.version
+
+    def collective_rpc(self, method: str, args: list[str]) -> list[dict[str, Any]]:
+        sums = {name: bit_sum(tensor) for name, tensor in self.held.named_parameters()}
+        return [{"packed": {}, "sharded": {}, "whole": sums, "unseen": []}]
 
     def prompt_logprobs(self, token_ids: list[list[int]]) -> list[list[float]]:
         return trainer_logprobs(self.held, token_ids)
 
 
-def sync_with(server: RecordingServer, tmp_path: Path, dtype: torch.dtype | None = None) -> WeightSync:
-    backend = SimpleNamespace(client=server)
-    return WeightSync(Accelerator(cpu=True), backend, FileTransport(tmp_path, dtype), probe_tolerance=0.02)
+def sync_with(server: RecordingServer, folder: Path, **options: Any) -> WeightSync:
+    return WeightSync(
+        Accelerator(cpu=True), SimpleNamespace(client=server), FileTransport(folder), SyncOptions(**options)
+    )
 
 
 def other_policy() -> Qwen3ForCausalLM:
@@ -70,7 +85,7 @@ def test_a_push_pauses_transfers_finishes_resets_and_resumes(tmp_path: Path) -> 
     server = RecordingServer()
     sync = sync_with(server, tmp_path)
     policy = other_policy()
-    first = sync.push(policy, "0")
+    first = sync.push(policy, 0)
     assert server.calls == [
         "init_weight_transfer", "pause", "start_weight_update", "update_weights", "finish_weight_update",
         "reset_caches", "resume",
@@ -78,7 +93,7 @@ def test_a_push_pauses_transfers_finishes_resets_and_resumes(tmp_path: Path) -> 
     assert first.version == "0" and first.num_bytes > 0
     assert first.probe.mean_gap < 1e-5
     server.calls.clear()
-    second = sync.push(policy, "1")
+    second = sync.push(policy, 1)
     assert "init_weight_transfer" not in server.calls
     assert second.probe is None
     assert server.version == "1"
@@ -86,14 +101,19 @@ def test_a_push_pauses_transfers_finishes_resets_and_resumes(tmp_path: Path) -> 
 
 
 def test_weights_that_do_not_arrive_are_noticed(tmp_path: Path) -> None:
-    with pytest.raises(WeightMismatchError, match=r"differ from the trainer's by \d"):
-        sync_with(RecordingServer(deaf=True), tmp_path).push(other_policy(), "0")
+    policy = other_policy()
+    policy.model.norm.load_state_dict(RecordingServer().held.model.norm.state_dict())
+    with pytest.raises(WeightMismatchError, match=r"differ from the trainer's by \d") as caught:
+        sync_with(RecordingServer(deaf=True), tmp_path).push(policy, 0)
+    assert "not what was sent" in str(caught.value)
+    assert "model.embed_tokens.weight" in str(caught.value)
+    assert "model.norm.weight" not in str(caught.value)  # that one is what was sent
 
 
 def test_another_version_is_noticed_and_the_server_stays_paused(tmp_path: Path) -> None:
     server = RecordingServer(wrong_version=True)
     with pytest.raises(WeightSyncError, match="'other'"):
-        sync_with(server, tmp_path).push(other_policy(), "0")
+        sync_with(server, tmp_path).push(other_policy(), 0)
     assert "resume" not in server.calls
 
 
@@ -101,38 +121,107 @@ def test_another_version_is_noticed_and_the_server_stays_paused(tmp_path: Path) 
 def test_a_failed_sync_never_resumes_the_server(tmp_path: Path, step: str) -> None:
     server = RecordingServer(fail_in=step)
     with pytest.raises(PolicyServerError, match=step):
-        sync_with(server, tmp_path).push(other_policy(), "0")
+        sync_with(server, tmp_path).push(other_policy(), 0)
     assert "resume" not in server.calls
 
 
 def test_weights_are_written_in_the_servers_precision(tmp_path: Path) -> None:
     server = RecordingServer()
-    sync = WeightSync(
-        Accelerator(cpu=True),
-        SimpleNamespace(client=server),
-        FileTransport(tmp_path, torch.bfloat16),
-        probe_tolerance=1.0,
-    )
-    sync.push(other_policy(), "0")
+    sync_with(server, tmp_path, dtype=torch.bfloat16, probe_tolerance=1.0).push(other_policy(), 0)
     assert server.dtypes == {torch.bfloat16}
 
 
-def test_a_folder_that_is_not_there_is_refused_early(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="gym_weight_dir"):
-        FileTransport(tmp_path / "missing")
-    with pytest.raises(ConfigError, match="file"):
-        choose_transport(("nccl",), None, None)
+def test_probes_come_first_then_every_so_many_steps_and_after_a_restart(tmp_path: Path) -> None:
+    sync = sync_with(RecordingServer(), tmp_path, verify_every=4)
+    probed = {step for step in (0, 1, 3, 4, 5, 7, 8) if sync.push(other_policy(), step).probe is not None}
+    assert probed == {0, 4, 8}
+    sync.disconnect()
+    assert sync.push(other_policy(), 9).probe is not None
 
 
-def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: Any, path: Path) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+def test_without_a_number_of_steps_only_the_first_sync_is_probed(tmp_path: Path) -> None:
+    sync = sync_with(RecordingServer(), tmp_path, verify_every=0)
+    assert [sync.push(other_policy(), step).probe is not None for step in (3, 400)] == [True, False]
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(WeightSyncError, match="No space left"):
-        sync_with(RecordingServer(), tmp_path).push(other_policy(), "0")
-    assert list(tmp_path.iterdir()) == []
+
+def test_a_reconnected_sync_agrees_anew(tmp_path: Path) -> None:
+    server = RecordingServer()
+    sync = sync_with(server, tmp_path)
+    sync.push(other_policy(), 0)
+    sync.disconnect()
+    sync.push(other_policy(), 1)
+    assert server.calls.count("init_weight_transfer") == 2
+
+
+def test_frozen_requests_forget_their_cache_too(tmp_path: Path) -> None:
+    server = RecordingServer()
+    sync_with(server, tmp_path, pause_mode="keep").push(other_policy(), 0)
+    assert "reset_caches(running)" in server.calls
+
+
+def test_every_call_has_the_syncs_timeout_and_its_phases_are_timed(tmp_path: Path) -> None:
+    server = RecordingServer()
+    report = sync_with(server, tmp_path, timeout_s=7.0).push(other_policy(), 0)
+    assert server.timeout_s == 7.0
+    assert set(report.seconds) == {"pause", "transfer", "finish", "probe"}
+    assert min(report.seconds.values()) >= 0
+
+
+class PartTransport(FileTransport):
+    """A transport for which a part of the parameters is enough; remembers what it was given."""
+
+    sends_part = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.sent: list[set[str]] = []
+
+    def send(self, weights: WeightStream, client: Any, version: str) -> int:
+        self.sent.append({meta.name for meta in weights.metadata()})
+        return super().send(weights, client, version)
+
+
+def test_only_what_is_trained_is_sent_but_never_before_everything_was(tmp_path: Path) -> None:
+    policy = other_policy()
+    policy.requires_grad_(False)
+    policy.model.norm.weight.requires_grad_(True)
+    transport = PartTransport(tmp_path)
+    sync = WeightSync(
+        Accelerator(cpu=True),
+        SimpleNamespace(client=RecordingServer()),
+        transport,
+        SyncOptions(only_trainable=True),
+    )
+    for step in range(2):
+        sync.push(policy, step)
+    sync.disconnect()
+    sync.push(policy, 2)
+    everything = {name for name, _ in policy.named_parameters()}
+    assert transport.sent == [everything, {"model.norm.weight"}, everything]
+
+
+class SideTransport:
+    """One that puts a version into service by itself."""
+
+    name, replaces, sends_part = "side", False, False
+
+    def connect(self, client: Any) -> None:
+        client.calls.append("connect")
+
+    def send(self, weights: WeightStream, client: Any, version: str) -> int:
+        client.calls.append("send")
+        client.version = version
+        client.held.load_state_dict(dict(weights), strict=False)
+        return 1
+
+    def release(self) -> None: ...
+
+
+def test_weights_beside_those_in_service_need_no_pause() -> None:
+    server = RecordingServer()
+    sync = WeightSync(Accelerator(cpu=True), SimpleNamespace(client=server), SideTransport())
+    assert sync.push(other_policy(), 5).version == "5"
+    assert server.calls == ["connect", "send"]
 
 
 def test_the_probe_is_the_same_every_time_and_keeps_real_prompts() -> None:

@@ -1,22 +1,29 @@
 """Weight transfer engine `file`: weights arrive as a safetensors file that the server can open.
 
-    trainer writes /dev/shm/…/weights.safetensors (or a path on a shared disk)
+    POST /init_weight_transfer_engine {"init_info": {"probe": "/proc/4711/fd/9", "secret": "…"}}     or {}
     POST /start_weight_update
     POST /update_weights {"update_info": {"path": "…"}}     once or several times, one file each
     POST /finish_weight_update {"weight_version": "12"}
 
 Imported only inside vLLM's workers. Tensor names are those of the model's checkpoint (Hugging Face names), as for
-vLLM's own engines.
+vLLM's own engines. An update has every parameter of the model, or says that it is `partial`: then layers that it does
+not name keep their weights, and those that it names must be whole.
 
 A file that is missing or unreadable is found before any weight is touched. Unknown names are found while loading, and
-missing ones in `finish_weight_update`, when weights have already changed. vLLM answers each of these with HTTP 500 and
-may end its engine: check on the trainer's side first, and treat the server as dead after an error.
+missing ones in `finish_weight_update`, when weights have already changed. vLLM answers each of these with HTTP 500.
+Where its worker runs in the engine process (one CPU, 0.31) the server lives on with a mixture of weights and takes a
+complete update; elsewhere treat it as dead.
+
+The bytes are read once, from the mapped file into a layer's new tensor. From there vLLM's layerwise reload goes on: on
+a GPU it copies the tensor into the one that CUDA graphs refer to, on a CPU most layers are repacked for their kernels
+and the tensor is dropped. Both are needed there, and there is no public way around the tensor in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +39,15 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 @dataclass
 class FileInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
+    """A file that proves that the worker sees what the trainer writes; nothing is proven without.
+
+    Attributes:
+        probe: Its path.
+        secret: What it begins with.
+    """
+
+    probe: str = ""
+    secret: str = ""
 
 
 @dataclass
@@ -40,10 +55,12 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
     """One file of weights.
 
     Attributes:
-        path: Safetensors file, e.g. `"/dev/shm/trl_gym-4711/weights-12.safetensors"`.
+        path: Safetensors file, e.g. `"/proc/4711/fd/9"`.
+        partial: Whether the update leaves parameters out on purpose.
     """
 
     path: str
+    partial: bool = False
 
 
 class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
@@ -57,15 +74,28 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         self._expected: set[str] = set()
         self._loaded: set[str] = set()
         self._received: set[str] = set()
+        self._partial = False
+        self._mixed = False  # whether an update ended halfway, so that only a complete one can mend it
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        """No rendezvous: the path says it all."""
+        """Look at the probe.
+
+        Raises:
+            OSError: It cannot be opened.
+            ValueError: It is another file.
+        """
+        if not init_info.probe:
+            return
+        with Path(init_info.probe).open("rb") as file:
+            if file.read(len(init_info.secret)) != init_info.secret.encode():
+                raise ValueError(f"{init_info.probe} is another file here")
 
     def start_weight_update(self) -> None:
         # Names before the reload: it takes the parameters off their modules.
         self._expected = {name for name, _ in self.model.named_parameters()}  # tied weights appear once
         self._loaded = set()
         self._received = set()
+        self._partial = False
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
         """Load one file.
@@ -78,26 +108,43 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
             names = list(file.keys())
             if not names:
                 raise ValueError(f"{update_info.path} contains no tensors")
+            if update_info.partial and self._mixed:
+                raise ValueError("the last update ended halfway: only a complete one can follow, this one is partial")
             if not self._received:
                 initialize_layerwise_reload(self.model)
             self._received |= set(names)
-            loaded = self.model.load_weights(_tensors(file, names))
-        if loaded is None:
-            raise ValueError(f"{type(self.model).__name__}.load_weights does not say what it loaded")
+            self._partial |= update_info.partial
+            try:
+                loaded = self.model.load_weights(_tensors(file, names))
+                if loaded is None:
+                    raise ValueError(f"{type(self.model).__name__}.load_weights does not say what it loaded")
+            except Exception:
+                self._end_halfway()
+                raise
         self._loaded |= set(loaded)
 
     def finish_weight_update(self) -> None:
         """Put the new weights into service.
 
         Raises:
-            ValueError: If parameters of the model were in none of the files.
+            ValueError: If parameters were in none of the files that had to be.
         """
-        missing = sorted(self._expected - self._loaded)
+        required = _whole_modules(self._expected, self._loaded) if self._partial else self._expected
+        missing = sorted(required - self._loaded)
         missing += missing_parts(self._received, getattr(self.model, "packed_modules_mapping", None) or {})
         if missing:
+            self._end_halfway()
             raise ValueError(f"the update lacks {len(missing)} parameters of the model: {', '.join(missing[:10])}")
         finalize_layerwise_reload(self.model, self.model_config)
         self._refresh_tied_heads()
+        self._mixed = False
+
+    def _end_halfway(self) -> None:
+        """Give every module parameters again, so that the next update does not go on where this one ended."""
+        if self._received:
+            finalize_layerwise_reload(self.model, self.model_config)
+            self._mixed = True
+            self._received = set()
 
     def _refresh_tied_heads(self) -> None:
         """Rebuild what layers derived from weights that they share.
@@ -133,6 +180,12 @@ def missing_parts(received: Collection[str], packed_modules: Mapping[str, Sequen
                 siblings = {".".join([*path[:place], part, *path[place + 1 :]]) for part in parts}
                 missing |= siblings.difference(received)
     return sorted(missing)
+
+
+def _whole_modules(expected: Collection[str], loaded: Collection[str]) -> set[str]:
+    """Parameters of the modules of which something was loaded: a module is rebuilt from what came alone."""
+    touched = {name.rpartition(".")[0] for name in loaded}
+    return {name for name in expected if name.rpartition(".")[0] in touched}
 
 
 def _tensors(file: Any, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from trl_gym.policy_server.orphans import end_with_parent
+
 ENGINE_NAME = "file"
 
 
 def register() -> None:
     """Register the engine. vLLM may call this several times in one process."""
+    end_with_parent()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     # `_registry` is private; the public function has no "if not there yet", and its ValueError does not say which

@@ -10,32 +10,37 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+import torch
+
+from trl_gym.weight_sync.sharding import find_slots, local_part
+
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
 
 def fingerprint(model: torch.nn.Module, accelerator: Accelerator) -> str:
-    """16 hexadecimal digits of an unwrapped model's parameters and their names. Every rank calls it in step."""
-    import torch
+    """16 hexadecimal digits of a model's parameters and their names, adapters included.
 
-    names, sums, is_sharded = [], [], False
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        if hasattr(tensor, "to_local"):  # FSDP2
-            tensor, is_sharded = tensor.to_local(), True
-        names.append(f"{name} {parameter.dtype} {tuple(parameter.shape)}")
-        sums.append(_bits(tensor).sum(dtype=torch.int64))
-    totals = torch.stack([one.to(sums[0].device) for one in sums])
-    if is_sharded:
-        totals = accelerator.reduce(totals.to(accelerator.device), "sum")
+    Nothing is gathered but the sums. Every rank calls it in step.
+
+    Args:
+        model: The trainer's. Under FSDP1 it must be the wrapped one; else it may be wrapped or not.
+        accelerator: The trainer's.
+    """
+    slots = find_slots(model)
+    if any(slot.is_sharded for slot in slots):
+        totals = torch.stack([_sum(local_part(slot)).to(accelerator.device) for slot in slots])
+        totals = accelerator.reduce(totals, "sum")
+    else:
+        totals = torch.stack([_sum(slot.tensor.detach()).to(accelerator.device) for slot in slots])
+    names = (f"{slot.name} {slot.dtype} {slot.shape}" for slot in slots)
     text = "\n".join(f"{name} {total}" for name, total in zip(names, totals.tolist(), strict=True))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bits as integers; a bfloat16 as int16, and so on."""
-    import torch
-
+def _sum(tensor: torch.Tensor | None) -> torch.Tensor:
+    """The sum of the tensor's bits as integers (of a bfloat16 as int16, and so on), modulo 2^64; 0 for None."""
+    if tensor is None or tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.int64)
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(sizes[tensor.element_size()])
+    return tensor.contiguous().view(sizes[tensor.element_size()]).sum(dtype=torch.int64)

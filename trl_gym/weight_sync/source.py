@@ -1,80 +1,166 @@
 """The trainer's weights as a stream of (name, tensor), under the names by which vLLM loads the model.
 
-Every rank must walk the stream to its end: materializing a sharded parameter is a collective. Covered here: plain
-models, DDP, FSDP2 (torch's `fully_shard`), and PEFT adapters merged into their base. FSDP1 and ZeRO-3 are refused.
+    sharding.py     where a parameter is and how a whole one is had: DDP, FSDP1, FSDP2, DeepSpeed ZeRO
+    merging.py      adapters added into their base
+    checkpoint.py   the checkpoint's names and shapes, where transformers holds a model in another form
+
+Every rank must walk the stream to its end: putting a sharded parameter together is a collective.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from trl_gym.errors import ConfigError
+from trl_gym.weight_sync.checkpoint import CheckpointForm, with_siblings
+from trl_gym.weight_sync.merging import Part, adapter_parts, base_model, base_parts
+from trl_gym.weight_sync.sharding import gather, unit_by_unit
+from trl_gym.weight_sync.transports.protocol import WeightMeta
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
 
-def check_supported(accelerator: Accelerator) -> None:
-    """Refuse wrappings whose parameters cannot be streamed yet, before anything is sampled.
+class WeightSource:
+    """The weights of one sync, as `transports.protocol.WeightStream` says.
+
+    Parameters and persistent buffers as `save_pretrained` would write them, tied ones once, adapters added into their
+    base. The model is not changed, also if the stream is abandoned.
+
+    Args:
+        model: The trainer's. Under FSDP1 it must be the wrapped one; else it may be wrapped or not.
+        accelerator: The trainer's; says on which device shards that are offloaded to the host are gathered.
+        dtype: In which floating-point weights are sent; their own by default.
+        only_trainable: Only what training changes, and what vLLM keeps in the same module as that.
 
     Raises:
-        ConfigError: FSDP1 or ZeRO-3.
+        ConfigError: These weights cannot be streamed; see `check_supported`.
     """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ConfigError("DeepSpeed ZeRO-3 is not supported by weight sync yet; use ZeRO-2, DDP or FSDP2.")
-    fsdp = accelerator.state.fsdp_plugin if hasattr(accelerator.state, "fsdp_plugin") else None
-    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
-        raise ConfigError("FSDP1 is not supported by weight sync yet; set `fsdp_version: 2` in the accelerate config.")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        only_trainable: bool = False,
+    ) -> None:
+        self._dtype = dtype
+        self._device = None if accelerator is None else accelerator.device
+        base = base_model(model)
+        _refuse_quantized(base)
+        parts = base_parts(model)
+        self._form = CheckpointForm(base, {part.name: part.base.shape for part in parts})
+        chosen = _trained(parts, self._form) if only_trainable else parts
+        self._parts = unit_by_unit(chosen, lambda part: part.base)
+
+    def metadata(self) -> list[WeightMeta]:
+        return [
+            WeightMeta(name, self._sent(part.base.dtype), shape)
+            for part in self._parts
+            for name, shape in self._form.parts[part.name].items()
+        ]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        gathered = gather([part.slots for part in self._parts], self._device)
+        for part, tensors in zip(self._parts, gathered, strict=True):
+            with torch.no_grad():
+                converted = self._form.convert(part.name, part.combine(tensors))
+            for name, tensor in converted.items():
+                yield name, tensor.detach().to(self._sent(tensor.dtype))
+
+    def _sent(self, dtype: torch.dtype) -> torch.dtype:
+        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
 
 
-def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Stream the weights of an unwrapped model.
+def adapter_state(
+    model: nn.Module, accelerator: Accelerator | None = None
+) -> tuple[dict[str, Any], Iterator[tuple[str, torch.Tensor]]]:
+    """The active LoRA adapter, to be served as it is.
 
-    Yields:
-        Name and full, detached tensor of every parameter; tied parameters once, under their first name. A tensor may
-        be overwritten once the stream is exhausted (a merged adapter is taken out again): copy it, or finish with it,
-        before that.
+    Args:
+        model: As for `WeightSource`; its base may be quantized.
+        accelerator: As for `WeightSource`.
+
+    Returns:
+        What PEFT writes to `adapter_config.json`, and a stream of the names of its checkpoint and whole tensors, one
+        gathered at a time. Every rank walks it to the end. A tensor may be gone when the next is asked for.
+
+    Raises:
+        ConfigError: There is no adapter, it is not LoRA, or several are active.
     """
-    if _is_peft(model):
-        yield from _merged_weights(model)
-    else:
-        for name, parameter in model.named_parameters():
-            yield name, _full(parameter)
+    config, named = adapter_parts(model)
+    written = {key: _jsonable(value) for key, value in config.to_dict().items()} | {"inference_mode": True}
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        ordered = unit_by_unit(named, lambda item: item[1])
+        device = None if accelerator is None else accelerator.device
+        for (name, _), [tensor] in zip(ordered, gather([[slot] for _, slot in ordered], device), strict=True):
+            yield name, tensor
+
+    return written, stream()
 
 
-def _merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The base model's weights with the adapter added in; the adapter is out again when this ends, however it ends."""
-    model.merge_adapter()
-    try:
-        for name, parameter in model.get_base_model().named_parameters():
-            if model.prefix in name:  # the adapter's own matrices
-                continue
-            if "original_module" in name:  # `modules_to_save` keeps the untrained module beside the trained one
-                continue
-            yield _base_name(name), _full(parameter)
-    finally:
-        model.unmerge_adapter()
+def check_supported(model: nn.Module, accelerator: Accelerator, transport: str = "auto") -> None:
+    """Refuse models whose weights cannot be sent, before anything is sampled. Local: nothing is gathered.
+
+    Args:
+        model: The trainer's, wrapped.
+        accelerator: The trainer's.
+        transport: `gym_weight_transport`.
+
+    Raises:
+        ConfigError: Several processes that do not know of each other, quantized weights, an adapter that cannot be
+            merged, parameters on an NVMe disk.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > accelerator.num_processes:
+        raise ConfigError(
+            f"{started} processes were started and each trains by itself (accelerate's state: "
+            f"{accelerator.distributed_type.value}, {accelerator.num_processes} process). Without a GPU set `use_cpu` "
+            "in the training arguments; DeepSpeed and FSDP of accelerate need GPUs."
+        )
+    deepspeed = accelerator.state.deepspeed_plugin
+    if deepspeed is not None and deepspeed.zero_stage == 3 and deepspeed.offload_param_device == "nvme":
+        raise ConfigError(
+            "`offload_param_device` is 'nvme', from where weight sync cannot take parameters; use 'cpu' or 'none'."
+        )
+    if transport == "adapter":
+        adapter_state(model, accelerator)
+        return
+    base = base_model(model)
+    _refuse_quantized(base)
+    # The model is sharded only when training starts.
+    shards = (deepspeed is not None and deepspeed.zero_stage == 3) or hasattr(accelerator.state, "fsdp_plugin")
+    parts = base_parts(model, will_be_sharded=shards)
+    CheckpointForm(base, {part.name: part.base.shape for part in parts})
 
 
-def _base_name(name: str) -> str:
-    return name.replace(".base_layer", "").replace("modules_to_save.default.", "")
+def _refuse_quantized(base: nn.Module) -> None:
+    method = getattr(getattr(base, "config", None), "quantization_config", None)
+    packed = [name for name, parameter in base.named_parameters() if not parameter.dtype.is_floating_point]
+    if getattr(base, "is_quantized", False) or packed:
+        kind = getattr(method, "quant_method", None) or (method or {}).get("quant_method", "integers")
+        raise ConfigError(
+            f"The model's weights are quantized ({getattr(kind, 'value', kind)}), and merging an adapter into them "
+            "would round it away; set `gym_weight_transport` to 'adapter'."
+        )
 
 
-def _full(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole tensor: an FSDP2 `DTensor` is gathered over the ranks, anything else is passed on."""
-    tensor = parameter.detach()
-    gather = getattr(tensor, "full_tensor", None)
-    return gather() if gather is not None else tensor
+def _trained(parts: list[Part], form: CheckpointForm) -> list[Part]:
+    """The parts that training changes, and those that vLLM keeps in the same modules."""
+    chosen = [name for part in parts if part.trained for name in form.parts[part.name]]
+    needed = with_siblings(chosen, [name for names in form.parts.values() for name in names])
+    return [part for part in parts if needed.intersection(form.parts[part.name])]
 
 
-def _is_peft(model: torch.nn.Module) -> bool:
-    from transformers.utils import is_peft_available
-
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else value
