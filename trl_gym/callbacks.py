@@ -39,6 +39,22 @@ class WeightSyncCallback(TrainerCallback):
             self._push(state.global_step)
 
 
+class OptimizerCallback(TrainerCallback):
+    """Hands over the optimizer, which exists only when training begins.
+
+    Args:
+        take: Gets it, as wrapped by accelerate.
+    """
+
+    def __init__(self, take: Callable[[Any], None]) -> None:
+        self._take = take
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._take(kwargs["optimizer"])
+
+
 class PhaseCallback(TrainerCallback):
     """Counts the time of an optimizer step that is not spent on rollouts, scoring or weight sync as `update`."""
 

@@ -31,6 +31,8 @@ DEFAULT_FLAGS: dict[str, object] = {
     "host": "127.0.0.1",
     "served_model_name": ["policy"],
     "weight_transfer_config": '{"backend": "file"}',
+    # Sums over the weights that it holds: which ones differ, when a probe finds that something does.
+    "worker_extension_cls": "trl_gym.policy_server.worker_extension.WeightSums",
     "generation_config": "vllm",  # no top_k, top_p from the model's generation_config.json behind the trainer's back
     "logprobs_mode": "processed_logprobs",  # what the trainer computes at temperature ≠ 1
     "enable_prompt_tokens_details": True,  # tokens from the prefix cache, for the call records
