@@ -122,6 +122,9 @@ class FakeUpstream:
             case "/finish_weight_update":
                 self.weight_version = json.loads(body)["weight_version"]
                 return 200, {"message": "ok"}
+            case "/update_weight_version":
+                self.weight_version = json.loads(body).get("new_version", self.weight_version)
+                return 200, {"success": True}
             case "/weight_info" | "/trl_gym/info":
                 return 404, {"detail": "Not Found"}
             case "/tokenize":

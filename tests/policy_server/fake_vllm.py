@@ -44,6 +44,8 @@ class FakeVllm:
     render: Callable[..., list[int]] = render
     change_answer: Callable[[Json], None] = lambda answer: None
     requests: list[tuple[str, Json]] = field(default_factory=list)
+    adapters: dict[str, str] = field(default_factory=dict)  # name -> path
+    adapter_error: tuple[int, Json] | None = None  # what loading one answers
 
     def chats(self) -> list[Json]:
         return [body for path, body in self.requests if path == "/v1/chat/completions"]
@@ -72,7 +74,8 @@ class FakeVllm:
         self.requests.append((path, request))
         match path:
             case "/v1/models":
-                return 200, {"data": [{"id": "policy", "max_model_len": self.max_model_len}]}
+                adapters = [{"id": name, "parent": "policy"} for name in self.adapters]
+                return 200, {"data": [{"id": "policy", "max_model_len": self.max_model_len}, *adapters]}
             case "/version":
                 return 200, {"version": "0.31.0"}
             case "/weight_info":
@@ -80,6 +83,19 @@ class FakeVllm:
             case "/finish_weight_update":
                 self.weight_version = request["weight_version"]
                 return 200, {"message": "ok"}
+            case "/update_weight_version":
+                self.weight_version = request["new_version"]
+                return 200, {"success": True}
+            case "/v1/load_lora_adapter":
+                if self.adapter_error is not None:
+                    return self.adapter_error
+                self.adapters[request["lora_name"]] = request["lora_path"]
+                return 200, "Success"
+            case "/v1/unload_lora_adapter":
+                del self.adapters[request["lora_name"]]
+                return 200, "Success"
+            case "/v1/completions":
+                return 200, {"model": request.get("model", "policy"), "prompt": request["prompt"]}
             case "/tokenize":
                 tokens = self.render(**request)
                 return 200, {"tokens": tokens, "token_strs": [chr(token) for token in tokens]}
@@ -92,6 +108,9 @@ class FakeVllm:
     def chat(self, request: Json) -> tuple[int, Json]:
         if not request.get("messages"):
             return 400, {"error": {"message": "messages missing"}}
+        model = request.get("model", "policy")
+        if model != "policy" and model not in self.adapters:
+            return 404, {"error": {"message": f"The model `{model}` does not exist."}}
         forced = (request.get("kv_transfer_params") or {}).get("prompt_token_ids") or request.get("prompt_token_ids")
         prompt = forced or self.render(**request)
         limit = request.get("max_completion_tokens") or request.get("max_tokens") or 1
@@ -99,6 +118,7 @@ class FakeVllm:
             return 400, {"error": {"message": f"This model's maximum context length is {self.max_model_len} tokens."}}
         content = [{"token": chr(t), "logprob": -0.5} for t in self.reply]
         answer: Json = {
+            "model": model,
             "choices": [
                 {
                     "index": index,

@@ -86,3 +86,26 @@ def test_loopback(host: str) -> None:
 @pytest.mark.parametrize("host", ["", None, "0.0.0.0", "::", "10.0.0.1", "gpu-node-7"])
 def test_not_loopback(host: str | None) -> None:
     assert not is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "why"),
+    [
+        ([], {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}, "unpickles what it is sent"),
+        (["--weight-transfer-config", '{"backend": "ipc"}'], {}, "backend `ipc` needs"),
+        (['--weight-transfer-config={"backend": "ipc"}'], {}, "backend `ipc` needs"),
+        (["--weight-transfer-config.backend", "ipc"], {}, "backend `ipc` needs"),
+    ],
+)
+def test_what_unpickles_listens_on_loopback_only(
+    model_folder: Path, flags: list[str], env: dict[str, str], why: str
+) -> None:
+    command.check_before_start(model_folder, "127.0.0.1", "key", flags, env)
+    with pytest.raises(ConfigError, match=why):
+        command.check_before_start(model_folder, "0.0.0.0", "key", flags, env)
+
+
+@pytest.mark.parametrize("config", ['{"backend": "nccl"}', "?"])
+def test_other_transports_may_be_reached(model_folder: Path, config: str) -> None:
+    env = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "0"}
+    command.check_before_start(model_folder, "0.0.0.0", "key", ["--weight-transfer-config", config], env)

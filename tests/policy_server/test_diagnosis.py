@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from trl_gym.policy_server.diagnosis import find_cause, hint_for
+from trl_gym.policy_server.diagnosis import find_cause, hint_for, would_die_again
 
 ENGINE = """
 (EngineCore pid=7) ERROR 11-22 13:10:48 [core.py:1433] EngineCore failed to start.
@@ -52,3 +54,20 @@ def test_cause_and_hint(log: str, cause: str, hint: str | None) -> None:
 
 def test_a_log_without_an_error_has_no_cause() -> None:
     assert find_cause("INFO all is well\nno Error here\n") is None
+
+
+@pytest.mark.parametrize(
+    ("log", "lasts"),
+    [
+        (ARGPARSE, True),
+        (PYDANTIC, True),
+        (ENGINE, False),
+        ("OSError: [Errno 98] Address already in use", False),
+        ("torch.OutOfMemoryError: CUDA out of memory. Model and tokenizer use 70 GiB", False),
+        ("killed, without a word", False),
+    ],
+)
+def test_memory_and_ports_may_be_free_again_and_flags_stay_wrong(tmp_path: Path, log: str, lasts: bool) -> None:
+    path = tmp_path / "log"
+    path.write_text(f"INFO loading tokenizer\n{log}\n")
+    assert would_die_again(path) is lasts

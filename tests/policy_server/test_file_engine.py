@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 pytestmark = pytest.mark.slow  # imports vLLM
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def new_engine() -> Any:
+    from trl_gym.policy_server.file_engine import FileWeightTransferEngine
+
+    return FileWeightTransferEngine.__new__(FileWeightTransferEngine)
 
 
 def test_register_twice() -> None:
@@ -30,10 +39,34 @@ def test_parts_of_packed_modules_are_missed() -> None:
     assert missing_parts({"norm.weight"}, PACKED) == []
 
 
-def test_update_info_is_one_path() -> None:
-    from trl_gym.policy_server.file_engine import FileWeightTransferEngine
+def test_an_update_is_a_path_and_whether_it_is_a_part() -> None:
+    engine = new_engine()
+    assert engine.parse_update_info({"path": "/dev/shm/w"}).partial is False
+    assert engine.parse_update_info({"path": "/dev/shm/w", "partial": True}).partial is True
+    for wrong in ({}, {"paths": []}):  # the first one ends an update that was begun, see `abandon_weight_update`
+        with pytest.raises(ValueError, match="update_info"):
+            engine.parse_update_info(wrong)
 
-    engine = FileWeightTransferEngine.__new__(FileWeightTransferEngine)
-    assert engine.parse_update_info({"path": "/dev/shm/w"}).path == "/dev/shm/w"
-    with pytest.raises(ValueError, match="update_info"):
-        engine.parse_update_info({"paths": []})
+
+def test_only_the_file_with_the_secret_proves_that_it_is_the_trainers(tmp_path: Path) -> None:
+    engine = new_engine()
+    probe = tmp_path / "probe"
+    probe.write_text("secret")
+
+    def connect(**info: str) -> None:
+        engine.init_transfer_engine(engine.parse_init_info(info))
+
+    connect()  # nothing to prove
+    connect(probe=str(probe), secret="secret")
+    with pytest.raises(ValueError, match="is another file here"):
+        connect(probe=str(probe), secret="other.")
+    with pytest.raises(FileNotFoundError):
+        connect(probe=str(tmp_path / "missing"), secret="secret")
+
+
+def test_a_part_must_have_whole_modules() -> None:
+    from trl_gym.policy_server.file_engine import _whole_modules
+
+    expected = {"layers.0.norm.weight", "layers.0.proj.weight", "layers.0.proj.bias", "layers.1.proj.weight"}
+    assert _whole_modules(expected, {"layers.0.proj.weight"}) == {"layers.0.proj.weight", "layers.0.proj.bias"}
+    assert _whole_modules(expected, set()) == set()

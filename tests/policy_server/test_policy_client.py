@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from trl_gym.errors import PolicyServerError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 
 Answers = dict[str, tuple[int, Any]]
@@ -78,6 +78,25 @@ def test_one_weight_update(server: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("finish", "complete", "asked"),
+    [(200, True, ["/finish_weight_update"]), (500, False, ["/finish_weight_update", "/update_weights"])],
+)
+def test_an_update_of_a_dead_trainer_is_ended(server: Any, finish: int, complete: bool, asked: list[str]) -> None:
+    """Both routes refuse where nothing is to be ended; a server that says nothing is lost."""
+    client, answers, seen = server
+    answers["/is_paused"] = (200, {"is_paused": True})
+    assert client.is_paused()
+    seen.clear()
+    answers["/finish_weight_update"] = (finish, {"error": {"message": "the update lacks 24 parameters"}})
+    answers["/update_weights"] = (500, {"error": {"message": "start_weight_update must be called before"}})
+    assert client.abandon_weight_update() is complete
+    assert [path for _, path, _ in seen] == asked
+    assert seen[0][2] == {}, "no version: what the server holds keeps its own"
+    with pytest.raises(PolicyServerLostError, match="cannot be reached"):
+        PolicyClient("http://127.0.0.1:9/v1").abandon_weight_update()
+
+
 def test_sleep_and_wake_up(server: Any) -> None:
     client, _, seen = server
     client.sleep(2)
@@ -126,10 +145,10 @@ def test_an_answer_that_is_an_error(server: Any, status: int, payload: Any, word
 def test_a_slow_answer_and_none_at_all(server: Any) -> None:
     client, answers, _ = server
     answers["/trl_gym/info"] = (200, "slow")
-    with pytest.raises(PolicyServerError, match=r"no answer within 0.2 s"):
+    with pytest.raises(PolicyServerLostError, match=r"no answer within 0.2 s"):
         client.info(timeout_s=0.2)
     assert client.health()
     gone = PolicyClient("http://127.0.0.1:9/v1")
     assert not gone.health()
-    with pytest.raises(PolicyServerError, match="cannot be reached"):
+    with pytest.raises(PolicyServerLostError, match="cannot be reached"):
         gone.resume()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
-from trl_gym.errors import ConfigError, PolicyServerError
+from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server import command
 from trl_gym.policy_server.server import PolicyServer, ServerState
 from trl_gym.processes import bind_socket
@@ -23,7 +26,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         nonce = os.environ["TRL_GYM_NONCE"] if sys.argv[2] == "right" else "another"
-        body = json.dumps({"nonce": nonce, "max_model_len": 512, "model_names": ["policy"]}).encode()
+        info = {"nonce": nonce, "instance": str(os.getpid()), "max_model_len": 512, "model_names": ["policy"]}
+        body = json.dumps(info).encode()
         self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
         self.wfile.write(body)
 time.sleep(0.5)
@@ -101,6 +105,76 @@ def test_death_later_is_found_by_check(make: Make) -> None:
     server._process.stop()
     with pytest.raises(PolicyServerError, match="policy server ended"):
         server.check()
+
+
+def test_restart_keeps_the_address(make: Make, tmp_path: Path) -> None:
+    """Connections to the dead server linger on its port; the one that answers afterwards is the new process."""
+    server = make(STAND_IN, "right").start().wait_ready()
+    url, client = server.base_url, server.client
+    assert server.is_ours
+    for _ in range(2):
+        first = server.look()
+        os.kill(psutil.Process(server._process.pid).children()[0].pid, signal.SIGKILL)
+        assert server._process.wait(10.0) is not None
+        with pytest.raises(PolicyServerLostError, match="SIGKILL"):
+            server.look()
+        server.restart()
+        assert (server.base_url, server.client, server.state) == (url, client, ServerState.READY)
+        assert server.look() not in (first, None)
+    port = url.rpartition(":")[2].removesuffix("/v1")
+    names = {path.name for path in (tmp_path / "logs").iterdir()}
+    assert names == {f"policy_server-{port}{again}.log" for again in ("", "-restart1", "-restart2")}
+
+
+def test_a_restart_replaces_a_server_that_hangs(make: Make) -> None:
+    server = make(STAND_IN, "right").start().wait_ready()
+    [process] = psutil.Process(server._process.pid).children()
+    process.suspend()
+    server.restart()
+    assert not process.is_running() and server.look()
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [("MemoryError: 3 GiB", PolicyServerLostError), ("error: unrecognized arguments: --x", ConfigError)],
+)
+def test_a_restart_that_fails(make: Make, tmp_path: Path, cause: str, kind: type[Exception]) -> None:
+    """One may be tried again, with another nothing changes."""
+    trouble = tmp_path / "trouble"
+    code = f"import pathlib, sys\nif pathlib.Path({str(trouble)!r}).exists(): sys.exit({cause!r})\n{STAND_IN}"
+    server = make(code, "right").start().wait_ready()
+    trouble.touch()
+    with pytest.raises(kind, match=cause):
+        server.restart()
+    trouble.unlink()
+    server.restart()
+    assert server.look()
+
+
+def test_only_our_own_running_servers_are_restarted(make: Make, remote: tuple[str, type[_Stranger]]) -> None:
+    server = make(STAND_IN, "right").start().wait_ready()
+    server.stop()
+    with pytest.raises(PolicyServerError, match="it is stopped, or not ours"):
+        server.restart()
+    url, handler = remote
+    handler.payload = {"nonce": None, "model_names": ["big"], "max_model_len": 64, "instance": "a"}
+    attached = PolicyServer.attach(url)
+    assert not attached.is_ours and attached.look() == "a"
+    with pytest.raises(PolicyServerError, match="not ours"):
+        attached.restart()
+    handler.payload = {**handler.payload, "instance": "b"}
+    assert attached.look() == "b"
+    handler.payload = {**handler.payload, "model_names": ["small"]}
+    with pytest.raises(PolicyServerError, match="serves small now, and no big"):
+        attached.look()
+
+
+def test_devices_of_its_own(make: Make) -> None:
+    code = "import os, sys; sys.exit('KeyError: devices ' + os.environ['CUDA_VISIBLE_DEVICES'])"
+    server = make(code, devices="6,7", env={"X": "1"})
+    assert server.placement == "server"
+    with pytest.raises(PolicyServerError, match="KeyError: devices 6,7"):
+        server.start().wait_ready()
 
 
 def test_a_timeout_stops_the_process(make: Make) -> None:

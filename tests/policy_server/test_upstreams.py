@@ -6,12 +6,15 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.policy_server.adapter_folder import write_adapter
 from tests.policy_server.fake_upstream import PROBE_EVERY_S, Call, FakeUpstream, ask, serving, until
 from trl_gym.policy_server.forwarding import UpstreamLostError
+from trl_gym.policy_server.on_policy import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.upstreams import CONTROL_PATHS, UpstreamApp
 
 CHAT = "/v1/chat/completions"
@@ -347,6 +350,42 @@ async def test_a_restarted_upstream_is_excluded_by_its_weight_version() -> None:
         assert (await ask(app, "GET", "/weight_info")).json() == {"weight_version": "7"}
         assert await control(app, *UPDATE, version="8") == [200] * 5
         assert app.upstreams[0].in_rotation
+
+
+async def load_adapter(app: UpstreamApp, folder: Path, version: int) -> Call:
+    """Through the gateway's middleware, which is what the trainer asks."""
+    body = json.dumps({"name": f"policy@{version}", "path": str(folder), "version": str(version)}).encode()
+    call = await ask(OnPolicyMiddleware(app, Settings()), "POST", "/trl_gym/adapters", body=body)
+    assert call.status == 200, call.text
+    return call
+
+
+async def test_an_adapter_reaches_every_upstream_and_admits_one_that_was_restarted(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapter")
+    fakes = [FakeUpstream(), FakeUpstream()]
+    async with serving(*fakes) as app:
+        await load_adapter(app, folder, 1)
+        assert [fake.weight_version for fake in fakes] == ["1", "1"]
+        loaded = [body for fake in fakes for _, path, body, _ in fake.requests if path == "/v1/load_lora_adapter"]
+        assert len(loaded) == 2 and loaded[0] == loaded[1] and str(folder).encode() in loaded[0]
+        await fakes[0].stop()
+        await until(lambda: app.upstreams[0].down)
+        fakes[0].weight_version = "default"
+        await fakes[0].start()
+        await until(lambda: app.upstreams[0].down is None)
+        assert not app.upstreams[0].in_rotation
+        await load_adapter(app, folder, 2)
+        assert app.upstreams[0].in_rotation
+
+
+async def test_an_adapter_does_not_admit_what_is_half_updated(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapter")
+    fakes = [FakeUpstream(answers={"POST /update_weights": (500, {"error": {"message": "disk"}})}), FakeUpstream()]
+    async with serving(*fakes) as app:
+        assert await control(app, "/start_weight_update", "/update_weights") == [200, 500]
+        assert app.upstreams[0].excluded
+        await load_adapter(app, folder, 1)
+        assert app.upstreams[0].excluded
 
 
 async def test_a_restart_is_noticed_by_a_control_call_too() -> None:

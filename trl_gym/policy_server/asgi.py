@@ -52,7 +52,8 @@ class Reply:
     @classmethod
     def error(cls, status: int, message: str) -> Reply:
         """An error in the form that OpenAI and vLLM give it."""
-        kind = {400: "BadRequestError", 401: "AuthenticationError"}.get(status, "InternalServerError")
+        kinds = {400: "BadRequestError", 401: "AuthenticationError", 409: "ConflictError"}
+        kind = kinds.get(status, "InternalServerError")
         return cls.from_json(status, {"error": {"message": message, "type": kind, "param": None, "code": status}})
 
     async def send(self, send: Send) -> None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_gym.policy_server import bundle, splice, sse
+from trl_gym.policy_server.adapter_control import AdapterControl
+from trl_gym.policy_server.adapters import Adapter
 from trl_gym.policy_server.asgi import Reply
 from trl_gym.policy_server.calls import CallDrift, DriftCause, RolloutBook, record_of
 from trl_gym.policy_server.empty_turns import EmptyTurn, is_empty, restore
@@ -73,6 +75,7 @@ class ChatTurns:
 
     Args:
         facts: About the server behind.
+        adapters: Which adapter answers whom.
         has_prompt_field: Whether it takes `prompt_token_ids` as a field of a chat request.
 
     Attributes:
@@ -82,12 +85,13 @@ class ChatTurns:
         sampling: Pinned for rollouts whose calls pin nothing.
     """
 
-    def __init__(self, facts: ServerFacts, *, has_prompt_field: bool) -> None:
+    def __init__(self, facts: ServerFacts, adapters: AdapterControl, *, has_prompt_field: bool) -> None:
         self.counters = Counters()
         self.book = RolloutBook()
         self.templates = Templates()
         self.sampling: dict[str, Any] = {}
         self._facts = facts
+        self._adapters = adapters
         self._histories = Histories()
         self._has_prompt_field = has_prompt_field
 
@@ -95,7 +99,7 @@ class ChatTurns:
         """One chat completion; every error is a reply. Raises `ClientGoneError`."""
         self.counters.requests += 1
         if turn.rollout is None:
-            return (await self._serve(inner, turn))[0]
+            return (await self._serve_routed(inner, turn))[0]
         if self.book.is_cancelled(turn.rollout):
             return self._cancelled(turn)
         if turn.sampling is None:
@@ -103,14 +107,14 @@ class ChatTurns:
         restore(turn, self.book.calls(turn.rollout).empty_turns, self._histories)
         with self.book.running(turn.rollout) as abort:
             try:
-                return await self._serve_recorded(inner, turn, abort)
+                return await self._serve_recorded(inner, turn, turn.rollout, abort)
             except AbortedError:
                 return self._cancelled(turn)
 
-    async def _serve_recorded(self, inner: Inner, turn: Turn, abort: asyncio.Event) -> Reply:
+    async def _serve_recorded(self, inner: Inner, turn: Turn, rollout: str, abort: asyncio.Event) -> Reply:
         started = time.monotonic()
-        reply, answer, prompt = await self._serve(inner, turn, abort)
-        calls = self.book.calls(turn.rollout)
+        reply, answer, prompt = await self._serve_routed(inner, turn, abort)
+        calls = self.book.calls(rollout)
         if answer is not None and calls.num_first_prompt is None:
             calls.num_first_prompt = answer["usage"]["prompt_tokens"]
         calls.records.append(
@@ -126,8 +130,17 @@ class ChatTurns:
         )
         return reply
 
-    async def _serve(
+    async def _serve_routed(
         self, inner: Inner, turn: Turn, abort: asyncio.Event | None = None
+    ) -> tuple[Reply, dict[str, Any] | None, Prompt]:
+        """As `_serve`, by the adapter that this rollout began with."""
+        policy_names = await self._adapters.policy_names(inner)
+        with self._adapters.routed(turn.body.get("model"), turn.rollout, policy_names) as adapter:
+            turn.served_model = None if adapter is None else adapter.served
+            return await self._serve(inner, turn, adapter, abort)
+
+    async def _serve(
+        self, inner: Inner, turn: Turn, adapter: Adapter | None, abort: asyncio.Event | None
     ) -> tuple[Reply, dict[str, Any] | None, Prompt]:
         """The reply, the answer in it if there is one, and the prompt as far as it was found."""
         prompt = Prompt()
@@ -138,7 +151,7 @@ class ChatTurns:
             reply = await self._ask(inner, turn, prompt, abort)
             if not reply.ok:
                 return reply, None, prompt
-            answer = await self._complete(inner, turn, prompt, reply)
+            answer = await self._complete(inner, turn, prompt, adapter, reply)
         except AnsweredError as answered:
             return answered.reply, None, prompt
         if not (turn.is_ours and turn.is_streamed):
@@ -149,7 +162,7 @@ class ChatTurns:
     # -- which prompt -------------------------------------------------------------------------------------------------
 
     async def _prompt(self, inner: Inner, turn: Turn) -> Prompt:
-        if turn.seen is None:
+        if turn.seen is None or turn.newest is None:
             if not self._has_lost_its_ids(turn):
                 return Prompt()  # a first turn, or a request that is none of ours: the server renders and bounds it
             text = "the agent sent no token ids with any message, although this rollout has sampled before"
@@ -166,7 +179,7 @@ class ChatTurns:
             drift = CallDrift(cause=DriftCause.NO_BOUNDARY, text=str(error))
             return await self._as_rendered(inner, turn, drift)
         self.counters.spliced += 1
-        return Prompt(forced, len(forced), self._skipped_turn(turn))
+        return Prompt(forced, len(forced), self._skipped_turn(turn, turn.newest, turn.seen))
 
     async def _as_rendered(self, inner: Inner, turn: Turn, drift: CallDrift) -> Prompt:
         """Let the server render, and say why, unless its render starts with the tokens seen anyhow."""
@@ -185,16 +198,16 @@ class ChatTurns:
             return False
         return any(message.get("role") == "assistant" for message in turn.messages)
 
-    def _skipped_turn(self, turn: Turn) -> CallDrift | None:
+    def _skipped_turn(self, turn: Turn, newest: int, seen: list[int]) -> CallDrift | None:
         """A turn that was sampled after `newest` and came back without its ids: the template wrote it."""
-        if turn.rollout is None or all(m.get("role") != "assistant" for m in turn.messages[turn.newest + 1 :]):
+        if turn.rollout is None or all(m.get("role") != "assistant" for m in turn.messages[newest + 1 :]):
             return None
         newest_answer = self.book.calls(turn.rollout).newest_answer
-        if newest_answer is None or self._histories.key(turn.seen) == newest_answer:
+        if newest_answer is None or self._histories.key(seen) == newest_answer:
             return None
         return CallDrift(
             cause=DriftCause.MESSAGE_WITHOUT_IDS,
-            text=f"the agent sent no token ids with a turn sampled after message {turn.newest}",
+            text=f"the agent sent no token ids with a turn sampled after message {newest}",
         )
 
     # -- how many tokens ----------------------------------------------------------------------------------------------
@@ -243,7 +256,9 @@ class ChatTurns:
             return await inner.ask("POST", CHAT_PATH, request)
         return await inner.ask_until(abort, "POST", CHAT_PATH, request)
 
-    async def _complete(self, inner: Inner, turn: Turn, prompt: Prompt, reply: Reply) -> dict[str, Any]:
+    async def _complete(
+        self, inner: Inner, turn: Turn, prompt: Prompt, adapter: Adapter | None, reply: Reply
+    ) -> dict[str, Any]:
         """The answer with bundle, version and drift. Raises `AnsweredError` if a promised bundle is not exact."""
         answer = reply.json()
         try:
@@ -254,7 +269,9 @@ class ChatTurns:
                 raise AnsweredError(Reply.error(500, str(error))) from error
             answer["trl_gym"] = {"no_bundle": str(error)}
         bundle.strip_unasked(answer, turn.asked)
-        version = await self._facts.weight_version(inner)
+        if adapter is not None:
+            answer["model"] = turn.body.get("model") or (await self._facts.all(inner))["model_names"][0]
+        version = await self._adapters.version_of(adapter, inner)
         if version is not None:
             answer["weight_version"] = version
         if prompt.drift is not None:

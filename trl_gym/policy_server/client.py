@@ -6,13 +6,15 @@ the server's own words. Nothing is retried here: a weight update that was sent t
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import requests
 
-from trl_gym.errors import PolicyServerError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.calls import CallRecord
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -51,6 +53,12 @@ class PolicyClient:
         if api_key:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
 
+    def patient(self, timeout_s: float) -> PolicyClient:
+        """This client with another timeout for calls that have none of their own; the connections are shared."""
+        other = copy.copy(self)
+        other.timeout_s = timeout_s
+        return other
+
     def close(self) -> None:
         """Close the connections. The client can still be used afterwards."""
         self._session.close()
@@ -76,6 +84,22 @@ class PolicyClient:
         """vLLM's resolved configuration as a tree, e.g. `["model_config"]["logprobs_mode"]`."""
         return self._call("GET", "/server_info", params={"config_format": "json"})["vllm_config"]
 
+    def server_environment(self) -> dict[str, Any]:
+        """vLLM's environment variables as the server process has them, keys and tokens left out."""
+        return self._call("GET", "/server_info", params={"config_format": "json"})["vllm_env"]
+
+    def world_size(self) -> int:
+        """Workers of the server that hold weights: tensor × pipeline × data parallel."""
+        return int(self._call("GET", "/get_world_size")["world_size"])
+
+    def collective_rpc(self, method: str, args: Sequence[str] = ()) -> list[Any]:
+        """Call a method of every worker, e.g. one that `--worker-extension-cls` has added; one answer per worker.
+
+        Raises:
+            PolicyResponseError: Also if the workers have no such method.
+        """
+        return self._call("POST", "/collective_rpc", json={"method": method, "args": list(args)})["results"]
+
     # -- pause, sleep, caches -----------------------------------------------------------------------------------------
 
     def pause(self, mode: Literal["abort", "wait", "keep"] = "wait", *, timeout_s: float | None = None) -> None:
@@ -87,6 +111,10 @@ class PolicyClient:
             timeout_s: With `"wait"`, at least as long as the longest generation.
         """
         self._call("POST", "/pause", params={"mode": mode}, timeout_s=timeout_s)
+
+    def is_paused(self) -> bool:
+        """Whether it generates nothing until `resume`."""
+        return bool(self._call("GET", "/is_paused")["is_paused"])
 
     def resume(self) -> None:
         """Generate again."""
@@ -100,13 +128,21 @@ class PolicyClient:
         """Take memory again: all of it, or only that of `tags` (`"weights"`, `"kv_cache"`)."""
         self._call("POST", "/wake_up", params={"tags": list(tags)})
 
-    def reset_caches(self) -> None:
+    def is_sleeping(self) -> bool:
+        """Whether anything sleeps, or the scheduler is paused."""
+        return bool(self._call("GET", "/is_sleeping")["is_sleeping"])
+
+    def reset_caches(self, *, running: bool = False) -> None:
         """Forget everything computed with the old weights: prefix, multimodal and encoder cache.
+
+        Args:
+            running: Whether frozen requests forget theirs too, and compute it anew when they go on.
 
         Raises:
             PolicyServerError: Also if requests still hold blocks of the prefix cache. Pause first.
         """
-        answer = self._call("POST", "/reset_prefix_cache")
+        flags = {"reset_running_requests": "true"} if running else None
+        answer = self._call("POST", "/reset_prefix_cache", params=flags)
         if isinstance(answer, dict) and answer.get("success") is False:
             raise PolicyServerError(
                 f"the prefix cache of {self.root_url} could not be reset: requests are still running. "
@@ -132,8 +168,56 @@ class PolicyClient:
         """Put the new weights into service under the name `version`."""
         self._call("POST", "/finish_weight_update", json={"weight_version": version}, timeout_s=timeout_s)
 
+    def abandon_weight_update(self) -> bool:
+        """End an update whose trainer is gone, so that another one can be started; the server stays paused.
+
+        vLLM has no route for it. An update that is complete can be finished, under the version that the server has
+        (it is replaced before anything is sampled). One that is not refuses to be, and is ended by an
+        `/update_weights` that the engine refuses too, before it touches a weight.
+
+        Returns:
+            Whether the update was complete. Otherwise layers that had begun to load keep what arrived, and the next
+            update must bring all weights.
+
+        Raises:
+            PolicyServerLostError: The server does not answer.
+        """
+        try:
+            self._call("POST", "/finish_weight_update", json={})
+        except PolicyResponseError:  # there is none, or it lacks weights
+            with contextlib.suppress(PolicyResponseError):
+                self._call("POST", "/update_weights", json={"update_info": {}})
+            return False
+        return True
+
     def weight_version(self) -> str:
         return str(self._call("GET", "/weight_info")["weight_version"])
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path: str, version: str, *, max_adapters: int, wait_s: float) -> list[str]:
+        """A LoRA adapter is the policy from here on, for every rollout that begins.
+
+        Args:
+            name: E.g. `"policy@12"`.
+            path: Its folder, as the server sees it.
+            version: Weight version of what it samples.
+            max_adapters: How many the server may keep, this one included.
+            wait_s: How long it may wait for rollouts that hold an old one.
+
+        Returns:
+            Paths of the folders that the server needs.
+
+        Raises:
+            PolicyResponseError: 400: it cannot be served; 409: no room. The server goes on as before.
+        """
+        body = {"name": name, "path": path, "version": version, "max_adapters": max_adapters, "wait_s": wait_s}
+        answer = self._call("POST", "/trl_gym/adapters", json=body, timeout_s=self.timeout_s + wait_s)
+        return [adapter["path"] for adapter in answer["held"]]
+
+    def clear_adapters(self) -> None:
+        """The server's own weights are the policy again."""
+        self._call("POST", "/trl_gym/adapters/clear")
 
     # -- rollouts -----------------------------------------------------------------------------------------------------
 
@@ -232,9 +316,9 @@ class PolicyClient:
         try:
             response = self._session.request(method, url, json=json, params=params, timeout=timeouts)
         except requests.Timeout as error:
-            raise PolicyServerError(f"{method} {url}: no answer within {timeouts[1]:g} s") from error
+            raise PolicyServerLostError(f"{method} {url}: no answer within {timeouts[1]:g} s") from error
         except requests.RequestException as error:
-            raise PolicyServerError(f"{method} {url}: the server cannot be reached ({error})") from error
+            raise PolicyServerLostError(f"{method} {url}: the server cannot be reached ({error})") from error
         if response.status_code != 200:
             self._session.close()  # after an exception in a route the server hangs up; the next call must not find out
             raise PolicyResponseError(

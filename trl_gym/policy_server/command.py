@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ _REPEATED_FLAGS = frozenset({"middleware"})
 
 # Switches without a `--no-…` form: False means not to give them.
 _PLAIN_SWITCHES = frozenset({"headless", "grpc"})
+
+_INSECURE = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -80,8 +85,17 @@ def serve_command(
     ]
 
 
-def check_before_start(model: str | Path, host: str, api_key: str | None, flags: list[str]) -> None:
-    """Find what would only fail after seconds of loading.
+def check_before_start(
+    model: str | Path, host: str, api_key: str | None, flags: list[str], env: Mapping[str, str] | None = None
+) -> None:
+    """Find what would only fail after seconds of loading, or open the server to others.
+
+    Args:
+        model: As `PolicyServer` takes it.
+        host: Likewise.
+        api_key: Likewise.
+        flags: From `flags_from`.
+        env: The environment that the server will have; ours when not given.
 
     Raises:
         ConfigError: With every problem found, each with its remedy.
@@ -92,6 +106,8 @@ def check_before_start(model: str | Path, host: str, api_key: str | None, flags:
             f"host={host!r} can be reached from other machines, and the server has routes that replace its weights: "
             "give api_key too"
         )
+    if not is_loopback(host):
+        problems += _pickle_problems(host, flags, os.environ if env is None else env)
     if problems:
         raise ConfigError("the policy server cannot be started:\n" + "\n".join(f"  - {line}" for line in problems))
 
@@ -133,6 +149,34 @@ def _model_problems(model: str | Path, flags: list[str]) -> list[str]:
             "tokenizer.save_pretrained(folder), or give vllm_args={'tokenizer': …}"
         )
     return problems
+
+
+def _pickle_problems(host: str, flags: list[str], env: Mapping[str, str]) -> list[str]:
+    """Whoever has the key of a server that unpickles what it is sent can run code in it, not only change weights."""
+    problems = []
+    if env.get(_INSECURE, "0") not in ("", "0"):
+        problems.append(
+            f"{_INSECURE} is set, with which the server unpickles what it is sent, and host={host!r} can be reached "
+            "from other machines: unset it, or listen on 127.0.0.1"
+        )
+    if _backend(flags) == "ipc":
+        problems.append(
+            f"the weight transfer backend `ipc` needs {_INSECURE} and works on one machine only, and host={host!r} "
+            "can be reached from others: choose `nccl` or `file`, or listen on 127.0.0.1"
+        )
+    return problems
+
+
+def _backend(flags: list[str]) -> str | None:
+    """Of `--weight-transfer-config`, as JSON or with dots; None where it says nothing that can be read here."""
+    words = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+    for name, value in pairwise(words):
+        if name == "--weight-transfer-config.backend":
+            return value
+        if name == "--weight-transfer-config":
+            with contextlib.suppress(ValueError, AttributeError):  # vLLM's parser will say what is wrong with it
+                return json.loads(value).get("backend")
+    return None
 
 
 def _vllm_problems() -> list[str]:

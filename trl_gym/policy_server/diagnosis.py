@@ -58,6 +58,14 @@ _HINTS: list[tuple[str, str]] = [
     ),
 ]
 
+# Causes that lie in the configuration: flags, files and names do not change by trying again, memory and ports may.
+_LASTING = (
+    r"Repo id must be in the form|greater than the derived max_model_len|unrecognized arguments|"
+    r"[Ii]nvalid tool call parser|are not supported for now|architectures .* failed to be inspected|"
+    r"does not recognize this architecture|no vLLM implementation|weight transfer backend|"
+    r"^FileNotFoundError|is not supported: |: error: argument "
+)
+
 
 def find_cause(log: str) -> str | None:
     """The line that names the cause, without vLLM's prefixes; `None` if no line looks like one.
@@ -81,14 +89,24 @@ def hint_for(cause: str) -> str | None:
 
 def explain(log_path: Path) -> str:
     """`"<cause>\\nHint: <hint>"` as far as known, else an empty string."""
-    with open(log_path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _MAX_LOG_BYTES))
-        cause = find_cause(file.read().decode(errors="replace"))
+    cause = _cause_in(log_path)
     if cause is None:
         return ""
     hint = hint_for(cause)
     return f"{cause}\nHint: {hint}" if hint else cause
+
+
+def would_die_again(log_path: Path) -> bool:
+    """Whether a server that ended while it started did so for a reason that another start does not change."""
+    cause = _cause_in(log_path)
+    return cause is not None and re.search(_LASTING, cause) is not None
+
+
+def _cause_in(log_path: Path) -> str | None:
+    with open(log_path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _MAX_LOG_BYTES))
+        return find_cause(file.read().decode(errors="replace"))
 
 
 def _whole(line: str, following: str) -> str:

@@ -20,7 +20,7 @@ class ServerFacts:
         self._num_changes = 0
 
     async def all(self, inner: Inner) -> dict[str, Any]:
-        """`vllm_version`, `max_model_len` and `model_names`."""
+        """`vllm_version`, `max_model_len` and `model_names` (of the model itself, adapters have others)."""
         if self._facts is None:
             models, version = await asyncio.gather(
                 inner.ask_json("GET", "/v1/models"), inner.ask_json("GET", "/version")
@@ -28,7 +28,7 @@ class ServerFacts:
             self._facts = {
                 "vllm_version": version["version"],
                 "max_model_len": models["data"][0]["max_model_len"],
-                "model_names": [model["id"] for model in models["data"]],
+                "model_names": [model["id"] for model in models["data"] if model.get("parent") is None],
             }
         return self._facts
 

@@ -105,7 +105,9 @@ def _meaning(message: dict[str, Any]) -> Iterable[Any]:
     yield message.get("role")
     content = message.get("content")
     if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, dict) and "text" in part else part for part in content]
+        texts: list[Any] = [
+            part.get("text") if isinstance(part, dict) and "text" in part else part for part in content
+        ]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else texts
     yield content or ""
     yield message.get("tool_call_id")

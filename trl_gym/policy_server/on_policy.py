@@ -9,6 +9,7 @@ hands the tokens of each answer back; `chat.py` says how.
     POST /trl_gym/rollouts/records   the model calls of rollouts: tokens, cache hits, seconds, versions, drift
     POST /trl_gym/rollouts/cancel    nobody waits for these rollouts any more
     POST /trl_gym/sampling           pinned for rollouts whose calls pin nothing
+    POST /trl_gym/adapters           a new version of the LoRA adapter that is the policy (`adapter_control.py`)
 
 A request may carry `trl_gym = {"rollout": …, "sampling": {…}, "completion_budget": …}`: it is a turn of that rollout,
 sampled exactly with the given parameters. Without it (and without token ids in its messages) a request gets the stock
@@ -23,11 +24,13 @@ import hashlib
 import hmac
 import json
 import os
+import secrets
 from array import array
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import trl_gym
+from trl_gym.policy_server.adapter_control import AdapterControl
 from trl_gym.policy_server.asgi import (
     App,
     ClientGoneError,
@@ -50,7 +53,8 @@ from trl_gym.policy_server.turn import InvalidTurnError, Turn, checked_sampling
 
 AFFINITY = "trl_gym.affinity"  # in the scope of what we ask: calls with the same value should reach the same engine
 INFO_PATH = "/trl_gym/info"
-_VERSION_PATHS = ("/finish_weight_update", "/update_weight_version")
+_FINISH_PATH = "/finish_weight_update"
+_VERSION_PATHS = (_FINISH_PATH, "/update_weight_version")
 _OTHER_CHAT_PATHS = ("/v1/responses", "/v1/messages")
 _RETRIED_FOREVER = (429, 502, 503, 504, 520)  # by Gym, every half second; a 500 three times
 
@@ -94,15 +98,20 @@ class OnPolicyMiddleware:
         self.app = app
         settings = settings or Settings.from_env()
         self._nonce = settings.nonce
+        self._instance = secrets.token_hex(8)
         self._api_keys = [key.encode() for key in settings.api_keys]
         self._facts = ServerFacts()
-        self._chat = ChatTurns(self._facts, has_prompt_field=settings.has_prompt_field)
+        self._adapters = AdapterControl(self._facts)
+        self._chat = ChatTurns(self._facts, self._adapters, has_prompt_field=settings.has_prompt_field)
         self._handlers = {
             ("GET", INFO_PATH): self._info,
             ("POST", CHAT_PATH): self._complete_chat,
             ("POST", "/trl_gym/rollouts/records"): self._records,
             ("POST", "/trl_gym/rollouts/cancel"): self._cancel,
             ("POST", "/trl_gym/sampling"): self._pin_sampling,
+            ("POST", "/trl_gym/adapters"): self._load_adapter,
+            ("POST", "/trl_gym/adapters/clear"): self._clear_adapters,
+            ("POST", "/v1/completions"): self._pass_on,
             **{("POST", path): self._change_version for path in _VERSION_PATHS},
             **{("POST", path): self._refuse_turns for path in _OTHER_CHAT_PATHS},
         }
@@ -147,7 +156,7 @@ class OnPolicyMiddleware:
         if turn is None and _is_tagged(body):
             raise InvalidTurnError("a turn of a rollout must be a JSON object (no NaN) with a list of `messages`")
         if turn is None or (turn.is_streamed and not turn.is_ours):
-            await self.app(inner.scope, replay(body, inner.receive), send)  # vLLM's own answer, or its own complaint
+            await self._forward(inner, body, send)  # vLLM's own answer, or its own complaint
             return None
         if (affinity := _affinity(turn)) is not None:
             inner = Inner(inner.app, {**inner.scope, AFFINITY: affinity}, inner.receive)
@@ -158,8 +167,17 @@ class OnPolicyMiddleware:
         body = await read_body(inner.receive)
         if _is_tagged(body):
             raise InvalidTurnError(f"a turn of a rollout must be sent to {CHAT_PATH}: only it answers with token ids")
-        await self.app(inner.scope, replay(body, inner.receive), send)
+        await self._forward(inner, body, send)
         return None
+
+    async def _pass_on(self, inner: Inner, send: Send) -> None:
+        await self._forward(inner, await read_body(inner.receive), send)
+
+    async def _forward(self, inner: Inner, body: bytes, send: Send) -> None:
+        """The server's own answer, by the newest adapter where the policy is one."""
+        policy_names = await self._adapters.policy_names(inner)
+        with self._adapters.rerouted(inner.scope, body, send, policy_names) as (scope, body, send):
+            await self.app(scope, replay(body, inner.receive), send)
 
     # -- control ------------------------------------------------------------------------------------------------------
 
@@ -175,10 +193,12 @@ class OnPolicyMiddleware:
             200,
             {
                 "nonce": self._nonce,
+                "instance": self._instance,  # another one after a restart: weights must be sent again
                 "package_version": trl_gym.__version__,
                 **facts,
                 "weight_version": await self._facts.weight_version(inner),
                 "turn_end_token_id": turn_end,
+                "adapters": self._adapters.describe(),
                 "counters": {
                     **asdict(self._chat.counters),
                     "rendered_whole": templates.num_whole,
@@ -189,20 +209,35 @@ class OnPolicyMiddleware:
 
     async def _change_version(self, inner: Inner, _send: Send) -> Reply:
         """Pass through, and forget the cached version before anybody can hear that the new one is there."""
-        reply = await inner.ask("POST", path_of(inner.scope), await read_body(inner.receive))
+        path = path_of(inner.scope)
+        reply = await inner.ask("POST", path, await read_body(inner.receive))
         self._facts.weights_changed()
+        if reply.ok and path == _FINISH_PATH:
+            await self._adapters.clear(inner, new_weights=True)  # they were trained on others
         return reply
+
+    async def _load_adapter(self, inner: Inner, _send: Send) -> Reply:
+        return await self._adapters.load(inner, _parse_object(await read_body(inner.receive)))
+
+    async def _clear_adapters(self, inner: Inner, _send: Send) -> Reply:
+        return await self._adapters.clear(inner)
 
     async def _records(self, inner: Inner, _send: Send) -> Reply:
         request = _parse_object(await read_body(inner.receive))
         names, book = _names(request), self._chat.book
         running = book.num_running(names)
-        records = book.records(names, forget=bool(request.get("forget", True)))
-        return Reply.from_json(200, {"records": records, "running": running})
+        forget = bool(request.get("forget", True))
+        records = book.records(names, forget=forget)
+        if forget:
+            await self._adapters.release(inner, names)
+        return Reply.from_json(200, {"records": records, "running": running, "instance": self._instance})
 
     async def _cancel(self, inner: Inner, _send: Send) -> Reply:
         request = _parse_object(await read_body(inner.receive))
-        return Reply.from_json(200, {"aborted": self._chat.book.cancel(_names(request))})
+        names = _names(request)
+        aborted = self._chat.book.cancel(names)
+        await self._adapters.release(inner, names)
+        return Reply.from_json(200, {"aborted": aborted})
 
     async def _pin_sampling(self, inner: Inner, _send: Send) -> Reply:
         request = _parse_object(await read_body(inner.receive))

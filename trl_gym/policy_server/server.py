@@ -8,19 +8,25 @@
 here outlives this process (`trl_gym.processes`), and nothing that was attached to is ever stopped.
 
     NEW ──start──► STARTING ──wait_ready──► READY
-     └───────────────┴────────stop───────────┴──► STOPPED
+     │               └─── restart (ours) ────┤
+     └──────────────────────stop─────────────┴──► STOPPED
+
+A server that was started here and has died is started again on the same port by `restart`, so that whoever has its
+address keeps it; who decides when, and how often, is `trl_gym.revival`.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from trl_gym.errors import PolicyServerError
+from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server import command, diagnosis, splice_probe
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.entry import ENV_NONCE
@@ -28,6 +34,8 @@ from trl_gym.processes import ChildProcess, bind_socket, wait_until
 
 _PROBE_TIMEOUT_S = 2.0  # while the model loads, requests queue at the socket: look at the process this often
 
+_LOOK_TIMEOUT_S = 5.0
+_REBIND_TIMEOUT_S = 10.0  # for the port of a server that has just died
 _FINAL_STATUSES = (401, 403, 404)  # of a server that is up and will not become ours by waiting
 
 Placement = Literal["colocate", "server"]
@@ -45,17 +53,56 @@ class PolicyBackend(Protocol):
         keeps_records: Whether it answers `POST /trl_gym/rollouts/records` and `/cancel` (see `calls.py`). Without it
             the journal has no versions, seconds and cache hits of single model calls, drift is explained from the
             tokens alone, and a rollout that is given up goes on sampling.
+        is_ours: Whether its process was started here, and `restart` starts another one.
+        state: `"new"`, `"starting"`, `"ready"` or `"stopped"`.
     """
 
-    base_url: str
-    model_name: str
-    placement: Placement
-    weight_transports: tuple[str, ...]
-    client: PolicyClient
-    keeps_records: bool
+    @property
+    def base_url(self) -> str: ...
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def placement(self) -> Placement: ...
+    @property
+    def weight_transports(self) -> tuple[str, ...]: ...
+    @property
+    def client(self) -> PolicyClient: ...
+    @property
+    def keeps_records(self) -> bool: ...
+    @property
+    def is_ours(self) -> bool: ...
+    @property
+    def state(self) -> str: ...
+
+    def start(self) -> Any:
+        """Spawn its process and return before it is ready. Called when `state` is `"new"`."""
+
+    def wait_ready(self) -> Any:
+        """Wait until it serves. Raises `PolicyServerError`."""
+
+    def stop(self) -> None:
+        """End its process, if it is ours. Idempotent."""
 
     def check(self) -> None:
-        """Called before each batch of rollouts. Raises `PolicyServerError` if the server has died."""
+        """Called before each batch of rollouts. Raises `PolicyServerLostError` if the server has died."""
+
+    def restart(self) -> None:
+        """Replace its process by another one at the same address; returns when that answers.
+
+        Raises:
+            PolicyServerError: It did not start, or is not ours. One that did not start may be tried again.
+            ConfigError: It did not start, and would not if it were tried again.
+        """
+
+    def look(self) -> str | None:
+        """Ask over the network who is there, for a few seconds.
+
+        Returns:
+            What differs from process to process; None when it does not say.
+
+        Raises:
+            PolicyServerError: Nobody answers, or somebody who does not serve the policy.
+        """
 
 
 class ServerState(StrEnum):
@@ -79,6 +126,7 @@ class PolicyServer:
         log_dir: Folder for the log of the server process.
         start_timeout_s: How long `wait_ready` waits.
         api_key: Bearer token that the server demands on every route but `/health`.
+        devices: GPUs that it runs on, as for `CUDA_VISIBLE_DEVICES`, when it shall not share ours.
 
     Raises:
         ConfigError: If `vllm_args` cannot be turned into flags.
@@ -96,22 +144,24 @@ class PolicyServer:
         log_dir: str | Path = "trl_gym_logs",
         start_timeout_s: float = 600.0,
         api_key: str | None = None,
+        devices: str | None = None,
     ) -> None:
         self.model = model
         self.model_name = served_model_name
-        self.placement: Placement = "colocate"
-        self.weight_transports: tuple[str, ...] = ("file",)
+        self.placement: Placement = "colocate" if devices is None else "server"
+        self._weight_transports: tuple[str, ...] | None = None
         self.keeps_records = True
         self.state = ServerState.NEW
         self.log_path: Path | None = None
         self._host, self._port = host, port
         self._flags = command.flags_from(vllm_args)
-        self._env = dict(env or {})
+        self._env = dict(env or {}) | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
         self._log_dir = Path(log_dir)
         self._start_timeout_s = start_timeout_s
         self._api_key = api_key
         self._nonce = secrets.token_hex(16)
         self._process: ChildProcess | None = None  # None also for a server that we are attached to
+        self._num_starts = 0
         self._client: PolicyClient | None = None
         self._info: dict[str, Any] = {}
 
@@ -169,7 +219,7 @@ class PolicyServer:
             PolicyServerError: If the port is taken.
         """
         self._demand("start", ServerState.NEW)
-        command.check_before_start(self.model, self._host, self._api_key, self._flags)
+        command.check_before_start(self.model, self._host, self._api_key, self._flags, {**os.environ, **self._env})
         try:
             sock = bind_socket(self._host, self._port)
         except OSError as error:
@@ -178,24 +228,9 @@ class PolicyServer:
                 f"({error.strerror}); choose another or leave it at 0"
             ) from error
         with sock:
-            port = sock.getsockname()[1]
-            self.log_path = self._log_dir / f"policy_server-{port}.log"
-            self._process = ChildProcess(
-                "policy server",
-                command.serve_command(
-                    self.model,
-                    host=self._host,
-                    port=port,
-                    listen_fd=sock.fileno(),
-                    name=self.model_name,
-                    flags=self._flags,
-                ),
-                log_path=self.log_path,
-                # A key of the user's shell must not become the server's without our client knowing it.
-                env={"VLLM_API_KEY": self._api_key, **self._env, ENV_NONCE: self._nonce},
-                pass_fds=[sock.fileno()],
-            )
-        self._client = PolicyClient(f"http://{_reachable(self._host)}:{port}/v1", api_key=self._api_key)
+            self._port = sock.getsockname()[1]
+            self._spawn(sock)
+        self._client = PolicyClient(f"http://{_reachable(self._host)}:{self._port}/v1", api_key=self._api_key)
         self.state = ServerState.STARTING
         return self
 
@@ -217,11 +252,62 @@ class PolicyServer:
         self.state = ServerState.READY
         return self
 
+    @property
+    def weight_transports(self) -> tuple[str, ...]:
+        """Asked of the server, which may have been started by anybody and for anything. Valid from `wait_ready` on."""
+        if self._weight_transports is None:
+            config = self.client.server_config()
+            backend = (config.get("weight_transfer_config") or {}).get("backend")
+            adapter = ("adapter",) if config.get("lora_config") else ()
+            self._weight_transports = (*filter(None, [backend]), *adapter)
+        return self._weight_transports
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its process was started here."""
+        return self._process is not None
+
+    def restart(self) -> None:
+        """End what is left of our process and start another one on the same port; returns when it answers.
+
+        The weights that it has are those of the model folder: send the current ones before anything is sampled.
+
+        Raises:
+            PolicyServerError: It could not be started, with the cause from its log, or is not ours, or was stopped.
+            ConfigError: It died while it started, of something that another start does not change.
+        """
+        if self._process is None or self.state not in (ServerState.READY, ServerState.STARTING):
+            raise PolicyServerError(f"this policy server cannot be restarted: it is {self.state}, or not ours")
+        self._process.stop()
+        self.client.close()  # its connections lead to the dead one
+        self.state = ServerState.STARTING
+        self._nonce = secrets.token_hex(16)
+        with self._rebind() as sock:
+            self._spawn(sock)
+        try:
+            self._info = self._await_info(time.monotonic() + self._start_timeout_s)
+        except BaseException as error:
+            self._process.stop()
+            if isinstance(error, PolicyServerLostError) and diagnosis.would_die_again(self._process.log_path):
+                raise ConfigError(str(error)) from error
+            raise
+        self.state = ServerState.READY
+
+    def look(self) -> str | None:
+        """See `PolicyBackend.look`; also raises when our own process has died."""
+        self.check()
+        info = self.client.patient(_LOOK_TIMEOUT_S).info()
+        if self.model_name not in info.get("model_names", [self.model_name]):
+            raise PolicyServerError(
+                f"{self.client.base_url} serves {', '.join(info['model_names'])} now, and no {self.model_name}"
+            )
+        return info.get("instance")
+
     def check(self) -> None:
-        """Raise `PolicyServerError` (cause, hint, exit code, last log lines, log path) if our process has died."""
+        """Raise `PolicyServerLostError` (cause, hint, exit code, last log lines, log path) if our process has died."""
         if self._process is None or self.state is ServerState.STOPPED or self._process.poll() is None:
             return
-        raise PolicyServerError("\n\n".join(filter(None, [self._explanation(), self._process.describe_death()])))
+        raise PolicyServerLostError("\n\n".join(filter(None, [self._explanation(), self._process.describe_death()])))
 
     def stop(self) -> None:
         """Stop the process, if it is ours. Idempotent."""
@@ -241,6 +327,41 @@ class PolicyServer:
         if self.state is not state:
             raise PolicyServerError(f"{what} needs a policy server that is {state}; this one is {self.state}")
 
+    def _spawn(self, sock: socket.socket) -> None:
+        """Start the process on a socket that listens already. A log of its own: the last one says why it died."""
+        again = f"-restart{self._num_starts}" if self._num_starts else ""
+        self._num_starts += 1
+        self.log_path = self._log_dir / f"policy_server-{self._port}{again}.log"
+        self._process = ChildProcess(
+            "policy server",
+            command.serve_command(
+                self.model,
+                host=self._host,
+                port=self._port,
+                listen_fd=sock.fileno(),
+                name=self.model_name,
+                flags=self._flags,
+            ),
+            log_path=self.log_path,
+            # A key of the user's shell must not become the server's without our client knowing it.
+            env={"VLLM_API_KEY": self._api_key, **self._env, ENV_NONCE: self._nonce},
+            pass_fds=[sock.fileno()],
+        )
+
+    def _rebind(self) -> socket.socket:
+        """Our port again. Connections that the dead server left behind do not hold it (`SO_REUSEADDR`); what is left
+        of its processes does, for a moment."""
+        deadline = time.monotonic() + _REBIND_TIMEOUT_S
+        while True:
+            try:
+                return bind_socket(self._host, self._port)
+            except OSError as error:
+                if not wait_until(deadline):
+                    raise PolicyServerError(
+                        f"port {self._port} on {self._host}, on which the policy server ran, was taken by somebody "
+                        f"else while it was down ({error.strerror}); NeMo Gym knows it under that port"
+                    ) from error
+
     def _await_info(self, deadline: float) -> dict[str, Any]:
         """Poll `GET /trl_gym/info` until it answers; notice a dead process and a stranger at once."""
         while True:
@@ -248,9 +369,9 @@ class PolicyServer:
                 info = self.client.info(timeout_s=_PROBE_TIMEOUT_S)
             except PolicyServerError as error:
                 self.check()
-                is_final = isinstance(error, PolicyResponseError) and error.status in _FINAL_STATUSES
-                if self._process is None and is_final:
-                    raise PolicyServerError(splice_probe.explain_stranger(self.client, error)) from error
+                refused = error if isinstance(error, PolicyResponseError) else None
+                if self._process is None and refused is not None and refused.status in _FINAL_STATUSES:
+                    raise PolicyServerError(splice_probe.explain_stranger(self.client, refused)) from error
                 if not wait_until(deadline):
                     raise self._timed_out(error) from error
                 continue

@@ -217,7 +217,7 @@ def _find_end(tail: Sequence[int], closing: Closing) -> int | None:
     through = closing.end + 1
     if list(tail[:through]) == closing.ids[:through]:
         return closing.end
-    if closing.has_markup and closing.turn_end in tail:
+    if closing.has_markup and closing.turn_end is not None and closing.turn_end in tail:
         return list(tail).index(closing.turn_end)  # call ids in the markup differ; they contain no turn end
     raise NoBoundaryError("the chat template does not close this turn as it closes other assistant turns")
 

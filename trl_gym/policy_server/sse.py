@@ -26,7 +26,7 @@ def events(answer: dict[str, Any], *, include_usage: bool) -> bytes:
 def _events(answer: dict[str, Any], include_usage: bool) -> Iterator[bytes]:
     head = {key: answer.get(key) for key in ("id", "created", "model", "system_fingerprint")}
     head["object"] = "chat.completion.chunk"
-    own = {key: answer[key] for key in ("weight_version", "trl_gym") if key in answer}
+    own: dict[str, Any] = {key: answer[key] for key in ("weight_version", "trl_gym") if key in answer}
     choice = answer["choices"][0]
     delta = {key: value for key, value in choice["message"].items() if value is not None}
     if delta.get("tool_calls"):

@@ -51,6 +51,7 @@ class Turn:
         asked: What the client itself wants to see of what we always ask for.
         render_options: What decides the render beside messages and ending, as /tokenize wants it.
         options_key: Hash of these.
+        served_model: Name of the model to sample from where that is another than the request's (an adapter), or None.
     """
 
     body: dict[str, Any]
@@ -65,6 +66,7 @@ class Turn:
     asked: frozenset[str] = field(default_factory=frozenset)
     render_options: dict[str, Any] = field(default_factory=dict)
     options_key: bytes = b""
+    served_model: str | None = None
 
     @classmethod
     def from_json(cls, raw: bytes) -> Turn | None:
@@ -155,6 +157,8 @@ class Turn:
                 prefill server hands it to a decode server, which uses the ids and still parses tools and reasoning.
         """
         body = {**self.body, "messages": self.messages, "logprobs": True, "return_token_ids": True}
+        if self.served_model is not None:
+            body["model"] = self.served_model
         if body.get("top_logprobs") is None:
             body["top_logprobs"] = 0  # an explicit null switches logprobs off
         if self.is_streamed:  # answered whole and streamed from here: only then are all its tokens known

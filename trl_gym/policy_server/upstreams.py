@@ -12,7 +12,8 @@ An upstream is in rotation unless it is *down* (it cannot be reached or `/health
 background and comes back by itself) or *excluded* (it may hold other weights than the rest):
 
   * A control call failed on it. It is admitted again when a whole weight update that began after that failure, from
-    `/start_weight_update` to `/finish_weight_update`, has succeeded on it.
+    `/start_weight_update` to `/finish_weight_update`, has succeeded on it; or when it has loaded a new adapter and
+    taken its version, and was not left in the middle of such an update.
   * It came back from being down with another weight version than it held: it was restarted. The same admits it again.
 
 When every upstream refuses a control call alike (the same 4xx, e.g. a route that stock servers do not have), nothing
@@ -51,7 +52,8 @@ CONTROL_PATHS = frozenset(
     }
 )
 _START, _FINISH = "/start_weight_update", "/finish_weight_update"
-_VERSION_PATHS = (_FINISH, "/update_weight_version")
+_LOAD_ADAPTER, _SET_VERSION = "/v1/load_lora_adapter", "/update_weight_version"
+_VERSION_PATHS = (_FINISH, _SET_VERSION)
 
 _PROBE_TIMEOUT_S = 30.0  # an event loop that loads weights is slow to answer, and not dead
 # A request whose connection was lost after it had been sent may be what killed the server: it must not kill them all.
@@ -74,6 +76,8 @@ class Upstream:
         excluded: Why it must not answer although it may be up, or `None`.
         weight_version: The version it held when it was last asked, `None` if it has no `/weight_info`.
         updates_whole: Whether no control call has failed since its last `/start_weight_update`.
+        is_half_updated: Whether such an update was begun and has not succeeded.
+        has_newest_adapter: Whether no control call has failed since it loaded an adapter.
     """
 
     url: str
@@ -83,6 +87,8 @@ class Upstream:
     excluded: str | None = None
     weight_version: str | None = None
     updates_whole: bool = False
+    is_half_updated: bool = False
+    has_newest_adapter: bool = False
 
     @property
     def in_rotation(self) -> bool:
@@ -102,7 +108,7 @@ class Upstream:
         if self.excluded is None:
             _logger.warning("%s is excluded until a weight update succeeds on it: %s", self.url, reason)
         self.excluded = reason
-        self.updates_whole = False
+        self.updates_whole = self.has_newest_adapter = False
 
     def admit(self) -> None:
         if self.excluded is not None:
@@ -302,8 +308,13 @@ class UpstreamApp:
             upstream.exclude(f"{request}: HTTP {reply.status}: {quote(reply.body)}")
             return reply
         if request.path == _START:
-            upstream.updates_whole = True
+            upstream.updates_whole = upstream.is_half_updated = True
         if request.path == _FINISH and upstream.updates_whole:
+            upstream.is_half_updated = False
+            upstream.admit()
+        if request.path == _LOAD_ADAPTER:
+            upstream.has_newest_adapter = True
+        if request.path == _SET_VERSION and upstream.has_newest_adapter and not upstream.is_half_updated:
             upstream.admit()
         return reply
 
@@ -355,6 +366,7 @@ class UpstreamApp:
         if upstream.weight_version is not None and version != upstream.weight_version:
             held = f"weights {version!r} where it held {upstream.weight_version!r}"
             upstream.exclude(f"it was restarted and holds {held}")
+            upstream.is_half_updated = False  # its own weights are those of the checkpoint again
         upstream.mark_up()
 
     async def _learn_version(self, upstream: Upstream) -> None:

@@ -114,6 +114,8 @@ def _api_keys(args: argparse.Namespace) -> list[str]:
 def _configure_environment(args: argparse.Namespace) -> None:
     """What the middleware reads, and what vLLM needs to share a small machine."""
     os.environ[ENV_API_KEYS] = "\n".join(_api_keys(args))
+    if args.enable_lora:
+        os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")  # behind the key, as all that changes weights
     os.environ[ENV_PROMPT_FIELD] = "1" if "prompt_token_ids" in ChatCompletionRequest.model_fields else ""
     if not current_platform.is_cpu():
         return
