@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
-from trl_gym.rollouts import groups, logprob_gap
+from trl_gym.rollouts import groups, logprob_gap, training_logprobs
 from trl_gym.rollouts.batch import table_columns
 from trl_gym.rollouts.evaluation import (
     EvaluationRun,
@@ -44,7 +44,7 @@ class AccountingGRPOTrainer(GRPOTrainer):
     """See the module. A subclass sets `_rollouts` in its `rollout_func` and calls `_settle` there."""
 
     _rollouts: Sequence[Rollout] = ()
-    _shared: SharedBatch | None = None
+    _shared: SharedBatch  # of the newest batch; set before anything reads it
     _evaluation: EvaluationRun | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -136,6 +136,14 @@ class AccountingGRPOTrainer(GRPOTrainer):
         turn_ends = [rollout.trajectories[0].turn_ends if rollout.trajectories else [] for rollout in self._rollouts]
         agents = [rollout.request.agent for rollout in self._rollouts]
         gaps = {} if self._samples_differently else logprob_gap.batch_gaps(batch, turn_ends, agents)
+        if gaps and self._mode == "train":
+            training_logprobs.record(
+                self.args.output_dir,
+                batch["old_per_token_logps"],
+                self._rollouts,
+                step=self.state.global_step,
+                rank=self.accelerator.process_index,
+            )
         ranks = gather_object([(gaps, ratio_sum(batch, self._shared.own_valid))])
         self._run_metrics[self._mode].add_gaps([gaps for gaps, _ in ranks])
         corrected = merge_ratios([ratios for _, ratios in ranks])

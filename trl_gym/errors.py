@@ -6,10 +6,12 @@
     │   └── DatasetError                a row or a file of a Gym dataset cannot be used
     ├── ServerError                 a server could not be started, died, or does not answer
     │   ├── PolicyServerError           the vLLM server that serves the policy
+    │   │   └── PolicyServerLostError           it died or does not answer: it may come back
     │   └── GymServerError              one of NeMo Gym's servers
     ├── WeightSyncError             weights did not reach the policy server
     │   └── WeightMismatchError         they arrived, and the server computes something else with them
-    └── RolloutError                a batch of rollouts cannot be trained on
+    ├── RolloutError                a batch of rollouts cannot be trained on
+    └── RankLostError               another training process has ended or hangs
 
 A single rollout that fails is not an exception for its siblings: it is a `RolloutFailure`, recorded in the journal,
 and leaves both the loss and the group baseline. `RolloutError` is for what concerns a whole batch.
@@ -46,6 +48,10 @@ class PolicyServerError(ServerError):
     """The server that serves the policy could not be started, died or refused a control request."""
 
 
+class PolicyServerLostError(PolicyServerError):
+    """The policy server has died, cannot be reached or does not answer. Whoever supervises it may get it back."""
+
+
 class GymServerError(ServerError):
     """A NeMo Gym server could not be started, died, or is not the one that was asked for."""
 
@@ -60,6 +66,10 @@ class WeightMismatchError(WeightSyncError):
 
 class RolloutError(TrlGymError, RuntimeError):
     """A batch of rollouts cannot be trained on (for example: not a single rollout succeeded)."""
+
+
+class RankLostError(TrlGymError, RuntimeError):
+    """Another training process has ended, or does not answer: a collective operation with it broke."""
 
 
 class FailureKind(StrEnum):

@@ -79,7 +79,8 @@ class ChildProcess:
         self.log_path = Path(log_path)
         self._command = [os.fspath(part) for part in command]
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        death_read, self._death_write = os.pipe()
+        death_read, death_write = os.pipe()
+        self._death_write: int | None = death_write
         supervise = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(death_read), str(_GRACE_S), "--"]
         try:
             with open(self.log_path, "wb") as log:
@@ -95,7 +96,7 @@ class ChildProcess:
                     start_new_session=True,
                 )
         except BaseException:
-            os.close(self._death_write)
+            os.close(death_write)
             raise
         finally:
             os.close(death_read)
@@ -121,7 +122,9 @@ class ChildProcess:
     def describe_death(self) -> str:
         """`"policy server ended with exit code 1"` plus last log lines and log path."""
         code = self.poll()
-        how = f"was ended by signal {signal.Signals(code - 128).name}" if _is_signal(code) else f"exit code {code}"
+        how = f"exit code {code}"
+        if code is not None and code - 128 in {number.value for number in signal.Signals}:
+            how = f"was ended by signal {signal.Signals(code - 128).name}"
         return (
             f"{self.name} ended ({how}). Last lines of its log:\n\n{_indent(self.log_tail())}\n\n"
             f"The whole log: {self.log_path}"
@@ -163,10 +166,6 @@ def _merged_environment(changes: Mapping[str, str | None] | None) -> dict[str, s
         else:
             env[key] = value
     return env
-
-
-def _is_signal(code: int | None) -> bool:
-    return code is not None and code - 128 in {s.value for s in signal.Signals}
 
 
 def _indent(text: str) -> str:

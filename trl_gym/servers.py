@@ -9,22 +9,32 @@ is started, and stopped, here.
 
 from __future__ import annotations
 
+import logging
+import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from trl_gym import compat
 from trl_gym.config import GymGRPOConfig
-from trl_gym.errors import ConfigError, ServerError, TrlGymError
+from trl_gym.errors import ConfigError, PolicyServerError, ServerError, TrlGymError
 from trl_gym.gym.servers import GymServers
+from trl_gym.policy_server.fleet import attach_policy
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
+from trl_gym.revival import Reviver, end_interrupted_update
 from trl_gym.rollouts.replay import check_replay
+from trl_gym.server_flags import server_flags, weight_backend
+from trl_gym.weight_sync.transports import environment_for
 
+logger = logging.getLogger(__name__)
+
+_API_KEY_VARIABLE = "VLLM_API_KEY"  # as for `vllm serve`: the key of a server, ours or somebody else's
+_API_KEY_BYTES = 32
 _INITIAL_POLICY = "initial_policy"  # folder for a model that was given as an object without a folder of its own
 
 
@@ -36,6 +46,7 @@ class RunServers:
         servable: Makes the folder or hub id that the policy server loads; called on rank 0 when one is started.
         policy: A policy server to borrow.
         gym: A NeMo Gym to borrow.
+        flags: Makes the flags of the server; called on rank 0 when one is started. See `server_flags`.
 
     Raises:
         ConfigError: There is no way to get one of the two.
@@ -47,16 +58,20 @@ class RunServers:
         servable: Callable[[], str],
         policy: PolicyBackend | None = None,
         gym: GymServers | None = None,
+        flags: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self._args = args
         self._servable = servable
+        self._flags = flags
         self._owns_policy = policy is None or policy.state == "new"
         self._owns_gym = gym is None or gym.state.value == "new"
         self._is_main = PartialState().is_main_process
-        self._splice_checked = False
+        self._splice_checked = self._found_paused = False
+        self._reviver: Reviver | None = None
         _check_sources(args, policy, gym)
-        self.policy: PolicyBackend | None = policy
-        self.gym: GymServers | None = gym
+        # None until `start` (until `wait_ready` on ranks above 0); nothing uses them before.
+        self.policy: PolicyBackend = policy  # type: ignore[assignment]
+        self.gym: GymServers = gym  # type: ignore[assignment]
 
     def start(self) -> None:
         """Spawn on rank 0; returns before they are ready."""
@@ -68,8 +83,7 @@ class RunServers:
             compat.check_versions(("vllm",))
             self.policy.start()
         elif self.policy.state == "ready":  # refused before a model is loaded for nothing
-            check_splice(self.policy.client, self.policy.model_name)
-            self._splice_checked = True
+            self._check_splice_unless_paused()
         if self.gym is None:
             self.gym = self._new_gym()
         self.gym.connect_policy(self.policy.base_url, self.policy.model_name, self.policy.client.api_key or "EMPTY")
@@ -91,8 +105,13 @@ class RunServers:
             try:
                 self.gym.wait_ready()
                 self.policy.wait_ready()
-                if not self._splice_checked:
-                    check_splice(self.policy.client, self.policy.model_name)
+                self._check_splice_unless_paused()
+                self._reviver = Reviver(
+                    self.policy,
+                    max_restarts=self._args.gym_server_restarts,
+                    may_restart=self._owns_policy,
+                    reconnect_timeout_s=self._args.gym_server_reconnect_timeout,
+                )
                 message[0] = (self.policy.base_url, self.policy.client.api_key, self.gym.head_url)
             except TrlGymError as caught:
                 error = caught  # told to the other ranks first: they would wait for the broadcast for ever
@@ -103,7 +122,7 @@ class RunServers:
             raise ServerError("The servers could not be started; rank 0 says why.")
         if not self._is_main:
             base_url, api_key, head_url = message[0]
-            self.policy = PolicyServer.attach(base_url, api_key=api_key).wait_ready()
+            self.policy = attach_policy(base_url, api_key=api_key)
             self.gym = GymServers.attach(head_url).wait_ready()
 
     def check(self) -> None:
@@ -111,6 +130,67 @@ class RunServers:
         is for the collector: it may be skipped."""
         self.policy.check()
         self.gym.check_process()
+
+    def check_before_rollouts(self) -> None:
+        """On rank 0, when weights have been pushed: that the server is the one that had all of them, and, where that
+        could not be checked because it was found paused, that it continues sampled tokens exactly.
+
+        Raises:
+            PolicyServerLostError: Somebody restarted it since; what it has of us may be a part.
+            PolicyServerError: It cannot be used.
+        """
+        if not self._is_main:
+            return
+        self.require_same_policy()
+        if not self._splice_checked:
+            check_splice(self.policy.client, self.policy.model_name)
+            self._splice_checked = True
+
+    def require_same_policy(self) -> None:
+        """On rank 0: that the policy server is the process that got our weights, or that we restarted last.
+
+        Raises:
+            PolicyServerLostError: It is another one, or none.
+        """
+        if self._reviver is not None:
+            self._reviver.require_same()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must not be written down, whoever says it: the policy server's API key."""
+        key = self.policy.client.api_key
+        return (key,) if key else ()
+
+    @property
+    def num_restarts(self) -> int:
+        """How often the policy server was started again; known on rank 0."""
+        return 0 if self._reviver is None else self._reviver.num_restarts
+
+    def revive(self, error: Exception, broadcast: Callable[[list[Any]], Any]) -> None:
+        """Get a policy server back that died or disappeared. Every rank calls it in step, and pushes the weights next.
+
+        Args:
+            error: What made this rank, or another one, think that it did.
+            broadcast: As for `wait_ready`.
+
+        Raises:
+            Exception: `error`, when the server is well and something else went wrong.
+            PolicyServerError: On every rank, when it does not come back; says why.
+        """
+        message: list[Any] = [None]
+        failure: Exception | None = None
+        if self._is_main:
+            try:
+                self._reviver.revive(error)
+            except Exception as caught:  # told to the other ranks first
+                failure = caught
+                message[0] = str(caught) or repr(caught)
+        broadcast(message)
+        if failure is not None:
+            raise failure
+        if message[0] is not None:
+            raise PolicyServerError(f"rank 0: {message[0]}") from error
+        self.policy.client.close()  # what is left of connections to the old process
 
     def server_config(self) -> dict[str, Any]:
         """The policy server's resolved configuration."""
@@ -125,15 +205,34 @@ class RunServers:
             if self._owns_policy and self.policy is not None:
                 self.policy.stop()
 
-    def _new_policy(self) -> PolicyServer:
+    def _check_splice_unless_paused(self) -> None:
+        """A server that a trainer left in the middle of a sync samples nothing; the first push sets it right."""
+        if self._splice_checked or self._found_paused:
+            return
+        if end_interrupted_update(self.policy.client):
+            logger.warning(
+                "the policy server at %s is paused, as a trainer leaves it that is killed while it sends weights; it "
+                "goes on with the first weights of this run",
+                self.policy.base_url,
+            )
+            self._found_paused = True
+            return
+        check_splice(self.policy.client, self.policy.model_name)
+        self._splice_checked = True
+
+    def _new_policy(self) -> PolicyBackend:
         args = self._args
         if args.vllm_mode == "server":
-            return PolicyServer.attach(args.vllm_server_base_url, timeout_s=args.vllm_server_timeout)
+            key = os.environ.get(_API_KEY_VARIABLE) or None
+            return attach_policy(args.vllm_server_base_url, api_key=key, timeout_s=args.vllm_server_timeout)
         return PolicyServer(
             self._servable(),
-            vllm_args=_vllm_args(args),
+            vllm_args=self._flags(),
+            env=environment_for(weight_backend(args)),
             log_dir=args.gym_log_dir,
             start_timeout_s=args.gym_server_start_timeout,
+            api_key=os.environ.get(_API_KEY_VARIABLE) or secrets.token_urlsafe(_API_KEY_BYTES),
+            devices=args.gym_server_devices,
         )
 
     def _new_gym(self) -> GymServers:
@@ -153,8 +252,8 @@ class RunServers:
 class NoServers:
     """In the place of `RunServers` where nothing is sampled: training from a journal."""
 
-    policy: PolicyBackend | None = None
-    gym: GymServers | None = None
+    policy: Any = None
+    gym: Any = None
 
     def start(self) -> None:
         """Nothing to start."""
@@ -162,8 +261,21 @@ class NoServers:
     def wait_ready(self, broadcast: Callable[[list[Any]], Any]) -> None:
         """Nothing to wait for."""
 
+    num_restarts = 0
+    secrets: tuple[str, ...] = ()
+
     def check(self) -> None:
         """Nothing that could have died."""
+
+    def check_before_rollouts(self) -> None:
+        """Nothing that samples."""
+
+    def require_same_policy(self) -> None:
+        """Nothing that could be another one."""
+
+    def revive(self, error: Exception, broadcast: Callable[[list[Any]], Any]) -> None:
+        """Nothing to get back."""
+        raise error
 
     def server_config(self) -> dict[str, Any]:
         """What TRL asks for: recorded log-probabilities are those of the distribution that was drawn from."""
@@ -179,12 +291,19 @@ def servers_for(
     processing_class: Any,
     policy: PolicyBackend | None,
     gym: GymServers | None,
+    peft_config: Any = None,
 ) -> RunServers | NoServers:
     """What a run needs: two servers, or none when it trains from a journal. For the arguments see `RunServers`."""
     if args.gym_replay is not None:
         check_replay(args, has_servers=policy is not None or gym is not None)
         return NoServers()
-    return RunServers(args, lambda: servable(model, processing_class, args), policy, gym)
+    return RunServers(
+        args,
+        lambda: servable(model, processing_class, args),
+        policy,
+        gym,
+        lambda: server_flags(args, model, peft_config, PartialState().num_processes),
+    )
 
 
 def servable(model: str | PreTrainedModel, processing_class: Any, args: GymGRPOConfig) -> str:
@@ -216,18 +335,3 @@ def _check_sources(args: GymGRPOConfig, policy: PolicyBackend | None, gym: GymSe
             "`vllm_mode` is 'server' and `vllm_server_base_url` is not set: name the running server (start one with "
             "`trl-gym serve MODEL`), or pass `policy_server`."
         )
-
-
-def _vllm_args(args: GymGRPOConfig) -> dict[str, Any]:
-    """Flags of the server that we start: what TRL's options say, then what `gym_vllm_args` says."""
-    flags: dict[str, Any] = {"dtype": args.serving_dtype}
-    if args.vllm_max_model_length is not None:
-        flags["max-model-len"] = args.vllm_max_model_length
-    if torch.cuda.is_available():
-        flags["gpu-memory-utilization"] = args.vllm_gpu_memory_utilization
-        flags["tensor-parallel-size"] = args.vllm_tensor_parallel_size
-    else:
-        flags["enforce-eager"] = True  # compiling for a CPU takes longer than it saves
-    if args.trust_remote_code:
-        flags["trust-remote-code"] = True
-    return flags | {flag.lstrip("-").replace("_", "-"): value for flag, value in (args.gym_vllm_args or {}).items()}

@@ -1,10 +1,11 @@
 """`GymGRPOTrainer`: TRL's GRPO with rollouts from NeMo Gym.
 
-TRL's loop is not touched. Four of its methods are extended, none is copied:
+TRL's loop is not touched. Five of its methods are extended, none is copied:
 
     _generate_and_score_completions   keeps the batch's rows at hand while TRL works on their prompts
     _generate                         the rollouts themselves, through TRL's `rollout_func`; completions as messages
-    log                               seconds per phase
+    log                               seconds per phase, memory
+    _save_checkpoint                  makes room first, where the policy server shares the devices
 
 What is trained, logged and evaluated is in `trl_gym.accounting`, exact resuming in `trl_gym.resume`.
 """
@@ -15,41 +16,42 @@ import logging
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from trl_gym import compat, servers
+from trl_gym import compat, rank_loss, servers
 from trl_gym.accounting import AccountingGRPOTrainer
-from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
+from trl_gym.callbacks import MetricsCallback, OptimizerCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig
 from trl_gym.dataset import gym_row
 from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.gym.servers import GymServers
+from trl_gym.memory.offload import measured_peak
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.progress import PhaseClock, make_progress
 from trl_gym.resume import ResumableGRPOTrainer
+from trl_gym.revival import hear_of_loss
 from trl_gym.rollouts.batch import completion, describe_drift, training_rows
-from trl_gym.rollouts.budgets import budgets_from_options
-from trl_gym.rollouts.call_records import RolloutLedger
-from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.drift import make_decoder
 from trl_gym.rollouts.finish import Finisher
 from trl_gym.rollouts.journal import Journal
+from trl_gym.rollouts.live import live_collector
 from trl_gym.rollouts.replay import ReplayCollector
 from trl_gym.rollouts.requests import RolloutRequest, stamp
 from trl_gym.rollouts.reuse import Policy, Recall, collect_missing
 from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.survivors import SurvivingCollector
 from trl_gym.rollouts.trajectory import Trajectory, from_gym
 from trl_gym.rollouts.watch import CollectionStatus
+from trl_gym.supply import PolicySupply
 from trl_gym.weight_sync.fingerprint import fingerprint
 from trl_gym.weight_sync.source import check_supported
-from trl_gym.weight_sync.sync import WeightSync
-from trl_gym.weight_sync.transports import choose_transport
+from trl_gym.weight_sync.transports.adapter import wanted_transport
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +137,10 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
         self._progress = make_progress(live=not args.disable_tqdm)
         self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
         self._recall: Recall | None = None
-        self._servers = servers.servers_for(args, model, kwargs.get("processing_class"), policy_server, gym_servers)
+        self._supply: PolicySupply | None = None  # there is none where rollouts come from a journal
+        self._servers = servers.servers_for(
+            args, model, kwargs.get("processing_class"), policy_server, gym_servers, kwargs.get("peft_config")
+        )
         try:
             self._servers.start()  # they load while the model does
             with compat.generation_backend(self._generation_backend):
@@ -148,7 +153,8 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
                     rollout_func=self._roll_out,
                     **kwargs,
                 )
-            check_supported(self.accelerator)
+            transport = wanted_transport(args, self.accelerator.unwrap_model(self.model_wrapped))
+            check_supported(self.model_wrapped, self.accelerator, transport)
             self._servers.wait_ready(broadcast_object_list)
             self._connect(args)
         except BaseException:
@@ -219,6 +225,12 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
         """NeMo Gym: started by the trainer, or the one that was passed in."""
         return self._servers.gym
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. When one of several processes ends, the others say so, and end too."""
+        ranks = self.accelerator.process_index, self.accelerator.num_processes
+        with rank_loss.explained(*ranks, lambda: f"in step {self.state.global_step}"):
+            return super().train(*args, **kwargs)
+
     def close(self) -> None:
         """Stop what the trainer started; servers that were passed in run on. Also done at interpreter exit."""
         try:
@@ -244,43 +256,26 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
             Path(args.output_dir) / "rollouts",
             rank=self.accelerator.process_index,
             max_bytes=args.gym_journal_max_mb * 1e6,
+            secrets=self._servers.secrets,
         )
         if args.gym_replay is not None:
-            self._collector = ReplayCollector(args.gym_replay, lambda: int(self.state.epoch or 0))
+            self._collector: ReplayCollector | SurvivingCollector = ReplayCollector(
+                args.gym_replay, lambda: int(self.state.epoch or 0)
+            )
         else:
-            self._connect_servers(args)
+            self._supply = PolicySupply(args, self.accelerator, self._servers, self.model_wrapped)
+            self._collector = live_collector(
+                args, self._servers, self._recover, version=self._served_version, after=self._check_served_version
+            )
         for callback in compat.default_progress_callbacks():
             self.remove_callback(callback)
         # Order matters: the clock stops before weights are pushed, which counts its own time.
         self.add_callback(PhaseCallback(self._clocks["train"]))
-        self.add_callback(WeightSyncCallback(self._push_weights, self._generates_next))
+        if self._supply is not None:
+            self.add_callback(WeightSyncCallback(self._push_weights, self._generates_next))
+            self.add_callback(OptimizerCallback(self._supply.take_optimizer))
         self.add_callback(MetricsCallback(Path(args.output_dir) / "metrics.jsonl"))
         self.add_callback(ProgressCallback(self._progress))
-
-    def _connect_servers(self, args: GymGRPOConfig) -> None:
-        policy = self._servers.policy
-        gym = self._servers.gym
-        budgets = budgets_from_options(
-            deadline_s=args.gym_deadline,
-            max_inflight=args.gym_max_inflight,
-            retries=args.gym_retries,
-            launch_rate=args.gym_launch_rate,
-            environments=args.gym_environments,
-        )
-        budgets.check_agents(gym.agents)
-        self._collector = RolloutCollector(
-            gym.agent,
-            budgets=budgets,
-            check=self._servers.check,
-            agents_down=gym.agents_down,
-            on_environment_down=args.gym_on_environment_down,
-            gym_log=gym.log_end,
-            ledger=RolloutLedger(policy.client.root_url, policy.client.api_key) if policy.keeps_records else None,
-            stall_timeout_s=args.gym_stall_timeout,
-        )
-        dtype = getattr(torch, args.serving_dtype)
-        transport = choose_transport(policy.weight_transports, args.gym_weight_dir, dtype)
-        self._weight_sync = WeightSync(self.accelerator, policy, transport, probe_tolerance=args.probe_tolerance)
 
     # --------------------------------------------------------------------------------------------------- weight sync
 
@@ -289,15 +284,18 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
         self._push_weights(self.state.global_step)
 
     def _push_weights(self, step: int) -> None:
-        if self.args.gym_replay is not None:
+        if self._supply is None:
             return
         with self._clock.phase("weight_sync"):
-            report = self._weight_sync.push(self.model_wrapped, version=str(step))
-            self._served_weights = fingerprint(self.accelerator.unwrap_model(self.model_wrapped), self.accelerator)
+            report = self._supply.push(self.model_wrapped, step)
+            self._served_weights = fingerprint(self.model_wrapped, self.accelerator)
         self._last_loaded_step = step
-        self._metrics[self._mode]["weight_sync/bytes"].append(float(report.num_bytes))
+        metrics = self._metrics[self._mode]
+        metrics["weight_sync/bytes"].append(float(report.num_bytes))
+        for phase, seconds in report.seconds.items():
+            metrics[f"weight_sync/seconds/{phase}"].append(seconds)
         if report.probe is not None:
-            self._metrics[self._mode]["weight_sync/probe_gap"].append(report.probe.mean_gap)
+            metrics["weight_sync/probe_gap"].append(report.probe.mean_gap)
 
     def _generates_next(self) -> bool:
         return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
@@ -305,10 +303,11 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
     # ------------------------------------------------------------------------------------------------------ rollouts
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rows = inputs
+        groups = (group for group, _ in self._places(len(inputs)))
+        self._rows = [self.choose_task(example, group) for example, group in zip(inputs, groups, strict=True)]
         try:
             with self._clock.phase("scoring"):
-                return super()._generate_and_score_completions(inputs)
+                return super()._generate_and_score_completions(self._rows)
         finally:
             self._rows = []
 
@@ -320,14 +319,13 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
 
     def _roll_out(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: one rollout per row. TRL repeats rows `num_generations` times before it calls."""
-        version = self._served_version()
-        with self._clock.phase("rollouts"):
-            self._rollouts = self._collect(self._requests(), version)
-            self._journal.commit()
+        with self._server_awake():
+            version = self._served_version()
+            with self._clock.phase("rollouts"):
+                self._rollouts = self._collect(self._requests(), version)
+                self._journal.commit()
         for line in describe_drift(self._rollouts):
             logger.warning(line)
-        if (now := self._served_version()) != version:
-            raise RolloutError(f"The policy server's weights changed from version {version} to {now} during rollouts.")
         rewards = self._settle(
             self.compute_rewards(self._rollouts),
             f"Each is recorded in {self._journal.folder}; server logs are in {self.args.gym_log_dir}.",
@@ -341,6 +339,12 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
             with_logprobs=not self._samples_differently,
         )
 
+    def _server_awake(self) -> AbstractContextManager[None]:
+        """The policy server has its memory, and the trainer has it back afterwards."""
+        if self._supply is None:
+            return nullcontext()
+        return self._supply.sampling(self._sync_before_generating, again=self._mode == "eval")
+
     def _collect(self, requests: list[RolloutRequest], version: str) -> list[Rollout]:
         """Rollouts from a journal, from the interrupted run that is resumed, or from NeMo Gym."""
         step = self.state.global_step
@@ -352,24 +356,49 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
         policy = Policy(run=self._run, step=step, weights=self._served_weights)
         recall = self._recall if self._mode == "train" else None
         finish = self._finisher(version, policy)
-        return collect_missing(self._collector, requests, policy, recall, finish, self._show_progress)
+        rollouts = collect_missing(self._collector, requests, policy, recall, finish, self._show_progress)
+        self._metrics[self._mode]["policy_server/restarts"].append(float(self._servers.num_restarts))
+        return rollouts
+
+    def _recover(self, error: Exception | None, lost: Sequence[RolloutRequest]) -> bool:
+        """After rollouts: whether a rank has lost the policy server, which is back now and holds the current weights.
+        Every rank calls it in step; `error` ended the rollouts of this one."""
+        loss = hear_of_loss(error, self.accelerator.process_index, gather_object)
+        if loss is None:
+            return False
+        logger.warning("%d of this rank's rollouts are lost with the policy server and will run again", len(lost))
+        self._supply.revive(loss)
+        self._push_weights(self.state.global_step)
+        return True
 
     def _resumed(self) -> None:
         self._recall = Recall(self._journal.folder)
 
     def _served_version(self) -> str:
-        return "recorded" if self._servers.policy is None else self._servers.policy.client.weight_version()
+        """Of the weights that were pushed last, which are what rollouts are sampled with."""
+        return "recorded" if self._servers.policy is None else str(self._last_loaded_step)
+
+    def _check_served_version(self) -> None:
+        if not self.accelerator.is_main_process:  # which tells the others
+            return
+        self._servers.require_same_policy()
+        version, now = self._served_version(), self._servers.policy.client.weight_version()
+        if now != version:
+            raise RolloutError(f"The policy server's weights changed from version {version} to {now} during rollouts.")
 
     def _requests(self) -> list[RolloutRequest]:
-        num_members = self.num_generations if self._mode == "train" else self.num_generations_eval
-        first = self.accelerator.process_index * len(self._rows)
         batch = f"{self._run_id}-{self._mode}{self.state.global_step}-b{self._num_batches}"
         self._num_batches += 1
-        places = (divmod(first + index, num_members) for index in range(len(self._rows)))
         return [
-            self._request(self.choose_task(example, group), batch, group, member)
-            for example, (group, member) in zip(self._rows, places, strict=True)
+            self._request(example, batch, group, member)
+            for example, (group, member) in zip(self._rows, self._places(len(self._rows)), strict=True)
         ]
+
+    def _places(self, num_rows: int) -> list[tuple[int, int]]:
+        """Group and member of each row of this rank's part of a generation batch."""
+        num_members = self.num_generations if self._mode == "train" else self.num_generations_eval
+        first = self.accelerator.process_index * num_rows
+        return [divmod(first + index, num_members) for index in range(num_rows)]
 
     def _request(self, example: dict[str, Any], batch: str, group: int, member: int) -> RolloutRequest:
         row = gym_row(example)
@@ -404,11 +433,16 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
             )
         return sole
 
+    def _evaluated_set(self) -> dict[str, str]:
+        """Name of the set, where there are several."""
+        name = "" if self._evaluation is None else self._evaluation.name
+        return {"dataset": name} if name else {}
+
     def _finisher(self, version: str, policy: Policy) -> Finisher:
         return Finisher(
             build=self.build_trajectories,
             decode=make_decoder(self._tokenizer),
-            journal=self._journal.tagged(**policy.tags()),
+            journal=self._journal.tagged(**policy.tags(), **self._evaluated_set()),
             drift_policy=self.args.gym_drift,
             step=self.state.global_step,
             mode=self._mode,
@@ -421,7 +455,14 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
         if "train_runtime" not in logs:
             for phase, seconds in self._clock.take().items():
                 self._metrics[self._mode][f"seconds/{phase}"] = [round(seconds, 4)]
+            for name, gigabytes in measured_peak().items():
+                self._metrics[self._mode][name] = [gigabytes]
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._supply is not None:
+            self._supply.before_saving()
+        super()._save_checkpoint(*args, **kwargs)
 
     def _show_progress(self, status: CollectionStatus) -> None:
         if self.accelerator.is_main_process:  # every rank collects; one line tells how far the first is

@@ -53,9 +53,10 @@ class Ledger:
         self.broken: PolicyServerError | None = None
         self.calls: dict[str, CallState] = {}
         self.answers = True
+        self.instance = ""
 
-    async def ping(self, session: Any) -> bool:
-        return self.answers
+    async def ping(self, session: Any) -> str | None:
+        return self.instance if self.answers else None
 
     def describe_silence(self) -> str:
         return "the policy server refuses connections"

@@ -13,7 +13,7 @@ from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.errors import PolicyServerError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.rollouts.call_records import CallState, RolloutLedger, match_records, weight_versions
 from trl_gym.rollouts.trajectory import ModelCall
 
@@ -123,16 +123,16 @@ async def test_a_server_without_these_routes_names_the_remedy(server: Any) -> No
         behaviour.status = 401
         with pytest.raises(PolicyServerError, match="HTTP 401") as caught:
             await RolloutLedger(url).take(session, "r1")
-        assert "serve" not in str(caught.value)
+        assert "serve" not in str(caught.value) and not isinstance(caught.value, PolicyServerLostError)
 
 
 async def test_no_answer_is_an_error_that_names_the_url(server: Any) -> None:
     behaviour, url = server
     behaviour.delay_s = 5.0
     async with aiohttp.ClientSession() as session:
-        with pytest.raises(PolicyServerError, match=r"rollouts/cancel: no answer within 0\.05 s"):
+        with pytest.raises(PolicyServerLostError, match=r"rollouts/cancel: no answer within 0\.05 s"):
             await RolloutLedger(url).cancel(session, ["r1"], timeout_s=0.05)
-        with pytest.raises(PolicyServerError, match=r"127\.0\.0\.1:9/trl_gym/rollouts/records: Client"):
+        with pytest.raises(PolicyServerLostError, match=r"127\.0\.0\.1:9/trl_gym/rollouts/records: Client"):
             await RolloutLedger("http://127.0.0.1:9").take(session, "r1")
 
 
@@ -165,9 +165,11 @@ async def test_a_server_that_is_slow_or_complains_is_there(server: Any) -> None:
     behaviour, url = server
     async with aiohttp.ClientSession() as session:
         ledger = RolloutLedger(url)
-        assert await ledger.ping(session)
+        assert await ledger.ping(session) == ""
+        behaviour.extra = {"instance": "first"}
+        assert await ledger.ping(session) == "first"
         behaviour.status = 500
-        assert await ledger.ping(session)
+        assert await ledger.ping(session) == ""
         behaviour.delay_s = 5.0
-        assert await ledger.ping(session, timeout_s=0.05)
-        assert not await RolloutLedger("http://127.0.0.1:9").ping(session)
+        assert await ledger.ping(session, timeout_s=0.05) == ""
+        assert await RolloutLedger("http://127.0.0.1:9").ping(session) is None

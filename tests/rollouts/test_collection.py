@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.rollouts.fake_agent import Ledger, collect, make, requests
-from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, RolloutFailure
+from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, PolicyServerLostError, RolloutFailure
 from trl_gym.gym.health import ServerProbe
 from trl_gym.gym.servers import AgentInfo, ServerInstance
 from trl_gym.rollouts.call_records import CallState
@@ -197,6 +197,57 @@ async def test_what_has_ended_is_recorded_even_when_the_policy_server_is_gone(ag
         await collect(lookup, [{}, {"seconds": 20}], ledger=ledger, finish=finish)
     assert ended[0].answer["reward"] == 0.0 and ended[0].failure is None
     assert [result.failure.kind for result in ended[1:]] == [FailureKind.CANCELLED]
+
+
+async def test_a_policy_server_that_is_back_before_it_is_missed_is_another_one(agent: Any) -> None:
+    """What runs would go on with the weights that it was started with."""
+    _, lookup = agent
+    ledger = Ledger()
+    names = iter(["", "first", "", "first", "second", "second"])
+
+    async def ping(session: Any) -> str | None:
+        return next(names)
+
+    ledger.ping = ping  # type: ignore[method-assign]
+    with pytest.raises(PolicyServerLostError, match="was restarted"):
+        await collect(lookup, [{"seconds": 30}], ledger=ledger, deadline_s=60.0)
+    assert next(names) == "second"
+
+
+@pytest.mark.parametrize("kind", [PolicyServerError, PolicyServerLostError])
+async def test_only_a_loss_makes_an_answer_a_lost_one(agent: Any, kind: type[PolicyServerError]) -> None:
+    _, lookup = agent
+    ledger = Ledger()
+    ledger.broken = kind("no records")
+    ended: list[RolloutResult] = []
+
+    def finish(result: RolloutResult) -> RolloutResult:
+        ended.append(result)
+        return result
+
+    with pytest.raises(kind, match="no records"):
+        await collect(lookup, [{}], ledger=ledger, finish=finish)
+    assert [result.was_lost for result in ended] == [kind is PolicyServerLostError]
+
+
+async def test_what_waits_for_its_records_when_the_server_is_lost_is_lost(agent: Any) -> None:
+    _, lookup = agent
+    ended: list[RolloutResult] = []
+
+    class Silent(Ledger):
+        async def take(self, session: Any, rollout_id: str) -> list[Any]:
+            self.answers = False
+            await asyncio.sleep(30)
+            return []
+
+    def finish(result: RolloutResult) -> RolloutResult:
+        ended.append(result)
+        return result
+
+    with pytest.raises(PolicyServerLostError, match="refuses connections"):
+        await collect(lookup, [{}], ledger=Silent(), finish=finish)
+    [result] = ended
+    assert result.answer is not None and result.was_lost
 
 
 async def test_a_stall_lists_who_waits_for_what(agent: Any, caplog: Any) -> None:

@@ -141,4 +141,5 @@ def test_the_line_of_an_attempt_that_is_tried_again_says_so(tmp_path: Path) -> N
     finish(result(broken, retried_kinds=frozenset({FailureKind.POLICY})))
     finish(result(broken, retried_kinds=frozenset({FailureKind.DEADLINE})))
     finish(result(DRIFTED[:2], retried_kinds=frozenset({FailureKind.POLICY})))
-    assert [line["retried"] for line in read_journal(tmp_path)] == [True, False, False]
+    finish(result(was_lost=True))
+    assert [line["retried"] for line in read_journal(tmp_path)] == [True, False, False, True]

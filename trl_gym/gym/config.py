@@ -205,7 +205,8 @@ def initial_config(
     config: dict[str, Any] = {
         NONCE_KEY: nonce,
         "config_paths": [str(path) for path in configs.paths],
-        "policy_base_url": policy_base_url,
+        # Gym's model server takes a list as well, and keeps a rollout on one of them.
+        "policy_base_url": policy_base_url.split(",") if "," in policy_base_url else policy_base_url,
         "policy_model_name": policy_model_name,
         "policy_api_key": f"${{oc.env:{API_KEY_VARIABLE}}}",
         # 0.7 would not call itself ready before the policy server answers; ours may be started after Gym.

@@ -64,8 +64,8 @@ class GymServers:
             The training model server is added when none of them defines `policy_model`.
         mode: `"host"`: all servers in one process, ready in seconds. `"upstream"`: Gym's own launcher with Ray and one
             process per server; for environments that use Ray or need more than one core.
-        policy_base_url: OpenAI base URL of the policy server, ending in `/v1`. May be given later, see
-            `connect_policy`.
+        policy_base_url: OpenAI base URL of the policy server, ending in `/v1`; of several, separated by commas. May be
+            given later, see `connect_policy`.
         policy_model_name: Model name that the policy server expects.
         policy_api_key: Sent as bearer token to the policy server. Travels in the environment only.
         python: Gym's interpreter; see `interpreter.find_installation` for where it is looked for.
@@ -194,8 +194,8 @@ class GymServers:
             return
         if self._state is GymState.STOPPED:
             raise GymServerError("the NeMo Gym servers have been stopped")
-        configured = self._view.policy_base_urls() if self._view else [str(self._policy[0])]
-        if _normalized(base_url) not in map(_normalized, configured):
+        configured = self._view.policy_base_urls() if self._view else str(self._policy[0]).split(",")
+        if set(map(_normalized, base_url.split(","))) != set(map(_normalized, configured)):
             remedy = "Start it with that `policy_base_url`, or serve the policy where it looks."
             raise GymServerError(
                 f"the NeMo Gym at {self.head_url} calls the policy at {' and '.join(configured) or 'no known URL'}, "

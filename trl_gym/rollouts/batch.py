@@ -100,13 +100,14 @@ def describe_failures(rollouts: Sequence[Rollout], *, num_shown: int = 5) -> str
 
 def describe_drift(rollouts: Sequence[Rollout]) -> list[str]:
     """One line per agent and cause, most frequent first: how many rollouts drifted, and the first of them."""
-    examples: defaultdict[tuple[str, str], list[Rollout]] = defaultdict(list)
+    examples: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for rollout in rollouts:
         if rollout.drift is not None:
-            examples[rollout.request.agent, rollout.drift.cause].append(rollout)
+            example = f"In {rollout.request.rollout_id}, {rollout.drift.text}"
+            examples[rollout.request.agent, rollout.drift.cause].append(example)
     return [
         f"{len(drifted)} of {sum(rollout.request.agent == agent for rollout in rollouts)} rollouts of {agent} drifted "
-        f"({cause}). In {drifted[0].request.rollout_id}, {drifted[0].drift.text}"
+        f"({cause}). {drifted[0]}"
         for (agent, cause), drifted in sorted(examples.items(), key=lambda item: -len(item[1]))
     ]
 

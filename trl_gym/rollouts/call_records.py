@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 
-from trl_gym.errors import PolicyServerError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.calls import CallRecord
 from trl_gym.rollouts.trajectory import ModelCall
 
@@ -36,6 +36,35 @@ class CallState:
 
     num_answered: int
     num_running: int | None
+
+
+class Ledger(Protocol):
+    """What a collection asks a policy server, or several; see `RolloutLedger`."""
+
+    async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> list[CallRecord]: ...
+
+    async def peek(
+        self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = ...
+    ) -> dict[str, CallState]: ...
+
+    async def ping(self, session: aiohttp.ClientSession, *, timeout_s: float = ...) -> str | None: ...
+
+    def describe_silence(self) -> str: ...
+
+    async def cancel(
+        self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = ...
+    ) -> None: ...
+
+
+def ledger_for(base_urls: str, api_key: str | None = None) -> Ledger:
+    """The ledger of a policy server, or of several.
+
+    Args:
+        base_urls: Their base URLs, with or without `/v1`, separated by commas.
+        api_key: The bearer token of all of them.
+    """
+    ledgers = [RolloutLedger(url.rstrip("/").removesuffix("/v1"), api_key) for url in base_urls.split(",")]
+    return ledgers[0] if len(ledgers) == 1 else FleetLedger(ledgers)
 
 
 class RolloutLedger:
@@ -75,13 +104,14 @@ class RolloutLedger:
             for name in rollout_ids
         }
 
-    async def ping(self, session: aiohttp.ClientSession, *, timeout_s: float = _PEEK_TIMEOUT_S) -> bool:
-        """False when nothing listens at the server's address any more. One that is slow, or complains, is there."""
+    async def ping(self, session: aiohttp.ClientSession, *, timeout_s: float = _PEEK_TIMEOUT_S) -> str | None:
+        """Who is there: what differs from process to process, or nothing of one that is slow, complains or does not
+        say; None when nothing listens at the server's address any more."""
         try:
-            await self._post_once(session, RECORDS_PATH, {"rollouts": [], "forget": False}, timeout_s)
+            answer = await self._post_once(session, RECORDS_PATH, {"rollouts": [], "forget": False}, timeout_s)
         except PolicyServerError as error:
-            return not isinstance(error.__cause__, aiohttp.ClientConnectorError)
-        return True
+            return None if isinstance(error.__cause__, aiohttp.ClientConnectorError) else ""
+        return answer.get("instance") or ""
 
     def describe_silence(self) -> str:
         return f"The policy server at {self._root_url} refuses connections: it has ended, or its network is gone."
@@ -118,8 +148,10 @@ class RolloutLedger:
                     return await response.json()
                 text = (await response.text())[:500]
         except TimeoutError as error:
-            raise PolicyServerError(f"POST {url}: no answer within {timeout_s:g} s") from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise PolicyServerLostError(f"POST {url}: no answer within {timeout_s:g} s") from error
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
+            raise PolicyServerLostError(f"POST {url}: {type(error).__name__}: {error}") from error
+        except (aiohttp.ClientError, ValueError) as error:
             raise PolicyServerError(f"POST {url}: {type(error).__name__}: {error}") from error
         remedy = ""
         if response.status == 404:
@@ -128,6 +160,53 @@ class RolloutLedger:
                 "the installed one (`trl-gym serve MODEL` or `trl-gym gateway --upstream URL`)"
             )
         raise PolicyServerError(f"POST {url}: HTTP {response.status}: {text}{remedy}")
+
+
+class FleetLedger:
+    """Records and cancellation at several policy servers: a rollout's calls are with the one that NeMo Gym has chosen
+    for it, which only Gym knows, so all are asked.
+
+    Args:
+        ledgers: One per server.
+    """
+
+    def __init__(self, ledgers: Sequence[RolloutLedger]) -> None:
+        self._ledgers = tuple(ledgers)
+        self._silent: tuple[RolloutLedger, ...] = ()
+
+    async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> list[CallRecord]:
+        parts = await asyncio.gather(*(ledger.take(session, rollout_id) for ledger in self._ledgers))
+        return [record for part in parts for record in part]
+
+    async def peek(
+        self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = _PEEK_TIMEOUT_S
+    ) -> dict[str, CallState]:
+        parts = await asyncio.gather(
+            *(ledger.peek(session, rollout_ids, timeout_s=timeout_s) for ledger in self._ledgers)
+        )
+        return {name: _sum_of([part[name] for part in parts]) for name in rollout_ids}
+
+    async def ping(self, session: aiohttp.ClientSession, *, timeout_s: float = _PEEK_TIMEOUT_S) -> str | None:
+        """None when any of them is gone: its rollouts cannot go on."""
+        who = await asyncio.gather(*(ledger.ping(session, timeout_s=timeout_s) for ledger in self._ledgers))
+        self._silent = tuple(one for one, answer in zip(self._ledgers, who, strict=True) if answer is None)
+        if self._silent:
+            return None
+        names = [name for name in who if name]
+        return "+".join(names) if len(names) == len(who) else ""
+
+    def describe_silence(self) -> str:
+        return " ".join(ledger.describe_silence() for ledger in self._silent)
+
+    async def cancel(
+        self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = _TIMEOUT_S
+    ) -> None:
+        await asyncio.gather(*(ledger.cancel(session, rollout_ids, timeout_s=timeout_s) for ledger in self._ledgers))
+
+
+def _sum_of(states: Sequence[CallState]) -> CallState:
+    running = [state.num_running for state in states if state.num_running is not None]
+    return CallState(sum(state.num_answered for state in states), sum(running) if running else None)
 
 
 def match_records(calls: Sequence[ModelCall], records: Sequence[CallRecord]) -> list[CallRecord] | None:

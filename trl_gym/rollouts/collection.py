@@ -25,13 +25,13 @@ from typing import Any, Generic, Literal, NoReturn, Protocol, TypeVar
 
 import aiohttp
 
-from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, RolloutFailure
+from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, PolicyServerLostError, RolloutFailure
 from trl_gym.gym.client import GymAnswer, run_rollout
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.policy_server.calls import CallRecord
 from trl_gym.rollouts.admission import Admission
 from trl_gym.rollouts.budgets import Budgets, backoff_s
-from trl_gym.rollouts.call_records import RolloutLedger
+from trl_gym.rollouts.call_records import Ledger
 from trl_gym.rollouts.requests import RolloutRequest, next_attempt
 from trl_gym.rollouts.watch import CollectionStatus, Outstanding, Phase, Tally, describe_stall
 
@@ -74,6 +74,8 @@ class RolloutResult:
         records: The policy server's records of its model calls; None without a ledger.
         retried_kinds: If it has failed for one of these, also for a reason that only `finish` sees, another attempt
             follows and this one is not the last word.
+        was_lost: Whether the policy server was lost before it could tell of this attempt's model calls. If the server
+            comes back another attempt follows, whatever the answer.
     """
 
     request: RolloutRequest
@@ -82,6 +84,7 @@ class RolloutResult:
     seconds: float
     records: list[CallRecord] | None = None
     retried_kinds: frozenset[FailureKind] = frozenset()
+    was_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,7 @@ class Surroundings:
     agents_down: Callable[[], Mapping[str, str]]
     on_environment_down: Literal["fail", "skip"]
     gym_log: Callable[[], str]
-    ledger: RolloutLedger | None
+    ledger: Ledger | None
     stall_timeout_s: float
 
 
@@ -129,6 +132,8 @@ class Collection(Generic[T]):
         self._num_suspicious = 0
         self._suspicion, self._looked = asyncio.Event(), asyncio.Event()
         self._num_unanswered_pings = 0
+        self._is_lost = False  # the policy server
+        self._server: str | None = None  # what its process said of itself
         self._last_end = self._last_warning = self._clock()
 
     async def run(self, requests: Sequence[RolloutRequest]) -> list[T]:
@@ -139,7 +144,8 @@ class Collection(Generic[T]):
         watch = asyncio.create_task(self._watch())
         rollouts = asyncio.gather(*self._tasks)
         try:
-            await asyncio.wait({rollouts, watch}, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {rollouts, watch}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             return rollouts.result() if rollouts.done() else watch.result()
         finally:
             for task in (*self._tasks, watch):  # `gather` leaves the siblings of a task that raised running
@@ -186,7 +192,8 @@ class Collection(Generic[T]):
                 await self._look_closely()
             return self._result(request, outcome, seconds, budget.retried_kinds(failed))
         except asyncio.CancelledError:
-            if index not in self._interrupted or asyncio.current_task().uncancel() > 0:
+            task = asyncio.current_task()
+            if index not in self._interrupted or task is None or task.uncancel() > 0:
                 raise
             self._interrupted.discard(index)
             seconds = 0.0 if started is None else self._clock() - started
@@ -213,21 +220,23 @@ class Collection(Generic[T]):
         self._enter(index, Phase.SETTLING)
         ledger, rollout_id = self._around.ledger, result.request.rollout_id
         records: list[CallRecord] | None = None
-        lost: PolicyServerError | None = None
+        broken: PolicyServerError | None = None
         try:
             if ledger is not None:
                 if result.failure is not None and result.failure.kind in _MAY_GO_ON:
                     await ledger.cancel(self._session, [rollout_id])
                 records = await ledger.take(self._session, rollout_id)
         except PolicyServerError as error:
-            lost = error
+            broken = error
         except asyncio.CancelledError:
-            self._record_last(dataclasses.replace(result, retried_kinds=frozenset()))
+            self._record_last(dataclasses.replace(result, retried_kinds=frozenset(), was_lost=self._is_lost))
             raise
         self._tally.leave(index)
-        value = self._finish(dataclasses.replace(result, records=records))
-        if lost is not None:
-            await self._raise_explained(lost)
+        was_lost = isinstance(broken, PolicyServerLostError)
+        value = self._finish(dataclasses.replace(result, records=records, was_lost=was_lost))
+        if broken is not None:
+            self._is_lost = was_lost
+            await self._raise_explained(broken)
         return value
 
     async def _raise_explained(self, error: PolicyServerError) -> NoReturn:
@@ -252,7 +261,11 @@ class Collection(Generic[T]):
     async def _watch(self) -> NoReturn:
         """Raises when the collection cannot go on."""
         while True:
-            await self._look()
+            try:
+                await self._look()
+            except PolicyServerLostError:
+                self._is_lost = True
+                raise
             looked, self._looked = self._looked, asyncio.Event()
             looked.set()
             self._report()
@@ -271,10 +284,14 @@ class Collection(Generic[T]):
     async def _look(self) -> None:
         await asyncio.to_thread(self._around.check)  # it may ask over the network
         if self._around.ledger is not None:
-            answered = await self._around.ledger.ping(self._session)
-            self._num_unanswered_pings = 0 if answered else self._num_unanswered_pings + 1
+            who = await self._around.ledger.ping(self._session)
+            self._num_unanswered_pings = 0 if who is not None else self._num_unanswered_pings + 1
+            if who and who != (self._server or who):
+                # It may have been down for less than a look. Those that run now are answered by other weights.
+                raise PolicyServerLostError("The policy server was restarted: another process answers than before.")
+            self._server = who or self._server
             if self._num_unanswered_pings >= _PATIENCE:
-                raise PolicyServerError(self._around.ledger.describe_silence())
+                raise PolicyServerLostError(self._around.ledger.describe_silence())
         self._mark_down(await asyncio.to_thread(self._around.agents_down))
 
     async def _look_closely(self) -> None:

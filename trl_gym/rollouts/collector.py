@@ -22,7 +22,7 @@ from trl_gym.gym.client import new_session
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.rollouts.admission import Admission
 from trl_gym.rollouts.budgets import Budgets
-from trl_gym.rollouts.call_records import RolloutLedger
+from trl_gym.rollouts.call_records import Ledger
 from trl_gym.rollouts.collection import Collection, Ended, Progress, RolloutResult, Surroundings
 from trl_gym.rollouts.requests import RolloutRequest
 
@@ -60,7 +60,7 @@ class RolloutCollector(Generic[T]):
         agents_down: Callable[[], Mapping[str, str]] = dict,
         on_environment_down: Literal["fail", "skip"] = "fail",
         gym_log: Callable[[], str] = str,
-        ledger: RolloutLedger | None = None,
+        ledger: Ledger | None = None,
         stall_timeout_s: float = 60.0,
     ) -> None:
         self._around = Surroundings(
@@ -74,7 +74,7 @@ class RolloutCollector(Generic[T]):
             stall_timeout_s=stall_timeout_s,
         )
         self._worker: _Worker | None = None
-        self._finalizer: weakref.finalize | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
 
     def collect(
         self,
@@ -107,7 +107,8 @@ class RolloutCollector(Generic[T]):
             progress: Told how far the collection is.
 
         Raises (from the future):
-            PolicyServerError: The policy server died, or refused to hand out its records.
+            PolicyServerLostError: The policy server died, or cannot be reached.
+            PolicyServerError: It refused to hand out its records.
             GymServerError: NeMo Gym died, or an environment is down and may not be skipped.
         """
         if self._worker is None:
@@ -153,6 +154,7 @@ class _Worker:
 
     async def _tracked(self, collection: Callable[[], Coroutine[Any, Any, R]]) -> R:
         task = asyncio.current_task()
+        assert task is not None  # a coroutine that runs has one
         self._collections.add(task)
         try:
             return await collection()

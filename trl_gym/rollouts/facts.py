@@ -136,7 +136,8 @@ def _tool_calls(answer: Mapping[str, Any] | None) -> tuple[int, int]:
 
 
 def _total(rollout: Rollout, name: str) -> float | None:
-    values = [record[name] for record in rollout.records or [] if record[name] is not None]
+    records: Sequence[Mapping[str, Any]] = rollout.records or []
+    values = [record[name] for record in records if record[name] is not None]
     return sum(values) if values else None
 
 

@@ -49,7 +49,8 @@ class Finisher:
         rollout = self._rollout(result)
         record = journal_record(rollout, step=self.step, mode=self.mode, weight_version=self.weight_version)
         # The line of an attempt that is not the last says so: whoever counts rollouts leaves it out.
-        record["retried"] = rollout.failure is not None and rollout.failure.kind in result.retried_kinds
+        failed_for = None if rollout.failure is None else rollout.failure.kind
+        record["retried"] = result.was_lost or failed_for in result.retried_kinds
         self.journal.append(record)
         if rollout.drift is not None and self.drift_policy == "error":
             raise RolloutError(
@@ -61,6 +62,7 @@ class Finisher:
     def _rollout(self, result: RolloutResult) -> Rollout:
         failure, trajectories, drift = result.failure, [], None
         if failure is None:
+            assert result.answer is not None, "an attempt ends with an answer or a failure"
             try:
                 trajectories = self.build(result.answer, result.request)
                 drift = next((t.drift for t in trajectories if t.drift is not None), None)
@@ -82,5 +84,5 @@ class Finisher:
         )
 
     def _explain(self, drift: Drift, result: RolloutResult) -> DriftReport:
-        matched: list[CallRecord] | None = match_records(model_calls(result.answer), result.records or [])
+        matched: list[CallRecord] | None = match_records(model_calls(result.answer or {}), result.records or [])
         return explain(drift, self.decode, matched[drift.turn] if matched else None)

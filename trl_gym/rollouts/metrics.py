@@ -162,13 +162,12 @@ def _counts(facts: Sequence[RolloutFacts]) -> dict[str, float]:
 
 
 def _outcomes(facts: Sequence[RolloutFacts]) -> dict[str, float]:
-    metrics = {
-        f"failed/{kind}": _fraction(facts, lambda fact, kind=str(kind): fact.failure == kind) for kind in FailureKind
-    }
+    metrics = {f"failed/{kind}": sum(fact.failure == str(kind) for fact in facts) / len(facts) for kind in FailureKind}
     if with_tokens := [fact for fact in facts if fact.has_tokens]:
         metrics["drift_fraction"] = _fraction(with_tokens, lambda fact: fact.drift is not None)
     rewards = [fact.reward for fact in facts if fact.reward is not None]
-    _put(metrics, "reward", mean := _mean(rewards))
+    if rewards:
+        metrics["reward"] = mean = math.fsum(rewards) / len(rewards)
     if len(rewards) > 1:
         metrics["reward_std"] = math.sqrt(math.fsum((x - mean) ** 2 for x in rewards) / (len(rewards) - 1))
     return metrics
@@ -181,12 +180,12 @@ def _lengths(facts: Sequence[RolloutFacts]) -> dict[str, float]:
         return {}
     return {
         "truncated_fraction": _fraction(done, lambda fact: fact.is_truncated),
-        "turns": _mean(fact.turns for fact in done),
-        "tokens_in": _mean(fact.prompt_tokens + fact.environment_tokens for fact in done),
-        "tokens_out": _mean(fact.sampled_tokens for fact in done),
-        "tool_calls": _mean(fact.tool_calls for fact in done),
-        "tool_errors": _mean(fact.tool_errors for fact in done),
-        "seconds": _mean(fact.seconds for fact in done),
+        "turns": _average(fact.turns for fact in done),
+        "tokens_in": _average(fact.prompt_tokens + fact.environment_tokens for fact in done),
+        "tokens_out": _average(fact.sampled_tokens for fact in done),
+        "tool_calls": _average(fact.tool_calls for fact in done),
+        "tool_errors": _average(fact.tool_errors for fact in done),
+        "seconds": _average(fact.seconds for fact in done),
         **_times(done),
     }
 
@@ -219,7 +218,7 @@ def _group_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
     groups: defaultdict[str, list[float]] = defaultdict(list)
     for fact in facts:
         members = groups[fact.group]
-        if fact.is_valid:
+        if fact.is_valid and fact.trained_reward is not None:
             members.append(fact.trained_reward)
     trained = [members for members in groups.values() if members]
     metrics = {"dropped_fraction": 1 - len(trained) / len(groups)}
@@ -236,6 +235,11 @@ def _fraction(facts: Sequence[RolloutFacts], holds: Callable[[RolloutFacts], boo
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
+
+
+def _average(values: Iterable[float]) -> float:
+    known = list(values)
+    return math.fsum(known) / len(known)
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -119,7 +119,7 @@ def next_attempt(request: RolloutRequest) -> RolloutRequest:
         row["_ng_rollout_id"] = rollout_id
     params = row.get("responses_create_params")
     metadata = params.get("metadata") if isinstance(params, Mapping) else None
-    if isinstance(metadata, Mapping) and metadata.get("extra_body"):
+    if isinstance(params, Mapping) and isinstance(metadata, Mapping) and metadata.get("extra_body"):
         extra_body = _json_object(metadata["extra_body"], "extra_body")
         if isinstance(tag := extra_body.get("trl_gym"), dict):
             extra_body["trl_gym"] = tag | {"rollout": rollout_id}

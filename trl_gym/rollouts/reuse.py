@@ -133,9 +133,9 @@ def collect_missing(
     """
     recalled = recall.take_all(requests, policy) if recall is not None else {}
     missing = [index for index in range(len(requests)) if index not in recalled]
-    if missing:
-        collected = collector.collect([requests[index] for index in missing], finish, progress)
-        recalled |= dict(zip(missing, collected, strict=True))
+    # Also when nothing is missing on this rank: the collector may have something to agree on with other ranks.
+    collected = collector.collect([requests[index] for index in missing], finish, progress)
+    recalled |= dict(zip(missing, collected, strict=True))
     return [recalled[index] for index in range(len(requests))]
 
 

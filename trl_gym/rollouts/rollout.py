@@ -48,18 +48,17 @@ class Rollout:
     @property
     def reward(self) -> float | None:
         """The environment's reward; None for a failed rollout, which leaves loss and group baseline."""
-        return None if self.failure is not None else float(self.answer["reward"])
+        return None if self.failure is not None or self.answer is None else float(self.answer["reward"])
 
     @property
     def success(self) -> float | None:
         """1.0 or 0.0: the verifier's own `success` where it reports one, else whether the reward reached 1."""
-        if self.failure is not None:
-            return None
-        return success_of(self.answer, self.reward)
+        reward = self.reward
+        return None if reward is None or self.answer is None else success_of(self.answer, reward)
 
     def metrics(self) -> dict[str, float]:
         """Every finite number at the top level of the verify response, e.g. `{"success": 1.0}`."""
-        if self.failure is not None:
+        if self.failure is not None or self.answer is None:
             return {}
         return {
             name: float(value)

@@ -1,0 +1,114 @@
+"""Several training processes under `accelerate launch`, with real servers: after every weight sync the server computes
+what the trainer computes; and when one process dies, every other says so, ends, and leaves nothing behind.
+
+Two processes with tied embeddings, four with untied ones. DDP is accelerate's. FSDP2 is torch's own, over gloo:
+accelerate has it for GPUs only. For ZeRO, with which accelerate cannot train without a GPU either, see
+`tests/weight_sync/test_sharded.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.ranks import NUM_STEPS, VICTIM
+from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, ROOT
+from trl_gym import GymServers, PolicyServer
+
+pytestmark = pytest.mark.e2e
+
+CPU_CONFIG = ROOT / "recipes" / "accelerate" / "cpu_two_processes.yaml"
+RUNS = {2: ["ddp"], 4: ["ddp", "fsdp2", "killed"]}
+ENDS_WITHIN_S = 60  # of the death of a rank
+
+
+def untied(policy: Path, folder: Path) -> Path:
+    """The same policy with an output layer of its own."""
+    tied = AutoModelForCausalLM.from_pretrained(policy)
+    config = tied.config
+    config.tie_word_embeddings = False
+    model = type(tied)(config)
+    model.load_state_dict(tied.state_dict())
+    model.generation_config = tied.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=sorted(RUNS), ids=["2 ranks, tied", "4 ranks, untied"])
+def launched(
+    request: pytest.FixtureRequest, small_policy: Path, tmp_path_factory: pytest.TempPathFactory, calculator_data: Any
+) -> Iterator[tuple[int, Path, subprocess.CompletedProcess[str], float]]:
+    """Number of ranks, folder of the runs, what the launcher said and when it ended; the servers still run."""
+    folder = tmp_path_factory.mktemp("ranks")
+    model = small_policy if request.param == 2 else untied(small_policy, folder / "untied")
+    data = calculator_data.generate(folder / "data", num_train=8, num_validation=1, seed=0)[0]
+    flags = {"dtype": "float32", "max-model-len": 512, "enforce-eager": True, "tool-call-parser": "hermes"}
+    logs = folder / "logs"
+    with (
+        PolicyServer(model, vllm_args=flags, log_dir=logs) as policy,
+        GymServers([CALCULATOR / "calculator.yaml"], policy_base_url=policy.base_url, log_dir=logs) as gym,
+    ):
+        launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(CPU_CONFIG)]
+        launch += ["--num_processes", str(request.param), "--main_process_port", "0"]
+        launch += ["-m", "tests.e2e.ranks", str(folder), policy.base_url, gym.head_url, str(data), str(model)]
+        done = subprocess.run(
+            [*launch, *RUNS[request.param]],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            cwd=ROOT, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        ended = time.time()
+        assert policy.client.weight_version()  # servers that were passed in are not the ranks' to stop
+        yield request.param, folder, done, ended
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_after_every_sync_the_server_computes_what_the_trainer_computes(
+    launched: tuple[int, Path, subprocess.CompletedProcess[str], float], kind: str
+) -> None:
+    num_ranks, folder, done, _ = launched
+    if kind not in RUNS[num_ranks]:
+        return
+    assert len(list((folder / kind).glob("done-*"))) == num_ranks, done.stderr[-6000:]
+    gaps = lines(folder / kind / "gaps.jsonl")
+    assert [line["step"] for line in gaps] == list(range(NUM_STEPS + 1))
+    assert all(line["gap"] < MAX_MEAN_GAP / 10 for line in gaps)
+    assert all(line["learnt"] > 0 for line in gaps[1:])  # there was something to send
+    metrics = lines(folder / kind / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, NUM_STEPS + 1))
+    assert all(line["weight_sync/probe_gap"] < MAX_MEAN_GAP / 10 for line in metrics)
+
+
+def test_a_killed_rank_ends_the_run_with_words_on_every_rank_and_nothing_is_left(
+    launched: tuple[int, Path, subprocess.CompletedProcess[str], float],
+) -> None:
+    num_ranks, folder, done, ended = launched
+    if "killed" not in RUNS[num_ranks]:
+        assert done.returncode == 0, done.stderr[-6000:]
+        return
+    assert not list((folder / "killed").glob("done-*"))
+    assert done.returncode != 0
+    assert (folder / "killed" / "gaps.jsonl").exists(), done.stderr[-6000:]
+    assert ended - (folder / "killed" / "gaps.jsonl").stat().st_mtime < ENDS_WITHIN_S
+    for rank in set(range(num_ranks)) - {VICTIM}:
+        told = f"Rank {rank} of {num_ranks} was told to end (SIGTERM) in step 1."
+        lost = f"RankLostError: Rank {rank} of {num_ranks} lost the connection to another rank in step 1"
+        assert told in done.stderr or lost in done.stderr, done.stderr[-6000:]
+    assert "Root Cause" in done.stderr and f"Signal {int(signal.SIGKILL)} (SIGKILL)" in done.stderr
+    pids = [int((folder / "killed" / f"pid-{rank}").read_text()) for rank in range(num_ranks)]
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]

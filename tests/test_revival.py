@@ -1,0 +1,297 @@
+"""When a policy server is restarted, waited for, or given up, and what is said then."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_gym.errors import (
+    ConfigError,
+    GymServerError,
+    PolicyServerError,
+    PolicyServerLostError,
+    RolloutError,
+    WeightSyncError,
+)
+from trl_gym.policy_server.client import PolicyResponseError
+from trl_gym.revival import Reviver, end_interrupted_update, hear_of_loss
+
+LOSS = PolicyServerLostError("POST /trl_gym/rollouts/records: connection refused")
+DEATH = PolicyServerLostError("policy server ended (was ended by signal SIGKILL). Last lines of its log: …")
+
+
+class Client:
+    """Of a server whose trainer may have left it paused."""
+
+    def __init__(self, *, paused: bool = False, has_pause: bool = True, healthy: bool = True) -> None:
+        self.paused, self.has_pause, self.healthy = paused, has_pause, healthy
+        self.num_abandoned = 0
+
+    def patient(self, timeout_s: float) -> Client:
+        return self
+
+    def health(self) -> bool:
+        return self.healthy
+
+    def is_paused(self) -> bool:
+        if not self.has_pause:
+            raise PolicyResponseError("GET /is_paused: HTTP 404", 404)
+        return self.paused
+
+    def abandon_weight_update(self) -> bool:
+        self.num_abandoned += 1
+        return True
+
+
+class Server:
+    """Dies when told to. Restarts end as `restarts` says (None: well), looks as `looks` says, then well.
+
+    Time passes in `sleep` only.
+    """
+
+    base_url = "http://node7:8000/v1"
+
+    def __init__(
+        self,
+        *,
+        is_ours: bool,
+        death: PolicyServerLostError | None = None,
+        restarts: Iterable[PolicyServerError | ConfigError | None] = (),
+        looks: Iterable[PolicyServerError | str] = (),
+    ) -> None:
+        self.is_ours, self.death = is_ours, death
+        self.instance = "first"
+        self.client: Any = Client()
+        self.num_restarts = 0
+        self.pauses: list[float] = []
+        self._is_watched = False
+        self._restarts, self._looks = iter(restarts), iter(["first", *looks])
+
+    def check(self) -> None:
+        if self.death is not None:
+            raise self.death
+
+    def restart(self) -> None:
+        self.num_restarts += 1
+        failure = next(self._restarts, None)
+        if failure is not None:
+            raise failure
+        self.death = None
+        self.instance = f"restarted {self.num_restarts} times"
+        self._looks = iter(())
+
+    def look(self) -> str:
+        if self._is_watched:
+            self.check()
+        seen = next(self._looks, self.instance)
+        if isinstance(seen, PolicyServerError):
+            raise seen
+        self.instance = seen
+        return seen
+
+    def reviver(self, **options: Any) -> Reviver:
+        limits: dict[str, Any] = {"max_restarts": 3, "may_restart": True, "reconnect_timeout_s": 600.0}
+        made = Reviver(self, **limits | options, sleep=self.pauses.append)  # looks at it before it dies
+        self._is_watched = True
+        return made
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Seconds that pass only when somebody looks: a second each time."""
+    now = [0.0]
+
+    def monotonic() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr("trl_gym.revival.time.monotonic", monotonic)
+    yield now
+
+
+# -- ours -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_server_is_restarted_and_the_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server(is_ours=True, death=DEATH)
+    reviver = server.reviver()
+    with caplog.at_level(logging.WARNING):
+        reviver.revive(LOSS)
+    assert (server.num_restarts, reviver.num_restarts, server.pauses) == (1, 1, [0.0])
+    assert "SIGKILL" in caplog.text and "1 of 3 restarts" in caplog.text
+
+
+def test_pauses_double_and_the_budget_is_of_the_whole_run() -> None:
+    server = Server(is_ours=True, death=DEATH)
+    reviver = server.reviver(max_restarts=4)
+    for _ in range(4):
+        server.death = DEATH
+        reviver.revive(LOSS)
+    assert server.pauses == [0.0, 1.0, 2.0, 4.0]
+    server.death = DEATH
+    with pytest.raises(
+        PolicyServerError, match=r"4 times, and `gym_server_restarts` allows no more(.|\n)*SIGKILL"
+    ) as caught:
+        reviver.revive(LOSS)
+    assert caught.value.__cause__ is LOSS and server.num_restarts == 4
+
+
+def test_a_restart_that_fails_counts_and_is_tried_again() -> None:
+    failed = PolicyServerError("the policy server was not ready after 600 s")
+    server = Server(is_ours=True, death=DEATH, restarts=[failed, None])
+    reviver = server.reviver()
+    reviver.revive(LOSS)
+    assert reviver.num_restarts == 2
+    server = Server(is_ours=True, death=DEATH, restarts=[failed] * 9)
+    with pytest.raises(PolicyServerError, match=r"3 times(.|\n)*was not ready after 600 s"):
+        server.reviver().revive(LOSS)
+
+
+def test_what_would_happen_again_is_not_tried_again() -> None:
+    server = Server(is_ours=True, death=DEATH, restarts=[ConfigError("unrecognized arguments: --x")])
+    with pytest.raises(PolicyServerError, match="does not start again: unrecognized arguments: --x"):
+        server.reviver().revive(LOSS)
+    assert server.num_restarts == 1
+
+
+def test_a_server_that_is_well_is_not_replaced() -> None:
+    server = Server(is_ours=True)
+    full = WeightSyncError("No space left in /dev/shm")
+    with pytest.raises(WeightSyncError) as caught:
+        server.reviver().revive(full)
+    assert caught.value is full and server.num_restarts == 0
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("hangs", [True, False])
+def test_one_that_hangs_or_whose_engine_is_dead_is_replaced(hangs: bool) -> None:
+    server = Server(is_ours=True, looks=[LOSS] * 50 if hangs else [])
+    server.client.healthy = hangs
+    server.reviver().revive(WeightSyncError("HTTP 500: EngineCore encountered an issue"))
+    assert server.num_restarts == 1
+
+
+def test_a_process_that_belongs_to_somebody_else_is_not_restarted() -> None:
+    server = Server(is_ours=True, death=DEATH)
+    with pytest.raises(PolicyServerLostError, match="SIGKILL"):
+        server.reviver(may_restart=False).revive(LOSS)
+    assert server.num_restarts == 0
+
+
+# -- elsewhere --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("clock")
+def test_one_elsewhere_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server(is_ours=False, looks=[LOSS] * 6 + ["second"])
+    reviver = server.reviver()
+    with caplog.at_level(logging.WARNING):
+        reviver.revive(LOSS)
+        reviver.revive(LOSS)  # compared with the second now
+    assert server.pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0]
+    assert f"waiting for the policy server at {server.base_url}" in caplog.text and "was restarted" in caplog.text
+    assert caplog.text.count("was restarted") == 1 and "answers again, unchanged" in caplog.text
+
+
+@pytest.mark.usefixtures("clock")
+def test_another_process_at_the_same_address_is_noticed() -> None:
+    server = Server(is_ours=False, looks=["first", "second", "second", "second"])
+    reviver = server.reviver()
+    reviver.require_same()
+    with pytest.raises(PolicyServerLostError, match="was restarted"):
+        reviver.require_same()
+    reviver.revive(LOSS)
+    reviver.require_same()
+    ours = Server(is_ours=True)
+    reviver = ours.reviver()
+    ours.death = DEATH
+    with pytest.raises(PolicyServerLostError, match="SIGKILL"):
+        reviver.require_same()
+    reviver.revive(LOSS)
+    reviver.require_same()
+
+
+def test_not_for_ever(clock: list[float]) -> None:
+    server = Server(is_ours=False, looks=[LOSS] * 1000)
+    with pytest.raises(
+        PolicyServerError, match=r"did not come back within 20 s \(`gym_server_reconnect_timeout`\)"
+    ) as caught:
+        server.reviver(reconnect_timeout_s=20.0).revive(LOSS)
+    assert caught.value.__cause__ is LOSS and clock[0] < 60
+
+
+def test_a_refusal_by_the_same_process_is_not_a_loss() -> None:
+    refusal = PolicyResponseError("POST /update_weights: HTTP 500: bad", 500)
+    with pytest.raises(PolicyResponseError) as caught:
+        Server(is_ours=False).reviver().revive(refusal)
+    assert caught.value is refusal
+    Server(is_ours=False, looks=["second"]).reviver().revive(refusal)  # of another one it says nothing
+
+
+def test_a_network_that_drops_connections_again_and_again_ends_it() -> None:
+    reviver = Server(is_ours=False).reviver()
+    for _ in range(5):
+        reviver.revive(LOSS)
+    with pytest.raises(PolicyServerError, match="was lost 6 times within 600 s"):
+        reviver.revive(LOSS)
+
+
+def test_an_interrupted_update_is_ended_before_the_next_one() -> None:
+    assert not end_interrupted_update(Client())
+    assert not end_interrupted_update(Client(has_pause=False))
+    paused = Client(paused=True)
+    assert end_interrupted_update(paused) and paused.num_abandoned == 1
+    server = Server(is_ours=False)
+    server.client = Client(paused=True)
+    server.reviver().revive(LOSS)
+    assert server.client.num_abandoned == 1
+
+
+# -- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def on_ranks(errors: list[Exception | None]) -> list[Any]:
+    """What each rank gets, or raises. A collective that not all ranks reach breaks the barrier."""
+    told: list[Any] = [None] * len(errors)
+    got: list[Any] = [None] * len(errors)
+    barrier = threading.Barrier(len(errors), timeout=30)
+
+    def run(rank: int) -> None:
+        def gather(items: list[Any]) -> list[Any]:
+            [told[rank]] = items
+            barrier.wait()
+            return list(told)
+
+        try:
+            got[rank] = hear_of_loss(errors[rank], rank, gather)
+        except Exception as error:
+            got[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(errors))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return got
+
+
+kinds = st.sampled_from([None, LOSS, GymServerError("gym died"), RolloutError("drift")])
+
+
+@given(st.lists(kinds, min_size=1, max_size=4))
+def test_all_ranks_hear_the_same(errors: list[Exception | None]) -> None:
+    got = on_ranks(errors)
+    others = [error for error in errors if error is not None and error is not LOSS]
+    for own, heard in zip(errors, got, strict=True):
+        if others:
+            assert heard is own if own in others else type(heard) is type(others[0])
+        elif LOSS in errors:
+            assert isinstance(heard, PolicyServerLostError) and str(heard) == str(LOSS)
+        else:
+            assert heard is None
