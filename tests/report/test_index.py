@@ -1,0 +1,153 @@
+"""Which lines of a journal count, what is sampled, and the numbers per step."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_gym.report.index import State, causes, ordered, sample, states, step_stats
+from trl_gym.report.rows import Row, row_of
+
+RECORD: dict[str, Any] = {
+    "step": 3,
+    "mode": "train",
+    "task_index": 5,
+    "task_hash": "aa",
+    "group": 1,
+    "member": 0,
+    "attempt": 0,
+    "rollout_id": "r",
+    "agent": "calculator",
+    "weight_versions": ["3"],
+    "reward": 1.0,
+    "failure": None,
+    "drift": None,
+    "finish_reason": "stop",
+    "prompt_ids": [1, 2],
+    "completion_ids": [3, 4, 5],
+    "env_mask": [1, 0, 1],
+    "turns": [{"kind": "model"}],
+    "seconds": 2.0,
+    "verify": {"success": 0.5},
+    "retried": False,
+    "run": "a",
+    "weights": "w",
+    "time": 10.0,
+    "response": {"output": []},
+    "row": {"responses_create_params": {"input": [{"role": "user", "content": "What\n is  it?"}]}},
+}
+FAILURE = {"kind": "deadline", "text": "too slow", "where": "calculator /run"}
+BASE = row_of(RECORD)
+
+
+def row(**changes: Any) -> Row:
+    return dataclasses.replace(BASE, **changes)
+
+
+def failed(**changes: Any) -> Row:
+    return row(reward=None, success=None, failure="deadline", cause="too slow", where="/run", **changes)
+
+
+def test_a_row_is_what_the_line_says() -> None:
+    assert (BASE.reward, BASE.success, BASE.version, BASE.preview) == (1.0, 0.5, "3", "What is it?")
+    assert (BASE.prompt_tokens, BASE.environment_tokens, BASE.sampled_tokens, BASE.turns) == (2, 1, 2, 1)
+
+
+def test_a_line_of_an_earlier_version_is_read_with_what_it_has() -> None:
+    names = ("step", "mode", "task_index", "group", "rollout_id", "agent", "reward", "row")
+    old = row_of({name: RECORD[name] for name in names} | {"rollout_id": "5a17c0de-train0-b0-g1-m3-a0"})
+    assert (old.task, old.member, old.success, old.failure, old.seconds) == ("5", 3, 1.0, None, None)
+
+
+def test_a_truncated_rollout_is_one_that_gym_cut_and_not_one_that_failed() -> None:
+    assert row(finish="max_output_tokens").is_truncated
+    assert not row(finish="stop").is_truncated
+    assert not failed(finish="max_output_tokens").is_truncated
+
+
+def test_attempts_that_were_tried_again_or_given_up_do_not_count() -> None:
+    rows = [
+        failed(is_retried=True),
+        row(attempt=1),
+        failed(member=1),
+        dataclasses.replace(failed(member=2), failure="cancelled"),
+    ]
+    assert states(rows) == [State.RETRIED, State.COUNTED, State.COUNTED, State.CANCELLED]
+
+
+def test_a_step_that_was_sampled_again_by_other_weights_counts_once() -> None:
+    rows = [
+        row(time=1.0, sampler=("a", "old")),
+        row(time=2.0, sampler=("a", "new")),
+        row(time=1.0, sampler=("a", "old"), step=2),
+    ]
+    assert states(rows) == [State.SUPERSEDED, State.COUNTED, State.COUNTED]
+
+
+def test_a_later_reward_replaces_a_failure_and_never_the_other_way_round() -> None:
+    assert states([failed(), row()]) == [State.SUPERSEDED, State.COUNTED]
+    assert states([row(), failed()]) == [State.COUNTED, State.SUPERSEDED]
+
+
+def test_two_rewards_for_one_task_are_two_rollouts_in_training_and_one_repeated_in_evaluation() -> None:
+    assert states([row(), row()]) == [State.COUNTED, State.COUNTED]
+    assert states([row(mode="eval"), row(mode="eval")]) == [State.SUPERSEDED, State.COUNTED]
+
+
+def test_numbers_of_a_step_are_over_its_counted_rollouts() -> None:
+    rewards = [0.0, 0.25, 1.0]
+    rows = [row(member=m, reward=r, success=float(r == 1), seconds=1.0 + m) for m, r in enumerate(rewards)]
+    rows += [
+        failed(member=3),
+        failed(member=4, is_retried=True),
+        row(member=5, drift="retemplated", finish="max_output_tokens"),
+    ]
+    (stats,) = step_stats(rows, states(rows))
+    rewards.append(1.0)
+    assert (stats.rollouts, stats.failures, stats.others) == (5, {"deadline": 1}, {"retried": 1})
+    assert (stats.reward, stats.reward_std) == (statistics.fmean(rewards), statistics.stdev(rewards))
+    assert (stats.drifted, stats.truncated, stats.agent) == (1, 1, None)
+    assert (stats.seconds_p50, stats.seconds_p95) == (2.0, 2.85)
+
+
+def test_several_environments_are_counted_together_and_apart() -> None:
+    rows = [row(), row(agent="library", reward=0.0)]
+    assert [(s.agent, s.reward) for s in step_stats(rows, states(rows))] == [
+        (None, 0.5),
+        ("calculator", 1.0),
+        ("library", 0.0),
+    ]
+
+
+def test_a_step_without_any_reward_has_no_mean() -> None:
+    (stats,) = step_stats([failed()], [State.COUNTED])
+    assert (stats.reward, stats.reward_std, stats.success, stats.seconds_p50) == (None, None, None, None)
+
+
+def test_causes_are_counted_with_attempts_that_were_tried_again() -> None:
+    rows = [failed(is_retried=True), failed(attempt=1), row(member=1)]
+    (cause,) = causes(rows, states(rows))
+    assert (cause.kind, cause.count, cause.counted, cause.text) == ("deadline", 2, 1, "too slow")
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 3)), max_size=60), st.integers(1, 20))
+def test_a_sample_is_whole_groups_in_order_and_always_the_same(places: list[tuple[int, int, int]], limit: int) -> None:
+    rows = [row(step=step, group=group, member=member) for step, group, member in places]
+    order = ordered(rows)
+    assert sorted(order) == list(range(len(rows)))
+    chosen = sample(rows, order, limit)
+    assert len(chosen) <= limit or len(chosen) == len(rows) <= limit
+    assert chosen == [index for index in order if index in set(chosen)] == sample(rows, order, limit)
+    whole = {rows[index].group_key for index in chosen}
+    left_out = {rows[index].group_key for index in set(order) - set(chosen)}
+    assert len(whole & left_out) <= 1 and (not whole & left_out or len(whole) == 1)
+    assert bool(chosen) == bool(rows)
+
+
+def test_without_a_limit_everything_is_shown() -> None:
+    rows = [row(member=m) for m in range(9)]
+    assert sample(rows, ordered(rows), None) == ordered(rows) == list(range(9))

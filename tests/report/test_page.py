@@ -1,0 +1,130 @@
+"""The file that `trl-gym view` writes, and what it says when there is nothing to write."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.conftest import Viewed
+from tests.report.synthetic import Plan, write_run
+from trl_gym.cli import main
+from trl_gym.errors import ConfigError
+from trl_gym.report import PageOptions, open_run, show, write_page
+
+
+def blob(page: Path | str, name: str) -> Any:
+    text = page if isinstance(page, str) else page.read_text()
+    match = re.search(f'id="{name}">([^<]*)<', text)
+    assert match is not None
+    return json.loads(gzip.decompress(base64.b64decode(match[1])))
+
+
+def test_the_same_run_gives_the_same_page(viewed: Viewed, tmp_path: Path) -> None:
+    write_page(open_run(viewed.folder), tmp_path / "again.html")
+    first, second = blob(viewed.page, "index"), blob(tmp_path / "again.html", "index")
+    assert {**first, "written": 0} == {**second, "written": 0}
+    assert blob(viewed.page, "c0") == blob(tmp_path / "again.html", "c0")
+
+
+def test_nothing_of_the_page_is_elsewhere(viewed: Viewed) -> None:
+    markup = re.sub(r'(?s)<script type="application/octet-stream".*?</script>', "", viewed.page.read_text())
+    assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=(?!\"data:,)", markup)
+    assert "url(" not in markup and "@import" not in markup and "innerHTML" not in markup
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', markup)
+    assert policy is not None and policy[1].startswith("default-src 'none'") and "unsafe" not in policy[1]
+    assert f"<title>{html.escape(viewed.folder.name)} · trl-gym</title>" in markup
+
+
+def test_a_sample_says_so_and_counts_everything(viewed: Viewed, tmp_path: Path) -> None:
+    page = write_page(open_run(viewed.folder), tmp_path / "small.html", PageOptions(max_rollouts=50))
+    assert (page.recorded, page.shown) == (len(viewed.records), len(blob(page.path, "index")["columns"]["step"]))
+    assert 40 <= page.shown <= 50
+    assert blob(page.path, "index")["steps"] == blob(viewed.page, "index")["steps"]
+
+
+def test_without_tokens_there_are_none(viewed: Viewed, tmp_path: Path) -> None:
+    page = write_page(open_run(viewed.folder), tmp_path / "v.html", PageOptions(with_tokens=False))
+    assert 'id="t0"' not in page.path.read_text() and page.size < viewed.page.stat().st_size / 2
+
+
+def test_the_torn_last_line_of_a_run_that_goes_on_is_left_out(tmp_path: Path) -> None:
+    records = write_run(tmp_path / "run", Plan(steps=1, tasks=1))
+    journal = tmp_path / "run" / "rollouts" / "step-0.rank-0.jsonl"
+    with open(journal, "a") as file:
+        file.write('{"step": 0, "mode": "tr')
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 9, "rew')
+    page = write_page(open_run(tmp_path / "run"), tmp_path / "v.html")
+    assert page.recorded == len(records)
+
+
+def test_damage_elsewhere_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", Plan(steps=1, tasks=1))
+    journal = tmp_path / "run" / "rollouts" / "step-0.rank-0.jsonl"
+    journal.write_text("{torn\n" + journal.read_text())
+    with pytest.raises(ConfigError, match=r"line 1: not JSON.*Delete that line"):
+        write_page(open_run(tmp_path / "run"), tmp_path / "v.html")
+    assert list(tmp_path.glob("*v.html*")) == []
+
+
+def test_what_is_no_run_is_named_with_what_one_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"There is no run .*`output_dir`"):
+        open_run(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"has no journal: no `rollouts/step-\*.jsonl`"):
+        open_run(tmp_path)
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "step-0.rank-0.jsonl").touch()
+    with pytest.raises(ConfigError, match="holds no finished rollout yet"):
+        write_page(open_run(tmp_path), tmp_path / "v.html")
+
+
+def test_a_run_is_its_folder_or_its_journals(viewed: Viewed) -> None:
+    inside, outside = open_run(viewed.folder / "rollouts"), open_run(viewed.folder)
+    assert (inside.name, inside.metrics, inside.tokenizer) == (outside.name, outside.metrics, outside.tokenizer)
+    assert outside.tokenizer is not None and outside.tokenizer.parent.name == "checkpoint-12"
+
+
+def test_the_newest_checkpoints_tokenizer_is_taken(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", Plan(steps=1, tasks=1))
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-last"):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "tokenizer.json").write_text("{}")
+    found = open_run(tmp_path / "run").tokenizer
+    assert found is not None and found.parent.name == "checkpoint-10"
+
+
+def test_a_tokenizer_that_is_not_there_is_an_error(viewed: Viewed, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`--tokenizer` is .* no tokenizer\.json there"):
+        open_run(viewed.folder, tmp_path)
+
+
+def test_the_command(viewed: Viewed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out.html"
+    assert main(["view", str(viewed.folder), "--output", str(target), "--max-rollouts", "50"]) == 0
+    assert f"of {len(viewed.records)} rollouts" in capsys.readouterr().out and target.exists()
+    assert main(["view", str(viewed.folder), "--output", str(tmp_path / "no" / "where.html")]) == 1
+    assert "Choose another file with --output" in capsys.readouterr().err
+    assert main(["view", str(viewed.folder), "--max-rollouts", "-1"]) == 1
+    assert "`--max-rollouts` is -1" in capsys.readouterr().err
+
+
+def test_in_a_notebook_it_is_a_frame_of_its_own(viewed: Viewed) -> None:
+    view = show(viewed.folder, max_rollouts=20, height=500)
+    markup = view._repr_html_()
+    assert 'sandbox="allow-scripts"' in markup and "height:500px" in markup
+    document = html.unescape(markup.split('srcdoc="')[1].split('"')[0])
+    assert document == view.document and len(blob(document, "index")["columns"]["step"]) <= 20
+
+
+def test_it_needs_neither_torch_nor_transformers() -> None:
+    code = "import sys, trl_gym.report; print({'torch', 'vllm', 'transformers', 'datasets'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -1,0 +1,153 @@
+"""A line of the journal → what the page shows of one rollout: its conversation, and its tokens. Pure but for the
+pieces of text, which are looked up once per token id."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from trl_gym.report.pieces import Pieces
+from trl_gym.report.rows import input_messages, output_items, text_of
+from trl_gym.rollouts.facts import is_tool_error
+
+# Significant digits: of a log-probability, and of its difference to the trainer's, which is small.
+_DIGITS, _GAP_DIGITS = 4, 3
+
+# Of an item of the answer: shown elsewhere, or nothing to look at.
+_TOKENS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs", "routed_experts")
+
+
+class Shared:
+    """Values that several rollouts of one chunk have in common, kept once: prompts, tasks, tool lists."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self._index: dict[str, int] = {}
+
+    def add(self, value: Any) -> int:
+        """Index of an equal value; it is added when there is none."""
+        text = json.dumps(value, sort_keys=True)
+        if text not in self._index:
+            self._index[text] = len(self.values)
+            self.values.append(value)
+        return self._index[text]
+
+
+def conversation_body(record: Mapping[str, Any], shared: Shared) -> dict[str, Any]:
+    """What was said, as JSON.
+
+    Args:
+        record: A journal's line.
+        shared: Gets the task.
+
+    Returns:
+        `input`, `tools`: indices into `shared`. `output`: items `{role, kind, text, turn, …}`. `turns`, `failure`,
+        `drift`, `verify`, `components`: as recorded.
+    """
+    parameters = (record.get("row") or {}).get("responses_create_params") or {}
+    task = {key: value for key, value in (record.get("row") or {}).items() if key != "responses_create_params"}
+    return {
+        "input": shared.add([_item(item) for item in input_messages(record)]),
+        "tools": shared.add(parameters.get("tools") or []),
+        "task": shared.add({key: value for key, value in task.items() if not key.startswith("_ng_")}),
+        "request": {key: parameters.get(key) for key in ("temperature", "top_p", "max_output_tokens")},
+        "output": list(_output(record)),
+        "turns": record.get("turns") or [],
+        "failure": record.get("failure"),
+        "drift": record.get("drift"),
+        "verify": record.get("verify"),
+        "components": record.get("reward_components") or {},
+    }
+
+
+def token_body(
+    record: Mapping[str, Any], shared: Shared, pieces: Pieces, training: Sequence[float] | None
+) -> dict[str, Any] | None:
+    """What was trained, as JSON; None for a rollout without tokens.
+
+    Args:
+        record: A journal's line.
+        shared: Gets the prompt.
+        pieces: Text of tokens.
+        training: `[T]`, the trainer's log-probabilities; None where they are not recorded.
+
+    Returns:
+        `prompt`: index into `shared` of `[P]` ids. `ids` `[T]`. `mask`: lengths of runs, the first of tokens that the
+        environment put there, then alternating. `logprobs` `[S]`, of the sampled tokens alone, and `gaps`, by how much
+        the trainer's are higher, or null. `ends`: see `Trajectory.turn_ends`. `glyphs`, `prompt_glyphs`: text by index
+        where tokens are parts of characters.
+    """
+    ids, mask = record.get("completion_ids") or [], record.get("env_mask") or []
+    if not ids:
+        return None
+    prompt, logprobs = record.get("prompt_ids") or [], record.get("logprobs") or []
+    gaps = None
+    if training is not None and len(training) == len(logprobs):
+        gaps = _sampled([ours - theirs for ours, theirs in zip(training, logprobs, strict=True)], mask, _GAP_DIGITS)
+    pieces.add(prompt)
+    pieces.add(ids)
+    return {
+        "prompt": shared.add(prompt),
+        "ids": ids,
+        "mask": run_lengths(mask),
+        "logprobs": _sampled(logprobs, mask, _DIGITS),
+        "gaps": gaps,
+        "ends": record.get("turn_ends") or [],
+        "glyphs": pieces.glyphs(ids),
+        "prompt_glyphs": pieces.glyphs(prompt),
+    }
+
+
+def run_lengths(mask: Sequence[int]) -> list[int]:
+    """Lengths of runs of equal values, the first of zeros (0 when the mask starts with a one)."""
+    runs = [(value, sum(1 for _ in run)) for value, run in itertools.groupby(mask)]
+    lengths = [length for _, length in runs]
+    return [0, *lengths] if runs and runs[0][0] == 1 else lengths
+
+
+def _sampled(values: Sequence[float], mask: Sequence[int], digits: int) -> list[float]:
+    return [float(f"{value:.{digits}g}") for value, kept in zip(values, mask, strict=True) if kept]
+
+
+def _output(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The items of the answer, each with the index of the model call it came from, or null. Token ids are on the last
+    item of each call; without any, a call is what stands between two items of the environment."""
+    items = output_items(record)
+    has_ids = any(item.get("generation_token_ids") for item in items)
+    turn, after_environment = 0, False
+    for item in items:
+        shown = _item(item)
+        is_sampled = shown["role"] == "assistant"
+        if is_sampled and after_environment and not has_ids:
+            turn += 1
+        yield {**shown, "turn": turn if is_sampled else None}
+        turn += bool(item.get("generation_token_ids"))
+        after_environment = not is_sampled
+
+
+def _item(item: Mapping[str, Any]) -> dict[str, Any]:
+    """One item of the Responses API as the page shows it."""
+    kind = item.get("type") or "message"
+    if kind == "message":
+        return {"role": str(item.get("role") or "assistant"), "kind": "message", "text": text_of(item.get("content"))}
+    if kind == "reasoning":
+        text = text_of(item.get("summary") or item.get("content"))
+        return {"role": "assistant", "kind": "reasoning", "text": text}
+    if kind == "function_call":
+        return {
+            "role": "assistant",
+            "kind": "call",
+            "text": "",
+            "name": str(item.get("name")),
+            "args": text_of(item.get("arguments")),
+            "id": str(item.get("call_id") or ""),
+        }
+    if kind == "function_call_output":
+        text = text_of(item.get("output"))
+        call = str(item.get("call_id") or "")
+        return {"role": "tool", "kind": "result", "text": text, "id": call, "error": is_tool_error(text)}
+    rest = {key: value for key, value in item.items() if key not in _TOKENS}
+    role = "assistant" if item.get("generation_token_ids") else str(item.get("role") or "tool")
+    return {"role": role, "kind": "other", "text": json.dumps(rest, ensure_ascii=False, indent=1), "name": str(kind)}

@@ -1,0 +1,265 @@
+"""One HTML file with everything in it: style, program, data. Nothing is loaded from anywhere else.
+
+    <head>    a Content-Security-Policy that allows this program and this style, by their hashes, and nothing more
+    <body>    what is seen before the program runs
+    data      gzip, base64, in script elements that do not run:
+                  c0, t0, c1, t1, …   conversations and tokens of some rollouts each; unpacked when they are looked at
+                  pieces              text of tokens by id
+                  metrics             metrics.jsonl
+                  index               one row per rollout, numbers per step: unpacked at once
+    program   trl_gym/report/assets/*.js
+
+What the journal says is text of strangers. It is in the page as base64 alone, and the program puts it into text nodes,
+never into markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import html
+import importlib.resources
+import json
+import operator
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from trl_gym.errors import ConfigError
+from trl_gym.report.bodies import Shared, conversation_body, token_body
+from trl_gym.report.index import State, causes, ordered, sample, states, step_stats
+from trl_gym.report.pieces import Pieces
+from trl_gym.report.rows import Row, row_of
+from trl_gym.report.source import Run, read_metrics, read_training_logprobs
+from trl_gym.rollouts.journal import Line, read_line, read_lines
+
+SCHEMA = 1
+_CHUNK_BYTES = 4 * 10**6  # of the journal's lines; what is unpacked at a time
+_CHUNK_ROLLOUTS = 128
+_NUM_CAUSES = 200
+_CAUSE_CHARACTERS = 2000
+_SCRIPTS = (
+    *("dom.js", "data.js", "format.js", "filter.js", "charts.js", "list.js", "overview.js", "steps.js"),
+    *("groups.js", "rollouts.js", "rollout.js", "conversation.js", "tokens.js", "timing.js", "failures.js", "main.js"),
+)
+_STYLES = ("base.css", "views.css", "rollout.css")
+# Columns of the index that hold one of few texts: as numbers into a list.
+_NAMED = ("mode", "dataset", "agent", "failure", "drift", "finish", "version")
+_PLAIN = (
+    *("rollout_id", "step", "group", "member", "attempt", "time", "reward", "success", "turns", "prompt_tokens"),
+    *("environment_tokens", "sampled_tokens", "tool_calls", "tool_errors", "seconds"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageOptions:
+    """What goes into the page.
+
+    Attributes:
+        max_rollouts: Rollouts whose conversation and tokens are in the page; None for all. Curves, steps and failures
+            are of all, whatever it is.
+        with_tokens: Leave token ids and log-probabilities out, for a smaller page.
+    """
+
+    max_rollouts: int | None = None
+    with_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenPage:
+    """A page that was written.
+
+    Attributes:
+        path: The file.
+        size: In bytes.
+        recorded: Lines in the journal.
+        shown: Of these, rollouts in the page.
+    """
+
+    path: Path
+    size: int
+    recorded: int
+    shown: int
+
+
+def write_page(run: Run, path: str | Path, options: PageOptions | None = None) -> WrittenPage:
+    """Write the page, whole or not at all.
+
+    Raises:
+        ConfigError: The journal holds no rollout, or a line that is not the last of its file is damaged.
+        OSError: The file cannot be written.
+    """
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            recorded, shown = render(run, file, options or PageOptions())
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+    return WrittenPage(target, target.stat().st_size, recorded, shown)
+
+
+def render(run: Run, file: IO[bytes], options: PageOptions) -> tuple[int, int]:
+    """Write the page to a binary file. One line of the journal is in memory at a time.
+
+    Returns:
+        Lines in the journal, and how many of them are in the page.
+
+    Raises:
+        ConfigError: See `write_page`.
+    """
+    lines, rows = _read(run)
+    found = states(rows)
+    shown = sample(rows, ordered(rows), options.max_rollouts)
+    pieces = Pieces(run.tokenizer if options.with_tokens else None)
+    style, script = _asset(*_STYLES), _asset(*_SCRIPTS)
+    head, tail = _asset("page.html").split("{{data}}")
+    policy = (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    head = head.replace("{{title}}", html.escape(run.name)).replace("{{policy}}", policy).replace("{{style}}", style)
+    file.write(head.encode())
+    training = _training_logprobs(run, {rows[i].rollout_id for i in shown}) if options.with_tokens else {}
+    places = _write_chunks(file, [lines[i] for i in shown], pieces, training, options.with_tokens)
+    _write_blob(file, "pieces", {"text": pieces.text, "special": pieces.special()})
+    _write_blob(file, "metrics", read_metrics(run))
+    facts = {"tokenizer": pieces.is_known, "with_tokens": options.with_tokens, "training": len(training)}
+    _write_blob(file, "index", _index(run, rows, found, shown, places) | facts)
+    file.write(tail.replace("{{script}}", script).encode())
+    return len(rows), len(shown)
+
+
+def _read(run: Run) -> tuple[list[Line], list[Row]]:
+    """Where each line stands, and its row."""
+    lines, rows = [], []
+    try:
+        for line in read_lines(run.journal):
+            rows.append(row_of(line.record))
+            lines.append(Line(line.path, line.offset, line.length, {}))
+    except ValueError as error:
+        raise ConfigError(
+            f"The journal is damaged: {error}. Only the last line of a file may be incomplete. Delete that line (the "
+            "others are intact) and view the run again."
+        ) from error
+    if not rows:
+        raise ConfigError(
+            f"The journal {str(run.journal)!r} holds no finished rollout yet. A line is written when a rollout ends; "
+            "if the run goes on, try again then, else look into its `logs`."
+        )
+    return lines, rows
+
+
+def _training_logprobs(run: Run, wanted: set[str]) -> dict[str, array[float]]:
+    """By rollout id, of the rollouts in the page."""
+    return {name: array("d", values) for name, values in read_training_logprobs(run) if name in wanted}
+
+
+def _write_chunks(
+    file: IO[bytes], lines: Sequence[Line], pieces: Pieces, training: dict[str, array[float]], with_tokens: bool
+) -> list[tuple[int, int]]:
+    """Write conversations and tokens. Returns for each rollout the number of its chunk and its place in it."""
+    places: list[tuple[int, int]] = []
+    for number, own in enumerate(_chunks(lines)):
+        conversations, tokens = Shared(), Shared()
+        said: list[Any] = []
+        trained: list[Any] = []
+        for line in own:
+            record = read_line(line.path, line.offset, line.length)
+            said.append(conversation_body(record, conversations))
+            if with_tokens:
+                trained.append(token_body(record, tokens, pieces, training.get(str(record.get("rollout_id")))))
+            places.append((number, len(said) - 1))
+        _write_blob(file, f"c{number}", {"shared": conversations.values, "rollouts": said})
+        if with_tokens:
+            _write_blob(file, f"t{number}", {"shared": tokens.values, "rollouts": trained})
+    return places
+
+
+def _chunks(lines: Sequence[Line]) -> Iterator[list[Line]]:
+    own: list[Line] = []
+    size = 0
+    for line in lines:
+        if own and (size + line.length > _CHUNK_BYTES or len(own) >= _CHUNK_ROLLOUTS):
+            yield own
+            own, size = [], 0
+        own.append(line)
+        size += line.length
+    if own:
+        yield own
+
+
+def _index(
+    run: Run, rows: Sequence[Row], found: Sequence[State], shown: Sequence[int], places: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    own = [rows[i] for i in shown]
+    groups: dict[tuple[Any, ...], int] = {}
+    previews: list[str] = []
+    of_group = []
+    for row in own:
+        if row.group_key not in groups:
+            groups[row.group_key] = len(groups)
+            previews.append(row.preview)
+        of_group.append(groups[row.group_key])
+    columns = {name: [getattr(row, name) for row in own] for name in _PLAIN}
+    names: dict[str, list[str | None]] = {}
+    for name in _NAMED:
+        names[name], columns[name] = _numbered(own, operator.attrgetter(name))
+    names["state"], columns["state"] = _numbered([str(found[i]) for i in shown], lambda state: state)
+    columns |= {"group_id": of_group, "chunk": [chunk for chunk, _ in places], "place": [at for _, at in places]}
+    return {
+        "schema": SCHEMA,
+        "run": run.name,
+        "written": round(time.time()),
+        "recorded": len(rows),
+        "columns": columns,
+        "names": names,
+        "previews": previews,
+        "steps": [asdict(stats) for stats in step_stats(rows, found)],
+        "causes": _causes(rows, found),
+        "drift": _drift_counts(rows, found),
+    }
+
+
+def _causes(rows: Sequence[Row], found: Sequence[State]) -> dict[str, Any]:
+    listed = causes(rows, found)
+    top = [asdict(cause) | {"text": cause.text[:_CAUSE_CHARACTERS]} for cause in listed[:_NUM_CAUSES]]
+    return {"listed": top, "left_out": len(listed) - len(top)}
+
+
+def _drift_counts(rows: Sequence[Row], found: Sequence[State]) -> list[dict[str, Any]]:
+    """Counted rollouts that drifted, by environment and cause."""
+    counts: dict[tuple[str, str], int] = {}
+    for row, state in zip(rows, found, strict=True):
+        if row.drift is not None and state is State.COUNTED:
+            counts[row.agent, row.drift] = counts.get((row.agent, row.drift), 0) + 1
+    return [{"agent": agent, "cause": cause, "count": count} for (agent, cause), count in sorted(counts.items())]
+
+
+def _numbered(values: Sequence[Any], name_of: Callable[[Any], str | None]) -> tuple[list[str | None], list[int]]:
+    """The different names, sorted with None first, and for each value the place of its own."""
+    own = [name_of(value) for value in values]
+    names = sorted(set(own), key=lambda name: (name is not None, name or ""))
+    place = {name: index for index, name in enumerate(names)}
+    return names, [place[name] for name in own]
+
+
+def _write_blob(file: IO[bytes], name: str, value: Any) -> None:
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    packed = base64.b64encode(gzip.compress(text, 6, mtime=0))
+    file.write(b'<script type="application/octet-stream" id="%s">%s</script>\n' % (name.encode(), packed))
+
+
+def _asset(*names: str) -> str:
+    folder = importlib.resources.files("trl_gym.report") / "assets"
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

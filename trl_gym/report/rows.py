@@ -1,0 +1,189 @@
+"""A line of the journal → one small row: what tables, curves and filters need. Pure.
+
+Lines of earlier versions lack keys that came later; what is not there counts as not known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl_gym.errors import FailureKind
+from trl_gym.rollouts.facts import is_tool_error
+from trl_gym.rollouts.rollout import success_of
+
+_MEMBER = re.compile(r"-m(\d+)-a\d+$")
+_PREVIEW = 160  # characters of a task in a table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One attempt of a rollout.
+
+    Attributes:
+        rollout_id: Its name in links.
+        mode: `"train"`, `"eval"` or `"rollout"`.
+        step: Optimizer step whose weights sampled it.
+        dataset: Name of the dataset; `""` where none is recorded.
+        agent: Name of the Gym agent, which is the environment.
+        sampler: Run and fingerprint of the weights; what another one sampled at the same step is of another try.
+        task: What tells its task from others.
+        group, member: Its place in the batch.
+        attempt: 0 for the first try.
+        time: Seconds since 1970 when it ended; 0.0 where that is not recorded.
+        reward: None when it failed.
+        success: 0 to 1; None when it failed.
+        failure: Kind of failure, or None.
+        cause: The failure in words, or None.
+        where: The stage at which it failed.
+        drift: Cause of drift, or None.
+        finish: `"stop"`, or why Gym cut it; None when there is no answer.
+        is_retried: Another attempt followed.
+        version: The weights' version, or several with commas.
+        turns: Model calls.
+        prompt_tokens, environment_tokens, sampled_tokens: Of the first prompt; put there after it; sampled.
+        tool_calls, tool_errors: In Gym's answer.
+        seconds: Wall time.
+        preview: Beginning of the task's text.
+    """
+
+    rollout_id: str
+    mode: str
+    step: int
+    dataset: str
+    agent: str
+    sampler: tuple[str, str]
+    task: str
+    group: int
+    member: int
+    attempt: int
+    time: float
+    reward: float | None
+    success: float | None
+    failure: str | None
+    cause: str | None
+    where: str | None
+    drift: str | None
+    finish: str | None
+    is_retried: bool
+    version: str
+    turns: int
+    prompt_tokens: int
+    environment_tokens: int
+    sampled_tokens: int
+    tool_calls: int
+    tool_errors: int
+    seconds: float | None
+    preview: str
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it was given up with its batch, which was never trained on."""
+        return self.failure == FailureKind.CANCELLED
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.failure is None and self.finish not in (None, "stop")
+
+    @property
+    def group_key(self) -> tuple[Any, ...]:
+        """What the rollouts of one group have in common."""
+        return self.mode, self.dataset, self.step, self.sampler, self.group, self.agent, self.task
+
+    @property
+    def slot(self) -> tuple[Any, ...]:
+        """What the attempts of one rollout have in common, tries by other weights included."""
+        return self.mode, self.dataset, self.step, self.group, self.agent, self.task, self.member
+
+
+def row_of(record: Mapping[str, Any]) -> Row:
+    """The row of a journal's line."""
+    failure, drift = record.get("failure"), record.get("drift")
+    reward, mask = record.get("reward"), record.get("env_mask") or []
+    calls, errors = _tool_calls(record)
+    return Row(
+        rollout_id=str(record.get("rollout_id")),
+        mode=str(record.get("mode") or "train"),
+        step=int(record["step"]),
+        dataset=str(record.get("dataset") or ""),
+        agent=str(record.get("agent")),
+        sampler=(str(record.get("run") or ""), str(record.get("weights") or "")),
+        task=str(record.get("task_hash") or record.get("task_index")),
+        group=int(record.get("group") or 0),
+        member=_member(record),
+        attempt=int(record.get("attempt") or 0),
+        time=float(record.get("time") or 0.0),
+        reward=None if reward is None else float(reward),
+        success=None if reward is None else success_of(record.get("verify") or {}, reward),
+        failure=None if failure is None else str(failure.get("kind")),
+        cause=None if failure is None else str(failure.get("text")),
+        where=None if failure is None else str(failure.get("where") or ""),
+        drift=None if drift is None else str(drift.get("cause")),
+        finish=record.get("finish_reason"),
+        is_retried=bool(record.get("retried")),
+        version=", ".join(map(str, record.get("weight_versions") or [])),
+        turns=sum(turn.get("kind") == "model" for turn in record.get("turns") or []),
+        prompt_tokens=len(record.get("prompt_ids") or []),
+        environment_tokens=mask.count(0),
+        sampled_tokens=mask.count(1),
+        tool_calls=calls,
+        tool_errors=errors,
+        seconds=record.get("seconds"),
+        preview=_preview(record),
+    )
+
+
+def input_messages(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The task as it was sent, as items of the Responses API."""
+    parameters = (record.get("row") or {}).get("responses_create_params") or {}
+    items: list[Mapping[str, Any]] = []
+    if parameters.get("instructions"):
+        items.append({"type": "message", "role": "system", "content": parameters["instructions"]})
+    given = parameters.get("input") or []
+    if isinstance(given, str):
+        return [*items, {"type": "message", "role": "user", "content": given}]
+    return [*items, *(item if isinstance(item, Mapping) else {"role": "user", "content": str(item)} for item in given)]
+
+
+def output_items(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The items of Gym's answer; none where there is no answer."""
+    return (record.get("response") or {}).get("output") or []
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content; what is no text is named in brackets."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(_part(part) for part in content)
+    return str(content)
+
+
+def _part(part: Any) -> str:
+    if not isinstance(part, Mapping):
+        return str(part)
+    text = part.get("text", part.get("refusal"))
+    return text if isinstance(text, str) else f"[{part.get('type', 'part')}]"
+
+
+def _member(record: Mapping[str, Any]) -> int:
+    """Earlier versions recorded it in the rollout's name alone."""
+    named = _MEMBER.search(str(record.get("rollout_id")))
+    return int(record.get("member", named[1] if named else 0))
+
+
+def _preview(record: Mapping[str, Any]) -> str:
+    users = [item for item in input_messages(record) if item.get("role") == "user"]
+    text = text_of(users[-1].get("content")) if users else ""
+    return " ".join(text[: 4 * _PREVIEW].split())[:_PREVIEW]
+
+
+def _tool_calls(record: Mapping[str, Any]) -> tuple[int, int]:
+    output = output_items(record)
+    results: Iterator[Any] = (item.get("output") for item in output if item.get("type") == "function_call_output")
+    errors = sum(isinstance(result, str) and is_tool_error(result) for result in results)
+    return sum(item.get("type") == "function_call" for item in output), errors
