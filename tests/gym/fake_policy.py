@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -69,15 +70,20 @@ def reply(body: dict[str, Any]) -> dict[str, Any]:
 class FakePolicy:
     """Async context manager around a running fake.
 
+    Args:
+        port: 0 for a free one.
+        reply: From the body of a chat completion to the assistant message, with or without the token bundle.
+
     Attributes:
         requests: Bodies of the chat completions received so far.
         base_url: What Gym's `policy_base_url` has to be.
     """
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, reply: Callable[[dict[str, Any]], dict[str, Any]] = reply) -> None:
         self.requests: list[dict[str, Any]] = []
         self.base_url = ""
         self._port = port
+        self._reply = reply
 
     async def __aenter__(self) -> FakePolicy:
         app = web.Application(client_max_size=64 * 1024**2)
@@ -96,8 +102,8 @@ class FakePolicy:
     async def _chat_completions(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.requests.append(body)
-        message = reply(body)
-        num_prompt, num_generated = len(message["prompt_token_ids"]), len(message["generation_token_ids"])
+        message = self._reply(body)
+        num_prompt, num_generated = (len(message.get(f"{part}_token_ids", ())) for part in ("prompt", "generation"))
         usage = {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_generated,

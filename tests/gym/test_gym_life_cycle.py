@@ -101,6 +101,17 @@ def test_connect_policy_compares_with_an_attached_gym(head: FakeHead) -> None:
             gym.connect_policy("http://127.0.0.1:9000/v1", "policy")
 
 
+def test_several_policy_servers_have_to_be_the_same_ones(head: FakeHead) -> None:
+    """One that Gym calls and the trainer does not know would sample with old weights."""
+    both = ["http://127.0.0.1:8000/v1", "http://node7:8000/v1"]
+    head.describe({"policy_base_url": both}, [instance("free_agent", "responses_api_agents", "other_agent", head.url)])
+    with GymServers.attach(head.url) as gym:
+        gym.connect_policy("http://node7:8000/v1,http://localhost:8000/v1", "policy")
+        for urls in ("http://node7:8000/v1", f"{both[0]},{both[1]},http://node8:8000/v1"):
+            with pytest.raises(GymServerError, match=f"calls the policy at {both[0]} and {both[1]}, but"):
+                gym.connect_policy(urls, "policy")
+
+
 def test_an_attached_gym_that_goes_away(head: FakeHead) -> None:
     gym = GymServers.attach(head.url)
     head.close()
