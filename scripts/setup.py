@@ -1,7 +1,8 @@
 """Set up a checkout: `.venv` (trainer + vLLM) and `.gym-venv` (NeMo Gym). Safe to repeat; quick when nothing changed.
 
     python3 scripts/setup.py            # what `make setup` and `make quickstart` run
-    python3 scripts/setup.py --test     # also what the tests need: a second NeMo Gym, packages of some environments
+    python3 scripts/setup.py --test     # also what the tests need: a second NeMo Gym, packages of some environments,
+                                        a Chromium for the viewer
 
 Runs under any Python >= 3.8 with the standard library alone. NeMo Gym lives in an environment of its own because it
 needs Python >= 3.12 and pins packages that conflict with vLLM's.
@@ -35,7 +36,9 @@ TRAINER_IMPORTS = (
     "vllm.model_executor.models.qwen3"
 )
 GYM_IMPORTS = "nemo_gym.rollout_collection, responses_api_agents.simple_agent.app, responses_api_models.vllm_model.app"
+DEEPSPEED = ["deepspeed==0.19.8", "hjson", "msgpack"]  # with what .venv lacks of its requirements
 VISION_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NEEDED_GIB = {".venv": 6, ".gym-venv": 2, ".gym-venv-0.7": 2}
 
 
@@ -245,6 +248,18 @@ def set_up_trainer(uv, links):
     environment.finish(mark, TRAINER_IMPORTS)
 
 
+def set_up_deepspeed(uv, links):
+    """Into a folder of its own: where it is installed, accelerate imports it in every process, for seconds."""
+    folder = os.path.join(ROOT, ".setup", "deepspeed")
+    if all(glob.glob(os.path.join(folder, f"{re.sub('==', '-', package)}*.dist-info")) for package in DEEPSPEED):
+        return
+    say("  DeepSpeed for the tests (some seconds, once)")
+    environment = Environment(".venv")
+    uv = uv or os.path.join(environment.path, "bin", "uv")
+    os.environ["DS_BUILD_OPS"] = "0"  # its CUDA kernels are compiled when they are used, which they are not
+    install(uv, environment, DEEPSPEED, links, ["--no-deps", "--target", folder])
+
+
 def set_up_gym(uv, links, name, choices, packages):
     environment = Environment(name)
     mark = fingerprint("gym", choices, packages)
@@ -259,6 +274,27 @@ def set_up_gym(uv, links, name, choices, packages):
     extra = ["--python-version", GYM_FLOOR] if below_floor else []
     install(uv, environment, [f"nemo-gym=={gym}", *packages], links, extra)
     environment.finish(mark, GYM_IMPORTS)
+
+
+def set_up_browser():
+    """A Chromium on PATH, which the tests of `trl-gym view` drive. Nothing to do when there is one."""
+    if any(shutil.which(name) for name in BROWSERS):
+        return
+    apt = shutil.which("apt-get")
+    by_hand = (
+        f"The tests of `trl-gym view` need a Chromium, and none of {', '.join(BROWSERS)} is on PATH. Install one "
+        "(Debian: `apt-get install chromium` as root; elsewhere your system's package, or a link named `chromium` on "
+        "PATH to a Chrome that is there) and run this again. Everything else is set up."
+    )
+    if apt is None or os.geteuid() != 0:
+        raise SetupError(by_hand)
+    say("  chromium: for the tests of the viewer, with apt-get (about half a minute, once)")
+    quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+    run([apt, "update"], quiet)  # what is known of the packages may do where this fails
+    code, output = run([apt, "install", "-y", "--no-install-recommends", "chromium"], quiet)
+    if code != 0 or not shutil.which("chromium"):
+        tail = "\n".join("    " + line for line in output.strip().splitlines()[-5:])
+        raise SetupError(f"`apt-get install chromium` did not work:\n{tail}\n{by_hand}\n  Whole log: {LOG}")
 
 
 def main():
@@ -277,6 +313,8 @@ def main():
         set_up_gym(uv, links, ".gym-venv", GYM_BY_PYTHON, packages)
         if args.test:
             set_up_gym(uv, links, ".gym-venv-0.7", GYM_BY_PYTHON[1:], packages)
+            set_up_browser()
+            set_up_deepspeed(uv, links)
     except SetupError as error:
         say(f"\n{error}")
         return 1

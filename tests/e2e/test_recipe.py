@@ -15,12 +15,14 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.conftest import load
 from tests.e2e.training import ROOT
 from trl_gym.rollouts.journal import read_journal
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 ACCELERATE = Path(sys.executable).with_name("accelerate")
+undocumented_metrics = load("docs_names", ROOT / "scripts" / "docs_names.py").undocumented_metrics
 LAUNCH = [ACCELERATE, "launch", "--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "recipes/grpo.py", "--config", "recipes/quickstart.yaml"]
 START_TIMEOUT_S = 300.0
@@ -82,6 +84,7 @@ def test_the_quickstart_shortened(small_policy: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in metrics if "eval_reward" in row] == [0, 2]
     assert all("reward" in row and "seconds/rollouts" in row for row in metrics[1:])
     assert 0.2 < metrics[0]["eval_success"] <= 0.65
+    assert undocumented_metrics({name for row in metrics for name in row}, ROOT) == []
     assert len([r for r in read_journal(tmp_path / "rollouts") if r["mode"] == "train"]) == 2 * 128
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")

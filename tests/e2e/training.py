@@ -33,8 +33,8 @@ def gap(batch: dict[str, Any]) -> float:
     return (batch["old_per_token_logps"] - batch["sampling_per_token_logps"])[mask].abs().mean().item()
 
 
-def config(output_dir: Path, **changes: Any) -> GymGRPOConfig:
-    return GymGRPOConfig(
+def config(output_dir: Path, kind: type[GymGRPOConfig] = GymGRPOConfig, **changes: Any) -> GymGRPOConfig:
+    return kind(
         **{
             "output_dir": str(output_dir),
             "use_cpu": True,

@@ -19,12 +19,12 @@ from trl_gym.gym.interpreter import find_installation
 from trl_gym.gym.servers import GymServers
 from trl_gym.rollouts.budgets import budgets_from_options
 from trl_gym.rollouts.call_records import RolloutLedger
+from trl_gym.rollouts.collection import Progress
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.finish import Finisher
 from trl_gym.rollouts.journal import Journal, read_journal
 from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.trajectory import from_gym
-from trl_gym.rollouts.watch import CollectionStatus
 
 _COMMIT_EVERY_S = 1.0
 _CHUNK = 4096  # requests that are held in memory at a time
@@ -65,7 +65,7 @@ class _Outcome:
 
 
 def collect(
-    options: CollectOptions, *, say: Callable[[str], None], progress: Callable[[CollectionStatus], None]
+    options: CollectOptions, *, say: Callable[[str], None], progress: Progress
 ) -> Collected:
     """Run every rollout that is not in the journal yet.
 
@@ -102,7 +102,7 @@ def _run(
     jobs: Sequence[Job],
     todo: Sequence[Job],
     say: Callable[[str], None],
-    progress: Callable[[CollectionStatus], None],
+    progress: Progress,
 ) -> None:
     endpoint = look_at(options.base_url, options.model, options.api_key)
     if endpoint.note is not None:
@@ -131,7 +131,7 @@ def _run_chunk(
     jobs: Sequence[Job],
     endpoint: Endpoint,
     options: CollectOptions,
-    progress: Callable[[CollectionStatus], None],
+    progress: Progress,
 ) -> None:
     has_tokens = endpoint.kind is not EndpointKind.PLAIN
     job_of = {(job.task.index, job.member): job for job in jobs}

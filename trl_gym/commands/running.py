@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trl_gym.commands.collect import Collected, InterruptedCollectionError, collect
 from trl_gym.commands.options import CollectOptions
 from trl_gym.errors import RolloutError, ServerError
+from trl_gym.rollouts.collection import Progress as CollectionProgress
 from trl_gym.rollouts.watch import CollectionStatus
 
 _NUM_LINES = 10  # of progress, where output is piped
@@ -28,9 +29,9 @@ def run_collection(options: CollectOptions, console: Console, errors: Console) -
         console: For results.
         errors: For progress and notes.
     """
-    say = _speaker(errors)
+    say = speaker(errors)
     try:
-        with _progress(errors) as progress:
+        with shown_progress(errors) as progress:
             return collect(options, say=say, progress=progress)
     except InterruptedCollectionError as stopped:
         say(
@@ -51,14 +52,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(beside, path)
 
 
-def _speaker(console: Console) -> Callable[[str], None]:
+def speaker(console: Console) -> Callable[[str], None]:
+    """Prints sentences as they are."""
     return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Callable[[CollectionStatus], None]]:
+def shown_progress(console: Console) -> Iterator[CollectionProgress]:
+    """How far a collection is: a bar in a terminal, else some lines (so in a notebook)."""
     if not console.is_terminal:
-        yield _line_progress(_speaker(console))
+        yield _line_progress(speaker(console))
         return
     bar = Progress(
         TextColumn("[bold]rollouts"),
@@ -75,7 +78,7 @@ def _progress(console: Console) -> Iterator[Callable[[CollectionStatus], None]]:
         )
 
 
-def _line_progress(say: Callable[[str], None]) -> Callable[[CollectionStatus], None]:
+def _line_progress(say: Callable[[str], None]) -> CollectionProgress:
     """A line whenever another tenth has ended."""
     shown = 0
 

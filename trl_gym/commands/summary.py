@@ -101,14 +101,14 @@ def summarize(ended: Iterable[Outcome]) -> dict[str, Summary]:
 def summary_of(ended: Sequence[Outcome]) -> Summary:
     """The numbers of some rollouts."""
     good = [outcome for outcome in ended if outcome.failure is None]
-    rewards = [outcome.reward for outcome in good]
+    rewards = [outcome.reward for outcome in good if outcome.reward is not None]
     seconds = sorted(outcome.seconds for outcome in good)
     return Summary(
         rollouts=len(ended),
         failed=dict(Counter(outcome.failure for outcome in ended if outcome.failure is not None).most_common()),
         reward_mean=_mean(rewards),
         reward_std=(statistics.stdev(rewards) if len(rewards) > 1 else 0.0) if rewards else None,
-        success=_mean([outcome.success for outcome in good]),
+        success=_mean([outcome.success for outcome in good if outcome.success is not None]),
         turns=_mean([outcome.turns for outcome in good]),
         seconds_p50=percentile(seconds, 0.5),
         seconds_p95=percentile(seconds, 0.95),
