@@ -1,8 +1,9 @@
-"""All tests, on two cores: those with servers here, the others beside them, their output afterwards.
+"""All tests, on two cores: those with policy servers here, the others beside them, their output afterwards.
 
     python scripts/run_tests.py [any pytest argument]
 
-Never two vLLM servers at a time: all tests that start one are marked `e2e` and run one after another.
+Never two vLLM servers at a time: all tests that may start one are marked `e2e` and not `no_policy`, and run one after
+another.
 """
 
 import signal
@@ -12,18 +13,19 @@ from pathlib import Path
 
 LOG = Path(__file__).resolve().parents[1] / ".setup" / "unit-tests.log"
 NO_TESTS_COLLECTED = 5
+BESIDE = "not e2e or no_policy"
 
 
 def main(arguments: list[str]) -> int:
     pytest = [sys.executable, "-m", "pytest", *arguments]
     with LOG.open("w") as log:
-        unit = subprocess.Popen([*pytest, "-m", "not e2e", "--color=no"], stdout=log, stderr=subprocess.STDOUT)
-    print(f"tests without servers run beside these; their output: {LOG}", flush=True)
-    servers = subprocess.Popen([*pytest, "-m", "e2e"])
+        unit = subprocess.Popen([*pytest, "-m", BESIDE, "--color=no"], stdout=log, stderr=subprocess.STDOUT)
+    print(f"tests without policy servers run beside these; their output: {LOG}", flush=True)
+    servers = subprocess.Popen([*pytest, "-m", f"not ({BESIDE})", "--durations=25"])
     # Ctrl-C reaches both as well; they stop their servers first, and are waited for.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     codes = [process.wait() for process in (servers, unit)]
-    print(f"\ntests without servers:\n{LOG.read_text()}", flush=True)
+    print(f"\ntests without policy servers:\n{LOG.read_text()}", flush=True)
     ran = [code for code in codes if code != NO_TESTS_COLLECTED]
     return max(map(abs, ran)) if ran else NO_TESTS_COLLECTED
 

@@ -125,3 +125,34 @@ def test_each_wrong_option_is_named(option: str, value: Any, named: str) -> None
     with pytest.raises(ConfigError) as caught:
         GymGRPOConfig(**BASE, **{option: value})
     assert "1 problem(s)" in str(caught.value) and named in str(caught.value)
+
+
+def test_a_rank_may_not_give_up_before_the_server_is_back() -> None:
+    with pytest.raises(ConfigError, match="`gym_server_reconnect_timeout` is 3600 and `ddp_timeout` 1800"):
+        GymGRPOConfig(**BASE, gym_config_paths=["a.yaml"], gym_server_reconnect_timeout=3600)
+    GymGRPOConfig(**BASE, gym_config_paths=["a.yaml"], gym_server_reconnect_timeout=3600, ddp_timeout=7200)
+
+
+def test_taking_turns_needs_shared_gpus() -> None:
+    with pytest.raises(ConfigError, match="`vllm_enable_sleep_mode`.*leave it out"):
+        GymGRPOConfig(**BASE, gym_config_paths=["a.yaml"], vllm_enable_sleep_mode=True, gym_server_devices="1")
+    with pytest.raises(ConfigError, match="set `vllm_enable_sleep_mode` too"):
+        GymGRPOConfig(**BASE, gym_config_paths=["a.yaml"], gym_offload_optimizer=True)
+
+
+def test_every_problem_of_the_weight_sync_is_named() -> None:
+    wrong = {
+        "gym_weight_transport": "carrier pigeon",
+        "gym_pause_mode": "abort",
+        "gym_gpu_memory": "all",
+        "gym_verify_sync_steps": -1,
+        "gym_server_restarts": -1,
+        "gym_max_adapters": 1,
+        "gym_weight_buffer_mb": 0,
+        "gym_sync_timeout": 0,
+    }
+    with pytest.raises(ConfigError) as caught:
+        GymGRPOConfig(**BASE, gym_config_paths=["a.yaml"], **wrong)
+    assert "8 problem(s)" in str(caught.value)
+    for name in wrong:
+        assert f"`{name}` is " in str(caught.value)

@@ -183,6 +183,23 @@ def _sync_problems(config: GymGRPOConfig) -> list[str]:
     ):
         if getattr(config, name) < least:
             problems.append(f"`{name}` is {getattr(config, name)}; it must be at least {least}.")
+    for name in ("gym_server_start_timeout", "gym_server_reconnect_timeout"):
+        value = getattr(config, name)
+        if isinstance(value, int | float) and value >= config.ddp_timeout:
+            problems.append(
+                f"`{name}` is {value:g} and `ddp_timeout` {config.ddp_timeout}: the ranks that wait for the one which "
+                "waits for the server would give up first; set `ddp_timeout` higher."
+            )
+    if config.vllm_enable_sleep_mode and (config.vllm_mode == "server" or config.gym_server_devices is not None):
+        problems.append(
+            "`vllm_enable_sleep_mode` makes trainer and server take turns on the same GPUs, and the server has its "
+            "own (`vllm_mode` 'server' or `gym_server_devices`); leave it out."
+        )
+    if config.gym_offload_optimizer and not config.vllm_enable_sleep_mode:
+        problems.append(
+            "`gym_offload_optimizer` makes room for a server that sleeps during updates; set "
+            "`vllm_enable_sleep_mode` too, or leave it out."
+        )
     if config.gym_server_devices is not None and config.vllm_mode == "server":
         problems.append(
             "`gym_server_devices` places a server that we start and `vllm_mode` is 'server', where one runs already; "

@@ -25,7 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 def server_flags(
-    args: GymGRPOConfig, model: str | PreTrainedModel, peft_config: Any = None, num_processes: int = 1
+    args: GymGRPOConfig,
+    model: str | PreTrainedModel,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    num_processes: int = 1,
 ) -> dict[str, Any]:
     """Everything that the server is started with. On GPUs it prints how their memory will be used.
 
@@ -33,6 +37,7 @@ def server_flags(
         args: The trainer's configuration.
         model: As given to the trainer.
         peft_config: Of the adapter that the trainer will put on it.
+        quantization_config: With which the trainer will load it.
         num_processes: Of training.
 
     Raises:
@@ -41,7 +46,7 @@ def server_flags(
     flags: dict[str, Any] = {
         "dtype": args.serving_dtype,
         "weight-transfer-config": json.dumps({"backend": weight_backend(args)}),
-        **managed_flags(args, model, peft_config),
+        **managed_flags(args, model, peft_config, quantization_config),
     }
     if args.vllm_max_model_length is not None:
         flags["max-model-len"] = args.vllm_max_model_length

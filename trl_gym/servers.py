@@ -292,6 +292,7 @@ def servers_for(
     policy: PolicyBackend | None,
     gym: GymServers | None,
     peft_config: Any = None,
+    quantization_config: Any = None,
 ) -> RunServers | NoServers:
     """What a run needs: two servers, or none when it trains from a journal. For the arguments see `RunServers`."""
     if args.gym_replay is not None:
@@ -302,7 +303,7 @@ def servers_for(
         lambda: servable(model, processing_class, args),
         policy,
         gym,
-        lambda: server_flags(args, model, peft_config, PartialState().num_processes),
+        lambda: server_flags(args, model, peft_config, quantization_config, PartialState().num_processes),
     )
 
 

@@ -139,7 +139,13 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
         self._recall: Recall | None = None
         self._supply: PolicySupply | None = None  # there is none where rollouts come from a journal
         self._servers = servers.servers_for(
-            args, model, kwargs.get("processing_class"), policy_server, gym_servers, kwargs.get("peft_config")
+            args,
+            model,
+            kwargs.get("processing_class"),
+            policy_server,
+            gym_servers,
+            kwargs.get("peft_config"),
+            kwargs.get("quantization_config"),
         )
         try:
             self._servers.start()  # they load while the model does

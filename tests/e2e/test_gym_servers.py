@@ -23,7 +23,7 @@ from trl_gym.gym.interpreter import GymInstallation, probe
 from trl_gym.gym.servers import GymServers
 from trl_gym.processes import bind_socket
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.no_policy]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 INTERPRETERS = {

@@ -18,7 +18,7 @@ from trl_gym.cli import main
 from trl_gym.commands.new_environment import NewEnvironment, create
 from trl_gym.rollouts.journal import read_journal
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.no_policy]
 
 NUM_ROWS = 12
 BUG, ANSWER_WRONG, NO_TOOL, RUBBISH = 2, 3, 4, 5  # of every six tasks; the others are played well

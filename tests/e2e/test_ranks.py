@@ -77,24 +77,22 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_after_every_sync_the_server_computes_what_the_trainer_computes(
-    launched: tuple[int, Path, subprocess.CompletedProcess[str], float], kind: str
+    launched: tuple[int, Path, subprocess.CompletedProcess[str], float],
 ) -> None:
     num_ranks, folder, done, _ = launched
-    if kind not in RUNS[num_ranks]:
-        return
-    assert len(list((folder / kind).glob("done-*"))) == num_ranks, done.stderr[-6000:]
-    gaps = lines(folder / kind / "gaps.jsonl")
-    assert [line["step"] for line in gaps] == list(range(NUM_STEPS + 1))
-    assert all(line["gap"] < MAX_MEAN_GAP / 10 for line in gaps)
-    assert all(line["learnt"] > 0 for line in gaps[1:])  # there was something to send
-    metrics = lines(folder / kind / "metrics.jsonl")
-    assert [line["step"] for line in metrics] == list(range(1, NUM_STEPS + 1))
-    assert all(line["weight_sync/probe_gap"] < MAX_MEAN_GAP / 10 for line in metrics)
+    for kind in (kind for kind in RUNS[num_ranks] if kind != "killed"):
+        assert len(list((folder / kind).glob("done-*"))) == num_ranks, done.stderr[-6000:]
+        gaps = lines(folder / kind / "gaps.jsonl")
+        assert [line["step"] for line in gaps] == list(range(NUM_STEPS + 1))
+        assert all(line["gap"] < MAX_MEAN_GAP / 10 for line in gaps), (kind, gaps)
+        assert all(line["learnt"] > 0 for line in gaps[1:])  # there was something to send
+        metrics = lines(folder / kind / "metrics.jsonl")
+        assert [line["step"] for line in metrics] == list(range(1, NUM_STEPS + 1))
+        assert all(line["weight_sync/probe_gap"] < MAX_MEAN_GAP / 10 for line in metrics)
 
 
-def test_a_killed_rank_ends_the_run_with_words_on_every_rank_and_nothing_is_left(
+def test_a_run_ends_well_or_after_a_killed_rank_with_words_on_every_rank_and_nothing_left(
     launched: tuple[int, Path, subprocess.CompletedProcess[str], float],
 ) -> None:
     num_ranks, folder, done, ended = launched

@@ -65,18 +65,24 @@ def plan_adapter(
     return _plan_of(adapted)
 
 
-def managed_flags(args: GymGRPOConfig, model: str | torch.nn.Module, peft_config: PeftConfig | None) -> dict[str, Any]:
+def managed_flags(
+    args: GymGRPOConfig,
+    model: str | torch.nn.Module,
+    peft_config: PeftConfig | None,
+    quantization_config: Any = None,
+) -> dict[str, Any]:
     """Flags for adapters of a server that we start; none where whole weights will be sent.
 
     Args:
         args: The trainer's configuration.
         model: As for `plan_adapter`.
         peft_config: As for `plan_adapter`.
+        quantization_config: As given to the trainer.
 
     Raises:
         ConfigError: Only an adapter can be sent, or was asked for, and it cannot be served.
     """
-    quantized = _quantization(args, model)
+    quantized = _quantization(args, model, quantization_config)
     if args.gym_weight_transport != "adapter" and (args.gym_weight_transport != "auto" or quantized is None):
         return {}
     plan = plan_adapter(model, peft_config, trust_remote_code=args.trust_remote_code)
@@ -132,9 +138,9 @@ def merged_problem(model: torch.nn.Module) -> str | None:
     return f"the base is quantized ({getattr(method, 'value', method)}) and would round away what is merged into it"
 
 
-def _quantization(args: GymGRPOConfig, model: Any) -> str | None:
+def _quantization(args: GymGRPOConfig, model: Any, given: Any) -> str | None:
     """How the base that is trained is quantized, or None."""
-    asked = (args.model_init_kwargs or {}).get("quantization_config") if isinstance(model, str) else None
+    asked = (given or (args.model_init_kwargs or {}).get("quantization_config")) if isinstance(model, str) else None
     config = asked if asked is not None else _stored_quantization(model, args.trust_remote_code)
     if config is None:
         return None
