@@ -17,6 +17,13 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import ModelConfig
+
+    from trl_gym import GymGRPOConfig
 
 
 @dataclass
@@ -28,7 +35,11 @@ class ScriptArguments:
         eval_files (`list[str]`, *optional*): Gym JSONL files to evaluate on.
         data_script (`str`, *optional*): Script that makes both, called with `--output_dir <output_dir>/data`; it
             writes `train.jsonl` and `validation.jsonl`.
+        train_weights (`list[float]`, *optional*): Share of each of the `train_files`, in any unit. Without it, their
+            rows are put after one another.
         agent (`str`, *optional*): Agent for rows that name none.
+        resume (`bool`): Go on from the newest complete checkpoint in `output_dir`, if there is one: for jobs that are
+            put into a queue again.
         small_policy_dir (`str`): Where the small policy is built when `model_name_or_path` is not given.
         small_policy_learning_rate (`float`): Learning rate for it: half a million parameters want a thousand times
             that of a real model.
@@ -39,7 +50,13 @@ class ScriptArguments:
     data_script: str | None = field(
         default=None, metadata={"help": "Script that writes train.jsonl and validation.jsonl to --output_dir."}
     )
+    train_weights: list[float] | None = field(
+        default=None, metadata={"help": "Share of each of the train_files; without it, all rows of all."}
+    )
     agent: str | None = field(default=None, metadata={"help": "Agent for rows that name none."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the newest complete checkpoint in output_dir, if there is one."}
+    )
     small_policy_dir: str = field(
         default="runs/small_policy", metadata={"help": "Where the small policy is built when no model is given."}
     )
@@ -63,6 +80,37 @@ def make_data(script: str, output_dir: str) -> tuple[Path, Path]:
     return folder / "train.jsonl", folder / "validation.jsonl"
 
 
+def load_train(script: ScriptArguments, seed: int) -> Dataset:
+    """What is trained on: the files mixed by weight, or one after the other.
+
+    Raises:
+        DatasetError: A file is missing or broken, or there are more or fewer weights than files.
+    """
+    from trl_gym import load_gym_dataset, mix_gym_datasets
+
+    if script.train_weights is None:
+        return load_gym_dataset(script.train_files, agent=script.agent)
+    parts = [load_gym_dataset(file, agent=script.agent) for file in script.train_files]
+    return mix_gym_datasets(parts, script.train_weights, seed=seed)
+
+
+def load_as_told(model: ModelConfig, args: GymGRPOConfig) -> None:
+    """Hand on what TRL's `ModelConfig` says about loading; `model_init_kwargs` wins where both do."""
+    from trl import get_quantization_config
+
+    told = {
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "revision": None if model.model_revision == "main" else model.model_revision,
+        "quantization_config": get_quantization_config(model),
+    }
+    args.model_init_kwargs = {name: value for name, value in told.items() if value is not None} | (
+        args.model_init_kwargs or {}
+    )
+    if told["revision"] is not None and args.vllm_mode == "colocate":
+        args.gym_vllm_args = {"revision": told["revision"], **(args.gym_vllm_args or {})}
+
+
 def main() -> None:
     quiet()
     started = time.monotonic()
@@ -71,6 +119,7 @@ def main() -> None:
     from trl import ModelConfig, TrlParser, get_peft_config
 
     from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
+    from trl_gym.resume import last_complete_checkpoint
 
     transformers_logging.disable_progress_bar()
     parser = TrlParser((ScriptArguments, GymGRPOConfig, ModelConfig))
@@ -87,12 +136,15 @@ def main() -> None:
 
             model.model_name_or_path = str(build_tiny_policy(script.small_policy_dir, seed=args.seed))
             args.learning_rate = script.small_policy_learning_rate
+    load_as_told(model, args)
+    if script.resume and args.resume_from_checkpoint is None:
+        args.resume_from_checkpoint = last_complete_checkpoint(args.output_dir)
     ready = time.monotonic()
 
     with GymGRPOTrainer(
         model=model.model_name_or_path,
         args=args,
-        train_dataset=load_gym_dataset(script.train_files, agent=script.agent),
+        train_dataset=load_train(script, args.seed),
         eval_dataset=load_gym_dataset(script.eval_files, agent=script.agent) if script.eval_files else None,
         peft_config=get_peft_config(model),
     ) as trainer:

@@ -134,7 +134,7 @@ def test_a_rank_may_not_give_up_before_the_server_is_back() -> None:
 
 
 def test_taking_turns_needs_shared_gpus() -> None:
-    with pytest.raises(ConfigError, match="`vllm_enable_sleep_mode`.*leave it out"):
+    with pytest.raises(ConfigError, match=r"`vllm_enable_sleep_mode`.*leave it out"):
         GymGRPOConfig(**BASE, gym_config_paths=["a.yaml"], vllm_enable_sleep_mode=True, gym_server_devices="1")
     with pytest.raises(ConfigError, match="set `vllm_enable_sleep_mode` too"):
         GymGRPOConfig(**BASE, gym_config_paths=["a.yaml"], gym_offload_optimizer=True)

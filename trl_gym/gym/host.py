@@ -205,7 +205,8 @@ def _missing_module_text(instance: Instance, error: ModuleNotFoundError) -> str:
     wanted = " ".join(f"'{package}'" for package in packages or [str(error.name).split(".")[0]])
     return (
         f"{instance.label} needs the Python module `{error.name}`, which is not installed for {sys.executable}. "
-        f"Install what the server asks for:\n\n    {sys.executable} -m pip install {wanted}"
+        f"Install what the server asks for:\n\n    uv pip install --python {sys.executable} {wanted}\n\n"
+        "(without uv: the same interpreter with `-m pip install`, where it has pip)"
     )
 
 

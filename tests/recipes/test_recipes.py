@@ -1,0 +1,310 @@
+"""Recipes that cannot run here are checked as far as they can: by the parsers of everything that will read them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shlex
+import subprocess
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from transformers import Qwen3Config
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from tests.conftest import RECIPES, load
+from trl_gym import GymGRPOConfig, load_gym_dataset
+from trl_gym.errors import DatasetError
+from trl_gym.gym.config import API_KEY_VARIABLE, expand_overrides, initial_config, resolve_configs
+from trl_gym.memory.estimate import from_trainer
+from trl_gym.memory.shapes import GIB, DeviceMemory
+from trl_gym.policy_server.command import flags_from
+from trl_gym.server_flags import server_flags
+from trl_gym.weight_sync.transports import planned_backend
+
+ROOT = RECIPES.parent
+ALL = sorted(path.name for path in RECIPES.glob("*.yaml"))
+FOR_GPUS = [name for name in ALL if name != "quickstart.yaml"]
+GYMS = (".gym-venv", ".gym-venv-0.7")
+HEADINGS = ("Trains", "Hardware", "Time", "Data", "Command", "Expected")
+
+
+@cache
+def script() -> ModuleType:
+    return load("recipe_grpo", RECIPES / "grpo.py")
+
+
+@cache
+def parsed(name: str) -> tuple[Any, GymGRPOConfig, ModelConfig]:
+    """As the script parses it; on a machine without a GPU, which is told apart from the recipe."""
+    parser = TrlParser((script().ScriptArguments, GymGRPOConfig, ModelConfig))
+    return parser.parse_args_and_config(["--config", str(RECIPES / name), "--use_cpu", "true"])
+
+
+def header(name: str) -> str:
+    """The comment that a file begins with, without its comment signs and continued lines."""
+    lines = (RECIPES / name).read_text().splitlines()
+    count = next(index for index, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(line.removeprefix("#")[1:] for line in lines[:count]).replace("\\\n", " ")
+
+
+# -- the YAMLs --------------------------------------------------------------------------------------------------------
+
+
+def test_all_recipes_are_here() -> None:
+    assert set(ALL) == {
+        "quickstart.yaml", "workplace_assistant.yaml", "math.yaml", "several_environments.yaml", "lora_24gb.yaml",
+        "colocated_8gpu.yaml", "remote_server.yaml",
+    }  # fmt: skip
+    listed = (RECIPES / "README.md").read_text()
+    assert [name for name in ALL if f"]({name})" not in listed] == []
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_key_is_an_option(name: str) -> None:
+    recipe, args, model = parsed(name)
+    given = yaml.safe_load((RECIPES / name).read_text())
+    for key, value in given.items():
+        owner = next(options for options in (recipe, args, model) if hasattr(options, key))
+        # What the options' own checks turn into another form (lists, enums) is still what was written.
+        if isinstance(value, bool | int | float | str) and key != "report_to":
+            assert getattr(owner, key) == value, key
+
+
+def test_an_unknown_key_would_be_found(tmp_path: Path) -> None:
+    recipe = tmp_path / "typo.yaml"
+    recipe.write_text((RECIPES / "math.yaml").read_text() + "gym_deadlin: 5\n")
+    with pytest.raises(ValueError, match="gym_deadlin"):
+        parsed(str(recipe))
+
+
+@pytest.mark.parametrize("name", FOR_GPUS)
+def test_header_says_what_one_must_know(name: str) -> None:
+    text = header(name)
+    assert re.findall(rf"^({'|'.join(HEADINGS)})\b", text, re.M) == list(HEADINGS)
+    assert f"recipes/grpo.py --config recipes/{name}" in text
+    for config in re.findall(r"--config_file (\S+)", text):
+        assert (ROOT / config).is_file()
+    assert "not measured by us" in text.lower()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_batches_divide_on_eight_gpus_and_on_one(name: str) -> None:
+    _, args, _ = parsed(name)
+    per_rank = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    for num_ranks in (1, 8):
+        assert num_ranks * per_rank % args.num_generations == 0
+        assert num_ranks * args.per_device_eval_batch_size % args.num_generations_eval == 0
+    assert args.save_steps % args.eval_steps == 0 or args.eval_steps % args.save_steps == 0
+
+
+def test_the_shared_node_is_divided_as_its_comment_says() -> None:
+    """CUDA IPC reaches the workers of the same GPU only: as many workers as processes."""
+    for name in ("workplace_assistant.yaml", "math.yaml", "several_environments.yaml", "colocated_8gpu.yaml"):
+        _, args, _ = parsed(name)
+        assert args.vllm_tensor_parallel_size * args.gym_vllm_args["data-parallel-size"] == 8
+
+
+# -- what their comments say about memory -----------------------------------------------------------------------------
+
+SHAPES = {  # as in the configs of the models
+    "Qwen/Qwen3-1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_heads": 16},
+    "Qwen/Qwen3-4B-Instruct-2507": {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_heads": 32,
+    },
+    "Qwen/Qwen3-8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_heads": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "gib", "fraction", "contexts"),
+    [
+        ("lora_24gb.yaml", 1, 23.6, 0.65, 33),
+        ("workplace_assistant.yaml", 8, 79.1, 0.59, 22),
+        ("math.yaml", 8, 79.1, 0.64, 16),
+        ("colocated_8gpu.yaml", 8, 79.1, 0.52, 37),
+    ],
+)
+def test_planner_says_what_the_header_says(
+    name: str, num_ranks: int, gib: float, fraction: float, contexts: int, tmp_path: Path
+) -> None:
+    _, args, model = parsed(name)
+    shape = dict(SHAPES[model.model_name_or_path])
+    Qwen3Config(
+        vocab_size=151_936, head_dim=128, num_key_value_heads=8, num_attention_heads=shape.pop("num_heads"),
+        tie_word_embeddings=model.model_name_or_path != "Qwen/Qwen3-8B", **shape,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    args = copy.copy(args)
+    args.bf16 = True  # as on a GPU
+    script().load_as_told(model, args)
+    plan = from_trainer(
+        args, str(tmp_path), num_ranks, DeviceMemory(total_bytes=int(gib * GIB)), peft_config=get_peft_config(model),
+        environment={"ACCELERATE_USE_FSDP": "true"} if num_ranks > 1 else {},
+    )  # fmt: skip
+    assert plan.utilization is not None
+    assert (round(plan.utilization, 2), plan.sequences) == (fraction, contexts)
+    assert f"fraction of {fraction}" in " ".join(header(name).split())
+    assert args.vllm_gpu_memory_utilization < plan.utilization
+    if name != "lora_24gb.yaml":  # its table is of what is given
+        assert f"{contexts} " in header(name)
+
+
+# -- what reads them: vLLM --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def skeleton(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model without weights in the place of the hub's: its modules have the names of Qwen3's."""
+    folder = tmp_path_factory.mktemp("model")
+    Qwen3Config(num_hidden_layers=1, hidden_size=64, intermediate_size=64, vocab_size=64).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "remote_server.yaml"])
+def test_vllm_takes_the_flags_of_a_server_that_we_start(name: str, skeleton: str) -> None:
+    from trl_gym.policy_server import vllm_entry
+
+    _, args, model = parsed(name)
+    backend = planned_backend(args.gym_weight_transport, on_cuda=True, shares_devices=True)
+    with_a_gpu = {
+        "weight-transfer-config": {"backend": backend},
+        "gpu-memory-utilization": args.vllm_gpu_memory_utilization,
+        "tensor-parallel-size": args.vllm_tensor_parallel_size,
+    }
+    flags = flags_from(server_flags(args, skeleton, get_peft_config(model)) | with_a_gpu)
+    told = vllm_entry.parse_args([model.model_name_or_path or "policy", *flags])
+    assert told.weight_transfer_config.backend == "ipc"
+    assert told.max_model_len == args.vllm_max_model_length
+    assert told.data_parallel_size == args.gym_vllm_args.get("data-parallel-size", 1)
+    assert told.enable_auto_tool_choice == ("tool-call-parser" in args.gym_vllm_args)
+    assert bool(told.enable_lora) == model.use_peft
+
+
+def test_vllm_takes_the_flags_of_the_server_in_the_header() -> None:
+    from trl_gym.policy_server import vllm_entry
+
+    _, args, model = parsed("remote_server.yaml")
+    [line] = re.findall(r"trl-gym serve (.*?)#", header("remote_server.yaml"))
+    told = vllm_entry.parse_args(shlex.split(line))
+    assert told.model == model.model_name_or_path
+    assert told.max_model_len == args.vllm_max_model_length
+    assert told.weight_transfer_config.backend == args.gym_weight_transport
+    assert args.vllm_server_base_url == f"http://{told.host}:{told.port}/v1"
+
+
+# -- what reads them: NeMo Gym ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=GYMS)
+def installation(request: pytest.FixtureRequest) -> Path:
+    return next((ROOT / request.param / "lib").glob("python*/site-packages"))
+
+
+def test_gym_resolves_the_configs_and_has_the_agents(installation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Config files are found, nothing is left open in them, every server has an entry point."""
+    monkeypatch.chdir(ROOT)
+    settings = []
+    for name in ALL:
+        _, args, _ = parsed(name)
+        configs = resolve_configs(args.gym_config_paths, installation)
+        config = initial_config(
+            configs,
+            expand_overrides(args.gym_overrides or {}),
+            nonce="nonce",
+            head_address=("127.0.0.1", 1),
+            policy_base_url="http://127.0.0.1:2/v1",
+            policy_model_name="policy",
+        )
+        roots = [str(root) for root in (*configs.search_roots, installation)]
+        settings.append({"config": config, "search_roots": roots})
+    python = installation.parents[2] / "bin" / "python"
+    script_path = Path(__file__).with_name("gym_configs.py")
+    done = subprocess.run(
+        [python, script_path, ROOT / "trl_gym" / "gym" / "host.py"],
+        input=json.dumps(settings), capture_output=True, text=True,
+        env={API_KEY_VARIABLE: "key", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, servers in zip(ALL, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        recipe, args, _ = parsed(name)
+        agents = {server for server, kind in servers.items() if kind == "responses_api_agents"}
+        wanted = {recipe.agent, *(args.gym_environments or {})} - {None}
+        assert wanted <= agents, name
+        # A row that names none goes to the only one.
+        assert wanted or len(agents) == 1, name
+        assert "policy_model" in servers
+
+
+def test_scripts_that_make_math_data_are_installed(installation: Path) -> None:
+    recipe, _, _ = parsed("math.yaml")
+    modules = re.findall(r"-m ([\w.]+)", header("math.yaml"))
+    assert len(modules) == 2
+    for module, file in zip(modules, [*recipe.train_files, *recipe.eval_files], strict=True):
+        text = (installation / (module.replace(".", "/") + ".py")).read_text()
+        assert f'open("{Path(file).relative_to("runs/data/math")}", "w")' in text
+    requirements = (installation / "resources_servers/math_with_judge/requirements.txt").read_text()
+    assert re.search(r"math-verify==\S+", header("math.yaml"))[0] in requirements
+
+
+def test_commands_that_make_sudokus_run(tmp_path: Path) -> None:
+    """As in the header, but for size and folder; the rows name the agent of the recipe."""
+    lines = [line.strip() for line in header("several_environments.yaml").splitlines()]
+    commands = [line for line in lines if re.match(r"site=|make_sudokus=|\.gym-venv/bin/python", line)]
+    text = "\n".join(commands).replace(".gym-venv/bin/python", str(ROOT / ".gym-venv/bin/python"))
+    text = re.sub(r"--size \d+", "--size 2", text.replace("runs/data/mini_sudoku", str(tmp_path)))
+    subprocess.run(["bash", "-ec", text], check=True, capture_output=True, cwd=tmp_path)
+    for file in ("train.jsonl", "validation.jsonl"):
+        rows = load_gym_dataset(tmp_path / file)
+        assert rows["agent"] == ["reasoning_gym_simple_agent"] * 2
+
+
+def test_data_that_gym_downloads_has_the_agent_of_the_recipe(installation: Path) -> None:
+    [config] = re.findall(r"--config (resources_servers/\S+)", header("workplace_assistant.yaml"))
+    content = yaml.safe_load((installation / config).read_text())
+    recipe, _, _ = parsed("workplace_assistant.yaml")
+    datasets = content[recipe.agent]["responses_api_agents"]["simple_agent"]["datasets"]
+    assert {Path(dataset["jsonl_fpath"]).name for dataset in datasets} >= {"train.jsonl", "validation.jsonl"}
+
+
+# -- the script -------------------------------------------------------------------------------------------------------
+
+
+def rows_file(path: Path, agent: str, num_rows: int) -> str:
+    row = {"responses_create_params": {"input": "Hello"}, "agent_ref": {"name": agent}}
+    path.write_text((json.dumps(row) + "\n") * num_rows)
+    return str(path)
+
+
+def test_train_files_are_mixed_by_weight(tmp_path: Path) -> None:
+    files = [rows_file(tmp_path / "a.jsonl", "a", 300), rows_file(tmp_path / "b.jsonl", "b", 300)]
+    options = script().ScriptArguments(train_files=files)
+    plain = script().load_train(options, seed=0)["agent"]
+    assert plain == ["a"] * 300 + ["b"] * 300
+    options.train_weights = [2, 1]
+    mixed = script().load_train(options, seed=0)["agent"]
+    assert 1.6 < mixed.count("a") / mixed.count("b") < 2.5  # drawn, with this seed
+    options.train_weights = [1, 1, 1]
+    with pytest.raises(DatasetError, match="one positive number for each of the 2"):
+        script().load_train(options, seed=0)
+
+
+def test_what_the_model_options_say_about_loading_is_handed_on(tmp_path: Path) -> None:
+    def told(model: ModelConfig, **options: Any) -> GymGRPOConfig:
+        args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+        script().load_as_told(model, args)
+        return args
+
+    args = told(ModelConfig(dtype="bfloat16", attn_implementation="sdpa", load_in_4bit=True))
+    assert args.model_init_kwargs["dtype"] == "bfloat16"
+    assert args.model_init_kwargs["attn_implementation"] == "sdpa"
+    assert args.model_init_kwargs["quantization_config"].load_in_4bit
+    args = told(ModelConfig(dtype="bfloat16"), model_init_kwargs={"dtype": "float32"})
+    assert args.model_init_kwargs == {"dtype": "float32"}
+    args = told(ModelConfig(model_revision="v1"), gym_vllm_args={"max-num-seqs": 8})
+    assert args.model_init_kwargs["revision"] == "v1"
+    assert args.gym_vllm_args == {"max-num-seqs": 8, "revision": "v1"}
