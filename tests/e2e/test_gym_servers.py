@@ -212,7 +212,7 @@ def test_missing_module_names_server_module_and_command(gym: GymInstallation, tm
         pass
     text = str(error.value)
     assert "`halves` (resources_servers/halves/app.py)" in text and "`no_such_module`" in text
-    assert f"{gym.python} -m pip install 'no-such-package>=1'" in text
+    assert f"uv pip install --python {gym.python} 'no-such-package>=1'" in text
 
 
 def test_a_server_that_needs_ray_is_sent_to_upstream_mode(gym: GymInstallation, tmp_path: Path) -> None:
