@@ -64,9 +64,7 @@ class _Outcome:
     failure: RolloutFailure | None
 
 
-def collect(
-    options: CollectOptions, *, say: Callable[[str], None], progress: Progress
-) -> Collected:
+def collect(options: CollectOptions, *, say: Callable[[str], None], progress: Progress) -> Collected:
     """Run every rollout that is not in the journal yet.
 
     Args:
