@@ -88,7 +88,7 @@ def managed(tmp_path: Path, **options: Any) -> PolicyServer:
         report_to=[],
         **options,
     )
-    return RunServers(args, lambda: "a model")._new_policy()
+    return RunServers(args, lambda: "a model").new_policy()
 
 
 def test_a_managed_server_gets_a_key_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_a_managed_server_is_started_for_the_adapter_that_is_trained(tmp_path: P
     )
     folder = build_random_policy(tmp_path / "policy")
     run = servers_for(args, str(folder), None, None, None, LoraConfig(r=3, target_modules=["q_proj"]))
-    flags = run._new_policy()._flags
+    flags = run.new_policy()._flags
     assert "--enable-lora" in flags
     assert flags[flags.index("--max-lora-rank") + 1] == "8"
     assert flags[flags.index("--lora-target-modules") + 1] == "q_proj"

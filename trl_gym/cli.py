@@ -17,8 +17,8 @@ from trl_gym.errors import TrlGymError
 _CHECK_EVERY_S = 0.5
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `trl-gym`; returns the exit status. An error of ours is one message on stderr and status 1."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="trl-gym", description="Train language models with TRL's GRPO on NVIDIA NeMo Gym environments."
     )
@@ -26,7 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in _COMMANDS:
         add(commands)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `trl-gym`; returns the exit status. An error of ours is one message on stderr and status 1."""
+    options = build_parser().parse_args(argv)
     try:
         return options.run(options)
     except TrlGymError as error:
@@ -198,11 +203,48 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.set_defaults(run=evaluation.run)
 
 
+def _add_new_environment(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from trl_gym.commands import new_environment
+
+    parser = commands.add_parser(
+        "new-environment",
+        help="make a NeMo Gym environment to start from: tools, state, verifier, data, tests",
+        description=new_environment.DESCRIPTION,
+    )
+    new_environment.add_arguments(parser)
+    parser.set_defaults(run=new_environment.run)
+
+
+def _add_view(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from trl_gym.commands import view
+
+    parser = commands.add_parser("view", help="a run as one HTML file, from its journal", description=view.DESCRIPTION)
+    view.add_arguments(parser)
+    parser.set_defaults(run=view.run)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from trl_gym.commands import doctor
+
+    parser = commands.add_parser(
+        "doctor",
+        help="everything that a run needs, examined before the run; each failure with its remedy",
+        usage="trl-gym doctor [--config YAML] [--json] [--quick] [any option of recipes/grpo.py]",
+        description=doctor.DESCRIPTION,
+        allow_abbrev=False,
+    )
+    doctor.add_arguments(parser)
+    parser.set_defaults(run=doctor.run)
+
+
 _COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [
     _add_serve,
     _add_gateway,
     _add_rollout,
     _add_eval,
+    _add_new_environment,
+    _add_view,
+    _add_doctor,
 ]
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def load_gym_dataset(
     if not files:
         raise DatasetError("No Gym dataset was given; name at least one JSONL file.")
     problems: list[str] = []
-    records = [record for file in files for record in _records(file, agent, limit, problems)]
+    records = [record for file in files for record in read_records(file, agent, limit, problems)]
     for index, record in enumerate(records):
         record["task_index"] = index
     if problems:
@@ -140,7 +140,7 @@ def prompt_messages(row: dict[str, Any]) -> list[dict[str, str]]:
     return messages or [{"role": "user", "content": ""}]
 
 
-def _records(file: Path, agent: str | None, limit: int | None, problems: list[str]) -> Iterable[dict[str, Any]]:
+def read_records(file: Path, agent: str | None, limit: int | None, problems: list[str]) -> Iterable[dict[str, Any]]:
     try:
         # Not splitlines(): a JSON string may hold U+2028 and the like, which are no line ends in JSONL.
         lines = file.read_text(encoding="utf-8").split("\n")

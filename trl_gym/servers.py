@@ -78,14 +78,14 @@ class RunServers:
         if not self._is_main:
             return
         if self.policy is None:
-            self.policy = self._new_policy()
+            self.policy = self.new_policy()
         if self.policy.state == "new":
             compat.check_versions(("vllm",))
             self.policy.start()
         elif self.policy.state == "ready":  # refused before a model is loaded for nothing
             self._check_splice_unless_paused()
         if self.gym is None:
-            self.gym = self._new_gym()
+            self.gym = self.new_gym()
         self.gym.connect_policy(self.policy.base_url, self.policy.model_name, self.policy.client.api_key or "EMPTY")
         if self.gym.state.value == "new":
             self.gym.start()
@@ -220,7 +220,8 @@ class RunServers:
         check_splice(self.policy.client, self.policy.model_name)
         self._splice_checked = True
 
-    def _new_policy(self) -> PolicyBackend:
+    def new_policy(self) -> PolicyBackend:
+        """What the configuration names: a server to start, or one that runs."""
         args = self._args
         if args.vllm_mode == "server":
             key = os.environ.get(_API_KEY_VARIABLE) or None
@@ -235,7 +236,8 @@ class RunServers:
             devices=args.gym_server_devices,
         )
 
-    def _new_gym(self) -> GymServers:
+    def new_gym(self) -> GymServers:
+        """What the configuration names: a NeMo Gym to start, or one that runs."""
         args = self._args
         if args.gym_mode == "attach":
             return GymServers.attach(args.gym_head_url, timeout_s=args.gym_start_timeout)

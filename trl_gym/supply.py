@@ -66,6 +66,11 @@ class PolicySupply:
         )
         self._sync = WeightSync(accelerator, servers.policy, transport, options, self._sharing)
 
+    @property
+    def transport_name(self) -> str:
+        """How weights travel, as in `gym_weight_transport`."""
+        return self._sync.transport.name
+
     def push(self, model: torch.nn.Module, step: int) -> SyncReport:
         """One weight sync, as often as it takes.
 

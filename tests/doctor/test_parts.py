@@ -1,0 +1,131 @@
+"""Parts of the doctor that need no run: leftovers, folders, options, templates, rollouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+
+from tests.conftest import RECIPES, load
+from tests.policy_server.tiny_model import build_tokenizer
+from trl_gym.doctor.checks import Status
+from trl_gym.doctor.environments import declared_agents
+from trl_gym.doctor.installation import SUPPORTED_PYTHON
+from trl_gym.doctor.leftovers import Process, left_files, orphans, processes
+from trl_gym.doctor.live import judge
+from trl_gym.doctor.output import why_not_writable
+from trl_gym.doctor.parsing import ScriptOptions
+from trl_gym.doctor.template import classify
+from trl_gym.errors import FailureKind, RolloutFailure
+from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.rollout import Rollout
+
+
+def table(*rows: tuple[int, int, str]) -> dict[int, Process]:
+    return {pid: Process(pid, parent, command) for pid, parent, command in rows}
+
+
+SERVER = "python -m trl_gym.policy_server model --listen-fd 3"
+SUPERVISOR = f"python -I -S /x/trl_gym/supervisor.py 4 5.0 -- {SERVER}"
+
+
+def test_a_server_whose_supervisor_is_gone_is_an_orphan() -> None:
+    running = table(
+        (10, 1, "python train.py"),
+        (11, 10, SUPERVISOR),
+        (12, 11, SERVER),
+        (13, 12, "VLLM::EngineCore"),
+        (20, 1, SERVER),
+        (21, 20, "VLLM::EngineCore"),
+        (30, 1, "VLLM::DPCoordinator"),
+        (31, 9, "python /x/trl_gym/gym/host.py settings.json"),
+        (40, 1, "vllm serve somebody/elses"),
+        (41, 40, "VLLM::EngineCore"),
+    )
+    assert [process.pid for process in orphans(running)] == [20, 30, 31]
+
+
+def test_our_own_process_is_in_the_table() -> None:
+    assert processes()[os.getpid()].parent == os.getppid()
+
+
+def test_files_that_nobody_uses_are_left(tmp_path: Path) -> None:
+    adapters = tmp_path / f"trl-gym-adapters-{os.getpid()}-abc"
+    dead = tmp_path / "trl-gym-adapters-999999999-abc"
+    for folder in (adapters, dead):
+        folder.mkdir()
+    unused, used = tmp_path / "trl-gym-a.safetensors", tmp_path / "trl-gym-b.partial"
+    unused.write_bytes(b"x")
+    (tmp_path / "other").write_bytes(b"x")
+    with used.open("wb"):
+        assert left_files(tmp_path, processes()) == [unused, dead]
+    assert left_files(tmp_path / "nowhere", processes()) == []
+
+
+def test_folders_that_can_be_written_or_made(tmp_path: Path) -> None:
+    assert why_not_writable(tmp_path) is None
+    assert why_not_writable(tmp_path / "a" / "b") is None
+    (tmp_path / "file").write_text("")
+    assert "is not a folder" in (why_not_writable(tmp_path / "file" / "b") or "")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    assert why_not_writable(Path("/proc/nothing")) is not None  # a file system that takes no files
+
+
+def test_the_scripts_own_options_are_known() -> None:
+    script = load("recipe_grpo", RECIPES / "grpo.py").ScriptArguments
+    assert get_type_hints(script) == get_type_hints(ScriptOptions)
+    assert dataclasses.asdict(script()) == dataclasses.asdict(ScriptOptions())
+
+
+def test_supported_python_is_that_of_the_package() -> None:
+    import tomllib
+
+    project = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == SUPPORTED_PYTHON
+
+
+def test_agents_of_included_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    agent = {"responses_api_agents": {"simple_agent": {}}}
+    (tmp_path / "inner.yaml").write_text(yaml.safe_dump({"inner_agent": agent, "config_paths": ["outer.yaml"]}))
+    (tmp_path / "outer.yaml").write_text(
+        yaml.safe_dump({"outer_agent": agent, "server": {"resources_servers": {}}, "config_paths": ["inner.yaml"]})
+    )
+    assert declared_agents([tmp_path / "outer.yaml"], tmp_path / "gym") == {"inner_agent", "outer_agent"}
+
+
+def test_templates_are_told_apart() -> None:
+    tokenizer = build_tokenizer()
+    assert set(classify(tokenizer, {}).values()) == {None}
+    plain = "{% for m in messages %}{{ m.role + ': ' + (m.content or '') + '\n' }}{% endfor %}"
+    tokenizer.chat_template = plain.replace("m.content or ''", "(m.content or '') | upper")
+    assert all(classify(tokenizer, {}).values())  # nothing of a turn can be found again
+    tokenizer.chat_template = plain.replace("in messages", "in messages | reverse")
+    assert "behind" in (classify(tokenizer, {})["a question after an answer"] or "")
+    tokenizer.chat_template = "{{ raise_exception('no tools here') if tools }}" + plain + "{% if false %}{% endif %}"
+    outcomes = classify(tokenizer, {})
+    assert "no tools here" in (outcomes["a result after a tool call"] or "")
+
+
+def rollout(**changes: object) -> Rollout:
+    request = RolloutRequest(rollout_id="r-a0", task_index=0, group=0, member=0, attempt=0, agent="adder", row={})
+    given = {"request": request, "answer": {"reward": 1.0}, "failure": None, "trajectories": [], "seconds": 1.0}
+    return Rollout(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def test_a_reward_that_is_not_returned_is_the_environments_fault() -> None:
+    text = "a finite number is needed as reward, but there is no `reward`"
+    failure = RolloutFailure(kind=FailureKind.ENVIRONMENT, text=text, where="adder /run")
+    finding = judge(rollout(answer=None, failure=failure))
+    assert finding.status is Status.FAILED
+    assert f"adder: environment: {text} (adder /run)" in finding.text
+    assert "verifier must return a finite `reward`" in finding.remedy
+
+
+def test_a_rollout_without_tokens_has_nothing_to_train() -> None:
+    finding = judge(rollout())
+    assert finding.status is Status.FAILED and "nothing to train on" in finding.text and finding.remedy

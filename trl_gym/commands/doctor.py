@@ -1,0 +1,92 @@
+"""`trl-gym doctor`: everything that a run needs, examined before the run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+DESCRIPTION = (
+    "Examine everything that a training run needs, and list all that is missing or wrong, each with its remedy: "
+    "versions, devices, options, NeMo Gym, data, model, policy server, weight sync, one rollout for each environment. "
+    "Takes the options of recipes/grpo.py, from a YAML and from the command line. Exit status 0 when nothing failed."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `trl-gym doctor` takes; every other option is the training script's and is left to TRL's parser."""
+    parser.add_argument("--config", metavar="YAML", help="options file of the run; options given here win over it")
+    parser.add_argument("--json", action="store_true", help="write one JSON object instead of lines")
+    parser.add_argument("--quick", action="store_true", help="start no server: no weight sync, no rollouts")
+    parser.add_argument("--accelerate_config", metavar="YAML", help="of `accelerate launch --config_file`")
+    # Which options there are is known to TRL's parser only, and importing that takes seconds.
+    parser.parse_known_args = partial(_keep_unknown, parser, parser.parse_known_args)  # type: ignore[assignment, method-assign]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit status 0 when nothing failed, else 1."""
+    from rich.console import Console
+
+    from trl_gym.doctor.checks import Entry, run_checks
+    from trl_gym.doctor.report import as_json, passed, show, summary
+    from trl_gym.doctor.roster import CHECKS
+    from trl_gym.doctor.subject import Subject
+
+    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
+    entries: list[Entry] = []
+    argv = [*options.run_options, *(("--config", options.config) if options.config else ())]
+    accelerate_config = Path(options.accelerate_config) if options.accelerate_config else None
+    with _quiet(), Subject(argv=argv, quick=options.quick, accelerate_config=accelerate_config) as subject:
+        for entry in run_checks(CHECKS, subject, partial(_tell, to_terminal=console.is_terminal and not options.json)):
+            entries.append(entry)
+            if not options.json:
+                show(entry, console)
+    if passed(entries):
+        subject.forget()
+    if options.json:
+        sys.stdout.write(json.dumps(as_json(entries), indent=1, ensure_ascii=False) + "\n")
+    else:
+        console.print(summary(entries))
+    return 0 if passed(entries) else 1
+
+
+def _keep_unknown(
+    parser: argparse.ArgumentParser,
+    parse: object,
+    args: Sequence[str] | None = None,
+    namespace: argparse.Namespace | None = None,
+) -> tuple[argparse.Namespace, list[str]]:
+    assert callable(parse)
+    known, rest = parse(args, namespace)
+    known.run_options = rest
+    return known, []
+
+
+def _tell(name: str, *, to_terminal: bool) -> None:
+    """What is being examined, on a line that the finding overwrites."""
+    if to_terminal:
+        sys.stdout.write(f"\r\x1b[2K{name} …\r")
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Libraries do not talk between the findings; what matters of it is found by checks."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    silent = logging.NullHandler()  # without any handler, Python writes warnings to stderr
+    logging.root.addHandler(silent)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.root.removeHandler(silent)
