@@ -141,6 +141,14 @@ def prompt_messages(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def read_records(file: Path, agent: str | None, limit: int | None, problems: list[str]) -> Iterable[dict[str, Any]]:
+    """Rows of one Gym JSONL file.
+
+    Args:
+        file: The file.
+        agent: For rows that name none.
+        limit: Rows to read at most.
+        problems: What is wrong is added here, with the number of its line; such rows are left out.
+    """
     try:
         # Not splitlines(): a JSON string may hold U+2028 and the like, which are no line ends in JSONL.
         lines = file.read_text(encoding="utf-8").split("\n")
