@@ -37,6 +37,7 @@ TRAINER_IMPORTS = (
 )
 GYM_IMPORTS = "nemo_gym.rollout_collection, responses_api_agents.simple_agent.app, responses_api_models.vllm_model.app"
 DEEPSPEED = ["deepspeed==0.19.8", "hjson", "msgpack"]  # with what .venv lacks of its requirements
+NOTEBOOKS = ("nbclient", "ipykernel", "tensorboardX")  # what executes them, and what `report_to` is tested with
 VISION_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NEEDED_GIB = {".venv": 6, ".gym-venv": 2, ".gym-venv-0.7": 2}
@@ -260,6 +261,17 @@ def set_up_deepspeed(uv, links):
     install(uv, environment, DEEPSPEED, links, ["--no-deps", "--target", folder])
 
 
+def set_up_notebooks(uv, links):
+    """Into the trainer's environment: a kernel is an interpreter that has it."""
+    environment = Environment(".venv")
+    found = glob.glob(os.path.join(environment.path, "lib", "python3*", "site-packages", "*.dist-info"))
+    names = {re.split("-", os.path.basename(path))[0].lower() for path in found}
+    if {name.lower() for name in NOTEBOOKS} <= names:
+        return
+    say("  a notebook kernel for the tests (some seconds, once)")
+    install(uv or os.path.join(environment.path, "bin", "uv"), environment, NOTEBOOKS, links)
+
+
 def set_up_gym(uv, links, name, choices, packages):
     environment = Environment(name)
     mark = fingerprint("gym", choices, packages)
@@ -315,6 +327,7 @@ def main():
             set_up_gym(uv, links, ".gym-venv-0.7", GYM_BY_PYTHON[1:], packages)
             set_up_browser()
             set_up_deepspeed(uv, links)
+            set_up_notebooks(uv, links)
     except SetupError as error:
         say(f"\n{error}")
         return 1

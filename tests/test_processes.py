@@ -89,7 +89,8 @@ def test_death_by_signal_is_named(tmp_path: Path) -> None:
 def test_nothing_survives_the_owner(tmp_path: Path, how: signal.Signals) -> None:
     owner_code = (
         "import sys, time; from pathlib import Path; from trl_gym.processes import ChildProcess\n"
-        f"ChildProcess('stubborn', [sys.executable, '-c', {STUBBORN!r}], log_path=Path({str(tmp_path / 'log')!r}))\n"
+        f"log = Path({str(tmp_path / 'log')!r})\n"
+        f"child = ChildProcess('stubborn', [sys.executable, '-c', {STUBBORN!r}], log_path=log)\n"
         "time.sleep(600)\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", owner_code])
@@ -140,3 +141,25 @@ def test_a_bound_port_is_taken_and_travels_to_the_child(tmp_path: Path) -> None:
     assert wait_for(talk) == b"hello"
     assert child.wait(10.0) == 0
     child.stop()
+
+
+def test_a_child_that_nobody_refers_to_any_more_ends(tmp_path: Path) -> None:
+    """`server = Server()` twice: the first one must not run on unseen."""
+    child: ChildProcess | None = ChildProcess("stubborn", [sys.executable, "-c", STUBBORN], log_path=tmp_path / "log")
+    pids = [int(pid) for pid in wait_for(lambda: log_of(tmp_path / "log")).split()]
+    assert all(map(alive, pids))
+    child = None
+    wait_for(lambda: not any(map(alive, pids)))
+    assert child is None
+
+
+def test_stopping_closes_nobody_elses_descriptor(tmp_path: Path) -> None:
+    """The number of our end of the pipe is another file's after the first `stop`."""
+    child = ChildProcess("polite", [sys.executable, "-c", POLITE], log_path=tmp_path / "log")
+    child.stop()
+    with open(tmp_path / "other", "w") as first, open(tmp_path / "another", "w") as second:
+        child.stop()
+        del child
+        for file in (first, second):
+            file.write("still open")
+            file.flush()

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import subprocess
+import sys
 import time
 
 from rich.console import Console
@@ -97,3 +101,28 @@ def test_the_bar_shows_step_reward_and_phase() -> None:
     assert "3/20" in text
     assert "reward 0.500, success 0.250, failed 50%" in text
     assert "rollouts 64/128" in text
+
+
+# -- which one is chosen ----------------------------------------------------------------------------------------------
+
+CHOOSE = "from trl_gym.progress import make_progress; print(*[type(make_progress(live=l)).__name__ for l in (1, 0)])"
+
+
+def chosen(**environment: str) -> str:
+    """By a process whose output is a terminal."""
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", CHOOSE], stdout=theirs, env={**os.environ, **environment}, check=True)
+        return os.read(ours, 1000).decode().strip()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_terminal_gets_a_bar_unless_it_is_not_wanted() -> None:
+    assert chosen(TERM="xterm") == "BarProgress LineProgress"
+
+
+def test_a_pipe_gets_lines() -> None:
+    done = subprocess.run([sys.executable, "-c", CHOOSE], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "LineProgress LineProgress"  # a notebook: tests/notebooks/test_life_cycle.py

@@ -89,10 +89,14 @@ def model_id(model: PreTrainedModel) -> str:
 
 
 def default_progress_callbacks() -> tuple[type[TrainerCallback], ...]:
-    """The callbacks with which `Trainer` draws its own progress; ours replace them."""
-    from transformers import PrinterCallback, ProgressCallback
+    """The callbacks with which `Trainer` draws its own progress; ours replace them.
 
-    return (ProgressCallback, PrinterCallback)
+    In a notebook, transformers' own draws a table with a column for every metric.
+    """
+    from transformers import PrinterCallback, ProgressCallback
+    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+
+    return (ProgressCallback, PrinterCallback, DEFAULT_PROGRESS_CALLBACK)
 
 
 class ServedGeneration:

@@ -80,7 +80,6 @@ class ChildProcess:
         self._command = [os.fspath(part) for part in command]
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         death_read, death_write = os.pipe()
-        self._death_write: int | None = death_write
         supervise = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(death_read), str(_GRACE_S), "--"]
         try:
             with open(self.log_path, "wb") as log:
@@ -101,6 +100,9 @@ class ChildProcess:
         finally:
             os.close(death_read)
         _running.add(self)
+        # A server that nobody refers to any more ends too: a cell with `policy = PolicyServer(…)` that is run again.
+        self._let_go = weakref.finalize(self, os.close, death_write)  # once, whoever calls it
+        self._let_go.atexit = False  # `_stop_forgotten_children` does more
 
     @property
     def pid(self) -> int:
@@ -138,9 +140,7 @@ class ChildProcess:
 
     def stop(self) -> None:
         """SIGINT, a few seconds of grace, then SIGKILL to everything below. Idempotent; safe in `atexit`."""
-        if self._death_write is not None:
-            os.close(self._death_write)
-            self._death_write = None
+        self._let_go()
         if self.wait(_GRACE_S + 5.0) is None:  # the supervisor itself hangs: cannot happen, must not leak
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._supervisor.pid, signal.SIGKILL)
@@ -151,9 +151,7 @@ class ChildProcess:
 def stop_all(children: Sequence[ChildProcess]) -> None:
     """Stop several children side by side, so that their grace periods overlap."""
     for child in children:
-        if child._death_write is not None:
-            os.close(child._death_write)
-            child._death_write = None
+        child._let_go()
     for child in children:
         child.stop()
 

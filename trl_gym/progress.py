@@ -108,10 +108,10 @@ class BarProgress:
         self._bar.update(self._task, phase=f"rollouts {status}")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._bar.update(self._task, completed=step, reward=_headline(metrics))
+        self._bar.update(self._task, completed=step, reward=headline(metrics))
 
     def evaluated(self, step: int, metrics: Mapping[str, float], name: str = "") -> None:
-        self._console.print(_evaluation(step, metrics, name), highlight=False)
+        self._console.print(evaluation_text(step, metrics, name), highlight=False)
 
     def stop(self) -> None:
         self._bar.stop()
@@ -148,10 +148,10 @@ class LineProgress:
             for name, value in metrics.items()
             if name.startswith("seconds/")
         )
-        self._print(f"step {step}/{self._num_steps}: {_headline(metrics)}" + (f" ({seconds})" if seconds else ""))
+        self._print(f"step {step}/{self._num_steps}: {headline(metrics)}" + (f" ({seconds})" if seconds else ""))
 
     def evaluated(self, step: int, metrics: Mapping[str, float], name: str = "") -> None:
-        self._print(_evaluation(step, metrics, name))
+        self._print(evaluation_text(step, metrics, name))
 
     def stop(self) -> None:
         pass
@@ -163,14 +163,20 @@ class LineProgress:
 def make_progress(*, live: bool) -> RunProgress:
     """A bar where there is a terminal or a notebook and `live` is wanted, else lines."""
     console = Console()
-    return BarProgress(console) if live and (console.is_terminal or console.is_jupyter) else LineProgress(console)
+    if live and console.is_jupyter:  # first: there is no terminal, and rich needs ipywidgets
+        from trl_gym.notebook_progress import NotebookProgress
+
+        return NotebookProgress()
+    return BarProgress(console) if live and console.is_terminal else LineProgress(console)
 
 
-def _evaluation(step: int, metrics: Mapping[str, float], name: str) -> str:
-    return f"evaluation{' of ' + name if name else ''} at step {step}: {_headline(metrics)}"
+def evaluation_text(step: int, metrics: Mapping[str, float], name: str = "") -> str:
+    """`"evaluation of hard at step 12: reward 0.500, success 0.250"`."""
+    return f"evaluation{' of ' + name if name else ''} at step {step}: {headline(metrics)}"
 
 
-def _headline(metrics: Mapping[str, float]) -> str:
+def headline(metrics: Mapping[str, float]) -> str:
+    """Reward and success, where they were measured, and how many rollouts failed, if any did."""
     shown = [
         f"{name} {metrics[name]:.3f}" for name in ("reward", "success") if isinstance(metrics.get(name), int | float)
     ]

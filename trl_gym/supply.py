@@ -44,6 +44,9 @@ class PolicySupply:
         servers: The run's, ready.
         model: The trainer's, wrapped.
 
+    Attributes:
+        transport_name: How weights travel, as in `gym_weight_transport`.
+
     Raises:
         ConfigError: No transport fits, or the optimizer's state cannot be moved as was asked.
     """
@@ -55,6 +58,7 @@ class PolicySupply:
         self._accelerator = accelerator
         self._offloads = args.gym_offload_optimizer
         transport = _transport(args, accelerator, servers, model)
+        self.transport_name = transport.name
         self._sharing = self._new_sharing(args, transport)
         options = SyncOptions(
             dtype=getattr(torch, args.serving_dtype),
@@ -65,11 +69,6 @@ class PolicySupply:
             probe_tolerance=_probe_tolerance(args, accelerator.unwrap_model(model)),
         )
         self._sync = WeightSync(accelerator, servers.policy, transport, options, self._sharing)
-
-    @property
-    def transport_name(self) -> str:
-        """How weights travel, as in `gym_weight_transport`."""
-        return self._sync.transport.name
 
     def push(self, model: torch.nn.Module, step: int) -> SyncReport:
         """One weight sync, as often as it takes.

@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from trl_gym import compat, rank_loss, servers
+from trl_gym import compat, rank_loss, servers, succession
 from trl_gym.accounting import AccountingGRPOTrainer
 from trl_gym.callbacks import MetricsCallback, OptimizerCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig
@@ -32,6 +32,7 @@ from trl_gym.dataset import gym_row
 from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.offload import measured_peak
+from trl_gym.model_card import CardGRPOTrainer, RunFacts, settings_of
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.progress import PhaseClock, make_progress
 from trl_gym.resume import ResumableGRPOTrainer
@@ -64,7 +65,7 @@ def gym(*, gym_reward: list[float | None], **_: Any) -> list[float]:
     return [0.0 if reward is None else reward for reward in gym_reward]
 
 
-class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
+class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTrainer):
     """
     Trainer for GRPO on NVIDIA NeMo Gym environments.
 
@@ -147,6 +148,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
             kwargs.get("peft_config"),
             kwargs.get("quantization_config"),
         )
+        succession.succeed(args.output_dir, self)  # before a second server is started beside the first
         try:
             self._servers.start()  # they load while the model does
             with compat.generation_backend(self._generation_backend):
@@ -234,8 +236,11 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. When one of several processes ends, the others say so, and end too."""
         ranks = self.accelerator.process_index, self.accelerator.num_processes
-        with rank_loss.explained(*ranks, lambda: f"in step {self.state.global_step}"):
-            return super().train(*args, **kwargs)
+        try:
+            with rank_loss.explained(*ranks, lambda: f"in step {self.state.global_step}"):
+                return super().train(*args, **kwargs)
+        finally:
+            self._progress.stop()  # also when a notebook's cell is interrupted
 
     def close(self) -> None:
         """Stop what the trainer started; servers that were passed in run on. Also done at interpreter exit."""
@@ -469,6 +474,17 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer):
         if self._supply is not None:
             self._supply.before_saving()
         super()._save_checkpoint(*args, **kwargs)
+
+    def _card_facts(self) -> RunFacts:
+        policy, gym = self._servers.policy, self._servers.gym
+        settings = settings_of(
+            self.args,
+            num_steps=self.state.global_step,
+            gym_version=None if gym is None else gym.gym_version,
+            placement=None if policy is None else policy.placement,
+            transport=None if self._supply is None else self._supply.transport_name,
+        )
+        return RunFacts(settings=settings, history=self.state.log_history)
 
     def _show_progress(self, status: CollectionStatus) -> None:
         if self.accelerator.is_main_process:  # every rank collects; one line tells how far the first is

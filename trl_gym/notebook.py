@@ -1,0 +1,207 @@
+"""What a notebook wants: rollouts from a cell, a rollout as a conversation, its tokens in colour.
+
+    records = roll_out("validation.jsonl", policy=policy, gym=gym, output_dir="runs/look", num_generations=4)
+    show_conversation(records[0])
+    show_tokens(records[0], tokenizer)
+
+Whatever a policy, a tool or a verifier wrote is escaped: it is text in a notebook, never markup. A whole run is shown
+by `trl_gym.report.show`.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from trl_gym.commands.collect import collect
+from trl_gym.commands.options import CollectOptions, NamedFile
+from trl_gym.commands.running import shown_progress, speaker
+from trl_gym.gym.servers import GymServers
+from trl_gym.policy_server.server import PolicyBackend
+from trl_gym.rollouts.journal import read_journal
+
+Record = Mapping[str, Any]  # a line of the journal, see `rollouts.rollout.journal_record`
+
+_SAMPLED, _GIVEN, _PROMPT = "#8fd3a6", "#f3c98b", "#d5d8de"  # as text colour black stays legible on each
+_FRAME = "border:1px solid #8886;border-radius:6px;padding:.5em .8em;margin:.3em 0;max-width:60em"
+_TEXT = "white-space:pre-wrap;overflow-wrap:anywhere"
+
+
+class Decoder(Protocol):
+    """A tokenizer of `transformers` or `tokenizers`."""
+
+    def decode(self, ids: list[int], /) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HtmlView:
+    """A notebook displays it as the last value of a cell.
+
+    Attributes:
+        document: A fragment of HTML without scripts.
+        text: The same for a terminal.
+    """
+
+    document: str
+    text: str
+
+    def _repr_html_(self) -> str:
+        return self.document
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def roll_out(
+    dataset: str | Path,
+    *,
+    policy: PolicyBackend,
+    gym: GymServers,
+    output_dir: str | Path,
+    num_generations: int = 1,
+    limit: int | None = None,
+    temperature: float = 1.0,
+    max_tokens: int = 4096,
+    deadline_s: float = 600.0,
+) -> list[dict[str, Any]]:
+    """Roll a dataset out without training, as `trl-gym rollout` does. The same cell again runs only what is missing.
+
+    Args:
+        dataset: A Gym JSONL file.
+        policy: A ready server.
+        gym: A ready NeMo Gym that sends its model calls to `policy`.
+        output_dir: Gets the journal.
+        num_generations: Rollouts per row.
+        limit: At most so many rows.
+        temperature: Of every model call.
+        max_tokens: Tokens that a rollout may have after its first prompt.
+        deadline_s: Seconds that a rollout may take.
+
+    Returns:
+        The lines of the journal, by task and member.
+
+    Raises:
+        ConfigError: An option or the file is wrong, or `output_dir` holds rollouts of something else.
+        ServerError: A server is not there, or died.
+        InterruptedCollectionError: The cell was interrupted; what has ended is in the journal.
+    """
+    path = Path(dataset)
+    options = CollectOptions(
+        mode="rollout",
+        datasets=[NamedFile(path.stem, path)],
+        output_dir=Path(output_dir),
+        base_url=policy.base_url,
+        model=policy.model_name,
+        api_key=policy.client.api_key,
+        head_url=gym.head_url,
+        limit=limit,
+        num_generations=num_generations,
+        deadline_s=deadline_s,
+        temperature=temperature,
+        max_tokens=max_tokens,
+    )
+    console = Console(force_jupyter=False)  # plain lines: rich's own would each be an output of their own
+    with shown_progress(console) as progress:
+        collect(options, say=speaker(console), progress=progress)
+    ended = [record for record in read_journal(options.journal_dir) if not record.get("retried")]
+    return sorted(ended, key=lambda record: (record["task_index"], record["member"]))
+
+
+def messages_of(record: Record) -> Iterator[tuple[str, str]]:
+    """The conversation of a rollout as `(who, text)`: the task's messages, then everything that happened."""
+    asked = (record["row"].get("responses_create_params") or {}).get("input") or []
+    for message in [{"role": "user", "content": asked}] if isinstance(asked, str) else asked:
+        yield str(message.get("role", "user")), _content(message.get("content"))
+    for item in (record.get("response") or {}).get("output") or []:
+        kind = item.get("type")
+        if kind == "function_call":
+            yield "policy calls", f"{item.get('name')}({item.get('arguments')})"
+        elif kind == "function_call_output":
+            yield "tool answers", _content(item.get("output"))
+        elif kind == "reasoning":
+            yield "policy thinks", _content(item.get("summary"))
+        else:
+            yield "policy", _content(item.get("content"))
+
+
+def show_conversation(record: Record) -> HtmlView:
+    """One rollout as a conversation, with its reward, or why it has none.
+
+    Args:
+        record: A line of the journal.
+    """
+    failure = record.get("failure")
+    verdict = f"failed ({failure['kind']}): {failure['text']}" if failure else f"reward {record['reward']:g}"
+    parts = record.get("reward_components") or {}
+    if parts:
+        verdict += "  (" + ", ".join(f"{name} {value:g}" for name, value in parts.items()) + ")"
+    said = [*messages_of(record), ("verifier", verdict)]
+    rows = "".join(
+        f'<div style="{_TEXT};background:{_background(who)};color:black;padding:.2em .5em;margin:.2em 0">'
+        f"<b>{html.escape(who)}</b> {html.escape(text)}</div>"
+        for who, text in said
+    )
+    return HtmlView(f'<div style="{_FRAME}">{rows}</div>', "\n".join(f"{who}: {text}" for who, text in said))
+
+
+def show_tokens(record: Record, tokenizer: Decoder) -> HtmlView:
+    """The token sequence that is trained on, coloured by the environment mask.
+
+    Green tokens were sampled by the policy and are trained, orange ones were put there by the environment, grey ones
+    are the first prompt. The tooltip of a green one is its id and its sampling log-probability in nats.
+
+    Args:
+        record: A line of the journal. One that failed has no tokens.
+        tokenizer: The policy's.
+    """
+    prompt, completion = record["prompt_ids"], record["completion_ids"]
+    pieces = [_token(tokenizer.decode([token]), _PROMPT, f"{token}: prompt") for token in prompt]
+    for token, mask, logprob in zip(completion, record["env_mask"], record["logprobs"], strict=True):
+        told = f"{token}: sampled, log p = {logprob:.4f}" if mask else f"{token}: environment"
+        pieces.append(_token(tokenizer.decode([token]), _SAMPLED if mask else _GIVEN, told))
+    num_sampled = sum(record["env_mask"])
+    counts = f"{len(prompt)} prompt, {num_sampled} sampled (trained), {len(completion) - num_sampled} environment"
+    legend = " ".join(
+        f'<span style="background:{colour};color:black;padding:0 .4em">{name}</span>'
+        for name, colour in (("prompt", _PROMPT), ("sampled, trained", _SAMPLED), ("environment", _GIVEN))
+    )
+    body = "".join(pieces) or "no tokens: this rollout is not trained on"
+    return HtmlView(
+        f'<div style="{_FRAME}"><div>{legend} &nbsp; {counts}</div>'
+        f'<div style="{_TEXT};font-family:monospace;line-height:1.9;margin-top:.5em">{body}</div></div>',
+        f"{counts}: {tokenizer.decode([*prompt, *completion])}",
+    )
+
+
+def _token(text: str, colour: str, told: str) -> str:
+    shown = html.escape(text).replace("\n", "↵\n")
+    return f'<span style="background:{colour};color:black;margin-right:1px" title="{html.escape(told)}">{shown}</span>'
+
+
+def _background(who: str) -> str:
+    if who == "verifier":
+        return "#c9d8f5"
+    return _SAMPLED if who.startswith("policy") else _GIVEN if who.startswith("tool") else _PROMPT
+
+
+def _content(content: Any) -> str:
+    """Text of a message's content, its parts joined; what has no text is shown as JSON."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        return "".join(
+            part["text"] if isinstance(part, Mapping) and "text" in part else _json(part) for part in content
+        )
+    return _json(content)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
