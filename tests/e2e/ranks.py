@@ -84,8 +84,8 @@ def run(kind: str, folder: Path, policy: str, gym_head: str, data: Path, model: 
         model=sharded(model) if kind == "fsdp2" else model,
         args=config(
             folder,
-            num_generations=4,
-            per_device_train_batch_size=8 // num_ranks,
+            num_generations=8,
+            per_device_train_batch_size=32 // num_ranks,
             max_steps=NUM_STEPS,
             eval_strategy="no",
             gym_verify_sync_steps=1,

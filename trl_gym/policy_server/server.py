@@ -246,6 +246,9 @@ class PolicyServer:
         deadline = time.monotonic() + self._start_timeout_s
         try:
             self._info = self._await_info(deadline)
+        except PolicyServerLostError as error:
+            self.stop()
+            raise PolicyServerError(str(error)) from error  # it was never there: nothing is lost
         except BaseException:
             self.stop()
             raise
