@@ -1,0 +1,91 @@
+"""What stands around rollouts and syncs, with a server that only records. At work: `tests/e2e/test_supervision.py`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
+from trl_gym.supply import PolicySupply
+
+
+class Recorder:
+    """Plays sync, sharing and servers; `failures` are raised by the first pushes."""
+
+    def __init__(self, *failures: Exception, hopeless: bool = False) -> None:
+        self.calls: list[str] = []
+        self.needs_push = False
+        self._failures, self._hopeless = list(failures), hopeless
+
+    def push(self, model: Any, step: int) -> str:
+        self.calls.append("push")
+        if self._failures:
+            raise self._failures.pop(0)
+        return f"pushed {step}"
+
+    def revive(self, error: Exception, broadcast: Any) -> None:
+        self.calls.append("revive")
+        if self._hopeless:
+            raise error
+
+    def after_sampling(self, *, again: bool) -> None:
+        self.calls.append(f"after_sampling(again={again})")
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: self.calls.append(name)
+
+
+def supply_with(recorder: Recorder, *, sharing: bool = True) -> PolicySupply:
+    supply = PolicySupply.__new__(PolicySupply)
+    supply._sync = supply._servers = recorder  # type: ignore[assignment]
+    supply._sharing = recorder if sharing else None  # type: ignore[assignment]
+    supply._accelerator, supply._offloads = SimpleNamespace(), False
+    return supply
+
+
+@pytest.mark.parametrize("failure", [PolicyServerError("gone"), WeightSyncError("half of it")])
+def test_a_push_goes_on_with_a_revived_server(failure: Exception) -> None:
+    recorder = Recorder(failure)
+    assert supply_with(recorder).push("model", 7) == "pushed 7"
+    # Room first: a server that starts needs its memory; and nothing that was agreed with the old one holds.
+    assert recorder.calls == ["push", "make_room", "revive", "disconnect", "reset", "push"]
+
+
+def test_weights_that_compute_something_else_are_not_sent_again() -> None:
+    recorder = Recorder(WeightMismatchError("differs"))
+    with pytest.raises(WeightMismatchError):
+        supply_with(recorder).push("model", 1)
+    assert recorder.calls == ["push"]
+
+
+def test_what_another_server_would_not_mend_ends_the_run() -> None:
+    recorder = Recorder(WeightSyncError("no space"), hopeless=True)
+    with pytest.raises(WeightSyncError, match="no space"):
+        supply_with(recorder, sharing=False).push("model", 1)
+    assert recorder.calls == ["push", "revive"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_server_wakes_before_rollouts_and_sleeps_afterwards(again: bool) -> None:
+    recorder = Recorder()
+    recorder.needs_push = True
+    with supply_with(recorder).sampling(lambda: recorder.calls.append("push"), again=again):
+        recorder.calls.append("rollouts")
+    assert recorder.calls == ["push", "before_sampling", "rollouts", f"after_sampling(again={again})"]
+
+
+def test_after_a_failure_the_server_is_left_as_it_is() -> None:
+    recorder = Recorder()
+    with pytest.raises(ZeroDivisionError), supply_with(recorder).sampling(lambda: None, again=False):
+        raise ZeroDivisionError
+    assert recorder.calls == ["before_sampling"]
+
+
+def test_nothing_is_asked_of_a_server_that_never_sleeps() -> None:
+    recorder = Recorder()
+    with supply_with(recorder, sharing=False).sampling(lambda: None, again=False):
+        pass
+    supply_with(recorder, sharing=False).before_saving()
+    assert recorder.calls == []
