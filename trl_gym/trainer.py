@@ -50,6 +50,7 @@ from trl_gym.rollouts.survivors import SurvivingCollector
 from trl_gym.rollouts.trajectory import Trajectory, from_gym
 from trl_gym.rollouts.watch import CollectionStatus
 from trl_gym.supply import PolicySupply
+from trl_gym.trainer_args import checked_args
 from trl_gym.weight_sync.fingerprint import fingerprint
 from trl_gym.weight_sync.source import check_supported
 from trl_gym.weight_sync.transports.adapter import wanted_transport
@@ -126,7 +127,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
         **kwargs: Any,
     ) -> None:
         compat.check_versions()
-        args = _checked_args(args, model, kwargs)
+        args = checked_args(args, model, kwargs)
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # about `rollout_func`; compat.py watches it for users
         rewards = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
 
@@ -493,19 +494,3 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
     @property
     def _clock(self) -> PhaseClock:
         return self._clocks[self._mode]
-
-
-def _checked_args(args: GymGRPOConfig | None, model: Any, kwargs: dict[str, Any]) -> GymGRPOConfig:
-    """The configuration, or one error for what TRL takes and a Gym trainer cannot."""
-    for name in ("tools", "environment_factory", "rollout_func"):
-        if kwargs.get(name) is not None:
-            raise ConfigError(
-                f"`{name}` cannot be combined with a NeMo Gym environment, which brings its own tools and rollouts; "
-                "use TRL's GRPOTrainer, or write a Gym environment."
-            )
-    if args is None:
-        name = model if isinstance(model, str) else compat.model_id(model)
-        return GymGRPOConfig(output_dir=f"{Path(name).name or 'policy'}-GymGRPO")
-    if not isinstance(args, GymGRPOConfig):
-        raise ConfigError(f"`args` must be a GymGRPOConfig, got {type(args).__name__}.")
-    return args
