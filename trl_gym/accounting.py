@@ -21,6 +21,8 @@ import torch
 from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
+from trl_gym.errors import RolloutError
+from trl_gym.ranks import agree
 from trl_gym.rollouts import groups, logprob_gap, training_logprobs
 from trl_gym.rollouts.batch import table_columns
 from trl_gym.rollouts.evaluation import (
@@ -136,14 +138,11 @@ class AccountingGRPOTrainer(GRPOTrainer):
         turn_ends = [rollout.trajectories[0].turn_ends if rollout.trajectories else [] for rollout in self._rollouts]
         agents = [rollout.request.agent for rollout in self._rollouts]
         gaps = {} if self._samples_differently else logprob_gap.batch_gaps(batch, turn_ends, agents)
-        if gaps and self._mode == "train":
-            training_logprobs.record(
-                self.args.output_dir,
-                batch["old_per_token_logps"],
-                self._rollouts,
-                step=self.state.global_step,
-                rank=self.accelerator.process_index,
-            )
+        agree(
+            self._record(batch) if gaps and self._mode == "train" else None,
+            self.accelerator.process_index,
+            gather_object,
+        )
         ranks = gather_object([(gaps, ratio_sum(batch, self._shared.own_valid))])
         self._run_metrics[self._mode].add_gaps([gaps for gaps, _ in ranks])
         corrected = merge_ratios([ratios for _, ratios in ranks])
@@ -153,6 +152,20 @@ class AccountingGRPOTrainer(GRPOTrainer):
                 corrected[f"sampling/sampling_logp_difference/{name}"] = merged.get(f"logprob_gap/{name}", torch.nan)
         for name, value in corrected.items():
             self._metrics[self._mode][name][-1] = value
+
+    def _record(self, batch: dict[str, Any]) -> RolloutError | None:
+        """Write down what the trainer's log-probabilities are. What goes wrong is returned: all ranks must know."""
+        try:
+            training_logprobs.record(
+                self.args.output_dir,
+                batch["old_per_token_logps"],
+                self._rollouts,
+                step=self.state.global_step,
+                rank=self.accelerator.process_index,
+            )
+        except RolloutError as error:
+            return error
+        return None
 
     # -------------------------------------------------------------------------------------- evaluation, what is logged
 

@@ -8,7 +8,7 @@ how it went.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import (
     ConfigError,
@@ -20,6 +20,9 @@ from trl_gym.errors import (
     WeightMismatchError,
     WeightSyncError,
 )
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Gather = Callable[[list[Any]], list[Any]]
 """From a list on every rank to the list of all, by rank (accelerate's `gather_object`)."""
@@ -56,6 +59,27 @@ def agree(error: Exception | None, rank: int, gather: Gather) -> None:
     if failed:
         place, kind, text = failed[0]
         raise _KINDS[kind](f"rank {place}: {text}")
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do something on rank 0; every rank learns how it went, and goes on when it is done.
+
+    Args:
+        accelerator: The trainer's.
+        work: Called on rank 0 only. Every rank calls `on_main` in step.
+
+    Raises:
+        Exception: See `agree`.
+    """
+    from accelerate.utils import gather_object
+
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Exception as caught:  # raised below, once the other ranks know
+            error = caught
+    agree(error, accelerator.process_index, gather_object)
 
 
 def _kind(error: Exception) -> int:

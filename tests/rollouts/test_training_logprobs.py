@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from trl_gym.errors import RolloutError
 from trl_gym.rollouts.training_logprobs import record
 
 
@@ -35,3 +36,9 @@ def test_each_rollout_has_one_for_each_of_its_tokens_and_failed_ones_have_none(t
 def test_rows_and_rollouts_must_be_of_one_batch(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shorter"):
         record(tmp_path, torch.zeros(2, 3), [rollout("a", 3)], step=0, rank=0)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "training_logprobs").write_text("in the way")
+    with pytest.raises(RolloutError, match=f"could not be written to {tmp_path}/training_logprobs"):
+        record(tmp_path, torch.zeros(1, 3), [rollout("a", 3)], step=0, rank=0)

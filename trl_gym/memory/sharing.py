@@ -21,11 +21,9 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from accelerate.utils import gather_object
-
 from trl_gym.errors import WeightSyncError
 from trl_gym.memory.offload import OptimizerOffload, release_cached
-from trl_gym.ranks import agree
+from trl_gym.ranks import on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -107,7 +105,7 @@ class DeviceSharing:
         if self.state is Occupancy.AWAKE:
             return
         tags = ["kv_cache"] if self.state is Occupancy.WEIGHTS else []  # none: everything that sleeps
-        self._agree(None)  # every rank has given up its memory
+        self._accelerator.wait_for_everyone()  # has given up its memory
         self._on_main(lambda client: client.wake_up(tags))
         self.state = Occupancy.AWAKE
 
@@ -138,16 +136,7 @@ class DeviceSharing:
         self.needs_push = True
 
     def _on_main(self, work: Callable[[PolicyClient], None]) -> None:
-        error: Exception | None = None
-        if self._accelerator.is_main_process:
-            try:
-                work(self._server.client)
-            except Exception as caught:  # raised below, once the other ranks know
-                error = caught
-        self._agree(error)
-
-    def _agree(self, error: Exception | None) -> None:
-        agree(error, self._accelerator.process_index, gather_object)
+        on_main(self._accelerator, lambda: work(self._server.client))
 
 
 def may_drop_weights(transport: WeightTransport, only_trainable: bool) -> bool:

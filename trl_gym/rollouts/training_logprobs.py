@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trl_gym.errors import RolloutError
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,14 +35,22 @@ def record(
         rank: Of this process.
 
     Raises:
-        OSError: They cannot be written.
+        RolloutError: They cannot be written.
     """
     folder = Path(output_dir) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"step-{step}.rank-{rank}.jsonl").open("a") as file:
-        for row, rollout in zip(logprobs.float().cpu(), rollouts, strict=True):
-            if not rollout.trajectories:
-                continue
-            values = row[: len(rollout.trajectories[0].completion_ids)].tolist()
-            line = {"rollout_id": rollout.request.rollout_id, "logprobs": [round(value, _DIGITS) for value in values]}
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+    lines = []
+    for row, rollout in zip(logprobs.float().cpu(), rollouts, strict=True):
+        if not rollout.trajectories:
+            continue
+        values = row[: len(rollout.trajectories[0].completion_ids)].tolist()
+        line = {"rollout_id": rollout.request.rollout_id, "logprobs": [round(value, _DIGITS) for value in values]}
+        lines.append(json.dumps(line, separators=(",", ":")) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"step-{step}.rank-{rank}.jsonl").open("a") as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise RolloutError(
+            f"The trainer's log-probabilities could not be written to {folder} ({error}). Free some space there, or "
+            "make it writable, and resume: the rollouts themselves are in the journal."
+        ) from error

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from accelerate.utils import gather_object
 
 from trl_gym.errors import WeightMismatchError, WeightSyncError
-from trl_gym.ranks import agree
+from trl_gym.ranks import agree, on_main
 from trl_gym.weight_sync.mismatch import explain, sent_sums
 from trl_gym.weight_sync.probe import ProbeReport, compare, probe_batch, require_agreement, trainer_logprobs
 from trl_gym.weight_sync.source import WeightSource
@@ -231,14 +231,8 @@ class WeightSync:
         return self._server.client.patient(self._options.timeout_s)
 
     def _on_main(self, work: Callable[[PolicyClient], None]) -> None:
-        """Do something on rank 0; every rank learns how it went, and goes on when it is done."""
-        error: Exception | None = None
-        if (client := self._client) is not None:
-            try:
-                work(client)
-            except Exception as caught:  # raised below, once the other ranks know
-                error = caught
-        self._agree(error)
+        """Ask the server for something, with the sync's timeout."""
+        on_main(self._accelerator, lambda: work(self._server.client.patient(self._options.timeout_s)))
 
     def _agree(self, error: Exception | None) -> None:
         agree(error, self._accelerator.process_index, gather_object)
