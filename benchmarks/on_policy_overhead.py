@@ -56,7 +56,7 @@ class Server:
         flags += ["--enforce-eager", "--dtype", "float32", "--generation-config", "vllm", "--host", "127.0.0.1"]
         flags += ["--hf-overrides", json.dumps({"max_position_embeddings": max_model_len})]
         flags += ["--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
-        flags += ["--middleware", "trl_gym.policy_server.on_policy.OnPolicyMiddleware"]
+        flags += ["--middleware", "trl_gym.policy_server.middleware.app.OnPolicyMiddleware"]
         flags += ["--middleware", "on_policy_overhead.Bypass"]
         environment = {**DEFAULT_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

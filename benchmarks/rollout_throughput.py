@@ -99,7 +99,7 @@ class Bench:
         self.num_batches = 0
 
     def requests(self, number: int) -> list[Any]:
-        from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
+        from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 
         self.num_batches += 1
         made = []

@@ -55,7 +55,7 @@ def main() -> None:
     from trl_gym import GymServers, PolicyServer
     from trl_gym.rollouts.budgets import budgets_from_options
     from trl_gym.rollouts.collector import RolloutCollector
-    from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
+    from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 
     rows = [json.loads(line) for line in (CALCULATOR / "data" / "example.jsonl").read_text().splitlines()]
     policy = build_tiny_policy(ROOT / "runs" / "small_policy")

@@ -36,7 +36,7 @@ from trl_gym.processes import ChildProcess, bind_socket, wait_until
 from trl_gym.rollouts.budgets import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.drift import classify, make_decoder
-from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
+from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.trajectory import ModelCall, contiguous_head, model_calls
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ from typing import Any
 
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
 from trl_gym.dataset import gym_row
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.trajectory import Trajectory
 

@@ -25,7 +25,7 @@ from trl_gym.cli import build_parser
 from trl_gym.rollouts.drift import DriftCause
 from trl_gym.rollouts.evaluation import evaluation_metrics
 from trl_gym.rollouts.facts import RolloutFacts
-from trl_gym.rollouts.logprob_gap import GapSum, merge
+from trl_gym.rollouts.logprobs import GapSum, merge
 from trl_gym.rollouts.metrics import completion_metrics, rollout_metrics, training_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -56,7 +56,7 @@ def test_the_wheel_declares_what_the_project_does(wheel: Path) -> None:
     assert metadata["Version"] == trl_gym.__version__
     assert set(metadata.get_all("Provides-Extra")) == set(project["optional-dependencies"])
     assert "trl-gym = trl_gym.cli:main" in entry_points
-    assert "trl_gym = trl_gym.policy_server.vllm_plugin:register" in entry_points
+    assert "trl_gym = trl_gym.policy_server.engine.plugin:register" in entry_points
 
 
 def test_the_command_of_the_unpacked_wheel_loads_nothing_heavy(wheel: Path, tmp_path: Path) -> None:

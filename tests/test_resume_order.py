@@ -16,7 +16,7 @@ from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.recorded import POLICY, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
 from trl_gym.errors import ConfigError, RolloutError
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.trajectory import Trajectory
 

@@ -20,7 +20,7 @@ from trl_gym.errors import (
     WeightSyncError,
 )
 from trl_gym.policy_server.client import PolicyResponseError
-from trl_gym.revival import Reviver, end_interrupted_update, hear_of_loss
+from trl_gym.run.recovery import Reviver, end_interrupted_update, hear_of_loss
 
 LOSS = PolicyServerLostError("POST /trl_gym/rollouts/records: connection refused")
 DEATH = PolicyServerLostError("policy server ended (was ended by signal SIGKILL). Last lines of its log: …")
@@ -111,7 +111,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         now[0] += 1.0
         return now[0]
 
-    monkeypatch.setattr("trl_gym.revival.time.monotonic", monotonic)
+    monkeypatch.setattr("trl_gym.run.recovery.time.monotonic", monotonic)
     yield now
 
 

@@ -13,9 +13,9 @@ from tests.policy_server.test_splice_probe import REMEDIES, served
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym import GymGRPOConfig, GymServers
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
-from trl_gym.policy_server.on_policy import OnPolicyMiddleware, Settings
+from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
-from trl_gym.servers import RunServers, servers_for
+from trl_gym.run.servers import RunServers, servers_for
 
 
 class Rerendering(FakeVllm):

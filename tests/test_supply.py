@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
-from trl_gym.supply import PolicySupply
+from trl_gym.run.weights import PolicySupply
 
 
 class Recorder:

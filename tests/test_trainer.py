@@ -10,7 +10,7 @@ import pytest
 from tests.gradient import NUM_MEMBERS, Case, make_trainer, save_model
 from trl_gym import GymGRPOTrainer
 from trl_gym.accounting import AccountingGRPOTrainer
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from trl_gym.errors import RolloutError
-from trl_gym.ranks import agree
-from trl_gym.rollouts import groups, logprob_gap, training_logprobs
+from trl_gym.rollouts import groups, training_logprobs
+from trl_gym.rollouts import logprobs as logprob_gap
 from trl_gym.rollouts.batch import table_columns
 from trl_gym.rollouts.evaluation import (
     EvaluationRun,
@@ -37,9 +37,10 @@ from trl_gym.rollouts.evaluation import (
 from trl_gym.rollouts.facts import RolloutFacts
 from trl_gym.rollouts.importance import merge_ratios, ratio_sum
 from trl_gym.rollouts.metrics import NEWEST, RunMetrics, completion_metrics, rollout_metrics, training_metrics
-from trl_gym.rollouts.requests import Sampling
+from trl_gym.rollouts.request import Sampling
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.shared import SharedBatch, share
+from trl_gym.run.ranks import agree
 
 
 class AccountingGRPOTrainer(GRPOTrainer):

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.rollouts.requests import Sampling
+from trl_gym.rollouts.request import Sampling
 
 if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig

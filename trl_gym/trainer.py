@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from trl_gym import compat, rank_loss, servers, succession
+from trl_gym import compat, rank_loss, succession
 from trl_gym.accounting import AccountingGRPOTrainer
 from trl_gym.callbacks import MetricsCallback, OptimizerCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig
@@ -36,20 +36,21 @@ from trl_gym.model_card import CardGRPOTrainer, RunFacts, settings_of
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.progress import PhaseClock, make_progress
 from trl_gym.resume import ResumableGRPOTrainer
-from trl_gym.revival import hear_of_loss
 from trl_gym.rollouts.batch import completion, describe_drift, training_rows
 from trl_gym.rollouts.drift import make_decoder
 from trl_gym.rollouts.finish import Finisher
 from trl_gym.rollouts.journal import Journal
 from trl_gym.rollouts.live import live_collector
-from trl_gym.rollouts.replay import ReplayCollector
-from trl_gym.rollouts.requests import RolloutRequest, stamp
+from trl_gym.rollouts.request import RolloutRequest, stamp
 from trl_gym.rollouts.reuse import Policy, Recall, collect_missing
 from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.source import ReplayCollector
 from trl_gym.rollouts.survivors import SurvivingCollector
 from trl_gym.rollouts.trajectory import Trajectory, from_gym
 from trl_gym.rollouts.watch import CollectionStatus
-from trl_gym.supply import PolicySupply
+from trl_gym.run import servers
+from trl_gym.run.recovery import hear_of_loss
+from trl_gym.run.weights import PolicySupply
 from trl_gym.trainer_args import checked_args
 from trl_gym.weight_sync.fingerprint import fingerprint
 from trl_gym.weight_sync.source import check_supported

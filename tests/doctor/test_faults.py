@@ -21,8 +21,8 @@ from tests.commands.plain_endpoint import KEY, plain_endpoint
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym.cli import main
 from trl_gym.doctor.checks import Check, Entry, Status, run_checks
+from trl_gym.doctor.context import Subject
 from trl_gym.doctor.roster import CHECKS
-from trl_gym.doctor.subject import Subject
 
 ROOT = Path(__file__).resolve().parents[2]
 CALCULATOR = ROOT / "recipes" / "environments" / "calculator" / "calculator.yaml"

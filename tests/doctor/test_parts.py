@@ -21,7 +21,7 @@ from trl_gym.doctor.output import why_not_writable
 from trl_gym.doctor.parsing import ScriptOptions
 from trl_gym.doctor.template import classify
 from trl_gym.errors import FailureKind, RolloutFailure
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
 
 

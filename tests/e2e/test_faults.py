@@ -27,7 +27,7 @@ from trl_gym.rollouts.call_records import RolloutLedger
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.finish import Finisher
 from trl_gym.rollouts.journal import Journal, read_journal
-from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
+from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.trajectory import from_gym
 

@@ -26,8 +26,8 @@ import requests
 from tests.policy_server.tiny_model import build_random_policy, build_tokenizer
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
+from trl_gym.policy_server.middleware.turn import TOKEN_KEYS
 from trl_gym.policy_server.server import PolicyServer
-from trl_gym.policy_server.turn import TOKEN_KEYS
 from trl_gym.processes import ChildProcess, bind_socket
 
 pytestmark = pytest.mark.e2e

@@ -19,7 +19,7 @@ import yaml
 from tests.gym.fake_policy import FakePolicy
 from trl_gym.errors import ConfigError, FailureKind, GymServerError, RolloutFailure
 from trl_gym.gym.client import GymAnswer, new_session, run_rollout
-from trl_gym.gym.interpreter import GymInstallation, probe
+from trl_gym.gym.install import GymInstallation, probe
 from trl_gym.gym.servers import GymServers
 from trl_gym.processes import bind_socket
 

@@ -26,7 +26,7 @@ import torch
 from tests.e2e.training import CALCULATOR, ROOT, RecordingTrainer, config
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.rollouts.journal import read_journal
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 
 pytestmark = pytest.mark.e2e
 

@@ -19,7 +19,7 @@ from tests.e2e.training import CALCULATOR
 from trl_gym import PolicyServer
 from trl_gym.cli import main
 from trl_gym.rollouts.journal import read_journal
-from trl_gym.rollouts.replay import ReplayCollector
+from trl_gym.rollouts.source import ReplayCollector
 
 pytestmark = pytest.mark.e2e
 

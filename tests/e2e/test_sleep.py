@@ -18,8 +18,8 @@ from tests.policy_server.tiny_model import build_model, build_random_policy, bui
 from trl_gym.memory.sharing import DeviceSharing, Occupancy
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.server import PolicyServer
-from trl_gym.weight_sync.mismatch import explain, held_sums, sent_sums
 from trl_gym.weight_sync.probe import trainer_logprobs
+from trl_gym.weight_sync.sums import explain, held_sums, sent_sums
 
 pytestmark = pytest.mark.e2e
 
@@ -27,7 +27,7 @@ FLAGS = {
     "max-model-len": 512,
     "enforce-eager": True,
     "dtype": "float32",
-    "worker-extension-cls": "trl_gym.policy_server.worker_extension.WeightSums",
+    "worker-extension-cls": "trl_gym.policy_server.engine.worker.WeightSums",
 }
 SEQUENCES = [[5, 9, 300, 17, 44, 120, 8], [401, 33, 2, 3, 90]]
 

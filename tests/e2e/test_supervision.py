@@ -23,7 +23,7 @@ from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, confi
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import PolicyServerError
 from trl_gym.rollouts.journal import read_journal
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 
 pytestmark = pytest.mark.e2e
 

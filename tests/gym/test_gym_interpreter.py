@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from trl_gym.errors import ConfigError, UnsupportedVersionError
-from trl_gym.gym import interpreter
-from trl_gym.gym.interpreter import find_installation
+from trl_gym.gym import install as interpreter
+from trl_gym.gym.install import find_installation
 
 
 def fake_python(path: Path, answer: str) -> Path:

@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trl_gym import GymGRPOConfig
 from trl_gym.memory.estimate import count_params, from_trainer, optimizer_bytes, this_device
-from trl_gym.memory.planner import MemoryPlan
+from trl_gym.memory.plan import MemoryPlan
 from trl_gym.memory.shapes import GIB, DeviceMemory, ModelShape
 
 DEVICE = DeviceMemory(total_bytes=24 * GIB)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_gym.memory.planner import (
+from trl_gym.memory.plan import (
     MOMENTS,
     ROLLOUTS,
     SYNC,

@@ -14,7 +14,7 @@ from typing import Any
 from aiohttp import web
 
 from tests.policy_server.fake_vllm import END, render
-from trl_gym.policy_server.on_policy import AFFINITY
+from trl_gym.policy_server.middleware.app import AFFINITY
 from trl_gym.policy_server.upstreams import UpstreamApp
 from trl_gym.processes import bind_socket
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.policy_server.on_policy import OnPolicyMiddleware, Settings
+from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

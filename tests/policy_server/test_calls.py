@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trl_gym.policy_server import calls
-from trl_gym.policy_server.calls import RolloutBook, record_of
+from trl_gym.policy_server.middleware import calls
+from trl_gym.policy_server.middleware.calls import RolloutBook, record_of
 
 
 def record(**more: object) -> calls.CallRecord:

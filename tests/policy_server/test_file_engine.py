@@ -13,7 +13,7 @@ PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 
 
 def new_engine() -> Any:
-    from trl_gym.policy_server.file_engine import FileWeightTransferEngine
+    from trl_gym.policy_server.engine.file_engine import FileWeightTransferEngine
 
     return FileWeightTransferEngine.__new__(FileWeightTransferEngine)
 
@@ -21,7 +21,7 @@ def new_engine() -> Any:
 def test_register_twice() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from trl_gym.policy_server.vllm_plugin import register
+    from trl_gym.policy_server.engine.plugin import register
 
     register()
     register()
@@ -30,7 +30,7 @@ def test_register_twice() -> None:
 
 
 def test_parts_of_packed_modules_are_missed() -> None:
-    from trl_gym.policy_server.file_engine import missing_parts
+    from trl_gym.policy_server.engine.file_engine import missing_parts
 
     whole = {f"layers.{i}.attn.{part}.weight" for i in range(2) for part in PACKED["qkv_proj"]} | {"norm.weight"}
     assert missing_parts(whole, PACKED) == []
@@ -65,7 +65,7 @@ def test_only_the_file_with_the_secret_proves_that_it_is_the_trainers(tmp_path: 
 
 
 def test_a_part_must_have_whole_modules() -> None:
-    from trl_gym.policy_server.file_engine import _whole_modules
+    from trl_gym.policy_server.engine.file_engine import _whole_modules
 
     expected = {"layers.0.norm.weight", "layers.0.proj.weight", "layers.0.proj.bias", "layers.1.proj.weight"}
     assert _whole_modules(expected, {"layers.0.proj.weight"}) == {"layers.0.proj.weight", "layers.0.proj.bias"}

@@ -19,7 +19,7 @@ from tests.policy_server.test_splice_probe import served
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, WeightMismatchError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.fleet import FleetClient, PolicyFleet, attach_policy
-from trl_gym.policy_server.on_policy import OnPolicyMiddleware, Settings
+from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
 from trl_gym.processes import bind_socket

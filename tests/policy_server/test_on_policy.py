@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.policy_server.fake_vllm import END, FakeVllm, Json, render
-from trl_gym.policy_server.on_policy import OnPolicyMiddleware
+from trl_gym.policy_server.middleware.app import OnPolicyMiddleware
 
 TAG = {"rollout": "r0", "sampling": {"temperature": 0.7, "top_p": 0.9}}
 USER = {"role": "user", "content": "hi"}

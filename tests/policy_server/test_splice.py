@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.policy_server.splice import (
+from trl_gym.policy_server.middleware.splice import (
     Closing,
     NoBoundaryError,
     NoMarkerError,

@@ -16,7 +16,7 @@ import uvicorn
 from tests.policy_server.fake_vllm import FakeVllm
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
-from trl_gym.policy_server.on_policy import OnPolicyMiddleware, Settings
+from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
 from trl_gym.processes import bind_socket

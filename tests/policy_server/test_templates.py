@@ -14,7 +14,7 @@ from tests.conftest import load
 from tests.policy_server.template_chats import Chat, Sampled, sampled_otherwise, with_other_history
 from tests.policy_server.template_rollouts import CUT_CALL, Rollout, Step
 from tests.policy_server.templates import Client, Template, load_template, template_paths
-from trl_gym.policy_server import splice
+from trl_gym.policy_server.middleware import splice
 
 template_table = load("template_table", Path(__file__).resolve().parents[2] / "scripts" / "template_table.py")
 row_of = cache(template_table.row_of)

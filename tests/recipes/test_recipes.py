@@ -167,7 +167,7 @@ def skeleton(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "remote_server.yaml"])
 def test_vllm_takes_the_flags_of_a_server_that_we_start(name: str, skeleton: str) -> None:
-    from trl_gym.policy_server import vllm_entry
+    from trl_gym.policy_server.engine import entry as vllm_entry
 
     _, args, model = parsed(name)
     backend = planned_backend(args.gym_weight_transport, on_cuda=True, shares_devices=True)
@@ -186,7 +186,7 @@ def test_vllm_takes_the_flags_of_a_server_that_we_start(name: str, skeleton: str
 
 
 def test_vllm_takes_the_flags_of_the_server_in_the_header() -> None:
-    from trl_gym.policy_server import vllm_entry
+    from trl_gym.policy_server.engine import entry as vllm_entry
 
     _, args, model = parsed("remote_server.yaml")
     [line] = re.findall(r"trl-gym serve (.*?)#", header("remote_server.yaml"))

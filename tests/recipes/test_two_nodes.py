@@ -211,7 +211,7 @@ def test_a_mistake_is_one_sentence(
 
 def test_vllm_takes_what_the_server_is_started_with(checkout: Checkout) -> None:
     from trl_gym.cli import _add_serve_options
-    from trl_gym.policy_server import vllm_entry
+    from trl_gym.policy_server.engine import entry as vllm_entry
 
     checkout.node("serve", "--enable-prefix-caching", TRL_GYM_TENSOR_PARALLEL="2")
     started = checkout.record("server")

@@ -14,7 +14,7 @@ from trl_gym.gym.servers import AgentInfo
 from trl_gym.rollouts.budgets import budgets_from_options
 from trl_gym.rollouts.call_records import CallState
 from trl_gym.rollouts.collector import RolloutCollector
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 
 
 class Agent:

@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_gym.errors import RolloutFailure
 from trl_gym.rollouts.journal import Journal
-from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
+from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.rollout import Rollout, journal_record
 from trl_gym.rollouts.trajectory import from_gym

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from trl_gym.errors import FailureKind, RolloutFailure
-from trl_gym.policy_server.calls import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
 from trl_gym.rollouts.batch import completion, describe_drift, describe_failures, table_columns, training_rows
 from trl_gym.rollouts.drift import DriftReport
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, conversation, journal_record
 from trl_gym.rollouts.trajectory import from_gym
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from trl_gym.policy_server.calls import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
 from trl_gym.rollouts.drift import classify, explain, make_decoder
 from trl_gym.rollouts.trajectory import Drift, first_difference
 

@@ -26,7 +26,7 @@ from trl_gym.rollouts.evaluation import (
     table_beside,
 )
 from trl_gym.rollouts.facts import RolloutFacts
-from trl_gym.rollouts.requests import Sampling
+from trl_gym.rollouts.request import Sampling
 from trl_gym.rollouts.shared import SharedBatch
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.rollouts.identity import request_hash, task_hash
-from trl_gym.rollouts.requests import Sampling, stamp
+from trl_gym.rollouts.request import Sampling, stamp
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=6),

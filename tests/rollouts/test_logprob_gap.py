@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.rollouts.logprob_gap import GapSum, batch_gaps, gap_sums, merge
+from trl_gym.rollouts.logprobs import GapSum, batch_gaps, gap_sums, merge
 
 
 def test_an_example() -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from tests.rollouts.test_batch import OUTPUT, bad, drifted, good, record, with_records
 from trl_gym.errors import FailureKind, RolloutError
-from trl_gym.policy_server.calls import DriftCause
+from trl_gym.policy_server.middleware.calls import DriftCause
 from trl_gym.rollouts.batch import failure_causes
 from trl_gym.rollouts.facts import RolloutFacts, facts_of, is_tool_error
-from trl_gym.rollouts.logprob_gap import GapSum
+from trl_gym.rollouts.logprobs import GapSum
 from trl_gym.rollouts.metrics import (
     RunMetrics,
     completion_metrics,

@@ -10,8 +10,8 @@ from tests.rollouts.recorded import POLICY, request, rollout, write
 from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, FailureKind, RolloutFailure
 from trl_gym.rollouts.journal import Journal
-from trl_gym.rollouts.replay import ReplayCollector, check_replay, staleness
-from trl_gym.rollouts.requests import Sampling
+from trl_gym.rollouts.request import Sampling
+from trl_gym.rollouts.source import ReplayCollector, check_replay, staleness
 
 FAILURE = RolloutFailure(kind=FailureKind.ENVIRONMENT, text="the verifier raised", where="calculator /run")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.rollouts.requests import RolloutRequest, Sampling, next_attempt, stamp
+from trl_gym.rollouts.request import RolloutRequest, Sampling, next_attempt, stamp
 
 json_value = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),

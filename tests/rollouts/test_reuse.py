@@ -10,7 +10,7 @@ import pytest
 
 from tests.rollouts.recorded import POLICY, request, rollout, write
 from trl_gym.errors import FailureKind, RolloutFailure
-from trl_gym.rollouts.requests import RolloutRequest, Sampling
+from trl_gym.rollouts.request import RolloutRequest, Sampling
 from trl_gym.rollouts.reuse import Policy, Recall, collect_missing
 from trl_gym.rollouts.rollout import Rollout, conversation
 

@@ -22,7 +22,7 @@ from trl_gym.weight_sync.transports import (
     environment_for,
     planned_backend,
 )
-from trl_gym.weight_sync.transports.choose import is_this_host
+from trl_gym.weight_sync.transports.plan import is_this_host
 
 HERE, THERE = "http://127.0.0.1:8000/v1", "http://192.0.2.7:8000/v1"  # the second one is nobody's
 ADAPTER: Any = SimpleNamespace(name="adapter")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyResponseError
-from trl_gym.policy_server.worker_extension import WeightSums, sums_of
+from trl_gym.policy_server.engine.worker import WeightSums, sums_of
 from trl_gym.weight_sync.bits import bit_sum
-from trl_gym.weight_sync.mismatch import combine, explain, explain_mismatch, held_sums, sent_sums
+from trl_gym.weight_sync.sums import combine, explain, explain_mismatch, held_sums, sent_sums
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 SENT = {"embed.weight": 10, "l.q_proj.weight": 1, "l.k_proj.weight": 2, "l.v_proj.weight": 4, "norm.weight": 7}

@@ -15,7 +15,7 @@ from trl_gym.commands.options import CollectOptions
 from trl_gym.commands.plan import Job, all_jobs, claim, done, load_tasks, missing
 from trl_gym.errors import ConfigError, RolloutFailure
 from trl_gym.gym.config import POLICY_MODEL, resolve_configs
-from trl_gym.gym.interpreter import find_installation
+from trl_gym.gym.install import find_installation
 from trl_gym.gym.servers import GymServers
 from trl_gym.rollouts.budgets import budgets_from_options
 from trl_gym.rollouts.call_records import RolloutLedger
@@ -23,7 +23,7 @@ from trl_gym.rollouts.collection import Progress
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.finish import Finisher
 from trl_gym.rollouts.journal import Journal, read_journal
-from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
+from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.trajectory import from_gym
 
 _COMMIT_EVERY_S = 1.0

@@ -35,9 +35,9 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from trl_gym.doctor.checks import Entry, run_checks
+    from trl_gym.doctor.context import Subject
     from trl_gym.doctor.report import as_json, passed, show, summary
     from trl_gym.doctor.roster import CHECKS
-    from trl_gym.doctor.subject import Subject
 
     console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
     entries: list[Entry] = []

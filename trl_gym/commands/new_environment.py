@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trl_gym.errors import ConfigError
-from trl_gym.gym.interpreter import find_installation
+from trl_gym.gym.install import find_installation
 
 DESCRIPTION = (
     "Make the folder DIR/NAME with a NeMo Gym environment: configuration, resources server (two tools, state, a "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from trl_gym.errors import TrlGymError
 
 if TYPE_CHECKING:
-    from trl_gym.doctor.subject import Subject
+    from trl_gym.doctor.context import Subject
 
 
 class Status(StrEnum):

@@ -12,7 +12,7 @@ from typing import Any
 
 from trl_gym.dataset import ROW_COLUMN, read_records
 from trl_gym.doctor.checks import Finding, failed, ok, skipped, warning
-from trl_gym.doctor.subject import Subject
+from trl_gym.doctor.context import Subject
 
 _MAX_REPORTED = 10
 _SCRIPT_TIMEOUT_S = 600.0

@@ -8,11 +8,11 @@ from pathlib import Path
 import yaml
 
 from trl_gym.doctor.checks import Finding, failed, from_error, ok
-from trl_gym.doctor.subject import Subject
+from trl_gym.doctor.context import Subject
 from trl_gym.errors import ConfigError
 from trl_gym.gym.config import expand_overrides, resolve_configs
 from trl_gym.gym.discovery import AGENTS, look_at_head, new_http_session
-from trl_gym.gym.interpreter import MIN_PYTHON, PYTHON_VARIABLE, SUPPORTED_GYM, find_installation
+from trl_gym.gym.install import MIN_PYTHON, PYTHON_VARIABLE, SUPPORTED_GYM, find_installation
 
 _REMEDY = (
     f"`uv venv --python {'.'.join(map(str, MIN_PYTHON))} .gym-venv && uv pip install --python .gym-venv/bin/python "

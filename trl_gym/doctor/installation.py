@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 from trl_gym import compat
 from trl_gym.doctor.checks import Finding, failed, ok, warning
-from trl_gym.doctor.subject import Subject
+from trl_gym.doctor.context import Subject
 
 SUPPORTED_PYTHON = ">=3.11,<3.14"  # as in pyproject.toml
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trl_gym.doctor.checks import Finding, ok, warning
-from trl_gym.doctor.machine import SHARED_MEMORY
-from trl_gym.doctor.subject import Subject
+from trl_gym.doctor.context import Subject
+from trl_gym.doctor.static import SHARED_MEMORY
 
 _SERVER = re.compile(r"-m trl_gym\.policy_server .*--listen-fd|trl_gym/gym/host\.py ")
 _ENGINE = re.compile(r"^VLLM::")

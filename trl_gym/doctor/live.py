@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from trl_gym.dataset import ROW_COLUMN
 from trl_gym.doctor.checks import Finding, failed, from_error, ok, skipped, warning
+from trl_gym.doctor.context import Subject
 from trl_gym.doctor.policy import UNTOUCHED, run_flags
-from trl_gym.doctor.subject import Subject
 from trl_gym.errors import FailureKind, ServerError, WeightSyncError
 
 if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig
     from trl_gym.rollouts.collector import RolloutCollector
     from trl_gym.rollouts.finish import Finisher
-    from trl_gym.rollouts.requests import RolloutRequest
+    from trl_gym.rollouts.request import RolloutRequest
     from trl_gym.rollouts.rollout import Rollout
-    from trl_gym.servers import RunServers
+    from trl_gym.run.servers import RunServers
 
 _QUICK = "left out by --quick: no server is started"
 _MAX_DEADLINE_S = 300.0  # of a single rollout on servers that do nothing else
@@ -88,7 +88,7 @@ def continuation(subject: Subject) -> Iterator[Finding]:
     if not subject.serves:
         return
     args = _own_args(subject)
-    from trl_gym.servers import RunServers
+    from trl_gym.run.servers import RunServers
 
     subject.run = RunServers(args, lambda: subject.model, subject.policy, subject.gym)
     subject.run.start()
@@ -114,7 +114,7 @@ def weight_sync(subject: Subject) -> Iterator[Finding]:
         return
     from accelerate import Accelerator
 
-    from trl_gym.supply import PolicySupply
+    from trl_gym.run.weights import PolicySupply
 
     accelerator = Accelerator(cpu=subject.args.use_cpu)
     model = _load_model(subject).to(accelerator.device)
@@ -185,7 +185,7 @@ def _own_args(subject: Subject) -> GymGRPOConfig:
 
 
 def _new_run(subject: Subject) -> RunServers:
-    from trl_gym.servers import RunServers
+    from trl_gym.run.servers import RunServers
 
     return RunServers(_own_args(subject), lambda: subject.model, flags=lambda: run_flags(subject))
 
@@ -216,7 +216,7 @@ def _load_model(subject: Subject) -> Any:
 
 def _requests(subject: Subject) -> Iterator[RolloutRequest]:
     """The first row of each agent."""
-    from trl_gym.rollouts.requests import RolloutRequest, Sampling, stamp
+    from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 
     args, session = subject.args, uuid.uuid4().hex[:8]
     first: dict[str, dict[str, Any]] = {}

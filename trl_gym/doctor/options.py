@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from trl_gym.doctor.checks import Finding, failed, ok, warning
-from trl_gym.doctor.subject import Subject
+from trl_gym.doctor.context import Subject
 
 _ADVICE = "`accelerate config`, or take one of recipes/accelerate/ with `accelerate launch --config_file`."
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from trl_gym.doctor.checks import Finding, failed, ok, skipped, warning
-from trl_gym.doctor.machine import can_connect
-from trl_gym.doctor.subject import Subject
+from trl_gym.doctor.context import Subject
+from trl_gym.doctor.static import can_connect
 
 _BYTES_PER_PARAMETER = 16  # of a checkpoint at most: float32 weights, two moments, and once more while it is replaced
 _WANDB_URL = "https://api.wandb.ai"

@@ -10,7 +10,7 @@ from typing import Any
 
 from trl_gym import compat
 from trl_gym.doctor.checks import Finding, failed, from_error, ok, split_remedy, warning
-from trl_gym.doctor.subject import API_KEY_VARIABLE, Subject
+from trl_gym.doctor.context import API_KEY_VARIABLE, Subject
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.diagnosis import find_cause, hint_for
@@ -20,7 +20,7 @@ _PARSE_TIMEOUT_S = 120.0  # importing vLLM takes long on a cold disk
 # The server's own reading of its flags, in a process of its own: importing vLLM changes environment and logging.
 _PARSE = """
 import json, sys
-from trl_gym.policy_server.vllm_entry import parse_args
+from trl_gym.policy_server.engine.entry import parse_args
 parse_args(json.loads(sys.argv[1]))
 """
 UNTOUCHED = "default"  # weight version of a server that nobody has sent weights to

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from trl_gym.doctor import data, environments, installation, leftovers, live, machine, model, options, output, policy
+from trl_gym.doctor import data, environments, installation, leftovers, live, options, output, policy
+from trl_gym.doctor import inputs as model
+from trl_gym.doctor import static as machine
 from trl_gym.doctor.checks import Check
 from trl_gym.doctor.template import chat_template
 

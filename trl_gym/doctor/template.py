@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.doctor.checks import Finding, failed, ok, warning
-from trl_gym.doctor.subject import Subject
+from trl_gym.doctor.context import Subject
 from trl_gym.policy_server.marking import Chat
-from trl_gym.policy_server.rendering import RenderRefusedError, Templates
-from trl_gym.policy_server.splice import NoBoundaryError
+from trl_gym.policy_server.middleware.splice import NoBoundaryError
+from trl_gym.policy_server.middleware.templates import RenderRefusedError, Templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

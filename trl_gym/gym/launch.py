@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trl_gym.gym.config import API_KEY_VARIABLE
-from trl_gym.gym.interpreter import GymInstallation
+from trl_gym.gym.install import GymInstallation
 from trl_gym.processes import ChildProcess
 
 Mode = Literal["host", "upstream"]

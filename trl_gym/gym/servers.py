@@ -37,7 +37,7 @@ from trl_gym.gym.discovery import (
     new_http_session,
 )
 from trl_gym.gym.health import ServerProbe, is_alive, needed_servers
-from trl_gym.gym.interpreter import find_installation
+from trl_gym.gym.install import find_installation
 from trl_gym.gym.launch import LOCALHOST, error_path, spawn
 from trl_gym.processes import ChildProcess, bind_socket, wait_until
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.memory.planner import MemoryPlan, plan
+from trl_gym.memory.plan import MemoryPlan, plan
 from trl_gym.memory.shapes import GIB, DeviceMemory, ModelShape, ServingShape, TrainingShape
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from trl_gym.memory.shapes import GIB
 
 if TYPE_CHECKING:
-    from trl_gym.memory.planner import MemoryPlan
+    from trl_gym.memory.plan import MemoryPlan
 
 _MOMENTS = ("rollouts", "sync", "update")
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import requests
 
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
-from trl_gym.policy_server.calls import CallRecord
+from trl_gym.policy_server.middleware.calls import CallRecord
 
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_QUOTED_CHARS = 2000

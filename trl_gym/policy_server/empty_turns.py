@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_gym.policy_server.history import Histories, digest_of
-from trl_gym.policy_server.turn import Turn
+from trl_gym.policy_server.middleware.turn import Turn
 
 _NOTHING: dict[str, Any] = {"role": "assistant", "content": ""}
 

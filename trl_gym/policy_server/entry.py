@@ -24,7 +24,7 @@ ENV_NONCE = "TRL_GYM_NONCE"
 ENV_API_KEYS = "TRL_GYM_API_KEY"  # one per line
 ENV_PROMPT_FIELD = "TRL_GYM_PROMPT_FIELD"  # "1" if the server takes `prompt_token_ids` as a field of the request
 
-MIDDLEWARE = "trl_gym.policy_server.on_policy.OnPolicyMiddleware"
+MIDDLEWARE = "trl_gym.policy_server.middleware.app.OnPolicyMiddleware"
 
 # Flags of `vllm serve` that we set unless the user does. Same names, dashes as underscores.
 DEFAULT_FLAGS: dict[str, object] = {
@@ -32,7 +32,7 @@ DEFAULT_FLAGS: dict[str, object] = {
     "served_model_name": ["policy"],
     "weight_transfer_config": '{"backend": "file"}',
     # Sums over the weights that it holds: which ones differ, when a probe finds that something does.
-    "worker_extension_cls": "trl_gym.policy_server.worker_extension.WeightSums",
+    "worker_extension_cls": "trl_gym.policy_server.engine.worker.WeightSums",
     "generation_config": "vllm",  # no top_k, top_p from the model's generation_config.json behind the trainer's back
     "logprobs_mode": "processed_logprobs",  # what the trainer computes at temperature ≠ 1
     "enable_prompt_tokens_details": True,  # tokens from the prefix cache, for the call records
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
-    from trl_gym.policy_server import vllm_entry
+    from trl_gym.policy_server.engine import entry as vllm_entry
 
     try:
         vllm_entry.serve(vllm_argv, listen_fd=options.listen_fd)

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, WeightMismatchError
-from trl_gym.policy_server.calls import CallRecord
 from trl_gym.policy_server.client import PolicyClient
+from trl_gym.policy_server.middleware.calls import CallRecord
 from trl_gym.policy_server.server import Placement, PolicyBackend, PolicyServer
 
 # What one server answers for all: nothing is changed by it, and replicas answer alike.

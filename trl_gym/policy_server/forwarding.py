@@ -11,7 +11,7 @@ import aiohttp
 from yarl import URL
 
 from trl_gym.errors import PolicyServerError
-from trl_gym.policy_server.asgi import Message, Receive, Reply, Scope, Send, path_of
+from trl_gym.policy_server.middleware.http import Message, Receive, Reply, Scope, Send, path_of
 
 # Of a connection, not of a message (RFC 9110, 7.6.1).
 _HOP_BY_HOP = frozenset(

@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from trl_gym.errors import ConfigError, PolicyServerError
-from trl_gym.policy_server.asgi import App, Receive, Reply, Scope, Send
 from trl_gym.policy_server.entry import is_loopback
 from trl_gym.policy_server.forwarding import Answering, UpstreamLostError
-from trl_gym.policy_server.on_policy import OnPolicyMiddleware, Settings
+from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
+from trl_gym.policy_server.middleware.http import App, Receive, Reply, Scope, Send
 from trl_gym.policy_server.upstream_checks import check_upstreams, takes_prompt_field
 from trl_gym.policy_server.upstreams import UpstreamApp
 from trl_gym.processes import bind_socket

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_gym.policy_server.turn import Turn
+from trl_gym.policy_server.middleware.turn import Turn
 
 _MAX_ANSWERS = 65_536  # about 200 bytes each
 

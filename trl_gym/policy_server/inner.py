@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from trl_gym.policy_server.asgi import App, ClientGoneError, Message, Receive, Reply, Scope, ask
-from trl_gym.policy_server.rendering import RenderRefusedError
+from trl_gym.policy_server.middleware.http import App, ClientGoneError, Message, Receive, Reply, Scope, ask
+from trl_gym.policy_server.middleware.templates import RenderRefusedError
 
 
 class AnsweredError(Exception):

@@ -12,7 +12,7 @@ here outlives this process (`trl_gym.processes`), and nothing that was attached 
      └──────────────────────stop─────────────┴──► STOPPED
 
 A server that was started here and has died is started again on the same port by `restart`, so that whoever has its
-address keeps it; who decides when, and how often, is `trl_gym.revival`.
+address keeps it; who decides when, and how often, is `trl_gym.run.recovery`.
 """
 
 from __future__ import annotations

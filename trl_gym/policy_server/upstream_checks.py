@@ -17,8 +17,8 @@ import aiohttp
 
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server import forwarding
-from trl_gym.policy_server.asgi import Reply
 from trl_gym.policy_server.forwarding import ForwardedRequest, quote, words
+from trl_gym.policy_server.middleware.http import Reply
 
 _ANSWER_TIMEOUT_S = 10.0
 _FIRST_ANSWER_TIMEOUT_S = 120.0  # the first chat request may compile kernels

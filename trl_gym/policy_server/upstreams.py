@@ -37,9 +37,9 @@ import aiohttp
 
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server import forwarding
-from trl_gym.policy_server.asgi import ClientGoneError, Receive, Reply, Scope, Send, read_body
 from trl_gym.policy_server.forwarding import Answering, ForwardedRequest, UpstreamLostError, listed, quote, words
-from trl_gym.policy_server.on_policy import AFFINITY
+from trl_gym.policy_server.middleware.app import AFFINITY
+from trl_gym.policy_server.middleware.http import ClientGoneError, Receive, Reply, Scope, Send, read_body
 
 # What changes the state of a server: every replica must do it, or they are no replicas any more.
 CONTROL_PATHS = frozenset(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
-from trl_gym.policy_server.calls import CallRecord
+from trl_gym.policy_server.middleware.calls import CallRecord
 from trl_gym.rollouts.trajectory import ModelCall
 
 RECORDS_PATH = "/trl_gym/rollouts/records"

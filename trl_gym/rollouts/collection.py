@@ -28,11 +28,11 @@ import aiohttp
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, PolicyServerLostError, RolloutFailure
 from trl_gym.gym.client import GymAnswer, run_rollout
 from trl_gym.gym.discovery import AgentInfo
-from trl_gym.policy_server.calls import CallRecord
+from trl_gym.policy_server.middleware.calls import CallRecord
 from trl_gym.rollouts.admission import Admission
 from trl_gym.rollouts.budgets import Budgets, backoff_s
 from trl_gym.rollouts.call_records import Ledger
-from trl_gym.rollouts.requests import RolloutRequest, next_attempt
+from trl_gym.rollouts.request import RolloutRequest, next_attempt
 from trl_gym.rollouts.watch import CollectionStatus, Outstanding, Phase, Tally, describe_stall
 
 logger = logging.getLogger(__name__)

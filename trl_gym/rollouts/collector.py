@@ -24,7 +24,7 @@ from trl_gym.rollouts.admission import Admission
 from trl_gym.rollouts.budgets import Budgets
 from trl_gym.rollouts.call_records import Ledger
 from trl_gym.rollouts.collection import Collection, Ended, Progress, RolloutResult, Surroundings
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 
 __all__ = ["Ended", "Progress", "RolloutCollector", "RolloutResult"]
 

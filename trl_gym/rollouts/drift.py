@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_gym.policy_server.calls import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
 from trl_gym.rollouts.trajectory import Drift, first_difference
 
 Decode = Callable[[Sequence[int]], str]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import RolloutError
 from trl_gym.rollouts.batch import describe_causes
-from trl_gym.rollouts.requests import Sampling
+from trl_gym.rollouts.request import Sampling
 
 if TYPE_CHECKING:
     from trl_gym.rollouts.facts import RolloutFacts

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_gym.errors import FailureKind, RolloutError, RolloutFailure
-from trl_gym.policy_server.calls import CallRecord
+from trl_gym.policy_server.middleware.calls import CallRecord
 from trl_gym.rollouts.call_records import match_records
 from trl_gym.rollouts.collection import RolloutResult
 from trl_gym.rollouts.drift import Decode, DriftReport, explain
 from trl_gym.rollouts.journal import Recorder
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, journal_record
 from trl_gym.rollouts.trajectory import Drift, DriftError, DriftPolicy, Trajectory, TrajectoryError, model_calls
 

@@ -13,7 +13,7 @@ from trl_gym.rollouts.survivors import Recover, SurvivingCollector
 
 if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig
-    from trl_gym.servers import RunServers
+    from trl_gym.run.servers import RunServers
 
 
 def live_collector(

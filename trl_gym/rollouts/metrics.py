@@ -39,9 +39,9 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from trl_gym.errors import FailureKind
-from trl_gym.rollouts import logprob_gap
+from trl_gym.rollouts import logprobs as logprob_gap
 from trl_gym.rollouts.facts import RolloutFacts
-from trl_gym.rollouts.logprob_gap import GapSum
+from trl_gym.rollouts.logprobs import GapSum
 
 NEWEST = 65_536  # rollouts of training between two logs; about a kilobyte each, on every rank
 _PERCENTILES = (50, 95)

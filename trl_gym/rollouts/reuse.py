@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from trl_gym.rollouts.identity import request_hash, task_hash
 from trl_gym.rollouts.journal import Line, journal_files, read_line, read_lines, step_of
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, from_record
 
 

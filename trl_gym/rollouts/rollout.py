@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_gym.errors import FailureKind, RolloutFailure
-from trl_gym.policy_server.calls import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
 from trl_gym.rollouts.call_records import match_records, weight_versions
 from trl_gym.rollouts.drift import DriftReport
 from trl_gym.rollouts.identity import request_hash, task_hash
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.trajectory import ModelCall, Trajectory, TrajectoryError, finish_reason, model_calls
 
 # Fields of a verify response that are the protocol's, not measurements of the environment.

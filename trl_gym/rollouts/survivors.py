@@ -15,7 +15,7 @@ from typing import Any
 from trl_gym.errors import FailureKind
 from trl_gym.rollouts.call_records import weight_versions
 from trl_gym.rollouts.collection import RolloutResult
-from trl_gym.rollouts.requests import RolloutRequest, next_attempt
+from trl_gym.rollouts.request import RolloutRequest, next_attempt
 from trl_gym.rollouts.reuse import Collector
 from trl_gym.rollouts.rollout import Rollout
 

@@ -20,8 +20,8 @@ from torch import nn
 from trl_gym.errors import ConfigError
 from trl_gym.weight_sync.checkpoint import CheckpointForm, with_siblings
 from trl_gym.weight_sync.merging import Part, adapter_parts, base_model, base_parts
+from trl_gym.weight_sync.protocol import WeightMeta
 from trl_gym.weight_sync.sharding import gather, unit_by_unit
-from trl_gym.weight_sync.transports.protocol import WeightMeta
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -21,7 +21,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import WeightSyncError
-from trl_gym.weight_sync.transports.protocol import WeightMeta
+from trl_gym.weight_sync.protocol import WeightMeta
 
 if TYPE_CHECKING:
     import torch

@@ -8,16 +8,16 @@
 | `adapter` | LoRA, where both see a folder         | versioned adapters; the base's weights are not touched      |
 """
 
-from trl_gym.weight_sync.transports.choose import (
+from trl_gym.weight_sync.protocol import WeightMeta, WeightStream, WeightTransport
+from trl_gym.weight_sync.transports.file import FileTransport
+from trl_gym.weight_sync.transports.ipc import IpcTransport
+from trl_gym.weight_sync.transports.nccl import NcclTransport
+from trl_gym.weight_sync.transports.plan import (
     TransportOptions,
     choose_transport,
     environment_for,
     planned_backend,
 )
-from trl_gym.weight_sync.transports.file import FileTransport
-from trl_gym.weight_sync.transports.ipc import IpcTransport
-from trl_gym.weight_sync.transports.nccl import NcclTransport
-from trl_gym.weight_sync.transports.protocol import WeightMeta, WeightStream, WeightTransport
 
 __all__ = [
     "FileTransport",

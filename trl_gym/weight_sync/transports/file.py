@@ -24,7 +24,7 @@ from trl_gym.weight_sync.transports.safetensors_file import FileSink, Layout, Ma
 
 if TYPE_CHECKING:
     from trl_gym.policy_server.client import PolicyClient
-    from trl_gym.weight_sync.transports.protocol import WeightStream
+    from trl_gym.weight_sync.protocol import WeightStream
 
 _SHARED_MEMORY = Path("/dev/shm")
 

@@ -18,7 +18,7 @@ from trl_gym.weight_sync import vllm_transfer
 
 if TYPE_CHECKING:
     from trl_gym.policy_server.client import PolicyClient
-    from trl_gym.weight_sync.transports.protocol import WeightMeta, WeightStream
+    from trl_gym.weight_sync.protocol import WeightMeta, WeightStream
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from trl_gym.weight_sync import vllm_transfer
 from trl_gym.weight_sync.transports.together import Handover, Together
 
 if TYPE_CHECKING:
-    from trl_gym.weight_sync.transports.protocol import WeightStream
+    from trl_gym.weight_sync.protocol import WeightStream
 
 
 class NcclTransport:

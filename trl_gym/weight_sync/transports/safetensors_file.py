@@ -23,7 +23,7 @@ from trl_gym.errors import WeightSyncError
 if TYPE_CHECKING:
     import torch
 
-    from trl_gym.weight_sync.transports.protocol import WeightMeta
+    from trl_gym.weight_sync.protocol import WeightMeta
 
 _ALIGNMENT = 8
 

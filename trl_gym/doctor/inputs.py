@@ -8,8 +8,8 @@ from typing import Any
 
 from trl_gym.dataset import ROW_COLUMN
 from trl_gym.doctor.checks import Finding, failed, from_error, ok, skipped, warning
+from trl_gym.doctor.context import Subject
 from trl_gym.doctor.data import FILE_KEY, shown
-from trl_gym.doctor.subject import Subject
 from trl_gym.errors import ConfigError
 
 _MAX_RENDERED = 2000  # prompts whose length is measured

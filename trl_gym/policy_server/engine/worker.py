@@ -1,11 +1,11 @@
 """What the server's workers can say about the weights that they hold: one number per parameter.
 
-Flag of the server: `--worker-extension-cls trl_gym.policy_server.worker_extension.WeightSums`. vLLM makes the class a
+Flag of the server: `--worker-extension-cls trl_gym.policy_server.engine.worker.WeightSums`. vLLM makes the class a
 base of its worker, and `POST /collective_rpc {"method": "trl_gym_weight_sums", "args": ["bfloat16"]}` calls the method
 in every worker and answers with `{"results": [one per worker]}`. Nothing of vLLM is imported; what is relied upon are
 the worker's `model_runner.get_model()` and attributes of its layers (`tp_size`, `cpu_linear`), run with 0.31.
 
-Asked only to explain a mismatch that the probe has found (`trl_gym.weight_sync.mismatch`).
+Asked only to explain a mismatch that the probe has found (`trl_gym.weight_sync.sums`).
 """
 
 from __future__ import annotations

@@ -16,5 +16,5 @@ def register() -> None:
     # engine is registered under the name.
     if ENGINE_NAME not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
-            ENGINE_NAME, "trl_gym.policy_server.file_engine", "FileWeightTransferEngine"
+            ENGINE_NAME, "trl_gym.policy_server.engine.file_engine", "FileWeightTransferEngine"
         )

@@ -26,10 +26,10 @@ from typing import Any
 
 from trl_gym.policy_server.adapter_files import InvalidAdapterError, read_adapter
 from trl_gym.policy_server.adapters import Adapter, AdapterBook
-from trl_gym.policy_server.asgi import Message, Reply, Scope, Send
 from trl_gym.policy_server.facts import ServerFacts
 from trl_gym.policy_server.inner import AnsweredError, Inner
-from trl_gym.policy_server.turn import InvalidTurnError
+from trl_gym.policy_server.middleware.http import Message, Reply, Scope, Send
+from trl_gym.policy_server.middleware.turn import InvalidTurnError
 
 _LOOK_EVERY_S = 0.05  # while a new adapter waits for an old one to be let go of
 _NAMED_HOLDERS = 3

@@ -16,9 +16,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_gym.policy_server import splice
 from trl_gym.policy_server.marking import Chat, Place, marked_calls, new_marker
-from trl_gym.policy_server.splice import Closing, NoBoundaryError, NoMarkerError, Rendered
+from trl_gym.policy_server.middleware import splice
+from trl_gym.policy_server.middleware.splice import Closing, NoBoundaryError, NoMarkerError, Rendered
 
 _NUM_AGREEMENTS = 2
 _CHECK_EVERY = 64  # uses of an extension between two comparisons

@@ -18,18 +18,20 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from trl_gym.policy_server import bundle, splice, sse
-from trl_gym.policy_server.adapter_control import AdapterControl
+from trl_gym.policy_server import sse
 from trl_gym.policy_server.adapters import Adapter
-from trl_gym.policy_server.asgi import Reply
-from trl_gym.policy_server.calls import CallDrift, DriftCause, RolloutBook, record_of
 from trl_gym.policy_server.empty_turns import EmptyTurn, is_empty, restore
 from trl_gym.policy_server.facts import ServerFacts
 from trl_gym.policy_server.history import Histories, digest_of
 from trl_gym.policy_server.inner import AbortedError, AnsweredError, Inner
 from trl_gym.policy_server.marking import Chat
-from trl_gym.policy_server.rendering import RenderRefusedError, Templates
-from trl_gym.policy_server.turn import Turn
+from trl_gym.policy_server.middleware import openai as bundle
+from trl_gym.policy_server.middleware import splice
+from trl_gym.policy_server.middleware.adapters import AdapterControl
+from trl_gym.policy_server.middleware.calls import CallDrift, DriftCause, RolloutBook, record_of
+from trl_gym.policy_server.middleware.http import Reply
+from trl_gym.policy_server.middleware.templates import RenderRefusedError, Templates
+from trl_gym.policy_server.middleware.turn import Turn
 
 CHAT_PATH = "/v1/chat/completions"
 _OVERFLOW = "maximum context length"  # Gym ends a rollout gracefully when it reads "context length" in a 400

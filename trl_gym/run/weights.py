@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from trl_gym.config import GymGRPOConfig
-    from trl_gym.servers import RunServers
+    from trl_gym.run.servers import RunServers
     from trl_gym.weight_sync.transports import WeightTransport
 
 logger = logging.getLogger(__name__)

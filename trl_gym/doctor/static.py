@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_gym.doctor.checks import Finding, failed, ok, warning
-from trl_gym.doctor.subject import Subject
+from trl_gym.doctor.context import Subject
 from trl_gym.processes import bind_socket
 
 _GIB = 1 << 30

@@ -26,8 +26,8 @@ from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.fleet import attach_policy
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
-from trl_gym.revival import Reviver, end_interrupted_update
-from trl_gym.rollouts.replay import check_replay
+from trl_gym.rollouts.source import check_replay
+from trl_gym.run.recovery import Reviver, end_interrupted_update
 from trl_gym.server_flags import server_flags, weight_backend
 from trl_gym.weight_sync.transports import environment_for
 

@@ -30,8 +30,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import trl_gym
-from trl_gym.policy_server.adapter_control import AdapterControl
-from trl_gym.policy_server.asgi import (
+from trl_gym.policy_server.entry import ENV_API_KEYS, ENV_NONCE, ENV_PROMPT_FIELD
+from trl_gym.policy_server.facts import ServerFacts
+from trl_gym.policy_server.inner import AnsweredError, Inner
+from trl_gym.policy_server.middleware.adapters import AdapterControl
+from trl_gym.policy_server.middleware.chat import CHAT_PATH, ChatTurns
+from trl_gym.policy_server.middleware.http import (
     App,
     ClientGoneError,
     Receive,
@@ -43,13 +47,9 @@ from trl_gym.policy_server.asgi import (
     read_body,
     replay,
 )
-from trl_gym.policy_server.chat import CHAT_PATH, ChatTurns
-from trl_gym.policy_server.entry import ENV_API_KEYS, ENV_NONCE, ENV_PROMPT_FIELD
-from trl_gym.policy_server.facts import ServerFacts
-from trl_gym.policy_server.inner import AnsweredError, Inner
-from trl_gym.policy_server.rendering import RenderRefusedError
-from trl_gym.policy_server.splice import NoBoundaryError
-from trl_gym.policy_server.turn import InvalidTurnError, Turn, checked_sampling
+from trl_gym.policy_server.middleware.splice import NoBoundaryError
+from trl_gym.policy_server.middleware.templates import RenderRefusedError
+from trl_gym.policy_server.middleware.turn import InvalidTurnError, Turn, checked_sampling
 
 AFFINITY = "trl_gym.affinity"  # in the scope of what we ask: calls with the same value should reach the same engine
 INFO_PATH = "/trl_gym/info"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from trl_gym.errors import ConfigError, FailureKind, RolloutError
 from trl_gym.rollouts.identity import task_hash
 from trl_gym.rollouts.journal import Line, read_line, read_lines
-from trl_gym.rollouts.requests import RolloutRequest
+from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, from_record
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 Both sides add up the bits of every parameter (`bits.bit_sum`). vLLM packs some parameters into one (q, k and v into
 `qkv_proj`) and splits most over its tensor-parallel ranks; the sums add up over both. The server's side is
-`policy_server/worker_extension.py`; a server without it, or with quantized weights, cannot tell, and that is said.
+`policy_server/engine/worker.py`; a server without it, or with quantized weights, cannot tell, and that is said.
 Where a model is served by several data-parallel replicas, the first one answers.
 """
 
@@ -151,7 +151,7 @@ def explain(client: PolicyClient, sent: Mapping[str, int], dtype: torch.dtype) -
     if held is None:
         return (
             "Which parameters differ cannot be told: the server was started without "
-            "`--worker-extension-cls trl_gym.policy_server.worker_extension.WeightSums`."
+            "`--worker-extension-cls trl_gym.policy_server.engine.worker.WeightSums`."
         )
     lines = explain_mismatch(sent, held.sums, held.packed, held.unseen)
     return "Parameters:\n" + "\n".join(f"  - {line}" for line in lines)

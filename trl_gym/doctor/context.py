@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from trl_gym.doctor.checks import Finding
     from trl_gym.doctor.parsing import ScriptOptions
     from trl_gym.gym.config import ResolvedConfigs
-    from trl_gym.gym.interpreter import GymInstallation
+    from trl_gym.gym.install import GymInstallation
     from trl_gym.gym.servers import GymServers
     from trl_gym.policy_server.server import PolicyBackend
-    from trl_gym.servers import RunServers
+    from trl_gym.run.servers import RunServers
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
 

@@ -23,7 +23,7 @@ from trl_gym.weight_sync.transports.nccl import NcclTransport
 
 if TYPE_CHECKING:
     from trl_gym.policy_server.server import PolicyBackend
-    from trl_gym.weight_sync.transports.protocol import WeightTransport
+    from trl_gym.weight_sync.protocol import WeightTransport
 
 
 @dataclass(frozen=True, slots=True)
