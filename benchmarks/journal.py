@@ -64,9 +64,8 @@ def step_seconds(run: Path) -> float:
 
 def measure(records: list[dict[str, Any]], folder: Path) -> dict[str, float]:
     """CPU microseconds per rollout; of wall time per batch for the fsync."""
-    from trl_gym.rollouts.identity import request_hash, task_hash
-    from trl_gym.rollouts.journal import Journal
-    from trl_gym.rollouts.redaction import make_redactor, secrets_of
+    from trl_gym.rollouts.journal import Journal, make_redactor, secrets_of
+    from trl_gym.rollouts.request import request_hash, task_hash
 
     redact = make_redactor(secrets_of(os.environ))
     with tempfile.TemporaryDirectory(dir=folder) as place:

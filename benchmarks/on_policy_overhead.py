@@ -25,7 +25,7 @@ import requests
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.policy_server.tiny_model import build_random_policy
-from trl_gym.policy_server.entry import DEFAULT_ENVIRONMENT
+from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
 from trl_gym.processes import ChildProcess, bind_socket
 
 Json = dict[str, Any]

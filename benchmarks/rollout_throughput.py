@@ -110,7 +110,7 @@ class Bench:
         return made
 
     def collector(self, *, with_records: bool) -> Any:
-        from trl_gym.rollouts.budgets import budgets_from_options
+        from trl_gym.rollouts.admission import budgets_from_options
         from trl_gym.rollouts.call_records import RolloutLedger
         from trl_gym.rollouts.collector import RolloutCollector
 
@@ -123,8 +123,8 @@ class Bench:
         )
 
     def finisher(self) -> Any:
-        from trl_gym.rollouts.finish import Finisher
         from trl_gym.rollouts.journal import Journal
+        from trl_gym.rollouts.source import Finisher
         from trl_gym.rollouts.trajectory import from_gym
 
         return Finisher(

@@ -53,7 +53,7 @@ def main() -> None:
     from tiny_policy import build_tiny_policy
 
     from trl_gym import GymServers, PolicyServer
-    from trl_gym.rollouts.budgets import budgets_from_options
+    from trl_gym.rollouts.admission import budgets_from_options
     from trl_gym.rollouts.collector import RolloutCollector
     from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 

@@ -31,13 +31,12 @@ from typing import Any
 
 from trl_gym import GymServers, PolicyServer
 from trl_gym.policy_server.client import PolicyClient
-from trl_gym.policy_server.entry import DEFAULT_ENVIRONMENT
+from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
 from trl_gym.processes import ChildProcess, bind_socket, wait_until
-from trl_gym.rollouts.budgets import budgets_from_options
+from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector
-from trl_gym.rollouts.drift import classify, make_decoder
 from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
-from trl_gym.rollouts.trajectory import ModelCall, contiguous_head, model_calls
+from trl_gym.rollouts.trajectory import ModelCall, classify, contiguous_head, make_decoder, model_calls
 
 ROOT = Path(__file__).resolve().parents[1]
 CALCULATOR = ROOT / "recipes" / "environments" / "calculator"

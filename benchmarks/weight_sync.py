@@ -209,7 +209,7 @@ def served(name: str, dtype: str, repeats: int, transport_name: str) -> dict[str
     from trl_gym.weight_sync.sync import SyncOptions, WeightSync
     from trl_gym.weight_sync.transports import FileTransport
     from trl_gym.weight_sync.transports.adapter import AdapterTransport
-    from trl_gym.weight_sync.transports.adapter_checks import lora_flags, plan_adapter
+    from trl_gym.weight_sync.transports.plan import lora_flags, plan_adapter
 
     is_adapter = transport_name == "adapter"
     flags: dict[str, Any] = {
@@ -262,8 +262,8 @@ def served(name: str, dtype: str, repeats: int, transport_name: str) -> dict[str
 
 
 def between_gpus(name: str, repeats: int, transport_name: str) -> dict[str, str]:
-    from tests.weight_sync.gpu_receiver import pattern, receiver
     from tests.weight_sync.streams import Stream
+    from tests.weight_sync.transports.gpu_receiver import pattern, receiver
     from trl_gym.weight_sync.transports import IpcTransport, NcclTransport, nccl
 
     with torch.device("meta"):

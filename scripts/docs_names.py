@@ -29,11 +29,13 @@ _WORDS_THAT_ARE_SHOWN = {
     "HostError",
     "InvalidTurnError",
     "NoBoundaryError",
+    "Problem",
     "RolloutFailure",
     "SystemExit",
     "TrajectoryError",
     "_UnusableError",
 }
+_PROBLEM = ("problem", "text")  # arguments that say what is wrong
 _SHORTEST = 12  # characters of fixed text below which a message says nothing that could be looked up
 _IN_WORDS = re.compile(r"[A-Za-z`'] [A-Za-z`'…]")  # two words or more
 _CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
@@ -60,8 +62,9 @@ def messages(root: Path) -> list[Message]:
     for path, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and _called(node.func) in shown:
-                texts = _texts([*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "text")])
-            elif isinstance(node, ast.FunctionDef) and ("problems" in node.name or path.stem.endswith("_checks")):
+                # The first argument is what is wrong. The second, the remedy, is told beside it and needs no row.
+                texts = _texts([*node.args[:1], *(word.value for word in node.keywords if word.arg in _PROBLEM)])
+            elif isinstance(node, ast.FunctionDef) and ("problems" in node.name or path.stem == "config"):
                 texts = _texts(_listed(node))
             elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("problems.append", "Reply.error"):
                 texts = _texts(node.args)

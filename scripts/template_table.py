@@ -2,7 +2,8 @@
 
     .venv/bin/python scripts/template_table.py [--check]
 
-Scripted rollouts are played through the real middleware (tests/policy_server/templates.py). Needs vLLM, no server.
+Scripted rollouts are played through the real middleware (tests/policy_server/middleware/templates.py). Needs vLLM, no
+server.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.policy_server.template_chats import Chat, Sampled  # noqa: E402
-from tests.policy_server.template_rollouts import CUT_CALL, Rollout, Step  # noqa: E402
-from tests.policy_server.templates import Client, Template, load_template, template_paths  # noqa: E402
+from tests.policy_server.middleware.template_chats import Chat, Sampled  # noqa: E402
+from tests.policy_server.middleware.template_rollouts import CUT_CALL, Rollout, Step  # noqa: E402
+from tests.policy_server.middleware.templates import Client, Template, load_template, template_paths  # noqa: E402
 
 PAGE = ROOT / "docs" / "token_fidelity.md"
 BEGIN, END = "<!-- table: scripts/template_table.py -->", "<!-- end of table -->"

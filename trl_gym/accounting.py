@@ -5,7 +5,7 @@ TRL's methods are extended, none is copied:
     _generate                         lengths and truncation of the rollouts that are trained, as Gym reports them
     _generate_and_score_completions   marks the rows that count; the gap between sampling and training
     _calculate_rewards                a row that is no sample is NaN for every reward function: out of the baseline
-    compute_loss                      such rows leave what the loss divides by, see `trl_gym.rollouts.groups`
+    compute_loss                      such rows leave what the loss divides by, see `trl_gym.rollouts.batch`
     log, evaluate                     metrics of rollouts, named evaluation sets, random states
 """
 
@@ -22,9 +22,9 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from trl_gym.errors import RolloutError
-from trl_gym.rollouts import groups, training_logprobs
-from trl_gym.rollouts import logprobs as logprob_gap
-from trl_gym.rollouts.batch import table_columns
+from trl_gym.rollouts import batch as batches
+from trl_gym.rollouts import logprobs
+from trl_gym.rollouts.batch import SharedBatch, share, table_columns
 from trl_gym.rollouts.evaluation import (
     EvaluationRun,
     emptied,
@@ -34,12 +34,10 @@ from trl_gym.rollouts.evaluation import (
     set_name,
     table_beside,
 )
-from trl_gym.rollouts.facts import RolloutFacts
-from trl_gym.rollouts.importance import merge_ratios, ratio_sum
+from trl_gym.rollouts.logprobs import merge_ratios, ratio_sum
 from trl_gym.rollouts.metrics import NEWEST, RunMetrics, completion_metrics, rollout_metrics, training_metrics
 from trl_gym.rollouts.request import Sampling
-from trl_gym.rollouts.rollout import Rollout
-from trl_gym.rollouts.shared import SharedBatch, share
+from trl_gym.rollouts.rollout import Rollout, RolloutFacts
 from trl_gym.run.ranks import agree
 
 
@@ -75,7 +73,7 @@ class AccountingGRPOTrainer(GRPOTrainer):
         self._num_settled += 1
         self._shared = share(
             self._rollouts,
-            groups.checked_rewards(rewards, len(self._rollouts)),
+            batches.checked_rewards(rewards, len(self._rollouts)),
             batch=f"{self._mode}-{self._num_settled}",
             rank=self.accelerator.process_index,
             gather=gather_object,
@@ -108,7 +106,7 @@ class AccountingGRPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         self._log_sampling(output)
         steps = self.args.steps_per_generation if self._mode == "train" else 1
-        return groups.mark(
+        return batches.mark(
             output,
             self._shared.own_valid,
             num_valid=self._shared.num_valid,
@@ -123,7 +121,7 @@ class AccountingGRPOTrainer(GRPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        rows, weight = groups.weighted(inputs, self.loss_type)
+        rows, weight = batches.weighted(inputs, self.loss_type)
         beta = self.beta
         self.beta = beta * weight
         try:
@@ -138,7 +136,7 @@ class AccountingGRPOTrainer(GRPOTrainer):
         """
         turn_ends = [rollout.trajectories[0].turn_ends if rollout.trajectories else [] for rollout in self._rollouts]
         agents = [rollout.request.agent for rollout in self._rollouts]
-        gaps = {} if self._samples_differently else logprob_gap.batch_gaps(batch, turn_ends, agents)
+        gaps = {} if self._samples_differently else logprobs.batch_gaps(batch, turn_ends, agents)
         agree(
             self._record(batch) if gaps and self._mode == "train" else None,
             self.accelerator.process_index,
@@ -148,7 +146,7 @@ class AccountingGRPOTrainer(GRPOTrainer):
         self._run_metrics[self._mode].add_gaps([gaps for gaps, _ in ranks])
         corrected = merge_ratios([ratios for _, ratios in ranks])
         if corrected:
-            merged = logprob_gap.merge([gaps for gaps, _ in ranks])
+            merged = logprobs.merge([gaps for gaps, _ in ranks])
             for name in ("mean", "max"):
                 corrected[f"sampling/sampling_logp_difference/{name}"] = merged.get(f"logprob_gap/{name}", torch.nan)
         for name, value in corrected.items():
@@ -157,7 +155,7 @@ class AccountingGRPOTrainer(GRPOTrainer):
     def _record(self, batch: dict[str, Any]) -> RolloutError | None:
         """Write down what the trainer's log-probabilities are. What goes wrong is returned: all ranks must know."""
         try:
-            training_logprobs.record(
+            logprobs.record(
                 self.args.output_dir,
                 batch["old_per_token_logps"],
                 self._rollouts,

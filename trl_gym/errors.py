@@ -20,12 +20,51 @@ and leaves both the loss and the group baseline. `RolloutError` is for what conc
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, and what to do about it.
+
+    Attributes:
+        text: What is wrong, with the option and its value: a sentence, or several.
+        remedy: What to do: a sentence that begins with a verb. Empty when nothing is known to help.
+    """
+
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.remedy}".strip()
+
+
 class TrlGymError(Exception):
-    """Base of all errors raised by trl-gym. Catch it to tell our errors from upstream's."""
+    """Base of all errors raised by trl-gym. Catch it to tell our errors from upstream's.
+
+    `str(error)` is the problem, then the remedy, then one line per entry of `problems`.
+
+    Args:
+        problem: What is wrong, with the option and its value, the file or the URL.
+        remedy: What to do about it; empty when nothing is known to help, or when each of `problems` has its own.
+        problems: The parts of an error that found several things wrong.
+
+    Attributes:
+        problem: As given.
+        remedy: As given.
+        problems: As given.
+    """
+
+    def __init__(self, problem: str, remedy: str = "", problems: Sequence[Problem] = ()) -> None:
+        super().__init__(problem, remedy, tuple(problems))  # all of them: an error is pickled by its `args`
+        self.problem = problem
+        self.remedy = remedy
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n  - ".join([str(Problem(self.problem, self.remedy)), *map(str, self.problems)])
 
 
 class ConfigError(TrlGymError, ValueError):

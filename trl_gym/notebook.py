@@ -19,9 +19,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from trl_gym.commands.collect import collect
+from trl_gym.commands.collect import collect, shown_progress, speaker
 from trl_gym.commands.options import CollectOptions, NamedFile
-from trl_gym.commands.running import shown_progress, speaker
 from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.rollouts.journal import read_journal

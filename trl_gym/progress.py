@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import math
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
+from IPython.display import HTML, display
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trl_gym.rollouts.watch import CollectionStatus
+from trl_gym.rollouts.collection import CollectionStatus
 
 _LINE_EVERY_S = 30.0  # of a batch of rollouts, where lines stay
 
@@ -164,8 +167,6 @@ def make_progress(*, live: bool) -> RunProgress:
     """A bar where there is a terminal or a notebook and `live` is wanted, else lines."""
     console = Console()
     if live and console.is_jupyter:  # first: there is no terminal, and rich needs ipywidgets
-        from trl_gym.notebook_progress import NotebookProgress
-
         return NotebookProgress()
     return BarProgress(console) if live and console.is_terminal else LineProgress(console)
 
@@ -182,3 +183,69 @@ def headline(metrics: Mapping[str, float]) -> str:
     ]
     failed = metrics.get("rollouts/failed_fraction")
     return ", ".join(shown + ([f"failed {failed:.0%}"] if failed else []))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The progress of a run in a notebook: one line that is drawn again in place. Imported only where IPython runs us.
+#
+# rich's own live display needs ipywidgets in a notebook, and shows nothing without.
+
+_EVERY_S = 0.25  # between two drawings of what changes often; steps are always drawn
+
+
+class NotebookProgress:
+    """Implements `RunProgress`. `phase` and `rollouts` may come from other threads; they are drawn four times a second
+    at most.
+
+    Args:
+        clock: Seconds; only differences count.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._handle: Any = None
+        self._step = self._num_steps = 0
+        self._reward = self._phase = ""
+        self._started = self._drawn = 0.0
+
+    def start(self, num_steps: int, first_step: int) -> None:
+        self._step, self._num_steps = first_step, num_steps
+        self._reward = self._phase = ""
+        self._started = self._clock()
+        self._handle = display(HTML(self._document()), display_id=True)  # in the output of the cell that trains
+
+    def phase(self, text: str | None) -> None:
+        self._phase = (text or "").replace("_", " ")
+        self._draw()
+
+    def rollouts(self, status: CollectionStatus) -> None:
+        self._phase = f"rollouts {status}"
+        self._draw()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._step, self._reward = step, headline(metrics)
+        self._draw(now=True)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float], name: str = "") -> None:
+        display(HTML(f"<div>{html.escape(evaluation_text(step, metrics, name))}</div>"))
+
+    def stop(self) -> None:
+        self._phase = ""
+        self._draw(now=True)
+
+    def _draw(self, now: bool = False) -> None:
+        with self._lock:
+            if self._handle is None or (not now and self._clock() - self._drawn < _EVERY_S):
+                return
+            self._drawn = self._clock()
+            self._handle.update(HTML(self._document()))
+
+    def _document(self) -> str:
+        minutes, seconds = divmod(int(self._clock() - self._started), 60)
+        told = f"step {self._step}/{self._num_steps} · {minutes}:{seconds:02d}"
+        told = " · ".join(filter(None, [told, self._reward, self._phase]))
+        return (
+            f'<progress value="{self._step}" max="{max(self._num_steps, 1)}" style="width:20em"></progress> '
+            f"<span>{html.escape(told)}</span>"
+        )

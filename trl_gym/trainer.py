@@ -24,10 +24,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from trl_gym import compat, rank_loss, succession
+from trl_gym import compat
 from trl_gym.accounting import AccountingGRPOTrainer
 from trl_gym.callbacks import MetricsCallback, OptimizerCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
-from trl_gym.config import GymGRPOConfig
+from trl_gym.config import GymGRPOConfig, checked_args
 from trl_gym.dataset import gym_row
 from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.gym.servers import GymServers
@@ -37,23 +37,19 @@ from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.progress import PhaseClock, make_progress
 from trl_gym.resume import ResumableGRPOTrainer
 from trl_gym.rollouts.batch import completion, describe_drift, training_rows
-from trl_gym.rollouts.drift import make_decoder
-from trl_gym.rollouts.finish import Finisher
+from trl_gym.rollouts.collection import CollectionStatus
 from trl_gym.rollouts.journal import Journal
-from trl_gym.rollouts.live import live_collector
 from trl_gym.rollouts.request import RolloutRequest, stamp
-from trl_gym.rollouts.reuse import Policy, Recall, collect_missing
+from trl_gym.rollouts.reuse import Policy, Recall, SurvivingCollector, collect_missing
 from trl_gym.rollouts.rollout import Rollout
-from trl_gym.rollouts.source import ReplayCollector
-from trl_gym.rollouts.survivors import SurvivingCollector
-from trl_gym.rollouts.trajectory import Trajectory, from_gym
-from trl_gym.rollouts.watch import CollectionStatus
+from trl_gym.rollouts.source import Finisher, ReplayCollector, live_collector
+from trl_gym.rollouts.trajectory import Trajectory, from_gym, make_decoder
+from trl_gym.run import ranks as rank_agreement
 from trl_gym.run import servers
 from trl_gym.run.recovery import hear_of_loss
 from trl_gym.run.weights import PolicySupply
-from trl_gym.trainer_args import checked_args
-from trl_gym.weight_sync.fingerprint import fingerprint
 from trl_gym.weight_sync.source import check_supported
+from trl_gym.weight_sync.sums import fingerprint
 from trl_gym.weight_sync.transports.adapter import wanted_transport
 
 logger = logging.getLogger(__name__)
@@ -150,7 +146,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
             kwargs.get("peft_config"),
             kwargs.get("quantization_config"),
         )
-        succession.succeed(args.output_dir, self)  # before a second server is started beside the first
+        servers.succeed(args.output_dir, self)  # before a second server is started beside the first
         try:
             self._servers.start()  # they load while the model does
             with compat.generation_backend(self._generation_backend):
@@ -239,7 +235,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
         """As in transformers. When one of several processes ends, the others say so, and end too."""
         ranks = self.accelerator.process_index, self.accelerator.num_processes
         try:
-            with rank_loss.explained(*ranks, lambda: f"in step {self.state.global_step}"):
+            with rank_agreement.explained(*ranks, lambda: f"in step {self.state.global_step}"):
                 return super().train(*args, **kwargs)
         finally:
             self._progress.stop()  # also when a notebook's cell is interrupted

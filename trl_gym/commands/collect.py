@@ -4,27 +4,149 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from trl_gym.commands.endpoint import Endpoint, EndpointKind, look_at
-from trl_gym.commands.options import CollectOptions
-from trl_gym.commands.plan import Job, all_jobs, claim, done, load_tasks, missing
-from trl_gym.errors import ConfigError, RolloutFailure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from trl_gym.commands.options import CollectOptions, Endpoint, EndpointKind, NamedFile, look_at
+from trl_gym.dataset import gym_row, load_gym_dataset
+from trl_gym.errors import ConfigError, RolloutError, RolloutFailure, ServerError
 from trl_gym.gym.config import POLICY_MODEL, resolve_configs
 from trl_gym.gym.install import find_installation
 from trl_gym.gym.servers import GymServers
-from trl_gym.rollouts.budgets import budgets_from_options
+from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.call_records import RolloutLedger
-from trl_gym.rollouts.collection import Progress
+from trl_gym.rollouts.collection import CollectionStatus
+from trl_gym.rollouts.collection import Progress as CollectionProgress
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
-from trl_gym.rollouts.finish import Finisher
-from trl_gym.rollouts.journal import Journal, read_journal
-from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
+from trl_gym.rollouts.journal import Journal, journal_files, read_journal
+from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp, task_hash
+from trl_gym.rollouts.source import Finisher
 from trl_gym.rollouts.trajectory import from_gym
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which rollouts are still to be done: those of the datasets, less those that a journal has already.
+
+MANIFEST = "collection.json"
+Key = tuple[str, str, int]  # dataset, task hash, member: what a rollout is recognized by
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One dataset row.
+
+    Attributes:
+        dataset: Name of its file.
+        index: The row's number over all files.
+        hash: See `identity.task_hash`.
+        row: The row.
+    """
+
+    dataset: str
+    index: int
+    hash: str
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One rollout to run: the `member`-th of a task."""
+
+    task: Task
+    member: int
+
+    @property
+    def key(self) -> Key:
+        return self.task.dataset, self.task.hash, self.member
+
+
+def load_tasks(files: Sequence[NamedFile], *, agent: str | None, limit: int | None) -> list[Task]:
+    """All rows of all files, in order.
+
+    Raises:
+        DatasetError: A file has lines that are not Gym rows.
+    """
+    rows = [
+        (file.name, gym_row(example))
+        for file in files
+        for example in load_gym_dataset(file.path, agent=agent, limit=limit)
+    ]
+    return [Task(name, index, task_hash(row), row) for index, (name, row) in enumerate(rows)]
+
+
+def all_jobs(tasks: Sequence[Task], num_generations: int) -> list[Job]:
+    """Every rollout, task by task."""
+    return [Job(task, member) for task in tasks for member in range(num_generations)]
+
+
+def key_of(record: Mapping[str, Any]) -> Key:
+    """By what a journal's line is recognized. The number of a row does not count: files may be put in another order,
+    cut or continued."""
+    return record["dataset"], record["task_hash"], record["member"]
+
+
+def done(records: Iterable[Mapping[str, Any]]) -> Counter[Key]:
+    """How many rollouts of a journal have a reward, by key. Rows that are there twice have twice as many."""
+    return Counter(key_of(record) for record in records if record["failure"] is None)
+
+
+def missing(jobs: Sequence[Job], finished: Mapping[Key, int]) -> list[Job]:
+    """The jobs that are not finished, in order."""
+    left = Counter(finished)
+    found = []
+    for job in jobs:
+        if left[job.key] > 0:
+            left[job.key] -= 1
+        else:
+            found.append(job)
+    return found
+
+
+def claim(options: CollectOptions) -> None:
+    """Make an output folder that of these options, or see that it is.
+
+    Raises:
+        ConfigError: Another model, or other sampling, was rolled out into it: the two would be mixed.
+    """
+    manifest = {
+        "mode": options.mode,
+        "model": options.model,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "max_tokens": options.max_tokens,
+    }
+    path = options.output_dir / MANIFEST
+    if not path.exists():
+        if journal_files(options.journal_dir):
+            raise ConfigError(
+                f"{options.output_dir} holds the journal of something else (a training run?); choose another "
+                "--output_dir."
+            )
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(manifest, indent=2) + "\n")
+        return
+    before = _read(path)
+    changed = [f"{name} {before.get(name)!r} → {now!r}" for name, now in manifest.items() if before.get(name) != now]
+    if changed:
+        raise ConfigError(
+            f"{options.output_dir} holds rollouts with other options ({', '.join(changed)}); choose another "
+            "--output_dir, or remove it."
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); choose another --output_dir, or remove it.") from error
+
 
 _COMMIT_EVERY_S = 1.0
 _CHUNK = 4096  # requests that are held in memory at a time
@@ -64,7 +186,7 @@ class _Outcome:
     failure: RolloutFailure | None
 
 
-def collect(options: CollectOptions, *, say: Callable[[str], None], progress: Progress) -> Collected:
+def collect(options: CollectOptions, *, say: Callable[[str], None], progress: CollectionProgress) -> Collected:
     """Run every rollout that is not in the journal yet.
 
     Args:
@@ -100,7 +222,7 @@ def _run(
     jobs: Sequence[Job],
     todo: Sequence[Job],
     say: Callable[[str], None],
-    progress: Progress,
+    progress: CollectionProgress,
 ) -> None:
     endpoint = look_at(options.base_url, options.model, options.api_key)
     if endpoint.note is not None:
@@ -129,7 +251,7 @@ def _run_chunk(
     jobs: Sequence[Job],
     endpoint: Endpoint,
     options: CollectOptions,
-    progress: Progress,
+    progress: CollectionProgress,
 ) -> None:
     has_tokens = endpoint.kind is not EndpointKind.PLAIN
     job_of = {(job.task.index, job.member): job for job in jobs}
@@ -255,3 +377,80 @@ def _collector(options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> 
 
 def _secrets(options: CollectOptions) -> tuple[str, ...]:
     return (options.api_key,) if options.api_key else ()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a person sees while rollouts are collected, and what they are told when that ends early.
+
+_NUM_LINES = 10  # of progress, where output is piped
+
+
+def run_collection(options: CollectOptions, console: Console, errors: Console) -> Collected | None:
+    """Collect with progress shown; None when Ctrl-C ended it, upon which the user has been told how to go on.
+
+    Args:
+        options: What to do.
+        console: For results.
+        errors: For progress and notes.
+    """
+    say = speaker(errors)
+    try:
+        with shown_progress(errors) as progress:
+            return collect(options, say=say, progress=progress)
+    except InterruptedCollectionError as stopped:
+        say(
+            f"interrupted: {stopped.num_done} of {stopped.num_planned} rollouts are in {options.journal_dir}. The "
+            "same command again runs the rest."
+        )
+        return None
+    except (ServerError, RolloutError):
+        if options.journal_dir.exists():
+            say(f"what has ended is in {options.journal_dir}; the same command again runs the rest")
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    os.replace(beside, path)
+
+
+def speaker(console: Console) -> Callable[[str], None]:
+    """Prints sentences as they are."""
+    return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+@contextlib.contextmanager
+def shown_progress(console: Console) -> Iterator[CollectionProgress]:
+    """How far a collection is: a bar in a terminal, else some lines (so in a notebook)."""
+    if not console.is_terminal:
+        yield _line_progress(speaker(console))
+        return
+    bar = Progress(
+        TextColumn("[bold]rollouts"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("", total=None, status="starting NeMo Gym")
+        yield lambda status: bar.update(
+            task, completed=status.num_done, total=status.num_total, status=str(status).partition(", ")[2]
+        )
+
+
+def _line_progress(say: Callable[[str], None]) -> CollectionProgress:
+    """A line whenever another tenth has ended."""
+    shown = 0
+
+    def progress(status: CollectionStatus) -> None:
+        nonlocal shown
+        tenth = _NUM_LINES * status.num_done // max(status.num_total, 1)
+        if tenth > shown:
+            shown = tenth
+            say(f"rollouts {status}")
+
+    return progress

@@ -13,6 +13,48 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from trl_gym.doctor import inputs, live, options, static
+from trl_gym.doctor.checks import Check
+
+# --------------------------------------------------------------------------------------------------------------------
+# Every check, in order, with what it needs. A check needs another one only where it cannot be made without it.
+
+_FILE = "options file"
+
+CHECKS = (
+    Check("python", static.python),
+    Check("versions", static.versions),
+    Check(_FILE, options.options_file),
+    Check("options", options.options, (_FILE,)),
+    Check("vllm", static.vllm_version, (_FILE,)),
+    Check("processes", options.processes, (_FILE,)),
+    Check("devices", static.devices),
+    Check("ports", static.ports, (_FILE,)),
+    Check("gym interpreter", live.interpreter, (_FILE,)),
+    Check("gym configs", live.configs, (_FILE, "gym interpreter")),
+    Check("gym head server", live.head_server, (_FILE,)),
+    Check("data script", inputs.data_script, (_FILE,)),
+    Check("dataset rows", inputs.rows, (_FILE,)),
+    Check("agents", inputs.agents, (_FILE,)),
+    Check("model", inputs.model, (_FILE,)),
+    Check("tokenizer", inputs.tokenizer, (_FILE, "model")),
+    Check("chat template", inputs.chat_template, (_FILE, "tokenizer")),
+    Check("context", inputs.context, (_FILE, "tokenizer")),
+    Check("memory", static.memory_plan, (_FILE, "model")),
+    Check("shared memory", static.shared_memory, (_FILE, "model")),
+    Check("vllm flags", live.flags, (_FILE, "model")),
+    Check("remote server", live.remote, (_FILE,)),
+    Check("folders", static.folders, (_FILE,)),
+    Check("space", static.space, (_FILE, "model")),
+    Check("reporting", static.reporting, (_FILE,)),
+    Check("leftovers", static.leftovers, (_FILE,)),
+    Check("policy server", live.policy_server, ("options", "model", "tokenizer", "vllm flags", "remote server")),
+    Check("gym servers", live.gym_servers, ("options", "gym configs", "gym head server")),
+    Check("token continuation", live.continuation, ("policy server", "gym servers")),
+    Check("weight sync", live.weight_sync, ("token continuation",)),
+    Check("rollouts", live.rollouts, ("token continuation", "agents")),
+)
+
 DESCRIPTION = (
     "Examine everything that a training run needs, and list all that is missing or wrong, each with its remedy: "
     "versions, devices, options, NeMo Gym, data, model, policy server, weight sync, one rollout for each environment. "
@@ -34,10 +76,8 @@ def run(options: argparse.Namespace) -> int:
     """Exit status 0 when nothing failed, else 1."""
     from rich.console import Console
 
-    from trl_gym.doctor.checks import Entry, run_checks
+    from trl_gym.doctor.checks import Entry, as_json, passed, run_checks, show, summary
     from trl_gym.doctor.context import Subject
-    from trl_gym.doctor.report import as_json, passed, show, summary
-    from trl_gym.doctor.roster import CHECKS
 
     console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
     entries: list[Entry] = []

@@ -22,8 +22,8 @@ def run(options: argparse.Namespace) -> int:
     """Exit status: 0 when every rollout has a reward or a recorded failure, 130 after Ctrl-C."""
     from rich.console import Console
 
+    from trl_gym.commands.collect import run_collection, write_json
     from trl_gym.commands.options import parse
-    from trl_gym.commands.running import run_collection, write_json
     from trl_gym.commands.summary import outcomes, show_table
     from trl_gym.rollouts.journal import read_journal
 

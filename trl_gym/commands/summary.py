@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trl_gym.commands.plan import Job, Key, key_of
+from trl_gym.commands.collect import Job, Key, key_of
 from trl_gym.rollouts.rollout import success_of
 
 

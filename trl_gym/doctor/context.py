@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from trl_gym.config import GymGRPOConfig
     from trl_gym.doctor.checks import Finding
-    from trl_gym.doctor.parsing import ScriptOptions
+    from trl_gym.doctor.options import ScriptOptions
     from trl_gym.gym.config import ResolvedConfigs
     from trl_gym.gym.install import GymInstallation
     from trl_gym.gym.servers import GymServers

@@ -2,15 +2,164 @@
 
 from __future__ import annotations
 
+import asyncio
+import difflib
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_gym.dataset import ROW_COLUMN
+from trl_gym.dataset import ROW_COLUMN, read_records
 from trl_gym.doctor.checks import Finding, failed, from_error, ok, skipped, warning
 from trl_gym.doctor.context import Subject
-from trl_gym.doctor.data import FILE_KEY, shown
 from trl_gym.errors import ConfigError
+from trl_gym.policy_server.middleware.splice import NoBoundaryError
+from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Datasets: rows that Gym understands, for agents that there are.
+
+_MAX_REPORTED = 10
+_SCRIPT_TIMEOUT_S = 600.0
+FILE_KEY = "doctor_file"
+
+
+def data_script(subject: Subject) -> Iterator[Finding]:
+    """The script that makes the data is there and makes it; what it makes is examined with the other files."""
+    script = subject.script.data_script
+    if script is None:
+        return
+    if not Path(script).is_file():
+        yield failed(
+            f"`data_script` {script} does not exist", "Set it to the script's path from the working directory."
+        )
+        return
+    folder = subject.work_dir() / "data"
+    made = (folder / "train.jsonl", folder / "validation.jsonl")
+    done = subprocess.run(
+        [sys.executable, script, "--output_dir", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=_SCRIPT_TIMEOUT_S,
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["it says nothing"]
+        yield failed(
+            f"{script} ended with exit code {done.returncode}: {last[0]}", f"`python {script} --output_dir X`"
+        )
+        return
+    missing = [path.name for path in made if not path.is_file()]
+    if missing:
+        yield failed(f"{script} does not write {' and '.join(missing)}", "Make it write both into `--output_dir`.")
+        return
+    subject.script.train_files.append(str(made[0]))
+    subject.script.eval_files.append(str(made[1]))
+    yield ok(f"{script} writes train.jsonl and validation.jsonl")
+
+
+def rows(subject: Subject) -> Iterator[Finding]:
+    """Every line of every file is a row that Gym understands."""
+    script = subject.script
+    if not script.train_files:
+        yield failed(
+            "no training data: `train_files` and `data_script` are not set", "Set `train_files` to Gym JSONL."
+        )
+    for file in dict.fromkeys([*script.train_files, *script.eval_files]):
+        problems: list[str] = []
+        found = [record | {FILE_KEY: file} for record in read_records(Path(file), script.agent, None, problems)]
+        subject.train_rows += found
+        name = shown(subject, file)
+        for problem in problems[:_MAX_REPORTED]:
+            remedy = "One JSON object per line, with `responses_create_params.input`; write the line anew."
+            if "cannot be read" in problem:
+                remedy = "Check the path (from the working directory), or make the file."
+            yield failed(problem, remedy)
+        if len(problems) > _MAX_REPORTED:
+            yield failed(f"{name}: {len(problems) - _MAX_REPORTED} more lines like that", "Mend the first ones first.")
+        if not found and not problems:
+            yield failed(f"{name} has no rows", "A Gym dataset has one JSON object per line.")
+        elif not problems:
+            yield ok(f"{name}: {len(found)} rows")
+
+
+def shown(subject: Subject, file: str) -> str:
+    """A file as messages name it: one that the data script made is not there any more when they are read."""
+    made = subject.script.data_script is not None and Path(file).parent == subject.work_dir() / "data"
+    return f"{Path(file).name} of {subject.script.data_script}" if made else file
+
+
+def agents(subject: Subject) -> Iterator[Finding]:
+    """The agents that rows name are there, and rows that name none have a single one to go to."""
+    known = subject.agents
+    if not subject.serves:
+        return
+    if known is None or not subject.train_rows:
+        yield skipped("needs " + ("agents (gym configs, gym head server)" if known is None else "dataset rows"))
+        return
+    named: dict[str | None, list[dict[str, Any]]] = {}
+    for record in subject.train_rows:
+        named.setdefault(record["agent"], []).append(record)
+    wrong = False
+    for name, records in named.items():
+        if (name is None and len(known) == 1) or name in known:
+            continue
+        wrong = True
+        yield _unknown_agent(name, records, known)
+    for name in subject.args.gym_environments or {}:
+        if name not in known:
+            wrong = True
+            yield failed(f"`gym_environments` names the unknown agent {name}", _choose(name, known))
+    if not wrong:
+        used = sorted({name or known[0] for name in named})
+        yield ok(", ".join(used))
+        unused = sorted(set(known) - set(used))
+        if unused:
+            yield warning(
+                f"no row is for {', '.join(unused)}", "Leave their configs out, or add rows; they only cost start-up."
+            )
+
+
+def _unknown_agent(name: str | None, records: list[dict[str, Any]], known: tuple[str, ...]) -> Finding:
+    first = records[0]
+    where = f"{first[FILE_KEY]}, line {_line_of(first)}" + (
+        f" and {len(records) - 1} more" if len(records) > 1 else ""
+    )
+    if name is None:
+        return failed(
+            f"{where}: the row names no agent and there are {', '.join(known)}",
+            "Choose one with `--agent NAME`, or write `agent_ref` into the rows.",
+        )
+    return failed(f"{where}: the row is for agent {name}, which the configs do not define", _choose(name, known))
+
+
+def _choose(name: str, known: tuple[str, ...]) -> str:
+    closest = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {closest[0]}? " if closest else ""
+    return f"{hint}There is {', '.join(known)}; add the config of another one to `gym_config_paths`."
+
+
+def _line_of(record: dict[str, Any]) -> int:
+    """A row whose agent was filled in is found by its request."""
+    lines = Path(record[FILE_KEY]).read_text(encoding="utf-8").split("\n")
+    if record[ROW_COLUMN] in lines:
+        return lines.index(record[ROW_COLUMN]) + 1
+    request = _request(record[ROW_COLUMN])
+    return next(number for number, line in enumerate(lines, start=1) if _request(line) == request)
+
+
+def _request(line: str) -> Any:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:  # told by `dataset rows`
+        return None
+    return row.get("responses_create_params") if isinstance(row, dict) else None
+
 
 _MAX_RENDERED = 2000  # prompts whose length is measured
 _LOAD_REMEDY = "Check the name, or fetch it with `hf download NAME` and give the folder."
@@ -20,7 +169,7 @@ def model(subject: Subject) -> Iterator[Finding]:
     """The model's configuration can be loaded, and its parameters counted without loading them."""
     from transformers import AutoConfig
 
-    from trl_gym.memory.estimate import count_params
+    from trl_gym.memory.plan import count_params
 
     named = subject.model_options.model_name_or_path
     if named is None:
@@ -152,3 +301,132 @@ def _is_path(name: str) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Can a sampled turn be continued exactly with the model's chat template? Asked as the policy server's middleware
+# does, of the template itself, with short chats; `docs/token_fidelity.md` has what comes out for well-known models.
+
+Message = dict[str, Any]
+
+_USER: Message = {"role": "user", "content": "What is 2 + 3?"}
+_CALL: Message = {"id": "callabcd0", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 3}'}}
+_TOOL: Message = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
+    },
+}
+# What follows the policy's turn; the turn itself; tools.
+_CASES: dict[str, tuple[Message, list[Message], list[Message]]] = {
+    "a question after an answer": (
+        {"role": "assistant", "content": "It is 5."},
+        [{"role": "user", "content": "And 4 + 4?"}],
+        [],
+    ),
+    "a result after a tool call": (
+        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        [{"role": "tool", "tool_call_id": "callabcd0", "name": "add", "content": "5"}],
+        [_TOOL],
+    ),
+    "a system message after an answer": (
+        {"role": "assistant", "content": "It is 5."},
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "And 4 + 4?"}],
+        [],
+    ),
+}
+_RARE = "a system message after an answer"
+_REMEDY = (
+    "Rollouts of several turns drift there; `gym_drift` decides what becomes of them. Use a model, or a "
+    "`chat-template` in `gym_vllm_args`, that docs/token_fidelity.md lists as exact."
+)
+
+
+def chat_template(subject: Subject) -> Iterator[Finding]:
+    """What the middleware will make of this template."""
+    outcomes = classify(subject.tokenizer, subject.args.chat_template_kwargs or {})
+    wrong = {case: reason for case, reason in outcomes.items() if reason is not None}
+    is_fatal = subject.args.gym_drift == "error"
+    for case, reason in wrong.items():
+        say = failed if is_fatal and case != _RARE else warning
+        yield say(f"{case} cannot be continued exactly: {reason}", _REMEDY)
+    exact = [case for case in outcomes if case not in wrong]
+    if exact:
+        yield ok(f"exact: {', '.join(exact)}")
+
+
+def classify(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> dict[str, str | None]:
+    """By case, why the next prompt cannot be made without a guess; None where it can.
+
+    Args:
+        tokenizer: With a chat template.
+        options: `chat_template_kwargs`.
+    """
+    return asyncio.run(_classify(_Renderer(tokenizer), options))
+
+
+class _Renderer:
+    """`POST /tokenize`, as vLLM answers it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def text_of(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids))
+
+    async def __call__(self, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [_with_parsed_calls(message) for message in body["messages"]],
+                tools=body.get("tools"),
+                add_generation_prompt=body["add_generation_prompt"],
+                continue_final_message=body.get("continue_final_message", False),
+                tokenize=False,
+                **body.get("chat_template_kwargs", {}),
+            )
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise RenderRefusedError(f"{type(error).__name__}: {error}") from error
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return {"tokens": ids, "token_strs": self._tokenizer.convert_ids_to_tokens(ids)}
+
+
+def _problem(prompt: list[int], seen: list[int], tail: str, following: list[Message]) -> str | None:
+    if prompt[: len(seen)] != seen:
+        return "the prompt does not start with the tokens seen"
+    if any(message["content"] not in tail for message in following):
+        return "the template does not write what follows a turn behind it"
+    return None
+
+
+def _with_parsed_calls(message: Message) -> Message:
+    """vLLM hands a template the arguments of a call as an object."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+async def _classify(renderer: _Renderer, options: dict[str, Any]) -> dict[str, str | None]:
+    templates, outcomes = Templates(), dict[str, str | None]()
+    for case, (turn, following, tools) in _CASES.items():
+        chat_options: dict[str, Any] = {"chat_template_kwargs": options} if options else {}
+        if tools:
+            chat_options["tools"] = tools
+        ending = {"add_generation_prompt": True, "continue_final_message": False}
+        chat = Chat([_USER, turn, *following], 1, chat_options, ending, json.dumps(chat_options).encode())
+        try:
+            first = await renderer({**chat_options, "messages": [_USER], **ending})
+            seen = [*first["tokens"], *first["tokens"][-4:][::-1]]  # no tokenizer would write the turn like that
+            prompt = await templates.next_prompt(renderer, chat, seen)
+        except NoBoundaryError as error:
+            outcomes[case] = str(error)
+        except RenderRefusedError as error:
+            outcomes[case] = f"the template refuses it ({error})"
+        else:
+            outcomes[case] = _problem(prompt, seen, renderer.text_of(prompt[len(seen) :]), following)
+    return outcomes

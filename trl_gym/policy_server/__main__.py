@@ -1,8 +1,49 @@
-"""`python -m trl_gym.policy_server MODEL …`: see `entry.py`."""
+"""The server process: vLLM's OpenAI server plus our defaults.
 
+    python -m trl_gym.policy_server MODEL [--host H] [--port P] [--listen-fd N] [any flag of `vllm serve`]
+
+`PolicyServer` spawns this; people use `trl-gym serve`, which supervises it. Environment variables are set here before
+vLLM is imported, because vLLM reads some of them at import. Everything that touches vLLM is in `engine/`.
+
+Contract with the owner:
+  * `--listen-fd N` is a bound, listening socket. Without it, the socket is bound here before the model is loaded.
+  * `TRL_GYM_NONCE` comes back from `GET /trl_gym/info`, which proves that this process answers and no other.
+  * `VLLM_API_KEY` (or `--api-key`) is demanded on every route but `/health`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
 import sys
+from collections.abc import Sequence
 
-from trl_gym.policy_server.entry import main
+from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until SIGINT or SIGTERM.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: For a flag that is wrong, with status 2 or a message.
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--listen-fd", type=int)
+    options, vllm_argv = own.parse_known_args(argv)
+    for name, value in DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+    from trl_gym.policy_server.engine import entry
+
+    try:
+        entry.serve(vllm_argv, listen_fd=options.listen_fd)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
 
 if __name__ == "__main__":  # vLLM's worker processes import this module again
     sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import ipaddress
 import json
 import os
 import re
@@ -14,7 +15,46 @@ from pathlib import Path
 from typing import Any
 
 from trl_gym.errors import ConfigError
-from trl_gym.policy_server.entry import is_loopback
+
+# How the owner and this process set the middleware up, which vLLM builds.
+ENV_NONCE = "TRL_GYM_NONCE"
+ENV_API_KEYS = "TRL_GYM_API_KEY"  # one per line
+ENV_PROMPT_FIELD = "TRL_GYM_PROMPT_FIELD"  # "1" if the server takes `prompt_token_ids` as a field of the request
+
+MIDDLEWARE = "trl_gym.policy_server.middleware.app.OnPolicyMiddleware"
+
+# Flags of `vllm serve` that we set unless the user does. Same names, dashes as underscores.
+DEFAULT_FLAGS: dict[str, object] = {
+    "host": "127.0.0.1",
+    "served_model_name": ["policy"],
+    "weight_transfer_config": '{"backend": "file"}',
+    # Sums over the weights that it holds: which ones differ, when a probe finds that something does.
+    "worker_extension_cls": "trl_gym.policy_server.engine.worker.WeightSums",
+    "generation_config": "vllm",  # no top_k, top_p from the model's generation_config.json behind the trainer's back
+    "logprobs_mode": "processed_logprobs",  # what the trainer computes at temperature ≠ 1
+    "enable_prompt_tokens_details": True,  # tokens from the prefix cache, for the call records
+    "enable_per_request_metrics": True,  # seconds in queue, prefill and decode, for the call records
+    "disable_uvicorn_access_log": True,
+}
+
+DEFAULT_ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # pause, resume, sleep and the weight transfer routes
+    "VLLM_NO_USAGE_STATS": "1",
+    # Gym's connection pool and our own keep connections open between steps. Closed by the server after vLLM's default
+    # of 5 s, a request that is just being sent dies with "connection reset".
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
+}
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether only this machine can reach `host`. Empty means every interface."""
+    if not host:
+        return False
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
 
 # Flags of `vllm serve` that PolicyServer sets itself, with the argument to use instead.
 _OWN_FLAGS = {

@@ -4,8 +4,7 @@ journal ─ rows.py ─► one small row per rollout ─ index.py ─► what co
         └ bodies.py ► conversation, tokens ──────── page.py ─► one HTML file ─► widget.py: the same in a notebook
 """
 
-from trl_gym.report.page import PageOptions, WrittenPage, write_page
+from trl_gym.report.page import PageOptions, RunView, WrittenPage, show, write_page
 from trl_gym.report.source import open_run
-from trl_gym.report.widget import RunView, show
 
 __all__ = ["PageOptions", "RunView", "WrittenPage", "open_run", "show", "write_page"]

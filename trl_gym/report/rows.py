@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_gym.errors import FailureKind
-from trl_gym.rollouts.facts import is_tool_error
-from trl_gym.rollouts.rollout import success_of
+from trl_gym.rollouts.rollout import is_tool_error, success_of
 
 _MEMBER = re.compile(r"-m(\d+)-a\d+$")
 _PREVIEW = 160  # characters of a task in a table

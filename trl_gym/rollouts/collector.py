@@ -20,8 +20,7 @@ import aiohttp
 
 from trl_gym.gym.client import new_session
 from trl_gym.gym.discovery import AgentInfo
-from trl_gym.rollouts.admission import Admission
-from trl_gym.rollouts.budgets import Budgets
+from trl_gym.rollouts.admission import Admission, Budgets
 from trl_gym.rollouts.call_records import Ledger
 from trl_gym.rollouts.collection import Collection, Ended, Progress, RolloutResult, Surroundings
 from trl_gym.rollouts.request import RolloutRequest

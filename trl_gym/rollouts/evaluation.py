@@ -26,8 +26,8 @@ from trl_gym.rollouts.batch import describe_causes
 from trl_gym.rollouts.request import Sampling
 
 if TYPE_CHECKING:
-    from trl_gym.rollouts.facts import RolloutFacts
-    from trl_gym.rollouts.shared import SharedBatch
+    from trl_gym.rollouts.batch import SharedBatch
+    from trl_gym.rollouts.rollout import RolloutFacts
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

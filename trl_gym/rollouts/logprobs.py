@@ -10,12 +10,20 @@ no gap is logged: it would cost a forward pass of its own.
 
 from __future__ import annotations
 
+import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from trl_gym.errors import RolloutError
+
+if TYPE_CHECKING:
+    from trl_gym.rollouts.rollout import Rollout
 
 _NUM_TURNS = 8  # from here on turns are counted together
 
@@ -121,3 +129,103 @@ def _sum(gaps: torch.Tensor) -> GapSum:
     if not gaps.numel():
         return GapSum(0.0, 0, 0.0)
     return GapSum(gaps.double().sum().item(), gaps.numel(), gaps.max().item())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# TRL's `sampling/importance_sampling_ratio/…` over the rollouts that are trained, every token or sequence with the
+# same weight. TRL takes means of ranks' means, and counts rows that are not trained.
+
+_NAME = "sampling/importance_sampling_ratio"
+
+
+@dataclass(frozen=True, slots=True)
+class RatioSum:
+    """Importance sampling ratios, summed up so that ranks can be added.
+
+    Attributes:
+        total: Their sum.
+        count: How many.
+        smallest: The smallest; infinite when there is none.
+        largest: The largest; minus infinite when there is none.
+    """
+
+    total: float
+    count: int
+    smallest: float
+    largest: float
+
+
+def ratio_sum(batch: Mapping[str, Any], valid: Sequence[bool]) -> RatioSum | None:
+    """The ratios of what `GRPOTrainer._generate_and_score_completions` returns; None when it has none.
+
+    Args:
+        batch: `importance_sampling_ratio`, `[B, T]` by token or `[B, 1]` by sequence, and the masks.
+        valid: `[B]`, rows that are trained.
+    """
+    ratios = batch.get("importance_sampling_ratio")
+    if ratios is None:
+        return None
+    rows = torch.tensor(valid, device=ratios.device)
+    mask = batch["completion_mask"] * batch["tool_mask"]
+    chosen = ratios[rows].flatten() if ratios.shape[1] == 1 else ratios[mask.bool() & rows[:, None]]
+    if not chosen.numel():
+        return RatioSum(0.0, 0, math.inf, -math.inf)
+    return RatioSum(chosen.double().sum().item(), chosen.numel(), chosen.min().item(), chosen.max().item())
+
+
+def merge_ratios(ranks: Sequence[RatioSum | None]) -> dict[str, float]:
+    """Metrics over all ranks; NaN when nothing is trained, which TRL leaves out. Empty when there are no ratios."""
+    sums = [own for own in ranks if own is not None]
+    if not sums:
+        return {}
+    count = sum(own.count for own in sums)
+    return {
+        f"{_NAME}/min": min(own.smallest for own in sums) if count else math.nan,
+        f"{_NAME}/mean": sum(own.total for own in sums) / count if count else math.nan,
+        f"{_NAME}/max": max(own.largest for own in sums) if count else math.nan,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The trainer's log-probabilities of sampled tokens, beside the journal: `<output_dir>/training_logprobs/*.jsonl`.
+#
+# A rollout is journaled before it is trained on, and these are known later, so they have files of their own. One
+# object
+# per rollout: `{"rollout_id": …, "logprobs": [T]}`, in nats, one for each of the journal's `completion_ids`.
+
+FOLDER = "training_logprobs"
+_DIGITS = 5
+
+
+def record(
+    output_dir: str | Path, logprobs: torch.Tensor, rollouts: Sequence[Rollout], *, step: int, rank: int
+) -> None:
+    """Append those of one generation batch.
+
+    Args:
+        output_dir: Of the run.
+        logprobs: `[B, T]`, in nats, as the trainer computed them before the update.
+        rollouts: `[B]`; failed ones are left out.
+        step: Optimizer steps that went into the weights.
+        rank: Of this process.
+
+    Raises:
+        RolloutError: They cannot be written.
+    """
+    folder = Path(output_dir) / FOLDER
+    lines = []
+    for row, rollout in zip(logprobs.float().cpu(), rollouts, strict=True):
+        if not rollout.trajectories:
+            continue
+        values = row[: len(rollout.trajectories[0].completion_ids)].tolist()
+        line = {"rollout_id": rollout.request.rollout_id, "logprobs": [round(value, _DIGITS) for value in values]}
+        lines.append(json.dumps(line, separators=(",", ":")) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"step-{step}.rank-{rank}.jsonl").open("a") as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise RolloutError(
+            f"The trainer's log-probabilities could not be written to {folder} ({error}). Free some space there, or "
+            "make it writable, and resume: the rollouts themselves are in the journal."
+        ) from error

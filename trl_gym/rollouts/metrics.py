@@ -39,9 +39,9 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from trl_gym.errors import FailureKind
-from trl_gym.rollouts import logprobs as logprob_gap
-from trl_gym.rollouts.facts import RolloutFacts
+from trl_gym.rollouts import logprobs
 from trl_gym.rollouts.logprobs import GapSum
+from trl_gym.rollouts.rollout import RolloutFacts
 
 NEWEST = 65_536  # rollouts of training between two logs; about a kilobyte each, on every rank
 _PERCENTILES = (50, 95)
@@ -68,7 +68,7 @@ class RunMetrics:
     def add_gaps(self, gaps: Sequence[Mapping[str, GapSum]]) -> None:
         """
         Args:
-            gaps: What `logprob_gap.batch_gaps` returned, on each rank.
+            gaps: What `logprobs.batch_gaps` returned, on each rank.
         """
         self._gaps += gaps
 
@@ -78,7 +78,7 @@ class RunMetrics:
         Args:
             summarize: From facts to metrics; not asked when there are none.
         """
-        metrics = logprob_gap.merge(self._gaps) | (summarize(list(self._facts)) if self._facts else {})
+        metrics = logprobs.merge(self._gaps) | (summarize(list(self._facts)) if self._facts else {})
         self._facts.clear()
         self._gaps.clear()
         return metrics

@@ -13,20 +13,113 @@ what is trained is off policy and knows it; `rollouts/staleness` says by how man
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.errors import ConfigError, FailureKind, RolloutError
-from trl_gym.rollouts.identity import task_hash
-from trl_gym.rollouts.journal import Line, read_line, read_lines
-from trl_gym.rollouts.request import RolloutRequest
-from trl_gym.rollouts.rollout import Rollout, from_record
+from trl_gym.errors import ConfigError, FailureKind, RolloutError, RolloutFailure
+from trl_gym.policy_server.middleware.calls import CallRecord
+from trl_gym.rollouts.admission import budgets_from_options
+from trl_gym.rollouts.call_records import ledger_for, match_records
+from trl_gym.rollouts.collection import RolloutResult
+from trl_gym.rollouts.collector import RolloutCollector
+from trl_gym.rollouts.journal import Line, Recorder, read_line, read_lines
+from trl_gym.rollouts.request import RolloutRequest, task_hash
+from trl_gym.rollouts.reuse import Recover, SurvivingCollector
+from trl_gym.rollouts.rollout import Rollout, from_record, journal_record
+from trl_gym.rollouts.trajectory import (
+    Decode,
+    Drift,
+    DriftError,
+    DriftPolicy,
+    DriftReport,
+    Trajectory,
+    TrajectoryError,
+    explain,
+    model_calls,
+)
 
 if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig
+    from trl_gym.run.servers import RunServers
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What happens to each rollout as it ends: trajectory, explained drift, journal.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finisher:
+    """Called once per attempt of a rollout, in the collector's thread.
+
+    Attributes:
+        build: Gym's answer and the request → trajectories; raises `TrajectoryError`.
+        decode: Text of token ids.
+        journal: Gets a line per attempt.
+        drift_policy: With `"error"`, drift raises.
+        step: Optimizer step whose weights sample this batch.
+        mode: `"train"` or `"eval"`.
+        weight_version: What the policy server holds.
+    """
+
+    build: Callable[[dict[str, Any], RolloutRequest], list[Trajectory]]
+    decode: Decode
+    journal: Recorder
+    drift_policy: DriftPolicy
+    step: int
+    mode: str
+    weight_version: str
+
+    def __call__(self, result: RolloutResult) -> Rollout:
+        """
+        Raises:
+            RolloutError: The rollout drifted and the drift policy is `"error"`; it is in the journal.
+            OSError: The journal cannot be written.
+        """
+        rollout = self._rollout(result)
+        record = journal_record(rollout, step=self.step, mode=self.mode, weight_version=self.weight_version)
+        # The line of an attempt that is not the last says so: whoever counts rollouts leaves it out.
+        failed_for = None if rollout.failure is None else rollout.failure.kind
+        record["retried"] = result.was_lost or failed_for in result.retried_kinds
+        self.journal.append(record)
+        if rollout.drift is not None and self.drift_policy == "error":
+            raise RolloutError(
+                f"Rollout {result.request.rollout_id} of {result.request.agent} drifted, and `gym_drift` is 'error': "
+                f"{rollout.drift.text}. With 'truncate' the tokens before are trained, with 'exclude' none of it."
+            )
+        return rollout
+
+    def _rollout(self, result: RolloutResult) -> Rollout:
+        failure, trajectories, drift = result.failure, [], None
+        if failure is None:
+            assert result.answer is not None, "an attempt ends with an answer or a failure"
+            try:
+                trajectories = self.build(result.answer, result.request)
+                drift = next((t.drift for t in trajectories if t.drift is not None), None)
+            except TrajectoryError as error:
+                drift = error.drift if isinstance(error, DriftError) else None
+                failure = RolloutFailure(kind=FailureKind.POLICY, text=str(error), where=result.request.agent)
+                failure = failure.of(**result.request.identity, seconds=result.seconds)
+        report = None if drift is None else self._explain(drift, result)
+        if report is not None and failure is not None:
+            failure = dataclasses.replace(failure, text=f"excluded for drift: {report.text}")
+        return Rollout(
+            request=result.request,
+            answer=result.answer,
+            failure=failure,
+            trajectories=trajectories,
+            seconds=result.seconds,
+            drift=report,
+            records=result.records,
+        )
+
+    def _explain(self, drift: Drift, result: RolloutResult) -> DriftReport:
+        matched: list[CallRecord] | None = match_records(model_calls(result.answer or {}), result.records or [])
+        return explain(drift, self.decode, matched[drift.turn] if matched else None)
+
 
 _NEEDED = ("task_hash", "member", "verify", "turn_ends")  # a journal of an earlier trl-gym has none of them
 
@@ -187,3 +280,56 @@ def _keep_better(group: _Group, line: Line) -> None:
     if before is None or before.record["reward"] is None or record["reward"] is not None:
         kept = {"reward": record["reward"], "weight_versions": record["weight_versions"]}
         group.members[record["member"]] = Line(line.path, line.offset, line.length, kept)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The collector of a run: live rollouts on its NeMo Gym, that outlive the policy server.
+
+
+def live_collector(
+    args: GymGRPOConfig,
+    servers: RunServers,
+    recover: Recover,
+    *,
+    version: Callable[[], str],
+    after: Callable[[], None],
+) -> SurvivingCollector:
+    """Put together what the configuration says about rollouts.
+
+    Args:
+        args: The trainer's configuration.
+        servers: The run's, ready.
+        recover: See `SurvivingCollector`.
+        version: See `SurvivingCollector`.
+        after: See `SurvivingCollector`.
+
+    Raises:
+        ConfigError: `gym_environments` names an agent that is not there.
+    """
+    policy, gym = servers.policy, servers.gym
+    budgets = budgets_from_options(
+        deadline_s=args.gym_deadline,
+        max_inflight=args.gym_max_inflight,
+        retries=args.gym_retries,
+        launch_rate=args.gym_launch_rate,
+        environments=args.gym_environments,
+    )
+    budgets.check_agents(gym.agents)
+    live: RolloutCollector[Rollout] = RolloutCollector(
+        gym.agent,
+        budgets=budgets,
+        check=servers.check,
+        agents_down=gym.agents_down,
+        on_environment_down=args.gym_on_environment_down,
+        gym_log=gym.log_end,
+        ledger=ledger_for(policy.base_url, policy.client.api_key) if policy.keeps_records else None,
+        stall_timeout_s=args.gym_stall_timeout,
+    )
+    return SurvivingCollector(
+        live,
+        recover,
+        version=version,
+        before=servers.check_before_rollouts,
+        after=after,
+        cancel=policy.client.cancel_rollouts if policy.keeps_records else lambda rollout_ids: None,
+    )

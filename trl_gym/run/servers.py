@@ -9,27 +9,32 @@ is started, and stopped, here.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from accelerate import PartialState
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from trl_gym import compat
 from trl_gym.config import GymGRPOConfig
 from trl_gym.errors import ConfigError, PolicyServerError, ServerError, TrlGymError
 from trl_gym.gym.servers import GymServers
+from trl_gym.memory.plan import from_trainer, this_device
 from trl_gym.policy_server.fleet import attach_policy
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
 from trl_gym.rollouts.source import check_replay
 from trl_gym.run.recovery import Reviver, end_interrupted_update
-from trl_gym.server_flags import server_flags, weight_backend
-from trl_gym.weight_sync.transports import environment_for
+from trl_gym.weight_sync.transports import environment_for, planned_backend
+from trl_gym.weight_sync.transports.plan import managed_flags
 
 logger = logging.getLogger(__name__)
 
@@ -338,3 +343,125 @@ def _check_sources(args: GymGRPOConfig, policy: PolicyBackend | None, gym: GymSe
             "`vllm_mode` is 'server' and `vllm_server_base_url` is not set: name the running server (start one with "
             "`trl-gym serve MODEL`), or pass `policy_server`."
         )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Flags of `vllm serve` for the policy server that a trainer starts: what TRL's options say, what the placement and
+# the adapter demand, and what `gym_vllm_args` says, which comes last.
+
+
+def server_flags(
+    args: GymGRPOConfig,
+    model: str | PreTrainedModel,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    num_processes: int = 1,
+) -> dict[str, Any]:
+    """Everything that the server is started with. On GPUs it prints how their memory will be used.
+
+    Args:
+        args: The trainer's configuration.
+        model: As given to the trainer.
+        peft_config: Of the adapter that the trainer will put on it.
+        quantization_config: With which the trainer will load it.
+        num_processes: Of training.
+
+    Raises:
+        ConfigError: Weights cannot reach such a server, or its memory cannot be had.
+    """
+    flags: dict[str, Any] = {
+        "dtype": args.serving_dtype,
+        "weight-transfer-config": json.dumps({"backend": weight_backend(args)}),
+        **managed_flags(args, model, peft_config, quantization_config),
+    }
+    if args.vllm_max_model_length is not None:
+        flags["max-model-len"] = args.vllm_max_model_length
+    if args.trust_remote_code:
+        flags["trust-remote-code"] = True
+    if torch.cuda.is_available():
+        flags |= _gpu_flags(args, model, peft_config, num_processes)
+    else:
+        flags["enforce-eager"] = True  # compiling for a CPU takes longer than it saves
+    return flags | _own_flags(args)
+
+
+def weight_backend(args: GymGRPOConfig) -> str:
+    """The backend of vLLM's weight transfer. Raises `ConfigError` for a transport that cannot work."""
+    on_cuda = torch.cuda.is_available() and not args.use_cpu
+    return planned_backend(args.gym_weight_transport, on_cuda=on_cuda, shares_devices=args.gym_server_devices is None)
+
+
+def _own_flags(args: GymGRPOConfig) -> dict[str, Any]:
+    return {flag.lstrip("-").replace("_", "-"): value for flag, value in (args.gym_vllm_args or {}).items()}
+
+
+def _gpu_flags(
+    args: GymGRPOConfig, model: str | PreTrainedModel, peft_config: Any, num_processes: int
+) -> dict[str, Any]:
+    flags = {
+        "tensor-parallel-size": args.vllm_tensor_parallel_size,
+        "gpu-memory-utilization": args.vllm_gpu_memory_utilization,
+    }
+    if args.gym_server_devices is not None:
+        return flags  # those GPUs are the server's alone
+    _warn_of_idle_gpus(args)
+    if args.vllm_enable_sleep_mode:
+        flags["enable-sleep-mode"] = True
+    device = this_device()
+    assert device is not None  # there is CUDA
+    plan = from_trainer(args, model, num_processes, device, peft_config=peft_config)
+    Console().print(plan.describe(), markup=False, highlight=False, soft_wrap=True)
+    if args.gym_gpu_memory == "auto":
+        if plan.utilization is None:
+            raise ConfigError(
+                "`gym_gpu_memory` is 'auto', and nothing useful is left for the policy server:\n"
+                + "\n".join(f"  - {warning}" for warning in plan.warnings)
+            )
+        flags["gpu-memory-utilization"] = plan.utilization
+    return flags
+
+
+def _warn_of_idle_gpus(args: GymGRPOConfig) -> None:
+    served = args.vllm_tensor_parallel_size * int(_own_flags(args).get("data-parallel-size", 1))
+    training = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if served < training:
+        logger.warning(
+            "training uses %d GPUs of this host and the policy server %d of them; set `gym_vllm_args` "
+            '{"data-parallel-size": %d} to sample on all of them',
+            training,
+            served,
+            training // args.vllm_tensor_parallel_size,
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One trainer per output folder: a notebook cell that is run again replaces the trainer that it made before.
+#
+# Without this, `trainer = GymGRPOTrainer(…)` run a second time starts a second policy server while the first, still
+# named by `trainer`, holds the device. Two trainers that write to one folder are never meant.
+
+
+class Replaceable(Protocol):
+    """A trainer."""
+
+    def close(self) -> None:
+        """Stop what it started. Idempotent."""
+
+
+# By resolved output folder. Weak: it keeps no trainer alive.
+_newest: weakref.WeakValueDictionary[str, Replaceable] = weakref.WeakValueDictionary()
+
+
+def succeed(output_dir: str | Path, trainer: Replaceable) -> None:
+    """Close the trainer of this process that was made for the same folder before, and remember this one.
+
+    Args:
+        output_dir: The trainer's.
+        trainer: The new one, before it starts anything.
+    """
+    key = str(Path(output_dir).resolve())
+    previous = _newest.get(key)
+    if previous is not None and previous is not trainer:
+        logger.info("a new trainer for %s: the one before is closed", key)
+        previous.close()
+    _newest[key] = trainer

@@ -21,7 +21,7 @@ from trl_gym.memory.sharing import DeviceSharing, may_drop_weights
 from trl_gym.weight_sync.sync import SyncOptions, SyncReport, WeightSync
 from trl_gym.weight_sync.transports import TransportOptions, choose_transport
 from trl_gym.weight_sync.transports.adapter import adapter_options
-from trl_gym.weight_sync.transports.adapter_checks import merged_problem
+from trl_gym.weight_sync.transports.plan import merged_problem
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -28,7 +28,7 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs, set_ulimit
 
-from trl_gym.policy_server.entry import DEFAULT_FLAGS, ENV_API_KEYS, ENV_PROMPT_FIELD, MIDDLEWARE, is_loopback
+from trl_gym.policy_server.command import DEFAULT_FLAGS, ENV_API_KEYS, ENV_PROMPT_FIELD, MIDDLEWARE, is_loopback
 from trl_gym.processes import bind_socket
 
 # One process answers HTTP: the middleware's caches and counters, and the socket that we hand over, are its own.

@@ -30,18 +30,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import trl_gym
-from trl_gym.policy_server.entry import ENV_API_KEYS, ENV_NONCE, ENV_PROMPT_FIELD
-from trl_gym.policy_server.facts import ServerFacts
-from trl_gym.policy_server.inner import AnsweredError, Inner
+from trl_gym.policy_server.command import ENV_API_KEYS, ENV_NONCE, ENV_PROMPT_FIELD
 from trl_gym.policy_server.middleware.adapters import AdapterControl
 from trl_gym.policy_server.middleware.chat import CHAT_PATH, ChatTurns
 from trl_gym.policy_server.middleware.http import (
+    AnsweredError,
     App,
     ClientGoneError,
+    Inner,
     Receive,
     Reply,
     Scope,
     Send,
+    ServerFacts,
     header,
     path_of,
     read_body,

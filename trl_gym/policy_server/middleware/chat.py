@@ -8,7 +8,7 @@ newest message with `generation_token_ids`?  ── no ──► the prompt is w
 prompt = seen + that, minus what the policy sampled of it itself                    `splice.splice`
 POST /v1/chat/completions (in process), prompt ids forced, token limit clamped
   ▼
-the answer, plus the bundle on `choices[0].message`                                 `bundle.attach`
+the answer, plus the bundle on `choices[0].message`                                 `openai.attach`
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from trl_gym.policy_server import sse
-from trl_gym.policy_server.adapters import Adapter
-from trl_gym.policy_server.empty_turns import EmptyTurn, is_empty, restore
-from trl_gym.policy_server.facts import ServerFacts
-from trl_gym.policy_server.history import Histories, digest_of
-from trl_gym.policy_server.inner import AbortedError, AnsweredError, Inner
-from trl_gym.policy_server.marking import Chat
-from trl_gym.policy_server.middleware import openai as bundle
-from trl_gym.policy_server.middleware import splice
-from trl_gym.policy_server.middleware.adapters import AdapterControl
-from trl_gym.policy_server.middleware.calls import CallDrift, DriftCause, RolloutBook, record_of
-from trl_gym.policy_server.middleware.http import Reply
-from trl_gym.policy_server.middleware.templates import RenderRefusedError, Templates
+from trl_gym.policy_server.middleware import openai, splice
+from trl_gym.policy_server.middleware.adapters import Adapter, AdapterControl
+from trl_gym.policy_server.middleware.calls import (
+    CallDrift,
+    DriftCause,
+    EmptyTurn,
+    Histories,
+    RolloutBook,
+    digest_of,
+    is_empty,
+    record_of,
+    restore,
+)
+from trl_gym.policy_server.middleware.http import AbortedError, AnsweredError, Inner, Reply, ServerFacts
+from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
 from trl_gym.policy_server.middleware.turn import Turn
 
 CHAT_PATH = "/v1/chat/completions"
@@ -159,7 +161,7 @@ class ChatTurns:
         if not (turn.is_ours and turn.is_streamed):
             return Reply.from_json(200, answer), answer, prompt
         include_usage = bool((turn.body.get("stream_options") or {}).get("include_usage"))
-        return Reply(200, sse.events(answer, include_usage=include_usage), sse.CONTENT_TYPE), answer, prompt
+        return Reply(200, openai.events(answer, include_usage=include_usage), openai.CONTENT_TYPE), answer, prompt
 
     # -- which prompt -------------------------------------------------------------------------------------------------
 
@@ -264,13 +266,13 @@ class ChatTurns:
         """The answer with bundle, version and drift. Raises `AnsweredError` if a promised bundle is not exact."""
         answer = reply.json()
         try:
-            bundle.attach(answer, forced_prompt=prompt.forced)
+            openai.attach(answer, forced_prompt=prompt.forced)
             self._remember(turn, answer, await self._facts.max_model_len(inner))
-        except bundle.BundleError as error:
+        except openai.BundleError as error:
             if turn.is_ours:
                 raise AnsweredError(Reply.error(500, str(error))) from error
             answer["trl_gym"] = {"no_bundle": str(error)}
-        bundle.strip_unasked(answer, turn.asked)
+        openai.strip_unasked(answer, turn.asked)
         if adapter is not None:
             answer["model"] = turn.body.get("model") or (await self._facts.all(inner))["model_names"][0]
         version = await self._adapters.version_of(adapter, inner)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+
+from trl_gym.policy_server.middleware.templates import RenderRefusedError
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -154,3 +157,125 @@ def _inner_scope(scope: Scope, method: str, path: str, num_body_bytes: int) -> S
         "query_string": b"",
         "headers": headers,
     }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The wrapped application as one request sees it: ask its own HTTP routes, in process, on behalf of the client.
+
+
+class AnsweredError(Exception):
+    """The request ends here with this reply (an error of the server's or ours)."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.body.decode(errors="replace"))
+        self.reply = reply
+
+
+class AbortedError(Exception):
+    """The call was aborted from our side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    """The application behind the middleware, for the time of one request.
+
+    Attributes:
+        app: It.
+        scope: Of the client's request: its headers go along.
+        receive: Of the client's request: its hang-up cancels what we ask.
+    """
+
+    app: App
+    scope: Scope
+    receive: Receive
+
+    async def ask(self, method: str, path: str, payload: dict[str, Any] | bytes = b"") -> Reply:
+        """Any answer. Raises `ClientGoneError`."""
+        return await ask(self.app, self.scope, self.receive, method, path, payload)
+
+    async def ask_json(self, method: str, path: str, payload: dict[str, Any] | bytes = b"") -> Any:
+        """JSON of an answer with status 200. Raises `AnsweredError` with any other."""
+        reply = await self.ask(method, path, payload)
+        if not reply.ok:
+            raise AnsweredError(reply)
+        return reply.json()
+
+    async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        """`POST /tokenize`. Raises `RenderRefusedError` with the server's words."""
+        reply = await self.ask("POST", "/tokenize", body)
+        if not reply.ok:
+            raise RenderRefusedError(reply.error_text())
+        return reply.json()
+
+    async def ask_until(self, abort: asyncio.Event, method: str, path: str, payload: dict[str, Any]) -> Reply:
+        """As `ask`, but hang up when `abort` is set. Raises `AbortedError` then."""
+
+        async def receive() -> Message:
+            client, aborted = asyncio.ensure_future(self.receive()), asyncio.ensure_future(abort.wait())
+            try:
+                await asyncio.wait({client, aborted}, return_when=asyncio.FIRST_COMPLETED)
+                return {"type": "http.disconnect"} if abort.is_set() else client.result()
+            finally:
+                client.cancel()
+                aborted.cancel()
+
+        try:
+            reply = await ask(self.app, self.scope, receive, method, path, payload)
+        except ClientGoneError as error:
+            if abort.is_set():
+                raise AbortedError from error
+            raise
+        return reply
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a server says about itself, asked once; and which weights it holds, asked again when they change.
+
+_NOT_FOUND = 404
+
+
+class ServerFacts:
+    """Cached facts about the wrapped server."""
+
+    def __init__(self) -> None:
+        self._facts: dict[str, Any] | None = None
+        self._version: str | None = None
+        self._has_versions = True
+        self._num_changes = 0
+
+    async def all(self, inner: Inner) -> dict[str, Any]:
+        """`vllm_version`, `max_model_len` and `model_names` (of the model itself, adapters have others)."""
+        if self._facts is None:
+            models, version = await asyncio.gather(
+                inner.ask_json("GET", "/v1/models"), inner.ask_json("GET", "/version")
+            )
+            self._facts = {
+                "vllm_version": version["version"],
+                "max_model_len": models["data"][0]["max_model_len"],
+                "model_names": [model["id"] for model in models["data"] if model.get("parent") is None],
+            }
+        return self._facts
+
+    async def max_model_len(self, inner: Inner) -> int:
+        return (await self.all(inner))["max_model_len"]
+
+    async def weight_version(self, inner: Inner) -> str | None:
+        """The version of the weights; None for a server that has none (stock vLLM outside development mode)."""
+        if self._version is not None or not self._has_versions:
+            return self._version
+        changes = self._num_changes
+        try:
+            version = str((await inner.ask_json("GET", "/weight_info"))["weight_version"])
+        except AnsweredError as answered:
+            if answered.reply.status != _NOT_FOUND:
+                raise
+            self._has_versions = False
+            return None
+        if changes == self._num_changes:  # else it may be the old one: an update ended while we asked
+            self._version = version
+        return version
+
+    def weights_changed(self) -> None:
+        """Ask for the version again before anybody can hear that the new one is there."""
+        self._version = None
+        self._num_changes += 1

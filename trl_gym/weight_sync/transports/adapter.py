@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from trl_gym.errors import ConfigError, WeightSyncError
 from trl_gym.policy_server.adapter_files import CONFIG_FILE, TENSOR_FILE
 from trl_gym.weight_sync.protocol import WeightMeta
-from trl_gym.weight_sync.transports.adapter_checks import adapter_problem, merged_problem, plan_adapter
+from trl_gym.weight_sync.transports.plan import adapter_problem, merged_problem, plan_adapter
 
 if TYPE_CHECKING:
     import torch
