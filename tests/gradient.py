@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from tests.policy_server.tiny_model import build_model, build_tokenizer
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, compat
 from trl_gym.errors import FailureKind, RolloutFailure
-from trl_gym.rollouts.groups import LOSS_TYPES as LOSS_TYPES
+from trl_gym.rollouts.batch import LOSS_TYPES as LOSS_TYPES
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.trajectory import Trajectory, from_gym

@@ -22,11 +22,11 @@ from trl import GRPOConfig, ModelConfig
 from tests.conftest import load
 from trl_gym import GymGRPOConfig, compat
 from trl_gym.cli import build_parser
-from trl_gym.rollouts.drift import DriftCause
 from trl_gym.rollouts.evaluation import evaluation_metrics
-from trl_gym.rollouts.facts import RolloutFacts
 from trl_gym.rollouts.logprobs import GapSum, merge
 from trl_gym.rollouts.metrics import completion_metrics, rollout_metrics, training_metrics
+from trl_gym.rollouts.rollout import RolloutFacts
+from trl_gym.rollouts.trajectory import DriftCause
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,10 +1,29 @@
-"""A failure as the journal has it."""
+"""Errors keep what is wrong and what to do apart; a failure is as the journal has it."""
 
 from __future__ import annotations
 
 import json
+import pickle
 
-from trl_gym.errors import FailureKind, RolloutFailure
+from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutFailure, TrlGymError
+
+
+def test_an_error_keeps_problem_and_remedy_apart_and_says_both() -> None:
+    error = ConfigError("`gym_mode` is 'x'.", "Set it to 'host'.")
+    assert (error.problem, error.remedy) == ("`gym_mode` is 'x'.", "Set it to 'host'.")
+    assert str(error) == "`gym_mode` is 'x'. Set it to 'host'."
+
+
+def test_an_error_of_several_problems_lists_each_with_its_remedy() -> None:
+    error = ConfigError("2 problems:", problems=[Problem("A is odd.", "Set `a`."), Problem("B is odd.")])
+    assert str(error) == "2 problems:\n  - A is odd. Set `a`.\n  - B is odd."
+
+
+def test_an_error_travels_between_processes_whole() -> None:
+    error = ConfigError("p", "r", [Problem("a", "b")])
+    copy = pickle.loads(pickle.dumps(error))
+    assert isinstance(copy, TrlGymError)
+    assert (copy.problem, copy.remedy, copy.problems, str(copy)) == ("p", "r", (Problem("a", "b"),), str(error))
 
 
 def test_a_failure_keeps_its_cause_and_learns_whose_it_is() -> None:

@@ -50,11 +50,10 @@ def test_what_is_imported_is_declared() -> None:
         "numpy",
         "yarl",
         "tokenizers",
-    }  # transformers, accelerate and aiohttp are nothing without them
-    # These run in vLLM's process, or in NeMo Gym's; the last one where the trainer is found to have vLLM too.
-    elsewhere = {"vllm_entry.py", "vllm_plugin.py", "file_engine.py", "host.py", "host_middleware.py"}
-    elsewhere |= {"vllm_transfer.py"}
-    elsewhere |= {"notebook_progress.py"}  # imported where IPython runs us
+        "IPython",
+    }  # transformers, accelerate and aiohttp are nothing without them; IPython is imported where it runs us
+    # These run in vLLM's processes or in NeMo Gym's; `vllm_transfer.py` where the trainer is found to have vLLM too.
+    elsewhere = {"entry.py", "plugin.py", "file_engine.py", "host.py", "vllm_transfer.py"}
     files = [path for path in (ROOT / "trl_gym").rglob("*.py") if path.name not in elsewhere]
     imported = {name for path in files for name in third_party(ast.parse(path.read_text()))}
     assert "msgspec" in imported

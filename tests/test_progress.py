@@ -10,7 +10,7 @@ import time
 from rich.console import Console
 
 from trl_gym.progress import BarProgress, LineProgress, PhaseClock
-from trl_gym.rollouts.watch import CollectionStatus
+from trl_gym.rollouts.collection import CollectionStatus
 
 METRICS = {"reward": 0.5, "success": 0.25, "seconds/rollouts": 3.1, "seconds/weight_sync": 0.06, "loss": 1.0}
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from trl_gym.errors import ConfigError
 from trl_gym.resume import RunState, last_complete_checkpoint, load_state, save_state
-from trl_gym.weight_sync.fingerprint import fingerprint
+from trl_gym.weight_sync.sums import fingerprint
 
 BUFFERED = [
     {"ids": torch.arange(6).view(2, 3), "advantages": torch.tensor([0.5, -0.5]), "pixel_values": None, "n": 3},

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.commands.test_options import options
+from trl_gym.commands.collect import Task, all_jobs, claim, done, load_tasks, missing
 from trl_gym.commands.options import NamedFile
-from trl_gym.commands.plan import Task, all_jobs, claim, done, load_tasks, missing
 from trl_gym.errors import ConfigError
 
 tasks = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz")), max_size=6).map(

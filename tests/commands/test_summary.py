@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from trl_gym.commands.collect import Job, Task
 from trl_gym.commands.eval import evaluate, table
-from trl_gym.commands.plan import Job, Task
 from trl_gym.commands.summary import Outcome, as_json, outcomes, percentile, show_summary, summarize
 
 TASK = Task("easy", 0, "t0", {})

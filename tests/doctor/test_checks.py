@@ -9,11 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.doctor.checks import Check, Entry, Finding, Status, failed, from_error, ok, run_checks, split_remedy
+from trl_gym.commands.doctor import CHECKS
+from trl_gym.doctor.checks import (
+    Check,
+    Entry,
+    Finding,
+    Status,
+    as_json,
+    failed,
+    from_error,
+    lines,
+    ok,
+    passed,
+    run_checks,
+    split_remedy,
+    summary,
+)
 from trl_gym.doctor.checks import skipped as not_checked
 from trl_gym.doctor.context import Subject
-from trl_gym.doctor.report import as_json, lines, passed, summary
-from trl_gym.doctor.roster import CHECKS
 from trl_gym.errors import ConfigError, PolicyServerError
 
 

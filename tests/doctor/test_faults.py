@@ -20,9 +20,9 @@ import yaml
 from tests.commands.plain_endpoint import KEY, plain_endpoint
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym.cli import main
+from trl_gym.commands.doctor import CHECKS
 from trl_gym.doctor.checks import Check, Entry, Status, run_checks
 from trl_gym.doctor.context import Subject
-from trl_gym.doctor.roster import CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
 CALCULATOR = ROOT / "recipes" / "environments" / "calculator" / "calculator.yaml"
@@ -229,7 +229,7 @@ def guarded() -> Iterator[int]:
 def test_the_command_as_json_and_as_lines(
     tmp_path: Path, policy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trl_gym.doctor.roster.CHECKS", FAST)
+    monkeypatch.setattr("trl_gym.commands.doctor.CHECKS", FAST)
     before = dict(os.environ)
     command = ["doctor", "--quick", "--config", options(tmp_path, policy, num_generations=1, env={"DOCTOR_TEST": "1"})]
     assert main([*command, "--json"]) == 1

@@ -13,13 +13,10 @@ import yaml
 from tests.conftest import RECIPES, load
 from tests.policy_server.tiny_model import build_tokenizer
 from trl_gym.doctor.checks import Status
-from trl_gym.doctor.environments import declared_agents
-from trl_gym.doctor.installation import SUPPORTED_PYTHON
-from trl_gym.doctor.leftovers import Process, left_files, orphans, processes
-from trl_gym.doctor.live import judge
-from trl_gym.doctor.output import why_not_writable
-from trl_gym.doctor.parsing import ScriptOptions
-from trl_gym.doctor.template import classify
+from trl_gym.doctor.inputs import classify
+from trl_gym.doctor.live import declared_agents, judge
+from trl_gym.doctor.options import ScriptOptions
+from trl_gym.doctor.static import SUPPORTED_PYTHON, Process, left_files, orphans, processes, why_not_writable
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout

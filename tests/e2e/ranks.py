@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tests.e2e.training import RecordingTrainer, config
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.rollouts.request import RolloutRequest
-from trl_gym.weight_sync.probe import compare, probe_batch, trainer_logprobs
 from trl_gym.weight_sync.sharding import find_slots
+from trl_gym.weight_sync.sync import compare, probe_batch, trainer_logprobs
 
 NUM_STEPS = 2
 VICTIM = 2

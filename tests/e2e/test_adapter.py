@@ -18,9 +18,9 @@ from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, confi
 from trl_gym import load_gym_dataset
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.server import PolicyServer
-from trl_gym.weight_sync.probe import compare, probe_batch, trainer_logprobs
+from trl_gym.weight_sync.sync import compare, probe_batch, trainer_logprobs
 from trl_gym.weight_sync.transports.adapter import AdapterSource, AdapterTransport
-from trl_gym.weight_sync.transports.adapter_checks import adapter_problem, lora_flags, plan_adapter
+from trl_gym.weight_sync.transports.plan import adapter_problem, lora_flags, plan_adapter
 
 pytestmark = pytest.mark.e2e
 

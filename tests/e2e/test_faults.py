@@ -22,13 +22,13 @@ from tests.e2e.reset_proxy import ResetProxy
 from tests.e2e.training import CALCULATOR, ROOT, RecordingTrainer, config
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerError
-from trl_gym.rollouts.budgets import budgets_from_options
+from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.call_records import RolloutLedger
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
-from trl_gym.rollouts.finish import Finisher
 from trl_gym.rollouts.journal import Journal, read_journal
 from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.source import Finisher
 from trl_gym.rollouts.trajectory import from_gym
 
 pytestmark = pytest.mark.e2e

@@ -18,8 +18,8 @@ from tests.policy_server.tiny_model import build_model, build_random_policy, bui
 from trl_gym.memory.sharing import DeviceSharing, Occupancy
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.server import PolicyServer
-from trl_gym.weight_sync.probe import trainer_logprobs
 from trl_gym.weight_sync.sums import explain, held_sums, sent_sums
+from trl_gym.weight_sync.sync import trainer_logprobs
 
 pytestmark = pytest.mark.e2e
 

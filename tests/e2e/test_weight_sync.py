@@ -1,7 +1,7 @@
 """Weights reach a real vLLM server and it computes with them; where they cannot, the error is clear and nothing hangs.
 
 `ipc` and `nccl` go as far as they do without a GPU: up to the first call of CUDA, on both sides. Their data path is in
-`tests/weight_sync/test_transports_gpu.py`. One server at a time; each is started once.
+`tests/weight_sync/transports/test_gpu.py`. One server at a time; each is started once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.weight_sync import vllm_transfer
-from trl_gym.weight_sync.probe import compare, probe_batch, trainer_logprobs
 from trl_gym.weight_sync.source import WeightSource
-from trl_gym.weight_sync.sync import SyncOptions, WeightSync
+from trl_gym.weight_sync.sync import SyncOptions, WeightSync, compare, probe_batch, trainer_logprobs
 from trl_gym.weight_sync.transports import (
     FileTransport,
     IpcTransport,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import FailureKind
-from trl_gym.gym.error_text import MAX_TEXT_CHARS, explain, unwrap
+from trl_gym.gym.client import MAX_TEXT_CHARS, explain, unwrap
 
 CAPTURED = json.loads(Path(__file__).with_name("captured_errors.json").read_text())
 

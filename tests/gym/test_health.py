@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 
-from trl_gym.gym.discovery import ServerInstance
-from trl_gym.gym.health import ServerProbe, is_alive, needed_servers
+from trl_gym.gym.discovery import ServerInstance, ServerProbe, is_alive, needed_servers
 from trl_gym.processes import bind_socket
 
 

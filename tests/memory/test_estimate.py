@@ -11,9 +11,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trl_gym import GymGRPOConfig
-from trl_gym.memory.estimate import count_params, from_trainer, optimizer_bytes, this_device
-from trl_gym.memory.plan import MemoryPlan
-from trl_gym.memory.shapes import GIB, DeviceMemory, ModelShape
+from trl_gym.memory.plan import (
+    GIB,
+    DeviceMemory,
+    MemoryPlan,
+    ModelShape,
+    count_params,
+    from_trainer,
+    optimizer_bytes,
+    this_device,
+)
 
 DEVICE = DeviceMemory(total_bytes=24 * GIB)
 LORA = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])

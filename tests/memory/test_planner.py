@@ -10,17 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_gym.memory.plan import (
+    GIB,
     MOMENTS,
     ROLLOUTS,
     SYNC,
     UPDATE,
+    DeviceMemory,
     MemoryPlan,
+    ModelShape,
+    ServingShape,
+    TrainingShape,
     activation_bytes,
     kv_bytes_per_token,
     logprob_bytes,
     plan,
 )
-from trl_gym.memory.shapes import GIB, DeviceMemory, ModelShape, ServingShape, TrainingShape
 
 QWEN3_4B = ModelShape(
     num_params=4_022_468_096, num_layers=36, hidden_size=2560, intermediate_size=9728,

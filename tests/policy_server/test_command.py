@@ -10,7 +10,7 @@ import pytest
 
 from trl_gym.errors import ConfigError
 from trl_gym.policy_server import command
-from trl_gym.policy_server.entry import is_loopback
+from trl_gym.policy_server.command import is_loopback
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_gym.policy_server.diagnosis import find_cause, hint_for, would_die_again
+from trl_gym.policy_server.server import find_cause, hint_for, would_die_again
 
 ENGINE = """
 (EngineCore pid=7) ERROR 11-22 13:10:48 [core.py:1433] EngineCore failed to start.

@@ -24,7 +24,7 @@ from tests.policy_server.fake_vllm import END, render
 from trl_gym.cli import main
 from trl_gym.errors import ConfigError, PolicyServerError
 from trl_gym.policy_server import gateway
-from trl_gym.policy_server.upstream_checks import UpstreamFacts, check_upstreams, takes_prompt_field
+from trl_gym.policy_server.gateway import UpstreamFacts, check_upstreams, takes_prompt_field
 from trl_gym.processes import bind_socket
 
 CHAT = {"messages": [{"role": "user", "content": "0"}], "max_tokens": 1}

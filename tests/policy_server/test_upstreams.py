@@ -13,9 +13,8 @@ import pytest
 
 from tests.policy_server.adapter_folder import write_adapter
 from tests.policy_server.fake_upstream import PROBE_EVERY_S, Call, FakeUpstream, ask, serving, until
-from trl_gym.policy_server.forwarding import UpstreamLostError
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
-from trl_gym.policy_server.upstreams import CONTROL_PATHS, UpstreamApp
+from trl_gym.policy_server.upstreams import CONTROL_PATHS, UpstreamApp, UpstreamLostError
 
 CHAT = "/v1/chat/completions"
 BODY = json.dumps({"messages": [{"role": "user", "content": "0"}]}).encode()

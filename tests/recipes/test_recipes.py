@@ -21,10 +21,9 @@ from tests.conftest import RECIPES, load
 from trl_gym import GymGRPOConfig, load_gym_dataset
 from trl_gym.errors import DatasetError
 from trl_gym.gym.config import API_KEY_VARIABLE, expand_overrides, initial_config, resolve_configs
-from trl_gym.memory.estimate import from_trainer
-from trl_gym.memory.shapes import GIB, DeviceMemory
+from trl_gym.memory.plan import GIB, DeviceMemory, from_trainer
 from trl_gym.policy_server.command import flags_from
-from trl_gym.server_flags import server_flags
+from trl_gym.run.servers import server_flags
 from trl_gym.weight_sync.transports import planned_backend
 
 ROOT = RECIPES.parent

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.report.synthetic import make_tokenizer
-from trl_gym.report.bodies import Shared, conversation_body, run_lengths, token_body
-from trl_gym.report.pieces import Pieces
+from trl_gym.report.bodies import Pieces, Shared, conversation_body, run_lengths, token_body
 
 
 @pytest.fixture(scope="module")

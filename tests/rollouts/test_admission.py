@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_gym.rollouts.admission import Admission
-from trl_gym.rollouts.budgets import Budgets, budgets_from_options
+from trl_gym.rollouts.admission import Admission, Budgets, budgets_from_options
 
 
 def budgets(max_inflight: int, **options: Any) -> Budgets:

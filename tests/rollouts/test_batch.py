@@ -12,10 +12,9 @@ import pytest
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
 from trl_gym.rollouts.batch import completion, describe_drift, describe_failures, table_columns, training_rows
-from trl_gym.rollouts.drift import DriftReport
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, conversation, journal_record
-from trl_gym.rollouts.trajectory import from_gym
+from trl_gym.rollouts.trajectory import DriftReport, from_gym
 
 OUTPUT = [
     {

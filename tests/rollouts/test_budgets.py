@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import ConfigError, FailureKind
-from trl_gym.rollouts.budgets import BACKOFF_S, MAX_BACKOFF_S, Budget, backoff_s, budgets_from_options
+from trl_gym.rollouts.admission import BACKOFF_S, MAX_BACKOFF_S, Budget, backoff_s, budgets_from_options
 
 INFRASTRUCTURE, DEADLINE = FailureKind.INFRASTRUCTURE, FailureKind.DEADLINE
 

@@ -12,11 +12,11 @@ import pytest
 
 from tests.rollouts.fake_agent import Ledger, collect, make, requests
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, PolicyServerLostError, RolloutFailure
-from trl_gym.gym.health import ServerProbe
+from trl_gym.gym.discovery import ServerProbe
 from trl_gym.gym.servers import AgentInfo, ServerInstance
 from trl_gym.rollouts.call_records import CallState
+from trl_gym.rollouts.collection import CollectionStatus
 from trl_gym.rollouts.collector import RolloutResult
-from trl_gym.rollouts.watch import CollectionStatus
 
 # -- attempts ---------------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ import pytest
 from tests.rollouts.fake_agent import Ledger, collect, make, requests
 from trl_gym.errors import FailureKind, PolicyServerError, ServerError
 from trl_gym.gym.servers import AgentInfo
+from trl_gym.rollouts.collection import CollectionStatus
 from trl_gym.rollouts.collector import RolloutResult
-from trl_gym.rollouts.watch import CollectionStatus
 
 
 async def test_results_come_in_the_order_of_the_requests(agent: Any) -> None:

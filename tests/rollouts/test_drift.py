@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
-from trl_gym.rollouts.drift import classify, explain, make_decoder
-from trl_gym.rollouts.trajectory import Drift, first_difference
+from trl_gym.rollouts.trajectory import Drift, classify, explain, first_difference, make_decoder
 
 PAIR = 256  # token PAIR + 256 * a + b spells the bytes a, b; below it a token is one byte
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.rollouts.test_metrics import fact
 from trl_gym.errors import RolloutError
+from trl_gym.rollouts.batch import SharedBatch
 from trl_gym.rollouts.evaluation import (
     EvaluationRun,
     attempt_metrics,
@@ -25,9 +26,8 @@ from trl_gym.rollouts.evaluation import (
     set_name,
     table_beside,
 )
-from trl_gym.rollouts.facts import RolloutFacts
 from trl_gym.rollouts.request import Sampling
-from trl_gym.rollouts.shared import SharedBatch
+from trl_gym.rollouts.rollout import RolloutFacts
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())

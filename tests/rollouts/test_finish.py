@@ -11,9 +11,9 @@ from trl_gym.errors import FailureKind, RolloutError, RolloutFailure
 from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
 from trl_gym.rollouts.batch import training_rows
 from trl_gym.rollouts.collector import RolloutResult
-from trl_gym.rollouts.finish import Finisher
 from trl_gym.rollouts.journal import Journal, read_journal
 from trl_gym.rollouts.request import RolloutRequest
+from trl_gym.rollouts.source import Finisher
 from trl_gym.rollouts.trajectory import from_gym
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import ConfigError, RolloutError
-from trl_gym.rollouts.groups import LOSS_TYPES, check_same_task, checked_rewards, mark, undersized, weighted
+from trl_gym.rollouts.batch import LOSS_TYPES, check_same_task, checked_rewards, mark, undersized, weighted
 
 MEAN_OVER_ROWS = ("grpo", "sapo", "luspo", "dr_grpo")
 

@@ -7,8 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.rollouts.identity import request_hash, task_hash
-from trl_gym.rollouts.request import Sampling, stamp
+from trl_gym.rollouts.request import Sampling, request_hash, stamp, task_hash
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=6),

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from tests.rollouts.test_batch import OUTPUT, bad, drifted, good, record, with_records
 from trl_gym.errors import FailureKind, RolloutError
 from trl_gym.policy_server.middleware.calls import DriftCause
-from trl_gym.rollouts.batch import failure_causes
-from trl_gym.rollouts.facts import RolloutFacts, facts_of, is_tool_error
+from trl_gym.rollouts.batch import RankReport, SharedBatch, failure_causes, share
 from trl_gym.rollouts.logprobs import GapSum
 from trl_gym.rollouts.metrics import (
     RunMetrics,
@@ -25,8 +24,7 @@ from trl_gym.rollouts.metrics import (
     rollout_metrics,
     training_metrics,
 )
-from trl_gym.rollouts.rollout import Rollout
-from trl_gym.rollouts.shared import RankReport, SharedBatch, share
+from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of, is_tool_error
 
 
 def facts(*rollouts: Rollout) -> list[RolloutFacts]:

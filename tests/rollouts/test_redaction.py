@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.rollouts import redaction
-from trl_gym.rollouts.redaction import REDACTED, make_redactor, secrets_of
+from trl_gym.rollouts import journal
+from trl_gym.rollouts.journal import REDACTED, make_redactor, secrets_of
 
 KEY = "sk-proj-Abcdef0123456789xyz"
 redact = make_redactor()
@@ -93,7 +93,7 @@ def test_a_known_secret_is_nowhere_and_nothing_else_changes(value: Any, secret: 
 )
 def test_the_quick_look_misses_nothing(value: Any, hidden: str, key: str) -> None:
     record = {"value": value, key: f"{hidden}0123456789abcdefghij@"}
-    assert redact(record) == redaction._redact(record, [])
+    assert redact(record) == journal._redact(record, [])
 
 
 @given(value=values)

@@ -14,8 +14,8 @@ from tests.rollouts.recorded import request, rollout
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerLostError, RolloutFailure
 from trl_gym.rollouts.collection import RolloutResult
 from trl_gym.rollouts.request import RolloutRequest
+from trl_gym.rollouts.reuse import SurvivingCollector
 from trl_gym.rollouts.rollout import Rollout
-from trl_gym.rollouts.survivors import SurvivingCollector
 
 LOSS = PolicyServerLostError("policy server ended")
 

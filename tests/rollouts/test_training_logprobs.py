@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trl_gym.errors import RolloutError
-from trl_gym.rollouts.training_logprobs import record
+from trl_gym.rollouts.logprobs import record
 
 
 def rollout(name: str, num_tokens: int | None) -> Any:

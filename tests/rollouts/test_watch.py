@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trl_gym.rollouts.call_records import CallState
-from trl_gym.rollouts.watch import CollectionStatus, Outstanding, Phase, Tally, describe_stall, waits_for
+from trl_gym.rollouts.collection import CollectionStatus, Outstanding, Phase, Tally, describe_stall, waits_for
 
 
 def one(phase: Phase = Phase.RUNNING, agent: str = "calc", name: str = "r1", attempt: int = 0, since: float = 0.0):

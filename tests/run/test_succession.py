@@ -3,7 +3,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-from trl_gym.succession import succeed
+from trl_gym.run.servers import succeed
 
 
 class Trainer:

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.weight_sync.models import mixture, model, with_adapter
 from trl_gym.errors import ConfigError, WeightSyncError
-from trl_gym.weight_sync.fingerprint import fingerprint
 from trl_gym.weight_sync.source import WeightSource, adapter_state
+from trl_gym.weight_sync.sums import fingerprint
 
 CASES: dict[str, Callable[[], nn.Module]] = {
     "tied": model,

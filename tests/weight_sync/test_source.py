@@ -17,8 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from tests.weight_sync.models import mixture, model, with_adapter
 from trl_gym.errors import ConfigError
-from trl_gym.weight_sync.checkpoint import with_siblings
-from trl_gym.weight_sync.source import WeightSource, adapter_state, check_supported
+from trl_gym.weight_sync.source import WeightSource, adapter_state, check_supported, with_siblings
 
 
 def streamed(policy: nn.Module, **options: Any) -> dict[str, torch.Tensor]:

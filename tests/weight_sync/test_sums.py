@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyResponseError
-from trl_gym.policy_server.engine.worker import WeightSums, sums_of
-from trl_gym.weight_sync.bits import bit_sum
+from trl_gym.policy_server.engine.worker import WeightSums, bit_sum, sums_of
 from trl_gym.weight_sync.sums import combine, explain, explain_mismatch, held_sums, sent_sums
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}

@@ -14,9 +14,8 @@ from transformers import Qwen3ForCausalLM
 
 from tests.weight_sync.test_source import model
 from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
-from trl_gym.weight_sync.bits import bit_sum
-from trl_gym.weight_sync.probe import compare, probe_batch, trainer_logprobs
-from trl_gym.weight_sync.sync import SyncOptions, WeightSync
+from trl_gym.policy_server.engine.worker import bit_sum
+from trl_gym.weight_sync.sync import SyncOptions, WeightSync, compare, probe_batch, trainer_logprobs
 from trl_gym.weight_sync.transports import FileTransport, WeightStream
 
 

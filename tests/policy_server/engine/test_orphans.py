@@ -11,12 +11,12 @@ import time
 
 import psutil
 
-from trl_gym.policy_server.orphans import end_with_parent
+from trl_gym.policy_server.engine.plugin import end_with_parent
 
 # Spawns a child that calls it twice and then holds a lock for ever, and says the child's pid.
 PARENT = """
 import multiprocessing, time
-from tests.policy_server.test_orphans import child
+from tests.policy_server.engine.test_orphans import child
 if __name__ == "__main__":
     process = multiprocessing.get_context({method!r}).Process(target=child)
     process.start()

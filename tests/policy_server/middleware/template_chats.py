@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tests.policy_server.templates import Answer, Json, Template
+from tests.policy_server.middleware.templates import Answer, Json, Template
 
 
 def _tool(name: str, description: str, key: str, kind: str) -> Json:

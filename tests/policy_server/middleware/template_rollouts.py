@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tests.policy_server.template_chats import TOOLS, Chat, Sampled, common_start, sample
-from tests.policy_server.templates import Answer, Client, Json, Template, TemplateError
+from tests.policy_server.middleware.template_chats import TOOLS, Chat, Sampled, common_start, sample
+from tests.policy_server.middleware.templates import Answer, Client, Json, Template, TemplateError
 
 _LITERAL = re.compile(r"\{special (\d+)\}")  # stands for one of the template's special tokens, as text
 _MARKS = ("Xmarkone7Y", "Vmarktwo8W")  # they share neither beginning nor end

@@ -10,7 +10,7 @@ import pytest
 
 from tests.policy_server.adapter_folder import write_adapter
 from tests.policy_server.fake_vllm import FakeVllm, Json
-from tests.policy_server.test_on_policy import TAG, USER, Http
+from tests.policy_server.middleware.test_app import TAG, USER, Http
 
 ADAPTERS = "/trl_gym/adapters"
 

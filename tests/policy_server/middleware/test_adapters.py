@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.policy_server.adapters import Adapter, AdapterBook
+from trl_gym.policy_server.middleware.adapters import Adapter, AdapterBook
 
 HOUR = 3600.0
 NAMES = st.sampled_from(["a", "b", "c"])

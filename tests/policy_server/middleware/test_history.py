@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trl_gym.policy_server.history import Digest, Histories, digest
+from trl_gym.policy_server.middleware.calls import Digest, Histories, digest
 
 Json = dict[str, Any]
 USER: Json = {"role": "user", "content": "hi"}

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from trl_gym.policy_server.marking import Chat, new_marker
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
-from trl_gym.policy_server.middleware.templates import RenderRefusedError, Templates
+from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates, new_marker
 
 END, RETURN, CALL, USER, OBSERVATION = (chr(code) for code in range(0xE001, 0xE006))  # special tokens
 ENDING = {"add_generation_prompt": True, "continue_final_message": False}

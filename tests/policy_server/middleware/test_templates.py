@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import load
-from tests.policy_server.template_chats import Chat, Sampled, sampled_otherwise, with_other_history
-from tests.policy_server.template_rollouts import CUT_CALL, Rollout, Step
-from tests.policy_server.templates import Client, Template, load_template, template_paths
+from tests.policy_server.middleware.template_chats import Chat, Sampled, sampled_otherwise, with_other_history
+from tests.policy_server.middleware.template_rollouts import CUT_CALL, Rollout, Step
+from tests.policy_server.middleware.templates import Client, Template, load_template, template_paths
 from trl_gym.policy_server.middleware import splice
 
-template_table = load("template_table", Path(__file__).resolve().parents[2] / "scripts" / "template_table.py")
+template_table = load("template_table", Path(__file__).resolve().parents[3] / "scripts" / "template_table.py")
 row_of = cache(template_table.row_of)
 
 _WORDS = ["hello", " world", " the answer", " is", " 42", "12345", "call", "{}", '"quoted"', "a, b; c."]

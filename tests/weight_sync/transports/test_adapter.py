@@ -19,7 +19,7 @@ from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
 from trl_gym.policy_server.adapter_files import read_adapter
 from trl_gym.weight_sync.transports.adapter import AdapterSource, AdapterTransport, adapter_options
-from trl_gym.weight_sync.transports.adapter_checks import (
+from trl_gym.weight_sync.transports.plan import (
     AdapterPlan,
     adapter_problem,
     lora_flags,

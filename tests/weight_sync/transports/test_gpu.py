@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.weight_sync.gpu_receiver import pattern, receiver
 from tests.weight_sync.streams import Stream
+from tests.weight_sync.transports.gpu_receiver import pattern, receiver
 from trl_gym.weight_sync.transports import IpcTransport, NcclTransport, nccl
 
 NUM_GPUS = torch.cuda.device_count()

@@ -12,7 +12,7 @@ import pytest
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, UnsupportedVersionError
-from trl_gym.server_flags import server_flags
+from trl_gym.run.servers import server_flags
 from trl_gym.weight_sync.transports import (
     FileTransport,
     IpcTransport,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import WeightSyncError
-from trl_gym.weight_sync.transports.together import Handover, HandoverClosedError, Together
+from trl_gym.weight_sync.transports.nccl import Handover, HandoverClosedError, Together
 
 LONG_S = 60.0
 
