@@ -66,6 +66,8 @@ def messages(root: Path) -> list[Message]:
                 texts = _texts([*node.args[:1], *(word.value for word in node.keywords if word.arg in _PROBLEM)])
             elif isinstance(node, ast.FunctionDef) and ("problems" in node.name or path.stem == "config"):
                 texts = _texts(_listed(node))
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "problems":
+                texts = _texts(node.value.elts if isinstance(node.value, ast.List) else [])
             elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("problems.append", "Reply.error"):
                 texts = _texts(node.args)
             else:
