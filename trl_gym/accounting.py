@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from trl_gym.errors import RolloutError
+from trl_gym.ranks import agree
 from trl_gym.rollouts import batch as batches
 from trl_gym.rollouts import logprobs
 from trl_gym.rollouts.batch import SharedBatch, share, table_columns
@@ -38,7 +39,6 @@ from trl_gym.rollouts.logprobs import merge_ratios, ratio_sum
 from trl_gym.rollouts.metrics import NEWEST, RunMetrics, completion_metrics, rollout_metrics, training_metrics
 from trl_gym.rollouts.request import Sampling
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts
-from trl_gym.run.ranks import agree
 
 
 class AccountingGRPOTrainer(GRPOTrainer):

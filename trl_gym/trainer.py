@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from trl_gym import compat
+from trl_gym import ranks as rank_agreement
 from trl_gym.accounting import AccountingGRPOTrainer
 from trl_gym.callbacks import MetricsCallback, OptimizerCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig, checked_args
@@ -44,7 +45,6 @@ from trl_gym.rollouts.reuse import Policy, Recall, SurvivingCollector, collect_m
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.source import Finisher, ReplayCollector, live_collector
 from trl_gym.rollouts.trajectory import Trajectory, from_gym, make_decoder
-from trl_gym.run import ranks as rank_agreement
 from trl_gym.run import servers
 from trl_gym.run.recovery import hear_of_loss
 from trl_gym.run.weights import PolicySupply

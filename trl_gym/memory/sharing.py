@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from trl_gym.errors import WeightSyncError
 from trl_gym.memory.offload import OptimizerOffload, release_cached
-from trl_gym.run.ranks import on_main
+from trl_gym.ranks import on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -18,7 +18,7 @@ from typing import Any
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.server import PolicyBackend
-from trl_gym.run.ranks import agree
+from trl_gym.ranks import agree
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from accelerate.utils import gather_object
 
 from trl_gym.errors import WeightMismatchError, WeightSyncError
-from trl_gym.run.ranks import agree, on_main
+from trl_gym.ranks import agree, on_main
 from trl_gym.weight_sync.source import WeightSource
 from trl_gym.weight_sync.sums import explain, sent_sums
 from trl_gym.weight_sync.transports.adapter import AdapterSource

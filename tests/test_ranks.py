@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trl_gym.errors import PolicyServerError, ServerError, TrlGymError, WeightMismatchError, WeightSyncError
-from trl_gym.run.ranks import agree
+from trl_gym.ranks import agree
 
 
 class Ranks:

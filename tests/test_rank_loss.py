@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trl_gym.errors import RankLostError, WeightSyncError
-from trl_gym.run.ranks import explained
+from trl_gym.ranks import explained
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,7 +86,7 @@ finally:
 )
 def test_a_process_that_is_told_to_end_says_why_and_ends_by_the_signal(code: str, words: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", f"import os, signal\nfrom trl_gym.run.ranks import explained\n{code}"],
+        [sys.executable, "-c", f"import os, signal\nfrom trl_gym.ranks import explained\n{code}"],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == -signal.SIGTERM
