@@ -109,3 +109,17 @@ def test_what_unpickles_listens_on_loopback_only(
 def test_other_transports_may_be_reached(model_folder: Path, config: str) -> None:
     env = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "0"}
     command.check_before_start(model_folder, "0.0.0.0", "key", ["--weight-transfer-config", config], env)
+
+
+def test_the_key_is_found_under_its_name_and_under_the_old_one_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("VLLM_API_KEY", "TRL_GYM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert command.api_key_from_environment() is None
+    monkeypatch.setenv("TRL_GYM_API_KEY", "old")
+    assert command.api_key_from_environment() == "old"
+    assert "rename the variable to VLLM_API_KEY" in caplog.text and "old" not in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("VLLM_API_KEY", "new")
+    assert command.api_key_from_environment() == "new" and not caplog.records

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.policy_server.client import PolicyClient
+from trl_gym.policy_server.command import api_key_from_environment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from trl_gym.gym.servers import GymServers
     from trl_gym.policy_server.server import PolicyBackend
     from trl_gym.run.servers import RunServers
-
-API_KEY_VARIABLE = "VLLM_API_KEY"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,7 +104,7 @@ class Subject:
 
     def remote_client(self, url: str) -> PolicyClient:
         """Control plane of a server that runs elsewhere."""
-        client = PolicyClient(url, api_key=os.environ.get(API_KEY_VARIABLE) or None, timeout_s=30.0)
+        client = PolicyClient(url, api_key=api_key_from_environment(), timeout_s=30.0)
         self.resources.callback(client.close)
         return client
 

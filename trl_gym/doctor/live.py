@@ -20,12 +20,13 @@ import yaml
 from trl_gym import compat
 from trl_gym.dataset import ROW_COLUMN
 from trl_gym.doctor.checks import Finding, failed, from_error, ok, skipped, split_remedy, warning
-from trl_gym.doctor.context import API_KEY_VARIABLE, Subject
+from trl_gym.doctor.context import Subject
 from trl_gym.errors import ConfigError, FailureKind, PolicyServerError, ServerError, WeightSyncError
 from trl_gym.gym.config import expand_overrides, resolve_configs
 from trl_gym.gym.discovery import AGENTS, look_at_head, new_http_session
 from trl_gym.gym.install import MIN_PYTHON, PYTHON_VARIABLE, SUPPORTED_GYM, find_installation
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
+from trl_gym.policy_server.command import KEY_VARIABLE
 from trl_gym.policy_server.server import find_cause, hint_for
 from trl_gym.policy_server.splice_probe import check_splice, explain_stranger
 
@@ -192,7 +193,7 @@ def _look_at(subject: Subject, url: str) -> Iterator[Finding]:
 def _stranger(client: PolicyClient, error: PolicyResponseError) -> Finding:
     explanation = explain_stranger(client, error)
     if error.status in (401, 403):
-        return failed(explanation, f"`export {API_KEY_VARIABLE}=KEY` with the key that the server was started with.")
+        return failed(explanation, f"`export {KEY_VARIABLE}=KEY` with the key that the server was started with.")
     text, _, remedy = explanation.partition(". Start it")
     return failed(text, f"Start it{remedy}." if remedy else split_remedy(explanation)[1])
 

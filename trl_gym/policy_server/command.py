@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import ipaddress
 import json
+import logging
 import os
 import re
 import sys
@@ -16,9 +17,14 @@ from typing import Any
 
 from trl_gym.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
+KEY_VARIABLE = "VLLM_API_KEY"  # the policy server's key: the server demands it, its clients send it
+_OLD_KEY_VARIABLES = ("TRL_GYM_API_KEY",)  # read by the clients of versions before 0.2
+
 # How the owner and this process set the middleware up, which vLLM builds.
 ENV_NONCE = "TRL_GYM_NONCE"
-ENV_API_KEYS = "TRL_GYM_API_KEY"  # one per line
+ENV_API_KEYS = "TRL_GYM_SERVER_API_KEYS"  # one per line; set by the server process for itself
 ENV_PROMPT_FIELD = "TRL_GYM_PROMPT_FIELD"  # "1" if the server takes `prompt_token_ids` as a field of the request
 
 MIDDLEWARE = "trl_gym.policy_server.middleware.app.OnPolicyMiddleware"
@@ -44,6 +50,20 @@ DEFAULT_ENVIRONMENT = {
     # of 5 s, a request that is just being sent dies with "connection reset".
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
 }
+
+
+def api_key_from_environment() -> str | None:
+    """Return the policy server's key, the same for servers and clients; None when the environment has none.
+
+    Call it where the key is used, not where an option is declared: it warns when the key is found under an old name.
+    """
+    if key := os.environ.get(KEY_VARIABLE):
+        return key
+    for name in _OLD_KEY_VARIABLES:
+        if key := os.environ.get(name):
+            logger.warning("the policy server's key is taken from %s; rename the variable to %s", name, KEY_VARIABLE)
+            return key
+    return None
 
 
 def is_loopback(host: str | None) -> bool:

@@ -28,6 +28,7 @@ from trl_gym.config import GymGRPOConfig
 from trl_gym.errors import ConfigError, PolicyServerError, ServerError, TrlGymError
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.plan import from_trainer, this_device
+from trl_gym.policy_server.command import api_key_from_environment
 from trl_gym.policy_server.fleet import attach_policy
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
@@ -38,7 +39,6 @@ from trl_gym.weight_sync.transports.plan import managed_flags
 
 logger = logging.getLogger(__name__)
 
-_API_KEY_VARIABLE = "VLLM_API_KEY"  # as for `vllm serve`: the key of a server, ours or somebody else's
 _API_KEY_BYTES = 32
 _INITIAL_POLICY = "initial_policy"  # folder for a model that was given as an object without a folder of its own
 
@@ -229,7 +229,7 @@ class RunServers:
         """What the configuration names: a server to start, or one that runs."""
         args = self._args
         if args.vllm_mode == "server":
-            key = os.environ.get(_API_KEY_VARIABLE) or None
+            key = api_key_from_environment()
             return attach_policy(args.vllm_server_base_url, api_key=key, timeout_s=args.vllm_server_timeout)
         return PolicyServer(
             self._servable(),
@@ -237,7 +237,7 @@ class RunServers:
             env=environment_for(weight_backend(args)),
             log_dir=args.gym_log_dir,
             start_timeout_s=args.gym_server_start_timeout,
-            api_key=os.environ.get(_API_KEY_VARIABLE) or secrets.token_urlsafe(_API_KEY_BYTES),
+            api_key=api_key_from_environment() or secrets.token_urlsafe(_API_KEY_BYTES),
             devices=args.gym_server_devices,
         )
 

@@ -459,7 +459,7 @@ async def test_the_weight_version_follows_an_update(http: Http, app: FakeVllm) -
 
 
 async def test_with_a_key_every_route_but_health_demands_it(app: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRL_GYM_API_KEY", "first\nsecond")
+    monkeypatch.setenv("TRL_GYM_SERVER_API_KEYS", "first\nsecond")
     http = Http(app)
     for path in ("/trl_gym/info", "/v1/models", "/weight_info", "/metrics"):
         assert (await http("GET", path))[0] == 401

@@ -76,7 +76,7 @@ class Settings:
 
     @classmethod
     def from_env(cls) -> Settings:
-        """From `TRL_GYM_NONCE`, `TRL_GYM_API_KEY` and `TRL_GYM_PROMPT_FIELD`: vLLM builds middleware itself."""
+        """Read `TRL_GYM_NONCE`, `TRL_GYM_SERVER_API_KEYS`, `TRL_GYM_PROMPT_FIELD`: vLLM builds middleware itself."""
         return cls(
             nonce=os.environ.get(ENV_NONCE) or None,
             api_keys=tuple(key for key in os.environ.get(ENV_API_KEYS, "").splitlines() if key),
