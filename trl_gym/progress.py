@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from IPython.display import HTML, display
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -213,6 +212,8 @@ class NotebookProgress:
         self._step, self._num_steps = first_step, num_steps
         self._reward = self._phase = ""
         self._started = self._clock()
+        from IPython.display import HTML, display
+
         self._handle = display(HTML(self._document()), display_id=True)  # in the output of the cell that trains
 
     def phase(self, text: str | None) -> None:
@@ -228,6 +229,8 @@ class NotebookProgress:
         self._draw(now=True)
 
     def evaluated(self, step: int, metrics: Mapping[str, float], name: str = "") -> None:
+        from IPython.display import HTML, display
+
         display(HTML(f"<div>{html.escape(evaluation_text(step, metrics, name))}</div>"))
 
     def stop(self) -> None:
@@ -239,6 +242,8 @@ class NotebookProgress:
             if self._handle is None or (not now and self._clock() - self._drawn < _EVERY_S):
                 return
             self._drawn = self._clock()
+            from IPython.display import HTML
+
             self._handle.update(HTML(self._document()))
 
     def _document(self) -> str:
