@@ -1,8 +1,11 @@
-"""Several processes, one outcome: what fails on one rank is raised on all of them, so that none waits for ever.
+"""Make several training processes end alike: what fails on one rank is raised on all of them.
 
 A rank that raises between two collectives leaves the others waiting in the next one until the launcher or a timeout
-ends them. Around work that only one rank does, or that can fail on one rank alone, the ranks therefore tell each other
-how it went.
+ends them. Around work that only one rank does (`on_main`), or that can fail on one rank alone (`agreed`, `on_all`),
+the ranks therefore tell each other how it went, whatever the type of the error.
+
+When a process ends all the same, the launcher (`accelerate launch`, `torchrun`) sends SIGTERM to the others within a
+tenth of a second, or their next collective breaks with a message about sockets; `explained` says what happened.
 """
 
 from __future__ import annotations
@@ -13,92 +16,151 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from trl_gym.errors import (
-    ConfigError,
-    GymServerError,
-    PolicyServerError,
-    RankLostError,
-    RolloutError,
-    ServerError,
-    TrlGymError,
-    WeightMismatchError,
-    WeightSyncError,
-)
+from trl_gym import errors
+from trl_gym.errors import PolicyServerLostError, Problem, RankLostError, TrlGymError
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
+T = TypeVar("T")
 Gather = Callable[[list[Any]], list[Any]]
 """From a list on every rank to the list of all, by rank (accelerate's `gather_object`)."""
 
-# Narrowest first: the class under which another rank raises it.
-_KINDS: tuple[type[TrlGymError], ...] = (
-    PolicyServerError,
-    GymServerError,
-    ServerError,
-    WeightMismatchError,
-    WeightSyncError,
-    RolloutError,
-    ConfigError,
-    TrlGymError,
-)
+
+class Process(Protocol):
+    """One of the training processes: accelerate's `Accelerator` or `PartialState`."""
+
+    @property
+    def process_index(self) -> int: ...
 
 
-def agree(error: Exception | None, rank: int, gather: Gather) -> None:
+def agree(error: Exception | None, rank: int, gather: Gather, value: Any = None) -> list[Any]:
     """Tell every rank how it went on this one. Every rank calls it in step.
 
     Args:
         error: What went wrong here; None when nothing did.
         rank: This rank.
         gather: Collective.
+        value: Told to the other ranks too; can be pickled.
+
+    Returns:
+        The ranks' values, by rank.
 
     Raises:
         Exception: `error` itself where there is one; elsewhere the first failing rank's, as the same kind of
-            `TrlGymError`, with the rank in its message.
+            `TrlGymError` with its problem and remedy, and with the rank in its message.
     """
-    outcomes = gather([None if error is None else (rank, _kind(error), str(error) or repr(error))])
+    outcomes = gather([(None if error is None else _Failure.of(error, rank), value)])
     if error is not None:
         raise error
-    failed = [outcome for outcome in outcomes if outcome is not None]
+    failed = [failure for failure, _ in outcomes if failure is not None]
     if failed:
-        place, kind, text = failed[0]
-        raise _KINDS[kind](f"rank {place}: {text}")
+        raise failed[0].as_error()
+    return [value for _, value in outcomes]
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do something on rank 0; every rank learns how it went, and goes on when it is done.
+@contextlib.contextmanager
+def agreed(process: Process, gather: Gather | None = None) -> Iterator[None]:
+    """Raise on every rank what the body raises on one. Every rank enters it in step; the body takes part in no
+    collective that other ranks might not reach.
 
     Args:
-        accelerator: The trainer's.
-        work: Called on rank 0 only. Every rank calls `on_main` in step.
+        process: This process.
+        gather: Collective; accelerate's unless given.
 
     Raises:
         Exception: See `agree`.
     """
+    error = None
+    try:
+        yield
+    except Exception as caught:  # raised by `agree`, once the other ranks know
+        error = caught
+    agree(error, process.process_index, gather or _gather)
+
+
+def on_all(process: Process, work: Callable[[], T], gather: Gather | None = None) -> T:
+    """Call `work` on every rank, and return this rank's result once it has succeeded on all. See `agreed`."""
+    with agreed(process, gather):
+        return work()
+
+
+def on_main(process: Process, work: Callable[[], T], gather: Gather | None = None) -> T:
+    """Call `work` on rank 0, and return what it returns on every rank. Every rank calls it in step.
+
+    Args:
+        process: This process.
+        work: Called on rank 0 only; its result can be pickled.
+        gather: Collective; accelerate's unless given.
+
+    Raises:
+        Exception: See `agree`.
+    """
+    rank, result, error = process.process_index, None, None
+    if rank == 0:
+        try:
+            result = work()
+        except Exception as caught:  # raised by `agree`, once the other ranks know
+            error = caught
+    return agree(error, rank, gather or _gather, result)[0]
+
+
+def agree_on_loss(
+    process: Process, error: Exception | None, gather: Gather | None = None
+) -> PolicyServerLostError | None:
+    """Tell every rank whether this one has lost the policy server. Every rank calls it in step.
+
+    Args:
+        process: This process.
+        error: What ended this rank's rollouts; None when nothing did.
+        gather: Collective; accelerate's unless given.
+
+    Returns:
+        This rank's loss, or another's; None when no rank has lost it.
+
+    Raises:
+        Exception: On all ranks, when something else went wrong on one of them; see `agree`.
+    """
+    loss = error if isinstance(error, PolicyServerLostError) else None
+    told = None if loss is None else (loss.problem, loss.remedy, loss.problems)
+    others = agree(None if loss is not None else error, process.process_index, gather or _gather, told)
+    losses = [other for other in others if other is not None]
+    return PolicyServerLostError(*losses[0]) if loss is None and losses else loss
+
+
+class _Failure(NamedTuple):
+    """An error as it is told to other ranks: not itself, for it may hold what cannot be pickled.
+
+    Attributes:
+        rank: Where it was raised.
+        kind: The class under which the others raise it.
+        problem: See `TrlGymError`.
+        remedy: See `TrlGymError`.
+        problems: See `TrlGymError`.
+    """
+
+    rank: int
+    kind: type[TrlGymError]
+    problem: str
+    remedy: str = ""
+    problems: tuple[Problem, ...] = ()
+
+    @classmethod
+    def of(cls, error: Exception, rank: int) -> _Failure:
+        if not isinstance(error, TrlGymError):
+            return cls(rank, TrlGymError, ": ".join(filter(None, [type(error).__name__, str(error)])))
+        # Subclasses that are defined elsewhere take other arguments.
+        kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+        return cls(rank, kind, error.problem, error.remedy, error.problems)
+
+    def as_error(self) -> TrlGymError:
+        return self.kind(f"rank {self.rank}: {self.problem}", self.remedy, self.problems)
+
+
+def _gather(items: list[Any]) -> list[Any]:
     from accelerate.utils import gather_object
 
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            work()
-        except Exception as caught:  # raised below, once the other ranks know
-            error = caught
-    agree(error, accelerator.process_index, gather_object)
+    return gather_object(items)
 
-
-def _kind(error: Exception) -> int:
-    return next((place for place, kind in enumerate(_KINDS) if isinstance(error, kind)), len(_KINDS) - 1)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# When one of several training processes ends, the others say so before they end too.
-#
-# Two things can happen to them first. The launcher (`accelerate launch`, `torchrun`) notices within a tenth of a
-# second
-# and sends SIGTERM, which by itself ends a process without a word. Or a collective breaks, with a message about
-# sockets.
 
 _LOSSES = ("DistBackendError", "DistNetworkError")  # of torch.distributed, by name: nothing here imports torch
 # What gloo, NCCL and torch's store say when the other side of a collective is gone, or did not come in time.
@@ -118,7 +180,7 @@ _SIGNS = (
 
 @contextlib.contextmanager
 def explained(rank: int, num_ranks: int, where: Callable[[], str]) -> Iterator[None]:
-    """While open, the loss of another rank is explained on this one. Does nothing for a single process.
+    """Explain, while open, the loss of another rank on this one. Does nothing for a single process.
 
     Args:
         rank: This process.
@@ -131,7 +193,7 @@ def explained(rank: int, num_ranks: int, where: Callable[[], str]) -> Iterator[N
     if num_ranks == 1:
         yield
         return
-    sigterm = _Sigterm(lambda: f"Rank {rank} of {num_ranks} was told to end (SIGTERM) {where()}. {_REASON}")
+    sigterm = _Sigterm(lambda: f"Rank {rank} of {num_ranks} was told to end (SIGTERM) {where()}. {_REMEDY}")
     try:
         yield
     except Exception as error:
@@ -139,11 +201,12 @@ def explained(rank: int, num_ranks: int, where: Callable[[], str]) -> Iterator[N
         if is_loss(error):
             told = RankLostError(
                 f"Rank {rank} of {num_ranks} lost the connection to another rank {where()}: that process has ended, "
-                f"or did not answer for `ddp_timeout` seconds. {_REASON}"
+                "or did not answer for `ddp_timeout` seconds.",
+                _REMEDY,
             )
         # When another rank has ended first, the launcher's SIGTERM comes before this one's traceback is out.
-        words = f"Rank {rank} of {num_ranks} ends with {type(told).__name__}: {told}"
-        sigterm.message = lambda: words
+        message = f"Rank {rank} of {num_ranks} ends with {type(told).__name__}: {told}"
+        sigterm.message = lambda: message
         if told is error:
             raise
         raise told from error
@@ -154,36 +217,37 @@ def explained(rank: int, num_ranks: int, where: Callable[[], str]) -> Iterator[N
         sigterm.restore()
 
 
-_REASON = (
-    "When another rank failed, its error is above, and the launcher names it under 'Root Cause'. Finished rollouts "
-    "are in the journal; go on with `resume_from_checkpoint`."
+_REMEDY = (
+    "Read the error of the rank that failed first (above; the launcher names it under 'Root Cause'), and continue "
+    "with `resume_from_checkpoint`: finished rollouts are in the journal."
 )
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error of torch says that another rank is gone or silent. Ours have their own words."""
-    if isinstance(error, TrlGymError) or not isinstance(error, RuntimeError | OSError):
+    """Return whether an error of torch (a `RuntimeError`) says that another rank is gone or silent. A broken
+    connection to a server raises other types, and our own errors say what they mean."""
+    if isinstance(error, TrlGymError) or not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ in _LOSSES or any(sign in str(error) for sign in _SIGNS)
 
 
 class _Sigterm:
-    """Says `message` on SIGTERM before that does what it does.
+    """Write `message` on SIGTERM, then let the signal end the process.
 
-    A handler that somebody else has set (a cluster's, that of a notebook) is left alone.
+    A handler that was set by other code (a cluster's, a notebook's) stays.
     """
 
     def __init__(self, message: Callable[[], str]) -> None:
         self.message = message
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._speak)
+            signal.signal(signal.SIGTERM, self._tell)
 
     def restore(self) -> None:
-        if signal.getsignal(signal.SIGTERM) == self._speak:
+        if signal.getsignal(signal.SIGTERM) == self._tell:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def _speak(self, _signum: int, _frame: FrameType | None) -> None:
+    def _tell(self, _signum: int, _frame: FrameType | None) -> None:
         # Not `print`: it may be the very thing that was interrupted, and a buffer cannot be entered twice.
         os.write(2, f"\n{self.message()}\n".encode())
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
@@ -46,7 +46,6 @@ from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.source import Finisher, ReplayCollector, live_collector
 from trl_gym.rollouts.trajectory import Trajectory, from_gym, make_decoder
 from trl_gym.run import servers
-from trl_gym.run.recovery import hear_of_loss
 from trl_gym.run.weights import PolicySupply
 from trl_gym.weight_sync.source import check_supported
 from trl_gym.weight_sync.sums import fingerprint
@@ -372,7 +371,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
     def _recover(self, error: Exception | None, lost: Sequence[RolloutRequest]) -> bool:
         """After rollouts: whether a rank has lost the policy server, which is back now and holds the current weights.
         Every rank calls it in step; `error` ended the rollouts of this one."""
-        loss = hear_of_loss(error, self.accelerator.process_index, gather_object)
+        loss = rank_agreement.agree_on_loss(self.accelerator, error)
         if loss is None:
             return False
         logger.warning("%d of this rank's rollouts are lost with the policy server and will run again", len(lost))

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from trl_gym.errors import (
     ConfigError,
-    GymServerError,
     PolicyServerError,
     PolicyServerLostError,
-    RolloutError,
     WeightSyncError,
 )
 from trl_gym.policy_server.client import PolicyResponseError
-from trl_gym.run.recovery import Reviver, end_interrupted_update, hear_of_loss
+from trl_gym.run.recovery import Reviver, end_interrupted_update
 
 LOSS = PolicyServerLostError("POST /trl_gym/rollouts/records: connection refused")
 DEATH = PolicyServerLostError("policy server ended (was ended by signal SIGKILL). Last lines of its log: …")
@@ -251,47 +246,3 @@ def test_an_interrupted_update_is_ended_before_the_next_one() -> None:
     server.client = Client(paused=True)
     server.reviver().revive(LOSS)
     assert server.client.num_abandoned == 1
-
-
-# -- ranks ------------------------------------------------------------------------------------------------------------
-
-
-def on_ranks(errors: list[Exception | None]) -> list[Any]:
-    """What each rank gets, or raises. A collective that not all ranks reach breaks the barrier."""
-    told: list[Any] = [None] * len(errors)
-    got: list[Any] = [None] * len(errors)
-    barrier = threading.Barrier(len(errors), timeout=30)
-
-    def run(rank: int) -> None:
-        def gather(items: list[Any]) -> list[Any]:
-            [told[rank]] = items
-            barrier.wait()
-            return list(told)
-
-        try:
-            got[rank] = hear_of_loss(errors[rank], rank, gather)
-        except Exception as error:
-            got[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(errors))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return got
-
-
-kinds = st.sampled_from([None, LOSS, GymServerError("gym died"), RolloutError("drift")])
-
-
-@given(st.lists(kinds, min_size=1, max_size=4))
-def test_all_ranks_hear_the_same(errors: list[Exception | None]) -> None:
-    got = on_ranks(errors)
-    others = [error for error in errors if error is not None and error is not LOSS]
-    for own, heard in zip(errors, got, strict=True):
-        if others:
-            assert heard is own if own in others else type(heard) is type(others[0])
-        elif LOSS in errors:
-            assert isinstance(heard, PolicyServerLostError) and str(heard) == str(LOSS)
-        else:
-            assert heard is None

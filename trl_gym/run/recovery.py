@@ -13,12 +13,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.server import PolicyBackend
-from trl_gym.ranks import agree
 
 logger = logging.getLogger(__name__)
 
@@ -208,31 +206,3 @@ def end_interrupted_update(client: PolicyClient) -> bool:
     if paused:
         client.abandon_weight_update()
     return paused
-
-
-def hear_of_loss(error: Exception | None, rank: int, gather: Callable[[list[Any]], list[Any]]) -> Exception | None:
-    """Whether any rank has lost the policy server, told to all in one collective. Every rank calls it in step.
-
-    Args:
-        error: What ended this rank's rollouts; None when nothing did.
-        rank: This rank.
-        gather: Collective (accelerate's `gather_object`).
-
-    Returns:
-        This rank's loss, or another's; None when no rank has lost it.
-
-    Raises:
-        Exception: On all ranks, when something else went wrong on one of them.
-    """
-    loss = error if isinstance(error, PolicyServerLostError) else None
-    losses: list[str] = []
-
-    def gather_both(outcome: list[Any]) -> list[Any]:
-        told = gather([(None if loss is None else str(loss), outcome[0])])
-        losses.extend(text for text, _ in told if text is not None)
-        return [other for _, other in told]
-
-    agree(None if loss is not None else error, rank, gather_both)
-    if loss is not None or not losses:
-        return loss
-    return PolicyServerLostError(losses[0])
