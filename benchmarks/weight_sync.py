@@ -133,7 +133,7 @@ def torch_copy(targets: dict[str, torch.Tensor], model: torch.nn.Module) -> None
 @torch.no_grad()
 def alone(name: str, dtype: torch.dtype, repeats: int) -> dict[str, str]:
     from trl_gym.weight_sync.source import WeightSource
-    from trl_gym.weight_sync.transports import FileTransport
+    from trl_gym.weight_sync.transports.file import FileTransport
 
     model = build(SIZES[name], dtype)
     weights, reader = WeightSource(model), Reader(model)
@@ -207,8 +207,8 @@ def served(name: str, dtype: str, repeats: int, transport_name: str) -> dict[str
     from tests.policy_server.tiny_model import build_tokenizer
     from trl_gym.policy_server.server import PolicyServer
     from trl_gym.weight_sync.sync import SyncOptions, WeightSync
-    from trl_gym.weight_sync.transports import FileTransport
     from trl_gym.weight_sync.transports.adapter import AdapterTransport
+    from trl_gym.weight_sync.transports.file import FileTransport
     from trl_gym.weight_sync.transports.plan import lora_flags, plan_adapter
 
     is_adapter = transport_name == "adapter"
@@ -264,7 +264,9 @@ def served(name: str, dtype: str, repeats: int, transport_name: str) -> dict[str
 def between_gpus(name: str, repeats: int, transport_name: str) -> dict[str, str]:
     from tests.weight_sync.streams import Stream
     from tests.weight_sync.transports.gpu_receiver import pattern, receiver
-    from trl_gym.weight_sync.transports import IpcTransport, NcclTransport, nccl
+    from trl_gym.weight_sync.transports import nccl
+    from trl_gym.weight_sync.transports.ipc import IpcTransport
+    from trl_gym.weight_sync.transports.nccl import NcclTransport
 
     with torch.device("meta"):
         shapes = build(SIZES[name], torch.bfloat16)

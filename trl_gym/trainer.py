@@ -46,10 +46,8 @@ from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.source import Finisher, ReplayCollector, live_collector
 from trl_gym.rollouts.trajectory import Trajectory, from_gym, make_decoder
 from trl_gym.run import servers
-from trl_gym.run.weights import PolicySupply
-from trl_gym.weight_sync.source import check_supported
+from trl_gym.run.weights import PolicyWeights, check_model
 from trl_gym.weight_sync.sums import fingerprint
-from trl_gym.weight_sync.transports.adapter import wanted_transport
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +133,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
         self._progress = make_progress(live=not args.disable_tqdm)
         self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
         self._recall: Recall | None = None
-        self._supply: PolicySupply | None = None  # there is none where rollouts come from a journal
+        self._supply: PolicyWeights | None = None  # there is none where rollouts come from a journal
         self._servers = servers.servers_for(
             args,
             model,
@@ -158,8 +156,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
                     rollout_func=self._roll_out,
                     **kwargs,
                 )
-            transport = wanted_transport(args, self.accelerator.unwrap_model(self.model_wrapped))
-            check_supported(self.model_wrapped, self.accelerator, transport)
+            check_model(args, self.accelerator, self.model_wrapped)
             self._servers.wait_ready(broadcast_object_list)
             self._connect(args)
         except BaseException:
@@ -271,7 +268,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
                 args.gym_replay, lambda: int(self.state.epoch or 0)
             )
         else:
-            self._supply = PolicySupply(args, self.accelerator, self._servers, self.model_wrapped)
+            self._supply = PolicyWeights(args, self.accelerator, self._servers, self.model_wrapped)
             self._collector = live_collector(
                 args, self._servers, self._recover, version=self._served_version, after=self._check_served_version
             )
@@ -375,7 +372,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
         if loss is None:
             return False
         logger.warning("%d of this rank's rollouts are lost with the policy server and will run again", len(lost))
-        self._supply.revive(loss)
+        self._supply.recover(loss)
         self._push_weights(self.state.global_step)
         return True
 

@@ -18,9 +18,10 @@ from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, confi
 from trl_gym import load_gym_dataset
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.server import PolicyServer
+from trl_gym.weight_sync.source import AdapterSource
 from trl_gym.weight_sync.sync import compare, probe_batch, trainer_logprobs
-from trl_gym.weight_sync.transports.adapter import AdapterSource, AdapterTransport
-from trl_gym.weight_sync.transports.plan import adapter_problem, lora_flags, plan_adapter
+from trl_gym.weight_sync.transports.adapter import AdapterTransport
+from trl_gym.weight_sync.transports.plan import lora_flags, plan_adapter, server_problem
 
 pytestmark = pytest.mark.e2e
 
@@ -98,7 +99,7 @@ def held(client: PolicyClient) -> list[str]:
 
 
 def test_the_server_can_serve_it(policy: PolicyServer, models: list[PeftModel]) -> None:
-    assert adapter_problem(models[0], policy.client.server_config()) is None
+    assert server_problem(plan_adapter(models[0]), policy.client.server_config()) is None
 
 
 def test_rollouts_keep_the_version_that_they_began_with(

@@ -55,7 +55,7 @@ def push(client: PolicyClient, weights: Path, version: str) -> None:
 def test_a_step_with_sleep_and_a_request_that_comes_too_early(server: PolicyServer, tmp_path: Path) -> None:
     client = server.client
     client.init_weight_transfer({})
-    sharing = DeviceSharing(Accelerator(cpu=True), server, drops_weights=True)
+    sharing = DeviceSharing(Accelerator(cpu=True), server, timeout_s=120.0, drops_weights=True)
     sharing.after_sampling()
     assert client.is_sleeping()
     with ThreadPoolExecutor(1) as pool:
@@ -78,7 +78,7 @@ def test_a_step_with_sleep_and_a_request_that_comes_too_early(server: PolicyServ
 
 def test_weights_that_are_kept_need_no_push(server: PolicyServer) -> None:
     before = server.client.prompt_logprobs(SEQUENCES)
-    sharing = DeviceSharing(Accelerator(cpu=True), server, drops_weights=False)
+    sharing = DeviceSharing(Accelerator(cpu=True), server, timeout_s=120.0, drops_weights=False)
     sharing.after_sampling()
     assert server.client.is_sleeping()
     sharing.before_sampling()
@@ -98,7 +98,7 @@ def test_the_server_says_which_parameters_it_holds_otherwise(server: PolicyServe
     # A CPU server has emptied the parameters of its linear layers; what they compute tells.
     assert "model.layers.0.self_attn.qkv_proj.weight" in held.sums
     assert "model.embed_tokens.weight in lm_head" in held.sums
-    assert "bit for bit what was sent" in explain(client, sent, torch.float32)
+    assert "bit for bit what was sent" in explain(client, sent, torch.float32)[0].text
     changed = sent | {"model.layers.1.mlp.up_proj.weight": sent["model.layers.1.mlp.up_proj.weight"] + 1}
-    text = explain(client, changed, torch.float32)
-    assert "not what was sent (1 of " in text and "model.layers.1.mlp.gate_up_proj.weight" in text
+    text = explain(client, changed, torch.float32)[0].text
+    assert "Not what was sent (1 of " in text and "model.layers.1.mlp.gate_up_proj.weight" in text

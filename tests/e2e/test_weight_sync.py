@@ -22,20 +22,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from tests.policy_server.tiny_model import build_model, build_random_policy, build_tokenizer
+from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.weight_sync import vllm_transfer
+from trl_gym.weight_sync.protocol import WeightTransport
 from trl_gym.weight_sync.source import WeightSource
 from trl_gym.weight_sync.sync import SyncOptions, WeightSync, compare, probe_batch, trainer_logprobs
-from trl_gym.weight_sync.transports import (
-    FileTransport,
-    IpcTransport,
-    NcclTransport,
-    TransportOptions,
-    choose_transport,
-    environment_for,
-)
+from trl_gym.weight_sync.transports.file import FileTransport
+from trl_gym.weight_sync.transports.ipc import ENVIRONMENT, IpcTransport
+from trl_gym.weight_sync.transports.nccl import NcclTransport
+from trl_gym.weight_sync.transports.plan import plan_transport
 
 pytestmark = pytest.mark.e2e
 
@@ -53,7 +51,11 @@ def serving(folder: Path, *, backend: str, tie: bool = True) -> Iterator[PolicyS
         "weight-transfer-config": f'{{"backend": "{backend}"}}',
     }
     with PolicyServer(
-        model, vllm_args=flags, env=environment_for(backend), log_dir=folder / "logs", start_timeout_s=400.0
+        model,
+        vllm_args=flags,
+        env=ENVIRONMENT if backend == "ipc" else {},
+        log_dir=folder / "logs",
+        start_timeout_s=400.0,
     ) as server:
         yield server
 
@@ -68,6 +70,11 @@ def gap(client: PolicyClient, model: torch.nn.Module) -> float:
 
 def sync_with(server: PolicyServer, **options: Any) -> WeightSync:
     return WeightSync(Accelerator(cpu=True), server, FileTransport(), SyncOptions(dtype=torch.float32, **options))
+
+
+def transport_to(server: PolicyServer, *, on_cuda: bool = False, **options: Any) -> WeightTransport:
+    args = GymGRPOConfig("unused", use_cpu=True, gym_head_url="http://x", **options)
+    return plan_transport(args, policy(tie=True, seed=0), on_cuda=on_cuda).connect(server)
 
 
 # -- file -------------------------------------------------------------------------------------------------------------
@@ -240,9 +247,9 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def test_a_server_for_nccl_is_refused_by_a_trainer_without_cuda(nccl_server: PolicyServer) -> None:
     assert nccl_server.weight_transports == ("nccl",)
     with pytest.raises(ConfigError, match=r"takes weights by `nccl`.*does not compute on CUDA devices"):
-        choose_transport(nccl_server, TransportOptions())
+        transport_to(nccl_server)
     with pytest.raises(ConfigError, match=r"'file', and the policy server at .* was started for nccl"):
-        choose_transport(nccl_server, TransportOptions(wanted="file"))
+        transport_to(nccl_server, gym_weight_transport="file")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -297,8 +304,8 @@ def test_ipc_is_for_gpus(ipc_server: PolicyServer) -> None:
     assert ipc_server.weight_transports == ("ipc",)
     assert ipc_server.client.server_environment()["VLLM_ALLOW_INSECURE_SERIALIZATION"]
     with pytest.raises(ConfigError, match=r"takes weights by `ipc`.*does not compute on CUDA devices"):
-        choose_transport(ipc_server, TransportOptions())
-    assert isinstance(choose_transport(ipc_server, TransportOptions(on_cuda=True)), IpcTransport)
+        transport_to(ipc_server)
+    assert isinstance(transport_to(ipc_server, on_cuda=True), IpcTransport)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -47,7 +47,7 @@ def trained(*, offload: bool, accelerate: bool = False) -> torch.nn.Module:
         optimizer.step()
         optimizer.zero_grad()
         if offload:
-            assert mover.offload() > 0 and mover.is_away
+            assert mover.offload() > 0 and mover._away
             assert mover.offload() == 0
             mover.restore()
             mover.restore()
@@ -87,13 +87,13 @@ def test_a_step_or_a_save_brings_the_state_back_by_itself() -> None:
     kept = {name: value.clone() for name, value in optimizer.state[model[0].weight].items()}
     mover.offload()
     saved = optimizer.state_dict()["state"][0]
-    assert not mover.is_away
+    assert not mover._away
     assert all(torch.equal(saved[name], value) for name, value in kept.items())
     optimizer.zero_grad()
     mover.offload()
     gradients(model, 1)
     optimizer.step()
-    assert not mover.is_away
+    assert not mover._away
 
 
 def test_the_sharded_state_of_fsdp2_goes_and_comes_back(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_only_what_is_on_the_device_moves() -> None:
     gradients(model, 0)
     optimizer.step()
     elsewhere = OptimizerOffload(optimizer, torch.device("meta"))
-    assert elsewhere.offload() == 0 and not elsewhere.is_away
+    assert elsewhere.offload() == 0 and not elsewhere._away
 
 
 def test_before_the_first_step_there_is_nothing() -> None:

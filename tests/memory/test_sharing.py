@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +13,10 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_gym.errors import PolicyServerError, WeightSyncError
+from tests.test_ranks import Ranks
+from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
 from trl_gym.memory.offload import OptimizerOffload
-from trl_gym.memory.sharing import DeviceSharing, Occupancy, may_drop_weights
+from trl_gym.memory.sharing import DeviceSharing, Occupancy
 
 
 class Recorder:
@@ -21,9 +24,14 @@ class Recorder:
 
     def __init__(self, fail_in: str = "") -> None:
         self.calls: list[Any] = []
+        self.timeouts: set[float] = set()
         self.asleep: set[str] = set()
         self.weights_valid = True
         self._fail_in = fail_in
+
+    def patient(self, timeout_s: float) -> Recorder:
+        self.timeouts.add(timeout_s)
+        return self
 
     def sleep(self, level: int) -> None:
         self._called("sleep", level)
@@ -42,9 +50,8 @@ class Recorder:
 
 
 def sharing_with(server: Recorder, *, drops: bool = True, optimizer: OptimizerOffload | None = None) -> DeviceSharing:
-    return DeviceSharing(
-        Accelerator(cpu=True), SimpleNamespace(client=server), drops_weights=drops, optimizer=optimizer
-    )
+    served = SimpleNamespace(client=server)
+    return DeviceSharing(Accelerator(cpu=True), served, timeout_s=700.0, drops_weights=drops, optimizer=optimizer)
 
 
 def test_a_step_with_weights_that_are_pushed() -> None:
@@ -61,6 +68,80 @@ def test_a_step_with_weights_that_are_pushed() -> None:
     sharing.before_sampling()
     assert server.calls == [("sleep", 2), ("wake_up", "weights"), ("wake_up", "kv_cache")]
     assert sharing.state is Occupancy.AWAKE and not sharing.needs_push
+
+
+def test_sleeping_and_waking_have_the_time_of_a_sync() -> None:
+    server = Recorder()
+    sharing = sharing_with(server)
+    sharing.after_sampling()
+    sharing.before_sync()
+    sharing.pushed()
+    sharing.before_sampling()
+    assert len(server.calls) == 3 and server.timeouts == {700.0}
+
+
+class SlowRank:
+    """An optimizer of rank 1 that moves to the host a little later than that of rank 0."""
+
+    def __init__(self, woken: threading.Event) -> None:
+        self._woken = woken
+        self.is_gone = False
+
+    def offload(self) -> None:
+        assert not self._woken.wait(0.3), "the server was woken before every rank had given up its memory"
+        self.is_gone = True
+
+    def restore(self) -> None:
+        self.is_gone = False
+
+
+@pytest.mark.parametrize("step", ["before_sync", "before_sampling"])
+def test_the_server_wakes_when_every_rank_has_given_up_its_memory(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken, ranks = threading.Event(), Ranks(2)
+    slow = SlowRank(woken)
+    here = threading.local()
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda values: ranks.gather(here.rank)(values))
+
+    class Waking(Recorder):
+        def wake_up(self, tags: list[str]) -> None:
+            woken.set()
+
+    def play(rank: int) -> None:
+        here.rank = rank
+        accelerator = SimpleNamespace(is_main_process=rank == 0, process_index=rank)
+        sharing = DeviceSharing(
+            accelerator, SimpleNamespace(client=Waking()), timeout_s=9.0, drops_weights=False,
+            optimizer=slow if rank == 1 else None,
+        )  # fmt: skip
+        sharing.state = Occupancy.ASLEEP
+        getattr(sharing, step)()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(play, range(2)))
+    assert woken.is_set() and slow.is_gone
+
+
+def test_a_rank_that_cannot_give_up_its_memory_leaves_none_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, here = Ranks(2), threading.local()
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda values: ranks.gather(here.rank)(values))
+
+    class Immovable:
+        def offload(self) -> None:
+            raise ConfigError("it cannot be moved.")
+
+    def play(rank: int) -> str:
+        here.rank = rank
+        accelerator = SimpleNamespace(is_main_process=rank == 0, process_index=rank)
+        sharing = DeviceSharing(
+            accelerator, SimpleNamespace(client=Recorder("wake_up")), timeout_s=9.0, drops_weights=False,
+            optimizer=Immovable() if rank == 1 else None,
+        )  # fmt: skip
+        with pytest.raises(ConfigError) as caught:
+            sharing.make_room()
+        return caught.value.problem
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(play, range(2))) == ["rank 1: it cannot be moved.", "it cannot be moved."]
 
 
 def test_every_call_may_come_twice() -> None:
@@ -148,13 +229,13 @@ def test_optimizer_and_server_take_turns() -> None:
 
     class Watching(Recorder):
         def _called(self, *call: Any) -> None:
-            away.append((call[0], mover.is_away))
+            away.append((call[0], bool(mover._away)))
 
     sharing = sharing_with(Watching(), drops=False, optimizer=mover)
     sharing.before_sampling()
-    assert mover.is_away  # also for a server that was never asleep
+    assert mover._away  # also for a server that was never asleep
     sharing.after_sampling()
-    assert not mover.is_away
+    assert not mover._away
     sharing.before_sampling()
     # It leaves before the server wakes, and comes back when the server sleeps.
     assert away == [("sleep", True), ("wake_up", True)]
@@ -188,14 +269,3 @@ def test_in_any_order_the_server_never_samples_without_its_memory(calls: list[st
                 assert server.asleep == set() and server.weights_valid
         expected = {Occupancy.AWAKE: set(), Occupancy.WEIGHTS: {"kv_cache"}}
         assert server.asleep == expected.get(sharing.state, {"weights", "kv_cache"})
-
-
-@pytest.mark.parametrize(
-    ("replaces", "sends_part", "only_trainable", "expected"),
-    [(True, True, False, True), (True, True, True, False), (True, False, True, True), (False, False, False, False)],
-)
-def test_weights_may_be_dropped_where_all_of_them_come_again(
-    replaces: bool, sends_part: bool, only_trainable: bool, expected: bool
-) -> None:
-    transport = SimpleNamespace(replaces=replaces, sends_part=sends_part)
-    assert may_drop_weights(transport, only_trainable) is expected

@@ -23,8 +23,8 @@ from trl_gym.errors import DatasetError
 from trl_gym.gym.config import API_KEY_VARIABLE, expand_overrides, initial_config, resolve_configs
 from trl_gym.memory.plan import GIB, DeviceMemory, from_trainer
 from trl_gym.policy_server.command import flags_from
-from trl_gym.run.servers import server_flags
-from trl_gym.weight_sync.transports import planned_backend
+from trl_gym.run.servers import server_options
+from trl_gym.weight_sync.transports.plan import plan_transport
 
 ROOT = RECIPES.parent
 ALL = sorted(path.name for path in RECIPES.glob("*.yaml"))
@@ -169,13 +169,13 @@ def test_vllm_takes_the_flags_of_a_server_that_we_start(name: str, skeleton: str
     from trl_gym.policy_server.engine import entry as vllm_entry
 
     _, args, model = parsed(name)
-    backend = planned_backend(args.gym_weight_transport, on_cuda=True, shares_devices=True)
+    lora = get_peft_config(model)
     with_a_gpu = {
-        "weight-transfer-config": {"backend": backend},
+        **plan_transport(args, skeleton, lora, on_cuda=True).server_flags(),
         "gpu-memory-utilization": args.vllm_gpu_memory_utilization,
         "tensor-parallel-size": args.vllm_tensor_parallel_size,
     }
-    flags = flags_from(server_flags(args, skeleton, get_peft_config(model)) | with_a_gpu)
+    flags = flags_from(server_options(args, skeleton, lora)[0] | with_a_gpu)
     told = vllm_entry.parse_args([model.model_name_or_path or "policy", *flags])
     assert told.weight_transfer_config.backend == "ipc"
     assert told.max_model_len == args.vllm_max_model_length

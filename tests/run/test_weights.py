@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
-from trl_gym.run.weights import PolicySupply
+from trl_gym.run.weights import PolicyWeights
 
 
 class Recorder:
@@ -37,18 +37,18 @@ class Recorder:
         return lambda *_: self.calls.append(name)
 
 
-def supply_with(recorder: Recorder, *, sharing: bool = True) -> PolicySupply:
-    supply = PolicySupply.__new__(PolicySupply)
-    supply._sync = supply._servers = recorder  # type: ignore[assignment]
-    supply._sharing = recorder if sharing else None  # type: ignore[assignment]
-    supply._accelerator, supply._offloads = SimpleNamespace(), False
-    return supply
+def weights_with(recorder: Recorder, *, sharing: bool = True) -> PolicyWeights:
+    weights = PolicyWeights.__new__(PolicyWeights)
+    weights._sync = weights._servers = recorder  # type: ignore[assignment]
+    weights._sharing = recorder if sharing else None  # type: ignore[assignment]
+    weights._accelerator, weights._offloads = SimpleNamespace(), False
+    return weights
 
 
 @pytest.mark.parametrize("failure", [PolicyServerError("gone"), WeightSyncError("half of it")])
-def test_a_push_goes_on_with_a_revived_server(failure: Exception) -> None:
+def test_a_push_goes_on_with_a_recovered_server(failure: Exception) -> None:
     recorder = Recorder(failure)
-    assert supply_with(recorder).push("model", 7) == "pushed 7"
+    assert weights_with(recorder).push("model", 7) == "pushed 7"
     # Room first: a server that starts needs its memory; and nothing that was agreed with the old one holds.
     assert recorder.calls == ["push", "make_room", "revive", "disconnect", "reset", "push"]
 
@@ -56,14 +56,14 @@ def test_a_push_goes_on_with_a_revived_server(failure: Exception) -> None:
 def test_weights_that_compute_something_else_are_not_sent_again() -> None:
     recorder = Recorder(WeightMismatchError("differs"))
     with pytest.raises(WeightMismatchError):
-        supply_with(recorder).push("model", 1)
+        weights_with(recorder).push("model", 1)
     assert recorder.calls == ["push"]
 
 
-def test_what_another_server_would_not_mend_ends_the_run() -> None:
+def test_an_error_that_another_server_would_not_fix_ends_the_run() -> None:
     recorder = Recorder(WeightSyncError("no space"), hopeless=True)
     with pytest.raises(WeightSyncError, match="no space"):
-        supply_with(recorder, sharing=False).push("model", 1)
+        weights_with(recorder, sharing=False).push("model", 1)
     assert recorder.calls == ["push", "revive"]
 
 
@@ -71,21 +71,37 @@ def test_what_another_server_would_not_mend_ends_the_run() -> None:
 def test_the_server_wakes_before_rollouts_and_sleeps_afterwards(again: bool) -> None:
     recorder = Recorder()
     recorder.needs_push = True
-    with supply_with(recorder).sampling(lambda: recorder.calls.append("push"), again=again):
+    with weights_with(recorder).sampling(lambda: recorder.calls.append("push"), again=again):
         recorder.calls.append("rollouts")
     assert recorder.calls == ["push", "before_sampling", "rollouts", f"after_sampling(again={again})"]
 
 
 def test_after_a_failure_the_server_is_left_as_it_is() -> None:
     recorder = Recorder()
-    with pytest.raises(ZeroDivisionError), supply_with(recorder).sampling(lambda: None, again=False):
+    with pytest.raises(ZeroDivisionError), weights_with(recorder).sampling(lambda: None, again=False):
         raise ZeroDivisionError
     assert recorder.calls == ["before_sampling"]
 
 
 def test_nothing_is_asked_of_a_server_that_never_sleeps() -> None:
     recorder = Recorder()
-    with supply_with(recorder, sharing=False).sampling(lambda: None, again=False):
+    with weights_with(recorder, sharing=False).sampling(lambda: None, again=False):
         pass
-    supply_with(recorder, sharing=False).before_saving()
+    weights_with(recorder, sharing=False).before_saving()
     assert recorder.calls == []
+
+
+@pytest.mark.parametrize(
+    ("replaces", "only_trainable", "drops"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_a_server_that_sleeps_drops_its_weights_where_all_of_them_come_again(
+    replaces: bool, only_trainable: bool, drops: bool
+) -> None:
+    weights = weights_with(Recorder())
+    weights._accelerator = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    weights._servers = SimpleNamespace(policy=None)
+    args: Any = SimpleNamespace(
+        vllm_enable_sleep_mode=True, gym_sync_timeout=650.0, gym_sync_only_trainable=only_trainable
+    )
+    sharing = weights._new_sharing(args, SimpleNamespace(replaces=replaces))
+    assert sharing is not None and (sharing._drops_weights, sharing._timeout_s) == (drops, 650.0)

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.weight_sync.models import mixture, model, with_adapter
 from trl_gym.errors import ConfigError, WeightSyncError
-from trl_gym.weight_sync.source import WeightSource, adapter_state
+from trl_gym.weight_sync.source import AdapterSource, WeightSource
 from trl_gym.weight_sync.sums import fingerprint
 
 CASES: dict[str, Callable[[], nn.Module]] = {
@@ -127,8 +127,8 @@ def compare(make: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module
         "fingerprint": fingerprint(wrapped, accelerator) == digits,
     }
     if hasattr(bare, "peft_config"):
-        theirs = dict(adapter_state(bare)[1])
-        ours = {name: tensor.clone() for name, tensor in adapter_state(wrapped, accelerator)[1]}
+        theirs = dict(AdapterSource(bare))
+        ours = {name: tensor.clone() for name, tensor in AdapterSource(wrapped, accelerator)}
         found["adapter"] = ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in theirs)
     found["abandoned"] = abandon(source, came)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from trl_gym.weight_sync.transports import WeightMeta
+from trl_gym.weight_sync.protocol import WeightMeta
 
 
 @dataclass

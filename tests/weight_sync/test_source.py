@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from tests.weight_sync.models import mixture, model, with_adapter
 from trl_gym.errors import ConfigError
-from trl_gym.weight_sync.source import WeightSource, adapter_state, check_supported, with_siblings
+from trl_gym.weight_sync.source import AdapterSource, WeightSource, check_supported, with_siblings
 
 
 def streamed(policy: nn.Module, **options: Any) -> dict[str, torch.Tensor]:
@@ -206,7 +206,7 @@ def test_quantized_weights_are_refused_and_their_adapter_is_not() -> None:
     layer.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)  # as bitsandbytes packs
     with pytest.raises(ConfigError, match="gym_weight_transport` to 'adapter'"):
         WeightSource(adapted)
-    assert dict(adapter_state(adapted)[1])
+    assert dict(AdapterSource(adapted))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,8 @@ def test_quantized_weights_are_refused_and_their_adapter_is_not() -> None:
 )
 def test_an_adapter_alone_is_its_checkpoint(options: dict[str, Any], tmp_path: Path) -> None:
     adapted = with_adapter(model(tied=False), **options)
-    config, stream = adapter_state(adapted)
+    source = AdapterSource(adapted)
+    config, stream = source.config, iter(source)
     same(dict(stream), get_peft_model_state_dict(adapted, save_embedding_layers=False))
     adapted.save_pretrained(tmp_path)
     written = adapted.peft_config["default"].from_pretrained(tmp_path)
@@ -225,11 +226,11 @@ def test_an_adapter_alone_is_its_checkpoint(options: dict[str, Any], tmp_path: P
 
 def test_an_adapter_that_cannot_be_served_is_refused() -> None:
     with pytest.raises(ConfigError, match="no adapter"):
-        adapter_state(model())
+        AdapterSource(model())
     with pytest.raises(ConfigError, match="2 adapters are active"):
-        adapter_state(with_adapter(model(), adapters=2))
+        AdapterSource(with_adapter(model(), adapters=2))
     with pytest.raises(ConfigError, match="IA3"):
-        adapter_state(get_peft_model(model(), IA3Config(target_modules=["k_proj"], feedforward_modules=[])))
+        AdapterSource(get_peft_model(model(), IA3Config(target_modules=["k_proj"], feedforward_modules=[])))
 
 
 # ------------------------------------------------------------------------------------------------------ only trainable

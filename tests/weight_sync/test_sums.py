@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyResponseError
-from trl_gym.policy_server.engine.worker import WeightSums, bit_sum, sums_of
+from trl_gym.policy_server.engine.worker import WeightSums, sums_of, value_sum
 from trl_gym.weight_sync.sums import combine, explain, explain_mismatch, held_sums, sent_sums
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -26,7 +26,7 @@ def test_sums_add_up_over_parts_in_any_order(values: list[float], data: Any) -> 
     order = torch.tensor(data.draw(st.permutations(range(len(values)))))
     cut = data.draw(st.integers(1, len(values) - 1))
     parts = whole[order].split([cut, len(values) - cut])
-    assert bit_sum(parts[0]) + bit_sum(parts[1]) == bit_sum(whole)
+    assert value_sum(parts[0]) + value_sum(parts[1]) == value_sum(whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -34,32 +34,32 @@ def test_one_bit_is_noticed_and_the_sign_of_zero_is_not(dtype: torch.dtype) -> N
     tensor = torch.linspace(-1, 1, 12, dtype=dtype).view(3, 4).t()
     other = tensor.clone()
     other[0, 0] = torch.nextafter(other[0, 0], torch.tensor(2.0, dtype=dtype))
-    assert bit_sum(tensor) != bit_sum(other)
-    assert bit_sum(torch.tensor([-0.0], dtype=dtype)) == 0
+    assert value_sum(tensor) != value_sum(other)
+    assert value_sum(torch.tensor([-0.0], dtype=dtype)) == 0
 
 
 def test_equal_weights_point_to_the_computation() -> None:
     (line,) = explain_mismatch(SENT, HELD, PACKED)
-    assert "all 4 parameters that can be compared are bit for bit what was sent" in line
+    assert "All 4 parameters that can be compared are bit for bit what was sent" in line
 
 
 def test_what_differs_is_named() -> None:
     (line,) = explain_mismatch(SENT, HELD | {"l.qkv_proj.weight": 8, "norm.weight": 0}, PACKED)
-    assert line == "not what was sent (2 of 4): l.qkv_proj.weight, norm.weight"
+    assert line == "Not what was sent (2 of 4): l.qkv_proj.weight, norm.weight."
 
 
 def test_a_stale_copy_is_told_from_a_parameter_that_did_not_arrive() -> None:
     (stale,) = explain_mismatch(SENT, HELD | {"embed.weight in lm_head": 3}, PACKED)
-    assert stale == "arrived, but a layer computes with an old copy of it: embed.weight in lm_head"
+    assert stale == "Arrived, but a layer computes with an old copy of it: embed.weight in lm_head."
     lines = explain_mismatch(SENT, HELD | {"embed.weight": 3, "embed.weight in lm_head": 3}, PACKED)
-    assert lines == ["not what was sent (2 of 4): embed.weight, embed.weight in lm_head"]
+    assert lines == ["Not what was sent (2 of 4): embed.weight, embed.weight in lm_head."]
 
 
 def test_what_cannot_be_seen_is_said() -> None:
     held = {name: value for name, value in HELD.items() if name != "l.qkv_proj.weight"}
     equal, unseen = explain_mismatch(SENT, held, PACKED, ["l.qkv_proj.weight"])
-    assert equal.startswith("all 3 parameters")
-    assert unseen.startswith("cannot be told for 3 of 5 parameters (the server keeps them in a form")
+    assert equal.startswith("All 3 parameters")
+    assert unseen.startswith("Unknown for 3 of 5 parameters (the server keeps them in a form")
     assert "l.q_proj.weight" in unseen
     (other_names,) = explain_mismatch(SENT, {"model.embed": 1}, PACKED)
     assert "for 5 of 5 parameters (the server names them otherwise)" in other_names
@@ -67,13 +67,13 @@ def test_what_cannot_be_seen_is_said() -> None:
 
 def test_what_was_never_sent_is_named() -> None:
     lines = explain_mismatch(SENT, HELD | {"lm_head.weight": 5}, PACKED)
-    assert "held by the server and never sent: lm_head.weight" in lines
+    assert "Held by the server and never sent: lm_head.weight." in lines
 
 
 def test_many_names_are_cut() -> None:
     sent = {f"p{i}": i for i in range(20)}
     (line,) = explain_mismatch(sent, dict.fromkeys(sent, -1), {})
-    assert line.startswith("not what was sent (20 of 20): p0, ") and line.endswith(" and 12 more")
+    assert line.startswith("Not what was sent (20 of 20): p0, ") and line.endswith(" and 12 more.")
 
 
 @pytest.mark.parametrize("name", list(HELD))
@@ -111,10 +111,10 @@ def test_shards_of_several_workers_add_up_to_what_was_sent() -> None:
     torch.manual_seed(0)
     q, down, norm, bias = torch.randn(8, 4), torch.randn(4, 8), torch.randn(4), torch.randn(4)
     sent = {
-        "q.weight": bit_sum(q),
-        "down.weight": bit_sum(down),
-        "down.bias": bit_sum(bias),
-        "norm.weight": bit_sum(norm),
+        "q.weight": value_sum(q),
+        "down.weight": value_sum(down),
+        "down.bias": value_sum(bias),
+        "norm.weight": value_sum(norm),
     }
 
     def worker(rank: int) -> dict[str, Any]:
@@ -133,13 +133,13 @@ def test_shards_of_several_workers_add_up_to_what_was_sent() -> None:
     broken = worker(1)
     broken["whole"]["norm.weight"] += 1  # the copies of a whole parameter have diverged
     (line,) = explain_mismatch(sent, combine([worker(0), broken]).sums, {})
-    assert line == "not what was sent (1 of 4): norm.weight"
+    assert line == "Not what was sent (1 of 4): norm.weight."
 
 
 def test_repeated_heads_count_once() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(8, 4), torch.randn(2, 4), torch.randn(2, 4)  # four ranks, two query heads each, one of k, v
-    sent = {"q_proj.weight": bit_sum(q), "k_proj.weight": bit_sum(k), "v_proj.weight": bit_sum(v)}
+    sent = {"q_proj.weight": value_sum(q), "k_proj.weight": value_sum(k), "v_proj.weight": value_sum(v)}
     workers = []
     for rank in range(4):
         layer = Linear(torch.cat([q.chunk(4)[rank], k, v]), tp_size=4)
@@ -152,7 +152,7 @@ def test_repeated_heads_count_once() -> None:
 def test_a_weight_that_a_cpu_has_packed_away_is_read_from_what_the_layer_computes(dtype: torch.dtype) -> None:
     weight = torch.randn(24, 300).to(dtype)
     found = sums_of(torch.nn.ModuleDict({"up": packed_away(weight)}), dtype)
-    assert found["whole"] == {"up.weight": bit_sum(weight)}
+    assert found["whole"] == {"up.weight": value_sum(weight)}
 
 
 def test_a_copy_of_a_tied_head_is_reported_beside_the_parameter() -> None:
@@ -162,7 +162,7 @@ def test_a_copy_of_a_tied_head_is_reported_beside_the_parameter() -> None:
     old = weight.clone() + 1
     head.cpu_linear = lambda x, _, bias: torch.nn.functional.linear(x, old, bias)
     found = sums_of(torch.nn.ModuleDict({"embed": embed, "lm_head": head}), torch.float32)
-    assert found["whole"] == {"embed.weight": bit_sum(weight), "embed.weight in lm_head": bit_sum(old)}
+    assert found["whole"] == {"embed.weight": value_sum(weight), "embed.weight in lm_head": value_sum(old)}
 
 
 def test_quantized_and_wrapped_parameters() -> None:
@@ -197,18 +197,18 @@ def test_from_the_stream_to_the_sentence() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     sent = sent_sums((name, parameter.detach().bfloat16()) for name, parameter in model.named_parameters())
     client = Client(Worker(model))
-    assert "all 2 parameters" in explain(client, sent, torch.bfloat16)
+    assert "All 2 parameters" in explain(client, sent, torch.bfloat16)[0].text
     with torch.no_grad():
         model[0].bias.add_(1)
-    assert "  - not what was sent (1 of 2): 0.bias" in explain(client, sent, torch.bfloat16)
+    assert explain(client, sent, torch.bfloat16)[0].text == "Not what was sent (1 of 2): 0.bias."
 
 
 def test_a_server_that_cannot_tell() -> None:
     without = Client(PolicyResponseError("Method 'trl_gym_weight_sums' is not implemented.", 500))
     assert held_sums(without, torch.float32) is None
     assert held_sums(Client(PolicyResponseError("Not Found", 404)), torch.float32) is None
-    assert "--worker-extension-cls" in explain(without, SENT, torch.float32)
+    assert "--worker-extension-cls" in explain(without, SENT, torch.float32)[0].remedy
     broken = Client(PolicyResponseError("out of memory", 500))
     with pytest.raises(PolicyServerError, match="out of memory"):
         held_sums(broken, torch.float32)
-    assert "could not be found out: out of memory" in explain(broken, SENT, torch.float32)
+    assert "could not be found out: out of memory" in explain(broken, SENT, torch.float32)[0].text

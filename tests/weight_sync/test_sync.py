@@ -14,9 +14,10 @@ from transformers import Qwen3ForCausalLM
 
 from tests.weight_sync.test_source import model
 from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
-from trl_gym.policy_server.engine.worker import bit_sum
+from trl_gym.policy_server.engine.worker import value_sum
+from trl_gym.weight_sync.protocol import WeightStream
 from trl_gym.weight_sync.sync import SyncOptions, WeightSync, compare, probe_batch, trainer_logprobs
-from trl_gym.weight_sync.transports import FileTransport, WeightStream
+from trl_gym.weight_sync.transports.file import FileTransport
 
 
 class RecordingServer:
@@ -59,7 +60,7 @@ class RecordingServer:
         return self.version
 
     def collective_rpc(self, method: str, args: list[str]) -> list[dict[str, Any]]:
-        sums = {name: bit_sum(tensor) for name, tensor in self.held.named_parameters()}
+        sums = {name: value_sum(tensor) for name, tensor in self.held.named_parameters()}
         return [{"packed": {}, "sharded": {}, "whole": sums, "unseen": []}]
 
     def prompt_logprobs(self, token_ids: list[list[int]]) -> list[list[float]]:
@@ -104,7 +105,7 @@ def test_weights_that_do_not_arrive_are_noticed(tmp_path: Path) -> None:
     policy.model.norm.load_state_dict(RecordingServer().held.model.norm.state_dict())
     with pytest.raises(WeightMismatchError, match=r"differ from the trainer's by \d") as caught:
         sync_with(RecordingServer(deaf=True), tmp_path).push(policy, 0)
-    assert "not what was sent" in str(caught.value)
+    assert "Not what was sent" in caught.value.problems[0].text
     assert "model.embed_tokens.weight" in str(caught.value)
     assert "model.norm.weight" not in str(caught.value)  # that one is what was sent
 
@@ -169,8 +170,6 @@ def test_every_call_has_the_syncs_timeout_and_its_phases_are_timed(tmp_path: Pat
 class PartTransport(FileTransport):
     """A transport for which a part of the parameters is enough; remembers what it was given."""
 
-    sends_part = True
-
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.sent: list[set[str]] = []
@@ -202,7 +201,7 @@ def test_only_what_is_trained_is_sent_but_never_before_everything_was(tmp_path: 
 class SideTransport:
     """One that puts a version into service by itself."""
 
-    name, replaces, sends_part = "side", False, False
+    name, replaces = "side", False
 
     def connect(self, client: Any) -> None:
         client.calls.append("connect")
@@ -223,10 +222,19 @@ def test_weights_beside_those_in_service_need_no_pause() -> None:
     assert server.calls == ["connect", "send"]
 
 
-def test_the_probe_is_the_same_every_time_and_keeps_real_prompts() -> None:
-    batch = probe_batch(32, prompts=[[1, 2, 3]])
-    assert batch == probe_batch(32, prompts=[[1, 2, 3]])
-    assert batch[0][:3] == [1, 2, 3]
+def test_a_probe_leaves_every_submodule_in_the_mode_that_it_found(tmp_path: Path) -> None:
+    policy = other_policy().train()
+    policy.model.layers[0].eval()  # frozen layers whose dropout the user has switched off
+    policy.model.layers[1].mlp.eval()
+    before = {name: module.training for name, module in policy.named_modules()}
+    assert set(before.values()) == {True, False}
+    assert sync_with(RecordingServer(), tmp_path).push(policy, 0).probe is not None
+    assert {name: module.training for name, module in policy.named_modules()} == before
+
+
+def test_the_probe_is_the_same_every_time() -> None:
+    batch = probe_batch(32)
+    assert batch == probe_batch(32)
     assert len({len(row) for row in batch}) == 1
     assert all(0 <= token < 32 for row in batch for token in row)
 

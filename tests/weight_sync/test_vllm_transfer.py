@@ -17,7 +17,7 @@ import torch
 
 from tests.weight_sync.streams import Stream
 from trl_gym.weight_sync import vllm_transfer
-from trl_gym.weight_sync.transports import IpcTransport
+from trl_gym.weight_sync.transports.ipc import IpcTransport
 
 pytestmark = pytest.mark.slow  # imports vLLM
 

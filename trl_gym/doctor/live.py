@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +143,7 @@ def flags(subject: Subject) -> Iterator[Finding]:
 
     if not subject.starts_policy:
         return
-    given = flags_from(run_flags(subject))
+    given = flags_from(run_options(subject)[0])
     command = [sys.executable, "-c", _PARSE, json.dumps([subject.model, *given])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PARSE_TIMEOUT_S)
     if done.returncode == 0:
@@ -154,17 +154,17 @@ def flags(subject: Subject) -> Iterator[Finding]:
     yield failed(f"`gym_vllm_args`: {cause}", f"Correct `gym_vllm_args`: {remedy}.")
 
 
-def run_flags(subject: Subject) -> dict[str, Any]:
-    """What the trainer starts the server with."""
+def run_options(subject: Subject) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """Flags and environment that the trainer starts the server with."""
     import contextlib
     import io
 
     from trl import get_peft_config
 
-    from trl_gym.run.servers import server_flags
+    from trl_gym.run.servers import server_options
 
     with contextlib.redirect_stdout(io.StringIO()):  # the memory plan, which is a check of its own
-        return server_flags(subject.args, subject.model, get_peft_config(subject.model_options))
+        return server_options(subject.args, subject.model, get_peft_config(subject.model_options))
 
 
 def remote(subject: Subject) -> Iterator[Finding]:
@@ -328,11 +328,11 @@ def weight_sync(subject: Subject) -> Iterator[Finding]:
         return
     from accelerate import Accelerator
 
-    from trl_gym.run.weights import PolicySupply
+    from trl_gym.run.weights import PolicyWeights
 
     accelerator = Accelerator(cpu=subject.args.use_cpu)
     model = _load_model(subject).to(accelerator.device)
-    supply = PolicySupply(_own_args(subject), accelerator, subject.run, model)
+    supply = PolicyWeights(_own_args(subject), accelerator, subject.run, model)
     try:
         report = supply.push(model, 0)
     except WeightSyncError as error:
@@ -401,7 +401,7 @@ def _own_args(subject: Subject) -> GymGRPOConfig:
 def _new_run(subject: Subject) -> RunServers:
     from trl_gym.run.servers import RunServers
 
-    return RunServers(_own_args(subject), lambda: subject.model, flags=lambda: run_flags(subject))
+    return RunServers(_own_args(subject), lambda: subject.model, start_options=lambda: run_options(subject))
 
 
 def _load_model(subject: Subject) -> Any:

@@ -166,9 +166,14 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
 
 def _sends_files(subject: Subject) -> bool:
     import torch
+    from trl import get_peft_config
 
-    wanted = subject.args.gym_weight_transport
-    return wanted == "file" or (wanted == "auto" and (subject.args.use_cpu or not torch.cuda.is_available()))
+    from trl_gym.weight_sync.transports.plan import plan_transport
+
+    args = subject.args
+    on_cuda = torch.cuda.is_available() and not args.use_cpu
+    plan = plan_transport(args, subject.model, get_peft_config(subject.model_options), on_cuda=on_cuda)
+    return args.gym_weight_transport in ("auto", "file") and not plan.sends_adapter and plan.backend == "file"
 
 
 def ports(subject: Subject) -> Iterator[Finding]:

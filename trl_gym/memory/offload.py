@@ -39,10 +39,6 @@ class OptimizerOffload:
         self._optimizer.register_step_pre_hook(lambda *_: self.restore())
         self._optimizer.register_state_dict_pre_hook(lambda *_: self.restore())
 
-    @property
-    def is_away(self) -> bool:
-        return bool(self._away)
-
     def offload(self) -> int:
         """Free the device's memory. Nothing happens when it is free already.
 

@@ -9,12 +9,11 @@ is started, and stopped, here.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,8 +33,7 @@ from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
 from trl_gym.rollouts.source import check_replay
 from trl_gym.run.recovery import Reviver, end_interrupted_update
-from trl_gym.weight_sync.transports import environment_for, planned_backend
-from trl_gym.weight_sync.transports.plan import managed_flags
+from trl_gym.weight_sync.transports.plan import plan_transport
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,8 @@ class RunServers:
         servable: Makes the folder or hub id that the policy server loads; called on rank 0 when one is started.
         policy: A policy server to borrow.
         gym: A NeMo Gym to borrow.
-        flags: Makes the flags of the server; called on rank 0 when one is started. See `server_flags`.
+        start_options: Makes flags and environment of the server; called on rank 0 when one is started. See
+            `server_options`.
 
     Raises:
         ConfigError: There is no way to get one of the two.
@@ -63,11 +62,11 @@ class RunServers:
         servable: Callable[[], str],
         policy: PolicyBackend | None = None,
         gym: GymServers | None = None,
-        flags: Callable[[], dict[str, Any]] = dict,
+        start_options: Callable[[], tuple[dict[str, Any], Mapping[str, str]]] = lambda: ({}, {}),
     ) -> None:
         self._args = args
         self._servable = servable
-        self._flags = flags
+        self._start_options = start_options
         self._owns_policy = policy is None or policy.state == "new"
         self._owns_gym = gym is None or gym.state.value == "new"
         self._is_main = PartialState().is_main_process
@@ -231,10 +230,11 @@ class RunServers:
         if args.vllm_mode == "server":
             key = api_key_from_environment()
             return attach_policy(args.vllm_server_base_url, api_key=key, timeout_s=args.vllm_server_timeout)
+        flags, environment = self._start_options()
         return PolicyServer(
             self._servable(),
-            vllm_args=self._flags(),
-            env=environment_for(weight_backend(args)),
+            vllm_args=flags,
+            env=environment,
             log_dir=args.gym_log_dir,
             start_timeout_s=args.gym_server_start_timeout,
             api_key=api_key_from_environment() or secrets.token_urlsafe(_API_KEY_BYTES),
@@ -310,7 +310,7 @@ def servers_for(
         lambda: servable(model, processing_class, args),
         policy,
         gym,
-        lambda: server_flags(args, model, peft_config, quantization_config, PartialState().num_processes),
+        lambda: server_options(args, model, peft_config, quantization_config, PartialState().num_processes),
     )
 
 
@@ -350,14 +350,14 @@ def _check_sources(args: GymGRPOConfig, policy: PolicyBackend | None, gym: GymSe
 # the adapter demand, and what `gym_vllm_args` says, which comes last.
 
 
-def server_flags(
+def server_options(
     args: GymGRPOConfig,
     model: str | PreTrainedModel,
     peft_config: Any = None,
     quantization_config: Any = None,
     num_processes: int = 1,
-) -> dict[str, Any]:
-    """Everything that the server is started with. On GPUs it prints how their memory will be used.
+) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """Flags and environment that the server is started with. On GPUs it prints how their memory will be used.
 
     Args:
         args: The trainer's configuration.
@@ -369,11 +369,9 @@ def server_flags(
     Raises:
         ConfigError: Weights cannot reach such a server, or its memory cannot be had.
     """
-    flags: dict[str, Any] = {
-        "dtype": args.serving_dtype,
-        "weight-transfer-config": json.dumps({"backend": weight_backend(args)}),
-        **managed_flags(args, model, peft_config, quantization_config),
-    }
+    on_cuda = torch.cuda.is_available() and not args.use_cpu
+    transport = plan_transport(args, model, peft_config, quantization_config, on_cuda=on_cuda)
+    flags: dict[str, Any] = {"dtype": args.serving_dtype, **transport.server_flags()}
     if args.vllm_max_model_length is not None:
         flags["max-model-len"] = args.vllm_max_model_length
     if args.trust_remote_code:
@@ -382,13 +380,7 @@ def server_flags(
         flags |= _gpu_flags(args, model, peft_config, num_processes)
     else:
         flags["enforce-eager"] = True  # compiling for a CPU takes longer than it saves
-    return flags | _own_flags(args)
-
-
-def weight_backend(args: GymGRPOConfig) -> str:
-    """The backend of vLLM's weight transfer. Raises `ConfigError` for a transport that cannot work."""
-    on_cuda = torch.cuda.is_available() and not args.use_cpu
-    return planned_backend(args.gym_weight_transport, on_cuda=on_cuda, shares_devices=args.gym_server_devices is None)
+    return flags | _own_flags(args), transport.server_environment()
 
 
 def _own_flags(args: GymGRPOConfig) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""What keeps a policy server able to sample: current weights, memory on shared devices, and a new life when it dies.
+"""The weights of a run's policy server: pushed, kept in memory on shared devices, sent again after a restart.
 
-push        ── weights; a server that dies meanwhile is revived and gets everything anew
-revive      ── restarted or waited for, and known to hold none of our weights
-sampling    ── the server wakes before, and sleeps after, where it shares the trainer's GPUs
+push       one weight sync; a server that is lost meanwhile is recovered and gets everything again
+recover    the server is restarted or waited for, and holds none of our weights afterwards
+sampling   where the server shares the trainer's GPUs, it wakes before rollouts and sleeps after them
 """
 
 from __future__ import annotations
@@ -17,35 +17,34 @@ from accelerate.utils import broadcast_object_list
 
 from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
 from trl_gym.memory.offload import OptimizerOffload, check_offload
-from trl_gym.memory.sharing import DeviceSharing, may_drop_weights
+from trl_gym.memory.sharing import DeviceSharing
+from trl_gym.weight_sync.source import check_supported
 from trl_gym.weight_sync.sync import SyncOptions, SyncReport, WeightSync
-from trl_gym.weight_sync.transports import TransportOptions, choose_transport
-from trl_gym.weight_sync.transports.adapter import adapter_options
-from trl_gym.weight_sync.transports.plan import merged_problem
+from trl_gym.weight_sync.transports.plan import TransportPlan, plan_transport
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from trl_gym.config import GymGRPOConfig
     from trl_gym.run.servers import RunServers
-    from trl_gym.weight_sync.transports import WeightTransport
+    from trl_gym.weight_sync.protocol import WeightTransport
 
 logger = logging.getLogger(__name__)
 
 _QUANTIZED_TOLERANCE = 0.5  # nats; random tokens showed 0.17 with nf4 on one side only
 
 
-class PolicySupply:
-    """Every rank has one and calls its methods in step.
+class PolicyWeights:
+    """The policy server's weights. Every rank has one and calls its methods in step.
 
     Args:
         args: The trainer's configuration.
         accelerator: The trainer's.
-        servers: The run's, ready.
-        model: The trainer's, wrapped.
+        servers: The run's servers, ready.
+        model: The trainer's model, wrapped.
 
     Attributes:
-        transport_name: How weights travel, as in `gym_weight_transport`.
+        transport_name: Name of the transport in use, as in `gym_weight_transport`.
 
     Raises:
         ConfigError: No transport fits, or the optimizer's state cannot be moved as was asked.
@@ -57,7 +56,8 @@ class PolicySupply:
         self._servers = servers
         self._accelerator = accelerator
         self._offloads = args.gym_offload_optimizer
-        transport = _transport(args, accelerator, servers, model)
+        plan = _plan(args, accelerator, model)
+        transport = plan.connect(servers.policy)
         self.transport_name = transport.name
         self._sharing = self._new_sharing(args, transport)
         options = SyncOptions(
@@ -66,19 +66,19 @@ class PolicySupply:
             only_trainable=args.gym_sync_only_trainable,
             timeout_s=args.gym_sync_timeout,
             verify_every=args.gym_verify_sync_steps,
-            probe_tolerance=_probe_tolerance(args, accelerator.unwrap_model(model)),
+            probe_tolerance=_probe_tolerance(args, plan),
         )
         self._sync = WeightSync(accelerator, servers.policy, transport, options, self._sharing)
 
     def push(self, model: torch.nn.Module, step: int) -> SyncReport:
-        """One weight sync, as often as it takes.
+        """Send the weights, and again after a lost server was recovered.
 
         Args:
-            model: The trainer's, wrapped.
+            model: The trainer's model, wrapped.
             step: Optimizer steps in it.
 
         Raises:
-            PolicyServerError, WeightSyncError: It is not worth trying again.
+            PolicyServerError, WeightSyncError: Another try would not help.
         """
         while True:
             try:
@@ -86,16 +86,16 @@ class PolicySupply:
             except WeightMismatchError:
                 raise
             except (PolicyServerError, WeightSyncError) as error:
-                self.revive(error)
+                self.recover(error)
 
-    def revive(self, error: Exception) -> None:
-        """Bring the policy server back; it has none of our weights then.
+    def recover(self, error: Exception) -> None:
+        """Get the policy server back, which holds none of our weights then.
 
         Raises:
-            Exception: `error`, where nothing is gained by another server, or what went wrong with that.
+            Exception: `error`, where another server would not help, or what went wrong with that.
         """
         if self._sharing is not None:
-            self._sharing.make_room()  # a server that starts needs its memory free
+            self._sharing.make_room()  # a server that starts needs its memory
         self._servers.revive(error, broadcast_object_list)
         self._sync.disconnect()
         if self._sharing is not None:
@@ -103,7 +103,7 @@ class PolicySupply:
 
     @contextmanager
     def sampling(self, push: Callable[[], None], *, again: bool) -> Iterator[None]:
-        """Around rollouts.
+        """Keep the server awake while rollouts run.
 
         Args:
             push: Sends the current weights; called when the server has dropped its own.
@@ -119,12 +119,12 @@ class PolicySupply:
         self._sharing.after_sampling(again=again)
 
     def before_saving(self) -> None:
-        """A checkpoint needs the optimizer's state on the device."""
+        """Bring the optimizer's state back to the device, which a checkpoint needs."""
         if self._sharing is not None:
             self._sharing.after_sampling(again=True)
 
     def take_optimizer(self, optimizer: Any) -> None:
-        """The trainer's optimizer exists from here on."""
+        """Move this optimizer's state to the host during rollouts, if asked; it exists only when training begins."""
         if self._sharing is not None and self._offloads:
             self._sharing.optimizer = OptimizerOffload(optimizer, self._accelerator.device)
 
@@ -136,13 +136,35 @@ class PolicySupply:
             return None
         if self._offloads:
             check_offload(self._accelerator, str(args.optim))
-        drops = may_drop_weights(transport, args.gym_sync_only_trainable)
-        return DeviceSharing(self._accelerator, self._servers.policy, drops_weights=drops)
+        return DeviceSharing(
+            self._accelerator,
+            self._servers.policy,
+            timeout_s=args.gym_sync_timeout,
+            drops_weights=transport.replaces and not args.gym_sync_only_trainable,
+        )
 
 
-def _probe_tolerance(args: GymGRPOConfig, model: torch.nn.Module) -> float:
+def check_model(args: GymGRPOConfig, accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Refuse a model whose weights cannot be sent, before anything is sampled. Local.
+
+    Args:
+        args: The trainer's configuration.
+        accelerator: The trainer's.
+        model: The trainer's model, wrapped.
+
+    Raises:
+        ConfigError: See `plan_transport` and `check_supported`.
+    """
+    check_supported(model, accelerator, sends_adapter=_plan(args, accelerator, model).sends_adapter)
+
+
+def _plan(args: GymGRPOConfig, accelerator: Accelerator, model: torch.nn.Module) -> TransportPlan:
+    return plan_transport(args, accelerator.unwrap_model(model), on_cuda=accelerator.device.type == "cuda")
+
+
+def _probe_tolerance(args: GymGRPOConfig, plan: TransportPlan) -> float:
     """Trainer and server compute with different weights where the base is quantized on the trainer's side only."""
-    if args.gym_probe_tolerance is not None or merged_problem(model) is None:
+    if args.gym_probe_tolerance is not None or plan.quantized is None:
         return args.probe_tolerance
     logger.warning(
         "the base model is quantized for training, and the policy server may serve it unquantized: probes of the "
@@ -150,17 +172,3 @@ def _probe_tolerance(args: GymGRPOConfig, model: torch.nn.Module) -> float:
         _QUANTIZED_TOLERANCE,
     )
     return _QUANTIZED_TOLERANCE
-
-
-def _transport(
-    args: GymGRPOConfig, accelerator: Accelerator, servers: RunServers, model: torch.nn.Module
-) -> WeightTransport:
-    policy = servers.policy
-    options = TransportOptions(
-        wanted=args.gym_weight_transport,
-        folder=args.gym_weight_dir,
-        buffer_mb=args.gym_weight_buffer_mb,
-        on_cuda=accelerator.device.type == "cuda",
-        **adapter_options(args, accelerator.unwrap_model(model), policy),
-    )
-    return choose_transport(policy, options)

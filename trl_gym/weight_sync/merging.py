@@ -73,7 +73,7 @@ def base_parts(model: nn.Module, *, will_be_sharded: bool = False) -> list[Part]
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model below wrappers and adapters."""
     inner = bare(model)
-    return bare(inner.get_base_model()) if _is_peft(inner) else inner
+    return bare(inner.get_base_model()) if is_peft(inner) else inner
 
 
 def adapter_parts(model: nn.Module) -> tuple[Any, list[tuple[str, Slot]]]:
@@ -86,7 +86,7 @@ def adapter_parts(model: nn.Module) -> tuple[Any, list[tuple[str, Slot]]]:
         ConfigError: There is no adapter, it is not LoRA, or several are active.
     """
     inner = bare(model)
-    if not _is_peft(inner):
+    if not is_peft(inner):
         raise ConfigError(
             "`gym_weight_transport` is 'adapter' and the model has no adapter; pass `peft_config`, or use another "
             "transport."
@@ -113,7 +113,7 @@ class _Adapters:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = bare(model)
-        self.any = _is_peft(self._model)
+        self.any = is_peft(self._model)
         self._prefix = "base_model.model." if self.any else ""
         self.layers: dict[str, Any] = {}
         self._copies: dict[str, Any] = {}
@@ -322,7 +322,8 @@ def _check_untied(dropped: Slot, adapters: _Adapters) -> None:
         )
 
 
-def _is_peft(model: nn.Module) -> bool:
+def is_peft(model: Any) -> bool:
+    """Check whether a model has PEFT's wrapper around it; a name has not."""
     from transformers.utils import is_peft_available
 
     if not is_peft_available():

@@ -1,4 +1,9 @@
-"""What `WeightSync` asks of a transport, and what a transport asks of the source of weights."""
+"""The members that a weight transport must have, and the stream of weights that it is given.
+
+A new transport is a class with the members of `WeightTransport` in `transports/`, a value of `gym_weight_transport`
+(`config.WEIGHT_TRANSPORTS`) and its rules in `transports/plan.py`. A server that needs code of its own for it gets a
+weight transfer engine, which `policy_server/engine/plugin.py` registers in vLLM's workers.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +23,8 @@ class WeightMeta:
 
     Attributes:
         name: As in the model's checkpoint, e.g. `"model.layers.0.mlp.up_proj.weight"`.
-        dtype: In which it is sent.
-        shape: Of the whole tensor, also where it is sharded.
+        dtype: Precision in which it is sent.
+        shape: Shape of the whole tensor, also where it is sharded.
     """
 
     name: str
@@ -43,10 +48,10 @@ class WeightStream(Protocol):
     """
 
     def metadata(self) -> list[WeightMeta]:
-        """What iteration will yield; local, nothing is gathered."""
+        """List what iteration will yield. Local: nothing is gathered."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and full tensor, detached, in the dtype and shape of `metadata`, on the device of the parameter."""
+        """Yield name and full tensor, detached, in the dtype and shape of `metadata`, on the parameter's device."""
 
 
 class WeightTransport(Protocol):
@@ -54,36 +59,34 @@ class WeightTransport(Protocol):
 
     Attributes:
         name: As in `gym_weight_transport`.
-        replaces: Whether weights in service are overwritten. Then the server is paused, and `send` comes between
-            `start_weight_update` and `finish_weight_update`. Otherwise the transport itself puts the new version into
-            service and the server samples on.
-        sends_part: Whether a stream of a part of the parameters is enough after the first sync.
+        replaces: Whether weights in service are overwritten. Then the server is paused, `send` comes between
+            `start_weight_update` and `finish_weight_update`, and after a first complete sync a part of the parameters
+            is enough. Otherwise the transport itself puts the new version into service and the server samples on.
     """
 
     name: str
     replaces: bool
-    sends_part: bool
 
     def connect(self, client: PolicyClient) -> None:
         """Prepare the server's side. Rank 0, before the first transfer and again after `disconnect`.
 
         Raises:
-            WeightSyncError, PolicyServerError: It cannot be done; nothing was changed.
+            WeightSyncError, PolicyServerError: The server cannot be prepared; nothing was changed.
         """
 
     def disconnect(self) -> None:
-        """The server is gone or was replaced: forget everything agreed with it. Idempotent; must not block."""
+        """Forget everything agreed with the server, which is gone or was replaced. Idempotent; must not block."""
 
     def send(self, weights: WeightStream, client: PolicyClient | None, version: str) -> int:
         """Exhaust the stream and hand it to the server.
 
         Args:
-            weights: What is sent.
+            weights: The stream to send.
             client: The server's control plane on rank 0, None on other ranks, which only take part in collectives.
-            version: Of these weights.
+            version: Weight version of the stream.
 
         Returns:
-            Bytes handed over (0 on other ranks).
+            Number of bytes handed over (0 on other ranks).
 
         Raises:
             WeightSyncError, PolicyServerError: On rank 0, within the client's timeouts; after the stream has been

@@ -1,10 +1,12 @@
-"""The trainer's weights as a stream of (name, tensor), under the names by which vLLM loads the model.
+"""The trainer's weights as a stream of (name, tensor): which are sent, under which names, in which shape and dtype.
 
-    sharding.py     where a parameter is and how a whole one is had: DDP, FSDP1, FSDP2, DeepSpeed ZeRO
-    merging.py      adapters added into their base
-    checkpoint.py   the checkpoint's names and shapes, where transformers holds a model in another form
+Names and shapes are those of the model's checkpoint, by which vLLM loads it. The dtype is `WeightSource(dtype=)`: a
+run sets it to the precision of the policy server (`SyncOptions.dtype`); integers keep their own. Every rank must walk
+a stream to its end: putting a sharded parameter together is a collective.
 
-Every rank must walk the stream to its end: putting a sharded parameter together is a collective.
+transformers 5 may hold a model in another form than its checkpoint: the experts of a mixture as one fused parameter, a
+vision model under another prefix. It keeps the recipe by which it loaded a model, and `save_pretrained` reverses it;
+`CheckpointForm` does the same, one parameter at a time.
 """
 
 from __future__ import annotations
@@ -26,15 +28,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Names and shapes as in a model's checkpoint, which is what vLLM loads.
-#
-# transformers 5 may hold a model in another form than its checkpoint: the experts of a mixture as one fused
-# parameter, a
-# vision model under another prefix. It keeps the recipe that it loaded a model by, and reverses it in
-# `save_pretrained`;
-# here the same reversal is done one parameter at a time.
-
 # Modules that some model of vLLM 0.31 packs into one (`packed_modules_mapping` of `vllm/model_executor/models`).
 _PACKED = (
     ("q_proj", "k_proj", "v_proj", "b_proj", "g_proj"),
@@ -53,10 +46,10 @@ _EXPERTS = "experts"  # all experts of a layer are one module
 
 
 class CheckpointForm:
-    """How a model's parameters are written into its checkpoint.
+    """The form in which a model's parameters are written into its checkpoint.
 
     Args:
-        model: Without wrappers and adapters.
+        model: The model without wrappers and adapters.
         shapes: Shape of the whole parameter by its name in the model.
 
     Raises:
@@ -82,15 +75,15 @@ class CheckpointForm:
             differing = sorted(name for name, _ in one_by_one ^ expected)
             raise ConfigError(
                 f"The checkpoint of {type(model).__name__} has parameters that transformers makes out of several of "
-                f"the model's ({', '.join(differing[:4])} …), and weight sync sends one at a time. Train a LoRA "
-                "adapter and set `gym_weight_transport` to 'adapter'."
+                f"the model's ({', '.join(differing[:4])} …), and weight sync sends one at a time.",
+                "Train a LoRA adapter and set `gym_weight_transport` to 'adapter'.",
             )
 
     parts: dict[str, dict[str, tuple[int, ...]]]
     """Shape of each part in the checkpoint, by the parameter's name in the model."""
 
     def convert(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A whole parameter as it is in the checkpoint: itself, or its parts."""
+        """Return a whole parameter as it is in the checkpoint: itself, or its parts."""
         return {name: tensor} if self.is_own else self._revert({name: tensor})
 
     def _revert(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -103,9 +96,9 @@ class CheckpointForm:
 
 
 def with_siblings(chosen: Collection[str], names: Collection[str]) -> set[str]:
-    """The chosen parameters, and those that vLLM keeps in the same module.
+    """Add the parameters that vLLM keeps in the same modules as the chosen ones.
 
-    vLLM fills a module's memory anew as soon as one of its parameters arrives: what does not come is garbage.
+    vLLM rebuilds a module's memory as soon as one of its parameters arrives: what does not come is garbage.
 
     Args:
         chosen: Names in the checkpoint, e.g. `{"model.layers.0.self_attn.q_proj.weight"}`.
@@ -127,16 +120,16 @@ def _served_module(name: str) -> str:
 
 
 class WeightSource:
-    """The weights of one sync, as `transports.protocol.WeightStream` says.
+    """The weights of one sync as a `WeightStream`.
 
     Parameters and persistent buffers as `save_pretrained` would write them, tied ones once, adapters added into their
     base. The model is not changed, also if the stream is abandoned.
 
     Args:
         model: The trainer's. Under FSDP1 it must be the wrapped one; else it may be wrapped or not.
-        accelerator: The trainer's; says on which device shards that are offloaded to the host are gathered.
-        dtype: In which floating-point weights are sent; their own by default.
-        only_trainable: Only what training changes, and what vLLM keeps in the same module as that.
+        accelerator: The trainer's; names the device on which shards that are offloaded to the host are gathered.
+        dtype: Precision in which floating-point weights are sent; their own by default.
+        only_trainable: Send only what training changes, and what vLLM keeps in the same module as that.
 
     Raises:
         ConfigError: These weights cannot be streamed; see `check_supported`.
@@ -178,41 +171,41 @@ class WeightSource:
         return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
 
 
-def adapter_state(
-    model: nn.Module, accelerator: Accelerator | None = None
-) -> tuple[dict[str, Any], Iterator[tuple[str, torch.Tensor]]]:
-    """The active LoRA adapter, to be served as it is.
+class AdapterSource:
+    """The tensors of the active LoRA adapter as a `WeightStream`, named as in PEFT's checkpoints, and its config.
 
     Args:
-        model: As for `WeightSource`; its base may be quantized.
-        accelerator: As for `WeightSource`.
-
-    Returns:
-        What PEFT writes to `adapter_config.json`, and a stream of the names of its checkpoint and whole tensors, one
-        gathered at a time. Every rank walks it to the end. A tensor may be gone when the next is asked for.
+        model: As for `WeightSource`; the base may be quantized.
+        accelerator: The trainer's.
 
     Raises:
         ConfigError: There is no adapter, it is not LoRA, or several are active.
     """
-    config, named = adapter_parts(model)
-    written = {key: _jsonable(value) for key, value in config.to_dict().items()} | {"inference_mode": True}
 
-    def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        ordered = unit_by_unit(named, lambda item: item[1])
-        device = None if accelerator is None else accelerator.device
-        for (name, _), [tensor] in zip(ordered, gather([[slot] for _, slot in ordered], device), strict=True):
+    def __init__(self, model: nn.Module, accelerator: Accelerator | None = None) -> None:
+        config, named = adapter_parts(model)
+        self.config: dict[str, Any] = {key: _jsonable(value) for key, value in config.to_dict().items()}
+        """What PEFT writes to `adapter_config.json`."""
+        self.config["inference_mode"] = True
+        self._named = unit_by_unit(named, lambda item: item[1])
+        self._device = None if accelerator is None else accelerator.device
+
+    def metadata(self) -> list[WeightMeta]:
+        return [WeightMeta(name, slot.dtype, slot.shape) for name, slot in self._named]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        gathered = gather([[slot] for _, slot in self._named], self._device)
+        for (name, _), [tensor] in zip(self._named, gathered, strict=True):
             yield name, tensor
 
-    return written, stream()
 
-
-def check_supported(model: nn.Module, accelerator: Accelerator, transport: str = "auto") -> None:
+def check_supported(model: nn.Module, accelerator: Accelerator, *, sends_adapter: bool = False) -> None:
     """Refuse models whose weights cannot be sent, before anything is sampled. Local: nothing is gathered.
 
     Args:
-        model: The trainer's, wrapped.
+        model: The trainer's model, wrapped.
         accelerator: The trainer's.
-        transport: `gym_weight_transport`.
+        sends_adapter: Whether only its adapter is sent.
 
     Raises:
         ConfigError: Several processes that do not know of each other, quantized weights, an adapter that cannot be
@@ -222,16 +215,16 @@ def check_supported(model: nn.Module, accelerator: Accelerator, transport: str =
     if started > accelerator.num_processes:
         raise ConfigError(
             f"{started} processes were started and each trains by itself (accelerate's state: "
-            f"{accelerator.distributed_type.value}, {accelerator.num_processes} process). Without a GPU set `use_cpu` "
-            "in the training arguments; DeepSpeed and FSDP of accelerate need GPUs."
+            f"{accelerator.distributed_type.value}, {accelerator.num_processes} process).",
+            "Set `use_cpu` in the training arguments if there is no GPU; DeepSpeed and FSDP of accelerate need GPUs.",
         )
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3 and deepspeed.offload_param_device == "nvme":
         raise ConfigError(
-            "`offload_param_device` is 'nvme', from where weight sync cannot take parameters; use 'cpu' or 'none'."
+            "`offload_param_device` is 'nvme', from where weight sync cannot take parameters.", "Use 'cpu' or 'none'."
         )
-    if transport == "adapter":
-        adapter_state(model, accelerator)
+    if sends_adapter:
+        AdapterSource(model)
         return
     base = base_model(model)
     _refuse_quantized(base)
@@ -241,19 +234,34 @@ def check_supported(model: nn.Module, accelerator: Accelerator, transport: str =
     CheckpointForm(base, {part.name: part.base.shape for part in parts})
 
 
+def quantization_of(base: nn.Module) -> str | None:
+    """Return the kind of quantization of a loaded model without adapters, e.g. `"bitsandbytes"`; None for none."""
+    method = quantization_method(getattr(getattr(base, "config", None), "quantization_config", None))
+    if method is None and (
+        getattr(base, "is_quantized", False) or any(not one.dtype.is_floating_point for one in base.parameters())
+    ):
+        return "unknown"
+    return method
+
+
+def quantization_method(config: Any) -> str | None:
+    """Return the kind of quantization that a `quantization_config` (an object, a dictionary or None) names."""
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method) or "unknown")
+
+
 def _refuse_quantized(base: nn.Module) -> None:
-    method = getattr(getattr(base, "config", None), "quantization_config", None)
-    packed = [name for name, parameter in base.named_parameters() if not parameter.dtype.is_floating_point]
-    if getattr(base, "is_quantized", False) or packed:
-        kind = getattr(method, "quant_method", None) or (method or {}).get("quant_method", "integers")
+    if (kind := quantization_of(base)) is not None:
         raise ConfigError(
-            f"The model's weights are quantized ({getattr(kind, 'value', kind)}), and merging an adapter into them "
-            "would round it away; set `gym_weight_transport` to 'adapter'."
+            f"The model's weights are quantized ({kind}), and merging an adapter into them would round it away.",
+            "Set `gym_weight_transport` to 'adapter'.",
         )
 
 
 def _trained(parts: list[Part], form: CheckpointForm) -> list[Part]:
-    """The parts that training changes, and those that vLLM keeps in the same modules."""
+    """Choose the parts that training changes, and those that vLLM keeps in the same modules."""
     chosen = [name for part in parts if part.trained for name in form.parts[part.name]]
     needed = with_siblings(chosen, [name for names in form.parts.values() for name in names])
     return [part for part in parts if needed.intersection(form.parts[part.name])]

@@ -1,50 +1,68 @@
-"""One weight sync, agreed on by all ranks:
+"""One weight sync, which all ranks agree on, and the probe that compares both sides afterwards.
 
     rank 0     pause ── start ──┐               ┌── finish(version) ── reset caches ── resume ──┐
     all ranks                   └── transfer ───┘                                               └── probe, sometimes
 
 A transfer that fails leaves the server paused: resuming it would serve half-updated weights. The probe comes after the
-resume, because it asks the server to compute; when it finds a mismatch, training stops. A transport that does not
-touch weights in service (`adapter`) needs no pause.
+resume, because it asks the server to compute. An update can be answered with 200 and still not arrive: wrong names are
+skipped, tied embeddings keep an old copy, a cache survives. So both sides compute the log-probabilities of one fixed
+batch of tokens; when they differ, training stops. A transport that does not touch weights in service (`adapter`) needs
+no pause.
 
-Whatever fails on rank 0 is raised on every rank, and no rank is left in a collective: a transport walks its stream to
-the end even when nobody listens any more.
+An error on rank 0 is raised on every rank, and no rank is left in a collective: a transport walks its stream to the
+end even when nobody listens any more.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from accelerate.utils import gather_object
+import torch
 
-from trl_gym.errors import WeightMismatchError, WeightSyncError
-from trl_gym.ranks import agree, on_main
-from trl_gym.weight_sync.source import WeightSource
+from trl_gym.errors import Problem, WeightMismatchError, WeightSyncError
+from trl_gym.ranks import on_all, on_main
+from trl_gym.weight_sync.source import AdapterSource, WeightSource
 from trl_gym.weight_sync.sums import explain, sent_sums
-from trl_gym.weight_sync.transports.adapter import AdapterSource
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
     from trl_gym.memory.sharing import DeviceSharing
     from trl_gym.policy_server.client import PolicyClient
     from trl_gym.policy_server.server import PolicyBackend
-    from trl_gym.weight_sync.transports import WeightStream, WeightTransport
+    from trl_gym.weight_sync.protocol import WeightStream, WeightTransport
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Does the server compute what the trainer computes? Asked by behaviour, not by status codes.
-#
-# An update can be answered with 200 and still not arrive: wrong names are skipped, tied embeddings keep an old copy, a
-# cache survives. So the log-probabilities of one fixed batch of tokens are computed on both sides and compared.
+T = TypeVar("T")
 
 _NUM_PROBES = 4
 _PROBE_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class SyncOptions:
+    """How weights are pushed; see the options of the same names in `GymGRPOConfig`.
+
+    Attributes:
+        dtype: Precision that weights are sent in, which is the one that the server computes in; None sends the
+            trainer's.
+        pause_mode: `"wait"` lets requests that are being answered finish, `"keep"` freezes them.
+        only_trainable: Whether syncs after a complete one send only what is trained.
+        timeout_s: For each call to the server.
+        verify_every: Steps after which a probe is made again; 0 for never.
+        probe_tolerance: Mean absolute gap in nats that a probe may find.
+    """
+
+    dtype: torch.dtype | None = None
+    pause_mode: Literal["wait", "keep"] = "wait"
+    only_trainable: bool = False
+    timeout_s: float = 600.0
+    verify_every: int = 0
+    probe_tolerance: float = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,93 +80,15 @@ class ProbeReport:
     num_tokens: int
 
 
-def probe_batch(vocab_size: int, prompts: Sequence[Sequence[int]] = (), seed: int = 0) -> list[list[int]]:
-    """A fixed batch of token sequences, `[4][48]`.
-
-    Args:
-        vocab_size: Ids are drawn below it.
-        prompts: Token sequences to begin with (real prompts exercise the part of the weights that matters); cut or
-            filled up with random ids.
-        seed: For the random ids.
-    """
-    import random
-
-    rng = random.Random(seed)
-    batch = []
-    for index in range(_NUM_PROBES):
-        start = list(prompts[index][:_PROBE_TOKENS]) if index < len(prompts) else []
-        batch.append(start + [rng.randrange(vocab_size) for _ in range(_PROBE_TOKENS - len(start))])
-    return batch
-
-
-def trainer_logprobs(model: torch.nn.Module, batch: Sequence[Sequence[int]]) -> list[list[float]]:
-    """log p(token t | tokens before it) at temperature 1, `[N][T - 1]`. Every rank calls it (FSDP gathers inside)."""
-    import torch
-
-    ids = torch.tensor(batch, device=next(model.parameters()).device)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    finally:
-        model.train(was_training)
-    return torch.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None]).squeeze(2).tolist()
-
-
-def compare(trainer: Sequence[Sequence[float]], server: Sequence[Sequence[float]]) -> ProbeReport:
-    """Differences between the two sides; both `[N][T - 1]`."""
-    gaps = [abs(a - b) for left, right in zip(trainer, server, strict=True) for a, b in zip(left, right, strict=True)]
-    return ProbeReport(mean_gap=sum(gaps) / len(gaps), max_gap=max(gaps), num_tokens=len(gaps))
-
-
-def require_agreement(report: ProbeReport, tolerance: float, *, version: str) -> None:
-    """Stop when the server does not hold what was sent.
-
-    Raises:
-        WeightMismatchError: The mean gap is above `tolerance` (nats).
-    """
-    if report.mean_gap <= tolerance:
-        return
-    raise WeightMismatchError(
-        f"After weight version {version} was sent, the policy server's log-probabilities differ from the trainer's by "
-        f"{report.mean_gap:.4f} nats on average (at most {report.max_gap:.3f}, {report.num_tokens} tokens); "
-        f"{tolerance} is allowed. The weights did not arrive as they were sent, or the two compute in different "
-        "precisions. Check that the server serves this model (architecture, tokenizer, no quantization), compare its "
-        "dtype with the trainer's, and raise `gym_probe_tolerance` only if the gap is explained by precision."
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class SyncOptions:
-    """How weights are pushed; see the options of the same names in `GymGRPOConfig`.
-
-    Attributes:
-        dtype: Precision that the server computes in; None sends the trainer's.
-        pause_mode: What happens to requests that are being answered.
-        only_trainable: Whether syncs after a complete one send only what is trained.
-        timeout_s: For each call to the server.
-        verify_every: Steps after which a probe is made again; 0 for never.
-        probe_tolerance: Mean absolute gap in nats that a probe may find.
-    """
-
-    dtype: torch.dtype | None = None
-    pause_mode: Literal["wait", "keep"] = "wait"
-    only_trainable: bool = False
-    timeout_s: float = 600.0
-    verify_every: int = 0
-    probe_tolerance: float = 0.02
-
-
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What one sync cost.
+    """Cost and outcome of one sync.
 
     Attributes:
         version: Weight version that the server holds now.
         seconds: By phase: `pause`, `transfer`, `finish` (with the caches' reset and the resume), `probe`.
         num_bytes: Bytes handed over.
-        probe: Behavioural comparison; None when none was made, and on ranks other than 0.
+        probe: Comparison of log-probabilities; None when none was made.
     """
 
     version: str
@@ -163,9 +103,9 @@ class WeightSync:
     Args:
         accelerator: The trainer's.
         server: The policy server; its control plane is used on rank 0 only.
-        transport: How the weights travel.
-        options: See there.
-        sharing: Puts the server's memory in place before weights come; None where the server never sleeps.
+        transport: Carries the weights.
+        options: How weights are pushed.
+        sharing: Gives the server its memory before weights come; None where the server never sleeps.
     """
 
     def __init__(
@@ -186,13 +126,13 @@ class WeightSync:
         self._verified_at: int | None = None
 
     def disconnect(self) -> None:
-        """The server is another one now: the next push agrees with it anew, sends everything and is verified."""
+        """Forget the server: the next push connects to another one, sends everything and is verified."""
         self.transport.disconnect()
         self._connected = self._complete = False
         self._verified_at = None
 
     def push(self, model: torch.nn.Module, step: int) -> SyncReport:
-        """Send the model's weights and have the server sample with them.
+        """Send the model's weights, after which the server samples with them.
 
         Args:
             model: The trainer's model, wrapped or not.
@@ -201,12 +141,12 @@ class WeightSync:
         Raises:
             PolicyServerError: The server refused, died or did not answer; it is not resumed.
             WeightSyncError: The weights could not be sent, or the server reports another version afterwards.
-            WeightMismatchError: The weights arrived and the server computes something else.
+            WeightMismatchError: The weights arrived, and the server computes something else.
         """
         version = str(step)
         seconds: dict[str, float] = {}
         is_due = self._is_due(step)
-        partial = self._options.only_trainable and self._complete and self.transport.sends_part
+        partial = self._options.only_trainable and self._complete and self.transport.replaces
         weights = self._weights(model, partial)
         with self._phase("pause", seconds):
             if self._sharing is not None:
@@ -247,14 +187,7 @@ class WeightSync:
             client.start_weight_update()
 
     def _transfer(self, weights: WeightStream, version: str) -> int:
-        error: Exception | None = None
-        num_bytes = 0
-        try:
-            num_bytes = self.transport.send(weights, self._client, version)
-        except Exception as caught:  # raised below, once the other ranks know
-            error = caught
-        self._agree(error)
-        return num_bytes
+        return on_all(self._accelerator, lambda: self.transport.send(weights, self._client, version))
 
     def _install(self, client: PolicyClient, version: str) -> None:
         if self.transport.replaces:
@@ -262,9 +195,10 @@ class WeightSync:
             client.reset_caches(running=self._options.pause_mode == "keep")
         held = client.weight_version()
         if held != version:
-            stays = "; it stays paused" if self.transport.replaces else ""
             raise WeightSyncError(
-                f"Weight version {version} was sent and the policy server says that it holds {held!r}{stays}."
+                f"Weight version {version} was sent and the policy server says that it holds {held!r}.",
+                "Look into its log: the update did not end as it should"
+                + ("; the server stays paused." if self.transport.replaces else "."),
             )
 
     def _resume(self, client: PolicyClient) -> None:
@@ -277,30 +211,28 @@ class WeightSync:
         every = self._options.verify_every
         return self._verified_at is None or (every > 0 and step - self._verified_at >= every)
 
-    def _verify(self, model: torch.nn.Module, version: str) -> ProbeReport | None:
+    def _verify(self, model: torch.nn.Module, version: str) -> ProbeReport:
         unwrapped = self._accelerator.unwrap_model(model)
         batch = probe_batch(unwrapped.config.get_text_config().vocab_size)
         ours = trainer_logprobs(model, batch)
-        reports = []
 
-        def ask(client: PolicyClient) -> None:
+        def ask(client: PolicyClient) -> ProbeReport:
             report = compare(ours, client.prompt_logprobs(batch))
             require_agreement(report, self._options.probe_tolerance, version=version)
-            reports.append(report)
+            return report
 
         try:
-            self._on_main(ask)
+            return self._on_main(ask)
         except WeightMismatchError as error:
             if not self.transport.replaces:
                 raise
-            raise WeightMismatchError(f"{error}{self._explain(model, unwrapped)}") from error
-        return reports[0] if reports else None
+            raise WeightMismatchError(error.problem, error.remedy, self._explain(model, unwrapped)) from error
 
-    def _explain(self, model: torch.nn.Module, unwrapped: torch.nn.Module) -> str:
-        """Which parameters differ, as far as it can be told. Every rank calls it in step."""
+    def _explain(self, model: torch.nn.Module, unwrapped: torch.nn.Module) -> list[Problem]:
+        """Name the parameters that differ, as far as that can be found out. Every rank calls it in step."""
         dtype = self._options.dtype or next(unwrapped.parameters()).dtype
         sums = sent_sums(WeightSource(model, self._accelerator, dtype=dtype))
-        return "" if self._client is None else f"\n{explain(self._client, sums, dtype)}"
+        return [] if self._client is None else explain(self._client, sums, dtype)
 
     # -- ranks --------------------------------------------------------------------------------------------------------
 
@@ -311,15 +243,60 @@ class WeightSync:
             return None
         return self._server.client.patient(self._options.timeout_s)
 
-    def _on_main(self, work: Callable[[PolicyClient], None]) -> None:
-        """Ask the server for something, with the sync's timeout."""
-        on_main(self._accelerator, lambda: work(self._server.client.patient(self._options.timeout_s)))
-
-    def _agree(self, error: Exception | None) -> None:
-        agree(error, self._accelerator.process_index, gather_object)
+    def _on_main(self, work: Callable[[PolicyClient], T]) -> T:
+        """Ask the server for something on rank 0, with the sync's timeout."""
+        return on_main(self._accelerator, lambda: work(self._server.client.patient(self._options.timeout_s)))
 
     @contextmanager
     def _phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
         started = time.monotonic()
         yield
         seconds[name] = time.monotonic() - started
+
+
+# -- the probe --------------------------------------------------------------------------------------------------------
+
+
+def probe_batch(vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Make a fixed batch of random token sequences, `[4][48]`, with ids below `vocab_size`."""
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab_size) for _ in range(_PROBE_TOKENS)] for _ in range(_NUM_PROBES)]
+
+
+def trainer_logprobs(model: torch.nn.Module, batch: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Compute log p(token t | tokens before it) at temperature 1, `[N][T - 1]`. Every rank calls it: FSDP gathers
+    inside. Each submodule is in the mode (train or eval) afterwards in which it was before."""
+    ids = torch.tensor(batch, device=next(model.parameters()).device)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    finally:
+        for module, training in modes:  # not `model.train()`: that also reaches what the user keeps in eval mode
+            module.training = training
+    return torch.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None]).squeeze(2).tolist()
+
+
+def compare(trainer: Sequence[Sequence[float]], server: Sequence[Sequence[float]]) -> ProbeReport:
+    """Measure the differences between the two sides; both `[N][T - 1]`."""
+    gaps = [abs(a - b) for left, right in zip(trainer, server, strict=True) for a, b in zip(left, right, strict=True)]
+    return ProbeReport(mean_gap=sum(gaps) / len(gaps), max_gap=max(gaps), num_tokens=len(gaps))
+
+
+def require_agreement(report: ProbeReport, tolerance: float, *, version: str) -> None:
+    """Stop when the server does not hold what was sent.
+
+    Raises:
+        WeightMismatchError: The mean gap is above `tolerance` (nats).
+    """
+    if report.mean_gap <= tolerance:
+        return
+    raise WeightMismatchError(
+        f"After weight version {version} was sent, the policy server's log-probabilities differ from the trainer's by "
+        f"{report.mean_gap:.4f} nats on average (at most {report.max_gap:.3f}, {report.num_tokens} tokens); "
+        f"{tolerance} is allowed. The weights did not arrive as they were sent, or the two compute in different "
+        "precisions.",
+        "Check that the server serves this model (architecture, tokenizer, no quantization), compare its dtype with "
+        "the trainer's, and raise `gym_probe_tolerance` only if the gap is explained by precision.",
+    )

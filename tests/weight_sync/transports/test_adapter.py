@@ -1,38 +1,24 @@
-"""What is written where, told to whom and deleted when; and which adapters may go this way at all."""
+"""Adapters on disk: what is written, announced to the server, and deleted."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
 
-from tests.policy_server.tiny_model import build_model, build_random_policy, build_tokenizer
-from trl_gym import GymGRPOConfig
+from tests.policy_server.tiny_model import build_model, build_tokenizer
 from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
 from trl_gym.policy_server.adapter_files import read_adapter
-from trl_gym.weight_sync.transports.adapter import AdapterSource, AdapterTransport, adapter_options
-from trl_gym.weight_sync.transports.plan import (
-    AdapterPlan,
-    adapter_problem,
-    lora_flags,
-    managed_flags,
-    merged_problem,
-    plan_adapter,
-)
+from trl_gym.weight_sync.source import AdapterSource
+from trl_gym.weight_sync.transports.adapter import AdapterTransport
 
 LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
-SERVER = {
-    "lora_config": {"max_lora_rank": 8, "target_modules": ["q_proj", "up_proj"]},
-    "parallel_config": {"data_parallel_external_lb": False, "data_parallel_hybrid_lb": False},
-}
 
 
 class Server:
@@ -56,9 +42,6 @@ class Server:
 
     def weight_version(self) -> str:
         return self.version
-
-    def server_config(self) -> dict[str, Any]:
-        return SERVER
 
     def load_adapter(self, name: str, path: str, version: str, *, max_adapters: int, wait_s: float) -> Sequence[str]:
         if self.fails:
@@ -179,127 +162,3 @@ def test_servers_whose_own_weights_are_not_the_checkpoints_are_refused(tmp_path:
         AdapterTransport(tmp_path).connect(server)
     with pytest.raises(ConfigError, match="gym_weight_dir"):
         AdapterTransport(tmp_path / "missing")
-
-
-# -- checks -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("lora", "targets"),
-    [
-        ({"target_modules": None}, ("q_proj", "v_proj")),  # PEFT's own choice for this architecture
-        ({"target_modules": r".*\.1\.mlp\.(up|down)_proj"}, ("down_proj", "up_proj")),
-        ({"target_modules": "all-linear", "r": 20}, tuple(sorted(["down", "gate", "k", "o", "q", "up", "v"]))),
-    ],
-)
-def test_a_plan_is_made_before_the_model_is_loaded(tmp_path: Path, lora: dict[str, Any], targets: tuple) -> None:
-    folder = build_random_policy(tmp_path)
-    config = LoraConfig(**{**LORA, **lora})
-    plan = plan_adapter(str(folder), config)
-    assert tuple(name.removesuffix("_proj") for name in plan.targets) == tuple(
-        name.removesuffix("_proj") for name in targets
-    )
-    assert (plan.rank, plan.problem) == (lora.get("r", 4), None)
-    assert config.target_modules == LoraConfig(**{**LORA, **lora}).target_modules  # not changed by asking
-    assert plan_adapter(build_model(build_tokenizer(), tie=True, seed=0), config) == plan
-    assert plan_adapter(str(folder)) is None
-
-
-@pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (4, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
-def test_ranks_are_those_that_vllm_has(rank: int, served: int) -> None:
-    flags = lora_flags(AdapterPlan(rank, ("q_proj",), None), 3)
-    assert (flags["max-lora-rank"], flags["max-loras"], flags["lora-target-modules"]) == (served, 3, ["q_proj"])
-
-
-@pytest.mark.parametrize(
-    ("lora", "text"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"modules_to_save": ["norm"]}, "modules_to_save"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens has an adapter"),
-        ({"r": 513}, "its rank is 513"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-    ],
-)
-def test_adapters_that_vllm_would_serve_wrongly(lora: dict[str, Any], text: str) -> None:
-    assert text in adapter_problem(adapted(**lora))
-
-
-def test_two_active_adapters_or_none(model: PeftModel) -> None:
-    assert adapter_problem(model) is None
-    assert "no LoRA adapter" in adapter_problem(model.get_base_model())
-    two = adapted()
-    two.add_adapter("second", LoraConfig(**LORA))
-    two.base_model.set_adapter(["default", "second"])
-    assert "2 adapters are active" in adapter_problem(two)
-
-
-@pytest.mark.parametrize(
-    ("server", "text"),
-    [
-        ({"lora_config": None}, "without --enable-lora; start it with --enable-lora --max-loras 2 --max-lora-rank 8"),
-        ({"lora_config": {"max_lora_rank": 1, "target_modules": None}}, "--max-lora-rank 1"),
-        ({"lora_config": {"max_lora_rank": 8, "target_modules": None}}, "without --lora-target-modules"),
-        ({"lora_config": {"max_lora_rank": 8, "target_modules": ["q_proj"]}}, "lacks up_proj"),
-        ({"parallel_config": {"data_parallel_external_lb": True}}, "reaches only some"),
-    ],
-)
-def test_servers_that_cannot_serve_it(model: PeftModel, server: dict[str, Any], text: str) -> None:
-    assert adapter_problem(model, SERVER) is None
-    assert text in adapter_problem(model, SERVER | server)
-
-
-def quantized() -> PeftModel:
-    """As far as our checks look: what transformers says of a model that bitsandbytes has quantized."""
-    model = adapted()
-    model.get_base_model().is_quantized = True
-    model.get_base_model().config.quantization_config = {"quant_method": "bitsandbytes"}
-    return model
-
-
-def test_quantized_bases_are_not_merged_into(model: PeftModel) -> None:
-    assert merged_problem(model) is None
-    assert merged_problem(nn.Linear(1, 1)) is None
-    assert "quantized (bitsandbytes)" in merged_problem(quantized())
-
-
-def test_the_options_of_a_run(tmp_path: Path, model: PeftModel, caplog: pytest.LogCaptureFixture) -> None:
-    def options(model: nn.Module, accepted: tuple[str, ...] = ("file",), **changes: Any) -> dict[str, Any]:
-        args = GymGRPOConfig(
-            str(tmp_path), use_cpu=True, gym_head_url="http://x", gym_weight_dir=str(tmp_path), **changes
-        )
-        return adapter_options(args, model, SimpleNamespace(client=Server(), weight_transports=accepted))
-
-    caplog.set_level("INFO", logger="trl_gym.weight_sync.transports.adapter")
-    assert options(model.get_base_model()) == options(model) == {"merged_problem": None}
-    assert [record.getMessage().partition("; ")[2] for record in caplog.records] == ["'adapter' would send it alone"]
-    assert options(adapted(use_dora=True)) == {"merged_problem": None}
-    assert "it cannot be sent alone: use_dora" in caplog.records[-1].getMessage()
-    assert isinstance(options(model, gym_weight_transport="adapter")["adapter"], AdapterTransport)
-    assert isinstance(options(quantized())["adapter"], AdapterTransport)
-    merged = options(model, ("file", "adapter"))  # whole weights cannot be replaced there
-    assert isinstance(merged["adapter"], AdapterTransport) and "--enable-lora" in merged["merged_problem"]
-    assert "use_dora" in options(adapted(use_dora=True), gym_weight_transport="adapter")["adapter_problem"]
-
-
-def test_the_flags_of_a_server_that_we_start(tmp_path: Path, model: PeftModel) -> None:
-    def flags(model: Any, lora: LoraConfig | None, **changes: Any) -> dict[str, Any]:
-        args = GymGRPOConfig(str(tmp_path), use_cpu=True, gym_head_url="http://x", gym_max_adapters=3, **changes)
-        return managed_flags(args, model, lora)
-
-    folder = str(build_random_policy(tmp_path / "policy"))
-    asked = {"gym_weight_transport": "adapter"}
-    assert flags(folder, LoraConfig(**LORA)) == {}
-    assert flags(folder, LoraConfig(**LORA), **asked)["max-loras"] == 3
-    quantization = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    assert flags(folder, LoraConfig(**LORA), model_init_kwargs=quantization)["enable-lora"]
-    assert flags(quantized(), None)["enable-lora"]
-    with pytest.raises(ConfigError, match="no LoRA adapter is trained"):
-        flags(folder, None, **asked)
-    with pytest.raises(ConfigError, match=r"quantized: bitsandbytes\), and use_dora"):
-        flags(folder, LoraConfig(**LORA, use_dora=True), model_init_kwargs=quantization)
-    stored = tmp_path / "policy" / "config.json"
-    stored.write_text(json.dumps(json.loads(stored.read_text()) | quantization))
-    with pytest.raises(ConfigError, match=r"vLLM has no bitsandbytes since 0\.31"):
-        flags(folder, LoraConfig(**LORA))

@@ -17,8 +17,7 @@ from safetensors import safe_open
 
 from tests.weight_sync.streams import LookingClient, Stream, same_bits
 from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
-from trl_gym.weight_sync.transports import FileTransport
-from trl_gym.weight_sync.transports.file import FileSink, MapSink, layout, write
+from trl_gym.weight_sync.transports.file import FileSink, FileTransport, MapSink, layout, write
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,

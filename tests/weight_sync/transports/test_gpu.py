@@ -11,7 +11,9 @@ import torch
 
 from tests.weight_sync.streams import Stream
 from tests.weight_sync.transports.gpu_receiver import pattern, receiver
-from trl_gym.weight_sync.transports import IpcTransport, NcclTransport, nccl
+from trl_gym.weight_sync.transports import nccl
+from trl_gym.weight_sync.transports.ipc import IpcTransport
+from trl_gym.weight_sync.transports.nccl import NcclTransport
 
 NUM_GPUS = torch.cuda.device_count()
 # 2.1 GB in bfloat16: many that share a buffer, one that fills several, some of odd length, one without elements.

@@ -1,11 +1,12 @@
-"""What the server's workers can say about the weights that they hold: one number per parameter.
+"""Runs in the server's workers: says which weights they hold, as one number per parameter.
 
 Flag of the server: `--worker-extension-cls trl_gym.policy_server.engine.worker.WeightSums`. vLLM makes the class a
 base of its worker, and `POST /collective_rpc {"method": "trl_gym_weight_sums", "args": ["bfloat16"]}` calls the method
 in every worker and answers with `{"results": [one per worker]}`. Nothing of vLLM is imported; what is relied upon are
 the worker's `model_runner.get_model()` and attributes of its layers (`tp_size`, `cpu_linear`), run with 0.31.
 
-Asked only to explain a mismatch that the probe has found (`trl_gym.weight_sync.sums`).
+Asked only to explain a mismatch that the probe has found (`trl_gym.weight_sync.sums`, which adds up the trainer's side
+with the same functions).
 """
 
 from __future__ import annotations
@@ -14,39 +15,40 @@ from typing import Any
 
 import torch
 
-# --------------------------------------------------------------------------------------------------------------------
-# The sum of a tensor's bits: a number by which two holders of a tensor can tell whether they hold the same.
+_IDENTITY_ROWS = 256  # of the identity that is multiplied at a time
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def bit_sum(tensor: torch.Tensor) -> int:
-    """Sum of the elements' bits, read as integers.
+def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Add up the elements' bits, read as integers (of a bfloat16 as int16, and so on), modulo 2^64.
 
     Exact in any order, so it does not depend on how the elements are arranged, and adds up over the parts of a packed
-    or sharded tensor. Minus zero counts as zero, as in a product.
+    or sharded tensor.
 
     Args:
-        tensor: Floating point, any shape.
+        tensor: Any shape and dtype.
+
+    Returns:
+        `[]`, int64, on the tensor's device.
     """
-    import torch
-
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    value = (tensor.detach() + 0).contiguous() if tensor.element_size() > 1 else tensor.detach().contiguous()
-    return int(value.view(sizes[value.element_size()]).sum(dtype=torch.int64))
+    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
-_IDENTITY_ROWS = 256  # of the identity that is multiplied at a time
+def value_sum(tensor: torch.Tensor) -> int:
+    """`bit_sum` of floating-point numbers, in which minus zero counts as zero, as in a product."""
+    return int(bit_sum(tensor.detach() + 0 if tensor.element_size() > 1 else tensor))
 
 
 class WeightSums:
-    """Mixed into vLLM's worker: one method, with a name that no worker has."""
+    """A mixin of vLLM's worker with one method, whose name no worker has."""
 
     model_runner: Any  # the worker's
 
     def trl_gym_weight_sums(self, dtype: str) -> dict[str, Any]:
-        """Integer sums of the bits of this worker's weights.
+        """Add up the bits of this worker's weights.
 
         Args:
-            dtype: In which weights were sent, e.g. `"bfloat16"`; a parameter that is held in another one is cast.
+            dtype: Precision in which weights were sent, e.g. `"bfloat16"`; parameters held in another one are cast.
 
         Returns:
             `sharded`: name → sum, for weights of which every tensor-parallel rank holds a part.
@@ -63,7 +65,7 @@ class WeightSums:
 
 @torch.no_grad()
 def sums_of(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-    """`sharded`, `whole` and `unseen` of `WeightSums.trl_gym_weight_sums`."""
+    """Compute `sharded`, `whole` and `unseen` of `WeightSums.trl_gym_weight_sums`."""
     result: dict[str, Any] = {"sharded": {}, "whole": {}, "unseen": []}
     names: dict[int, str] = {}  # a tied parameter goes by its first name
     for prefix, module in model.named_modules():
@@ -72,7 +74,7 @@ def sums_of(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, Any]:
             where = "sharded" if _is_sharded(module, local) else "whole"
             computes_with_copy = local == "weight" and callable(getattr(module, "cpu_linear", None))
             if parameter.numel() and name not in result[where] and _is_plain(parameter):
-                result[where][name] = bit_sum(_own_part(module, parameter).to(dtype))
+                result[where][name] = value_sum(_own_part(module, parameter).to(dtype))
             elif not parameter.numel() and computes_with_copy:
                 result[where][name] = _packed_away_sum(module, parameter, dtype)
             elif name not in result[where]:
@@ -98,7 +100,7 @@ def _is_sharded(module: torch.nn.Module, local: str) -> bool:
 
 
 def _own_part(module: torch.nn.Module, parameter: torch.Tensor) -> torch.Tensor:
-    """Without the heads of keys and values that another rank counts: with more ranks than such heads they repeat."""
+    """Leave out heads of keys and values that another rank counts: with more ranks than such heads they repeat."""
     replicas = getattr(module, "num_kv_head_replicas", 1)
     if replicas == 1 or module.tp_rank % replicas == 0:
         return parameter
@@ -106,7 +108,7 @@ def _own_part(module: torch.nn.Module, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _packed_away_sum(module: torch.nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> int:
-    """Of the weight that a CPU layer multiplies with.
+    """Add up the weight that a CPU layer multiplies with.
 
     vLLM keeps it in the matrix library's own layout and empties the parameter. Multiplied with the identity it gives
     its transpose, exactly: every sum has one term that is not zero.
@@ -115,4 +117,4 @@ def _packed_away_sum(module: torch.nn.Module, weight: torch.Tensor, dtype: torch
     if width is None:
         width = module.input_size
     identity = torch.eye(width, dtype=weight.dtype)
-    return sum(bit_sum(module.cpu_linear(rows, weight, None).to(dtype)) for rows in identity.split(_IDENTITY_ROWS))
+    return sum(value_sum(module.cpu_linear(rows, weight, None).to(dtype)) for rows in identity.split(_IDENTITY_ROWS))

@@ -259,7 +259,6 @@ class FileTransport:
 
     name = "file"
     replaces = True
-    sends_part = True
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self._place: _Place = _SharedMemoryFile() if folder is None else _FolderFile(Path(folder))

@@ -35,7 +35,6 @@ class IpcTransport:
 
     name = "ipc"
     replaces = True
-    sends_part = True
 
     def __init__(self, buffer_mb: int = 512) -> None:
         self._buffer_bytes = buffer_mb * 10**6

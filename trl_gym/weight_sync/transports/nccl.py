@@ -1,12 +1,13 @@
 """Transport `nccl`: the server runs on other GPUs, here or elsewhere, and weights are broadcast to its workers.
 
-    rank 0, main thread    walks the stream (collectives stay here), copies each tensor into the handover
-    rank 0, a thread       packs and broadcasts
+    rank 0, main thread    walks the stream (collectives stay here), copies each tensor into a bounded queue
+    rank 0, a thread       takes them from there, packs and broadcasts
     rank 0, a thread       waits for the answer of /update_weights
     other ranks            walk the stream
 
-A collective with a peer that died never returns. So whichever side fails first, or the timeout, ends the send with an
-error; what hangs is left to its daemon thread, and `disconnect` aborts the communicator.
+A collective with a peer that died never returns. So the side that fails first, or the timeout, ends the send with an
+error. A thread that hangs is a daemon: it is left behind and does not keep the process from ending. `disconnect`
+aborts the communicator.
 """
 
 from __future__ import annotations
@@ -29,25 +30,15 @@ if TYPE_CHECKING:
     from trl_gym.weight_sync.protocol import WeightStream
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Work that has two ends, here and in the server, and must not hang when one of them fails.
-#
-#     main thread    walks the stream of weights, puts each tensor into the `Handover`, waits
-#     thread         takes tensors from the `Handover` and sends them
-#     thread         waits for the server's answer
-#
-# Threads are daemons: one that is stuck in a collective with a dead peer is left behind, and does not keep the process
-# from ending.
-
 T = TypeVar("T")
 
 
-class Together:
+class ThreadGroup:
     """Runs several pieces of work side by side; the first failure, or the deadline, ends the wait for all of them.
 
     Args:
-        timeout_s: From now until all of them must be done.
-        on_failure: Called once, from any thread, when one has failed.
+        timeout_s: Seconds from now until all of them must be done.
+        on_failure: Called from any thread when one has failed, or time is up.
     """
 
     def __init__(self, timeout_s: float, on_failure: Callable[[], None] = lambda: None) -> None:
@@ -62,7 +53,7 @@ class Together:
         return max(0.0, self._deadline - time.monotonic())
 
     def start(self, name: str, work: Callable[[], Any]) -> None:
-        """Begin `work`; `name` says in messages what is being waited for."""
+        """Start a thread; its name says in messages what is being waited for."""
 
         def run() -> None:
             try:
@@ -75,14 +66,14 @@ class Together:
         threading.Thread(target=run, name=f"trl-gym: {name}", daemon=True).start()
 
     def wait(self) -> dict[str, Any]:
-        """Wait for all that was started.
+        """Wait for all threads.
 
         Returns:
-            What each returned, by name.
+            Their results by name.
 
         Raises:
             WeightSyncError: Time is up.
-            Exception: Of the first that failed.
+            Exception: The error of the first that failed.
         """
         results = {}
         while self._running:
@@ -91,8 +82,9 @@ class Together:
             except queue.Empty:
                 self._on_failure()
                 raise WeightSyncError(
-                    f"Weights did not arrive within {self._timeout_s:g} s (`gym_sync_timeout`); still waiting for: "
-                    f"{', '.join(sorted(self._running))}."
+                    f"Weights did not arrive within {self._timeout_s:g} s; still waiting for: "
+                    f"{', '.join(sorted(self._running))}.",
+                    "Set `gym_sync_timeout` higher if the transfer is only slow.",
                 ) from None
             self._running.remove(name)
             if error is not None:
@@ -101,11 +93,11 @@ class Together:
         return results
 
 
-class HandoverClosedError(Exception):
-    """Whoever takes from it is told that nothing more will come, and that what came is not all."""
+class QueueClosedError(Exception):
+    """Raised to the consumer: nothing more will come, and what came is not all."""
 
 
-class Handover(Generic[T]):
+class BoundedQueue(Generic[T]):
     """A queue between two threads that holds a bounded number of bytes.
 
     Args:
@@ -123,7 +115,7 @@ class Handover(Generic[T]):
         """Wait for room, then add the item.
 
         Returns:
-            False when it was closed, or there was no room in time: nobody takes items any more.
+            False when the queue was closed, or there was no room in time: no one takes items any more.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._has_room(num_bytes), timeout_s)
@@ -135,13 +127,13 @@ class Handover(Generic[T]):
             return True
 
     def finish(self) -> None:
-        """That was the last item."""
+        """End the queue after the items that it holds."""
         with self._changed:
             self._finished = True
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Give up: nothing is added or taken from here on, and what it holds is let go. Idempotent."""
+        """Give up: nothing is added or taken any more, and the items that it holds are dropped. Idempotent."""
         with self._changed:
             self._closed = True
             self._items.clear()
@@ -149,12 +141,12 @@ class Handover(Generic[T]):
             self._changed.notify_all()
 
     def __iter__(self) -> Iterator[T]:
-        """Take items until the last one. Raises `HandoverClosedError` when it is closed before."""
+        """Take items until the last one. Raises `QueueClosedError` when the queue is closed before."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._finished or self._items)
                 if self._closed:
-                    raise HandoverClosedError
+                    raise QueueClosedError
                 if not self._items:
                     return
                 item, num_bytes = self._items.popleft()
@@ -176,7 +168,6 @@ class NcclTransport:
 
     name = "nccl"
     replaces = True
-    sends_part = True
 
     def __init__(self, buffer_mb: int = 512) -> None:
         self._buffer_bytes = buffer_mb * 10**6
@@ -197,17 +188,17 @@ class NcclTransport:
         info = vllm_transfer.nccl_init_info(
             address=address, port=port, world_size=world_size, buffer_bytes=self._buffer_bytes
         )
-        both = Together(client.timeout_s)
+        threads = ThreadGroup(client.timeout_s)
         server = _own_client(client)
-        both.start("the server, to join the NCCL group", lambda: server.init_weight_transfer(info))
+        threads.start("the server, to join the NCCL group", lambda: server.init_weight_transfer(info))
         join = "the trainer, to join the NCCL group"
-        both.start(
+        threads.start(
             join,
             lambda: vllm_transfer.join_nccl(
                 listener, device=device, world_size=world_size, timeout_s=client.timeout_s
             ),
         )
-        self._link = _named(both, f"The NCCL group of {world_size} at {address}:{port} could not be formed")[join]
+        self._link = _named(threads, f"The NCCL group of {world_size} at {address}:{port} could not be formed")[join]
 
     def disconnect(self) -> None:
         if self._link is not None:
@@ -220,23 +211,23 @@ class NcclTransport:
                 pass
             return 0
         parameters = weights.metadata()
-        handover: Handover[Any] = Handover(self._buffer_bytes)
-        both = Together(client.timeout_s, on_failure=handover.close)
+        outgoing: BoundedQueue[Any] = BoundedQueue(self._buffer_bytes)
+        threads = ThreadGroup(client.timeout_s, on_failure=outgoing.close)
         stream = iter(weights)
         try:
-            link = self._start(both, handover, parameters, client)
+            link = self._start(threads, outgoing, parameters, client)
             is_wanted = True
             for name, tensor in stream:
                 num_bytes = tensor.numel() * tensor.element_size()
-                is_wanted = is_wanted and handover.put(
-                    (name, vllm_transfer.staged(tensor, link.device)), num_bytes, both.remaining_s
+                is_wanted = is_wanted and outgoing.put(
+                    (name, vllm_transfer.staged(tensor, link.device)), num_bytes, threads.remaining_s
                 )
-            handover.finish()
-            _named(both, "The broadcast of weights failed")
+            outgoing.finish()
+            _named(threads, "The broadcast of weights failed")
         except BaseException:
-            handover.close()
+            outgoing.close()
             self.disconnect()  # one side is in a collective that the other one left
-            for _ in stream:  # nobody listens any more; the other ranks walk it to its end
+            for _ in stream:  # no one listens any more; the other ranks walk it to its end
                 pass
             raise
         return sum(one.num_bytes for one in parameters)
@@ -245,23 +236,23 @@ class NcclTransport:
         """The buffers are freed when `send` returns."""
 
     def _start(
-        self, both: Together, handover: Handover[Any], parameters: list[Any], client: PolicyClient
+        self, threads: ThreadGroup, outgoing: BoundedQueue[Any], parameters: list[Any], client: PolicyClient
     ) -> vllm_transfer.NcclLink:
         link = self._link
         if link is None:
-            raise WeightSyncError("The NCCL group was given up after a failure; the policy server must be restarted.")
+            raise WeightSyncError("The NCCL group was given up after a failure.", "Restart the policy server.")
         info = vllm_transfer.nccl_update_info(parameters)
         server = _own_client(client)
-        both.start("the server, to load the weights", lambda: server.update_weights(info))
-        both.start("the broadcast", lambda: vllm_transfer.broadcast(link, handover, self._buffer_bytes))
+        threads.start("the server, to load the weights", lambda: server.update_weights(info))
+        threads.start("the broadcast", lambda: vllm_transfer.broadcast(link, outgoing, self._buffer_bytes))
         return link
 
 
 def local_address(url: str) -> str:
-    """The address of this machine under which a server sees it: that of the interface which leads there.
+    """Return the address of this machine under which a server sees it: that of the interface which leads there.
 
     Args:
-        url: The server's, e.g. `"http://10.0.0.7:8000"`.
+        url: URL of the server, e.g. `"http://10.0.0.7:8000"`.
 
     Raises:
         WeightSyncError: The name cannot be resolved, or no route leads there.
@@ -273,7 +264,9 @@ def local_address(url: str) -> str:
             probe.connect(target[4])  # sends nothing; chooses the interface
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise WeightSyncError(f"No way leads from here to the policy server at {url} ({error}).") from error
+        raise WeightSyncError(
+            f"No way leads from here to the policy server at {url} ({error}).", "Check the network of the two hosts."
+        ) from error
 
 
 def _family(address: str) -> socket.AddressFamily:
@@ -286,19 +279,21 @@ def _device() -> int:
     try:
         return int(torch.cuda.current_device())
     except (AssertionError, RuntimeError) as error:
-        raise WeightSyncError(f"`nccl` needs a CUDA device in the trainer's process ({error}).") from error
+        raise WeightSyncError(
+            f"`nccl` needs a CUDA device in the trainer's process ({error}).", "Use `gym_weight_transport: file`."
+        ) from error
 
 
 def _own_client(client: PolicyClient) -> PolicyClient:
-    """For another thread: connections are not shared between threads."""
+    """Make a client for another thread: connections are not shared between threads."""
     return PolicyClient(client.base_url, api_key=client.api_key, timeout_s=client.timeout_s)
 
 
-def _named(both: Together, what: str) -> dict[str, Any]:
-    """Wait; an error of NCCL or torch becomes one of ours."""
+def _named(threads: ThreadGroup, what: str) -> dict[str, Any]:
+    """Wait, and turn an error of NCCL or torch into one of ours."""
     try:
-        return both.wait()
+        return threads.wait()
     except TrlGymError:
         raise
     except Exception as error:
-        raise WeightSyncError(f"{what}: {error}") from error
+        raise WeightSyncError(f"{what}: {error}", "Look into the policy server's log.") from error

@@ -1,14 +1,19 @@
-"""Which transport a run uses: chosen from the placement, overridable, refused early where it cannot work.
+"""Choose the weight transport of a run. Here, and nowhere else, `gym_weight_transport` and its "auto" are interpreted.
 
-Two stages, because the server has to be started for the way in which it will get weights:
+    plan = plan_transport(args, model, …)      adapter or whole weights: from the options and the model alone
+    plan.server_flags(), .server_environment() for a server that we start, so that it can get its weights that way
+    plan.connect(server)                       for a server that is ready, ours or not: the transport that sends
 
-    `planned_backend`    before a server is started: its `--weight-transfer-config`, and `environment_for` it
-    `choose_transport`   when it is ready, or was attached to: the object that sends
+"auto" is `adapter` for an adapter on a quantized base, which nothing else can carry. Else it is whole weights, because
+rollouts are faster without an adapter: `ipc` on shared GPUs, `nccl` to other GPUs, `file` without GPUs, and for a
+server that runs already the backend that it was started with. A transport that cannot work is refused with the reason.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +21,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from trl_gym import compat
-from trl_gym.errors import ConfigError
+from trl_gym.errors import ConfigError, Problem
 from trl_gym.policy_server.adapter_files import config_problems, module_problems
 from trl_gym.policy_server.command import is_loopback
-from trl_gym.weight_sync.transports import ipc
+from trl_gym.weight_sync.merging import is_peft
+from trl_gym.weight_sync.source import quantization_method, quantization_of
+from trl_gym.weight_sync.transports.adapter import AdapterTransport
 from trl_gym.weight_sync.transports.file import FileTransport
+from trl_gym.weight_sync.transports.ipc import ENVIRONMENT, IpcTransport
 from trl_gym.weight_sync.transports.nccl import NcclTransport
 
 if TYPE_CHECKING:
@@ -31,18 +39,12 @@ if TYPE_CHECKING:
     from trl_gym.policy_server.server import PolicyBackend
     from trl_gym.weight_sync.protocol import WeightTransport
 
+_logger = logging.getLogger(__name__)
 
-# --------------------------------------------------------------------------------------------------------------------
-# Can vLLM serve this adapter, and with which flags? Two stages, as for every transport:
-#
-#     `managed_flags`   before a server is started: the flags with which it serves what `plan_adapter` finds
-#     `adapter_problem` when model and server are there: why the transport cannot be used, if it cannot
-#     `merged_problem`  why whole weights cannot be sent instead
-#
-# A reason is one clause, made to be put into a message: "…, because <reason>".
-
+_BACKENDS = ("ipc", "nccl", "file")  # of vLLM's weight transfer, those that we have a transport for
 # Values of --max-lora-rank (`MaxLoRARanks` in vllm/config/lora.py, 0.30 and 0.31).
 _SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_BACKEND_FLAG = """--weight-transfer-config '{{"backend": "{}"}}'"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,9 @@ class AdapterPlan:
     """An adapter that will be trained, as far as a server must know it.
 
     Attributes:
-        rank: Its `r`.
+        rank: `r` of its config.
         targets: Last parts of the names of the adapted modules, sorted, e.g. `("down_proj", "q_proj")`.
-        problem: Why it cannot be served as an adapter, or None.
+        problem: Reason why vLLM cannot serve it as an adapter, or None.
     """
 
     rank: int
@@ -60,65 +62,155 @@ class AdapterPlan:
     problem: str | None
 
 
-def plan_adapter(
-    model: str | torch.nn.Module, peft_config: PeftConfig | None = None, *, trust_remote_code: bool = False
-) -> AdapterPlan | None:
-    """What a server must be able to serve.
+@dataclass(frozen=True, slots=True)
+class TransportPlan:
+    """A decision about the transport; see `plan_transport`.
 
-    Args:
-        model: Name or folder of a model, or the model; may have its adapter already.
-        peft_config: Of the adapter that the trainer will put on it. Which modules it means is asked of PEFT, on a
-            model without weights.
-        trust_remote_code: For a model by name.
-
-    Returns:
-        None if no adapter is trained.
+    Attributes:
+        args: The trainer's configuration.
+        on_cuda: Whether the trainer computes on CUDA devices.
+        adapter: The adapter that is trained, if any. Of a model by name only known if the adapter is sent alone.
+        quantized: Kind of quantization of the base that is trained, e.g. `"bitsandbytes"`; None for an ordinary one.
+        stored_quantized: Whether the checkpoint itself is quantized.
+        sends_adapter: Whether the adapter is sent alone.
     """
-    if _is_peft(model):
-        adapted: Any = model
-    elif peft_config is None:
-        return None
-    else:
-        adapted = _adapted_skeleton(model, peft_config, trust_remote_code)
-    return _plan_of(adapted)
+
+    args: GymGRPOConfig
+    on_cuda: bool
+    adapter: AdapterPlan | None
+    quantized: str | None
+    stored_quantized: bool
+    sends_adapter: bool
+
+    @property
+    def backend(self) -> str:
+        """Backend of vLLM's weight transfer for a server that we start, also where an adapter is sent.
+
+        Raises:
+            ConfigError: The transport that was asked for cannot work in this placement.
+        """
+        wanted, shares_devices = self.args.gym_weight_transport, self.args.gym_server_devices is None
+        if wanted in ("auto", "adapter"):
+            return ("ipc" if shares_devices else "nccl") if self.on_cuda else "file"
+        problem = None
+        if wanted in ("ipc", "nccl") and not self.on_cuda:
+            problem = Problem("the trainer does not compute on CUDA devices.", "Use 'file'.")
+        elif wanted == "ipc" and not shares_devices:
+            problem = Problem(
+                "the server runs on other GPUs (`gym_server_devices`).", "Use 'nccl', or leave the devices out."
+            )
+        elif wanted == "nccl" and shares_devices:
+            problem = Problem(
+                "NCCL does not connect two processes on one GPU.", "Use 'ipc', or set `gym_server_devices`."
+            )
+        if problem is not None:
+            raise ConfigError(f"`gym_weight_transport` is {wanted!r}, and {problem.text}", problem.remedy)
+        return wanted
+
+    def server_flags(self) -> dict[str, Any]:
+        """Return the flags of `vllm serve` for a server that we start.
+
+        Raises:
+            ConfigError: The transport cannot work in this placement, or vLLM cannot load the checkpoint.
+        """
+        flags: dict[str, Any] = {"weight-transfer-config": json.dumps({"backend": self.backend})}
+        if not self.sends_adapter:
+            return flags
+        if self.quantized == "bitsandbytes" and self.stored_quantized:
+            raise ConfigError(
+                "The policy server cannot load the checkpoint: vLLM has no bitsandbytes since 0.31.",
+                "Name the checkpoint that is not quantized as `model`, and quantize it for training with "
+                "`model_init_kwargs: {quantization_config: …}`.",
+            )
+        assert self.adapter is not None  # else `plan_transport` had refused
+        return flags | lora_flags(self.adapter, self.args.gym_max_adapters)
+
+    def server_environment(self) -> Mapping[str, str]:
+        """Return environment variables for a server that we start, which listens on a loopback address."""
+        return ENVIRONMENT if self.backend == "ipc" else {}
+
+    def connect(self, server: PolicyBackend) -> WeightTransport:
+        """Return the transport to a server. The same on every rank.
+
+        Args:
+            server: A policy server that is ready.
+
+        Raises:
+            ConfigError: Nothing fits, or the transport that was asked for does not; says why and what does.
+            UnsupportedVersionError: `ipc` or `nccl`, and this environment lacks vLLM or has another version.
+        """
+        if self.sends_adapter:
+            return self._adapter_transport(server)
+        if "adapter" in server.weight_transports:  # wrapped layers do not take whole weights (0.31)
+            if (wanted := self.args.gym_weight_transport) == "auto":
+                return self._adapter_transport(server)
+            raise ConfigError(
+                f"`gym_weight_transport` is {wanted!r}, and the policy server was started with --enable-lora, where "
+                "whole weights cannot be replaced.",
+                "Set it to 'adapter', or start the server without that flag.",
+            )
+        if self.adapter is not None:
+            alone = self.adapter.problem
+            _logger.info(
+                "`gym_weight_transport` is %r: whole weights are sent, with the adapter merged into them; %s",
+                self.args.gym_weight_transport,
+                "'adapter' would send it alone" if alone is None else f"it cannot be sent alone: {alone}",
+            )
+        return _whole_weights(self.args, self.on_cuda, server)
+
+    def _adapter_transport(self, server: PolicyBackend) -> WeightTransport:
+        adapter = _servable(self.args, self.adapter, self.quantized)
+        if (problem := server_problem(adapter, server.client.server_config())) is not None:
+            raise ConfigError(problem.text, problem.remedy)
+        return AdapterTransport(self.args.gym_weight_dir, max_adapters=self.args.gym_max_adapters)
 
 
-def managed_flags(
+def plan_transport(
     args: GymGRPOConfig,
     model: str | torch.nn.Module,
-    peft_config: PeftConfig | None,
+    peft_config: PeftConfig | None = None,
     quantization_config: Any = None,
-) -> dict[str, Any]:
-    """Flags for adapters of a server that we start; none where whole weights will be sent.
+    *,
+    on_cuda: bool,
+) -> TransportPlan:
+    """Decide what is sent, and how. Local, the same on every rank; asked before the server is started, and again with
+    the model that was loaded, which gives the same answer.
 
     Args:
         args: The trainer's configuration.
-        model: As for `plan_adapter`.
-        peft_config: As for `plan_adapter`.
+        model: Name or folder of a model, or the model without wrappers; may have its adapter already.
+        peft_config: Adapter that the trainer will put on it.
         quantization_config: As given to the trainer.
+        on_cuda: Whether the trainer computes on CUDA devices.
 
     Raises:
-        ConfigError: Only an adapter can be sent, or was asked for, and it cannot be served.
+        ConfigError: Only an adapter can be sent, or was asked for, and vLLM cannot serve it; or whole weights were
+            asked for and the base is quantized.
     """
-    quantized = _quantization(args, model, quantization_config)
-    if args.gym_weight_transport != "adapter" and (args.gym_weight_transport != "auto" or quantized is None):
-        return {}
-    plan = plan_adapter(model, peft_config, trust_remote_code=args.trust_remote_code)
-    problem = "no LoRA adapter is trained" if plan is None else plan.problem
-    if problem is None and quantized == "bitsandbytes" and _is_stored_quantized(model):
-        problem = (
-            "vLLM has no bitsandbytes since 0.31: name the checkpoint that is not quantized as `model`, and quantize "
-            "it for training with `model_init_kwargs: {quantization_config: …}`"
+    wanted = args.gym_weight_transport
+    stored = _stored_quantization(model, args.trust_remote_code)
+    quantized = stored
+    if isinstance(model, str):
+        asked = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
+        quantized = stored if asked is None else quantization_method(asked)
+    if quantized is not None and wanted not in ("auto", "adapter"):
+        raise ConfigError(
+            f"`gym_weight_transport` is {wanted!r}, and the base is quantized ({quantized}), which would round away "
+            "what is merged into it.",
+            "Set it to 'adapter'.",
         )
-    if problem is not None:
-        why = "" if args.gym_weight_transport == "adapter" else f" (the base is quantized: {quantized})"
-        raise ConfigError(f"Weights would be sent as an adapter{why}, and {problem}.")
-    assert plan is not None  # else it had a problem
-    return lora_flags(plan, args.gym_max_adapters)
+    sends_adapter = wanted == "adapter" or (wanted == "auto" and quantized is not None)
+    adapter = None
+    if sends_adapter or is_peft(model):
+        adapter = plan_adapter(model, peft_config, trust_remote_code=args.trust_remote_code)
+    if sends_adapter:
+        _servable(args, adapter, quantized)
+    stored_quantized = isinstance(model, str) and stored is not None
+    return TransportPlan(args, on_cuda, adapter, quantized, stored_quantized, sends_adapter)
 
 
-def lora_flags(plan: AdapterPlan, max_adapters: int) -> dict[str, Any]:
-    """Flags of `vllm serve` for a plan without a problem.
+def lora_flags(adapter: AdapterPlan, max_adapters: int) -> dict[str, Any]:
+    """Return the flags of `vllm serve` for an adapter without a problem.
 
     The modules are named, because vLLM would otherwise wrap the head as well: 0.31 then dies of a request for prompt
     log-probabilities on a CPU, and leaves the adapter's part out of them elsewhere.
@@ -126,72 +218,116 @@ def lora_flags(plan: AdapterPlan, max_adapters: int) -> dict[str, Any]:
     return {
         "enable-lora": True,
         "max-loras": max_adapters,
-        "max-lora-rank": next(rank for rank in _SERVER_RANKS if rank >= plan.rank),
-        "lora-target-modules": list(plan.targets),
+        "max-lora-rank": next(rank for rank in _SERVER_RANKS if rank >= adapter.rank),
+        "lora-target-modules": list(adapter.targets),
     }
 
 
-def adapter_problem(model: torch.nn.Module, server_config: Mapping[str, Any] | None = None) -> str | None:
-    """Why the adapter of a model cannot be served, or None.
+# -- whole weights ----------------------------------------------------------------------------------------------------
+
+
+def _whole_weights(args: GymGRPOConfig, on_cuda: bool, server: PolicyBackend) -> WeightTransport:
+    name = _backend_of(server, args.gym_weight_transport)
+    if name != "file" and not on_cuda:
+        raise ConfigError(
+            f"The policy server takes weights by `{name}`, and the trainer does not compute on CUDA devices.",
+            f"Start the server with {_BACKEND_FLAG.format('file')}.",
+        )
+    if name == "file":
+        problem = None if args.gym_weight_dir is not None else _unshared_memory(server)  # a folder: seen by `connect`
+    else:
+        compat.check_versions(("vllm",))  # both sides pack with its code
+        problem = _ipc_problem(server) if name == "ipc" else None
+    if problem is not None:
+        raise ConfigError(f"The policy server takes weights by `{name}`, and {problem.text}", problem.remedy)
+    if name == "file":
+        return FileTransport(args.gym_weight_dir)
+    return (IpcTransport if name == "ipc" else NcclTransport)(args.gym_weight_buffer_mb)
+
+
+def _backend_of(server: PolicyBackend, wanted: str) -> str:
+    """Return the backend by which the server takes whole weights. It has one, for as long as it lives."""
+    accepted = [name for name in server.weight_transports if name in _BACKENDS]
+    if not accepted:
+        named = ", ".join(server.weight_transports) or "nothing"
+        raise ConfigError(
+            f"The policy server at {server.base_url} takes weights by {named} only; trl-gym sends them by ipc, nccl "
+            "or file.",
+            f"Start the server with {_BACKEND_FLAG.format('file')}.",
+        )
+    if wanted != "auto" and wanted not in accepted:
+        raise ConfigError(
+            f"`gym_weight_transport` is {wanted!r}, and the policy server at {server.base_url} was started for "
+            f"{', '.join(accepted)}.",
+            f"Leave the option at 'auto', or start the server with {_BACKEND_FLAG.format(wanted)}.",
+        )
+    return wanted if wanted != "auto" else accepted[0]
+
+
+def _unshared_memory(server: PolicyBackend) -> Problem | None:
+    for url in server.base_url.split(","):
+        host = urlsplit(url).hostname or ""
+        if not is_this_host(host):
+            return Problem(
+                f"{host} is another host, which does not see our shared memory.",
+                "Set `gym_weight_dir` to a folder on a disk that both hosts mount, or start the server with "
+                f"{_BACKEND_FLAG.format('nccl')}.",
+            )
+    return None
+
+
+def _ipc_problem(server: PolicyBackend) -> Problem | None:
+    host = urlsplit(server.base_url).hostname
+    if not is_loopback(host):
+        return Problem(
+            f"{host} is not a loopback address: CUDA IPC needs shared GPUs, and its messages are unpickled.",
+            f"Start the server with --host 127.0.0.1 here, or with {_BACKEND_FLAG.format('nccl')}.",
+        )
+    [(variable, value)] = ENVIRONMENT.items()
+    if server.placement == "server" and not server.client.server_environment().get(variable):
+        return Problem(
+            f"it was started without {variable}={value}, which handles of CUDA IPC need over HTTP.",
+            "Start it again with that in its environment.",
+        )
+    return None
+
+
+def is_this_host(host: str) -> bool:
+    """Check whether a name or an address is this machine's: its own addresses are those that one can bind to."""
+    if is_loopback(host):
+        return True
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def plan_adapter(
+    model: str | torch.nn.Module, peft_config: PeftConfig | None = None, *, trust_remote_code: bool = False
+) -> AdapterPlan | None:
+    """Find out what a server must be able to serve.
 
     Args:
-        model: The trainer's, unwrapped.
-        server_config: vLLM's resolved configuration (`PolicyClient.server_config`), to see whether that server can.
+        model: Name or folder of a model, or the model; may have its adapter already.
+        peft_config: Adapter that the trainer will put on it. PEFT finds the modules that it means, on a model without
+            weights.
+        trust_remote_code: For a model by name.
+
+    Returns:
+        None if no adapter is trained.
     """
-    plan = plan_adapter(model)
-    if plan is None:
-        return "no LoRA adapter is trained"
-    if plan.problem is not None or server_config is None:
-        return plan.problem
-    return _server_problem(plan, server_config)
-
-
-def merged_problem(model: torch.nn.Module) -> str | None:
-    """Why a model's whole weights cannot be sent, or None."""
-    base = model.get_base_model() if _is_peft(model) else model
-    config = getattr(getattr(base, "config", None), "quantization_config", None)
-    if not getattr(base, "is_quantized", False) and config is None:
+    if is_peft(model):
+        adapted: Any = model
+    elif peft_config is None:
         return None
-    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
-    return f"the base is quantized ({getattr(method, 'value', method)}) and would round away what is merged into it"
-
-
-def _quantization(args: GymGRPOConfig, model: Any, given: Any) -> str | None:
-    """How the base that is trained is quantized, or None."""
-    asked = (given or (args.model_init_kwargs or {}).get("quantization_config")) if isinstance(model, str) else None
-    config = asked if asked is not None else _stored_quantization(model, args.trust_remote_code)
-    if config is None:
-        return None
-    method = config.get("quant_method", "unknown") if isinstance(config, Mapping) else config.quant_method
-    return str(getattr(method, "value", method))
-
-
-def _is_stored_quantized(model: Any) -> bool:
-    return isinstance(model, str) and _stored_quantization(model, trust_remote_code=False) is not None
-
-
-def _stored_quantization(model: Any, trust_remote_code: bool) -> Any:
-    """Of the checkpoint, or of the model as it was loaded."""
-    if not isinstance(model, str):
-        base = model.get_base_model() if _is_peft(model) else model
-        return getattr(base.config, "quantization_config", None)
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    return getattr(config, "quantization_config", None)
-
-
-def _is_peft(model: Any) -> bool:
-    from transformers.utils import is_peft_available
-
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
-
-
-def _plan_of(adapted: Any) -> AdapterPlan:
+    else:
+        adapted = _adapted_skeleton(model, peft_config, trust_remote_code)
     active = list(adapted.active_adapters)
     if len(active) != 1:
         return AdapterPlan(0, (), f"{len(active)} adapters are active ({', '.join(active)}), one serves a call")
@@ -207,8 +343,61 @@ def _plan_of(adapted: Any) -> AdapterPlan:
     return AdapterPlan(rank, targets, "; ".join(problems) or None)
 
 
+def server_problem(adapter: AdapterPlan, server_config: Mapping[str, Any]) -> Problem | None:
+    """Say why a server cannot serve an adapter, or None.
+
+    Args:
+        adapter: An adapter without a problem of its own.
+        server_config: vLLM's resolved configuration (`PolicyClient.server_config`).
+    """
+    lora, needed = server_config.get("lora_config"), lora_flags(adapter, 2)
+    flags = " ".join(
+        f"--{name}" if value is True else f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in needed.items()
+    )
+    problem = None
+    if not lora:
+        problem = "The policy server was started without --enable-lora."
+    elif lora["max_lora_rank"] < adapter.rank:
+        problem = (
+            f"The adapter's rank is {adapter.rank} and the policy server was started with --max-lora-rank "
+            f"{lora['max_lora_rank']}."
+        )
+    elif (targets := lora.get("target_modules")) is None:
+        problem = (
+            "The policy server was started without --lora-target-modules, and vLLM then computes wrong prompt "
+            "log-probabilities, or dies of them."
+        )
+    elif missing := sorted(set(adapter.targets).difference(targets)):
+        problem = f"The policy server's --lora-target-modules lacks {', '.join(missing)}."
+    if problem is not None:
+        return Problem(problem, f"Start it with {flags}.")
+    parallel = server_config.get("parallel_config", {})
+    if parallel.get("data_parallel_external_lb") or parallel.get("data_parallel_hybrid_lb"):
+        return Problem(
+            "The policy server balances its data-parallel replicas elsewhere, and an adapter reaches only some.",
+            "Start it with vLLM's own balancing, or use a transport that sends whole weights.",
+        )
+    return None
+
+
+def _servable(args: GymGRPOConfig, adapter: AdapterPlan | None, quantized: str | None) -> AdapterPlan:
+    """Return an adapter that vLLM can serve, or raise `ConfigError`."""
+    problem = "no LoRA adapter is trained" if adapter is None else adapter.problem
+    if adapter is not None and problem is None:
+        return adapter
+    remedy = "Train plain LoRA on linear layers of the blocks (`peft_config`)"
+    if quantized is not None:
+        why = f"Only the adapter can be sent, because the base is quantized ({quantized})"
+    elif args.gym_weight_transport == "adapter":
+        why, remedy = "`gym_weight_transport` is 'adapter'", f"{remedy}, or use 'auto', which sends whole weights"
+    else:
+        why = "Only an adapter can be sent, because the policy server was started with --enable-lora"
+    raise ConfigError(f"{why}, and {problem}.", f"{remedy}.")
+
+
 def _adapted_modules(adapted: Any, adapter: str) -> tuple[str, ...]:
-    """Names in the base model of the modules that have this adapter's matrices."""
+    """Return the names in the base model of the modules that have this adapter's matrices."""
     return tuple(
         name.removeprefix("base_model.model.")
         for name, module in adapted.named_modules()
@@ -217,7 +406,7 @@ def _adapted_modules(adapted: Any, adapter: str) -> tuple[str, ...]:
 
 
 def _tower_problems(adapted: Any, modules: Sequence[str]) -> list[str]:
-    """vLLM ignores what an adapter has on towers for images and audio, and a probe of text would not show it."""
+    """vLLM ignores adapters on towers for images and audio, and a probe of text would not show it."""
     config = getattr(adapted, "config", None)
     if config is None or config.get_text_config() is config:
         return []
@@ -225,35 +414,8 @@ def _tower_problems(adapted: Any, modules: Sequence[str]) -> list[str]:
     return [f"{outside[0]} has an adapter: vLLM serves those of the language model only"] if outside else []
 
 
-def _server_problem(plan: AdapterPlan, server_config: Mapping[str, Any]) -> str | None:
-    lora = server_config.get("lora_config")
-    needed = lora_flags(plan, 2)
-    remedy = " ".join(
-        f"--{name}" if value is True else f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in needed.items()
-    )
-    if not lora:
-        return f"the policy server was started without --enable-lora; start it with {remedy}"
-    if lora["max_lora_rank"] < plan.rank:
-        return f"the adapter's rank is {plan.rank} and the policy server was started with --max-lora-rank " + (
-            f"{lora['max_lora_rank']}; start it with {remedy}"
-        )
-    targets = lora.get("target_modules")
-    if targets is None:
-        return (
-            "the policy server was started without --lora-target-modules, and vLLM then computes wrong prompt "
-            f"log-probabilities, or dies of them; start it with {remedy}"
-        )
-    if missing := sorted(set(plan.targets).difference(targets)):
-        return f"the policy server's --lora-target-modules lacks {', '.join(missing)}; start it with {remedy}"
-    parallel = server_config.get("parallel_config", {})
-    if parallel.get("data_parallel_external_lb") or parallel.get("data_parallel_hybrid_lb"):
-        return "the policy server balances its data-parallel replicas elsewhere, and an adapter reaches only some"
-    return None
-
-
 def _adapted_skeleton(model: Any, peft_config: Any, trust_remote_code: bool) -> Any:
-    """The model with its adapter, without memory for either."""
+    """Build the model with its adapter, without memory for either."""
     import torch
     import transformers
     from peft import get_peft_model
@@ -272,157 +434,11 @@ def _adapted_skeleton(model: Any, peft_config: Any, trust_remote_code: bool) -> 
         return get_peft_model(skeleton, copy.deepcopy(peft_config))
 
 
-@dataclass(frozen=True, slots=True)
-class TransportOptions:
-    """What decides about the transport.
+def _stored_quantization(model: Any, trust_remote_code: bool) -> str | None:
+    """Return the kind of quantization of a checkpoint, or of a model as it was loaded."""
+    if not isinstance(model, str):
+        return quantization_of(model.get_base_model() if is_peft(model) else model)
+    import transformers
 
-    Attributes:
-        wanted: `gym_weight_transport`.
-        folder: `gym_weight_dir`.
-        buffer_mb: `gym_weight_buffer_mb`.
-        on_cuda: Whether the trainer computes on CUDA devices.
-        adapter: Makes the transport `adapter`; None where nothing but an adapter is not all that is trained.
-        adapter_problem: Why `adapter` cannot be used, when it cannot.
-        merged_problem: Why whole weights cannot be sent, when they cannot: the base is quantized.
-    """
-
-    wanted: str = "auto"
-    folder: str | None = None
-    buffer_mb: int = 512
-    on_cuda: bool = False
-    adapter: WeightTransport | None = None
-    adapter_problem: str | None = None
-    merged_problem: str | None = None
-
-
-def planned_backend(wanted: str, *, on_cuda: bool, shares_devices: bool) -> str:
-    """The backend of vLLM's weight transfer for a server that we start.
-
-    Raises:
-        ConfigError: It was asked for, and cannot work.
-    """
-    auto = ("ipc" if shares_devices else "nccl") if on_cuda else "file"
-    if wanted in ("auto", "adapter"):  # an adapter needs none; this one is for what else may have to be sent
-        return auto
-    problem = None
-    if wanted in ("ipc", "nccl") and not on_cuda:
-        problem = "the trainer does not compute on CUDA devices; use 'file'"
-    elif wanted == "ipc" and not shares_devices:
-        problem = "the server runs on other GPUs (`gym_server_devices`); use 'nccl', or leave the devices out"
-    elif wanted == "nccl" and shares_devices:
-        problem = "NCCL does not connect two processes on one GPU; use 'ipc', or set `gym_server_devices`"
-    if problem is not None:
-        raise ConfigError(f"`gym_weight_transport` is {wanted!r}, and {problem}.")
-    return wanted
-
-
-def environment_for(backend: str) -> Mapping[str, str]:
-    """Environment variables of a server that gets its weights by `backend`; only for one on a loopback address."""
-    return ipc.ENVIRONMENT if backend == "ipc" else {}
-
-
-def choose_transport(server: PolicyBackend, options: TransportOptions) -> WeightTransport:
-    """What this run sends with. The same on every rank.
-
-    Args:
-        server: Ready.
-        options: See there.
-
-    Raises:
-        ConfigError: Nothing fits, or what was asked for does not; the message says why and what does.
-        UnsupportedVersionError: `ipc` or `nccl`, and this environment lacks vLLM or has another version.
-    """
-    wanted = options.wanted
-    if wanted == "adapter" or (wanted == "auto" and options.merged_problem is not None):
-        return _adapter(options)
-    if options.merged_problem is not None:
-        raise ConfigError(f"`gym_weight_transport` is {wanted!r}, and {options.merged_problem}; use 'adapter'.")
-    name = _backend_of(server, wanted)
-    if name == "file":
-        if (problem := _file_problem(server, options)) is not None:
-            raise ConfigError(f"The policy server takes weights by `file`, and {problem}.")
-        return FileTransport(options.folder)
-    if not options.on_cuda:
-        raise ConfigError(
-            f"The policy server takes weights by `{name}`, and the trainer does not compute on CUDA devices. Start "
-            """the server with --weight-transfer-config '{"backend": "file"}'."""
-        )
-    compat.check_versions(("vllm",))  # both sides pack with its code
-    if name == "nccl":
-        return NcclTransport(options.buffer_mb)
-    if (problem := _ipc_problem(server)) is not None:
-        raise ConfigError(f"The policy server takes weights by `ipc`, and {problem}.")
-    return ipc.IpcTransport(options.buffer_mb)
-
-
-def _adapter(options: TransportOptions) -> WeightTransport:
-    if options.adapter is not None and options.adapter_problem is None:
-        return options.adapter
-    reason = options.adapter_problem or "no LoRA adapter is trained"
-    if options.wanted == "adapter":
-        raise ConfigError(f"`gym_weight_transport` is 'adapter', and {reason}.")
-    raise ConfigError(f"Only the adapter can be sent, because {options.merged_problem}; but {reason}.")
-
-
-def _backend_of(server: PolicyBackend, wanted: str) -> str:
-    """The one by which the server takes whole weights. It has one, for as long as it lives."""
-    accepted = [name for name in server.weight_transports if name in ("ipc", "nccl", "file")]
-    if not accepted:
-        named = ", ".join(server.weight_transports) or "nothing"
-        raise ConfigError(
-            f"The policy server at {server.base_url} takes weights by {named} only; trl-gym sends them by ipc, nccl "
-            "or file (flag --weight-transfer-config of the server)."
-        )
-    if wanted != "auto" and wanted not in accepted:
-        raise ConfigError(
-            f"`gym_weight_transport` is {wanted!r}, and the policy server at {server.base_url} was started for "
-            f"{', '.join(accepted)}. Leave the option at 'auto', or start the server with "
-            f"""--weight-transfer-config '{{"backend": "{wanted}"}}'."""
-        )
-    return wanted if wanted != "auto" else accepted[0]
-
-
-def _file_problem(server: PolicyBackend, options: TransportOptions) -> str | None:
-    if options.folder is not None:
-        return None  # whether both see it is found when they are connected
-    for url in server.base_url.split(","):
-        host = urlsplit(url).hostname or ""
-        if not is_this_host(host):
-            return (
-                f"{host} is another host, which does not see our shared memory; set `gym_weight_dir` to a folder on a "
-                "disk that both hosts mount, or start the server with "
-                """--weight-transfer-config '{"backend": "nccl"}'"""
-            )
-    return None
-
-
-def _ipc_problem(server: PolicyBackend) -> str | None:
-    host = urlsplit(server.base_url).hostname
-    if not is_loopback(host):
-        return (
-            f"{host} is not a loopback address: CUDA IPC needs shared GPUs, and its messages are unpickled. "
-            """Start the server with --host 127.0.0.1 here, or with --weight-transfer-config '{"backend": "nccl"}'"""
-        )
-    if server.placement == "server" and not _allows_pickle(server):
-        return (
-            "it was started without VLLM_ALLOW_INSECURE_SERIALIZATION=1, which handles of CUDA IPC need over HTTP. "
-            "Start it again with that in its environment"
-        )
-    return None
-
-
-def _allows_pickle(server: PolicyBackend) -> bool:
-    return bool(server.client.server_environment().get("VLLM_ALLOW_INSECURE_SERIALIZATION"))
-
-
-def is_this_host(host: str) -> bool:
-    """Whether `host`, a name or an address, is this machine's: its own addresses are those that one can bind to."""
-    if is_loopback(host):
-        return True
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind(address)
-    except OSError:
-        return False
-    return True
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return quantization_method(getattr(config, "quantization_config", None))
