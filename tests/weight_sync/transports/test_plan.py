@@ -141,7 +141,7 @@ def test_the_flags_of_a_server_for_adapters(tmp_path: Path) -> None:
     assert flags(quantized(), None)["enable-lora"]
     with pytest.raises(ConfigError, match="no LoRA adapter is trained"):
         flags(folder, None, **asked)
-    with pytest.raises(ConfigError, match=r"quantized \(bitsandbytes\), and use_dora"):
+    with pytest.raises(ConfigError, match=r"quantized, bitsandbytes\), and use_dora"):
         flags(folder, LoraConfig(**LORA, use_dora=True), model_init_kwargs=QUANTIZATION)
     stored = tmp_path / "policy" / "config.json"
     stored.write_text(json.dumps(json.loads(stored.read_text()) | QUANTIZATION))
@@ -237,17 +237,17 @@ def test_an_adapter_is_sent_when_asked_for_or_when_nothing_else_can_be(
 
 
 def test_what_an_adapter_cannot_do_is_said(lora: PeftModel) -> None:
-    with pytest.raises(ConfigError, match="'adapter', and no LoRA adapter is trained"):
+    with pytest.raises(ConfigError, match=r"'adapter'\), and no LoRA adapter is trained"):
         plan("adapter", lora.get_base_model())
-    with pytest.raises(ConfigError, match="'adapter', and use_dora"):
+    with pytest.raises(ConfigError, match=r"'adapter'\), and use_dora"):
         plan("adapter", adapted(use_dora=True))
-    with pytest.raises(ConfigError, match=r"base is quantized \(bitsandbytes\), and use_dora"):
+    with pytest.raises(ConfigError, match=r"base is quantized, bitsandbytes\), and use_dora"):
         plan("auto", quantized(use_dora=True))
     with pytest.raises(ConfigError, match=r"'file', and the base is quantized.*Set it to 'adapter'"):
         plan("file", quantized())
     with pytest.raises(ConfigError, match=r"'file', and the policy server was started with --enable-lora"):
         plan("file", lora).connect(server("file", "adapter"))
-    with pytest.raises(ConfigError, match=r"started with --enable-lora, and no LoRA adapter is trained"):
+    with pytest.raises(ConfigError, match=r"started with --enable-lora\), and no LoRA adapter is trained"):
         plan("auto", lora.get_base_model()).connect(server("file", "adapter"))
     with pytest.raises(ConfigError, match=r"without --enable-lora.*Start it with --enable-lora"):
         plan("adapter", lora).connect(server("file", lora_config=None))

@@ -388,12 +388,12 @@ def _servable(args: GymGRPOConfig, adapter: AdapterPlan | None, quantized: str |
         return adapter
     remedy = "Train plain LoRA on linear layers of the blocks (`peft_config`)"
     if quantized is not None:
-        why = f"Only the adapter can be sent, because the base is quantized ({quantized})"
+        why = f"the base is quantized, {quantized}"
     elif args.gym_weight_transport == "adapter":
         why, remedy = "`gym_weight_transport` is 'adapter'", f"{remedy}, or use 'auto', which sends whole weights"
     else:
-        why = "Only an adapter can be sent, because the policy server was started with --enable-lora"
-    raise ConfigError(f"{why}, and {problem}.", f"{remedy}.")
+        why = "the policy server was started with --enable-lora"
+    raise ConfigError(f"Only an adapter can be sent ({why}), and {problem}.", f"{remedy}.")
 
 
 def _adapted_modules(adapted: Any, adapter: str) -> tuple[str, ...]:
