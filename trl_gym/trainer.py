@@ -143,7 +143,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
             kwargs.get("peft_config"),
             kwargs.get("quantization_config"),
         )
-        servers.succeed(args.output_dir, self)  # before a second server is started beside the first
+        servers.close_previous(args.output_dir, self)  # before a second server is started beside the first
         try:
             self._servers.start()  # they load while the model does
             with compat.generation_backend(self._generation_backend):
@@ -157,7 +157,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
                     **kwargs,
                 )
             check_model(args, self.accelerator, self.model_wrapped)
-            self._servers.wait_ready(broadcast_object_list)
+            self._servers.wait_ready()
             self._connect(args)
         except BaseException:
             self._servers.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -147,6 +148,22 @@ def test_a_restart_that_fails(make: Make, tmp_path: Path, cause: str, kind: type
     with pytest.raises(kind, match=cause):
         server.restart()
     trouble.unlink()
+    server.restart()
+    assert server.look()
+
+
+def test_a_log_that_cannot_be_read_or_written_prevents_no_restart(make: Make, tmp_path: Path) -> None:
+    server = make(STAND_IN, "right").start().wait_ready()
+    shutil.rmtree(tmp_path / "logs")
+    (tmp_path / "logs").touch()  # a file where the folder was: nothing can be read or written below it
+    os.kill(psutil.Process(server._process.pid).children()[0].pid, signal.SIGKILL)
+    assert server._process.wait(10.0) is not None
+    with pytest.raises(PolicyServerLostError, match=r"SIGKILL") as caught:
+        server.check()
+    assert "cannot be read" in str(caught.value)
+    with pytest.raises(PolicyServerError, match="cannot be started with the log"):
+        server.restart()  # counted and tried again by `PolicyRecovery`
+    (tmp_path / "logs").unlink()
     server.restart()
     assert server.look()
 

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from tests.policy_server.fake_vllm import FakeVllm
-from trl_gym.errors import PolicyServerError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
@@ -153,5 +153,5 @@ def test_a_server_that_answers_no_chat_may_be_paused(canned: Any) -> None:
     with canned({}) as url:
         client = PolicyClient(url, timeout_s=0.3)
         client.render = lambda messages: [1, 2, 3]  # type: ignore[method-assign]
-        with pytest.raises(PolicyServerError, match=r"no answer within 0\.3 s.*left paused.*/resume` continues it"):
+        with pytest.raises(PolicyServerLostError, match=r"no answer within 0\.3 s.*left paused.*/resume` cont"):
             check_splice(client, "policy")

@@ -15,7 +15,7 @@ from trl_gym.errors import (
     WeightSyncError,
 )
 from trl_gym.policy_server.client import PolicyResponseError
-from trl_gym.run.recovery import Reviver, end_interrupted_update
+from trl_gym.run.recovery import PolicyRecovery, end_interrupted_update
 
 LOSS = PolicyServerLostError("POST /trl_gym/rollouts/records: connection refused")
 DEATH = PolicyServerLostError("policy server ended (was ended by signal SIGKILL). Last lines of its log: …")
@@ -90,9 +90,9 @@ class Server:
         self.instance = seen
         return seen
 
-    def reviver(self, **options: Any) -> Reviver:
+    def recovery(self, **options: Any) -> PolicyRecovery:
         limits: dict[str, Any] = {"max_restarts": 3, "may_restart": True, "reconnect_timeout_s": 600.0}
-        made = Reviver(self, **limits | options, sleep=self.pauses.append)  # looks at it before it dies
+        made = PolicyRecovery(self, **limits | options, sleep=self.pauses.append)  # looks at it before it dies
         self._is_watched = True
         return made
 
@@ -115,43 +115,43 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 def test_a_dead_server_is_restarted_and_the_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     server = Server(is_ours=True, death=DEATH)
-    reviver = server.reviver()
+    recovery = server.recovery()
     with caplog.at_level(logging.WARNING):
-        reviver.revive(LOSS)
-    assert (server.num_restarts, reviver.num_restarts, server.pauses) == (1, 1, [0.0])
+        recovery.recover(LOSS)
+    assert (server.num_restarts, recovery.num_restarts, server.pauses) == (1, 1, [0.0])
     assert "SIGKILL" in caplog.text and "1 of 3 restarts" in caplog.text
 
 
 def test_pauses_double_and_the_budget_is_of_the_whole_run() -> None:
     server = Server(is_ours=True, death=DEATH)
-    reviver = server.reviver(max_restarts=4)
+    recovery = server.recovery(max_restarts=4)
     for _ in range(4):
         server.death = DEATH
-        reviver.revive(LOSS)
+        recovery.recover(LOSS)
     assert server.pauses == [0.0, 1.0, 2.0, 4.0]
     server.death = DEATH
     with pytest.raises(
         PolicyServerError, match=r"4 times, and `gym_server_restarts` allows no more(.|\n)*SIGKILL"
     ) as caught:
-        reviver.revive(LOSS)
+        recovery.recover(LOSS)
     assert caught.value.__cause__ is LOSS and server.num_restarts == 4
 
 
 def test_a_restart_that_fails_counts_and_is_tried_again() -> None:
     failed = PolicyServerError("the policy server was not ready after 600 s")
     server = Server(is_ours=True, death=DEATH, restarts=[failed, None])
-    reviver = server.reviver()
-    reviver.revive(LOSS)
-    assert reviver.num_restarts == 2
+    recovery = server.recovery()
+    recovery.recover(LOSS)
+    assert recovery.num_restarts == 2
     server = Server(is_ours=True, death=DEATH, restarts=[failed] * 9)
     with pytest.raises(PolicyServerError, match=r"3 times(.|\n)*was not ready after 600 s"):
-        server.reviver().revive(LOSS)
+        server.recovery().recover(LOSS)
 
 
 def test_what_would_happen_again_is_not_tried_again() -> None:
     server = Server(is_ours=True, death=DEATH, restarts=[ConfigError("unrecognized arguments: --x")])
-    with pytest.raises(PolicyServerError, match="does not start again: unrecognized arguments: --x"):
-        server.reviver().revive(LOSS)
+    with pytest.raises(PolicyServerError, match="cannot start again: unrecognized arguments: --x"):
+        server.recovery().recover(LOSS)
     assert server.num_restarts == 1
 
 
@@ -159,7 +159,7 @@ def test_a_server_that_is_well_is_not_replaced() -> None:
     server = Server(is_ours=True)
     full = WeightSyncError("No space left in /dev/shm")
     with pytest.raises(WeightSyncError) as caught:
-        server.reviver().revive(full)
+        server.recovery().recover(full)
     assert caught.value is full and server.num_restarts == 0
 
 
@@ -168,14 +168,14 @@ def test_a_server_that_is_well_is_not_replaced() -> None:
 def test_one_that_hangs_or_whose_engine_is_dead_is_replaced(hangs: bool) -> None:
     server = Server(is_ours=True, looks=[LOSS] * 50 if hangs else [])
     server.client.healthy = hangs
-    server.reviver().revive(WeightSyncError("HTTP 500: EngineCore encountered an issue"))
+    server.recovery().recover(WeightSyncError("HTTP 500: EngineCore encountered an issue"))
     assert server.num_restarts == 1
 
 
 def test_a_process_that_belongs_to_somebody_else_is_not_restarted() -> None:
     server = Server(is_ours=True, death=DEATH)
     with pytest.raises(PolicyServerLostError, match="SIGKILL"):
-        server.reviver(may_restart=False).revive(LOSS)
+        server.recovery(may_restart=False).recover(LOSS)
     assert server.num_restarts == 0
 
 
@@ -185,10 +185,10 @@ def test_a_process_that_belongs_to_somebody_else_is_not_restarted() -> None:
 @pytest.mark.usefixtures("clock")
 def test_one_elsewhere_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     server = Server(is_ours=False, looks=[LOSS] * 6 + ["second"])
-    reviver = server.reviver()
+    recovery = server.recovery()
     with caplog.at_level(logging.WARNING):
-        reviver.revive(LOSS)
-        reviver.revive(LOSS)  # compared with the second now
+        recovery.recover(LOSS)
+        recovery.recover(LOSS)  # compared with the second now
     assert server.pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0]
     assert f"waiting for the policy server at {server.base_url}" in caplog.text and "was restarted" in caplog.text
     assert caplog.text.count("was restarted") == 1 and "answers again, unchanged" in caplog.text
@@ -197,44 +197,44 @@ def test_one_elsewhere_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.usefixtures("clock")
 def test_another_process_at_the_same_address_is_noticed() -> None:
     server = Server(is_ours=False, looks=["first", "second", "second", "second"])
-    reviver = server.reviver()
-    reviver.require_same()
+    recovery = server.recovery()
+    recovery.require_same()
     with pytest.raises(PolicyServerLostError, match="was restarted"):
-        reviver.require_same()
-    reviver.revive(LOSS)
-    reviver.require_same()
+        recovery.require_same()
+    recovery.recover(LOSS)
+    recovery.require_same()
     ours = Server(is_ours=True)
-    reviver = ours.reviver()
+    recovery = ours.recovery()
     ours.death = DEATH
     with pytest.raises(PolicyServerLostError, match="SIGKILL"):
-        reviver.require_same()
-    reviver.revive(LOSS)
-    reviver.require_same()
+        recovery.require_same()
+    recovery.recover(LOSS)
+    recovery.require_same()
 
 
-def test_not_for_ever(clock: list[float]) -> None:
+def test_not_forever(clock: list[float]) -> None:
     server = Server(is_ours=False, looks=[LOSS] * 1000)
     with pytest.raises(
         PolicyServerError, match=r"did not come back within 20 s \(`gym_server_reconnect_timeout`\)"
     ) as caught:
-        server.reviver(reconnect_timeout_s=20.0).revive(LOSS)
+        server.recovery(reconnect_timeout_s=20.0).recover(LOSS)
     assert caught.value.__cause__ is LOSS and clock[0] < 60
 
 
 def test_a_refusal_by_the_same_process_is_not_a_loss() -> None:
     refusal = PolicyResponseError("POST /update_weights: HTTP 500: bad", 500)
     with pytest.raises(PolicyResponseError) as caught:
-        Server(is_ours=False).reviver().revive(refusal)
+        Server(is_ours=False).recovery().recover(refusal)
     assert caught.value is refusal
-    Server(is_ours=False, looks=["second"]).reviver().revive(refusal)  # of another one it says nothing
+    Server(is_ours=False, looks=["second"]).recovery().recover(refusal)  # of another one it says nothing
 
 
 def test_a_network_that_drops_connections_again_and_again_ends_it() -> None:
-    reviver = Server(is_ours=False).reviver()
+    recovery = Server(is_ours=False).recovery()
     for _ in range(5):
-        reviver.revive(LOSS)
+        recovery.recover(LOSS)
     with pytest.raises(PolicyServerError, match="was lost 6 times within 600 s"):
-        reviver.revive(LOSS)
+        recovery.recover(LOSS)
 
 
 def test_an_interrupted_update_is_ended_before_the_next_one() -> None:
@@ -244,5 +244,22 @@ def test_an_interrupted_update_is_ended_before_the_next_one() -> None:
     assert end_interrupted_update(paused) and paused.num_abandoned == 1
     server = Server(is_ours=False)
     server.client = Client(paused=True)
-    server.reviver().revive(LOSS)
+    server.recovery().recover(LOSS)
     assert server.client.num_abandoned == 1
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_server_lost_right_after_its_return_is_recovered_again(is_ours: bool) -> None:
+    class Flaky(Client):
+        def is_paused(self) -> bool:
+            if self.num_losses:
+                self.num_losses -= 1
+                server.death = DEATH if is_ours else None
+                raise LOSS
+            return False
+
+    server = Server(is_ours=is_ours, death=DEATH if is_ours else None)
+    server.client = Flaky()
+    server.client.num_losses = 2
+    server.recovery().recover(LOSS)
+    assert server.num_restarts == (3 if is_ours else 0)

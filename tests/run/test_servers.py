@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +15,12 @@ from peft import LoraConfig
 from tests.policy_server.fake_vllm import FakeVllm
 from tests.policy_server.test_splice_probe import REMEDIES, served
 from tests.policy_server.tiny_model import build_random_policy
+from tests.test_ranks import on_ranks
 from trl_gym import GymGRPOConfig, GymServers
-from trl_gym.errors import PolicyServerError, PolicyServerLostError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError, TrlGymError
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
-from trl_gym.policy_server.server import PolicyServer
-from trl_gym.run.servers import RunServers, servers_for
+from trl_gym.policy_server.server import PolicyServer, ServerState
+from trl_gym.run.servers import RunServers, close_previous, servers_for
 
 
 class Rerendering(FakeVllm):
@@ -135,7 +140,7 @@ def test_the_key_of_a_server_elsewhere_is_in_the_environment(tmp_path: Path, mon
             run_servers(client.base_url, tmp_path).start()
 
 
-# -- found paused, revived --------------------------------------------------------------------------------------------
+# -- found paused, recovered -----------------------------------------------------------------------------------------
 
 
 class Interrupted(FakeVllm):
@@ -163,7 +168,7 @@ def test_a_server_found_paused_is_made_ready_for_the_next_sync_and_checked_after
     with served(OnPolicyMiddleware(vllm, Settings())) as client:
         servers = run_servers(client.base_url, tmp_path)
         servers.start()
-        servers.wait_ready(lambda items: items)
+        servers.wait_ready()
         ended = [path for path, _ in vllm.requests if path.endswith(("_update", "_weights"))]
         assert ended == ["/finish_weight_update", "/update_weights"]
         assert vllm.chats() == [] and caplog.text.count("is paused") == 1
@@ -181,34 +186,166 @@ def test_a_server_that_somebody_restarted_is_a_loss(tmp_path: Path, monkeypatch:
     with served(app) as client:
         servers = run_servers(client.base_url, tmp_path)
         servers.start()
-        servers.wait_ready(lambda items: items)
+        servers.wait_ready()
         servers.check_before_rollouts()
         app._instance = "another"
         with pytest.raises(PolicyServerLostError, match="was restarted"):
             servers.check_before_rollouts()
-        servers.revive(PolicyServerLostError("was restarted"), lambda items: items)
+        servers.recover(PolicyServerLostError("was restarted"))
         servers.check_before_rollouts()
         assert servers.num_restarts == 0
 
 
-def test_every_rank_hears_that_a_server_does_not_come_back(tmp_path: Path) -> None:
-    loss = PolicyServerLostError("connection refused")
-    told: list[Any] = []
+# -- several ranks ----------------------------------------------------------------------------------------------------
 
+
+class Gym:
+    """A NeMo Gym that fails on command. Each rank has its own."""
+
+    state = ServerState.STARTING
+    head_url = "http://127.0.0.1:1"
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure = failure
+
+    def connect_policy(self, *_: object) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def wait_ready(self) -> Gym:
+        self.connect_policy()
+        return self
+
+
+def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, call: Callable[[RunServers], Any]) -> list[Any]:
+    """What `call` returns or raises on each of several ranks, which are threads."""
+    here = threading.local()
+    monkeypatch.setattr("trl_gym.ranks._gather", lambda items: here.gather(items))
+
+    def on_rank(rank: int, gather: Any) -> Any:
+        here.gather = gather
+        servers = run_servers("http://127.0.0.1:1/v1", tmp_path)
+        servers._process = SimpleNamespace(process_index=rank, is_main_process=rank == 0)
+        return call(servers)
+
+    return on_ranks(number, on_rank)
+
+
+class Policy:
+    """A policy server that is ready, or whose `wait_ready` fails."""
+
+    base_url, model_name, is_ours, state = "http://127.0.0.1:1/v1", "policy", False, ServerState.STARTING
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure = failure
+        self.client = SimpleNamespace(api_key="key", close=lambda: None)
+
+    def wait_ready(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def look(self) -> str:
+        return "instance"
+
+
+# Anything that a wrong answer, a full disk or a mistake of ours may raise.
+FAILURES = [PolicyServerError("It died.", "Start it."), OSError("No space left"), KeyError("head_url")]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize("step", ["start", "gym", "policy"])
+def test_what_fails_on_rank_0_is_raised_on_every_rank(
+    failure: Exception, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(servers: RunServers) -> None:
+        servers.policy, servers.gym = Policy(), Gym()
+        if step == "policy":
+            servers.policy.failure = failure
+        else:
+            servers.gym.failure = failure
+        if step == "start":
+            servers.start()
+        else:
+            servers.wait_ready()
+
+    first, second, third = play(monkeypatch, tmp_path, 3, call)
+    assert first is failure and type(second) is type(third)
+    assert isinstance(second, TrlGymError) and str(second).startswith("rank 0: ")
+    if isinstance(failure, TrlGymError):
+        assert type(second) is type(failure) and second.remedy == failure.remedy
+
+
+def test_what_fails_on_another_rank_that_attaches_is_raised_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attached: list[tuple[str, str]] = []
+
+    def attach(base_url: str, *, api_key: str) -> Policy:
+        attached.append((base_url, api_key))
+        return Policy()
+
+    def attach_gym(head_url: str) -> Gym:
+        return Gym(OSError("No route to host") if len(attached) == 2 else None)
+
+    def call(servers: RunServers) -> None:
+        servers._splice_checked = True
+        if servers._process.is_main_process:
+            servers.policy, servers.gym = Policy(), Gym()
+        servers.wait_ready()
+
+    monkeypatch.setattr("trl_gym.run.servers.attach_policy", attach)
+    monkeypatch.setattr(GymServers, "attach", attach_gym)
+    first, second, third = play(monkeypatch, tmp_path, 3, call)
+    assert attached == [(Policy.base_url, "key")] * 2
+    assert OSError in (type(second), type(third))
+    assert isinstance(first, TrlGymError) and "OSError: No route to host" in str(first)
+
+
+def test_every_rank_hears_that_a_server_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hopeless:
-        def revive(self, error: Exception) -> None:
-            raise PolicyServerError("the budget is used up") from error
+        def recover(self, error: Exception) -> None:
+            raise PolicyServerError("The budget is used up.", "Find the cause.") from error
 
-    servers = run_servers("http://127.0.0.1:1/v1", tmp_path)
-    servers._reviver = Hopeless()
-    with pytest.raises(PolicyServerError, match=r"^the budget is used up"):
-        servers.revive(loss, told.extend)
-    assert told == ["the budget is used up"]
-    servers._is_main = False
+    def call(servers: RunServers) -> None:
+        servers._recovery = Hopeless()
+        servers.recover(PolicyServerLostError("connection refused"))
 
-    def receive(items: list[Any]) -> None:
-        items[:] = told
+    first, second = play(monkeypatch, tmp_path, 2, call)
+    assert str(first) == "The budget is used up. Find the cause."
+    assert type(second) is PolicyServerError and str(second) == "rank 0: The budget is used up. Find the cause."
 
-    with pytest.raises(PolicyServerError, match="rank 0: the budget is used up") as caught:
-        servers.revive(loss, receive)
-    assert caught.value.__cause__ is loss
+
+# -- one trainer per output folder ------------------------------------------------------------------------------------
+
+
+class Trainer:
+    def __init__(self) -> None:
+        self.num_closed = 0
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+def test_a_trainer_for_the_same_folder_replaces_the_one_before(tmp_path: Path) -> None:
+    first, second, elsewhere = Trainer(), Trainer(), Trainer()
+    close_previous(tmp_path / "out", first)
+    close_previous(tmp_path / "other", elsewhere)
+    close_previous(f"{tmp_path}/x/../out", second)
+    assert (first.num_closed, second.num_closed, elsewhere.num_closed) == (1, 0, 0)
+    close_previous(tmp_path / "out", second)
+    assert second.num_closed == 0
+
+
+def test_one_that_is_gone_is_not_kept_alive(tmp_path: Path) -> None:
+    closed: list[Path] = []
+
+    class Telling(Trainer):
+        def close(self) -> None:
+            closed.append(tmp_path)
+
+    first = Telling()
+    close_previous(tmp_path, first)
+    del first
+    gc.collect()
+    close_previous(tmp_path, Trainer())
+    assert closed == []

@@ -25,8 +25,8 @@ class Recorder:
             raise self._failures.pop(0)
         return f"pushed {step}"
 
-    def revive(self, error: Exception, broadcast: Any) -> None:
-        self.calls.append("revive")
+    def recover(self, error: Exception) -> None:
+        self.calls.append("recover")
         if self._hopeless:
             raise error
 
@@ -50,7 +50,7 @@ def test_a_push_goes_on_with_a_recovered_server(failure: Exception) -> None:
     recorder = Recorder(failure)
     assert weights_with(recorder).push("model", 7) == "pushed 7"
     # Room first: a server that starts needs its memory; and nothing that was agreed with the old one holds.
-    assert recorder.calls == ["push", "make_room", "revive", "disconnect", "reset", "push"]
+    assert recorder.calls == ["push", "make_room", "recover", "disconnect", "reset", "push"]
 
 
 def test_weights_that_compute_something_else_are_not_sent_again() -> None:
@@ -64,7 +64,7 @@ def test_an_error_that_another_server_would_not_fix_ends_the_run() -> None:
     recorder = Recorder(WeightSyncError("no space"), hopeless=True)
     with pytest.raises(WeightSyncError, match="no space"):
         weights_with(recorder, sharing=False).push("model", 1)
-    assert recorder.calls == ["push", "revive"]
+    assert recorder.calls == ["push", "recover"]
 
 
 @pytest.mark.parametrize("again", [False, True])

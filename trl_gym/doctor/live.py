@@ -306,7 +306,7 @@ def continuation(subject: Subject) -> Iterator[Finding]:
 
     subject.run = RunServers(args, lambda: subject.model, subject.policy, subject.gym)
     subject.run.start()
-    subject.run.wait_ready(lambda message: None)
+    subject.run.wait_ready()
     yield ok(
         "NeMo Gym calls this policy server" + ("" if subject.logged else ", which continues sampled tokens exactly")
     )

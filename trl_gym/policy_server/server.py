@@ -134,10 +134,13 @@ def would_die_again(log_path: Path) -> bool:
 
 
 def _cause_in(log_path: Path) -> str | None:
-    with open(log_path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _MAX_LOG_BYTES))
-        return find_cause(file.read().decode(errors="replace"))
+    try:
+        with open(log_path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _MAX_LOG_BYTES))
+            return find_cause(file.read().decode(errors="replace"))
+    except OSError as error:  # somebody removed it; that must not prevent a restart
+        return f"Its log {log_path} cannot be read: {error}"
 
 
 def _whole(line: str, following: str) -> str:
@@ -449,21 +452,27 @@ class PolicyServer:
         again = f"-restart{self._num_starts}" if self._num_starts else ""
         self._num_starts += 1
         self.log_path = self._log_dir / f"policy_server-{self._port}{again}.log"
-        self._process = ChildProcess(
-            "policy server",
-            command.serve_command(
-                self.model,
-                host=self._host,
-                port=self._port,
-                listen_fd=sock.fileno(),
-                name=self.model_name,
-                flags=self._flags,
-            ),
-            log_path=self.log_path,
-            # A key of the user's shell must not become the server's without our client knowing it.
-            env={"VLLM_API_KEY": self._api_key, **self._env, ENV_NONCE: self._nonce},
-            pass_fds=[sock.fileno()],
-        )
+        try:
+            self._process = ChildProcess(
+                "policy server",
+                command.serve_command(
+                    self.model,
+                    host=self._host,
+                    port=self._port,
+                    listen_fd=sock.fileno(),
+                    name=self.model_name,
+                    flags=self._flags,
+                ),
+                log_path=self.log_path,
+                # A key of the user's shell must not become the server's without our client knowing it.
+                env={"VLLM_API_KEY": self._api_key, **self._env, ENV_NONCE: self._nonce},
+                pass_fds=[sock.fileno()],
+            )
+        except OSError as error:
+            raise PolicyServerError(
+                f"The policy server's process cannot be started with the log {self.log_path}: {error}.",
+                "Make room, or choose another folder for logs (`gym_log_dir`).",
+            ) from error
 
     def _rebind(self) -> socket.socket:
         """Our port again. Connections that the dead server left behind do not hold it (`SO_REUSEADDR`); what is left

@@ -11,7 +11,7 @@ import logging
 import uuid
 from typing import Any
 
-from trl_gym.errors import PolicyServerError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,8 @@ def _ask(client: PolicyClient, model_name: str) -> tuple[list[int], dict[str, An
         answer = client.chat(model=model_name, messages=messages, max_tokens=1, trl_gym=tag)
     except PolicyResponseError as error:
         raise _no_splice(client, f"it refused a conversation with sampled tokens in it ({error})") from error
-    except PolicyServerError as error:
-        raise PolicyServerError(
+    except PolicyServerLostError as error:
+        raise PolicyServerLostError(
             f"{error}, asked for a single token. A server that a former run left paused answers no chat; "
             f"`curl -X POST {client.root_url}/resume` continues it."
         ) from error

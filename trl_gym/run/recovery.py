@@ -1,11 +1,11 @@
-"""Getting a policy server back that died or disappeared.
+"""Get a policy server back that has died or disappeared.
 
-    ours          restarted on the same port, after a pause that doubles, `gym_server_restarts` times in the run
-    elsewhere     waited for, `gym_server_reconnect_timeout` seconds at a time
-    borrowed      belongs to whoever passed it in: neither
+    ours          is restarted on the same port, after a pause that doubles, `gym_server_restarts` times in the run
+    elsewhere     is waited for, `gym_server_reconnect_timeout` seconds each time
+    borrowed      belongs to the caller who passed it in: neither
 
-Whichever it is, its weights are not the trainer's until they are pushed again. A server that is well after all is not
-replaced: what went wrong would go wrong again, and is raised.
+A server that comes back does not hold the trainer's weights until they are pushed again. A server that turns out to
+be well is not replaced: what went wrong would go wrong again, and is raised.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from trl_gym.policy_server.server import PolicyBackend
 logger = logging.getLogger(__name__)
 
 _MAX_PAUSE_S = 60.0  # between two restarts
-_DYING_S = 10.0  # for a process that answers no more, or badly, to end by itself
-_LOOK_EVERY_S = 0.5
-_MAX_LOOK_EVERY_S = 10.0  # for a server elsewhere
-_TELL_EVERY_S = 30.0
-_MAX_BLIPS = 5  # times that a server may be lost and there again, unchanged …
-_BLIP_WINDOW_S = 600.0  # … within this time
+_EXIT_TIMEOUT_S = 10.0  # for a process that does not answer, or answers badly, to end by itself
+_POLL_S = 0.5
+_MAX_POLL_S = 10.0  # for a server elsewhere
+_LOG_EVERY_S = 30.0
+_MAX_RECONNECTS = 5  # times that a server may be lost and found unchanged …
+_RECONNECT_WINDOW_S = 600.0  # … within this time
 
 
-class Reviver:
-    """Gets one policy server back, as often as it may.
+class PolicyRecovery:
+    """Restart a run's policy server, or wait for it, as often as the configuration allows.
 
     Args:
         policy: The server.
-        max_restarts: How often its process may be started again, if it is ours.
-        may_restart: Whether it is ours to restart; a server that was passed in belongs to somebody else.
+        max_restarts: How often its process may be restarted, if it is ours.
+        may_restart: Whether this run may restart it; a server that was passed in belongs to the caller.
         reconnect_timeout_s: How long a server elsewhere is waited for, each time.
         sleep: For tests.
 
     Attributes:
-        num_restarts: How often it was started again so far.
+        num_restarts: How often it was restarted so far.
 
     Raises:
-        PolicyServerError: It does not answer now.
+        PolicyServerError: The server does not answer now.
     """
 
     def __init__(
@@ -59,74 +59,89 @@ class Reviver:
         self._max_restarts, self._may_restart = max_restarts, may_restart
         self._reconnect_timeout_s = reconnect_timeout_s
         self._sleep = sleep
-        self._blips: list[float] = []
+        self._reconnects: list[float] = []
         self._instance = policy.look()
         self.num_restarts = 0
 
     def require_same(self) -> None:
-        """Raise `PolicyServerLostError` when the server is another process than the one that was left by `revive`, or
-        the first: somebody else has restarted it."""
+        """Check that the process that answers is the first one, or the one that `recover` left.
+
+        Raises:
+            PolicyServerLostError: Another process answers, or none.
+        """
         now = self._policy.look()
         if now != self._instance and now is not None:
             raise PolicyServerLostError(
-                f"the policy server at {self._policy.base_url} was restarted: another process answers than before"
+                f"The policy server at {self._policy.base_url} was restarted: another process answers than before."
             )
 
-    def revive(self, error: Exception) -> None:
+    def recover(self, error: Exception) -> None:
         """Return when the server answers again.
 
         Args:
-            error: What made the caller think that it does not.
+            error: What made the caller think that it is lost.
 
         Raises:
             Exception: `error` itself, when the server is well and its loss was not what went wrong.
             PolicyServerError: The server does not come back; caused by `error`.
         """
-        if self._policy.is_ours and self._may_restart:
-            self._revive_ours(error)
-        elif self._policy.is_ours:
+        if self._policy.is_ours and not self._may_restart:
             self._policy.check()
             raise error
-        else:
-            self._wait_for_return(error)
-        end_interrupted_update(self._policy.client)
+        while True:
+            if self._policy.is_ours:
+                self._restart(error)
+            else:
+                self._wait_for_return(error)
+            try:
+                end_interrupted_update(self._policy.client)
+            except PolicyServerLostError as lost_again:
+                error = lost_again
+            else:
+                return
 
-    def _revive_ours(self, error: Exception) -> None:
+    def _restart(self, error: Exception) -> None:
         death = self._death()
         if death is None:
-            self._count_blip(error)
+            self._count_reconnect(error)
             return
         while True:
             if self.num_restarts >= self._max_restarts:
                 raise PolicyServerError(
-                    f"The policy server has died and is not started again: it has been {self.num_restarts} times, and "
-                    f"`gym_server_restarts` allows no more. Look for the cause first.\n\n{death}"
+                    f"The policy server has died and is not restarted: it was restarted {self.num_restarts} times, "
+                    f"and `gym_server_restarts` allows no more. It died of this: {death.problem}",
+                    death.remedy or "Find the cause in its log before you raise `gym_server_restarts`.",
                 ) from error
-            pause_s = min(2.0 ** (self.num_restarts - 1), _MAX_PAUSE_S) if self.num_restarts else 0.0
-            self.num_restarts += 1
-            logger.warning(
-                "restarting the policy server in %g s (%d of %d restarts). It has died: %s",
-                pause_s,
-                self.num_restarts,
-                self._max_restarts,
-                death,
-            )
-            self._sleep(pause_s)
+            self._pause_before_restart(death)
             started = time.monotonic()
             try:
                 self._policy.restart()
                 self._instance = self._policy.look()
             except ConfigError as failed:
-                raise PolicyServerError(f"The policy server died and does not start again: {failed}") from error
+                raise PolicyServerError(
+                    f"The policy server died and cannot start again: {failed.problem}", failed.remedy
+                ) from error
             except PolicyServerError as failed:
                 death = failed
                 continue
             logger.warning("the policy server is back after %.0f s", time.monotonic() - started)
             return
 
+    def _pause_before_restart(self, death: PolicyServerError) -> None:
+        pause_s = min(2.0 ** (self.num_restarts - 1), _MAX_PAUSE_S) if self.num_restarts else 0.0
+        self.num_restarts += 1
+        logger.warning(
+            "restarting the policy server in %g s (%d of %d restarts). It has died: %s",
+            pause_s,
+            self.num_restarts,
+            self._max_restarts,
+            death,
+        )
+        self._sleep(pause_s)
+
     def _death(self) -> PolicyServerError | None:
-        """How our server died; None when it is well. One that only hangs counts as dead."""
-        deadline = time.monotonic() + _DYING_S
+        """Return how our server died; None when it is well. A server that hangs counts as dead."""
+        deadline = time.monotonic() + _EXIT_TIMEOUT_S
         while True:
             try:
                 self._policy.check()
@@ -135,20 +150,19 @@ class Reviver:
             try:
                 self._policy.look()
             except PolicyServerError as silence:
-                if time.monotonic() >= deadline:
-                    return PolicyServerLostError(f"its process runs and does not answer ({silence})")
-                self._sleep(_LOOK_EVERY_S)
-                continue
-            if self._policy.client.patient(_DYING_S).health():
-                return None
+                hangs = PolicyServerLostError(f"Its process runs and does not answer: {silence}")
+            else:
+                if self._policy.client.patient(_EXIT_TIMEOUT_S).health():
+                    return None
+                hangs = PolicyServerLostError("Its process runs and reports that its engine is dead.")
             if time.monotonic() >= deadline:
-                return PolicyServerLostError("its process runs and says that its engine is dead")
-            self._sleep(_LOOK_EVERY_S)
+                return hangs
+            self._sleep(_POLL_S)
 
     def _wait_for_return(self, error: Exception) -> None:
         started = time.monotonic()
         deadline = started + self._reconnect_timeout_s
-        next_line, pause_s = started, _LOOK_EVERY_S
+        next_line, pause_s = started, _POLL_S
         while True:
             try:
                 now = self._policy.look()
@@ -158,11 +172,12 @@ class Reviver:
                 if at >= deadline:
                     raise PolicyServerError(
                         f"The policy server at {self._policy.base_url} did not come back within "
-                        f"{self._reconnect_timeout_s:g} s (`gym_server_reconnect_timeout`). Start it again there, and "
-                        f"resume this run. The last attempt: {silence}"
+                        f"{self._reconnect_timeout_s:g} s (`gym_server_reconnect_timeout`). "
+                        f"The last attempt: {silence}",
+                        "Start it again there, and resume this run.",
                     ) from error
                 if at >= next_line:
-                    next_line = at + _TELL_EVERY_S
+                    next_line = at + _LOG_EVERY_S
                     logger.warning(
                         "waiting for the policy server at %s, %.0f of %g s (`gym_server_reconnect_timeout`): %s",
                         self._policy.base_url,
@@ -171,30 +186,33 @@ class Reviver:
                         silence,
                     )
                 self._sleep(min(pause_s, deadline - at))
-                pause_s = min(2 * pause_s, _MAX_LOOK_EVERY_S)
+                pause_s = min(2 * pause_s, _MAX_POLL_S)
         if now is None or now == self._instance:
-            self._count_blip(error)
+            self._count_reconnect(error)
         else:
             self._instance = now
             logger.warning("the policy server at %s was restarted; it gets the weights again", self._policy.base_url)
 
-    def _count_blip(self, error: Exception) -> None:
-        """It is there, and the same. If it could not be reached, that was the network; if that goes on, give up."""
+    def _count_reconnect(self, error: Exception) -> None:
+        """Give up when a server is lost and found unchanged again and again. Raise what was not a loss at all."""
         if not isinstance(error, PolicyServerLostError):
             raise error
         now = time.monotonic()
-        self._blips = [*(then for then in self._blips if now - then < _BLIP_WINDOW_S), now]
-        if len(self._blips) > _MAX_BLIPS:
+        self._reconnects = [*(then for then in self._reconnects if now - then < _RECONNECT_WINDOW_S), now]
+        if len(self._reconnects) > _MAX_RECONNECTS:
             raise PolicyServerError(
-                f"The policy server at {self._policy.base_url} runs and was lost {len(self._blips)} times within "
-                f"{_BLIP_WINDOW_S:g} s: something between it and this process drops connections."
+                f"The policy server at {self._policy.base_url} runs and was lost {len(self._reconnects)} times within "
+                f"{_RECONNECT_WINDOW_S:g} s.",
+                "Find out what drops connections between it and this process (a proxy, a firewall, the network).",
             ) from error
         logger.warning("the policy server at %s answers again, unchanged: %s", self._policy.base_url, error)
 
 
 def end_interrupted_update(client: PolicyClient) -> bool:
-    """After a trainer that died in the middle of a weight sync: let the next one begin. Returns whether the server
-    is paused, as it is then.
+    """End the weight update that a trainer left behind when it died, so that another one can begin.
+
+    Returns:
+        Whether the server is paused, as it is after such an update.
 
     Raises:
         PolicyServerLostError: The server does not answer.

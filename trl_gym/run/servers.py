@@ -24,15 +24,16 @@ from transformers import PreTrainedModel
 
 from trl_gym import compat
 from trl_gym.config import GymGRPOConfig
-from trl_gym.errors import ConfigError, PolicyServerError, ServerError, TrlGymError
+from trl_gym.errors import ConfigError
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.plan import from_trainer, this_device
 from trl_gym.policy_server.command import api_key_from_environment
 from trl_gym.policy_server.fleet import attach_policy
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
+from trl_gym.ranks import agreed, on_main
 from trl_gym.rollouts.source import check_replay
-from trl_gym.run.recovery import Reviver, end_interrupted_update
+from trl_gym.run.recovery import PolicyRecovery, end_interrupted_update
 from trl_gym.weight_sync.transports.plan import plan_transport
 
 logger = logging.getLogger(__name__)
@@ -69,18 +70,35 @@ class RunServers:
         self._start_options = start_options
         self._owns_policy = policy is None or policy.state == "new"
         self._owns_gym = gym is None or gym.state.value == "new"
-        self._is_main = PartialState().is_main_process
+        self._process = PartialState()
         self._splice_checked = self._found_paused = False
-        self._reviver: Reviver | None = None
+        self._recovery: PolicyRecovery | None = None
         _check_sources(args, policy, gym)
         # None until `start` (until `wait_ready` on ranks above 0); nothing uses them before.
         self.policy: PolicyBackend = policy  # type: ignore[assignment]
         self.gym: GymServers = gym  # type: ignore[assignment]
 
     def start(self) -> None:
-        """Spawn on rank 0; returns before they are ready."""
-        if not self._is_main:
-            return
+        """Spawn both on rank 0; returns before they are ready. Every rank calls it in step.
+
+        Raises:
+            ConfigError, ServerError: On every rank, when rank 0 could not start them.
+        """
+        on_main(self._process, self._start)
+
+    def wait_ready(self) -> None:
+        """Wait for both on rank 0, then attach to them on the other ranks. Every rank calls it in step.
+
+        Raises:
+            ServerError: On every rank, when one rank could not get them.
+        """
+        base_url, api_key, head_url = on_main(self._process, self._wait_ready)
+        with agreed(self._process):
+            if not self._process.is_main_process:
+                self.policy = attach_policy(base_url, api_key=api_key)
+                self.gym = GymServers.attach(head_url).wait_ready()
+
+    def _start(self) -> None:
         if self.policy is None:
             self.policy = self.new_policy()
         if self.policy.state == "new":
@@ -94,40 +112,17 @@ class RunServers:
         if self.gym.state.value == "new":
             self.gym.start()
 
-    def wait_ready(self, broadcast: Callable[[list[Any]], Any]) -> None:
-        """Wait on rank 0, then tell every rank where they are.
-
-        Args:
-            broadcast: Sends a list's items from rank 0 to all ranks, in place (accelerate's `broadcast_object_list`).
-
-        Raises:
-            ServerError: On every rank, when rank 0 could not get them.
-        """
-        message: list[Any] = [None]
-        error: TrlGymError | None = None
-        if self._is_main:
-            try:
-                self.gym.wait_ready()
-                self.policy.wait_ready()
-                self._check_splice_unless_paused()
-                self._reviver = Reviver(
-                    self.policy,
-                    max_restarts=self._args.gym_server_restarts,
-                    may_restart=self._owns_policy,
-                    reconnect_timeout_s=self._args.gym_server_reconnect_timeout,
-                )
-                message[0] = (self.policy.base_url, self.policy.client.api_key, self.gym.head_url)
-            except TrlGymError as caught:
-                error = caught  # told to the other ranks first: they would wait for the broadcast for ever
-        broadcast(message)
-        if error is not None:
-            raise error
-        if message[0] is None:
-            raise ServerError("The servers could not be started; rank 0 says why.")
-        if not self._is_main:
-            base_url, api_key, head_url = message[0]
-            self.policy = attach_policy(base_url, api_key=api_key)
-            self.gym = GymServers.attach(head_url).wait_ready()
+    def _wait_ready(self) -> tuple[str, str | None, str]:
+        self.gym.wait_ready()
+        self.policy.wait_ready()
+        self._check_splice_unless_paused()
+        self._recovery = PolicyRecovery(
+            self.policy,
+            max_restarts=self._args.gym_server_restarts,
+            may_restart=self._owns_policy,
+            reconnect_timeout_s=self._args.gym_server_reconnect_timeout,
+        )
+        return self.policy.base_url, self.policy.client.api_key, self.gym.head_url
 
     def check(self) -> None:
         """Raise when the policy server, or the whole Gym that we started, has died. A single environment that is down
@@ -143,7 +138,7 @@ class RunServers:
             PolicyServerLostError: Somebody restarted it since; what it has of us may be a part.
             PolicyServerError: It cannot be used.
         """
-        if not self._is_main:
+        if not self._process.is_main_process:
             return
         self.require_same_policy()
         if not self._splice_checked:
@@ -156,8 +151,8 @@ class RunServers:
         Raises:
             PolicyServerLostError: It is another one, or none.
         """
-        if self._reviver is not None:
-            self._reviver.require_same()
+        if self._recovery is not None:
+            self._recovery.require_same()
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -168,32 +163,24 @@ class RunServers:
     @property
     def num_restarts(self) -> int:
         """How often the policy server was started again; known on rank 0."""
-        return 0 if self._reviver is None else self._reviver.num_restarts
+        return 0 if self._recovery is None else self._recovery.num_restarts
 
-    def revive(self, error: Exception, broadcast: Callable[[list[Any]], Any]) -> None:
+    def recover(self, error: Exception) -> None:
         """Get a policy server back that died or disappeared. Every rank calls it in step, and pushes the weights next.
 
         Args:
             error: What made this rank, or another one, think that it did.
-            broadcast: As for `wait_ready`.
 
         Raises:
             Exception: `error`, when the server is well and something else went wrong.
             PolicyServerError: On every rank, when it does not come back; says why.
         """
-        message: list[Any] = [None]
-        failure: Exception | None = None
-        if self._is_main:
-            try:
-                self._reviver.revive(error)
-            except Exception as caught:  # told to the other ranks first
-                failure = caught
-                message[0] = str(caught) or repr(caught)
-        broadcast(message)
-        if failure is not None:
-            raise failure
-        if message[0] is not None:
-            raise PolicyServerError(f"rank 0: {message[0]}") from error
+
+        def on_rank_0() -> None:
+            assert self._recovery is not None, "made by `wait_ready`"
+            self._recovery.recover(error)
+
+        on_main(self._process, on_rank_0)
         self.policy.client.close()  # what is left of connections to the old process
 
     def server_config(self) -> dict[str, Any]:
@@ -265,7 +252,7 @@ class NoServers:
     def start(self) -> None:
         """Nothing to start."""
 
-    def wait_ready(self, broadcast: Callable[[list[Any]], Any]) -> None:
+    def wait_ready(self) -> None:
         """Nothing to wait for."""
 
     num_restarts = 0
@@ -280,7 +267,7 @@ class NoServers:
     def require_same_policy(self) -> None:
         """Nothing that could be another one."""
 
-    def revive(self, error: Exception, broadcast: Callable[[list[Any]], Any]) -> None:
+    def recover(self, error: Exception) -> None:
         """Nothing to get back."""
         raise error
 
@@ -427,33 +414,31 @@ def _warn_of_idle_gpus(args: GymGRPOConfig) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One trainer per output folder: a notebook cell that is run again replaces the trainer that it made before.
-#
-# Without this, `trainer = GymGRPOTrainer(…)` run a second time starts a second policy server while the first, still
-# named by `trainer`, holds the device. Two trainers that write to one folder are never meant.
+# One trainer per output folder of this process. A notebook cell that is run again makes a second trainer while the
+# first, still named by `trainer`, holds the device with its policy server; two trainers never write to one folder.
 
 
-class Replaceable(Protocol):
+class Closable(Protocol):
     """A trainer."""
 
     def close(self) -> None:
         """Stop what it started. Idempotent."""
 
 
-# By resolved output folder. Weak: it keeps no trainer alive.
-_newest: weakref.WeakValueDictionary[str, Replaceable] = weakref.WeakValueDictionary()
+# The newest trainer by resolved output folder. Weak: it keeps no trainer alive.
+_trainers: weakref.WeakValueDictionary[str, Closable] = weakref.WeakValueDictionary()
 
 
-def succeed(output_dir: str | Path, trainer: Replaceable) -> None:
-    """Close the trainer of this process that was made for the same folder before, and remember this one.
+def close_previous(output_dir: str | Path, trainer: Closable) -> None:
+    """Close the trainer that this process made for the same folder before, and remember this one.
 
     Args:
-        output_dir: The trainer's.
-        trainer: The new one, before it starts anything.
+        output_dir: The trainer's folder.
+        trainer: The new trainer, before it starts anything.
     """
     key = str(Path(output_dir).resolve())
-    previous = _newest.get(key)
+    previous = _trainers.get(key)
     if previous is not None and previous is not trainer:
-        logger.info("a new trainer for %s: the one before is closed", key)
+        logger.info("closing the previous trainer for %s: a new one replaces it", key)
         previous.close()
-    _newest[key] = trainer
+    _trainers[key] = trainer

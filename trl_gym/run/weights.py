@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
 from trl_gym.memory.offload import OptimizerOffload, check_offload
@@ -96,7 +95,7 @@ class PolicyWeights:
         """
         if self._sharing is not None:
             self._sharing.make_room()  # a server that starts needs its memory
-        self._servers.revive(error, broadcast_object_list)
+        self._servers.recover(error)
         self._sync.disconnect()
         if self._sharing is not None:
             self._sharing.reset()
