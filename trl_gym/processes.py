@@ -78,6 +78,7 @@ class ChildProcess:
         self.name = name
         self.log_path = Path(log_path)
         self._command = [os.fspath(part) for part in command]
+        self._started_at = time.monotonic()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         death_read, death_write = os.pipe()
         supervise = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(death_read), str(_GRACE_S), "--"]
@@ -121,14 +122,18 @@ class ChildProcess:
             return "\n".join(log.read().decode(errors="replace").splitlines()[-num_lines:])
         return ""
 
-    def describe_death(self) -> str:
-        """`"policy server ended with exit code 1"` plus last log lines and log path."""
+    def describe_end(self) -> str:
+        """Return e.g. `"ended within 12 s of its start (exit code 1)"`; the time is that of this call."""
         code = self.poll()
         how = f"exit code {code}"
         if code is not None and code - 128 in {number.value for number in signal.Signals}:
-            how = f"was ended by signal {signal.Signals(code - 128).name}"
+            how = f"signal {signal.Signals(code - 128).name}"
+        return f"ended within {time.monotonic() - self._started_at:.3g} s of its start ({how})"
+
+    def describe_death(self) -> str:
+        """Return what `describe_end` says, the last log lines and the log path."""
         return (
-            f"{self.name} ended ({how}). Last lines of its log:\n\n{_indent(self.log_tail())}\n\n"
+            f"{self.name} {self.describe_end()}. Last lines of its log:\n\n{_indent(self.log_tail())}\n\n"
             f"The whole log: {self.log_path}"
         )
 

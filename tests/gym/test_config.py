@@ -75,7 +75,7 @@ def test_unusable_yaml_names_the_file(installation: Path, project: Path) -> None
 
 
 def test_no_config_is_an_error(installation: Path) -> None:
-    with pytest.raises(ConfigError, match="no NeMo Gym config given"):
+    with pytest.raises(ConfigError, match="No NeMo Gym config was given"):
         resolve_configs([], installation)
 
 

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import FailureKind
-from trl_gym.gym.client import MAX_TEXT_CHARS, explain, unwrap
+from trl_gym.gym.client import MAX_TEXT_CHARS, read_error, unwrap
 
 CAPTURED = json.loads(Path(__file__).with_name("captured_errors.json").read_text())
 
 
 @pytest.mark.parametrize("case", CAPTURED, ids=lambda case: f"{case['gym']}-{case['name']}")
 def test_captured_answers(case: dict[str, str]) -> None:
-    kind, text = explain(case["body"].encode(), int(case["status"]))
+    kind, text = read_error(case["body"].encode(), int(case["status"]))
     assert (str(kind), text) == (case["kind"], case["text"])
 
 
@@ -41,7 +41,7 @@ def test_any_message_survives_any_number_of_hops(message: str, servers: list[str
 
 @given(st.binary())
 def test_no_body_is_too_strange(body: bytes) -> None:
-    kind, text = explain(body, 500)
+    kind, text = read_error(body, 500)
     assert kind in FailureKind and text
 
 
@@ -57,7 +57,7 @@ def test_no_body_is_too_strange(body: bytes) -> None:
     ],
 )
 def test_inner_connection_errors_are_infrastructure(message: str) -> None:
-    assert explain(wrap(message, "SimpleAgent___agent", "VLLMModel___policy_model"), 500)[0] == "infrastructure"
+    assert read_error(wrap(message, "SimpleAgent___agent", "VLLMModel___policy_model"), 500)[0] == "infrastructure"
 
 
 def test_cut_off_text_is_shown_raw() -> None:
@@ -66,5 +66,5 @@ def test_cut_off_text_is_shown_raw() -> None:
 
 
 def test_long_messages_are_shortened() -> None:
-    text = explain(wrap("x" * 10_000, "A___b"), 500)[1]
+    text = read_error(wrap("x" * 10_000, "A___b"), 500)[1]
     assert len(text) < MAX_TEXT_CHARS + 100 and "10000 characters" in text

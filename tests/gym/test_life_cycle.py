@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +16,8 @@ import pytest
 import yaml
 
 from trl_gym.errors import ConfigError, GymServerError
-from trl_gym.gym.servers import AgentInfo, GymServers, GymState
-from trl_gym.processes import bind_socket
+from trl_gym.gym.servers import AgentInfo, GymServers, GymState, error_path
+from trl_gym.processes import ChildProcess, bind_socket
 
 SECRET = "sk-do-not-print"
 
@@ -86,7 +88,7 @@ def test_attach_discovers_agents(head: FakeHead) -> None:
     }
     assert gym.sole_agent is None and len(gym.servers) == 3
     assert gym.agent("math_agent").url == head.url
-    with pytest.raises(ConfigError, match=r"no agent `maths_agent`.*Did you mean `math_agent`\?.*`free_agent`"):
+    with pytest.raises(ConfigError, match=r"no agent `maths_agent`.*`free_agent`.*Did you mean `math_agent`\?"):
         gym.agent("maths_agent")
     gym.check()
     gym.stop()
@@ -115,7 +117,7 @@ def test_several_policy_servers_have_to_be_the_same_ones(head: FakeHead) -> None
 def test_an_attached_gym_that_goes_away(head: FakeHead) -> None:
     gym = GymServers.attach(head.url)
     head.close()
-    with pytest.raises(GymServerError, match="no NeMo Gym head server answers"):
+    with pytest.raises(GymServerError, match="No NeMo Gym head server answers"):
         gym.check()
 
 
@@ -152,10 +154,39 @@ def test_nothing_answers() -> None:
     sock = bind_socket()
     port = sock.getsockname()[1]
     sock.close()
-    with pytest.raises(GymServerError, match=r"not ready after 0\.2 s: no NeMo Gym head server answers"):
+    with pytest.raises(GymServerError, match=r"not ready after 0\.2 s\. No NeMo Gym head server answers"):
         GymServers.attach(f"http://127.0.0.1:{port}", timeout_s=0.2)
     with pytest.raises(ConfigError, match="looks like http"):
         GymServers.attach("127.0.0.1:11000")
+
+
+def test_a_proxy_of_the_environment_is_not_used(head: FakeHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bind_socket() as proxy:  # accepts connections and never answers
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        GymServers.attach(head.url, timeout_s=5).stop()
+
+
+@pytest.mark.parametrize("state", [GymState.STARTING, GymState.READY])
+@pytest.mark.parametrize("reason", ["", "KeyError: 'score'"], ids=["killed", "with a reason"])
+def test_a_death_says_whether_gym_had_been_ready(tmp_path: Path, state: GymState, reason: str) -> None:
+    gym = GymServers(log_dir=tmp_path)
+    gym._child = ChildProcess("NeMo Gym", [sys.executable, "-c", "exit('the last line')"], log_path=gym.log_path)
+    gym._work_dir = tmp_path / "work"
+    gym._work_dir.mkdir()
+    if reason:
+        error_path(gym._work_dir).write_text(reason)
+    assert gym._child.wait(30.0) == 1
+    gym._state = state
+    with pytest.raises(GymServerError) as error:
+        gym.check()
+    text = str(error.value)
+    start = "did not start: it" if state is GymState.STARTING else "was ready and"
+    assert re.match(rf"NeMo Gym {start} ended within [0-9.]+ s of its start \(exit code 1\)\.", text)
+    assert (reason or "the last line") in text and str(gym.log_path) in text
+    gym.stop()
 
 
 def test_a_server_that_does_not_answer_is_named(head: FakeHead) -> None:
@@ -163,7 +194,7 @@ def test_a_server_that_does_not_answer_is_named(head: FakeHead) -> None:
     dead = f"http://127.0.0.1:{sock.getsockname()[1]}"
     sock.close()
     head.pages["/server_instances"].append(instance("judge", "resources_servers", "judge", dead))
-    with pytest.raises(GymServerError, match=f"no answer from `judge` at {dead}"):
+    with pytest.raises(GymServerError, match=f"No answer comes from `judge` at {dead}"):
         GymServers.attach(head.url, timeout_s=0.3)
 
 
@@ -179,7 +210,7 @@ def test_illegal_transitions(tmp_path: Path) -> None:
         with pytest.raises(GymServerError):
             act()
     gym.stop()
-    with pytest.raises(GymServerError, match="cannot start NeMo Gym servers that are stopped"):
+    with pytest.raises(GymServerError, match="Cannot start NeMo Gym servers that are stopped"):
         gym.start()
     with pytest.raises(GymServerError, match="stopped"):
         gym.connect_policy("http://x/v1", "policy")

@@ -1,6 +1,12 @@
-"""One rollout is one HTTP call: `POST /run` at an agent server.
+"""Run a rollout: one `POST /run` at an agent server, and what its answer or its error means.
 
-Failures are values, not exceptions: a rollout that fails must not cancel its siblings.
+A failure is a value, not an exception: a rollout that fails must not cancel its siblings.
+
+Gym's servers pass an error on as the `repr` of the bytes that they received, inside a JSON string, once per server:
+
+    "Hit an exception in SimpleAgent___math_agent calling an inner server: b'\\"Hit an exception in VLLMModel___…\\"'"
+
+Two hops already mean three layers of quotes. `read_error` peels them off.
 """
 
 from __future__ import annotations
@@ -23,6 +29,22 @@ from trl_gym.gym.discovery import AgentInfo
 _SPARE_CONNECTIONS = 16
 # Gym's servers close a connection that has idled for 5 s; a row sent at that moment would be lost.
 _KEEP_ALIVE_S = 2.0
+_MAX_BODY_CHARS = 200  # quoted of an answer that cannot be used
+MAX_TEXT_CHARS = 2000  # of one message: a verifier may put a whole response into its exception
+
+# `<class>___<instance name>` is the session key by which Gym's servers call themselves.
+_HOP = re.compile(
+    r"^Hit an exception in (?:\S+?___)?(?P<server>.+?) calling an inner server: (?P<answer>.*)$", re.DOTALL
+)
+# Words of aiohttp, requests, Ray and Gym's own middleware for a cause outside the environment's code.
+_INFRASTRUCTURE = re.compile(
+    r"Cannot connect to host|Connect call failed|Connection (?:refused|reset|closed|aborted)|Connection\w*Error|"
+    r"Client(?:Connector|OS|Payload)\w*Error|Server(?:Disconnected|Timeout)\w*Error|Server disconnected|"
+    r"Broken pipe|BrokenPipeError|Too many open files|No space left|Out of memory|MemoryError|"
+    r"An unknown error occurred|Request was cancelled",
+    re.IGNORECASE,
+)
+_NO_CAUSE = frozenset({"", "Internal Server Error"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +54,7 @@ class GymAnswer:
     Attributes:
         result: Gym's answer to `/run`: `responses_create_params`, `response`, `reward` (finite) and whatever the
             environment adds.
-        seconds: From sending the row to having read the answer.
+        seconds: Time from sending the row to having read the answer.
     """
 
     result: dict[str, Any]
@@ -40,10 +62,10 @@ class GymAnswer:
 
 
 def new_session(max_inflight: int) -> aiohttp.ClientSession:
-    """A client for up to `max_inflight` rollouts at a time; close it on the loop that made it.
+    """Open a client for up to `max_inflight` rollouts at a time; close it on the loop that opened it.
 
-    No cookies are kept: they carry Gym's environment sessions, and two rollouts that share one share their state.
-    There is no total timeout either, since `run_rollout` has a deadline of its own.
+    It keeps no cookies: they carry Gym's environment sessions, and two rollouts with one session share their state.
+    It has no total timeout, since `run_rollout` has a deadline, and uses no proxy (aiohttp's default).
     """
     return aiohttp.ClientSession(
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -62,12 +84,12 @@ async def run_rollout(
     Args:
         session: See `new_session`.
         agent: The agent server that runs it.
-        row: Everything Gym gets: `responses_create_params`, the verifier's fields, `_ng_*` ids.
-        deadline_s: Seconds after which the rollout is given up. Gym itself never gives up.
+        row: Everything that Gym gets: `responses_create_params`, the verifier's fields, `_ng_*` ids.
+        deadline_s: Seconds until the rollout is given up. Gym itself never gives up.
 
     Returns:
-        The answer, or why there is none. HTTP errors, broken connections, answers without a usable reward and
-        samples that the environment masks are all failures.
+        The answer, or the failure. HTTP errors, broken connections, answers without a usable reward and samples that
+        the environment masks are failures.
 
     Raises:
         asyncio.CancelledError: If the calling task is cancelled.
@@ -89,12 +111,12 @@ async def run_rollout(
     except (aiohttp.ClientError, OSError) as error:
         return _failure(FailureKind.INFRASTRUCTURE, f"{agent.url}: {type(error).__name__}: {error}", where)
     if status != 200:
-        return _failure(*explain(answer, status), where)
+        return _failure(*read_error(answer, status), where)
     return _read_answer(answer, time.monotonic() - start, where)
 
 
 def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """0.4.0 answers 500 to `"metadata": null`; for every other parameter null means the same as leaving it out."""
+    """Leave out null parameters: Gym 0.4.0 answers 500 to `"metadata": null`; elsewhere null means the default."""
     parameters = row.get("responses_create_params")
     if not isinstance(parameters, Mapping):
         return dict(row)
@@ -105,16 +127,16 @@ def _read_answer(body: bytes, seconds: float, where: str) -> GymAnswer | Rollout
     try:
         result = json.loads(body)
     except ValueError:
-        return _failure(FailureKind.ENVIRONMENT, f"the answer is not JSON: {_start_of(body)}", where)
+        return _failure(FailureKind.ENVIRONMENT, f"the answer is not JSON: {_quoted(body)}", where)
     if not isinstance(result, dict):
-        return _failure(FailureKind.ENVIRONMENT, f"the answer is not a JSON object: {_start_of(body)}", where)
+        return _failure(FailureKind.ENVIRONMENT, f"the answer is not a JSON object: {_quoted(body)}", where)
     if "episode_id" in result:  # 0.7: an environment server's envelope around result or failure
         envelope = result
         if envelope.get("failure"):
             return _declared_failure(envelope["failure"], "the environment server reports a failure", where)
         result = envelope.get("result")
         if not isinstance(result, dict):
-            return _failure(FailureKind.ENVIRONMENT, f"neither `result` nor `failure`: {_start_of(body)}", where)
+            return _failure(FailureKind.ENVIRONMENT, f"neither `result` nor `failure`: {_quoted(body)}", where)
     if _is_masked(result):
         return _declared_failure(result, "the environment masked this sample", where)
     reward = result.get("reward")
@@ -125,12 +147,12 @@ def _read_answer(body: bytes, seconds: float, where: str) -> GymAnswer | Rollout
 
 
 def _is_masked(result: Mapping[str, Any]) -> bool:
-    """Whether the environment says that the reward measures nothing.
+    """Tell whether the environment says that the reward measures nothing.
 
-    With a `mask_sample` in the answer (0.7: in every one) it alone decides. Gym documents `failure_kind` as
-    independent of it: a sample that degraded and was still measured validly has a kind and is not masked.
+    A `mask_sample` in the answer (0.7: always there) decides alone. Gym documents `failure_kind` as independent of
+    it: a sample that degraded and was still measured validly has a kind and is not masked.
     """
-    instance_config = result.get("instance_config")  # where the SWE agents put it
+    instance_config = result.get("instance_config")  # the SWE agents put it there
     if isinstance(instance_config, Mapping) and instance_config.get("mask_sample"):
         return True
     if "mask_sample" in result:
@@ -139,7 +161,7 @@ def _is_masked(result: Mapping[str, Any]) -> bool:
 
 
 def _declared_failure(record: Any, what: str, where: str) -> RolloutFailure:
-    """From `failure_kind`, `failure_reason` and `stage` as Gym 0.7 names them."""
+    """Make a failure of `failure_kind`, `failure_reason` and `stage`, as Gym 0.7 names them."""
     fields = record if isinstance(record, Mapping) else {"failure_reason": str(record)}
     failure_kind = str(fields.get("failure_kind") or "")
     details = [str(fields[key]) for key in ("stage", "failure_kind", "failure_reason") if fields.get(key)]
@@ -152,55 +174,23 @@ def _failure(kind: FailureKind, text: str, where: str) -> RolloutFailure:
     return RolloutFailure(kind=kind, text=text, where=where)
 
 
-def _start_of(body: bytes) -> str:
-    text = body[:200].decode(errors="replace")
-    return repr(text + ("…" if len(body) > 200 else ""))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What a NeMo Gym server meant by its HTTP 500: pure functions on answer bodies, no I/O.
-#
-# Gym hands an error on as the `repr` of the bytes that it received, inside a JSON string, once per server on the way:
-#
-#     "Hit an exception in SimpleAgent___math_agent calling an inner server: b'\"Hit an exception in VLLMModel___…\"'"
-#
-# so that two hops already mean three layers of quotes. `explain` peels them off.
-
-MAX_TEXT_CHARS = 2000  # of one message: a verifier may put a whole response into its exception
-
-# `<class>___<instance name>` is the session key by which Gym's servers call themselves.
-_HOP = re.compile(
-    r"^Hit an exception in (?:\S+?___)?(?P<server>.+?) calling an inner server: (?P<answer>.*)$", re.DOTALL
-)
-
-# Words of aiohttp, requests, Ray and of Gym's own middleware for: the cause is not the environment's code.
-_INFRASTRUCTURE = re.compile(
-    r"Cannot connect to host|Connect call failed|Connection (?:refused|reset|closed|aborted)|Connection\w*Error|"
-    r"Client(?:Connector|OS|Payload)\w*Error|Server(?:Disconnected|Timeout)\w*Error|Server disconnected|"
-    r"Broken pipe|BrokenPipeError|Too many open files|No space left|Out of memory|MemoryError|"
-    r"An unknown error occurred|Request was cancelled",
-    re.IGNORECASE,
-)
-_NO_CAUSE = frozenset({"", "Internal Server Error"})
-
-
-def explain(body: bytes, status: int) -> tuple[FailureKind, str]:
-    """One sentence and a kind for an HTTP answer that is not 200.
+def read_error(body: bytes, status: int) -> tuple[FailureKind, str]:
+    """Return a kind and one sentence for an HTTP answer other than 200.
 
     Args:
         body: The answer's body as received.
         status: Its HTTP status.
 
     Returns:
-        INFRASTRUCTURE when the innermost message speaks of connections, or when there is no message; otherwise
-        ENVIRONMENT. The sentence names the servers on the way, outermost first.
+        INFRASTRUCTURE if the innermost message speaks of connections or does not exist, otherwise ENVIRONMENT. The
+        sentence names the servers on the way, outermost first.
     """
     servers, message = unwrap(body)
     if message in _NO_CAUSE:
         text = f"HTTP {status} without a cause (Gym's log may have it)"
         kind = FailureKind.INFRASTRUCTURE
     else:
-        text = _shorten(message)
+        text = _shortened(message, MAX_TEXT_CHARS)
         is_infrastructure = status in (404, 502, 503, 504) or _INFRASTRUCTURE.search(message)
         kind = FailureKind.INFRASTRUCTURE if is_infrastructure else FailureKind.ENVIRONMENT
         if status != 500:
@@ -211,14 +201,14 @@ def explain(body: bytes, status: int) -> tuple[FailureKind, str]:
 
 
 def unwrap(body: bytes) -> tuple[list[str], str]:
-    """The servers that handed the error on, outermost first and each once, and the innermost message."""
+    """Return the servers that passed the error on, outermost first and each once, and the innermost message."""
     servers: list[str] = []
     text = _message(body)
     while hop := _HOP.match(text):
         if hop["server"] not in servers[-1:]:  # an agent calls its own /v1/responses
             servers.append(hop["server"])
         answer = _bytes_literal(hop["answer"])
-        if answer is None:  # cut off by a logger, or quoted in a way that we do not know: better raw than lost
+        if answer is None:  # cut off by a logger, or quoted in an unknown way: better raw than lost
             return servers, hop["answer"].strip()
         text = _message(answer)
     return servers, text
@@ -233,7 +223,7 @@ def _bytes_literal(text: str) -> bytes | None:
 
 
 def _message(body: bytes) -> str:
-    """The text of an error body: a JSON string, `{"detail": …}` (FastAPI), `{"error": {"message": …}}` (OpenAI)."""
+    """Return the text of an error body: a JSON string, FastAPI's `detail` or OpenAI's `error.message`."""
     text = body.decode(errors="replace").strip()
     try:
         value = json.loads(text)
@@ -244,12 +234,12 @@ def _message(body: bytes) -> str:
     for key in ("error", "detail", "message"):
         if isinstance(value, dict) and value.get(key):
             value = value[key]
-    return value.strip() if isinstance(value, str) else _compact(value)
+    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_TEXT_CHARS else f"{text[:MAX_TEXT_CHARS]}… ({len(text)} characters)"
+def _quoted(body: bytes) -> str:
+    return repr(_shortened(body.decode(errors="replace"), _MAX_BODY_CHARS))

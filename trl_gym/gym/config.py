@@ -1,7 +1,7 @@
-"""From what a user gives (config files, overrides) to the one dictionary that Gym merges last.
+"""Turn config files and overrides of a user into the dictionary that Gym merges last.
 
-Gym merges, weakest first: the files of `config_paths`, `env.yaml`, an initial dictionary. Everything of ours goes into
-that dictionary, in a file: no value is ever quoted for a command line, and none can be read from the process list.
+Gym merges, weakest first: the files of `config_paths`, `env.yaml`, an initial dictionary. Our settings go into that
+dictionary, in a file: no value is quoted for a command line, and none can be read from the process list.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 import yaml
 
-from trl_gym.errors import ConfigError
+from trl_gym.errors import ConfigError, Problem
 
 NONCE_KEY = "trl_gym_nonce"
 API_KEY_VARIABLE = "TRL_GYM_POLICY_API_KEY"
 TRAINING_MODEL_CONFIG = "responses_api_models/vllm_model/configs/vllm_model_for_training.yaml"
 POLICY_MODEL = "policy_model"  # the name by which every agent of Gym's configs refers to its model server
 
-# Set beside TRAINING_MODEL_CONFIG. The config expects a reasoning parser in the policy server and fails without one;
-# the chat templates of most models know no developer role, which several of Gym's datasets use.
+# Added to TRAINING_MODEL_CONFIG. That config expects a reasoning parser in the policy server and fails without one;
+# the chat templates of most models have no developer role, which several of Gym's datasets use.
 _MODEL_DEFAULTS = {"uses_reasoning_parser": False, "replace_developer_role_with_system": True}
 _NUM_ANCESTORS = 3  # of a config file's folder, searched for the code of servers
 _CONFIG_FOLDERS = (
@@ -34,11 +34,11 @@ _CONFIG_FOLDERS = (
     "responses_api_agents",
     "responses_api_models",
 )
-# Overrides that would break the life cycle, and what to use instead.
-_OURS = {
-    "config_paths": "the `config_paths` argument",
-    "dry_run": "nothing: servers have to run",
-    NONCE_KEY: "nothing: it identifies the servers that were started",
+# Overrides that would break the life cycle → what to do instead.
+_RESERVED = {
+    "config_paths": "Use the `config_paths` argument.",
+    "dry_run": "Remove it: servers have to run.",
+    NONCE_KEY: "Remove it: it identifies the servers that were started.",
 }
 
 
@@ -47,8 +47,8 @@ class ResolvedConfigs:
     """Config files as absolute paths.
 
     Attributes:
-        paths: What to hand to Gym, the training model server included when no file defines one.
-        search_roots: Folders below which the code of servers is looked for, before the installation.
+        paths: The files for Gym, with the training model server when no file defines one.
+        search_roots: Folders to look for the code of servers in, before the installation.
         adds_model_server: Whether the training model server was added.
     """
 
@@ -58,18 +58,19 @@ class ResolvedConfigs:
 
 
 def resolve_configs(config_paths: Sequence[str | Path], installation_root: Path) -> ResolvedConfigs:
-    """Find every config file as Gym would, and those that they include.
+    """Find every config file as Gym would, and the files that they include.
 
     Raises:
-        ConfigError: If files do not exist or are no YAML mappings; lists all of them.
+        ConfigError: If files do not exist or are not YAML mappings; lists all of them.
     """
     if not config_paths:
         raise ConfigError(
-            "no NeMo Gym config given. Name at least one, for example "
-            "`resources_servers/example_single_tool_call/configs/example_single_tool_call.yaml`"
+            "No NeMo Gym config was given.",
+            "Name at least one, for example "
+            "`resources_servers/example_single_tool_call/configs/example_single_tool_call.yaml`.",
         )
     places = [Path.cwd(), installation_root]
-    problems: list[str] = []
+    problems: list[Problem] = []
     paths = _find_all([(str(path), "") for path in config_paths], places, problems)
     contents: dict[Path, dict[str, Any]] = {}
     queue = list(paths)
@@ -81,15 +82,15 @@ def resolve_configs(config_paths: Sequence[str | Path], installation_root: Path)
         included = [(str(entry), f" (included by {path})") for entry in contents[path].get("config_paths") or []]
         queue += _find_all(included, places, problems)
     if problems:
-        raise ConfigError("NeMo Gym configs cannot be used:\n" + "\n".join(problems))
+        raise ConfigError("NeMo Gym configs cannot be used:", problems=problems)
     adds_model_server = not any(POLICY_MODEL in content for content in contents.values())
     if adds_model_server:
         paths = [*paths, installation_root / TRAINING_MODEL_CONFIG]
     return ResolvedConfigs(paths, _search_roots(contents, installation_root), adds_model_server)
 
 
-def _find_all(entries: Sequence[tuple[str, str]], places: Sequence[Path], problems: list[str]) -> list[Path]:
-    """Absolute paths of those entries that exist; a problem for each of the others."""
+def _find_all(entries: Sequence[tuple[str, str]], places: Sequence[Path], problems: list[Problem]) -> list[Path]:
+    """Return absolute paths of the entries that exist; add a problem for each of the others."""
     found: list[Path] = []
     for entry, note in entries:
         path = Path(entry).expanduser()
@@ -100,8 +101,8 @@ def _find_all(entries: Sequence[tuple[str, str]], places: Sequence[Path], proble
             continue
         looked_at = "".join(f"\n      {candidate}" for candidate in candidates)
         matches = "".join(f"\n      {match}" for match in _closest_configs(entry, places[-1]))
-        did_you_mean = f"\n    closest in the installation:{matches}" if matches else ""
-        problems.append(f"  - {entry}{note} does not exist. Looked at:{looked_at}{did_you_mean}")
+        remedy = f"\n    Use one of the closest in the installation:{matches}" if matches else "Correct the path."
+        problems.append(Problem(f"{entry}{note} does not exist. Looked at:{looked_at}", remedy))
     return found
 
 
@@ -119,22 +120,22 @@ def _closest_configs(entry: str, installation_root: Path) -> list[str]:
     return list(dict.fromkeys([*by_name, *by_path, *by_stem]))[:3]
 
 
-def _load_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+def _load_yaml(path: Path, problems: list[Problem]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(f"  - {path} cannot be read: {error}")
+        problems.append(Problem(f"{path} cannot be read as YAML: {error}"))
         return {}
     if content is not None and not isinstance(content, dict):
-        problems.append(f"  - {path} holds a {type(content).__name__} and not a mapping")
+        problems.append(Problem(f"{path} holds a {type(content).__name__} and not a mapping."))
         return {}
     return content or {}
 
 
 def _search_roots(config_files: Mapping[Path, Any], installation_root: Path) -> list[Path]:
-    """Folders of the user's configs and their ancestors, then the working directory.
+    """Return the folders of the user's configs and their ancestors, then the working directory.
 
-    Configs of the installation do not count: a server in the user's folder may replace one of the same name.
+    Folders of the installation are left out: a server in the user's folder may replace one of the same name.
     """
     roots: list[Path] = []
     for path in config_files:
@@ -144,18 +145,18 @@ def _search_roots(config_files: Mapping[Path, Any], installation_root: Path) -> 
 
 
 def expand_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a.b": 1, "c": {"d": 2}}` becomes `{"a": {"b": 1}, "c": {"d": 2}}`.
+    """Turn `{"a.b": 1, "c": {"d": 2}}` into `{"a": {"b": 1}, "c": {"d": 2}}`.
 
-    Only keys of the outermost level are split at dots; deeper ones may contain dots of their own.
+    Only keys of the outermost level are split at dots; deeper keys may contain dots.
 
     Raises:
-        ConfigError: If two keys contradict each other, a value has no JSON form, or a key is not the user's to set.
+        ConfigError: If two keys contradict each other, a value has no JSON form, or a key is reserved.
     """
     expanded: dict[str, Any] = {}
     for dotted, value in overrides.items():
         first, *rest = dotted.split(".")
-        if first in _OURS:
-            raise ConfigError(f"the override `{dotted}` is set by trl-gym. Use {_OURS[first]}")
+        if first in _RESERVED:
+            raise ConfigError(f"The override `{dotted}` is set by trl-gym.", _RESERVED[first])
         for key in reversed(rest):
             value = {key: value}
         merge_into(expanded, {first: _as_plain(value, dotted)}, strict=True)
@@ -166,7 +167,9 @@ def _as_plain(value: Any, where: str) -> Any:
     try:
         return json.loads(json.dumps(value, default=_path_as_text))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"the override `{where}` cannot be written as YAML: {error}") from error
+        raise ConfigError(
+            f"The override `{where}` cannot be written as YAML: {error}.", "Use strings, numbers, lists and mappings."
+        ) from error
 
 
 def _path_as_text(value: Any) -> str:
@@ -176,13 +179,13 @@ def _path_as_text(value: Any) -> str:
 
 
 def merge_into(target: dict[str, Any], source: Mapping[str, Any], *, strict: bool = False, where: str = "") -> None:
-    """Merge nested mappings; `source` wins, or with `strict` a contradiction is a ConfigError."""
+    """Merge nested mappings. `source` wins; with `strict` a contradiction raises ConfigError."""
     for key, value in source.items():
         path = f"{where}.{key}" if where else key
         if isinstance(value, Mapping) and isinstance(target.get(key), dict):
             merge_into(target[key], value, strict=strict, where=path)
         elif strict and key in target and target[key] != value:
-            raise ConfigError(f"the overrides set `{path}` twice: {target[key]!r} and {value!r}")
+            raise ConfigError(f"The overrides set `{path}` twice: {target[key]!r} and {value!r}.", "Keep one of them.")
         else:
             target[key] = dict(value) if isinstance(value, Mapping) else value
 
@@ -196,20 +199,20 @@ def initial_config(
     policy_base_url: str,
     policy_model_name: str,
 ) -> dict[str, Any]:
-    """The dictionary that Gym merges last. `overrides` is what `expand_overrides` returned.
+    """Return the dictionary that Gym merges last. `overrides` comes from `expand_overrides`.
 
-    The policy's API key is a reference to an environment variable: Gym's head server hands out the whole config, and
-    Gym 0.4 writes it into the command line of each server.
+    The policy's API key is a reference to an environment variable: Gym's head server returns the whole config, and Gym
+    0.4 writes it into the command line of each server.
     """
     host, port = head_address
     config: dict[str, Any] = {
         NONCE_KEY: nonce,
         "config_paths": [str(path) for path in configs.paths],
-        # Gym's model server takes a list as well, and keeps a rollout on one of them.
+        # Gym's model server also takes a list, and keeps a rollout on one server.
         "policy_base_url": policy_base_url.split(",") if "," in policy_base_url else policy_base_url,
         "policy_model_name": policy_model_name,
         "policy_api_key": f"${{oc.env:{API_KEY_VARIABLE}}}",
-        # 0.7 would not call itself ready before the policy server answers; ours may be started after Gym.
+        # 0.7 is not ready until the policy server answers; ours may be started after Gym.
         "model_endpoint_readiness_timeout_seconds": 0,
     }
     if configs.adds_model_server:

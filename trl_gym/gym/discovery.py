@@ -1,6 +1,10 @@
-"""What a NeMo Gym head server says about itself: its servers, its agents, its config.
+"""Ask a NeMo Gym head server for its servers and agents, and notice servers that are gone.
 
-The config holds API keys in clear (`/global_config_dict_yaml`): no function here puts it into a message or a log.
+The config that a head server returns (`/global_config_dict_yaml`) holds API keys in clear: no function here puts it
+into a message or a log.
+
+Gym's servers retry a refused connection forever: a rollout whose resources server has died hangs until its deadline
+and never says why. `ServerProbe` therefore looks at every server directly.
 """
 
 from __future__ import annotations
@@ -20,16 +24,19 @@ import yaml
 from trl_gym.errors import GymServerError
 
 AGENTS = "responses_api_agents"
+_SERVER_KINDS = frozenset({"resources_servers", AGENTS, "responses_api_models", "environment_servers"})
+_CONNECT_TIMEOUT_S = 1.0
+_REFUSALS_IN_A_ROW = 3  # until a server counts as gone
 
 
 @dataclass(frozen=True, slots=True)
 class AgentInfo:
-    """An agent server, the place that runs rollouts.
+    """An agent server, which runs rollouts.
 
     Attributes:
-        name: Its name in the config, which rows give as `agent_ref.name`.
-        url: Base URL, without a slash at the end.
-        resources_server: Name of the environment that it works on; None for agents without one.
+        name: Name in the config, which rows give as `agent_ref.name`.
+        url: Base URL without a slash at the end.
+        resources_server: Name of its environment; None for agents without one.
         kind: Name of its implementation, e.g. `"simple_agent"`.
     """
 
@@ -44,7 +51,7 @@ class ServerInstance:
     """One entry of `/server_instances`."""
 
     name: str
-    kind: str  # "resources_servers", "responses_api_agents", "responses_api_models", "environment_servers"
+    kind: str  # one of `_SERVER_KINDS`
     server: str  # name of the implementation
     url: str
     pid: int | None
@@ -52,7 +59,7 @@ class ServerInstance:
 
 @dataclass(frozen=True, slots=True)
 class HeadView:
-    """One look at a head server. The config is left out of `repr`: it may contain API keys."""
+    """The answers of a head server. `repr` leaves the config out: it may contain API keys."""
 
     config: dict[str, Any] = field(repr=False)
     instances: list[ServerInstance]
@@ -70,18 +77,18 @@ class HeadView:
         }
 
     def policy_base_urls(self) -> list[str]:
-        """Where the model servers send their calls, as far as the config says it without interpolation."""
+        """Return the URLs that the model servers call, as far as the config says them without interpolation."""
         value = self.config.get("policy_base_url")
         return [str(url) for url in (value if isinstance(value, list) else [value]) if url]
 
 
 class HeadUnreachable(GymServerError):
-    """Nothing answers (yet): worth another try while servers start."""
+    """Nothing answers (yet); try again while servers start."""
 
 
 def new_http_session() -> requests.Session:
     session = requests.Session()
-    session.trust_env = False  # proxies of the environment are for the internet, not for our servers
+    session.trust_env = False  # HTTP_PROXY is for the internet, not for our servers
     return session
 
 
@@ -107,7 +114,7 @@ def look_at_head(session: requests.Session, head_url: str, *, timeout_s: float) 
 
 
 def answers(session: requests.Session, url: str, *, timeout_s: float) -> bool:
-    """Whether a server answers `GET /` at all; not every server has something there."""
+    """Tell whether a server answers `GET /` with any status below 500; not every server has that route."""
     try:
         return session.get(f"{url}/", timeout=timeout_s).status_code < 500
     except requests.RequestException:
@@ -119,7 +126,10 @@ def _get_json(session: requests.Session, url: str, timeout_s: float) -> Any:
     try:
         response = session.get(url, timeout=timeout_s)
     except (requests.ConnectionError, requests.Timeout) as error:
-        raise HeadUnreachable(f"no NeMo Gym head server answers at {head_url} ({type(error).__name__})") from error
+        raise HeadUnreachable(
+            f"No NeMo Gym head server answers at {head_url} ({type(error).__name__}).",
+            "Check the URL and that this Gym runs.",
+        ) from error
     except requests.RequestException as error:
         raise _not_a_head(head_url, str(error)) from error
     if response.status_code != 200:
@@ -131,7 +141,10 @@ def _get_json(session: requests.Session, url: str, timeout_s: float) -> Any:
 
 
 def _not_a_head(head_url: str, why: str) -> GymServerError:
-    return GymServerError(f"{head_url} is not the head server of a NeMo Gym: {why}")
+    return GymServerError(
+        f"{head_url} is not the head server of a NeMo Gym: {why}.",
+        "Give the URL of the head server, whose `/server_instances` lists servers.",
+    )
 
 
 def _instance(head_url: str, entry: Any) -> ServerInstance:
@@ -154,32 +167,25 @@ def _resources_server(config: Mapping[str, Any], instance: ServerInstance) -> st
     return node if isinstance(node, str) else None
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Which environments are down: their agent, or a server that the agent needs, is gone.
-#
-# NeMo Gym's servers retry a refused connection for ever, so a rollout whose resources server has died hangs until its
-# deadline and never says why. Here every server is looked at directly.
-
-_CONNECT_TIMEOUT_S = 1.0
-_PATIENCE = 3  # looks in a row that must be refused
-
-
 class ServerProbe:
-    """Notices servers that are gone: at once by their process where it is ours, else when their address has refused
-    connections several looks in a row. A server that is slow, or whose queue is full, is there."""
+    """Notice servers that are gone.
+
+    A process of ours counts as gone at once when it has ended, any other server when its address has refused
+    connections three times in a row. A server that is slow, or whose queue is full, is not gone.
+    """
 
     def __init__(self) -> None:
         self._refused: Counter[str] = Counter()
 
     def gone(self, instances: Iterable[ServerInstance], *, knows_processes: bool) -> dict[str, str]:
-        """Look once.
+        """Look once at every server.
 
         Args:
             instances: Servers to look at.
             knows_processes: Whether their pids are of this machine, one per server.
 
         Returns:
-            By name of the server, what is wrong with it.
+            Name of each server that is gone → what is wrong with it.
         """
         gone = {}
         for instance in instances:
@@ -187,34 +193,9 @@ class ServerProbe:
                 gone[instance.name] = f"its process (pid {instance.pid}) has ended"
                 continue
             self._refused[instance.name] = self._refused[instance.name] + 1 if _refuses(instance.url) else 0
-            if self._refused[instance.name] >= _PATIENCE:
+            if self._refused[instance.name] >= _REFUSALS_IN_A_ROW:
                 gone[instance.name] = f"{instance.url} refuses connections"
         return gone
-
-
-def needed_servers(config: Mapping[str, Any], agent: str) -> frozenset[str]:
-    """Names of the servers that take part in an agent's rollouts: itself, and what its config refers to, and so on."""
-    found, to_visit = set(), [agent]
-    while to_visit:
-        name = to_visit.pop()
-        if name not in found:
-            found.add(name)
-            to_visit += _references(config.get(name))
-    return frozenset(found)
-
-
-def _references(node: Any) -> list[str]:
-    """Names in `{"type": "resources_servers", "name": …}`, at any depth."""
-    if isinstance(node, Mapping):
-        kind, name = node.get("type"), node.get("name")
-        own = [name] if isinstance(name, str) and isinstance(kind, str) and kind in _SERVER_KINDS else []
-        return own + [reference for value in node.values() for reference in _references(value)]
-    if isinstance(node, list):
-        return [reference for value in node for reference in _references(value)]
-    return []
-
-
-_SERVER_KINDS = frozenset({"resources_servers", "responses_api_agents", "responses_api_models", "environment_servers"})
 
 
 def _refuses(url: str) -> bool:
@@ -226,14 +207,36 @@ def _refuses(url: str) -> bool:
     except ConnectionRefusedError:
         return True
     except OSError:
-        return False  # no answer in time, no route: slow, or a network that may come back
+        return False  # no answer in time or no route: the server is slow, or the network may come back
 
 
 def is_alive(pid: int | None) -> bool:
-    """False for a process that ended, also while its parent has not noticed. True where we cannot know."""
+    """Return False for a process that has ended (zombies too), True if it runs or /proc cannot tell."""
     if pid is None or not Path("/proc/self").exists():
         return True
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def needed_servers(config: Mapping[str, Any], agent: str) -> frozenset[str]:
+    """Return the servers that take part in an agent's rollouts: itself, what its config refers to, and so on."""
+    found, to_visit = set(), [agent]
+    while to_visit:
+        name = to_visit.pop()
+        if name not in found:
+            found.add(name)
+            to_visit += _references(config.get(name))
+    return frozenset(found)
+
+
+def _references(node: Any) -> list[str]:
+    """Return the names in `{"type": "resources_servers", "name": …}`, at any depth."""
+    if isinstance(node, Mapping):
+        kind, name = node.get("type"), node.get("name")
+        own = [name] if isinstance(name, str) and isinstance(kind, str) and kind in _SERVER_KINDS else []
+        return own + [reference for value in node.values() for reference in _references(value)]
+    if isinstance(node, list):
+        return [reference for value in node for reference in _references(value)]
+    return []

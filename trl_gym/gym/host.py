@@ -1,17 +1,19 @@
-"""Runs inside Gym's interpreter: the servers of NeMo Gym configs in one process, or Gym's own launcher.
+"""Run the servers of NeMo Gym configs in one process, or start Gym's own launcher. A script for Gym's interpreter.
 
-    gym-python host.py SETTINGS.json
+    gym-python -P host.py SETTINGS.json
 
-Standard library and nemo_gym only; the trainer's packages are not importable here. `servers.py` writes the settings
-(a file that only its owner can read, never the command line) and reads what this script leaves behind:
+It imports the standard library, nemo_gym and what nemo_gym needs: the trainer's packages do not exist here, and with
+`-P` neither do its neighbours in this folder, whose names (`client`, `config`) environments use for their own modules.
+`servers.py` writes the settings, a file that only its owner can read, and reads what this script leaves behind.
 
-* `mode: host` — head server and all servers of the configs on one event loop. No Ray, no environment per server.
-  Gym's own `run_webserver` builds every application, so sessions, error handling and cancellation are the real ones;
-  only its last step, `uvicorn.run`, is recorded instead of executed. Every socket is bound and listening before its
-  port is written into the config, and the head server answers only when all others do.
-* `mode: upstream` — what `gym env start` does (Ray, one process per server), with prepared virtual environments.
+* `mode: host` runs the head server and all servers of the configs on one event loop, without Ray and without an
+  environment per server. Gym's own `run_webserver` builds every application, so sessions, error handling and
+  cancellation are the real ones; only its last step, `uvicorn.run`, is recorded instead of executed. Every socket is
+  bound and listening before its port is written into the config. The head server answers only when all others do.
+* `mode: upstream` does what `gym env start` does (Ray, one process per server), with prepared virtual environments.
 
-A failure before readiness ends up as one readable text in the file `error_path`, the traceback in the log.
+When the script fails, before or after the servers are ready, it writes one readable text to the file `error_path` and
+the traceback to the log.
 """
 
 from __future__ import annotations
@@ -49,33 +51,245 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger("trl_gym.host")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Gym's own two HTTP middlewares without Starlette's per-request task group. Imported by `host.py` only.
-#
-# Every Gym server wraps its application in two functions registered with `@app.middleware("http")`: one makes sure
-# that
-# the session has an id, one turns exceptions into answers. Starlette runs such a function through
-# `BaseHTTPMiddleware`,
-# which starts a task and a memory stream per request and layer, so that the function may read or replace the response.
-# Gym's two functions return the response as it is. `DirectMiddleware` runs the same functions with the application
-# called in place, to the same effect. There are two layers per server and about seven requests in a two-turn rollout.
-#
-# Middleware that a server adds for itself is left alone.
+_BACKLOG = 2048
+_SERVER_KINDS = ("environment_servers", "resources_servers", "responses_api_agents", "responses_api_models")
+_RAY_IMPORT = re.compile(r"^\s*(import ray\b|from ray\b)", re.MULTILINE)
 
-GYM_FUNCTIONS = frozenset({"add_session_id", "exception_handling_middleware"})
+
+class HostError(Exception):
+    """A cause that a user can act on; shown without a traceback."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One server of the merged config: `kind` is e.g. `resources_servers`, `server` the folder below it."""
+
+    name: str
+    kind: str
+    server: str
+    config: DictConfig
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return f"`{self.name}` ({self.kind}/{self.server}/{self.config.entrypoint})"
+
+    def announcement(self) -> dict[str, Any]:
+        """Return its entry in the head server's `/server_instances`."""
+        host, port = self.config.host, self.config.port
+        return {
+            "process_name": self.name,
+            "config_path": self.name,
+            "server_type": self.kind,
+            "name": self.server,
+            "host": host,
+            "port": port,
+            "url": f"http://{host}:{port}",
+            "pid": os.getpid(),
+            "dir_path": str(self.folder),
+            "entrypoint": self.config.entrypoint,
+            "start_time": time.time(),
+            "status": None,
+            "uptime_seconds": None,
+        }
+
+
+# --- Configuration ---------------------------------------------------------------------------------------------------
+
+
+def parse_config(initial: Mapping[str, Any]) -> DictConfig:
+    """Return Gym's merged config; `initial` wins over every file, as the command line does.
+
+    Ports that no config fixes are 0 and are filled in by `bind_all`: Gym would pick numbers at random and close the
+    sockets again, so that another process could take them before the server does.
+    """
+    if not hasattr(global_config, "_find_open_port_using_range"):
+        raise HostError("This version of nemo-gym chooses ports in a way that trl-gym does not know.")
+    original = global_config._find_open_port_using_range
+    global_config._find_open_port_using_range = lambda *_args, **_kwargs: 0
+    try:
+        return parse_config_as_gym_does(initial)
+    finally:
+        global_config._find_open_port_using_range = original
+
+
+def parse_config_as_gym_does(initial: Mapping[str, Any]) -> DictConfig:
+    parser_config = global_config.GlobalConfigDictParserConfig(
+        initial_global_config_dict=OmegaConf.create(dict(initial)), skip_load_from_cli=True
+    )
+    config = global_config.get_global_config_dict(global_config_dict_parser_config=parser_config)
+    global_config.GlobalConfigDictParser().raise_on_no_server_instances(config)
+    return config
+
+
+def find_instances(config: DictConfig, search_roots: Sequence[Path]) -> list[Instance]:
+    """Return the servers of a config, each with the folder that holds its entry point.
+
+    Raises:
+        HostError: If folders do not exist; names all of them.
+    """
+    instances: list[Instance] = []
+    missing: list[str] = []
+    for name in config:
+        if name in global_config.NEMO_GYM_RESERVED_TOP_LEVEL_KEYS:
+            continue
+        kind, kind_config = _first_item(config[name])
+        server, server_config = _first_item(kind_config)
+        if not isinstance(server_config, DictConfig) or "entrypoint" not in server_config:
+            continue
+        folders = [root / kind / server for root in search_roots]
+        folder = next((f for f in folders if (f / server_config.entrypoint).is_file()), None)
+        if folder is None:
+            missing.append(f"`{name}` ({kind}/{server}/{server_config.entrypoint})")
+        else:
+            instances.append(Instance(str(name), str(kind), str(server), server_config, folder))
+    if missing:
+        looked_in = "".join(f"\n  - {root}" for root in search_roots)
+        raise HostError(f"No code was found for {', '.join(missing)}. Looked in:{looked_in}")
+    return instances
+
+
+def _first_item(node: Any) -> tuple[Any, Any]:
+    if not isinstance(node, DictConfig) or not node:
+        return None, None
+    key = next(iter(node))
+    return key, node[key]
+
+
+# --- Loading servers -------------------------------------------------------------------------------------------------
+
+
+def load_applications(instances: Sequence[Instance]) -> list[dict[str, Any]]:
+    """Run every entry point as Gym would; return the arguments of each call of `uvicorn.run`.
+
+    Raises:
+        HostError: If an entry point cannot be imported, needs Ray, or starts no server.
+    """
+    applications: list[dict[str, Any]] = []
+    recorded: list[dict[str, Any]] = []
+    helpers: dict[str, list[ModuleType]] = {}
+    working_directory = Path.cwd()
+    original_run = uvicorn.run
+    uvicorn.run = lambda app=None, **kwargs: recorded.append({"app": app, **kwargs})
+    try:
+        for instance in instances:
+            recorded.clear()
+            os.environ[global_config.NEMO_GYM_CONFIG_PATH_ENV_VAR_NAME] = instance.name
+            os.chdir(instance.folder)  # as in Gym, where each server starts in its own folder
+            with _own_modules(instance.folder, helpers):
+                _run_entry_point(instance)
+            if len(recorded) != 1:
+                raise HostError(f"{instance.label} started {len(recorded)} web servers, expected 1.")
+            replace_middleware(recorded[0]["app"])
+            applications.append(recorded[0])
+    finally:
+        uvicorn.run = original_run
+        os.chdir(working_directory)
+    _keep_importable(instances, helpers)
+    return applications
+
+
+def _run_entry_point(instance: Instance) -> None:
+    entry_point = instance.folder / instance.config.entrypoint
+    try:
+        runpy.run_path(str(entry_point), run_name="__main__")
+    except ModuleNotFoundError as error:
+        raise HostError(_missing_module_text(instance, error)) from error
+    except HostError as error:
+        raise HostError(f"{instance.label} cannot start: {error}") from error
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        raise HostError(f"{instance.label} failed while starting: {type(error).__name__}: {error}.") from error
+
+
+def _missing_module_text(instance: Instance, error: ModuleNotFoundError) -> str:
+    requirements = instance.folder / "requirements.txt"
+    lines = requirements.read_text().splitlines() if requirements.is_file() else []
+    packages = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith(("#", "-"))]
+    packages = [package for package in packages if "nemo-gym" not in package and "nemo_gym" not in package]
+    wanted = " ".join(f"'{package}'" for package in packages or [str(error.name).split(".")[0]])
+    return (
+        f"{instance.label} needs the Python module `{error.name}`, which is not installed for {sys.executable}. "
+        f"Install the server's requirements:\n\n    uv pip install --python {sys.executable} {wanted}\n\n"
+        "(without uv: run the same interpreter with `-m pip install`, if it has pip)"
+    )
+
+
+@contextlib.contextmanager
+def _own_modules(folder: Path, helpers: dict[str, list[ModuleType]]) -> Iterator[None]:
+    """Let one server import its helper modules (`app`, `utils`, `client`, …), hidden from the other servers."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            is_packaged = name.partition(".")[0] in _SERVER_KINDS  # `resources_servers.x.y` is already unique
+            if file and not is_packaged and Path(file).is_relative_to(folder):
+                helpers.setdefault(name, []).append(sys.modules.pop(name))
+
+
+def _keep_importable(instances: Sequence[Instance], helpers: Mapping[str, list[ModuleType]]) -> None:
+    """Put helper modules whose name only one server uses back, for imports inside functions."""
+    for name, modules in helpers.items():
+        if len({module.__file__ for module in modules}) == 1:
+            sys.modules.setdefault(name, modules[0])
+    for folder in dict.fromkeys(str(instance.folder) for instance in instances):
+        sys.path.append(folder)
+
+
+def adapt_server_class(instances: Sequence[Instance]) -> None:
+    """Change the three habits of Gym's servers that assume one process per server."""
+    folders = {instance.name: instance.folder for instance in instances}
+    base = server_utils.SimpleServer
+    original = base.run_webserver.__func__
+
+    def run_webserver(cls: type) -> Any:
+        folder = folders[os.environ[global_config.NEMO_GYM_CONFIG_PATH_ENV_VAR_NAME]]
+        if needs_ray(cls, folder):
+            raise HostError("this server runs its work on Ray, which mode='host' does not start. Use mode='upstream'.")
+        return original(cls)
+
+    base.run_webserver = classmethod(run_webserver)
+    base.prefix_server_logs = lambda self: None  # it would add one prefix per server to every line
+    server_utils.initialize_ray = lambda: None
+    # A server that uses Ray undeclared gets an error instead of a cluster of its own that nothing stops.
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+
+
+def needs_ray(server_class: type, folder: Path) -> bool:
+    """Tell whether a server needs Ray: by its class (0.5 and later), else by the imports of its modules."""
+    declared = getattr(server_class, "ray_enabled", None)
+    if declared is not None:
+        return bool(declared)
+    sources = [path for path in folder.rglob("*.py") if "tests" not in path.relative_to(folder).parts]
+    return any(_RAY_IMPORT.search(path.read_text(errors="replace")) for path in sources)
+
+
+# --- Gym's middleware without a task per request --------------------------------------------------------------------
+
+_GYM_FUNCTIONS = frozenset({"add_session_id", "exception_handling_middleware"})
 
 Dispatch = Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]
 
 
 class _AlreadySent(Response):
-    """Stands for the response that went to the client while `call_next` ran."""
+    """Stand-in for the response that went to the client while `call_next` ran."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         return
 
 
 class DirectMiddleware:
-    """Runs a `dispatch` function that passes the response on unchanged or, after an exception, makes one."""
+    """Run a `dispatch` function that passes the response on unchanged or, after an exception, makes one.
+
+    Gym wraps every application in two such functions, registered with `@app.middleware("http")`: one gives the session
+    an id, one turns exceptions into answers. Starlette's `BaseHTTPMiddleware` starts a task and a memory stream per
+    request and layer, so that they may read or replace the response; Gym's functions do not. This class calls the
+    application in place, to the same effect. A two-turn rollout has about seven requests with two layers each.
+    """
 
     def __init__(self, app: ASGIApp, dispatch: Dispatch) -> None:
         self.app = app
@@ -103,251 +317,28 @@ class DirectMiddleware:
             return _AlreadySent()
 
         response = await self.dispatch(Request(scope, receive), call_next)
-        if error is not None and is_started:  # too late for another answer: let the server close the connection
+        if error is not None and is_started:  # too late for another answer; the server closes the connection
             raise error
         await response(scope, receive, send)
 
 
-def lighten(app: Starlette) -> None:
-    """Replace Gym's two middlewares in an application that serves no request yet."""
+def replace_middleware(app: Starlette) -> None:
+    """Run Gym's two middleware functions through `DirectMiddleware`; middleware of the server's own stays as it is."""
     for index, middleware in enumerate(app.user_middleware):
-        if middleware.cls is BaseHTTPMiddleware and _is_gyms(middleware.kwargs.get("dispatch")):
+        if middleware.cls is BaseHTTPMiddleware and _is_of_gym(middleware.kwargs.get("dispatch")):
             app.user_middleware[index] = Middleware(DirectMiddleware, dispatch=middleware.kwargs["dispatch"])
 
 
-def _is_gyms(dispatch: Any) -> bool:
+def _is_of_gym(dispatch: Any) -> bool:
     module, name = getattr(dispatch, "__module__", ""), getattr(dispatch, "__name__", "")
-    return module == "nemo_gym.server_utils" and name in GYM_FUNCTIONS
-
-
-# From here on our own folder must not be importable: environments have modules called `client`, too.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-
-
-_BACKLOG = 2048
-_RAY_IMPORT = re.compile(r"^\s*(import ray\b|from ray\b)", re.MULTILINE)
-
-
-class HostError(Exception):
-    """A reason not to start that a user can act on; shown without a traceback."""
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One server of the merged config. `kind` is e.g. `resources_servers`, `server` the folder below it."""
-
-    name: str
-    kind: str
-    server: str
-    config: DictConfig
-    folder: Path
-
-    @property
-    def label(self) -> str:
-        return f"`{self.name}` ({self.kind}/{self.server}/{self.config.entrypoint})"
-
-    def announcement(self) -> dict[str, Any]:
-        """Its entry in the head server's `/server_instances`."""
-        host, port = self.config.host, self.config.port
-        return {
-            "process_name": self.name,
-            "config_path": self.name,
-            "server_type": self.kind,
-            "name": self.server,
-            "host": host,
-            "port": port,
-            "url": f"http://{host}:{port}",
-            "pid": os.getpid(),
-            "dir_path": str(self.folder),
-            "entrypoint": self.config.entrypoint,
-            "start_time": time.time(),
-            "status": None,
-            "uptime_seconds": None,
-        }
-
-
-# --- Configuration ---------------------------------------------------------------------------------------------------
-
-
-def parse_config(initial: Mapping[str, Any]) -> DictConfig:
-    """Gym's merged config; `initial` wins over every file, as the command line does.
-
-    Ports that no config fixes come back as 0, to be filled in by `bind_all`: Gym would pick numbers at random and
-    close the sockets again, which lets anybody take them before the server does.
-    """
-    if not hasattr(global_config, "_find_open_port_using_range"):
-        raise HostError("this version of nemo-gym chooses ports in a way that trl-gym does not know")
-    original = global_config._find_open_port_using_range
-    global_config._find_open_port_using_range = lambda *_args, **_kwargs: 0
-    try:
-        return parse_config_as_gym_does(initial)
-    finally:
-        global_config._find_open_port_using_range = original
-
-
-def parse_config_as_gym_does(initial: Mapping[str, Any]) -> DictConfig:
-    parser_config = global_config.GlobalConfigDictParserConfig(
-        initial_global_config_dict=OmegaConf.create(dict(initial)), skip_load_from_cli=True
-    )
-    config = global_config.get_global_config_dict(global_config_dict_parser_config=parser_config)
-    global_config.GlobalConfigDictParser().raise_on_no_server_instances(config)
-    return config
-
-
-def find_instances(config: DictConfig, search_roots: Sequence[Path]) -> list[Instance]:
-    """The servers of a config, each with the folder that holds its entry point.
-
-    Raises:
-        HostError: If folders cannot be found; names all of them.
-    """
-    instances: list[Instance] = []
-    missing: list[str] = []
-    for name in config:
-        if name in global_config.NEMO_GYM_RESERVED_TOP_LEVEL_KEYS:
-            continue
-        kind, kind_config = _first_item(config[name])
-        server, server_config = _first_item(kind_config)
-        if not isinstance(server_config, DictConfig) or "entrypoint" not in server_config:
-            continue
-        folders = [root / kind / server for root in search_roots]
-        folder = next((f for f in folders if (f / server_config.entrypoint).is_file()), None)
-        if folder is None:
-            missing.append(f"`{name}` ({kind}/{server}/{server_config.entrypoint})")
-        else:
-            instances.append(Instance(str(name), str(kind), str(server), server_config, folder))
-    if missing:
-        looked_in = "".join(f"\n  - {root}" for root in search_roots)
-        raise HostError(f"no code found for {', '.join(missing)}. Looked in:{looked_in}")
-    return instances
-
-
-def _first_item(node: Any) -> tuple[Any, Any]:
-    if not isinstance(node, DictConfig) or not node:
-        return None, None
-    key = next(iter(node))
-    return key, node[key]
-
-
-# --- Loading servers -------------------------------------------------------------------------------------------------
-
-
-def load_applications(instances: Sequence[Instance]) -> list[dict[str, Any]]:
-    """Run every entry point as Gym would and return what each would have handed to `uvicorn.run`.
-
-    Raises:
-        HostError: If an entry point cannot be imported, needs Ray, or starts no server.
-    """
-    applications: list[dict[str, Any]] = []
-    recorded: list[dict[str, Any]] = []
-    helpers: dict[str, list[ModuleType]] = {}
-    working_directory = Path.cwd()
-    original_run = uvicorn.run
-    uvicorn.run = lambda app=None, **kwargs: recorded.append({"app": app, **kwargs})
-    try:
-        for instance in instances:
-            recorded.clear()
-            os.environ[global_config.NEMO_GYM_CONFIG_PATH_ENV_VAR_NAME] = instance.name
-            os.chdir(instance.folder)  # as in Gym, where each server starts in its own folder
-            with _own_modules(instance.folder, helpers):
-                _run_entry_point(instance)
-            if len(recorded) != 1:
-                raise HostError(f"the entry point of {instance.label} started {len(recorded)} web servers, expected 1")
-            lighten(recorded[0]["app"])
-            applications.append(recorded[0])
-    finally:
-        uvicorn.run = original_run
-        os.chdir(working_directory)
-    _keep_importable(instances, helpers)
-    return applications
-
-
-def _run_entry_point(instance: Instance) -> None:
-    entry_point = instance.folder / instance.config.entrypoint
-    try:
-        runpy.run_path(str(entry_point), run_name="__main__")
-    except ModuleNotFoundError as error:
-        raise HostError(_missing_module_text(instance, error)) from error
-    except HostError as error:
-        raise HostError(f"{instance.label}: {error}") from error
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        raise HostError(f"{instance.label} failed while starting: {type(error).__name__}: {error}") from error
-
-
-def _missing_module_text(instance: Instance, error: ModuleNotFoundError) -> str:
-    requirements = instance.folder / "requirements.txt"
-    lines = requirements.read_text().splitlines() if requirements.is_file() else []
-    packages = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith(("#", "-"))]
-    packages = [package for package in packages if "nemo-gym" not in package and "nemo_gym" not in package]
-    wanted = " ".join(f"'{package}'" for package in packages or [str(error.name).split(".")[0]])
-    return (
-        f"{instance.label} needs the Python module `{error.name}`, which is not installed for {sys.executable}. "
-        f"Install what the server asks for:\n\n    uv pip install --python {sys.executable} {wanted}\n\n"
-        "(without uv: the same interpreter with `-m pip install`, where it has pip)"
-    )
-
-
-@contextlib.contextmanager
-def _own_modules(folder: Path, helpers: dict[str, list[ModuleType]]) -> Iterator[None]:
-    """Let one server import its helper modules (`app`, `utils`, `client`, …) without seeing those of another."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            is_packaged = name.partition(".")[0] in _SERVER_KINDS  # `resources_servers.x.y` is unique already
-            if file and not is_packaged and Path(file).is_relative_to(folder):
-                helpers.setdefault(name, []).append(sys.modules.pop(name))
-
-
-_SERVER_KINDS = ("environment_servers", "resources_servers", "responses_api_agents", "responses_api_models")
-
-
-def _keep_importable(instances: Sequence[Instance], helpers: Mapping[str, list[ModuleType]]) -> None:
-    """For imports inside functions: helper modules whose name only one server uses stay where they were."""
-    for name, modules in helpers.items():
-        if len({module.__file__ for module in modules}) == 1:
-            sys.modules.setdefault(name, modules[0])
-    for folder in dict.fromkeys(str(instance.folder) for instance in instances):
-        sys.path.append(folder)
-
-
-def adapt_server_class(instances: Sequence[Instance]) -> None:
-    """Change the three habits of Gym's servers that assume one process each."""
-    folders = {instance.name: instance.folder for instance in instances}
-    base = server_utils.SimpleServer
-    original = base.run_webserver.__func__
-
-    def run_webserver(cls: type) -> Any:
-        folder = folders[os.environ[global_config.NEMO_GYM_CONFIG_PATH_ENV_VAR_NAME]]
-        if needs_ray(cls, folder):
-            raise HostError("this server runs its work on Ray, which mode='host' does not start: use mode='upstream'")
-        return original(cls)
-
-    base.run_webserver = classmethod(run_webserver)
-    base.prefix_server_logs = lambda self: None  # would stack one prefix on stdout per server
-    server_utils.initialize_ray = lambda: None
-    # A server that uses Ray behind our back gets an error, not a cluster of its own that nobody stops.
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-
-
-def needs_ray(server_class: type, folder: Path) -> bool:
-    """What the class declares (0.5 and later), else whether any module of the server imports Ray."""
-    declared = getattr(server_class, "ray_enabled", None)
-    if declared is not None:
-        return bool(declared)
-    sources = [path for path in folder.rglob("*.py") if "tests" not in path.relative_to(folder).parts]
-    return any(_RAY_IMPORT.search(path.read_text(errors="replace")) for path in sources)
+    return module == "nemo_gym.server_utils" and name in _GYM_FUNCTIONS
 
 
 # --- Serving ---------------------------------------------------------------------------------------------------------
 
 
 def bind_all(instances: Sequence[Instance]) -> list[socket.socket]:
-    """Bind and listen for every server, and write the real ports into the config."""
+    """Bind and listen for every server; write the real ports into the config."""
     sockets: list[socket.socket] = []
     for instance in instances:
         sock = socket.socket()
@@ -356,12 +347,12 @@ def bind_all(instances: Sequence[Instance]) -> list[socket.socket]:
             sock.bind((instance.config.host, instance.config.port))
         except OSError as error:
             address = f"{instance.config.host}:{instance.config.port}"
-            raise HostError(f"{instance.label} cannot listen on {address}: {error.strerror}") from error
+            raise HostError(f"{instance.label} cannot listen on {address}: {error.strerror}.") from error
         sock.listen(_BACKLOG)
         with open_dict(instance.config):
             instance.config.port = sock.getsockname()[1]
             if (instance.config.get("num_workers") or 1) > 1:
-                logger.warning("%s: num_workers is ignored by mode='host'", instance.label)
+                logger.warning("mode='host' ignores num_workers of %s", instance.label)
                 instance.config.num_workers = 1
         sockets.append(sock)
     return sockets
@@ -370,7 +361,7 @@ def bind_all(instances: Sequence[Instance]) -> list[socket.socket]:
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # one handler for all servers, in `serve`
+        yield  # `serve` has one handler for all servers
 
 
 async def serve(applications: Sequence[tuple[dict[str, Any], socket.socket]], head: tuple[Any, socket.socket]) -> None:
@@ -391,7 +382,7 @@ async def serve(applications: Sequence[tuple[dict[str, Any], socket.socket]], he
     head_app, head_socket = head
     servers.append(_make_server({"app": head_app}))
     tasks.append(asyncio.create_task(servers[-1].serve(sockets=[head_socket])))
-    # What was imported so far lives as long as the process: keep the collector from walking it again and again.
+    # Modules imported so far live as long as the process: keep the collector from walking them again and again.
     gc.collect()
     gc.freeze()
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -408,7 +399,7 @@ def _raise_if_ended(servers: Sequence[_Server], tasks: Sequence[asyncio.Task[Non
     for server, task in zip(servers, tasks, strict=False):
         if task.done() and not server.should_exit:
             cause = task.exception()
-            raise HostError(f"the web server of {server.config.app} ended by itself") from cause
+            raise HostError(f"The web server of {server.config.app} ended by itself.") from cause
 
 
 # --- The two modes ---------------------------------------------------------------------------------------------------
@@ -444,7 +435,7 @@ def _loop_factory() -> Any:
 
 
 def run_upstream(settings: Mapping[str, Any]) -> None:
-    """`gym env start`: the same function that the command calls, without a command line to quote values for."""
+    """Call the function behind `gym env start`, without a command line to quote values for."""
     from nemo_gym.cli.env import RunHelper
 
     work_dir = Path(settings["work_dir"])
@@ -452,8 +443,8 @@ def run_upstream(settings: Mapping[str, Any]) -> None:
     instances = find_instances(config, [*map(Path, settings["search_roots"]), PARENT_DIR])
     for instance in instances:
         prepare_upstream_folder(instance, work_dir)
-    # Configs were found from the user's folder. Servers are looked up below the current one, which from here on is
-    # ours: only there can a link stand for a server that lives beside its config (0.4 has no search path).
+    # Configs were found from the user's folder. Gym looks up servers below the current folder, which from here on is
+    # ours: a link there stands for a server that lives beside its config (0.4 has no search path).
     os.chdir(work_dir)
     helper = RunHelper()
     helper.start(None)  # takes the config that was parsed above
@@ -466,8 +457,10 @@ def run_upstream(settings: Mapping[str, Any]) -> None:
 
 
 def report_ended(processes: dict[str, subprocess.Popen[bytes]]) -> None:
-    """Say which servers have ended, and forget them. Gym's own `run_forever` would end all others a minute later;
-    whether they go on is for whoever started us to say."""
+    """Print which servers have ended, and forget them.
+
+    Gym's own `run_forever` would end all others a minute later; here `servers.py` decides whether they go on.
+    """
     for name in [name for name, process in processes.items() if process.poll() is not None]:
         code = processes.pop(name).returncode
         sys.stdout.write(f"server {name} ended (exit code {code})\n")
@@ -475,9 +468,9 @@ def report_ended(processes: dict[str, subprocess.Popen[bytes]]) -> None:
 
 
 def prepare_upstream_folder(instance: Instance, work_dir: Path) -> None:
-    """A link to the server's code where it is not Gym's own, and one to our environment instead of a new one."""
+    """Link the server's code where it is not Gym's own, and our environment instead of building a new one."""
     if not (Path(sys.prefix) / "bin" / "activate").is_file():
-        raise HostError(f"mode='upstream' needs Gym in a virtual environment, and {sys.prefix} is none")
+        raise HostError(f"mode='upstream' needs Gym in a virtual environment, and {sys.prefix} is not one.")
     relative = Path(instance.kind, instance.server)
     environment = work_dir / "environments" / relative / ".venv"
     environment.parent.mkdir(parents=True, exist_ok=True)
@@ -496,7 +489,7 @@ def main(settings_path: str) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        text = explain(error)
+        text = _error_text(error)
         traceback.print_tb(error.__traceback__)
         sys.stderr.write(f"{text}\n")
         Path(settings["error_path"]).write_text(text)
@@ -504,8 +497,8 @@ def main(settings_path: str) -> int:
     return 0
 
 
-def explain(error: Exception) -> str:
-    """The message, without the dump of the whole config that Gym attaches to some: it may hold secrets."""
+def _error_text(error: Exception) -> str:
+    """Return the message without the whole config, which Gym attaches to some: it may hold secrets."""
     text = str(error).partition("Found global config dict yaml")[0].rstrip()
     return text if isinstance(error, HostError) else f"{type(error).__name__}: {text}"
 

@@ -1,6 +1,6 @@
-"""Which Python runs NeMo Gym, and what is installed there.
+"""Find the Python that runs NeMo Gym, and check what is installed there.
 
-Gym needs Python 3.12 and pins packages that conflict with vLLM, so it lives in an environment of its own.
+Gym needs Python 3.12 and pins packages that conflict with vLLM: it has an environment of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SUPPORTED_GYM = SUPPORTED["nemo-gym"]
 MIN_PYTHON = (3, 12)
 PYTHON_VARIABLE = "TRL_GYM_PYTHON"
 VENV_NAME = ".gym-venv"
-REMEDY = f"Run `make setup`, or point to an interpreter that has nemo-gym: {PYTHON_VARIABLE}=/path/to/bin/python"
+_REMEDY = f"Run `make setup`, or set {PYTHON_VARIABLE}=/path/to/bin/python to an interpreter that has nemo-gym."
 
 _PROBE_TIMEOUT_S = 60.0  # a cold disk makes even `importlib.metadata` slow
 # Finds packages without importing them: nemo_gym itself takes seconds.
@@ -40,12 +40,12 @@ print(json.dumps(found))
 
 @dataclass(frozen=True, slots=True)
 class GymInstallation:
-    """A usable Gym.
+    """A usable NeMo Gym.
 
     Attributes:
-        python: Its interpreter (not resolved: the link in a virtual environment is what selects it).
+        python: Its interpreter, not resolved: the link in a virtual environment selects that environment.
         version: Version of nemo-gym, e.g. `"0.4.0"`.
-        root: Folder that holds `nemo_gym/`, `resources_servers/`, `responses_api_models/`, …
+        root: The folder that holds `nemo_gym/`, `resources_servers/`, `responses_api_models/`, …
     """
 
     python: Path
@@ -54,37 +54,37 @@ class GymInstallation:
 
 
 def find_installation(python: str | Path | None = None) -> GymInstallation:
-    """Find Gym's interpreter and look into it.
+    """Find Gym's interpreter and check what it has.
 
     Args:
-        python: The interpreter. When not given: the environment variable `TRL_GYM_PYTHON`, then `.gym-venv/bin/python`
+        python: The interpreter. Default: the environment variable `TRL_GYM_PYTHON`, then `.gym-venv/bin/python`
             in the current directory and its parents, then beside the checkout of trl_gym.
 
     Raises:
-        ConfigError: If there is no such interpreter, or no nemo-gym in it.
-        UnsupportedVersionError: If Python or nemo-gym has a version that we do not support.
+        ConfigError: If the interpreter or its nemo-gym does not exist.
+        UnsupportedVersionError: If the version of Python or nemo-gym is not supported.
     """
     return probe(_find_python(python))
 
 
 def _find_python(python: str | Path | None) -> Path:
     if python is not None:
-        return _executable(Path(python), "the `python` given")
+        return _executable(Path(python), "The argument `python`")
     if from_environment := os.environ.get(PYTHON_VARIABLE):
-        return _executable(Path(from_environment), f"the environment variable {PYTHON_VARIABLE}")
+        return _executable(Path(from_environment), f"The environment variable {PYTHON_VARIABLE}")
     candidates = default_candidates()
     for candidate in candidates:
         if candidate.is_file():
-            return _executable(candidate, "the search for Gym's interpreter")
-    looked_for = "".join(f"\n  - {candidate}" for candidate in candidates)
+            return _executable(candidate, "The search for Gym's interpreter")
+    paths = ", ".join(map(str, candidates))
     raise ConfigError(
-        f"no Python interpreter with NeMo Gym found. {PYTHON_VARIABLE} is not set, and none of these exists:"
-        f"{looked_for}\n{REMEDY}"
+        f"No Python with NeMo Gym was found: {PYTHON_VARIABLE} is not set, and none of these exists: {paths}.",
+        _REMEDY,
     )
 
 
 def default_candidates() -> list[Path]:
-    """Where an interpreter is looked for when nobody names one, in order."""
+    """Return the paths at which an interpreter is looked for when none is named, in order."""
     checkout = Path(__file__).resolve().parents[2]
     folders = [Path.cwd(), *Path.cwd().parents, checkout]
     return [folder / VENV_NAME / "bin" / "python" for folder in dict.fromkeys(folders)]
@@ -93,33 +93,33 @@ def default_candidates() -> list[Path]:
 def _executable(path: Path, source: str) -> Path:
     path = Path(os.path.abspath(path.expanduser()))
     if not path.is_file():
-        raise ConfigError(f"{source} names {path}, which does not exist. {REMEDY}")
+        raise ConfigError(f"{source} names {path}, which does not exist.", _REMEDY)
     if not os.access(path, os.X_OK):
-        raise ConfigError(f"{source} names {path}, which is not executable. {REMEDY}")
+        raise ConfigError(f"{source} names {path}, which is not executable.", _REMEDY)
     return path
 
 
 def probe(python: Path) -> GymInstallation:
-    """Ask an interpreter what it has. Starts it once, imports nothing heavy.
+    """Ask an interpreter for its versions: run it once, without importing anything heavy.
 
     Raises:
         ConfigError: If it cannot be run or has no nemo-gym.
-        UnsupportedVersionError: If a version is out of range.
+        UnsupportedVersionError: If a version is not supported.
     """
     try:
         done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S)
         found = json.loads(done.stdout)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"{python} cannot be run: {error}. {REMEDY}") from error
+        raise ConfigError(f"{python} cannot be run: {error}.", _REMEDY) from error
     except ValueError as error:
-        raise ConfigError(f"{python} is not a working Python interpreter: {done.stderr.strip()}. {REMEDY}") from error
+        raise ConfigError(f"{python} is not a working Python interpreter: {done.stderr.strip()}", _REMEDY) from error
     python_version = ".".join(map(str, found["python"]))
     if found["root"] is None:
-        raise ConfigError(f"{python} (Python {python_version}) has no nemo-gym installed. {REMEDY}")
+        raise ConfigError(f"{python} (Python {python_version}) has no nemo-gym installed.", _REMEDY)
     if tuple(found["python"]) < MIN_PYTHON:
         needed = ".".join(map(str, MIN_PYTHON))
-        raise UnsupportedVersionError(f"{python} is Python {python_version}; NeMo Gym needs {needed}. {REMEDY}")
+        raise UnsupportedVersionError(f"{python} is Python {python_version}; NeMo Gym needs {needed}.", _REMEDY)
     version = found["version"]
     if version is None or not SpecifierSet(SUPPORTED_GYM).contains(version, prereleases=True):
-        raise UnsupportedVersionError(f"{python} has nemo-gym {version}, but {SUPPORTED_GYM} is needed. {REMEDY}")
+        raise UnsupportedVersionError(f"{python} has nemo-gym {version}, but {SUPPORTED_GYM} is needed.", _REMEDY)
     return GymInstallation(python=python, version=version, root=Path(found["root"]))

@@ -1,18 +1,20 @@
-"""The NeMo Gym servers of a training run: started by us in one of two ways, or attached to.
+"""Start the NeMo Gym servers of a training run in one of two ways, or attach to running ones.
 
     GymServers(["…/calculator.yaml"], policy_base_url="http://127.0.0.1:8000/v1")          host (default)
     GymServers([…], mode="upstream", …)                                                    `gym env start`
-    GymServers.attach("http://node7:11000")                                                somebody else's
+    GymServers.attach("http://node7:11000")                                                started elsewhere
 
       NEW ──start──► STARTING ──wait_ready──► READY ──stop──► STOPPED       (stop is allowed everywhere)
       attach ───────────────────────────────► READY
 
-What we start is in a process session of its own and ends with us, however we end (`processes.py`). An attached Gym is
-never started, changed or stopped.
+What we start has a process session of its own and ends with us, however we end (`processes.py`). Its settings and
+secrets reach it in a private file and in its environment, never on the command line, which `ps` shows. An attached Gym
+is never started, changed or stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -45,109 +47,16 @@ from trl_gym.gym.discovery import (
 from trl_gym.gym.install import GymInstallation, find_installation
 from trl_gym.processes import ChildProcess, bind_socket, wait_until
 
-# --------------------------------------------------------------------------------------------------------------------
-# How `host.py` is started: its settings file and its environment. Values that are secret stay out of `ps`.
-
 Mode = Literal["host", "upstream"]
 
 LOCALHOST = "127.0.0.1"
 _HOST_SCRIPT = Path(__file__).with_name("host.py")
-
-
-def spawn(
-    installation: GymInstallation,
-    mode: Mode,
-    config: Mapping[str, Any],
-    *,
-    search_roots: list[Path],
-    head_fd: int | None,
-    work_dir: Path,
-    log_path: Path,
-    policy_api_key: str,
-) -> ChildProcess:
-    """Start Gym's interpreter on `host.py`.
-
-    Args:
-        installation: The Gym to start.
-        mode: See `host.py`.
-        config: What Gym merges last.
-        search_roots: Folders below which the code of servers is looked for, before the installation.
-        head_fd: The listening socket of the head server, or None where Gym binds it itself.
-        work_dir: A private folder that outlives the process. `error_path(work_dir)` receives the reason when the
-            servers cannot be started.
-        log_path: File for the output.
-        policy_api_key: Bearer token for the policy server.
-    """
-    config = dict(config)
-    if mode == "upstream":
-        # Every server gets a link to Gym's own environment instead of one that `uv` builds.
-        config["skip_venv_if_present"] = True
-        config["uv_venv_dir"] = str(work_dir / "environments")
-        config["uv_cache_dir"] = str(work_dir / "uv-cache")
-    settings = {
-        "mode": mode,
-        "config": config,
-        "search_roots": [str(root) for root in search_roots],
-        "head_fd": head_fd,
-        "error_path": str(error_path(work_dir)),
-        "work_dir": str(work_dir),
-    }
-    settings_path = work_dir / "settings.json"
-    _write_private(settings_path, json.dumps(settings))
-    return ChildProcess(
-        "NeMo Gym",
-        [installation.python, _HOST_SCRIPT, settings_path],
-        log_path=log_path,
-        env=_environment(installation, mode, config, work_dir, policy_api_key),
-        pass_fds=[] if head_fd is None else [head_fd],
-    )
-
-
-def error_path(work_dir: Path) -> Path:
-    """Where `host.py` says in a sentence why it cannot start."""
-    return work_dir / "error.txt"
-
-
-def _environment(
-    installation: GymInstallation, mode: Mode, config: Mapping[str, Any], work_dir: Path, policy_api_key: str
-) -> dict[str, str | None]:
-    no_proxy = [value for value in (os.environ.get("no_proxy"), os.environ.get("NO_PROXY")) if value]
-    local = ",".join(dict.fromkeys([*no_proxy, LOCALHOST, "localhost"]))
-    env: dict[str, str | None] = {
-        API_KEY_VARIABLE: policy_api_key,
-        "PYTHONUNBUFFERED": "1",
-        "no_proxy": local,  # Gym's servers find each other over HTTP
-        "NO_PROXY": local,
-        "NEMO_GYM_CONFIG_DICT": None,  # Gym's way to hand a config to its children; not to be inherited
-        "NEMO_GYM_CONFIG_PATH": None,
-    }
-    if mode == "upstream":
-        env["PATH"] = os.pathsep.join([str(installation.python.parent), os.environ.get("PATH", os.defpath)])
-        env["UV_PYTHON_DOWNLOADS"] = "never"
-        env["RAY_USAGE_STATS_ENABLED"] = "0"
-        if not config.get("ray_head_node_address"):
-            env |= _own_ray_cluster(work_dir)
-    return env
-
-
-def _own_ray_cluster(work_dir: Path) -> dict[str, str | None]:
-    """Keep Ray's traces in our folder; by default it writes a token to the home folder and files to /tmp/ray."""
-    token_path = work_dir / "ray-token"
-    _write_private(token_path, secrets.token_hex(32))
-    return {"RAY_TMPDIR": str(work_dir), "RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_AUTH_TOKEN": None}
-
-
-def _write_private(path: Path, text: str) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-
-
-_REQUEST_TIMEOUT_S = 2.0  # of one look at a server; while it starts, calls queue at its listening socket
+_REQUEST_TIMEOUT_S = 2.0  # of one request to a server; while it starts, requests queue at its listening socket
 _POLL_S = 0.1
 
 
 class GymState(Enum):
-    """Where a `GymServers` is in its life."""
+    """State of a `GymServers`."""
 
     NEW = "new"
     STARTING = "starting"
@@ -156,29 +65,32 @@ class GymState(Enum):
 
 
 class GymServers:
-    """Owns, or knows, the servers of one NeMo Gym.
+    """Own, or attach to, the servers of one NeMo Gym.
 
     Args:
         config_paths: Gym's YAML configs: absolute, relative to the working directory or inside the installed nemo-gym.
             The training model server is added when none of them defines `policy_model`.
-        mode: `"host"`: all servers in one process, ready in seconds. `"upstream"`: Gym's own launcher with Ray and one
-            process per server; for environments that use Ray or need more than one core.
-        policy_base_url: OpenAI base URL of the policy server, ending in `/v1`; of several, separated by commas. May be
+        mode: `"host"` runs all servers in one process, ready in seconds. `"upstream"` runs Gym's own launcher with Ray
+            and one process per server, for environments that use Ray or need more than one core.
+        policy_base_url: OpenAI base URL of the policy server, ending in `/v1`; several are separated by commas. May be
             given later, see `connect_policy`.
         policy_model_name: Model name that the policy server expects.
-        policy_api_key: Sent as bearer token to the policy server. Travels in the environment only.
-        python: Gym's interpreter; see `interpreter.find_installation` for where it is looked for.
-        overrides: Any option of Gym's config as nested mapping or with dotted keys; wins over every file. A string
-            may refer to other options, `"${policy_model_name}"`.
+        policy_api_key: Bearer token for the policy server; passed in the environment only.
+        python: Gym's interpreter; `install.find_installation` says where it is looked for.
+        overrides: Options of Gym's config as nested mapping or with dotted keys; they win over every file. A string
+            may refer to other options: `"${policy_model_name}"`.
         log_dir: Folder for `gym.log`.
         start_timeout_s: Seconds from `start` until every server must answer.
+
+    Raises:
+        ConfigError: If an argument has a wrong form.
     """
 
     def __init__(
         self,
         config_paths: Sequence[str | Path] = (),
         *,
-        mode: Literal["host", "upstream"] = "host",
+        mode: Mode = "host",
         policy_base_url: str | None = None,
         policy_model_name: str = "policy",
         policy_api_key: str = "EMPTY",
@@ -188,11 +100,12 @@ class GymServers:
         start_timeout_s: float = 120.0,
     ) -> None:
         if mode not in ("host", "upstream"):
-            raise ConfigError(f"`mode` is 'host' or 'upstream', not {mode!r}; for a running Gym use GymServers.attach")
+            remedy = "Use 'host' or 'upstream', or GymServers.attach for a running Gym."
+            raise ConfigError(f"`mode` must be 'host' or 'upstream', not {mode!r}.", remedy)
         if isinstance(config_paths, str | Path):
-            raise ConfigError(f"`config_paths` is a list of paths; got {config_paths!r}")
+            raise ConfigError(f"`config_paths` must be a list of paths, not {config_paths!r}.", "Put it into a list.")
         self.log_path: Path | None = Path(log_dir).absolute() / "gym.log"
-        self.gym_version = "unknown"  # until start; an attached Gym does not tell
+        self.gym_version = "unknown"  # until `start`; an attached Gym does not say
         self._config_paths = list(config_paths)
         self._mode = mode
         self._policy = (policy_base_url, policy_model_name, policy_api_key)
@@ -213,17 +126,20 @@ class GymServers:
 
     @classmethod
     def attach(cls, head_url: str, *, timeout_s: float = 60.0) -> GymServers:
-        """Use a Gym that somebody else runs.
+        """Use a Gym that runs already.
 
         Args:
             head_url: URL of its head server, e.g. `"http://127.0.0.1:11000"`.
-            timeout_s: How long to wait for it and its servers to answer, in seconds.
+            timeout_s: Seconds to wait until it and its servers answer.
 
         Raises:
-            GymServerError: If nothing answers, something else answers, or some of its servers do not.
+            ConfigError: If `head_url` is not an HTTP URL.
+            GymServerError: If it or one of its servers does not answer, or something else answers.
         """
         if urlsplit(head_url).scheme not in ("http", "https"):
-            raise ConfigError(f"a head server's URL looks like http://127.0.0.1:11000; got {head_url!r}")
+            raise ConfigError(
+                f"{head_url!r} is not the URL of a head server.", "Give one that looks like http://127.0.0.1:11000."
+            )
         servers = cls()
         servers._is_attached = True
         servers.log_path = None
@@ -233,7 +149,7 @@ class GymServers:
         servers._state = GymState.STARTING
         return servers.wait_ready()
 
-    # --- What is there ---
+    # --- Servers and agents ---
 
     @property
     def state(self) -> GymState:
@@ -241,72 +157,74 @@ class GymServers:
 
     @property
     def head_url(self) -> str:
-        """URL of the head server; known from `start` on."""
+        """URL of the head server. Raises `GymServerError` before `start`."""
         if self._head_url is None:
-            raise GymServerError("the NeMo Gym servers have not been started, so there is no head URL yet")
+            raise GymServerError("The NeMo Gym servers have no URL: they were not started.", "Call `start` first.")
         return self._head_url
 
     @property
     def agents(self) -> dict[str, AgentInfo]:
-        """Agents by name. Known once the servers are ready."""
+        """Agents by name, once the servers are ready."""
         self._require(GymState.READY, "list agents")
         return dict(self._agents)
 
     @property
     def servers(self) -> list[ServerInstance]:
-        """All servers behind the head server. Known once they are ready."""
+        """All servers behind the head server, once they are ready."""
         self._require(GymState.READY, "list servers")
         return list(self._view.instances) if self._view else []
 
     @property
     def sole_agent(self) -> str | None:
-        """Name of the only agent, when there is exactly one: then rows need not name any."""
+        """Name of the agent if there is exactly one: rows need not name it then."""
         return next(iter(self.agents)) if len(self.agents) == 1 else None
 
     def agent(self, name: str) -> AgentInfo:
         """Look up an agent.
 
         Raises:
-            ConfigError: If there is none of that name; lists those that there are.
+            ConfigError: If no agent has that name; lists all names.
         """
         agents = self.agents
         if name in agents:
             return agents[name]
         closest = difflib.get_close_matches(name, agents, n=1)
-        hint = f" Did you mean `{closest[0]}`?" if closest else ""
         known = ", ".join(f"`{known}`" for known in sorted(agents)) or "none"
-        raise ConfigError(f"there is no agent `{name}` in this NeMo Gym.{hint} Agents: {known}")
+        hint = f"Did you mean `{closest[0]}`?" if closest else "Correct the name, or add the config of that agent."
+        raise ConfigError(f"This NeMo Gym has no agent `{name}`; it has {known}.", hint)
 
     # --- Life cycle ---
 
     def connect_policy(self, base_url: str, model_name: str, api_key: str = "EMPTY") -> None:
-        """Say where the policy is served.
+        """Set where the policy is served, before `start`; compare it with what Gym uses afterwards.
 
-        Before `start` this is what Gym will use. Afterwards, and for an attached Gym, it cannot be changed any more:
-        then it is only compared.
+        Args:
+            base_url: See `policy_base_url`.
+            model_name: See `policy_model_name`.
+            api_key: See `policy_api_key`.
 
         Raises:
-            GymServerError: If the running Gym sends its model calls somewhere else.
+            GymServerError: If the running Gym sends its model calls to another URL.
         """
         if self._state is GymState.NEW:
             self._policy = (base_url, model_name, api_key)
             return
         if self._state is GymState.STOPPED:
-            raise GymServerError("the NeMo Gym servers have been stopped")
+            raise GymServerError("The NeMo Gym servers have been stopped.", "Make a new GymServers.")
         configured = self._view.policy_base_urls() if self._view else str(self._policy[0]).split(",")
         if set(map(_normalized, base_url.split(","))) != set(map(_normalized, configured)):
-            remedy = "Start it with that `policy_base_url`, or serve the policy where it looks."
             raise GymServerError(
-                f"the NeMo Gym at {self.head_url} calls the policy at {' and '.join(configured) or 'no known URL'}, "
-                f"but the policy is served at {base_url}. {remedy}"
+                f"The NeMo Gym at {self.head_url} calls the policy at {' and '.join(configured) or 'no known URL'}, "
+                f"but the policy is served at {base_url}.",
+                "Start that Gym with this `policy_base_url`, or serve the policy at the URL that it calls.",
             )
 
     def start(self) -> Self:
-        """Spawn the servers and return at once; `wait_ready` waits.
+        """Start the servers and return at once; `wait_ready` waits for them.
 
         Raises:
-            ConfigError: If Gym or a config cannot be found, or no policy URL is known. Nothing was started.
-            GymServerError: If the port of the head server is taken, or the servers were started before.
+            ConfigError: If Gym or a config cannot be found, or the policy's URL is not set. Nothing was started.
+            GymServerError: If the port of the head server is taken, or `start` was called before.
         """
         self._require(GymState.NEW, "start")
         installation = find_installation(self._python)
@@ -314,7 +232,9 @@ class GymServers:
         assert self.log_path is not None
         policy_base_url, policy_model_name, policy_api_key = self._policy
         if policy_base_url is None:
-            raise ConfigError("no `policy_base_url`: pass it to GymServers, or call connect_policy before start")
+            raise ConfigError(
+                "`policy_base_url` is not set.", "Pass it to GymServers, or call `connect_policy` before `start`."
+            )
         host, port = self._head_address()
         head_socket = self._bind_head(host, port)
         try:
@@ -329,7 +249,7 @@ class GymServers:
                 policy_model_name=policy_model_name,
             )
             if self._mode == "upstream":
-                head_socket.close()  # Gym binds it anew. Whoever is faster is recognized by the missing nonce.
+                head_socket.close()  # Gym binds the port again. The nonce tells whether another process was faster.
             self._child = spawn(
                 installation,
                 self._mode,
@@ -352,10 +272,10 @@ class GymServers:
         return self
 
     def wait_ready(self) -> Self:
-        """Wait until our head server and every server behind it answers.
+        """Wait until our head server and every server behind it answer.
 
         Raises:
-            GymServerError: If a server died, something else answers, or time is up. What was started is stopped.
+            GymServerError: If a server died, something else answers, or time is up. The servers are stopped.
         """
         if self._state is GymState.READY:
             return self
@@ -372,13 +292,13 @@ class GymServers:
         return self
 
     def check(self) -> None:
-        """Notice that servers have died. Cheap enough for every step.
+        """Raise if servers have died. Cheap enough for every step.
 
         Raises:
-            GymServerError: Names what died, with exit code, last log lines and log path where we started it.
+            GymServerError: Names what died, with exit code, last log lines and log path if we started it.
         """
         if self._state not in (GymState.STARTING, GymState.READY):
-            raise GymServerError(f"the NeMo Gym servers are {self._state.value}, not running")
+            raise GymServerError(f"The NeMo Gym servers are {self._state.value}, not running.", "Start them first.")
         if self._is_attached:
             look_at_head(self._http, self.head_url, timeout_s=_REQUEST_TIMEOUT_S)
             return
@@ -386,21 +306,21 @@ class GymServers:
         if self._mode == "upstream" and self._view is not None:
             dead = [f"`{server.name}`" for server in self._view.instances if not is_alive(server.pid)]
             if dead:
-                raise GymServerError(f"NeMo Gym servers have died: {', '.join(dead)}.\n\n{self.log_end()}")
+                raise GymServerError(f"NeMo Gym servers have died: {', '.join(dead)}. {self.log_end()}")
 
     def check_process(self) -> None:
-        """Notice that the Gym that we started has ended as a whole; single servers are `agents_down`'s.
+        """Raise if the Gym that we started has ended as a whole; `agents_down` is about single servers.
 
         Raises:
-            GymServerError: With exit code, last log lines and log path.
+            GymServerError: Says whether it had been ready, how long it ran, and why it ended.
         """
         if self._child is not None and self._child.poll() is not None:
-            raise self._death()
+            raise self._death(self._child)
 
     def agents_down(self) -> dict[str, str]:
-        """By name, agents that cannot run rollouts because a server that they need is gone: which one, and why.
+        """Return the agents that cannot run rollouts: name → which server that they need is gone, and why.
 
-        A refused connection counts when three calls in a row see it; call it about every second.
+        A server that refuses connections counts as gone in the third call in a row; call this about every second.
         """
         if self._state is not GymState.READY or self._view is None:
             return {}
@@ -413,13 +333,13 @@ class GymServers:
         }
 
     def log_end(self) -> str:
-        """Last lines and path of the Gym's log, for messages; empty for an attached Gym."""
+        """Return the last lines and the path of Gym's log, for messages; empty for an attached Gym."""
         if self._child is None:
             return ""
         return f"Last lines of its log:\n\n{self._child.log_tail()}\n\nThe whole log: {self.log_path}"
 
     def stop(self) -> None:
-        """Stop what we started. Idempotent; an attached Gym keeps running."""
+        """Stop the servers that we started; an attached Gym keeps running. Idempotent."""
         self._state = GymState.STOPPED
         child, self._child = self._child, None
         work_dir, self._work_dir = self._work_dir, None
@@ -442,7 +362,7 @@ class GymServers:
     # --- Starting ---
 
     def _head_address(self) -> tuple[str, int]:
-        """Host and port of the head server; port 0 unless an override fixes it."""
+        """Return host and port of the head server; the port is 0 unless an override fixes it."""
         head = self._overrides.get("head_server") or {}
         host = head.get("host") or self._overrides.get("default_host") or LOCALHOST
         return str(host), int(head.get("port") or 0)
@@ -451,73 +371,152 @@ class GymServers:
         try:
             return bind_socket(host, port)
         except OSError as error:
+            neighbour, remedy = "", "Leave the port out to get a free one."
+            with contextlib.suppress(GymServerError):
+                look_at_head(self._http, f"http://{host}:{port}", timeout_s=_REQUEST_TIMEOUT_S)
+                neighbour = " Another NeMo Gym runs there."
+                remedy = f"Use GymServers.attach('http://{host}:{port}'), or leave the port out to get a free one."
             raise GymServerError(
-                f"the head server of NeMo Gym cannot listen on {host}:{port}: {error.strerror}."
-                f"{self._neighbour(host, port)}"
+                f"The head server of NeMo Gym cannot listen on {host}:{port}: {error.strerror}.{neighbour}", remedy
             ) from error
-
-    def _neighbour(self, host: str, port: int) -> str:
-        """Who has the port, when it is another Gym."""
-        url = f"http://{host}:{port}"
-        try:
-            look_at_head(self._http, url, timeout_s=_REQUEST_TIMEOUT_S)
-        except GymServerError:
-            return " Leave the port out to get a free one."
-        return (
-            f" Another NeMo Gym runs there: use GymServers.attach({url!r}), or leave the port out to get a free one."
-        )
 
     def _wait_for_head(self) -> HeadView:
         while True:
-            self._raise_if_dead()
+            self.check_process()
             try:
                 view = look_at_head(self._http, self.head_url, timeout_s=_REQUEST_TIMEOUT_S)
             except HeadUnreachable as error:
                 if not wait_until(self._deadline, _POLL_S):
-                    raise self._too_late(str(error)) from error
+                    raise self._too_late(error.problem) from error
                 continue
             if not self._is_attached and view.config.get(NONCE_KEY) != self._nonce:
                 raise GymServerError(
-                    f"another NeMo Gym answers at {self.head_url}: it took the port before ours could. "
-                    f"Leave `head_server.port` out to get a free one.\n\n{self.log_end()}"
+                    f"Another NeMo Gym answers at {self.head_url}: it took the port before ours could.",
+                    "Leave `head_server.port` out to get a free one.",
                 )
             if view.instances:
                 return view
             if not wait_until(self._deadline, _POLL_S):
-                raise self._too_late("the head server names no servers")
+                raise self._too_late("The head server names no servers.")
 
     def _wait_for_servers(self, view: HeadView) -> None:
         waiting = list(view.instances)
         while True:
-            self._raise_if_dead()
+            self.check_process()
             waiting = [one for one in waiting if not answers(self._http, one.url, timeout_s=_REQUEST_TIMEOUT_S)]
             if not waiting:
                 return
             if not wait_until(self._deadline, _POLL_S):
                 names = ", ".join(f"`{one.name}` at {one.url}" for one in waiting)
-                raise self._too_late(f"no answer from {names}")
+                raise self._too_late(f"No answer comes from {names}.")
 
-    # --- Explaining ---
+    # --- Errors ---
 
     def _require(self, state: GymState, what: str) -> None:
         if self._state is not state:
             now, needed = self._state.value, state.value
-            raise GymServerError(f"cannot {what} NeMo Gym servers that are {now}: they have to be {needed}")
+            raise GymServerError(f"Cannot {what} NeMo Gym servers that are {now}: they have to be {needed}.")
 
-    def _raise_if_dead(self) -> None:
-        if self._child is not None and self._child.poll() is not None:
-            raise self._death()
-
-    def _death(self) -> GymServerError:
-        """What the script said, where it had time to; else exit code and log."""
-        assert self._child is not None and self._work_dir is not None
+    def _death(self, child: ChildProcess) -> GymServerError:
+        """Say when the servers ended and why: in the words of `host.py` if it left any, else with the log's end."""
+        assert self._work_dir is not None
+        cause = self.log_end()
         if (path := error_path(self._work_dir)).is_file():
-            reason = path.read_text()
-            return GymServerError(f"NeMo Gym did not start: {reason}\n\nThe whole log: {self.log_path}")
-        return GymServerError(self._child.describe_death())
+            cause = f"{path.read_text()}\n\nThe whole log: {self.log_path}"
+        if self._state is GymState.STARTING:
+            return GymServerError(f"NeMo Gym did not start: it {child.describe_end()}. {cause}")
+        return GymServerError(f"NeMo Gym was ready and {child.describe_end()}. {cause}")
 
     def _too_late(self, what: str) -> GymServerError:
-        return GymServerError(f"NeMo Gym is not ready after {self._start_timeout_s:g} s: {what}.\n\n{self.log_end()}")
+        return GymServerError(f"NeMo Gym is not ready after {self._start_timeout_s:g} s. {what} {self.log_end()}")
+
+
+def spawn(
+    installation: GymInstallation,
+    mode: Mode,
+    config: Mapping[str, Any],
+    *,
+    search_roots: list[Path],
+    head_fd: int | None,
+    work_dir: Path,
+    log_path: Path,
+    policy_api_key: str,
+) -> ChildProcess:
+    """Run `host.py` with Gym's interpreter.
+
+    Args:
+        installation: The Gym to start.
+        mode: See `host.py`.
+        config: The dictionary that Gym merges last.
+        search_roots: Folders to look for the code of servers in, before the installation.
+        head_fd: The listening socket of the head server; None if Gym binds it itself.
+        work_dir: A private folder that outlives the process; the cause of a failure is written to
+            `error_path(work_dir)`.
+        log_path: File for the output.
+        policy_api_key: Bearer token for the policy server.
+    """
+    config = dict(config)
+    if mode == "upstream":
+        # Every server gets a link to Gym's own environment instead of one that `uv` builds.
+        config["skip_venv_if_present"] = True
+        config["uv_venv_dir"] = str(work_dir / "environments")
+        config["uv_cache_dir"] = str(work_dir / "uv-cache")
+    settings = {
+        "mode": mode,
+        "config": config,
+        "search_roots": [str(root) for root in search_roots],
+        "head_fd": head_fd,
+        "error_path": str(error_path(work_dir)),
+        "work_dir": str(work_dir),
+    }
+    settings_path = work_dir / "settings.json"
+    _write_private(settings_path, json.dumps(settings))
+    return ChildProcess(
+        "NeMo Gym",
+        [installation.python, "-P", _HOST_SCRIPT, settings_path],
+        log_path=log_path,
+        env=_environment(installation, mode, config, work_dir, policy_api_key),
+        pass_fds=[] if head_fd is None else [head_fd],
+    )
+
+
+def error_path(work_dir: Path) -> Path:
+    """Return the path at which `host.py` says why it failed."""
+    return work_dir / "error.txt"
+
+
+def _environment(
+    installation: GymInstallation, mode: Mode, config: Mapping[str, Any], work_dir: Path, policy_api_key: str
+) -> dict[str, str | None]:
+    no_proxy = [value for value in (os.environ.get("no_proxy"), os.environ.get("NO_PROXY")) if value]
+    local = ",".join(dict.fromkeys([*no_proxy, LOCALHOST, "localhost"]))
+    env: dict[str, str | None] = {
+        API_KEY_VARIABLE: policy_api_key,
+        "PYTHONUNBUFFERED": "1",
+        "no_proxy": local,  # Gym's servers find each other over HTTP
+        "NO_PROXY": local,
+        "NEMO_GYM_CONFIG_DICT": None,  # Gym passes its config to its children with these; not to be inherited
+        "NEMO_GYM_CONFIG_PATH": None,
+    }
+    if mode == "upstream":
+        env["PATH"] = os.pathsep.join([str(installation.python.parent), os.environ.get("PATH", os.defpath)])
+        env["UV_PYTHON_DOWNLOADS"] = "never"
+        env["RAY_USAGE_STATS_ENABLED"] = "0"
+        if not config.get("ray_head_node_address"):
+            env |= _own_ray_cluster(work_dir)
+    return env
+
+
+def _own_ray_cluster(work_dir: Path) -> dict[str, str | None]:
+    """Keep Ray's files in our folder; by default it writes a token to the home folder and files to /tmp/ray."""
+    token_path = work_dir / "ray-token"
+    _write_private(token_path, secrets.token_hex(32))
+    return {"RAY_TMPDIR": str(work_dir), "RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_AUTH_TOKEN": None}
+
+
+def _write_private(path: Path, text: str) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
 
 
 def _normalized(url: str) -> str:

@@ -1,8 +1,8 @@
-"""Everything that the server process imports from vLLM. Importing this module imports vLLM.
+"""Run vLLM's server with our defaults. The only file that imports vLLM's server; importing it imports vLLM.
 
-Holds for vLLM 0.30 (read) and 0.31 (run), where the server lives in `vllm.entrypoints.launchers`. What is used: the
-argument parser of `vllm serve`, its validation, and `run_server_worker(listen_address, sock, args)`, which takes a
-socket that is already bound. When a release moves these names, this is the only file to change.
+It was read with vLLM 0.30 and run with 0.31, where the server is in `vllm.entrypoints.launchers`. It uses the argument
+parser of `vllm serve`, its validation, and `run_server_worker(listen_address, sock, args)`, which takes a socket that
+is already bound. When a release moves these names, only this file changes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs, set_ulimit
 
 from trl_gym.policy_server.command import DEFAULT_FLAGS, ENV_API_KEYS, ENV_PROMPT_FIELD, MIDDLEWARE, is_loopback
+from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER
 from trl_gym.processes import bind_socket
 
-# One process answers HTTP: the middleware's caches and counters, and the socket that we hand over, are its own.
+# Flags that are refused → the reason. One process answers HTTP: it owns the middleware's caches and counters, and the
+# socket that it gets.
 _UNSUPPORTED = {
     "headless": "a policy server has an API process",
     "grpc": "Gym and the trainer speak HTTP",
@@ -45,11 +47,11 @@ def serve(argv: Sequence[str], *, listen_fd: int | None) -> None:
 
     Args:
         argv: The model and any flag of `vllm serve`.
-        listen_fd: Inherited socket, bound and listening; bound here to `--host` and `--port` when not given.
+        listen_fd: Inherited socket, bound and listening. Default: a new one, bound to `--host` and `--port`.
 
     Raises:
-        SystemExit: For flags that are wrong or refused, with a message that names them.
-        KeyboardInterrupt: If a signal arrives while the model is being loaded.
+        SystemExit: If flags are wrong or refused; names them.
+        KeyboardInterrupt: If a signal arrives while the model is loaded.
     """
     cli_env_setup()
     args = parse_args(argv)
@@ -65,7 +67,7 @@ def serve(argv: Sequence[str], *, listen_fd: int | None) -> None:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """vLLM's own arguments, our defaults where the user says nothing, and refusals in one sentence each.
+    """Parse vLLM's own arguments with our defaults, and refuse those that a policy server cannot have.
 
     Raises:
         SystemExit: See `serve`.
@@ -80,7 +82,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         args.enable_auto_tool_choice = True
     if args.disable_log_stats:
         args.enable_per_request_metrics = False  # our default; vLLM refuses the two together
-    # Last is outermost: nothing may answer before our check of the API key.
+    # The last one is outermost: nothing may answer before our check of the API key.
     args.middleware = [*(name for name in args.middleware if name != MIDDLEWARE), MIDDLEWARE]
     if args.tool_parser_plugin:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
@@ -112,37 +114,42 @@ def _api_keys(args: argparse.Namespace) -> list[str]:
 
 
 def _configure_environment(args: argparse.Namespace) -> None:
-    """What the middleware reads, and what vLLM needs to share a small machine."""
+    """Set what the middleware and the plugin read, and what vLLM needs to share a small machine."""
+    os.environ[ENV_OWN_SERVER] = "1"
     os.environ[ENV_API_KEYS] = "\n".join(_api_keys(args))
     if args.enable_lora:
-        os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")  # behind the key, as all that changes weights
+        # The route needs the key, as every route that changes weights.
+        os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     os.environ[ENV_PROMPT_FIELD] = "1" if "prompt_token_ids" in ChatCompletionRequest.model_fields else ""
     if not current_platform.is_cpu():
         return
     if args.kv_cache_memory_bytes is None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM would take most of the memory
     if args.enforce_eager:
-        # The sampler's helpers are compiled even then: seconds in the first request, and a C++ compiler is needed.
+        # vLLM compiles the sampler's helpers anyway: seconds in the first request, and it needs a C++ compiler.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if args.distributed_executor_backend is None and args.tensor_parallel_size * args.pipeline_parallel_size == 1:
         _run_the_worker_in_the_engine(args)
 
 
 def _run_the_worker_in_the_engine(args: argparse.Namespace) -> None:
-    """On a CPU vLLM gives even a single worker its own process, and both spin while they wait for each other. On a
-    small machine that takes the cores which Gym and the trainer need: on two cores the calculator's rollouts run about
-    1.5 times as fast without it (`benchmarks/rollouts.py`), and the server starts sooner. What is lost is the binding
-    of OpenMP threads to cores, so their number is bounded instead: one core is left to the others."""
+    """Run a single worker in the engine's process instead of its own.
+
+    On a CPU vLLM gives even a single worker its own process, and both spin while they wait for each other: on a small
+    machine that takes the cores that Gym and the trainer need. Without it the calculator's rollouts run about 1.5
+    times as fast on two cores (`benchmarks/rollouts.py`), and the server starts sooner. vLLM then does not bind OpenMP
+    threads to cores, so their number is limited instead: one core is left to the others.
+    """
     args.distributed_executor_backend = "uni"
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # otherwise vLLM turns "uni" back into "mp"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
 
 
 def _listen(args: argparse.Namespace, listen_fd: int | None) -> socket.socket:
-    """The socket to serve on. Bound before the engine loads, so that the port cannot be lost to somebody else."""
+    """Return the socket to serve on, bound before the engine loads, so that no other process takes the port."""
     if listen_fd is not None:
         sock = socket.socket(fileno=listen_fd)
-        os.set_inheritable(listen_fd, False)  # not the engine's: a port is free again when its server is gone
+        os.set_inheritable(listen_fd, False)  # not for the engine: the port is free again when the server has ended
     else:
         try:
             sock = bind_socket(args.host, args.port)

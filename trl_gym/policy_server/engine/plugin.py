@@ -1,51 +1,67 @@
-"""What vLLM loads in each of its processes (entry point `vllm.general_plugins`): the `file` weight transfer engine."""
+"""Register trl-gym with vLLM, which loads this module in each of its processes (entry point `vllm.general_plugins`).
+
+Every vLLM of the Python environment loads it, also one that trl-gym did not start: it imports nothing heavy, and never
+ends such a process.
+
+`register` makes the `file` weight transfer engine known. In the engines of our own servers, which `entry.py` marks
+with an environment variable, it also starts a thread that ends the engine when its parent ends. `trl_gym.supervisor`
+kills what a server leaves behind; if it is killed together with the server, vLLM's engines would wait forever with the
+GPU's memory (run with 0.31). A parent-death signal is tied to the thread that forked, which vLLM chooses; so each
+engine looks at its parent itself. Processes that load no plugin are not reached: the coordinator of a data parallel
+server, a process without a device.
+"""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 import time
 
-# --------------------------------------------------------------------------------------------------------------------
-# vLLM's engine processes end with the process that started them, even when that is killed.
-#
-# `trl_gym.supervisor` kills what a server leaves behind. When it is killed together with the server, nobody is left to
-# do that, and vLLM's engines would wait for ever, with the GPU's memory (run with 0.31). A parent-death signal is tied
-# to the thread that forked, which is vLLM's to choose; so each engine looks at its parent itself.
-#
-# What loads no plugin is not reached: the coordinator of a data parallel server, a process without a device.
-
+ENV_OWN_SERVER = "TRL_GYM_OWN_SERVER"  # "1" in a policy server that trl-gym started, and in its engines
+ENGINE_NAME = "file"
 _LOOK_EVERY_S = 1.0
 _THREAD_NAME = "trl-gym-parent"
+_logger = logging.getLogger("trl_gym.plugin")
+
+
+def register() -> None:
+    """Register the `file` engine; in an engine of our own, also `end_with_parent`. vLLM may call this several times.
+
+    A vLLM whose factory differs from the supported one goes on without the engine, unless it is our own server.
+    """
+    end_with_parent()
+    try:
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+        # `_registry` is private. The public function raises a ValueError for a name that is registered, without saying
+        # which engine has it.
+        if ENGINE_NAME not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(
+                ENGINE_NAME, "trl_gym.policy_server.engine.file_engine", "FileWeightTransferEngine"
+            )
+    except (ImportError, AttributeError, TypeError) as error:
+        if _is_own_server():
+            raise
+        _logger.info("This vLLM does not take trl-gym's weight transfer engine `%s`: %r", ENGINE_NAME, error)
 
 
 def end_with_parent() -> None:
-    """Kill this process as soon as its parent has ended, if `multiprocessing` started it. May be called often."""
+    """Kill this process as soon as its parent has ended, if it is a child of a server of ours. May be called often."""
     parent = multiprocessing.parent_process()
-    if parent is None or any(thread.name == _THREAD_NAME for thread in threading.enumerate()):
+    if parent is None or not _is_own_server():
         return
-    threading.Thread(target=_watch, args=(parent.pid,), name=_THREAD_NAME, daemon=True).start()
+    if all(thread.name != _THREAD_NAME for thread in threading.enumerate()):
+        threading.Thread(target=_watch, args=(parent.pid,), name=_THREAD_NAME, daemon=True).start()
+
+
+def _is_own_server() -> bool:
+    return os.environ.get(ENV_OWN_SERVER) == "1"
 
 
 def _watch(pid: int) -> None:
     while os.getppid() == pid:
         time.sleep(_LOOK_EVERY_S)
-    os.kill(os.getpid(), signal.SIGKILL)  # not an exit: it would wait for what waits for the parent
-
-
-ENGINE_NAME = "file"
-
-
-def register() -> None:
-    """Register the engine. vLLM may call this several times in one process."""
-    end_with_parent()
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-
-    # `_registry` is private; the public function has no "if not there yet", and its ValueError does not say which
-    # engine is registered under the name.
-    if ENGINE_NAME not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(
-            ENGINE_NAME, "trl_gym.policy_server.engine.file_engine", "FileWeightTransferEngine"
-        )
+    os.kill(os.getpid(), signal.SIGKILL)  # not an exit, which would wait for what waits for the parent

@@ -1,15 +1,19 @@
-"""Versions of a LoRA adapter in a vLLM server: loaded, put into service, taken out again.
+"""Load versions of a LoRA adapter into a vLLM server, choose the one that answers a call, and unload them.
 
     POST /trl_gym/adapters         {"name": "policy@12", "path": …, "version": "12", "max_adapters": 2, "wait_s": 60}
-                                   checked, loaded, current: every rollout that begins from here on gets it
-    POST /trl_gym/adapters/clear   the server's own weights are the policy again
+                                   checks, loads and makes it current: every rollout that begins afterwards uses it
+    POST /trl_gym/adapters/clear   makes the server's own weights the policy again
 
-Only vLLM's HTTP surface is used, in process: `/v1/load_lora_adapter`, `/v1/unload_lora_adapter`, and
-`/update_weight_version`, by which `/weight_info` reports the adapter's version.
+A rollout keeps the version that was current at its first call; a call without a rollout uses the newest. The server's
+own weights are a version like any other: a rollout that began before the first adapter goes on without one. A rollout
+releases its adapter when its records are taken, when it is cancelled, or after an hour without a call.
 
-Loaded is not the same as in memory: vLLM may drop an adapter that it was not asked for lately and read its folder
-again, and if the folder is gone then, the engine dies. Therefore an adapter is unloaded only when nobody uses it, and
-whoever wrote its folder keeps that until it is not listed as held any more.
+Only vLLM's HTTP routes are used, in process: `/v1/load_lora_adapter`, `/v1/unload_lora_adapter`, and
+`/update_weight_version`, after which `/weight_info` reports the adapter's version.
+
+A loaded adapter need not be in memory: vLLM may drop one that was not used lately and read its folder again; if the
+folder is gone by then, the engine dies. Therefore an adapter is unloaded only when it is not current, held by no
+rollout and answers no call, and the writer of its folder keeps the folder as long as the adapter is listed as held.
 """
 
 from __future__ import annotations
@@ -26,40 +30,29 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trl_gym.policy_server.adapter_files import InvalidAdapterError, read_adapter
-from trl_gym.policy_server.middleware.http import AnsweredError, Inner, Message, Reply, Scope, Send, ServerFacts
+from trl_gym.policy_server.middleware.http import AnsweredError, Message, Reply, Scope, Send, ServerInfo, WrappedServer
 from trl_gym.policy_server.middleware.turn import InvalidTurnError
 
 _logger = logging.getLogger("trl_gym.adapters")
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Which adapter answers a call: pure bookkeeping, no I/O.
-#
-# A rollout keeps the version that was current at its first call; a call without a rollout gets the newest. An adapter
-# is in use as long as it is current, a rollout holds it, or it is answering a call; `idle` names those that are not.
-#
-#     a rollout lets go of its adapter when   its records are taken, it is cancelled,
-#                                             or it has made no call for an hour (`expire`)
-#
-# The server's own weights are a version like any other: a rollout that began before the first adapter came goes on
-# without one.
-
 _MAX_ROLLOUTS = 16_384  # as many as have records (`calls.RolloutBook`)
-_FORGOTTEN_AFTER_S = 3600.0  # whoever started such a rollout has gone without saying so
+_FORGOTTEN_AFTER_S = 3600.0  # a rollout without calls for so long has lost its trainer
+_LOOK_EVERY_S = 0.05  # while a new adapter waits for an old one to be released
+_NAMED_HOLDERS = 3
 
 
 @dataclass(slots=True)
 class Adapter:
-    """One version of the policy's adapter, loaded.
+    """One loaded version of the policy's adapter.
 
     Attributes:
-        name: As the trainer calls it, e.g. `"policy@12"`.
-        served: As vLLM calls it; never used before, for vLLM's prefix cache and its memory of adapters go by names,
-            and a trainer that is resumed sends a version once more.
+        name: The trainer's name for it, e.g. `"policy@12"`.
+        served: vLLM's name for it. It is always new: vLLM's prefix cache and cache of adapters go by names, and a
+            resumed trainer sends a version again.
         version: Weight version, e.g. `"12"`.
         path: Its folder; vLLM may read it again as long as the adapter is loaded.
-        num_rollouts: Rollouts that hold it.
-        num_running: Calls that it is answering.
+        num_rollouts: Number of rollouts that hold it.
+        num_running: Number of calls that it is answering.
     """
 
     name: str
@@ -88,20 +81,20 @@ class _Hold:
 
 
 class AdapterBook:
-    """The adapters that are loaded, and who holds which.
+    """The loaded adapters and the rollouts that hold them: bookkeeping without I/O.
 
     Attributes:
         current: The newest; None as long as the server's own weights are the policy.
-        held: All that are loaded, oldest first.
+        held: All loaded adapters, oldest first.
     """
 
     def __init__(self) -> None:
         self.current: Adapter | None = None
         self.held: list[Adapter] = []
-        self._holds: OrderedDict[str, _Hold] = OrderedDict()  # by rollout, the one that was quiet longest first
+        self._holds: OrderedDict[str, _Hold] = OrderedDict()  # by rollout, in the order of their last calls
 
     def add(self, adapter: Adapter) -> None:
-        """It is loaded and answers from here on."""
+        """Make a loaded adapter current."""
         self.held.append(adapter)
         self.current = adapter
 
@@ -109,24 +102,24 @@ class AdapterBook:
         self.held.remove(adapter)
 
     def retire(self) -> None:
-        """From here on the server's own weights are the policy; nobody holds anything."""
+        """Make the server's own weights the policy; all rollouts release their adapters."""
         self.current = None
         self.release(list(self._holds))
 
     def idle(self) -> list[Adapter]:
-        """Loaded, and of no use to anybody."""
-        used = self.current
-        return [a for a in self.held if a is not used and not a.num_rollouts and not a.num_running]
+        """Return the loaded adapters that are not in use."""
+        current = self.current
+        return [a for a in self.held if a is not current and not a.num_rollouts and not a.num_running]
 
     def release(self, rollouts: Sequence[str]) -> None:
-        """These rollouts have ended. Calls of theirs that are running keep their adapter until they are answered."""
+        """Release the adapters of rollouts that have ended; their running calls keep theirs until answered."""
         for rollout in rollouts:
             hold = self._holds.pop(rollout, None)
             if hold is not None and hold.adapter is not None:
                 hold.adapter.num_rollouts -= 1
 
     def expire(self, now: float) -> None:
-        """Release rollouts that were quiet for an hour. `now` is in seconds, as in `serving`."""
+        """Release rollouts without a call for an hour. `now` is in seconds, as in `serving`."""
         quiet = [
             rollout
             for rollout, hold in self._holds.items()
@@ -135,12 +128,12 @@ class AdapterBook:
         self.release(quiet)
 
     def named(self, name: str) -> Adapter | None:
-        """The newest adapter that the trainer calls so, if it is loaded."""
+        """Return the newest loaded adapter of that name, as the trainer calls it; None if there is none."""
         return next((adapter for adapter in reversed(self.held) if adapter.name == name), None)
 
     @contextmanager
     def serving(self, rollout: str | None, now: float) -> Iterator[Adapter | None]:
-        """While a call that names the policy is answered: by this adapter, or by the server's own weights if None."""
+        """Yield the adapter that answers a call to the policy, in use for so long; None: the server's own weights."""
         if rollout is None:
             newest = self.current
             with self.answering(newest):
@@ -156,7 +149,7 @@ class AdapterBook:
 
     @contextmanager
     def answering(self, adapter: Adapter | None) -> Iterator[None]:
-        """While a call is answered by this very adapter: it stays loaded for so long."""
+        """Keep this adapter loaded while it answers a call."""
         if adapter is None:
             yield
             return
@@ -167,7 +160,7 @@ class AdapterBook:
             adapter.num_running -= 1
 
     def holders(self, limit: int) -> dict[str, list[str]]:
-        """Name of each adapter in use other than the current → up to `limit` rollouts that hold it."""
+        """Return name of each loaded adapter other than the current → up to `limit` rollouts that hold it."""
         holders: dict[str, list[str]] = {a.name: [] for a in self.held if a is not self.current}
         for rollout, hold in self._holds.items():
             if hold.adapter is not None and len(holders.get(hold.adapter.name, range(limit))) < limit:
@@ -187,49 +180,45 @@ class AdapterBook:
         return hold
 
 
-_LOOK_EVERY_S = 0.05  # while a new adapter waits for an old one to be let go of
-_NAMED_HOLDERS = 3
-
-
 class AdapterControl:
-    """What the middleware knows and does about adapters.
+    """Load, choose and unload adapters.
 
     Args:
-        facts: About the server behind; told when the version changes.
+        server_info: Information about the wrapped server; told when the version changes.
 
     Attributes:
-        book: Who holds which.
+        book: The loaded adapters and the rollouts that hold them.
     """
 
-    def __init__(self, facts: ServerFacts) -> None:
+    def __init__(self, server_info: ServerInfo) -> None:
         self.book = AdapterBook()
-        self._facts = facts
+        self._server_info = server_info
         self._changing = asyncio.Lock()
-        self._own_version: str | None = None  # of the server's own weights, while an adapter is the policy
+        self._own_version: str | None = None  # version of the server's own weights, while an adapter is the policy
 
     def describe(self) -> dict[str, Any]:
-        """For `/trl_gym/info`."""
+        """Return the part of `/trl_gym/info` about adapters."""
         current = self.book.current
         return {"current": current and current.name, "held": [adapter.describe() for adapter in self.book.held]}
 
-    async def policy_names(self, inner: Inner) -> Sequence[str]:
-        """Names under which the policy is served. Raises `AnsweredError`."""
-        return (await self._facts.all(inner))["model_names"] if self.book.held else ()
+    async def policy_names(self, server: WrappedServer) -> Sequence[str]:
+        """Return the names under which the policy is served. Raises `AnsweredError`."""
+        return (await self._server_info.all(server))["model_names"] if self.book.held else ()
 
-    async def version_of(self, adapter: Adapter | None, inner: Inner) -> str | None:
-        """Weight version of what answered a call. Raises `AnsweredError`."""
+    async def version_of(self, adapter: Adapter | None, server: WrappedServer) -> str | None:
+        """Return the weight version that answered a call. Raises `AnsweredError`."""
         if adapter is not None:
             return adapter.version
-        return await self._facts.weight_version(inner) if self.book.current is None else self._own_version
+        return await self._server_info.weight_version(server) if self.book.current is None else self._own_version
 
     @contextmanager
     def routed(self, model: Any, rollout: str | None, policy_names: Sequence[str]) -> Iterator[Adapter | None]:
-        """While a request is answered: the adapter that answers it, or None for the server's own weights.
+        """Yield the adapter that answers a request, in use for so long; None: the server's own weights.
 
         Args:
-            model: What the request names: the policy (or nothing), one of our adapters, or anything else.
-            rollout: Whose call it is.
-            policy_names: As from `policy_names`.
+            model: The request's model: the policy (or nothing), one of our adapters, or anything else.
+            rollout: Id of the rollout, if any.
+            policy_names: Result of `policy_names`.
         """
         if not model or not self.book.held or model in policy_names:
             with self.book.serving(rollout, time.monotonic()) as adapter:
@@ -243,7 +232,7 @@ class AdapterControl:
     def rerouted(
         self, scope: Scope, body: bytes, send: Send, policy_names: Sequence[str]
     ) -> Iterator[tuple[Scope, bytes, Send]]:
-        """While a request is passed on as it is: what to pass on instead, so that the policy answers it."""
+        """Yield what to pass on instead of a request, so that the policy answers it."""
         request = _as_object(body) if self.book.held else {}
         with self.routed(request.get("model"), None, policy_names) as adapter:
             if adapter is None or not request:
@@ -253,55 +242,55 @@ class AdapterControl:
             body = json.dumps({**request, "model": adapter.served}, separators=(",", ":")).encode()
             yield _with_length(scope, len(body)), body, _renaming(send, adapter.served, asked)
 
-    async def load(self, inner: Inner, request: Mapping[str, Any]) -> Reply:
-        """Load an adapter and make it current. 400 if it cannot be served, 409 if there is no room for it."""
+    async def load(self, server: WrappedServer, request: Mapping[str, Any]) -> Reply:
+        """Load an adapter and make it current. Replies 400 if it cannot be served, 409 if there is no room for it."""
         name, path, version = (_text(request, key) for key in ("name", "path", "version"))
         max_adapters, wait_s = _number(request, "max_adapters", 2), _number(request, "wait_s", 0)
-        inner = _on_its_own(inner)
+        server = _on_its_own(server)
         async with self._changing:
-            await self._make_room(inner, name, max_adapters, wait_s)
+            await self._make_room(server, name, max_adapters, wait_s)
             try:
                 files = await asyncio.to_thread(read_adapter, path)
             except InvalidAdapterError as error:
                 raise InvalidTurnError(f"the adapter {name} at {path} was not loaded: {error}") from error
             if self.book.current is None:
-                self._own_version = await self._facts.weight_version(inner)
+                self._own_version = await self._server_info.weight_version(server)
             adapter = Adapter(name, f"{name}#{secrets.token_hex(4)}", version, path)
-            await self._load(inner, adapter)
+            await self._load(server, adapter)
             self.book.add(adapter)
-            await self._unload_idle(inner)
+            await self._unload_idle(server)
         return Reply.from_json(200, {**self.describe(), "num_bytes": files.num_bytes})
 
-    async def clear(self, inner: Inner, *, new_weights: bool = False) -> Reply:
-        """The server's own weights are the policy again; adapters are unloaded.
+    async def clear(self, server: WrappedServer, *, new_weights: bool = False) -> Reply:
+        """Make the server's own weights the policy again and unload adapters.
 
         Args:
-            inner: The server.
-            new_weights: Whether these are not the ones that the adapters came to, and have brought their version.
+            server: The wrapped server.
+            new_weights: Whether these weights are new, so that their version is set already.
         """
-        inner = _on_its_own(inner)
+        server = _on_its_own(server)
         async with self._changing:
             was_adapted = self.book.current is not None
             self.book.retire()
             if was_adapted and not new_weights and self._own_version is not None:
-                await inner.ask_json("POST", "/update_weight_version", {"new_version": self._own_version})
-                self._facts.weights_changed()
-            await self._unload_idle(inner)
+                await server.ask_json("POST", "/update_weight_version", {"new_version": self._own_version})
+                self._server_info.weights_changed()
+            await self._unload_idle(server)
         return Reply.from_json(200, self.describe())
 
-    async def release(self, inner: Inner, rollouts: Sequence[str]) -> None:
-        """These rollouts have ended; what only they held is unloaded."""
+    async def release(self, server: WrappedServer, rollouts: Sequence[str]) -> None:
+        """Release the adapters of rollouts that have ended; unload those that are not in use any more."""
         self.book.release(rollouts)
-        if self.book.idle() and not self._changing.locked():  # who has it locked unloads at its end
+        if self.book.idle() and not self._changing.locked():  # the holder of the lock unloads at its end
             async with self._changing:
-                await self._unload_idle(_on_its_own(inner))
+                await self._unload_idle(_on_its_own(server))
 
-    async def _make_room(self, inner: Inner, name: str, max_adapters: float, wait_s: float) -> None:
+    async def _make_room(self, server: WrappedServer, name: str, max_adapters: float, wait_s: float) -> None:
         """Wait until one more adapter may be loaded. Raises `AnsweredError`."""
         deadline = time.monotonic() + wait_s
         while len(self.book.held) >= max_adapters:
             self.book.expire(time.monotonic())
-            await self._unload_idle(inner)
+            await self._unload_idle(server)
             if len(self.book.held) < max_adapters:
                 return
             if time.monotonic() >= deadline:
@@ -319,32 +308,32 @@ class AdapterControl:
             "(POST /trl_gym/rollouts/cancel)"
         )
 
-    async def _load(self, inner: Inner, adapter: Adapter) -> None:
-        """Into the server, and its version; both or neither. Raises `AnsweredError`."""
+    async def _load(self, server: WrappedServer, adapter: Adapter) -> None:
+        """Load an adapter into the server and set its version; both or neither. Raises `AnsweredError`."""
         loading = {"lora_name": adapter.served, "lora_path": adapter.path}
-        reply = await inner.ask("POST", "/v1/load_lora_adapter", loading)
+        reply = await server.ask("POST", "/v1/load_lora_adapter", loading)
         if not reply.ok:
-            raise AnsweredError(await _refusal(inner, adapter, reply))
-        reply = await inner.ask("POST", "/update_weight_version", {"new_version": adapter.version})
-        self._facts.weights_changed()
+            raise AnsweredError(await _refusal(server, adapter, reply))
+        reply = await server.ask("POST", "/update_weight_version", {"new_version": adapter.version})
+        self._server_info.weights_changed()
         if not reply.ok:
-            await self._unload(inner, adapter)
+            await self._unload(server, adapter)
             text = f"the server did not take the weight version {adapter.version!r}: {reply.error_text()}"
             raise AnsweredError(replace(Reply.error(500, text), status=max(reply.status, 500)))
 
-    async def _unload_idle(self, inner: Inner) -> None:
+    async def _unload_idle(self, server: WrappedServer) -> None:
         for adapter in self.book.idle():
             self.book.remove(adapter)
-            await self._unload(inner, adapter)
+            await self._unload(server, adapter)
 
-    async def _unload(self, inner: Inner, adapter: Adapter) -> None:
-        reply = await inner.ask("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.served})
-        if not reply.ok:  # nobody will ask for it; what it takes is a line in /v1/models
+    async def _unload(self, server: WrappedServer, adapter: Adapter) -> None:
+        reply = await server.ask("POST", "/v1/unload_lora_adapter", {"lora_name": adapter.served})
+        if not reply.ok:  # it will not be used; it costs a line in /v1/models
             _logger.warning("%s could not be unloaded: %s", adapter.name, reply.error_text())
 
 
-async def _refusal(inner: Inner, adapter: Adapter, reply: Reply) -> Reply:
-    """What to answer when vLLM did not load an adapter: it says 500 for one that is wrong, and for its own death."""
+async def _refusal(server: WrappedServer, adapter: Adapter, reply: Reply) -> Reply:
+    """Make the reply after vLLM did not load an adapter: vLLM answers 500 for a wrong one and for its own death."""
     text = f"vLLM did not load {adapter.name} from {adapter.path}: {reply.error_text()}"
     if reply.status == 404 and b"lora" not in reply.body.lower():
         text = (
@@ -352,13 +341,13 @@ async def _refusal(inner: Inner, adapter: Adapter, reply: Reply) -> Reply:
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (`trl-gym serve --enable-lora` sets that)"
         )
         return Reply.error(400, text)
-    is_alive = reply.status < 500 or (await inner.ask("GET", "/health")).ok
+    is_alive = reply.status < 500 or (await server.ask("GET", "/health")).ok
     return Reply.error(400 if is_alive else 500, text)
 
 
-def _on_its_own(inner: Inner) -> Inner:
-    """The same application, for a change that must not end half-way because a client hangs up."""
-    return replace(inner, receive=_never)
+def _on_its_own(server: WrappedServer) -> WrappedServer:
+    """Return the same server for a change that must not end half-way because the client hangs up."""
+    return replace(server, receive=_never)
 
 
 async def _never() -> Message:
@@ -367,7 +356,7 @@ async def _never() -> Message:
 
 
 def _as_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body; empty if it is none, for which the server has its own words."""
+    """Parse a JSON object; empty if it is anything else, for which the server has its own error."""
     try:
         parsed = json.loads(body)
     except ValueError:
@@ -381,7 +370,7 @@ def _with_length(scope: Scope, num_bytes: int) -> Scope:
 
 
 def _renaming(send: Send, served: str, asked: str) -> Send:
-    """A `send` that calls the model what the client called it. The length changes with it, so none is announced."""
+    """Return a `send` that gives the model the client's name for it; the length changes, so it is left out."""
     old, new = json.dumps(served).encode(), json.dumps(asked).encode()
 
     async def renamed(message: Message) -> None:

@@ -1,19 +1,19 @@
-"""Token-exact multi-turn sampling on a stock OpenAI server, as ASGI middleware.
+"""Make multi-turn sampling on a stock OpenAI server token-exact: the ASGI middleware and its routes.
 
-A stock server renders the chat again on every turn. The new prompt then tokenizes the old answers afresh, and training
-would see tokens that were never sampled. This middleware makes every prompt start with the tokens already seen, and
-hands the tokens of each answer back; `chat.py` says how.
+A stock server renders the chat again on every turn. The new prompt then tokenizes old answers again, and training
+would see tokens that were never sampled. This middleware makes every prompt start with the tokens already seen and
+returns the tokens of each answer; `chat.py` says how.
 
-    POST /v1/chat/completions        Gym's model server, once per turn
-    GET  /trl_gym/info               who this is, versions, counters
+    POST /v1/chat/completions        one turn, called by Gym's model server
+    GET  /trl_gym/info               identity, versions, counters
     POST /trl_gym/rollouts/records   the model calls of rollouts: tokens, cache hits, seconds, versions, drift
-    POST /trl_gym/rollouts/cancel    nobody waits for these rollouts any more
-    POST /trl_gym/sampling           pinned for rollouts whose calls pin nothing
-    POST /trl_gym/adapters           a new version of the LoRA adapter that is the policy (`adapter_control.py`)
+    POST /trl_gym/rollouts/cancel    refuse and abort the calls of rollouts
+    POST /trl_gym/sampling           pin sampling parameters for rollouts whose calls pin none
+    POST /trl_gym/adapters           load a new version of the LoRA adapter that is the policy (`adapters.py`)
 
-A request may carry `trl_gym = {"rollout": …, "sampling": {…}, "completion_budget": …}`: it is a turn of that rollout,
-sampled exactly with the given parameters. Without it (and without token ids in its messages) a request gets the stock
-answer plus the bundle, and a stream is the stock stream.
+A request with `trl_gym = {"rollout": …, "sampling": {…}, "completion_budget": …}` is a turn of that rollout, sampled
+with exactly these parameters. Without it (and without token ids in its messages) a request gets the stock answer plus
+the bundle, and a stream is the stock stream.
 
 Only the server's HTTP surface is used, so nothing here depends on vLLM's internals.
 """
@@ -37,12 +37,12 @@ from trl_gym.policy_server.middleware.http import (
     AnsweredError,
     App,
     ClientGoneError,
-    Inner,
     Receive,
     Reply,
     Scope,
     Send,
-    ServerFacts,
+    ServerInfo,
+    WrappedServer,
     header,
     path_of,
     read_body,
@@ -52,7 +52,7 @@ from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import RenderRefusedError
 from trl_gym.policy_server.middleware.turn import InvalidTurnError, Turn, checked_sampling
 
-AFFINITY = "trl_gym.affinity"  # in the scope of what we ask: calls with the same value should reach the same engine
+AFFINITY = "trl_gym.affinity"  # key in the scope: requests with the same value should reach the same engine
 INFO_PATH = "/trl_gym/info"
 _FINISH_PATH = "/finish_weight_update"
 _VERSION_PATHS = (_FINISH_PATH, "/update_weight_version")
@@ -62,11 +62,11 @@ _RETRIED_FOREVER = (429, 502, 503, 504, 520)  # by Gym, every half second; a 500
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How one middleware is set up.
+    """Settings of one middleware.
 
     Attributes:
-        nonce: Comes back from `/trl_gym/info`, which proves who answers.
-        api_keys: Any of these is demanded as bearer token on every route but `/health`; empty demands none.
+        nonce: Returned by `/trl_gym/info`, which proves who answers.
+        api_keys: Accepted bearer tokens, needed on every route but `/health`; none are needed if it is empty.
         has_prompt_field: Whether the server takes `prompt_token_ids` as a field of a chat request.
     """
 
@@ -85,14 +85,13 @@ class Settings:
 
 
 class OnPolicyMiddleware:
-    """Pure ASGI.
+    """The ASGI middleware.
 
-    The routes handled here never answer 429, 502, 503, 504 or 520, whatever the server says: Gym retries these for
-    ever.
+    Routes handled here never answer 429, 502, 503, 504 or 520, whatever the server says: Gym retries these forever.
 
     Args:
-        app: What is wrapped: vLLM's application, or a gateway to one.
-        settings: Taken from the environment when not given.
+        app: The wrapped application: vLLM's, or the gateway's client side.
+        settings: Default: from the environment.
     """
 
     def __init__(self, app: App, settings: Settings | None = None) -> None:
@@ -101,9 +100,9 @@ class OnPolicyMiddleware:
         self._nonce = settings.nonce
         self._instance = secrets.token_hex(8)
         self._api_keys = [key.encode() for key in settings.api_keys]
-        self._facts = ServerFacts()
-        self._adapters = AdapterControl(self._facts)
-        self._chat = ChatTurns(self._facts, self._adapters, has_prompt_field=settings.has_prompt_field)
+        self._server_info = ServerInfo()
+        self._adapters = AdapterControl(self._server_info)
+        self._chat = ChatTurns(self._server_info, self._adapters, has_prompt_field=settings.has_prompt_field)
         self._handlers = {
             ("GET", INFO_PATH): self._info,
             ("POST", CHAT_PATH): self._complete_chat,
@@ -127,7 +126,7 @@ class OnPolicyMiddleware:
         if handler is None:
             return await self.app(scope, receive, send)
         try:
-            reply = await handler(Inner(self.app, scope, receive), send)
+            reply = await handler(WrappedServer(self.app, scope, receive), send)
         except AnsweredError as answered:
             reply = answered.reply
         except InvalidTurnError as error:
@@ -145,59 +144,59 @@ class OnPolicyMiddleware:
         if not self._api_keys or path == "/health":
             return True
         scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
-        # Every key is compared, in constant time: the answer's timing says nothing about any of them.
+        # Every key is compared in constant time: the timing of the answer says nothing about any key.
         matches = [hmac.compare_digest(key, known) for known in self._api_keys]
         return scheme.lower() == b"bearer" and any(matches)
 
     # -- chat ---------------------------------------------------------------------------------------------------------
 
-    async def _complete_chat(self, inner: Inner, send: Send) -> Reply | None:
-        body = await read_body(inner.receive)
+    async def _complete_chat(self, server: WrappedServer, send: Send) -> Reply | None:
+        body = await read_body(server.receive)
         turn = Turn.from_json(body)
         if turn is None and _is_tagged(body):
             raise InvalidTurnError("a turn of a rollout must be a JSON object (no NaN) with a list of `messages`")
         if turn is None or (turn.is_streamed and not turn.is_ours):
-            await self._forward(inner, body, send)  # vLLM's own answer, or its own complaint
+            await self._forward(server, body, send)  # vLLM's own answer, or its own complaint
             return None
         if (affinity := _affinity(turn)) is not None:
-            inner = Inner(inner.app, {**inner.scope, AFFINITY: affinity}, inner.receive)
-        return await self._chat.answer(inner, turn)
+            server = WrappedServer(server.app, {**server.scope, AFFINITY: affinity}, server.receive)
+        return await self._chat.answer(server, turn)
 
-    async def _refuse_turns(self, inner: Inner, send: Send) -> Reply | None:
-        """Other ways to chat have no place for a token bundle in their schema: stock for everybody but rollouts."""
-        body = await read_body(inner.receive)
+    async def _refuse_turns(self, server: WrappedServer, send: Send) -> Reply | None:
+        """Refuse rollouts on the other chat routes, whose schemas have no place for a token bundle."""
+        body = await read_body(server.receive)
         if _is_tagged(body):
             raise InvalidTurnError(f"a turn of a rollout must be sent to {CHAT_PATH}: only it answers with token ids")
-        await self._forward(inner, body, send)
+        await self._forward(server, body, send)
         return None
 
-    async def _pass_on(self, inner: Inner, send: Send) -> None:
-        await self._forward(inner, await read_body(inner.receive), send)
+    async def _pass_on(self, server: WrappedServer, send: Send) -> None:
+        await self._forward(server, await read_body(server.receive), send)
 
-    async def _forward(self, inner: Inner, body: bytes, send: Send) -> None:
-        """The server's own answer, by the newest adapter where the policy is one."""
-        policy_names = await self._adapters.policy_names(inner)
-        with self._adapters.rerouted(inner.scope, body, send, policy_names) as (scope, body, send):
-            await self.app(scope, replay(body, inner.receive), send)
+    async def _forward(self, server: WrappedServer, body: bytes, send: Send) -> None:
+        """Pass a request on; the newest adapter answers it if the policy is an adapter."""
+        policy_names = await self._adapters.policy_names(server)
+        with self._adapters.rerouted(server.scope, body, send, policy_names) as (scope, body, send):
+            await self.app(scope, replay(body, server.receive), send)
 
     # -- control ------------------------------------------------------------------------------------------------------
 
-    async def _info(self, inner: Inner, _send: Send) -> Reply:
-        facts = await self._facts.all(inner)
+    async def _info(self, server: WrappedServer, _send: Send) -> Reply:
+        server_info = await self._server_info.all(server)
         try:
-            options = {"model": facts["model_names"][0]}
-            turn_end = (await self._chat.templates.closing(inner.tokenize, options)).turn_end
+            options = {"model": server_info["model_names"][0]}
+            turn_end = (await self._chat.templates.closing(server.tokenize, options)).turn_end
         except (RenderRefusedError, NoBoundaryError):
-            turn_end = None  # no chat template, or one that closes nothing: chat requests will say what follows
+            turn_end = None  # no chat template, or one without a turn end: chat requests report the effect
         templates = self._chat.templates
         return Reply.from_json(
             200,
             {
                 "nonce": self._nonce,
-                "instance": self._instance,  # another one after a restart: weights must be sent again
+                "instance": self._instance,  # changes with a restart: weights must be sent again
                 "package_version": trl_gym.__version__,
-                **facts,
-                "weight_version": await self._facts.weight_version(inner),
+                **server_info,
+                "weight_version": await self._server_info.weight_version(server),
                 "turn_end_token_id": turn_end,
                 "adapters": self._adapters.describe(),
                 "counters": {
@@ -208,40 +207,40 @@ class OnPolicyMiddleware:
             },
         )
 
-    async def _change_version(self, inner: Inner, _send: Send) -> Reply:
-        """Pass through, and forget the cached version before anybody can hear that the new one is there."""
-        path = path_of(inner.scope)
-        reply = await inner.ask("POST", path, await read_body(inner.receive))
-        self._facts.weights_changed()
+    async def _change_version(self, server: WrappedServer, _send: Send) -> Reply:
+        """Pass the request on, and forget the cached version before the client has its answer."""
+        path = path_of(server.scope)
+        reply = await server.ask("POST", path, await read_body(server.receive))
+        self._server_info.weights_changed()
         if reply.ok and path == _FINISH_PATH:
-            await self._adapters.clear(inner, new_weights=True)  # they were trained on others
+            await self._adapters.clear(server, new_weights=True)  # they were trained on other weights
         return reply
 
-    async def _load_adapter(self, inner: Inner, _send: Send) -> Reply:
-        return await self._adapters.load(inner, _parse_object(await read_body(inner.receive)))
+    async def _load_adapter(self, server: WrappedServer, _send: Send) -> Reply:
+        return await self._adapters.load(server, _parse_object(await read_body(server.receive)))
 
-    async def _clear_adapters(self, inner: Inner, _send: Send) -> Reply:
-        return await self._adapters.clear(inner)
+    async def _clear_adapters(self, server: WrappedServer, _send: Send) -> Reply:
+        return await self._adapters.clear(server)
 
-    async def _records(self, inner: Inner, _send: Send) -> Reply:
-        request = _parse_object(await read_body(inner.receive))
+    async def _records(self, server: WrappedServer, _send: Send) -> Reply:
+        request = _parse_object(await read_body(server.receive))
         names, book = _names(request), self._chat.book
         running = book.num_running(names)
         forget = bool(request.get("forget", True))
         records = book.records(names, forget=forget)
         if forget:
-            await self._adapters.release(inner, names)
+            await self._adapters.release(server, names)
         return Reply.from_json(200, {"records": records, "running": running, "instance": self._instance})
 
-    async def _cancel(self, inner: Inner, _send: Send) -> Reply:
-        request = _parse_object(await read_body(inner.receive))
+    async def _cancel(self, server: WrappedServer, _send: Send) -> Reply:
+        request = _parse_object(await read_body(server.receive))
         names = _names(request)
         aborted = self._chat.book.cancel(names)
-        await self._adapters.release(inner, names)
+        await self._adapters.release(server, names)
         return Reply.from_json(200, {"aborted": aborted})
 
-    async def _pin_sampling(self, inner: Inner, _send: Send) -> Reply:
-        request = _parse_object(await read_body(inner.receive))
+    async def _pin_sampling(self, server: WrappedServer, _send: Send) -> Reply:
+        request = _parse_object(await read_body(server.receive))
         self._chat.sampling = checked_sampling(request.get("sampling"), "sampling")
         return Reply.from_json(200, {"sampling": self._chat.sampling})
 
@@ -254,7 +253,7 @@ async def _refuse(scope: Scope, send: Send) -> None:
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises `InvalidTurnError` if it is anything else."""
+    """Parse a JSON object. Raises `InvalidTurnError` for anything else."""
     try:
         parsed = json.loads(body)
     except ValueError as error:
@@ -281,7 +280,7 @@ def _is_tagged(body: bytes) -> bool:
 
 
 def _affinity(turn: Turn) -> str | None:
-    """What the calls of one rollout have in common: its id, else its first prompt."""
+    """Return what the calls of one rollout have in common: its id, else a hash of its first prompt."""
     if turn.rollout is not None or turn.seen is None:
         return turn.rollout
     return hashlib.blake2b(array("q", turn.seen[: turn.num_first_prompt]).tobytes(), digest_size=16).hexdigest()

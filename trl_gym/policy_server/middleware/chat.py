@@ -1,11 +1,11 @@
-"""The turns of rollouts: which prompt, how many tokens, sampled, recorded.
+"""Answer one chat completion: find its prompt, limit its tokens, sample, attach the bundle, record the call.
 
 newest message with `generation_token_ids`?  ── no ──► the prompt is what the server renders
   │ yes: seen = prompt_token_ids + generation_token_ids
-  │ has the agent changed what is in front of it?                                   `history.Histories`
-  │ what does the template write after it?                                          `rendering.Templates`
+  │ has the agent changed the messages in front of it?                              `calls.Histories`
+  │ what does the template write after it?                                          `templates.Templates`
   ▼
-prompt = seen + that, minus what the policy sampled of it itself                    `splice.splice`
+prompt = seen + that, minus what the policy has sampled of it                       `splice.splice`
 POST /v1/chat/completions (in process), prompt ids forced, token limit clamped
   ▼
 the answer, plus the bundle on `choices[0].message`                                 `openai.attach`
@@ -31,7 +31,7 @@ from trl_gym.policy_server.middleware.calls import (
     record_of,
     restore,
 )
-from trl_gym.policy_server.middleware.http import AbortedError, AnsweredError, Inner, Reply, ServerFacts
+from trl_gym.policy_server.middleware.http import AbortedError, AnsweredError, Reply, ServerInfo, WrappedServer
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
 from trl_gym.policy_server.middleware.turn import Turn
 
@@ -42,7 +42,7 @@ _NO_MEDIA = "a prompt of token ids cannot carry images, audio or video"
 
 @dataclass(slots=True)
 class Counters:
-    """Since the server's start.
+    """Counts since the server's start.
 
     Attributes:
         requests: Chat completions that were not passed through.
@@ -61,12 +61,12 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the policy will see.
+    """The prompt of one call.
 
     Attributes:
         forced: The exact ids, or None to let the server render.
-        num_tokens: Its length; None while only the server knows.
-        drift: Why it may not start with the tokens already seen.
+        num_tokens: Its length; None while only the server knows it.
+        drift: The cause why it may not start with the tokens already seen.
     """
 
     forced: list[int] | None = None
@@ -75,35 +75,35 @@ class Prompt:
 
 
 class ChatTurns:
-    """Answers chat completions.
+    """Answer chat completions.
 
     Args:
-        facts: About the server behind.
-        adapters: Which adapter answers whom.
-        has_prompt_field: Whether it takes `prompt_token_ids` as a field of a chat request.
+        server_info: Information about the wrapped server.
+        adapters: Chooses the adapter that answers a call.
+        has_prompt_field: Whether the server takes `prompt_token_ids` as a field of a chat request.
 
     Attributes:
-        counters: What happened so far.
+        counters: Counts of requests by outcome.
         book: The calls of each rollout.
-        templates: What is known about chat templates.
-        sampling: Pinned for rollouts whose calls pin nothing.
+        templates: The chat templates seen so far.
+        sampling: Parameters pinned for rollouts whose calls pin none.
     """
 
-    def __init__(self, facts: ServerFacts, adapters: AdapterControl, *, has_prompt_field: bool) -> None:
+    def __init__(self, server_info: ServerInfo, adapters: AdapterControl, *, has_prompt_field: bool) -> None:
         self.counters = Counters()
         self.book = RolloutBook()
         self.templates = Templates()
         self.sampling: dict[str, Any] = {}
-        self._facts = facts
+        self._server_info = server_info
         self._adapters = adapters
         self._histories = Histories()
         self._has_prompt_field = has_prompt_field
 
-    async def answer(self, inner: Inner, turn: Turn) -> Reply:
-        """One chat completion; every error is a reply. Raises `ClientGoneError`."""
+    async def answer(self, server: WrappedServer, turn: Turn) -> Reply:
+        """Answer one chat completion; every error is a reply. Raises `ClientGoneError`."""
         self.counters.requests += 1
         if turn.rollout is None:
-            return (await self._serve_routed(inner, turn))[0]
+            return (await self._serve_routed(server, turn))[0]
         if self.book.is_cancelled(turn.rollout):
             return self._cancelled(turn)
         if turn.sampling is None:
@@ -111,13 +111,13 @@ class ChatTurns:
         restore(turn, self.book.calls(turn.rollout).empty_turns, self._histories)
         with self.book.running(turn.rollout) as abort:
             try:
-                return await self._serve_recorded(inner, turn, turn.rollout, abort)
+                return await self._serve_recorded(server, turn, turn.rollout, abort)
             except AbortedError:
                 return self._cancelled(turn)
 
-    async def _serve_recorded(self, inner: Inner, turn: Turn, rollout: str, abort: asyncio.Event) -> Reply:
+    async def _serve_recorded(self, server: WrappedServer, turn: Turn, rollout: str, abort: asyncio.Event) -> Reply:
         started = time.monotonic()
-        reply, answer, prompt = await self._serve_routed(inner, turn, abort)
+        reply, answer, prompt = await self._serve_routed(server, turn, abort)
         calls = self.book.calls(rollout)
         if answer is not None and calls.num_first_prompt is None:
             calls.num_first_prompt = answer["usage"]["prompt_tokens"]
@@ -135,27 +135,27 @@ class ChatTurns:
         return reply
 
     async def _serve_routed(
-        self, inner: Inner, turn: Turn, abort: asyncio.Event | None = None
+        self, server: WrappedServer, turn: Turn, abort: asyncio.Event | None = None
     ) -> tuple[Reply, dict[str, Any] | None, Prompt]:
-        """As `_serve`, by the adapter that this rollout began with."""
-        policy_names = await self._adapters.policy_names(inner)
+        """Serve the turn with the adapter that its rollout began with."""
+        policy_names = await self._adapters.policy_names(server)
         with self._adapters.routed(turn.body.get("model"), turn.rollout, policy_names) as adapter:
             turn.served_model = None if adapter is None else adapter.served
-            return await self._serve(inner, turn, adapter, abort)
+            return await self._serve(server, turn, adapter, abort)
 
     async def _serve(
-        self, inner: Inner, turn: Turn, adapter: Adapter | None, abort: asyncio.Event | None
+        self, server: WrappedServer, turn: Turn, adapter: Adapter | None, abort: asyncio.Event | None
     ) -> tuple[Reply, dict[str, Any] | None, Prompt]:
-        """The reply, the answer in it if there is one, and the prompt as far as it was found."""
+        """Return the reply, the answer in it (None if it is an error), and the prompt as far as it was found."""
         prompt = Prompt()
         try:
-            prompt = await self._prompt(inner, turn)
+            prompt = await self._prompt(server, turn)
             if turn.is_ours:
-                await self._limit(inner, turn, prompt)
-            reply = await self._ask(inner, turn, prompt, abort)
+                await self._limit(server, turn, prompt)
+            reply = await self._ask(server, turn, prompt, abort)
             if not reply.ok:
                 return reply, None, prompt
-            answer = await self._complete(inner, turn, prompt, adapter, reply)
+            answer = await self._complete(server, turn, prompt, adapter, reply)
         except AnsweredError as answered:
             return answered.reply, None, prompt
         if not (turn.is_ours and turn.is_streamed):
@@ -165,31 +165,31 @@ class ChatTurns:
 
     # -- which prompt -------------------------------------------------------------------------------------------------
 
-    async def _prompt(self, inner: Inner, turn: Turn) -> Prompt:
+    async def _prompt(self, server: WrappedServer, turn: Turn) -> Prompt:
         if turn.seen is None or turn.newest is None:
             if not self._has_lost_its_ids(turn):
-                return Prompt()  # a first turn, or a request that is none of ours: the server renders and bounds it
+                return Prompt()  # a first turn, or not a rollout's: the server renders and limits it
             text = "the agent sent no token ids with any message, although this rollout has sampled before"
-            return await self._as_rendered(inner, turn, CallDrift(cause=DriftCause.MESSAGE_WITHOUT_IDS, text=text))
+            return await self._as_rendered(server, turn, CallDrift(cause=DriftCause.MESSAGE_WITHOUT_IDS, text=text))
         if turn.has_media:
-            return await self._as_rendered(inner, turn, CallDrift(cause=DriftCause.NO_BOUNDARY, text=_NO_MEDIA))
+            return await self._as_rendered(server, turn, CallDrift(cause=DriftCause.NO_BOUNDARY, text=_NO_MEDIA))
         changed = self._histories.difference(turn.seen, digest_of(turn, turn.newest))
         if changed is not None:
-            return await self._as_rendered(inner, turn, CallDrift(cause=DriftCause.HISTORY_REWRITTEN, text=changed))
+            return await self._as_rendered(server, turn, CallDrift(cause=DriftCause.HISTORY_REWRITTEN, text=changed))
         chat = Chat(turn.messages, turn.newest, turn.render_options, turn.ending, turn.options_key)
         try:
-            forced = await self.templates.next_prompt(inner.tokenize, chat, turn.seen)
+            forced = await self.templates.next_prompt(server.tokenize, chat, turn.seen)
         except (splice.NoBoundaryError, RenderRefusedError) as error:
             drift = CallDrift(cause=DriftCause.NO_BOUNDARY, text=str(error))
-            return await self._as_rendered(inner, turn, drift)
+            return await self._as_rendered(server, turn, drift)
         self.counters.spliced += 1
         return Prompt(forced, len(forced), self._skipped_turn(turn, turn.newest, turn.seen))
 
-    async def _as_rendered(self, inner: Inner, turn: Turn, drift: CallDrift) -> Prompt:
-        """Let the server render, and say why, unless its render starts with the tokens seen anyhow."""
+    async def _as_rendered(self, server: WrappedServer, turn: Turn, drift: CallDrift) -> Prompt:
+        """Let the server render, and report why, unless its render starts with the tokens seen anyway."""
         body = {**turn.render_options, "messages": turn.messages, **turn.ending}
         try:
-            tokens = (await inner.tokenize(body))["tokens"]
+            tokens = (await server.tokenize(body))["tokens"]
         except RenderRefusedError as error:
             raise AnsweredError(Reply.error(400, str(error))) from error
         if turn.seen is not None and tokens[: len(turn.seen)] == turn.seen:
@@ -203,7 +203,7 @@ class ChatTurns:
         return any(message.get("role") == "assistant" for message in turn.messages)
 
     def _skipped_turn(self, turn: Turn, newest: int, seen: list[int]) -> CallDrift | None:
-        """A turn that was sampled after `newest` and came back without its ids: the template wrote it."""
+        """Report a turn that was sampled after `newest` and came back without ids: the template wrote it."""
         if turn.rollout is None or all(m.get("role") != "assistant" for m in turn.messages[newest + 1 :]):
             return None
         newest_answer = self.book.calls(turn.rollout).newest_answer
@@ -216,9 +216,9 @@ class ChatTurns:
 
     # -- how many tokens ----------------------------------------------------------------------------------------------
 
-    async def _limit(self, inner: Inner, turn: Turn, prompt: Prompt) -> None:
-        """Clamp the token limit to the room that is left. Raises `AnsweredError` if there is none."""
-        max_model_len = await self._facts.max_model_len(inner)
+    async def _limit(self, server: WrappedServer, turn: Turn, prompt: Prompt) -> None:
+        """Limit the tokens to the room that is left. Raises `AnsweredError` if there is none."""
+        max_model_len = await self._server_info.max_model_len(server)
         if prompt.num_tokens is None:
             if turn.asks_for_limit or turn.completion_budget is not None:  # else the server stops at its own limit
                 turn.limit_tokens(min(max_model_len - 1, turn.completion_budget or max_model_len))
@@ -244,38 +244,38 @@ class ChatTurns:
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
-    async def _ask(self, inner: Inner, turn: Turn, prompt: Prompt, abort: asyncio.Event | None) -> Reply:
-        reply = await self._send(inner, turn, prompt, abort)
+    async def _ask(self, server: WrappedServer, turn: Turn, prompt: Prompt, abort: asyncio.Event | None) -> Reply:
+        reply = await self._send(server, turn, prompt, abort)
         unbounded = turn.is_tagged and prompt.num_tokens is None
         if unbounded and reply.status == 400 and _OVERFLOW in reply.error_text():
-            # The first prompt is rendered by the server alone; only when its limit is too high do we count tokens.
-            tokens = await inner.tokenize({**turn.render_options, "messages": turn.messages, **turn.ending})
-            await self._limit(inner, turn, Prompt(num_tokens=len(tokens["tokens"])))
-            reply = await self._send(inner, turn, prompt, abort)
+            # Only the server renders a first prompt; its tokens are counted only if the limit was too high.
+            tokens = await server.tokenize({**turn.render_options, "messages": turn.messages, **turn.ending})
+            await self._limit(server, turn, Prompt(num_tokens=len(tokens["tokens"])))
+            reply = await self._send(server, turn, prompt, abort)
         return reply
 
-    async def _send(self, inner: Inner, turn: Turn, prompt: Prompt, abort: asyncio.Event | None) -> Reply:
+    async def _send(self, server: WrappedServer, turn: Turn, prompt: Prompt, abort: asyncio.Event | None) -> Reply:
         request = turn.sampling_request(prompt.forced, self._has_prompt_field)
         if abort is None:
-            return await inner.ask("POST", CHAT_PATH, request)
-        return await inner.ask_until(abort, "POST", CHAT_PATH, request)
+            return await server.ask("POST", CHAT_PATH, request)
+        return await server.ask_until(abort, "POST", CHAT_PATH, request)
 
     async def _complete(
-        self, inner: Inner, turn: Turn, prompt: Prompt, adapter: Adapter | None, reply: Reply
+        self, server: WrappedServer, turn: Turn, prompt: Prompt, adapter: Adapter | None, reply: Reply
     ) -> dict[str, Any]:
-        """The answer with bundle, version and drift. Raises `AnsweredError` if a promised bundle is not exact."""
+        """Add bundle, version and drift to the answer. Raises `AnsweredError` if a rollout's bundle is not exact."""
         answer = reply.json()
         try:
             openai.attach(answer, forced_prompt=prompt.forced)
-            self._remember(turn, answer, await self._facts.max_model_len(inner))
+            self._remember(turn, answer, await self._server_info.max_model_len(server))
         except openai.BundleError as error:
             if turn.is_ours:
                 raise AnsweredError(Reply.error(500, str(error))) from error
             answer["trl_gym"] = {"no_bundle": str(error)}
         openai.strip_unasked(answer, turn.asked)
         if adapter is not None:
-            answer["model"] = turn.body.get("model") or (await self._facts.all(inner))["model_names"][0]
-        version = await self._adapters.version_of(adapter, inner)
+            answer["model"] = turn.body.get("model") or (await self._server_info.all(server))["model_names"][0]
+        version = await self._adapters.version_of(adapter, server)
         if version is not None:
             answer["weight_version"] = version
         if prompt.drift is not None:
@@ -283,7 +283,7 @@ class ChatTurns:
         return answer
 
     def _remember(self, turn: Turn, answer: dict[str, Any], max_model_len: int) -> None:
-        """What the next turn needs to know about this one."""
+        """Keep what the next turn needs to know about this one."""
         if len(answer["choices"]) != 1:
             return
         message = answer["choices"][0]["message"]
@@ -305,10 +305,10 @@ class ChatTurns:
 
 
 def _stopped_by_itself(turn: Turn, answer: dict[str, Any], max_model_len: int) -> bool:
-    """Whether the last token is one at which this model stops.
+    """Tell whether the last token is one at which this model stops.
 
-    A stop that the request asked for says nothing about the model, and an answer with tool calls says "tool_calls"
-    also when it was cut off at its limit.
+    A stop that the request asked for says nothing about the model. An answer with tool calls says "tool_calls" even
+    when it was cut off at its limit.
     """
     choice = answer["choices"][0]
     stop_reason, num_tokens = choice.get("stop_reason"), len(choice["message"]["generation_token_ids"])

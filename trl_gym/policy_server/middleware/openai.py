@@ -1,29 +1,35 @@
-"""The token bundle of a chat completion: what was in front of the policy, what it sampled, and how likely that was.
+"""Attach the token bundle to a chat completion, and write a whole completion as the stream that a client asked for.
 
-On `choices[i].message`: `prompt_token_ids`, `generation_token_ids` and `generation_log_probs` (one finite number per
-sampled id). Never a guess: a bundle that cannot be built exactly is an error.
+The bundle is put on `choices[i].message`: `prompt_token_ids`, `generation_token_ids` and `generation_log_probs` (one
+finite number per sampled id). It is never a guess: a bundle that cannot be built exactly is an error.
+
+A turn of a rollout is answered whole, since only then are its tokens complete. A client that streams gets the answer
+as server-sent events in one piece, with the bundle on the delta.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
-_MISSING_LOGPROB = -9999.0  # vLLM writes this where it has none, and where the probability is zero
+from trl_gym.policy_server.middleware.http import compact_json
+from trl_gym.policy_server.middleware.splice import num_common
+
+CONTENT_TYPE = b"text/event-stream; charset=utf-8"
+_MISSING_LOGPROB = -9999.0  # vLLM writes this if it has none, and if the probability is zero
 
 
 class BundleError(Exception):
-    """The server's answer does not say exactly what was sampled. The text says in which way."""
+    """The server's answer does not say exactly what was sampled; the text says why."""
 
 
 def attach(answer: dict[str, Any], *, forced_prompt: list[int] | None) -> None:
-    """Put the bundle on every choice of a chat completion that was asked for token ids and logprobs.
+    """Put the bundle on every choice of a chat completion that was requested with token ids and logprobs.
 
     Args:
         answer: The server's answer; changed in place.
-        forced_prompt: Ids that must have been the prompt, or `None` if the server rendered it.
+        forced_prompt: Ids that the prompt must have had; None if the server rendered it.
 
     Raises:
         BundleError: If the server used another prompt, if ids or logprobs are missing or disagree in number, or if a
@@ -35,7 +41,7 @@ def attach(answer: dict[str, Any], *, forced_prompt: list[int] | None) -> None:
     if forced_prompt is not None and prompt != forced_prompt:
         raise BundleError(
             f"the server did not use the exact prompt that it was given ({len(forced_prompt)} tokens, used "
-            f"{len(prompt)}, first difference at {_first_difference(prompt, forced_prompt)}): this version of vLLM "
+            f"{len(prompt)}, first difference at {num_common(prompt, forced_prompt)}): this version of vLLM "
             "does not accept prompts of token ids in chat completions"
         )
     for choice in answer["choices"]:
@@ -50,7 +56,7 @@ def attach(answer: dict[str, Any], *, forced_prompt: list[int] | None) -> None:
 
 
 def strip_unasked(answer: dict[str, Any], asked: Collection[str]) -> None:
-    """Take out again what we asked for and the client did not.
+    """Remove what the middleware asked for and the client did not.
 
     Args:
         answer: The server's answer; changed in place.
@@ -72,29 +78,16 @@ def _logprobs(choice: dict[str, Any], num_ids: int) -> list[float]:
     logprobs = [entry.get("logprob") for entry in content]
     for place, logprob in enumerate(logprobs):
         if not isinstance(logprob, int | float) or not math.isfinite(logprob) or logprob <= _MISSING_LOGPROB:
-            raise BundleError(f"the logprob of sampled token {place} is {logprob!r}, which is no finite number")
+            raise BundleError(f"the logprob of sampled token {place} is {logprob!r}, which is not a finite number")
     return logprobs
 
 
-def _first_difference(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# A whole chat completion as the stream that the client asked for.
-#
-# A turn of a rollout is answered whole: only then are its tokens complete. Clients that stream get it as server-sent
-# events all the same, in one piece, with the token bundle on the delta.
-
-CONTENT_TYPE = b"text/event-stream; charset=utf-8"
-
-
 def events(answer: dict[str, Any], *, include_usage: bool) -> bytes:
-    """The body of the stream.
+    """Return the body of the stream.
 
     Args:
         answer: A chat completion with one choice.
-        include_usage: What the request's `stream_options.include_usage` says.
+        include_usage: The request's `stream_options.include_usage`.
     """
     return b"".join(b"data: " + data + b"\n\n" for data in _events(answer, include_usage))
 
@@ -108,17 +101,13 @@ def _events(answer: dict[str, Any], include_usage: bool) -> Iterator[bytes]:
     if delta.get("tool_calls"):
         delta["tool_calls"] = [{**call, "index": index} for index, call in enumerate(delta["tool_calls"])]
     elif "tool_calls" in delta:
-        del delta["tool_calls"]  # an empty list is no delta
+        del delta["tool_calls"]  # a delta has no empty list
     piece = {"index": 0, "delta": delta, "logprobs": choice.get("logprobs"), "finish_reason": None}
     last = {"index": 0, "delta": {}, "finish_reason": choice.get("finish_reason")}
     if choice.get("stop_reason") is not None:
         last["stop_reason"] = choice["stop_reason"]
-    yield _json({**head, **own, "choices": [piece]})
-    yield _json({**head, "choices": [last]})
+    yield compact_json({**head, **own, "choices": [piece]})
+    yield compact_json({**head, "choices": [last]})
     if include_usage:
-        yield _json({**head, "choices": [], "usage": answer.get("usage")})
+        yield compact_json({**head, "choices": [], "usage": answer.get("usage")})
     yield b"[DONE]"
-
-
-def _json(payload: dict[str, Any]) -> bytes:
-    return json.dumps(payload, separators=(",", ":"), allow_nan=False).encode()

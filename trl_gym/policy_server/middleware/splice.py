@@ -1,14 +1,14 @@
-"""Exact prompts from token ids: pure functions on lists, no I/O.
+"""Compute exact prompts from token ids: pure functions on lists, no I/O.
 
-The words used here, in `rendering.py` and in `on_policy.py`:
+The words used here and in `templates.py`:
 
-    seen     every token of the rollout so far: the prompt of the newest sampled turn plus what was sampled
-    tail     what the chat template writes after the text of that turn: its end, new messages, generation prompt
-    closing  the beginning of a tail that ends a turn, the same for every turn of its kind, e.g. `[<|im_end|>, "\\n"]`
-    turn end the one token of a closing that says that the turn is over, e.g. `<|im_end|>`
+    seen      all tokens of the rollout so far: the prompt of the newest sampled turn plus the sampled tokens
+    tail      tokens that the chat template writes after that turn's text: its end, new messages, generation prompt
+    closing   the start of a tail that ends a turn, the same for every turn of its kind, e.g. `[<|im_end|>, "\\n"]`
+    turn end  the one token of a closing that says that the turn is over, e.g. `<|im_end|>`
 
 The next prompt is `seen` plus the tail, minus the part of the closing that the policy has sampled itself. The template
-only ever decides what comes *after* the sampled turn; how it would write that turn, or earlier ones, does not matter.
+only decides what comes *after* the sampled turn; how it would write that turn or earlier ones does not matter.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Rendered:
     strings: list[str]
 
     def after(self, marker: str) -> Rendered:
-        """What follows the last occurrence of a text.
+        """Return what follows the last occurrence of a text.
 
         Args:
-            marker: ASCII letters and digits: every tokenizer spells them as they are.
+            marker: ASCII letters and digits, which every tokenizer spells as they are.
 
         Raises:
-            NoMarkerError: It does not occur.
-            NoBoundaryError: A token spans its end.
+            NoMarkerError: If the text does not occur.
+            NoBoundaryError: If a token spans its end.
         """
         start = "".join(self.strings).rfind(marker)
         if start < 0:
@@ -61,13 +61,13 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """What the template writes between the text of an assistant turn and whatever comes next.
+    """Tokens that the template writes between the text of an assistant turn and what comes next.
 
     Attributes:
-        ids: `[C]`; empty if the template writes nothing (the next turn's opening token ends this one then: GLM).
-        end: Index of the turn end in `ids`; None if nothing in them can be one.
-        begin: Index of the first of them that is no white space, `<= end` (Cohere ends a turn with two tokens).
-        has_markup: Whether it begins with the end of a tool call, which the policy has sampled in its own tokens.
+        ids: `[C]`; empty if the template writes nothing (GLM: the next turn's opening token ends this one).
+        end: Index of the turn end in `ids`; None if no token can be one.
+        begin: Index of the first token that is not white space, `<= end` (Cohere ends a turn with two tokens).
+        has_markup: Whether it starts with the end of a tool call, which the policy has sampled in its own tokens.
     """
 
     ids: list[int]
@@ -81,10 +81,10 @@ class Closing:
 
 
 def plain_closing(rendered: Rendered, stop_ids: Collection[int]) -> Closing:
-    """The closing of a turn of plain text.
+    """Return the closing of a turn of plain text.
 
     Args:
-        rendered: What comes between a turn's text and the generation prompt; `closing_of` finds where that begins.
+        rendered: Tokens between a turn's text and the generation prompt; `closing_of` finds where that begins.
         stop_ids: Tokens at which generation is known to stop.
 
     Example:
@@ -97,11 +97,11 @@ def plain_closing(rendered: Rendered, stop_ids: Collection[int]) -> Closing:
 
 
 def tool_closing(rendered: Rendered, plain: Closing, stop_ids: Collection[int]) -> Closing:
-    """The closing of a turn that ends in a tool call: the rest of the call's markup, then the turn end.
+    """Return the closing of a turn that ends in a tool call: the rest of the call's markup, then the turn end.
 
     Args:
-        rendered: What follows the last argument of the call.
-        plain: The closing of a plain turn; its turn end is looked for too.
+        rendered: Tokens after the last argument of the call.
+        plain: The closing of a plain turn, whose turn end counts too.
         stop_ids: Tokens at which generation is known to stop.
 
     Example:
@@ -114,7 +114,7 @@ def tool_closing(rendered: Rendered, plain: Closing, stop_ids: Collection[int]) 
 
 
 def closing_of(tail: Sequence[int], generation_prompt: Sequence[int]) -> int | None:
-    """Length of the closing in a tail after which only the generation prompt comes; None if it does not come.
+    """Return the length of the closing in a tail that ends with the generation prompt; None if it does not.
 
     Example:
         >>> closing_of([2, 9, 40, 41], [40, 41])
@@ -125,16 +125,16 @@ def closing_of(tail: Sequence[int], generation_prompt: Sequence[int]) -> int | N
 
 
 def splice(seen: Sequence[int], tail: Sequence[int], closing: Closing, stop_ids: Collection[int]) -> list[int]:
-    """The next prompt: all tokens seen, then the template's tokens for what is new.
+    """Return the next prompt: all tokens seen, then the template's tokens for what is new.
 
-    Whether the policy has closed its turn is read off the last token seen. A turn end that it sampled is not doubled;
-    one that stops generation and that the template writes differently in history (gpt-oss: `<|return|>` for `<|end|>`)
-    stands for the template's; if it was cut off, the template closes the turn.
+    The last token seen says whether the policy has closed its turn. A turn end that it sampled is not doubled; one
+    that stops generation and that the template writes differently in history (gpt-oss: `<|return|>` for `<|end|>`)
+    replaces the template's; if the turn was cut off, the template closes it.
 
     Args:
         seen: Prompt and sampled ids of the newest turn.
-        tail: What the template writes after that turn's text.
-        closing: How the template closes turns of this kind.
+        tail: Tokens that the template writes after that turn's text.
+        closing: The template's closing of turns of this kind.
         stop_ids: Tokens at which generation is known to stop.
 
     Returns:
@@ -164,7 +164,7 @@ def splice(seen: Sequence[int], tail: Sequence[int], closing: Closing, stop_ids:
 
 
 def continue_turn(seen: Sequence[int], closing: Closing, stop_ids: Collection[int]) -> list[int]:
-    """The prompt for `continue_final_message` on the newest sampled turn: `seen`, open-ended.
+    """Return the prompt for `continue_final_message` on the newest sampled turn: `seen`, open-ended.
 
     Raises:
         NoBoundaryError: If the policy has closed the turn itself; dropping its turn end would unsample a token.
@@ -181,13 +181,13 @@ def continue_turn(seen: Sequence[int], closing: Closing, stop_ids: Collection[in
 def room(
     num_prompt: int, *, max_model_len: int, completion_budget: int | None = None, num_first_prompt: int | None = None
 ) -> int:
-    """How many tokens may still be sampled; zero or less means that the rollout is over.
+    """Return how many tokens may still be sampled; zero or less means that the rollout is over.
 
     Args:
         num_prompt: Tokens of this call's prompt.
         max_model_len: Tokens that the server accepts for prompt and completion together.
-        completion_budget: Tokens that the rollout's completion may have, tool outputs and later prompts included.
-        num_first_prompt: Tokens of the rollout's first prompt, which do not count; this prompt's when not given.
+        completion_budget: Tokens that the rollout's completion may have, with tool outputs and later prompts.
+        num_first_prompt: Tokens of the rollout's first prompt, which do not count; default: `num_prompt`.
 
     Example:
         >>> room(120, max_model_len=512, completion_budget=100, num_first_prompt=50)  # 70 of 100 are used
@@ -201,7 +201,7 @@ def room(
 
 
 def num_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix.
+    """Return the length of the longest common prefix.
 
     Example:
         >>> num_common([1, 2, 3], [1, 2, 4])
@@ -211,7 +211,7 @@ def num_common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _find_end(tail: Sequence[int], closing: Closing) -> int | None:
-    """Index of the turn end in `tail`; None if this template writes none."""
+    """Return the index of the turn end in `tail`; None if this template writes none."""
     if closing.end is None:
         return None
     through = closing.end + 1
@@ -223,12 +223,12 @@ def _find_end(tail: Sequence[int], closing: Closing) -> int | None:
 
 
 def _num_markup(last: int, tail: Sequence[int], end: int) -> int:
-    """How much of a call's markup a policy has sampled that was cut off in it: through its last token."""
+    """Return how much of a call's markup was sampled before it was cut off: up to and with the last token."""
     return next((index + 1 for index in reversed(range(end)) if tail[index] == last), end)
 
 
 def _length_sampled(last: int, tail: Sequence[int], closing: Closing, stop_ids: Collection[int]) -> int:
-    """How much of a tail without turn end the policy has sampled itself: a call's markup, the next turn's opening."""
+    """Return how much of a tail without turn end was sampled: a call's markup, the next turn's opening."""
     own = 0
     if closing.has_markup:
         if last not in stop_ids:
@@ -241,5 +241,5 @@ def _length_sampled(last: int, tail: Sequence[int], closing: Closing, stop_ids: 
 
 
 def _is_blank(string: str) -> bool:
-    """Whether a token is white space, in the spelling of byte-level (Ġ, Ċ, …) or sentencepiece (▁) vocabularies."""
+    """Tell whether a token is white space, as byte-level (Ġ, Ċ, …) or sentencepiece (▁) vocabularies spell it."""
     return not string.strip(" \n\r\tĠĊĉč▁")

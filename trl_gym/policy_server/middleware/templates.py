@@ -1,12 +1,15 @@
-"""What does the chat template write after a sampled turn? Asked of the server that renders, never of a copy here.
+"""Find what the chat template writes after a sampled turn, by asking the server that renders, never a copy here.
 
-The text of the turn is replaced by a marker (`marking.py`) and the chat rendered; what follows the marker is the tail.
-Whatever the template does with earlier turns (dropping their thinking, moving the tools) happens in front of it.
+The turn's text is replaced by a marker, the chat is rendered, and what follows the marker is the tail. What the
+template does with earlier turns (dropping their thinking, moving the tools) happens in front of it.
 
-The whole chat grows with the rollout; its extension, a stub in front of the turn, grows with what is new. Most
-templates write the same tail for both, and then only the second is rendered. That is not assumed: the two are compared
-for each depth and shape of a chat until they have agreed twice, and now and then afterwards. A template for which they
-once differ (tools in front of the last user message, numbered rounds) is rendered whole from then on.
+    [system, user, assistant, tool, assistant*, tool, user]      the whole chat; * is the turn with the marker
+    [system "0", user "0",          assistant*, tool, user]      its extension: as little as possible in front
+
+A render of the whole chat grows with the rollout, one of its extension with what is new. Most templates write the same
+tail for both, and then only the extension is rendered. That is not assumed: both are compared for each depth and shape
+of a chat until they have agreed twice, and now and then afterwards. A template for which they once differ (tools in
+front of the last user message, numbered rounds) is rendered whole from then on.
 """
 
 from __future__ import annotations
@@ -20,16 +23,21 @@ from typing import Any, Literal
 from trl_gym.policy_server.middleware import splice
 from trl_gym.policy_server.middleware.splice import Closing, NoBoundaryError, NoMarkerError, Rendered
 
-# --------------------------------------------------------------------------------------------------------------------
-# A chat with a marker in place of a sampled turn's text. Pure functions.
-#
-# [system, user, assistant, tool, assistant*, tool, user]      the whole chat
-# [system "0", user "0",          assistant*, tool, user]      its extension: as little as possible in front
-
 _INSTRUCTING = ("system", "developer")
+_NUM_AGREEMENTS = 2
+_CHECK_EVERY = 64  # uses of an extension between two comparisons
+_MAX_TEMPLATES = 64
+_MAX_SHAPES = 4096
 
 Place = Literal["text", "calls"]
-"""Where the marker goes: a turn's text, or the arguments of its tool calls, which templates write behind the text."""
+"""Place of the marker: a turn's text, or the arguments of its tool calls, which templates write after the text."""
+
+Tokenize = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+"""`POST /tokenize`: body → answer. Raises `RenderRefusedError` if the template refuses the chat."""
+
+
+class RenderRefusedError(Exception):
+    """The server answered a render with an error; the text is the server's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +45,11 @@ class Chat:
     """A chat whose message `newest` is the sampled turn to be continued.
 
     Attributes:
-        messages: Without token ids.
+        messages: Messages without token ids.
         newest: Index of the sampled turn.
-        options: What else decides the render, as `/tokenize` wants it: tools, template, its arguments, model.
+        options: Other fields of `/tokenize` that decide the render: tools, template, its arguments, model.
         ending: `add_generation_prompt` and `continue_final_message`.
-        options_key: Hash of the options; they may hold many tools, and are hashed once per turn.
+        options_key: Hash of `options`, which may hold many tools; computed once per turn.
     """
 
     messages: list[dict[str, Any]]
@@ -60,16 +68,16 @@ class Chat:
 
     @property
     def num_instructions(self) -> int:
-        """System messages among the new ones; some templates write them at the very front."""
+        """Number of system messages among the new ones; some templates write them at the very front."""
         return sum(message.get("role") in _INSTRUCTING for message in self.new_messages)
 
     def marked(self, mark: str, place: Place) -> Chat:
-        """The chat with `mark` in place of what was sampled."""
+        """Return the chat with `mark` in place of the sampled text."""
         turn = marked_text(self.turn, mark) if place == "text" else marked_calls(self.turn, mark)
         return replace(self, messages=[*self.messages[: self.newest], turn, *self.new_messages])
 
     def with_instructions(self, text: str) -> Chat:
-        """The chat with `text` as content of every new system message."""
+        """Return the chat with `text` as content of every new system message."""
         new = [
             {**message, "content": text} if message.get("role") in _INSTRUCTING else message
             for message in self.new_messages
@@ -77,7 +85,7 @@ class Chat:
         return replace(self, messages=[*self.messages[: self.newest + 1], *new])
 
     def extension(self) -> Chat:
-        """The same chat with as little as possible in front of the newest turn."""
+        """Return the same chat with as little as possible in front of the newest turn."""
         roles = [message.get("role") for message in self.messages[: self.newest]]
         head = [{"role": roles[0], "content": "0"}] if roles and roles[0] in _INSTRUCTING else []
         if "user" in roles:
@@ -86,7 +94,7 @@ class Chat:
         return replace(self, messages=[*head, *self.messages[self.newest :]], newest=len(head), options=options)
 
     def shape_key(self, place: Place) -> bytes:
-        """The options, and where the turn is, what it looks like and what follows it; not what is written in it."""
+        """Hash the options, the turn's index and form and the roles around it, but not the texts."""
         roles = [str(message.get("role")) for message in self.messages]
         lead = [roles[0], "user" in roles[: self.newest]]
         kind = [bool(self.turn.get("content")), len(self.turn.get("tool_calls") or []), place]
@@ -94,85 +102,45 @@ class Chat:
         return hashlib.blake2b(json.dumps(shape, sort_keys=True).encode(), digest_size=16).digest()
 
 
-def marked_text(message: dict[str, Any], mark: str) -> dict[str, Any]:
-    """A turn whose text is the marker; its calls stay, for the tool messages that refer to them."""
-    marked = {"role": message.get("role"), "content": mark}
-    return marked | ({"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {})
-
-
-def marked_calls(message: dict[str, Any], mark: str) -> dict[str, Any]:
-    """A turn without text whose calls have the marker as their only argument.
-
-    The text goes because some templates write it behind the calls, or even behind their results.
-    """
-    return {
-        "role": message.get("role"),
-        "content": None if message.get("content") is None else "",
-        "tool_calls": [
-            {**call, "function": {**call.get("function", {}), "arguments": json.dumps({"q": mark})}}
-            for call in message["tool_calls"]
-        ],
-    }
-
-
-def new_marker(new_messages: Sequence[dict[str, Any]], *, unlike: str = "") -> str:
-    """A word that the new messages do not contain. It ends in a digit, which no tokenizer joins with punctuation."""
-    text, number = json.dumps(new_messages), 0
-    while (mark := f"zqx{number}") in text or mark == unlike:
-        number += 1
-    return mark
-
-
-_NUM_AGREEMENTS = 2
-_CHECK_EVERY = 64  # uses of an extension between two comparisons
-_MAX_TEMPLATES = 64
-_MAX_SHAPES = 4096
-
-Tokenize = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
-"""`POST /tokenize`: body → answer. Raises `RenderRefusedError` when the template refuses the chat."""
-
-
-class RenderRefusedError(Exception):
-    """The server answered the render with an error; the text is its own."""
-
-
 @dataclass(slots=True)
 class _Probes:
-    """Facts about one template with one set of arguments."""
+    """Closings of one template with one set of arguments; `tool` is None if it does not write tool calls."""
 
     plain: Rendered
     tool: Rendered | None
 
 
 @dataclass(slots=True)
-class _Trust:
+class _Comparisons:
+    """How often the tails of chats of one shape agreed, and how often they were needed."""
+
     agreed: int = 0
     used: int = 0
 
 
 @dataclass(slots=True)
 class Templates:
-    """Chat templates as far as they have been seen at work.
+    """The chat templates that were asked for so far.
 
     Attributes:
-        stop_ids: Tokens at which generation was seen to stop; the middleware adds them.
-        num_whole: Chats that were rendered whole.
-        num_extended: Chats of which only the new part was rendered.
+        stop_ids: Tokens at which generation has stopped; the middleware adds them.
+        num_whole: Number of chats that were rendered whole.
+        num_extended: Number of chats of which only the extension was rendered.
     """
 
     stop_ids: set[int] = field(default_factory=set)
     num_whole: int = 0
     num_extended: int = 0
     _probes: dict[str, _Probes] = field(default_factory=dict)
-    _trust: dict[bytes, _Trust] = field(default_factory=dict)
+    _comparisons: dict[bytes, _Comparisons] = field(default_factory=dict)
     _whole_only: set[bytes] = field(default_factory=set)
 
     async def next_prompt(self, tokenize: Tokenize, chat: Chat, seen: list[int]) -> list[int]:
-        """The exact prompt: `seen`, then what the template writes for the rest of the chat.
+        """Return the exact prompt: `seen`, then what the template writes for the rest of the chat.
 
         Raises:
-            NoBoundaryError: It would be a guess.
-            RenderRefusedError: The template refuses even the shortest chat.
+            NoBoundaryError: If the prompt would be a guess.
+            RenderRefusedError: If the template refuses even the shortest chat.
         """
         plain = await self.closing(tokenize, chat.options)
         if chat.ending["continue_final_message"] and chat.newest == len(chat.messages) - 1:
@@ -182,26 +150,26 @@ class Templates:
             try:
                 tail = await self._tail(tokenize, chat, "calls")
             except NoMarkerError:
-                pass  # the template leaves the calls of such a turn out, and writes its text
+                pass  # the template leaves the calls of such a turn out and writes its text
             else:
                 return splice.splice(seen, tail, calling, self.stop_ids)
         return splice.splice(seen, await self._tail(tokenize, chat, "text"), plain, self.stop_ids)
 
     async def closing(self, tokenize: Tokenize, options: dict[str, Any]) -> Closing:
-        """How this template closes an assistant turn of plain text.
+        """Return the template's closing of an assistant turn of plain text.
 
         Args:
             tokenize: Asks the server.
             options: See `Chat`.
 
         Raises:
-            NoBoundaryError: The template does not show it.
-            RenderRefusedError: The template refuses the shortest chat.
+            NoBoundaryError: If the template does not show it.
+            RenderRefusedError: If the template refuses the shortest chat.
         """
         return splice.plain_closing((await self._probed(tokenize, options)).plain, self.stop_ids)
 
     async def _call_closing(self, tokenize: Tokenize, options: dict[str, Any], plain: Closing) -> Closing | None:
-        """The same for a turn that ends in a tool call; None if the template does not write calls."""
+        """Return the closing of a turn that ends in a tool call; None if the template does not write calls."""
         tool = (await self._probed(tokenize, options)).tool
         return None if tool is None else splice.tool_closing(tool, plain, self.stop_ids)
 
@@ -216,24 +184,24 @@ class Templates:
         return self._probes[key]
 
     async def _tail(self, tokenize: Tokenize, chat: Chat, place: Place) -> list[int]:
-        """What the template writes after the newest turn."""
+        """Return the tokens that the template writes after the newest turn."""
         if chat.options_key not in self._whole_only:
-            trust = self._trust_in(chat.shape_key(place))
-            trust.used += 1
-            if trust.agreed >= _NUM_AGREEMENTS and trust.used % _CHECK_EVERY:
+            past = self._comparisons_of(chat.shape_key(place))
+            past.used += 1
+            if past.agreed >= _NUM_AGREEMENTS and past.used % _CHECK_EVERY:
                 self.num_extended += 1
                 return (await _rendered_tail(tokenize, chat.extension(), place)).ids
-            return await self._compare(tokenize, chat, place, trust)
+            return await self._compare(tokenize, chat, place, past)
         return await self._whole(tokenize, chat, place)
 
-    async def _compare(self, tokenize: Tokenize, chat: Chat, place: Place, trust: _Trust) -> list[int]:
+    async def _compare(self, tokenize: Tokenize, chat: Chat, place: Place, past: _Comparisons) -> list[int]:
         whole = await self._whole(tokenize, chat, place)
         try:
             extended = (await _rendered_tail(tokenize, chat.extension(), place)).ids
         except NoBoundaryError:
             extended = None
         if extended == whole:
-            trust.agreed += 1
+            past.agreed += 1
         else:
             self._whole_only.add(chat.options_key)
         return whole
@@ -244,18 +212,18 @@ class Templates:
             await _check_instructions(tokenize, chat, place)
         return (await _rendered_tail(tokenize, chat, place)).ids
 
-    def _trust_in(self, shape: bytes) -> _Trust:
-        if shape not in self._trust and len(self._trust) >= _MAX_SHAPES:
-            self._trust.clear()
-        return self._trust.setdefault(shape, _Trust())
+    def _comparisons_of(self, shape: bytes) -> _Comparisons:
+        if shape not in self._comparisons and len(self._comparisons) >= _MAX_SHAPES:
+            self._comparisons.clear()
+        return self._comparisons.setdefault(shape, _Comparisons())
 
 
 async def _probe(tokenize: Tokenize, options: dict[str, Any]) -> _Probes:
-    """The closings of a template, from the shortest chats that have one."""
+    """Find the closings of a template in the shortest chats that have one."""
     user, mark = {"role": "user", "content": "0"}, new_marker([])
     closed = await _render(tokenize, options, [user], add_generation_prompt=False)
     opened = await _render(tokenize, options, [user], add_generation_prompt=True)
-    # Some templates end a finished chat with EOS (Phi 3): what they have in common is the user's turn.
+    # Some templates end a finished chat with EOS (Phi 3): the common part of both renders is the user's turn.
     prompt = opened.ids[splice.num_common(closed.ids, opened.ids) :]
     call = {"id": "callabcd0", "type": "function", "function": {"name": "f", "arguments": "{}"}}  # Mistral wants 9
     turn = {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -270,7 +238,7 @@ async def _probe(tokenize: Tokenize, options: dict[str, Any]) -> _Probes:
 async def _closing(
     tokenize: Tokenize, options: dict[str, Any], messages: list[Any], mark: str, prompt: list[int]
 ) -> Rendered:
-    """What comes between the marker and the generation prompt; where that does not come, up to the end of the chat."""
+    """Return what is between the marker and the generation prompt, or the end of the chat if it has no such prompt."""
     tail = (await _render(tokenize, options, messages, add_generation_prompt=True)).after(mark)
     length = splice.closing_of(tail.ids, prompt)
     if length is not None:
@@ -298,3 +266,32 @@ async def _check_instructions(tokenize: Tokenize, chat: Chat, place: Place) -> N
 async def _render(tokenize: Tokenize, options: dict[str, Any], messages: list[Any], **ending: bool) -> Rendered:
     answer = await tokenize({**options, "messages": messages, **ending, "return_token_strs": True})
     return Rendered(answer["tokens"], answer["token_strs"])
+
+
+def marked_text(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    """Return a turn whose text is the marker; its calls stay, for the tool messages that refer to them."""
+    marked = {"role": message.get("role"), "content": mark}
+    return marked | ({"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {})
+
+
+def marked_calls(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    """Return a turn without text whose calls have the marker as their only argument.
+
+    The text is dropped because some templates write it after the calls, or even after their results.
+    """
+    return {
+        "role": message.get("role"),
+        "content": None if message.get("content") is None else "",
+        "tool_calls": [
+            {**call, "function": {**call.get("function", {}), "arguments": json.dumps({"q": mark})}}
+            for call in message["tool_calls"]
+        ],
+    }
+
+
+def new_marker(new_messages: Sequence[dict[str, Any]], *, unlike: str = "") -> str:
+    """Return a word that the new messages lack. It ends in a digit, which no tokenizer joins with punctuation."""
+    text, number = json.dumps(new_messages), 0
+    while (mark := f"zqx{number}") in text or mark == unlike:
+        number += 1
+    return mark

@@ -1,7 +1,7 @@
-"""One chat completion request, understood: whose it is, which tokens it has seen, and what goes on to the server.
+"""Parse a chat completion request: whose turn it is, which tokens it has seen, and what the server is asked for it.
 
-Every sampled message carries its whole prompt, so a request of turn 30 is a megabyte of token ids of which only the
-newest message's count. The others are stepped over, never parsed.
+Every sampled message carries its whole prompt: a request of turn 30 is a megabyte of token ids, of which only those of
+the newest message count. The others are skipped, not parsed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKEN_KEYS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
 _TEXT_PARTS = ("text", "refusal", "thinking")
 _TAG_KEYS = ("rollout", "sampling", "completion_budget")
-# What decides how a chat is rendered, by its name in /tokenize.
+# Fields that decide how a chat is rendered, by their names in /tokenize.
 _RENDER_KEYS = ("model", "tools", "chat_template", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs")
 
-_MAX_TOKEN_ID = 2**31 - 1  # what an engine can hold; the server itself refuses ids beyond its vocabulary
+_MAX_TOKEN_ID = 2**31 - 1  # an engine's limit; the server itself refuses ids beyond its vocabulary
 
 _Fields = dict[str, msgspec.Raw]
 _fields = msgspec.json.Decoder(_Fields)
@@ -31,7 +31,7 @@ _any = msgspec.json.Decoder()
 
 
 class InvalidTurnError(ValueError):
-    """The request contradicts the contract; the text is for whoever sent it."""
+    """A request contradicts the contract; the text is for its sender."""
 
 
 @dataclass(slots=True)
@@ -39,19 +39,19 @@ class Turn:
     """One model call.
 
     Attributes:
-        body: The request without `trl_gym` and messages, sampling pinned; changed by `limit_tokens`.
+        body: The request without `trl_gym` and messages, sampling pinned; `limit_tokens` changes it.
         messages: Its messages, without token ids.
-        sampled: Per message its sampled ids as JSON, or None.
-        rollout: Whose turn it is; None for a request without a tag.
-        sampling: What the tag pins, or None if it does not say.
+        sampled: Sampled ids of each message as JSON, or None.
+        rollout: Id of the rollout; None for a request without a tag.
+        sampling: Sampling parameters that the tag pins; None if it pins none.
         completion_budget: Tokens that the rollout may have after its first prompt.
-        newest: Index of the newest message that carries sampled ids, or None.
+        newest: Index of the newest message with sampled ids, or None.
         seen: Prompt and sampled ids of that message, or None.
-        num_first_prompt: Length of the prompt of the first message that carries sampled ids, or None.
-        asked: What the client itself wants to see of what we always ask for.
-        render_options: What decides the render beside messages and ending, as /tokenize wants it.
-        options_key: Hash of these.
-        served_model: Name of the model to sample from where that is another than the request's (an adapter), or None.
+        num_first_prompt: Length of the prompt of the first message with sampled ids, or None.
+        asked: Fields of the answer that the client asked for, among those that the middleware always asks for.
+        render_options: Options of the render other than messages and ending, as /tokenize takes them.
+        options_key: Hash of `render_options`.
+        served_model: Model to sample from if it is not the request's (an adapter), else None.
     """
 
     body: dict[str, Any]
@@ -70,13 +70,10 @@ class Turn:
 
     @classmethod
     def from_json(cls, raw: bytes) -> Turn | None:
-        """Read a request.
-
-        Args:
-            raw: The body.
+        """Parse a request body.
 
         Returns:
-            None if it is no JSON object with a list of message objects: the server has its own words for that.
+            None unless it is a JSON object with a list of message objects: the server has its own error for that.
 
         Raises:
             InvalidTurnError: If the tag or the token ids are malformed, or a rollout asks for `n` > 1.
@@ -107,7 +104,7 @@ class Turn:
 
     @property
     def is_ours(self) -> bool:
-        """Part of a rollout: the bundle is a promise then, not a courtesy."""
+        """Whether it is part of a rollout: then an answer without an exact bundle is an error."""
         return self.is_tagged or self.seen is not None
 
     @property
@@ -120,7 +117,7 @@ class Turn:
 
     @property
     def ending(self) -> dict[str, bool]:
-        """How the render of all messages ends, as /tokenize wants it."""
+        """How the render of all messages ends, as /tokenize takes it."""
         return {
             "add_generation_prompt": self.body.get("add_generation_prompt", True),
             "continue_final_message": self.body.get("continue_final_message", False),
@@ -128,13 +125,13 @@ class Turn:
 
     @property
     def has_media(self) -> bool:
-        """Whether a message carries something other than text, which forced token ids would leave out."""
+        """Whether a message holds something other than text, which forced token ids would leave out."""
         contents = (message.get("content") for message in self.messages)
         parts = (part for content in contents if isinstance(content, list) for part in content)
         return any(isinstance(part, dict) and part.get("type") not in _TEXT_PARTS for part in parts)
 
     def pin(self, sampling: Mapping[str, Any]) -> None:
-        """Sample with these parameters whatever the agent wants; None stands for the server's own default."""
+        """Sample with these parameters, whatever the agent asked for; None means the server's own default."""
         for key, value in sampling.items():
             if value is None:
                 self.body.pop(key, None)
@@ -149,19 +146,19 @@ class Turn:
             self.body[key] = room
 
     def sampling_request(self, forced: list[int] | None, has_prompt_field: bool) -> dict[str, Any]:
-        """What is sent to the server.
+        """Return the request for the server.
 
         Args:
             forced: The exact prompt, or None to let the server render.
-            has_prompt_field: Whether the server takes the prompt as a field of its own. Otherwise it travels the way a
-                prefill server hands it to a decode server, which uses the ids and still parses tools and reasoning.
+            has_prompt_field: Whether the server takes the prompt as a field of its own. Otherwise it is passed as a
+                prefill server passes it to a decode server, which uses the ids and still parses tools and reasoning.
         """
         body = {**self.body, "messages": self.messages, "logprobs": True, "return_token_ids": True}
         if self.served_model is not None:
             body["model"] = self.served_model
         if body.get("top_logprobs") is None:
             body["top_logprobs"] = 0  # an explicit null switches logprobs off
-        if self.is_streamed:  # answered whole and streamed from here: only then are all its tokens known
+        if self.is_streamed:  # the middleware streams the whole answer: only then are all its tokens known
             body["stream"] = False
             body.pop("stream_options", None)
         if forced is not None and has_prompt_field:
@@ -196,10 +193,10 @@ class Turn:
 
 
 def checked_sampling(sampling: Any, name: str) -> dict[str, Any]:
-    """Sampling parameters to pin.
+    """Return `sampling` if it is an object of known sampling parameters.
 
     Raises:
-        InvalidTurnError: If it is anything but an object of the known ones.
+        InvalidTurnError: If it is anything else.
     """
     if isinstance(sampling, dict) and not (unknown := sorted(set(sampling) - set(SAMPLING_KEYS))):
         return sampling
@@ -208,12 +205,12 @@ def checked_sampling(sampling: Any, name: str) -> dict[str, Any]:
 
 
 def _without_token_ids(message: _Fields) -> dict[str, Any]:
-    """A message as it was before the bundle was attached; the server neither knows nor needs the ids."""
+    """Return a message without its bundle, which the server does not know."""
     return {key: _any.decode(value) for key, value in message.items() if key not in TOKEN_KEYS}
 
 
 def _sampled(message: _Fields) -> bytes | None:
-    """The sampled ids as JSON without blanks; None if there are none."""
+    """Return the sampled ids as JSON without blanks; None if there are none."""
     raw = message.get("generation_token_ids")
     ids = b"" if raw is None else bytes(raw).translate(None, b" \n\r\t")
     return ids if ids not in (b"", b"null", b"[]") else None
@@ -221,7 +218,7 @@ def _sampled(message: _Fields) -> bytes | None:
 
 def _render_options(body: dict[str, Any]) -> dict[str, Any]:
     options = {key: body[key] for key in _RENDER_KEYS if body.get(key) is not None}
-    # These two are fields of a chat request and template arguments everywhere else.
+    # These two are fields of a chat request, and template arguments in /tokenize.
     extra = {key: body[key] for key in ("documents", "reasoning_effort") if body.get(key) is not None}
     if "reasoning_effort" in extra:
         extra["enable_thinking"] = extra["reasoning_effort"] != "none"
@@ -233,17 +230,15 @@ def _render_options(body: dict[str, Any]) -> dict[str, Any]:
 def _asked(body: dict[str, Any]) -> frozenset[str]:
     asked = {key for key in ("logprobs", "return_token_ids") if body.get(key)}
     if "top_logprobs" in body and body["top_logprobs"] is None:
-        asked.discard("logprobs")  # vLLM answers none then
+        asked.discard("logprobs")  # vLLM returns none in that case
     return frozenset(asked)
 
 
 def _token_ids(message: _Fields, key: str) -> list[int]:
     try:
         ids = _ids.decode(message[key])
-    except (KeyError, msgspec.MsgspecError) as error:
-        raise InvalidTurnError(
-            f"a message with generation_token_ids needs {key} as a non-empty list of integers"
-        ) from error
+    except (KeyError, msgspec.MsgspecError):
+        ids = []
     if not ids or min(ids) < 0 or max(ids) > _MAX_TOKEN_ID:
         raise InvalidTurnError(f"a message with generation_token_ids needs {key} as a non-empty list of token ids")
     return ids
