@@ -9,7 +9,7 @@ import time
 
 from rich.console import Console
 
-from trl_gym.progress import BarProgress, LineProgress, PhaseClock
+from trl_gym.progress import BarProgress, LineProgress, PhaseClock, rollouts_text
 from trl_gym.rollouts.collection import CollectionStatus
 
 METRICS = {"reward": 0.5, "success": 0.25, "seconds/rollouts": 3.1, "seconds/weight_sync": 0.06, "loss": 1.0}
@@ -62,6 +62,15 @@ def status(num_done: int) -> CollectionStatus:
     return CollectionStatus(
         num_done=num_done, num_failed=1, num_running=2, num_retried=0, num_total=64, slowest=("calc", 7.0)
     )
+
+
+def test_the_text_about_rollouts_is_one_line() -> None:
+    several = CollectionStatus(
+        num_done=3, num_failed=1, num_running=4, num_retried=2, num_total=16, slowest=("calc", 12.4)
+    )
+    assert rollouts_text(several) == "rollouts 3/16, 1 failed, 2 retried, 4 running, slowest calc 12 s"
+    none = CollectionStatus(num_done=0, num_failed=0, num_running=0, num_retried=0, num_total=2)
+    assert rollouts_text(none) == "rollouts 0/2"
 
 
 def test_piped_output_says_now_and_then_how_far_a_long_batch_is() -> None:

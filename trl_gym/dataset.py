@@ -1,7 +1,7 @@
-"""NeMo Gym JSONL files as `datasets.Dataset`, and back, byte for byte.
+"""Read NeMo Gym JSONL files into a `datasets.Dataset`, and rows out of it again, byte for byte.
 
-Arrow would unify the types of nested fields over all rows (missing keys become nulls, mixed lists fail). A Gym row is
-therefore kept as the JSON text it was, in the column `gym_row`; beside it stands `prompt`, the messages TRL shows.
+Arrow would unify the types of nested fields over all rows (missing keys become nulls, mixed lists fail). The column
+`gym_row` therefore keeps the JSON text of a row; the column `prompt` has the messages that TRL shows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.errors import DatasetError
+from trl_gym.errors import DatasetError, Problem
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,10 +29,10 @@ def load_gym_dataset(
     """Load one or several Gym JSONL files.
 
     Args:
-        paths: One file, or several whose rows are put after one another (training shuffles them).
-        agent: Agent for rows that name none in `agent_ref`. Without it, such a row goes to the only agent of the
-            running Gym; several agents make it an error when the row is rolled out.
-        limit: At most so many rows of each file.
+        paths: One file, or several, whose rows are concatenated (training shuffles them).
+        agent: Agent for rows without `agent_ref`. Default: the only agent of the running Gym; if it has several, the
+            rollout of such a row is an error.
+        limit: Maximum number of rows of each file.
 
     Returns:
         A dataset with the columns `prompt` (list of `{"role", "content"}`), `agent` (str or None), `task_index` (int,
@@ -40,7 +40,7 @@ def load_gym_dataset(
         `agent_ref`).
 
     Raises:
-        DatasetError: A file is missing or has lines that are not Gym rows; every bad line is named with its number.
+        DatasetError: If a file does not exist, is empty or has lines that are not Gym rows; gives their numbers.
 
     Example:
 
@@ -52,37 +52,38 @@ def load_gym_dataset(
 
     files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     if not files:
-        raise DatasetError("No Gym dataset was given; name at least one JSONL file.")
-    problems: list[str] = []
+        raise DatasetError("No Gym dataset was given.", "Name at least one JSONL file.")
+    problems: list[Problem] = []
     records = [record for file in files for record in read_records(file, agent, limit, problems)]
     for index, record in enumerate(records):
         record["task_index"] = index
     if problems:
-        more = len(problems) - _MAX_REPORTED
-        listed = "\n".join(f"  - {problem}" for problem in problems[:_MAX_REPORTED])
-        tail = f"\n  … and {more} more" if more > 0 else ""
-        raise DatasetError(f"{len(problems)} problem(s) in the Gym dataset:\n{listed}{tail}")
+        shown, more = problems[:_MAX_REPORTED], len(problems) - _MAX_REPORTED
+        if more > 0:
+            shown.append(Problem(f"… and {more} more"))
+        raise DatasetError(f"{len(problems)} problem(s) in the Gym dataset:", problems=shown)
     if not records:
-        raise DatasetError(f"{', '.join(map(str, files))}: no rows. A Gym dataset has one JSON object per line.")
+        raise DatasetError(
+            f"The Gym dataset has no rows: {', '.join(map(str, files))}.", "Write one JSON object per line."
+        )
     return Dataset.from_list(records)
 
 
 def mix_gym_datasets(datasets: Sequence[Dataset], weights: Sequence[float] | None = None, *, seed: int = 0) -> Dataset:
-    """Several environments in one dataset, each with its share.
+    """Mix the datasets of several environments by weight.
 
-    Rows are drawn by weight until every dataset has been used up once; smaller ones repeat meanwhile.
+    Rows are drawn until every dataset was used up once; smaller datasets repeat.
 
     Args:
-        datasets: From `load_gym_dataset`.
-        weights: One positive number per dataset, in any unit; equal shares when not given.
-        seed: Of the draw.
+        datasets: Results of `load_gym_dataset`.
+        weights: One positive number per dataset, in any unit. Default: equal weights.
+        seed: Seed of the draw.
 
     Returns:
-        A dataset like its parts. `task_index` counts the rows of all parts, so a row that is drawn twice is the same
-        task twice.
+        A dataset like its parts. `task_index` counts the rows of all parts: a row that is drawn twice is one task.
 
     Raises:
-        DatasetError: The weights do not fit the datasets.
+        DatasetError: If the weights do not fit the datasets.
 
     Example:
 
@@ -93,10 +94,12 @@ def mix_gym_datasets(datasets: Sequence[Dataset], weights: Sequence[float] | Non
     from datasets import interleave_datasets
 
     if not datasets:
-        raise DatasetError("No Gym dataset to mix was given.")
+        raise DatasetError("No Gym dataset to mix was given.", "Give at least one.")
     weights = [1.0] * len(datasets) if weights is None else [float(weight) for weight in weights]
     if len(weights) != len(datasets) or not all(0 < weight < float("inf") for weight in weights):
-        raise DatasetError(f"`weights` is {weights}; one positive number for each of the {len(datasets)} is needed.")
+        raise DatasetError(
+            f"`weights` is {weights}, for {len(datasets)} dataset(s).", "Give one positive number for each dataset."
+        )
     offset, parts = 0, []
     for dataset in datasets:
         parts.append(_renumbered(dataset, offset))
@@ -107,53 +110,55 @@ def mix_gym_datasets(datasets: Sequence[Dataset], weights: Sequence[float] | Non
 
 def _renumbered(dataset: Dataset, offset: int) -> Dataset:
     numbers = [offset + index for index in range(len(dataset))]
-    # Agents may be None in one part only: strings all the same.
     from datasets import Value
 
     dataset = dataset.remove_columns("task_index").add_column("task_index", numbers)
-    return dataset.cast_column("agent", Value("string"))
+    return dataset.cast_column("agent", Value("string"))  # also where all agents of a part are None
 
 
 def gym_row(example: dict[str, Any]) -> dict[str, Any]:
-    """The Gym row of one dataset example.
+    """Return the Gym row of a dataset example.
 
     Raises:
-        DatasetError: The example does not come from `load_gym_dataset`.
+        DatasetError: If the example does not come from `load_gym_dataset`.
     """
     try:
         return json.loads(example[ROW_COLUMN])
     except KeyError:
         raise DatasetError(
-            f"A dataset row has no column `{ROW_COLUMN}` (it has: {', '.join(sorted(example))}). Load Gym datasets "
-            "with `load_gym_dataset`; mapping and filtering must keep that column."
+            f"A dataset row has no column `{ROW_COLUMN}`; it has {', '.join(sorted(example))}.",
+            "Load Gym datasets with `load_gym_dataset`, and keep that column when mapping and filtering.",
         ) from None
 
 
 def prompt_messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The row's input as plain messages, for TRL's logs; what is sent to Gym is the row itself."""
+    """Return the row's input as plain messages for TRL's logs; Gym gets the row itself."""
     given = row["responses_create_params"].get("input", [])
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     instructions = row["responses_create_params"].get("instructions")
     messages = [{"role": "system", "content": instructions}] if instructions else []
     messages += [{"role": str(item.get("role", item.get("type", "user"))), "content": _text(item)} for item in items]
-    # Environments that make their own first observation ship rows without input; TRL needs one message to show.
+    # Rows of environments that make the first observation themselves have no input; TRL needs a message to show.
     return messages or [{"role": "user", "content": ""}]
 
 
-def read_records(file: Path, agent: str | None, limit: int | None, problems: list[str]) -> Iterable[dict[str, Any]]:
-    """Rows of one Gym JSONL file.
+def read_records(
+    file: Path, agent: str | None, limit: int | None, problems: list[Problem]
+) -> Iterable[dict[str, Any]]:
+    """Yield the rows of one Gym JSONL file, without wrong ones.
 
     Args:
         file: The file.
-        agent: For rows that name none.
-        limit: Rows to read at most.
-        problems: What is wrong is added here, with the number of its line; such rows are left out.
+        agent: Agent for rows that name none.
+        limit: Maximum number of rows to read.
+        problems: Receives a problem for each wrong line, with its number.
     """
     try:
-        # Not splitlines(): a JSON string may hold U+2028 and the like, which are no line ends in JSONL.
+        # Not splitlines(): a JSON string may hold U+2028 and the like, which do not end a line in JSONL.
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{file}: cannot be read ({error})")
+        remedy = "Check the path (from the working directory), or make the file."
+        problems.append(Problem(f"{file}: cannot be read ({error}).", remedy))
         return
     count = 0
     for number, line in enumerate(lines, start=1):
@@ -163,7 +168,8 @@ def read_records(file: Path, agent: str | None, limit: int | None, problems: lis
             return
         problem, row = _parse(line)
         if row is None:
-            problems.append(f"{file}, line {number}: {problem}")
+            remedy = "Write one JSON object per line, with `responses_create_params.input`."
+            problems.append(Problem(f"{file}, line {number}: {problem}.", remedy))
             continue
         count += 1
         named = (row.get("agent_ref") or {}).get("name")

@@ -1,4 +1,7 @@
-"""What a person sees while a run goes on: a bar in a terminal or notebook, a line per step where output is piped."""
+"""Show the progress of a run: a bar in a terminal or notebook, a line per step if the output is piped.
+
+The texts of progress lines are made at the end of this file; `PhaseClock` measures the seconds in them.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,23 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trl_gym.rollouts.collection import CollectionStatus
+if TYPE_CHECKING:
+    from trl_gym.rollouts.collection import CollectionStatus
 
-_LINE_EVERY_S = 30.0  # of a batch of rollouts, where lines stay
+_LINE_EVERY_S = 30.0  # between two lines about one batch of rollouts
+_DRAW_EVERY_S = 0.25  # between two drawings in a notebook of what changes often; steps are always drawn
 
 
 class PhaseClock:
-    """Seconds by phase. Phases nest; time counts for the innermost one only.
+    """Measure seconds by phase. Phases nest; time counts for the innermost one only.
 
     Args:
-        on_change: Told the name of the phase that time counts for from now on (None between phases).
+        on_change: Called with the name of the phase that time counts for from now on (None between phases).
     """
 
     def __init__(self, on_change: Callable[[str | None], None] = lambda phase: None) -> None:
@@ -41,25 +46,25 @@ class PhaseClock:
             self.leave(name)
 
     def enter(self, name: str) -> None:
-        self._settle()
+        self._add_elapsed()
         self._stack.append(name)
         self._on_change(name)
 
     def leave(self, name: str) -> None:
-        """Leave `name` and whatever is still open inside it (an exception may have skipped an `on_step_end`)."""
-        self._settle()
+        """Leave `name` and all phases inside it (an exception may have skipped an `on_step_end`)."""
+        self._add_elapsed()
         while self._stack and self._stack.pop() != name:
             pass
         self._on_change(self._stack[-1] if self._stack else None)
 
     def take(self) -> dict[str, float]:
-        """Seconds per phase since the last call."""
-        self._settle()
+        """Return seconds per phase since the last call."""
+        self._add_elapsed()
         taken = dict(self._seconds)
         self._seconds.clear()
         return taken
 
-    def _settle(self) -> None:
+    def _add_elapsed(self) -> None:
         now = time.perf_counter()
         if self._stack:
             self._seconds[self._stack[-1]] += now - self._since
@@ -67,7 +72,7 @@ class PhaseClock:
 
 
 class RunProgress(Protocol):
-    """Shows a run. `start` comes first, `stop` last and always; `phase` may be called from any thread."""
+    """Show a run. `start` comes first, `stop` last and always; `phase` and `rollouts` may come from any thread."""
 
     def start(self, num_steps: int, first_step: int) -> None: ...
 
@@ -83,7 +88,7 @@ class RunProgress(Protocol):
 
 
 class BarProgress:
-    """One live bar: steps, time, reward, phase. Evaluations are printed above it."""
+    """Show one live bar: steps, time, reward, phase. Evaluations are printed above it."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -107,7 +112,7 @@ class BarProgress:
         self._bar.update(self._task, phase=(text or "").replace("_", " "))
 
     def rollouts(self, status: CollectionStatus) -> None:
-        self._bar.update(self._task, phase=f"rollouts {status}")
+        self._bar.update(self._task, phase=rollouts_text(status))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._bar.update(self._task, completed=step, reward=headline(metrics))
@@ -120,11 +125,11 @@ class BarProgress:
 
 
 class LineProgress:
-    """One plain line per logged step, for logs and pipes; more for a batch of rollouts that takes long.
+    """Print one plain line per logged step, for logs and pipes, and more for a batch of rollouts that takes long.
 
     Args:
-        console: Where to.
-        clock: Seconds; only differences count.
+        console: Console to print to.
+        clock: Returns seconds; only differences count.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -142,7 +147,7 @@ class LineProgress:
     def rollouts(self, status: CollectionStatus) -> None:
         if self._clock() >= self._next_line:
             self._next_line = self._clock() + _LINE_EVERY_S
-            self._print(f"rollouts {status}")
+            self._print(rollouts_text(status))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         seconds = ", ".join(
@@ -162,42 +167,12 @@ class LineProgress:
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
-def make_progress(*, live: bool) -> RunProgress:
-    """A bar where there is a terminal or a notebook and `live` is wanted, else lines."""
-    console = Console()
-    if live and console.is_jupyter:  # first: there is no terminal, and rich needs ipywidgets
-        return NotebookProgress()
-    return BarProgress(console) if live and console.is_terminal else LineProgress(console)
-
-
-def evaluation_text(step: int, metrics: Mapping[str, float], name: str = "") -> str:
-    """`"evaluation of hard at step 12: reward 0.500, success 0.250"`."""
-    return f"evaluation{' of ' + name if name else ''} at step {step}: {headline(metrics)}"
-
-
-def headline(metrics: Mapping[str, float]) -> str:
-    """Reward and success, where they were measured, and how many rollouts failed, if any did."""
-    shown = [
-        f"{name} {metrics[name]:.3f}" for name in ("reward", "success") if isinstance(metrics.get(name), int | float)
-    ]
-    failed = metrics.get("rollouts/failed_fraction")
-    return ", ".join(shown + ([f"failed {failed:.0%}"] if failed else []))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The progress of a run in a notebook: one line that is drawn again in place. Imported only where IPython runs us.
-#
-# rich's own live display needs ipywidgets in a notebook, and shows nothing without.
-
-_EVERY_S = 0.25  # between two drawings of what changes often; steps are always drawn
-
-
 class NotebookProgress:
-    """Implements `RunProgress`. `phase` and `rollouts` may come from other threads; they are drawn four times a second
-    at most.
+    """Show one line in a notebook, drawn again in place: rich's own live display needs ipywidgets and shows nothing
+    without. IPython is imported only here.
 
     Args:
-        clock: Seconds; only differences count.
+        clock: Returns seconds; only differences count.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -221,7 +196,7 @@ class NotebookProgress:
         self._draw()
 
     def rollouts(self, status: CollectionStatus) -> None:
-        self._phase = f"rollouts {status}"
+        self._phase = rollouts_text(status)
         self._draw()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -239,7 +214,7 @@ class NotebookProgress:
 
     def _draw(self, now: bool = False) -> None:
         with self._lock:
-            if self._handle is None or (not now and self._clock() - self._drawn < _EVERY_S):
+            if self._handle is None or (not now and self._clock() - self._drawn < _DRAW_EVERY_S):
                 return
             self._drawn = self._clock()
             from IPython.display import HTML
@@ -248,9 +223,41 @@ class NotebookProgress:
 
     def _document(self) -> str:
         minutes, seconds = divmod(int(self._clock() - self._started), 60)
-        told = f"step {self._step}/{self._num_steps} · {minutes}:{seconds:02d}"
-        told = " · ".join(filter(None, [told, self._reward, self._phase]))
+        text = f"step {self._step}/{self._num_steps} · {minutes}:{seconds:02d}"
+        text = " · ".join(filter(None, [text, self._reward, self._phase]))
         return (
             f'<progress value="{self._step}" max="{max(self._num_steps, 1)}" style="width:20em"></progress> '
-            f"<span>{html.escape(told)}</span>"
+            f"<span>{html.escape(text)}</span>"
         )
+
+
+def make_progress(*, live: bool) -> RunProgress:
+    """Return a bar if `live` and the output is a terminal or a notebook, else lines."""
+    console = Console()
+    if live and console.is_jupyter:  # first: a notebook is not a terminal
+        return NotebookProgress()
+    return BarProgress(console) if live and console.is_terminal else LineProgress(console)
+
+
+def evaluation_text(step: int, metrics: Mapping[str, float], name: str = "") -> str:
+    """Return e.g. `"evaluation of hard at step 12: reward 0.500, success 0.250"`."""
+    return f"evaluation{' of ' + name if name else ''} at step {step}: {headline(metrics)}"
+
+
+def headline(metrics: Mapping[str, float]) -> str:
+    """Return reward and success, as far as measured, and the fraction of failed rollouts, if any failed."""
+    shown = [
+        f"{name} {metrics[name]:.3f}" for name in ("reward", "success") if isinstance(metrics.get(name), int | float)
+    ]
+    failed = metrics.get("rollouts/failed_fraction")
+    return ", ".join(shown + ([f"failed {failed:.0%}"] if failed else []))
+
+
+def rollouts_text(status: CollectionStatus) -> str:
+    """Return e.g. `"rollouts 12/32, 1 failed, 4 running, slowest math_agent 41 s"`."""
+    counts = (("failed", status.num_failed), ("retried", status.num_retried), ("running", status.num_running))
+    parts = [f"rollouts {status.num_done}/{status.num_total}"]
+    parts += [f"{number} {name}" for name, number in counts if number]
+    if status.slowest is not None:
+        parts.append(f"slowest {status.slowest[0]} {status.slowest[1]:.0f} s")
+    return ", ".join(parts)

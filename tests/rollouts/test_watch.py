@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from trl_gym.rollouts.call_records import CallState
-from trl_gym.rollouts.collection import CollectionStatus, Outstanding, Phase, Tally, describe_stall, waits_for
+from trl_gym.rollouts.collection import Outstanding, Phase, Tally, describe_stall, waits_for
 
 
 def one(phase: Phase = Phase.RUNNING, agent: str = "calc", name: str = "r1", attempt: int = 0, since: float = 0.0):
     return Outstanding(agent, name, attempt, phase, since)
-
-
-def test_a_status_is_one_line() -> None:
-    status = CollectionStatus(
-        num_done=3, num_failed=1, num_running=4, num_retried=2, num_total=16, slowest=("calc", 12.4)
-    )
-    assert str(status) == "3/16, 1 failed, 2 retried, 4 running, slowest calc 12 s"
-    assert str(CollectionStatus(num_done=0, num_failed=0, num_running=0, num_retried=0, num_total=2)) == "0/2"
 
 
 def test_every_wait_has_a_name() -> None:

@@ -21,6 +21,7 @@ from trl_gym.errors import ConfigError, RolloutError, RolloutFailure, ServerErro
 from trl_gym.gym.config import POLICY_MODEL, resolve_configs
 from trl_gym.gym.install import find_installation
 from trl_gym.gym.servers import GymServers
+from trl_gym.progress import rollouts_text
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.call_records import RolloutLedger
 from trl_gym.rollouts.collection import CollectionStatus
@@ -438,7 +439,7 @@ def shown_progress(console: Console) -> Iterator[CollectionProgress]:
     with bar:
         task = bar.add_task("", total=None, status="starting NeMo Gym")
         yield lambda status: bar.update(
-            task, completed=status.num_done, total=status.num_total, status=str(status).partition(", ")[2]
+            task, completed=status.num_done, total=status.num_total, status=rollouts_text(status).partition(", ")[2]
         )
 
 
@@ -451,6 +452,6 @@ def _line_progress(say: Callable[[str], None]) -> CollectionProgress:
         tenth = _NUM_LINES * status.num_done // max(status.num_total, 1)
         if tenth > shown:
             shown = tenth
-            say(f"rollouts {status}")
+            say(rollouts_text(status))
 
     return progress

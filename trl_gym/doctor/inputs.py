@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trl_gym.dataset import ROW_COLUMN, read_records
 from trl_gym.doctor.checks import Finding, failed, from_error, ok, skipped, warning
 from trl_gym.doctor.context import Subject
-from trl_gym.errors import ConfigError
+from trl_gym.errors import ConfigError, Problem
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
 
@@ -71,17 +71,14 @@ def rows(subject: Subject) -> Iterator[Finding]:
             "no training data: `train_files` and `data_script` are not set", "Set `train_files` to Gym JSONL."
         )
     for file in dict.fromkeys([*script.train_files, *script.eval_files]):
-        problems: list[str] = []
+        problems: list[Problem] = []
         found = [record | {FILE_KEY: file} for record in read_records(Path(file), script.agent, None, problems)]
         subject.train_rows += found
         name = shown(subject, file)
         for problem in problems[:_MAX_REPORTED]:
-            remedy = "One JSON object per line, with `responses_create_params.input`; write the line anew."
-            if "cannot be read" in problem:
-                remedy = "Check the path (from the working directory), or make the file."
-            yield failed(problem, remedy)
+            yield failed(problem.text, problem.remedy)
         if len(problems) > _MAX_REPORTED:
-            yield failed(f"{name}: {len(problems) - _MAX_REPORTED} more lines like that", "Mend the first ones first.")
+            yield failed(f"{name}: {len(problems) - _MAX_REPORTED} more lines like that", "Fix the first ones first.")
         if not found and not problems:
             yield failed(f"{name} has no rows", "A Gym dataset has one JSON object per line.")
         elif not problems:

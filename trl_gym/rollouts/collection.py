@@ -92,14 +92,6 @@ class CollectionStatus:
     num_total: int
     slowest: tuple[str, float] | None = None
 
-    def __str__(self) -> str:
-        parts = [f"{self.num_done}/{self.num_total}"]
-        counts = (("failed", self.num_failed), ("retried", self.num_retried), ("running", self.num_running))
-        parts += [f"{number} {name}" for name, number in counts if number]
-        if self.slowest is not None:
-            parts.append(f"slowest {self.slowest[0]} {self.slowest[1]:.0f} s")
-        return ", ".join(parts)
-
 
 def waits_for(one: Outstanding, call: CallState | None) -> str:
     """What an outstanding rollout waits for, in a few words.

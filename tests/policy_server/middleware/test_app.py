@@ -355,8 +355,8 @@ async def test_streams_and_nonsense_go_through_untouched(http: Http, app: FakeVl
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("logprob", -9999.0, "no finite number"),  # what vLLM writes for minus infinity
-        ("logprob", None, "no finite number"),
+        ("logprob", -9999.0, "not a finite number"),  # what vLLM writes for minus infinity
+        ("logprob", None, "not a finite number"),
         ("token_ids", [1], "3 logprobs for 1 sampled tokens"),
         ("prompt_token_ids", [1, 2], "did not use the exact prompt"),
     ],
@@ -386,7 +386,7 @@ async def test_a_status_that_gym_would_retry_for_ever_becomes_a_500(http: Http, 
 async def test_every_call_of_a_rollout_is_recorded(http: Http, app: FakeVllm) -> None:
     messages = await converse(http, 2)
     app.max_model_len = 5
-    http.middleware._facts.__init__()
+    http.middleware._server_info.__init__()
     await http("POST", "/v1/chat/completions", {"messages": messages, "trl_gym": TAG})
     first, second, overflow = await http.records("r0", forget=False)
     assert (first["prompt"], second["prompt"], overflow["status"]) == ("rendered", "exact", 400)
