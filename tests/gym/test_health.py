@@ -25,7 +25,7 @@ def test_a_refused_connection_counts_when_it_repeats() -> None:
     assert probe.gone([address], knows_processes=False) == {"tools": f"{address.url} refuses connections"}
     with bind_socket(port=int(address.url.rpartition(":")[2])):
         assert probe.gone([address], knows_processes=False) == {}
-    assert probe.gone([address], knows_processes=False) == {}, "counted anew"
+    assert probe.gone([address], knows_processes=False) == {}, "counted again"
 
 
 def test_a_process_that_ended_counts_at_once_where_it_is_ours() -> None:
