@@ -168,6 +168,21 @@ async def test_the_cost_of_a_turn_is_that_of_what_is_new() -> None:
     assert (templates.num_whole, templates.num_extended) == (8, 4)
 
 
+async def test_the_roles_in_front_of_a_turn_belong_to_its_shape() -> None:
+    """DeepSeek V3 opens the first tool output of a chat unlike later ones."""
+
+    def opening_the_first(messages: list[Json], add_generation_prompt: bool) -> str:
+        return chatml(messages, add_generation_prompt).replace("t", "(t", 1)
+
+    templates, tokenizer = Templates(), Tokenizer(opening_the_first)
+    turn, output = said("assistant", None, tool_calls=[call()]), said("tool", "5")
+    first = chat(ASKED, ANSWERED, MORE, turn, output, newest=3)
+    later = chat(ASKED, turn, output, turn, output, newest=3)
+    for _ in range(3):
+        assert (await templates.next_prompt(tokenizer, first, ids("seen" + END)))[5:] == ids(f"\n(t5{END}\na")
+    assert (await templates.next_prompt(tokenizer, later, ids("seen" + END)))[5:] == ids(f"\nt5{END}\na")
+
+
 async def test_now_and_then_the_stub_is_checked_again() -> None:
     templates, late = Templates(), False
 

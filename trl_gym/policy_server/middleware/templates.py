@@ -94,9 +94,12 @@ class Chat:
         return replace(self, messages=[*head, *self.messages[self.newest :]], newest=len(head), options=options)
 
     def shape_key(self, place: Place) -> bytes:
-        """Hash the options, the turn's index and form and the roles around it, but not the texts."""
+        """Hash the options, the turn's index and form and the roles around it, but not the texts.
+
+        Roles in front count, not their order: DeepSeek V3 opens the first tool output of a chat unlike later ones.
+        """
         roles = [str(message.get("role")) for message in self.messages]
-        lead = [roles[0], "user" in roles[: self.newest]]
+        lead = [roles[0], sorted(set(roles[: self.newest]))]
         kind = [bool(self.turn.get("content")), len(self.turn.get("tool_calls") or []), place]
         shape = [self.options_key.hex(), self.newest, lead, roles[self.newest :], kind, self.ending]
         return hashlib.blake2b(json.dumps(shape, sort_keys=True).encode(), digest_size=16).digest()
