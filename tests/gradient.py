@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.rollouts.batch import LOSS_TYPES as LOSS_TYPES
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.source import BatchInfo, Collected
 from trl_gym.rollouts.trajectory import Trajectory, from_gym
-from trl_gym.run import servers
 
 NUM_MEMBERS = 4
 AGENT = "arithmetic"
@@ -129,12 +129,8 @@ def gym_step(model: Path, case: Case, output_dir: Path, *, num_ranks: int = 1) -
 
 def make_trainer(model: Path, case: Case, output_dir: Path, *, num_ranks: int = 1) -> PreparedTrainer:
     """`GymGRPOTrainer` on prepared rollouts."""
-    original, servers.RunServers = servers.RunServers, lambda *_: servers.NoServers()
-    try:
-        args = gym_config(output_dir, case, num_ranks)
-        return PreparedTrainer(case.failed, model=str(model), args=args, train_dataset=tasks(range(case.num_tasks)))
-    finally:
-        servers.RunServers = original
+    args = gym_config(output_dir, case, num_ranks)
+    return PreparedTrainer(case.failed, model=str(model), args=args, train_dataset=tasks(range(case.num_tasks)))
 
 
 def reference_step(model: Path, case: Case, output_dir: Path) -> Step:
@@ -161,36 +157,59 @@ def num_trained(batch: dict[str, torch.Tensor]) -> int:
     return int(((batch["completion_mask"] * batch["tool_mask"]).sum(1) > 0).sum())
 
 
+class PreparedSource:
+    """Rollouts that are there already. A `RolloutSource`."""
+
+    policy_server = gym_servers = None
+
+    def __init__(self, failed: Failed, folder: Path) -> None:
+        self._failed = failed
+        self.folder = folder
+        self.requests: list[RolloutRequest] = []
+
+    def collect(self, requests: Sequence[RolloutRequest], batch: BatchInfo) -> Collected:
+        self.requests += requests
+        return Collected(rollouts=[rollout_of(request, self._failed) for request in requests])
+
+    def agent_of(self, row: Mapping[str, Any]) -> str:
+        return AGENT
+
+    def server_config(self) -> dict[str, Any]:
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+    def push_weights(self, model: Any, step: int) -> dict[str, float]:
+        return {}
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+    def start(self) -> None: ...
+
+    def connect(self, accelerator: Any, model: Any, hooks: Any) -> None: ...
+
+    def take_optimizer(self, optimizer: Any) -> None: ...
+
+    def resumed(self) -> None: ...
+
+    def before_saving(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class PreparedTrainer(GymGRPOTrainer):
     """`GymGRPOTrainer` whose rollouts are there already."""
 
     def __init__(self, failed: Failed, **kwargs: Any) -> None:
         self._failed = failed
-        self.requests: list[RolloutRequest] = []
         self.batches: list[dict[str, Any]] = []
         super().__init__(**kwargs)
 
-    def _connect(self, args: GymGRPOConfig) -> None:
-        class NoJournal:
-            folder = args.output_dir
+    @property
+    def requests(self) -> list[RolloutRequest]:
+        return self._source.requests
 
-            def commit(self) -> None: ...
-
-            def close(self) -> None: ...
-
-        self._journal = NoJournal()
-
-    def _push_weights(self, step: int) -> None: ...
-
-    def _served_version(self) -> str:
-        return "0"
-
-    def _collect(self, requests: Sequence[RolloutRequest], version: str) -> list[Rollout]:
-        self.requests += requests
-        return [rollout_of(request, self._failed) for request in requests]
-
-    def _agent_name(self, row: dict[str, Any]) -> str:
-        return AGENT
+    def _new_source(self, args: GymGRPOConfig, *_: Any) -> PreparedSource:
+        return PreparedSource(self._failed, Path(args.output_dir))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self.batches.append(inputs)

@@ -26,7 +26,7 @@ def test_weights_are_pushed_only_if_something_will_be_sampled(
     step: int, generates: bool, evaluates: bool, pushed: list[int]
 ) -> None:
     versions: list[int] = []
-    callback = WeightSyncCallback(versions.append, lambda: generates)
+    callback = WeightSyncCallback(lambda: versions.append(step), lambda: generates)
     callback.on_step_end(None, state(step), TrainerControl(should_evaluate=evaluates))
     assert versions == pushed
 

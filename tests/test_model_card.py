@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -13,6 +14,7 @@ from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.recorded import request, rollout, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, __version__, load_gym_dataset
 from trl_gym.model_card import RunFacts, describe, environments_of, settings_of, with_section
+from trl_gym.run.live import LiveSource
 
 HISTORY = [
     {"step": 0, "eval_gym/calculator/reward": 0.25, "eval_reward": 0.25},
@@ -49,7 +51,12 @@ def test_the_section_stands_before_trls_versions_or_at_the_end() -> None:
 
 def test_a_live_run_names_gym_policy_server_and_transport(tmp_path: Path) -> None:
     args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], gym_drift="exclude")
-    rows = settings_of(args, num_steps=3, gym_version="0.4.0", placement="colocate", transport="file")
+    source = LiveSource(args, None)
+    source._servers = SimpleNamespace(
+        gym=SimpleNamespace(gym_version="0.4.0"), policy=SimpleNamespace(placement="colocate")
+    )
+    source._weights = SimpleNamespace(transport_name="file")
+    rows = settings_of(args, num_steps=3, source=source.describe())
     assert rows["NeMo Gym"] == "0.4.0 (`host`)"
     assert rows["Policy server"].endswith("(`colocate`)") and rows["Policy server"].startswith("vllm")
     assert (rows["Weight sync"], rows["Drift policy"], rows["Optimizer steps"]) == ("`file`", "`exclude`", "3")

@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 
 from tests.gradient import NUM_MEMBERS, Case, make_trainer, save_model
-from trl_gym import GymGRPOTrainer
-from trl_gym.accounting import AccountingGRPOTrainer
-from trl_gym.rollouts.request import RolloutRequest
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +21,15 @@ def test_a_curriculum_chooses_the_task_of_a_whole_group(
     trainer = make_trainer(model, Case(name="curriculum", failed=()), tmp_path)
     examples = list(trainer.train_dataset)
     rows = [example for example in examples for _ in range(NUM_MEMBERS)]
-    given: list[Any] = []
-
-    def rolled_out(self: GymGRPOTrainer, inputs: list[dict[str, Any]]) -> list[RolloutRequest]:
-        given.append(inputs)
-        return self._requests()
 
     def easy_first(example: dict[str, Any], group: int) -> dict[str, Any]:
         return examples[0] if group < 2 else example
 
-    # What TRL would be given, and what would be rolled out.
-    monkeypatch.setattr(AccountingGRPOTrainer, "_generate_and_score_completions", rolled_out)
-    requests = trainer._generate_and_score_completions(rows)
+    given, requests = trainer._plan(rows)
+    assert given == rows
     assert [request.task_index for request in requests[::NUM_MEMBERS]] == [0, 1, 2]
     monkeypatch.setattr(trainer, "choose_task", easy_first)
-    requests = trainer._generate_and_score_completions(rows)
+    given, requests = trainer._plan(rows)
+    assert given == [row for index in (0, 0, 2) for row in rows[index * NUM_MEMBERS :][:NUM_MEMBERS]]
     assert [(r.group, r.task_index) for r in requests] == [(g, t) for g, t in ((0, 0), (1, 0), (2, 2)) for _ in "abcd"]
     assert len({request.rollout_id for request in requests}) == 3 * NUM_MEMBERS
-    assert given == [rows, [row for index in (0, 0, 2) for row in rows[index * NUM_MEMBERS :][:NUM_MEMBERS]]]

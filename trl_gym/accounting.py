@@ -1,68 +1,80 @@
-"""TRL's GRPO where some rows of a batch are no samples: what reaches the loss, what is logged, how it is evaluated.
+"""What is trained of a generation batch in which some rows are not samples, and what is logged of it.
 
-TRL's methods are extended, none is copied:
+`GymGRPOTrainer` asks `Accounting` at these places of TRL's loop:
 
-    _generate                         lengths and truncation of the rollouts that are trained, as Gym reports them
-    _generate_and_score_completions   marks the rows that count; the gap between sampling and training
-    _calculate_rewards                a row that is no sample is NaN for every reward function: out of the baseline
-    compute_loss                      such rows leave what the loss divides by, see `trl_gym.rollouts.batch`
-    log, evaluate                     metrics of rollouts, named evaluation sets, random states
+    rollout_func            which rollouts are trained, decided by all ranks together
+    after _generate         lengths and truncation of the rollouts that are trained, as Gym reports them
+    after scoring           marks on the rows that count; the gap between sampling and training
+    rewards                 NaN for a row that is not a sample, for every reward function: out of the baseline
+    log, evaluate           metrics of rollouts, named evaluation sets, a random state left as it was
+
+What the loss divides by is in `trl_gym.rollouts.batch`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from trl import GRPOTrainer
 
-from trl_gym.errors import RolloutError
-from trl_gym.ranks import agree
+from trl_gym.ranks import agreed
 from trl_gym.rollouts import batch as batches
 from trl_gym.rollouts import logprobs
-from trl_gym.rollouts.batch import SharedBatch, share, table_columns
-from trl_gym.rollouts.evaluation import (
-    EvaluationRun,
-    emptied,
-    evaluation_metrics,
-    evaluation_sampling,
-    preserved_rng,
-    set_name,
-    table_beside,
-)
+from trl_gym.rollouts.batch import SharedBatch, share
+from trl_gym.rollouts.evaluation import EvaluationRun, evaluation_metrics, preserved_rng, set_name, table_beside
 from trl_gym.rollouts.logprobs import merge_ratios, ratio_sum
 from trl_gym.rollouts.metrics import NEWEST, RunMetrics, completion_metrics, rollout_metrics, training_metrics
-from trl_gym.rollouts.request import Sampling
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-class AccountingGRPOTrainer(GRPOTrainer):
-    """See the module. A subclass sets `_rollouts` in its `rollout_func` and calls `_settle` there."""
+    from trl_gym.config import GymGRPOConfig
 
-    _rollouts: Sequence[Rollout] = ()
-    _shared: SharedBatch  # of the newest batch; set before anything reads it
-    _evaluation: EvaluationRun | None = None
+Metrics = MutableMapping[str, list[float]]
+"""Values by name since the last log, as TRL keeps them."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+
+class Accounting:
+    """Decides what is trained and keeps what is logged. Every rank has one and calls its methods in step.
+
+    Args:
+        args: The trainer's configuration.
+        accelerator: The trainer's.
+
+    Attributes:
+        rollouts: `[B]`, this rank's newest batch.
+        shared: That batch on all ranks.
+        evaluation: The evaluation that runs; None in training.
+    """
+
+    shared: SharedBatch  # set by `settle`, before anything reads it
+
+    def __init__(self, args: GymGRPOConfig, accelerator: Accelerator) -> None:
+        self._args, self._accelerator = args, accelerator
         self._run_metrics = {"train": RunMetrics(NEWEST), "eval": RunMetrics()}
         self._num_settled = 0
-        super().__init__(*args, **kwargs)
-        # TRL would look at the last token. `training_rows` masks what Gym reports as cut.
-        self.mask_truncated_completions = False
+        self.rollouts: Sequence[Rollout] = ()
+        self.evaluation: EvaluationRun | None = None
 
     # ---------------------------------------------------------------------------------------------- one batch of rows
 
-    def _settle(self, rewards: Sequence[float | None], where: str) -> list[float | None]:
-        """Decide with all ranks which of the rollouts are trained. Every rank calls it, once per batch.
+    def settle(
+        self, rollouts: Sequence[Rollout], rewards: Sequence[float | None], *, mode: str, step: int, where: str
+    ) -> list[float | None]:
+        """Decide with all ranks which of the rollouts are trained.
 
         Args:
-            rewards: `[B]`, of `_rollouts`.
-            where: Where to read more about failures, a sentence.
+            rollouts: `[B]`, of this rank.
+            rewards: `[B]`, checked (`batch.checked_rewards`).
+            mode: `"train"` or `"eval"`.
+            step: Optimizer step whose weights sampled them.
+            where: Tells the user where to read more about failures.
 
         Returns:
             `[B]`, the rewards to train on; None for a rollout that is not trained.
@@ -70,182 +82,142 @@ class AccountingGRPOTrainer(GRPOTrainer):
         Raises:
             RolloutError: On every rank, when too few of them can be trained on.
         """
+        self.rollouts = rollouts
         self._num_settled += 1
-        self._shared = share(
-            self._rollouts,
-            batches.checked_rewards(rewards, len(self._rollouts)),
-            batch=f"{self._mode}-{self._num_settled}",
-            rank=self.accelerator.process_index,
+        self.shared = share(
+            rollouts,
+            rewards,
+            batch=f"{mode}-{self._num_settled}",
+            rank=self._accelerator.process_index,
             gather=gather_object,
         )
-        counted: Sequence[RolloutFacts] = self._shared.facts
-        if self._mode == "train":
-            self._shared = self._shared.without_small_groups(self.args.gym_min_group_size)
-            self._shared.check(self.args.gym_min_valid_fraction, step=self.state.global_step, where=where)
-            counted = self._shared.facts
-        elif self._evaluation is not None:
-            counted = self._evaluation.counted(self._shared)
-        self._run_metrics[self._mode].add(counted)
-        return self._shared.own_rewards
+        counted: Sequence[RolloutFacts] = self.shared.facts
+        if mode == "train":
+            self.shared = self.shared.without_small_groups(self._args.gym_min_group_size)
+            self.shared.check(self._args.gym_min_valid_fraction, step=step, where=where)
+            counted = self.shared.facts
+        elif self.evaluation is not None:
+            counted = self.evaluation.counted(self.shared)
+        self._run_metrics[mode].add(counted)
+        return self.shared.own_rewards
 
-    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        num_tokens_before = self.state.num_input_tokens_seen
-        generated = super()._generate(prompts)
-        metrics, trained = self._metrics[self._mode], [fact for fact in self._shared.facts if fact.is_valid]
-        for name, value in completion_metrics(self._shared.facts).items():
+    def correct_lengths(self, metrics: Metrics) -> int:
+        """Replace TRL's metrics of completions by those of the rollouts that are trained.
+
+        Args:
+            metrics: TRL's, with this batch's values last.
+
+        Returns:
+            Tokens that are trained on or read by it, on all ranks.
+        """
+        for name, value in completion_metrics(self.shared.facts).items():
             metrics[name][-1] = value
-        if self._mode == "train":
-            num_tokens = sum(fact.prompt_tokens + fact.sampled_tokens for fact in trained)
-            self.state.num_input_tokens_seen = num_tokens_before + num_tokens
-            metrics["num_tokens"] = [self.state.num_input_tokens_seen]
-        for column, values in table_columns(self._rollouts).items():
-            self._log_completion_extra(column, values)
-        return generated
+        trained = [fact for fact in self.shared.facts if fact.is_valid]
+        return sum(fact.prompt_tokens + fact.sampled_tokens for fact in trained)
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        self._log_sampling(output)
-        steps = self.args.steps_per_generation if self._mode == "train" else 1
-        return batches.mark(
-            output,
-            self._shared.own_valid,
-            num_valid=self._shared.num_valid,
-            num_micro_batches=self.accelerator.num_processes * steps,
-        )
+    def exclude_failures(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Take the rows that are not samples out of every baseline.
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        rewards = super()._calculate_rewards(*args, **kwargs)
-        rewards[torch.tensor([not fact.is_valid for fact in self._shared.facts], device=rewards.device)] = torch.nan
+        Args:
+            rewards: `[N, F]`, by row of all ranks and reward function; changed in place.
+        """
+        failed = [not fact.is_valid for fact in self.shared.facts]
+        rewards[torch.tensor(failed, device=rewards.device)] = torch.nan
         return rewards
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        rows, weight = batches.weighted(inputs, self.loss_type)
-        beta = self.beta
-        self.beta = beta * weight
-        try:
-            return super().compute_loss(model, rows, return_outputs, num_items_in_batch)
-        finally:
-            self.beta = beta
-
-    def _log_sampling(self, batch: dict[str, Any]) -> None:
-        """How far sampling and training are apart. Every rank calls it.
-
-        TRL's own metrics of it are means of ranks' means with rows that are not trained; they are put right.
-        """
-        turn_ends = [rollout.trajectories[0].turn_ends if rollout.trajectories else [] for rollout in self._rollouts]
-        agents = [rollout.request.agent for rollout in self._rollouts]
-        gaps = {} if self._samples_differently else logprobs.batch_gaps(batch, turn_ends, agents)
-        agree(
-            self._record(batch) if gaps and self._mode == "train" else None,
-            self.accelerator.process_index,
-            gather_object,
+    def mark(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
+        """Return a scored batch with marks on the rows that count, for `batch.weighted`."""
+        steps = self._args.steps_per_generation if mode == "train" else 1
+        return batches.mark(
+            batch,
+            self.shared.own_valid,
+            num_valid=self.shared.num_valid,
+            num_micro_batches=self._accelerator.num_processes * steps,
         )
-        ranks = gather_object([(gaps, ratio_sum(batch, self._shared.own_valid))])
-        self._run_metrics[self._mode].add_gaps([gaps for gaps, _ in ranks])
+
+    def compare_logprobs(self, batch: dict[str, Any], metrics: Metrics, *, mode: str, step: int, same: bool) -> None:
+        """Log how far sampling and training are apart; in training, write the trainer's log-probabilities down.
+
+        TRL's own metrics of it are means of ranks' means and count rows that are not trained; they are corrected.
+
+        Args:
+            batch: A scored batch, `B` rows.
+            metrics: TRL's, with this batch's values last.
+            mode: `"train"` or `"eval"`.
+            step: Optimizer steps that went into the weights.
+            same: Whether sampling drew from the distribution that TRL computes.
+
+        Raises:
+            RolloutError: On every rank, when they cannot be written.
+        """
+        turn_ends = [rollout.trajectories[0].turn_ends if rollout.trajectories else [] for rollout in self.rollouts]
+        agents = [rollout.request.agent for rollout in self.rollouts]
+        gaps = logprobs.batch_gaps(batch, turn_ends, agents) if same else {}
+        with agreed(self._accelerator):
+            if gaps and mode == "train":
+                logprobs.record(
+                    self._args.output_dir,
+                    batch["old_per_token_logps"],
+                    self.rollouts,
+                    step=step,
+                    rank=self._accelerator.process_index,
+                )
+        ranks = gather_object([(gaps, ratio_sum(batch, self.shared.own_valid))])
+        self._run_metrics[mode].add_gaps([gaps for gaps, _ in ranks])
         corrected = merge_ratios([ratios for _, ratios in ranks])
         if corrected:
             merged = logprobs.merge([gaps for gaps, _ in ranks])
             for name in ("mean", "max"):
                 corrected[f"sampling/sampling_logp_difference/{name}"] = merged.get(f"logprob_gap/{name}", torch.nan)
         for name, value in corrected.items():
-            self._metrics[self._mode][name][-1] = value
-
-    def _record(self, batch: dict[str, Any]) -> RolloutError | None:
-        """Write down what the trainer's log-probabilities are. What goes wrong is returned: all ranks must know."""
-        try:
-            logprobs.record(
-                self.args.output_dir,
-                batch["old_per_token_logps"],
-                self._rollouts,
-                step=self.state.global_step,
-                rank=self.accelerator.process_index,
-            )
-        except RolloutError as error:
-            return error
-        return None
+            metrics[name][-1] = value
 
     # -------------------------------------------------------------------------------------- evaluation, what is logged
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As in transformers: one dataset, or several by name, whose metrics are `eval_<name>_…`.
+    @contextlib.contextmanager
+    def evaluating(self, prefix: str, num_rollouts: int | None, *, step: int, has_table: bool) -> Iterator[None]:
+        """While open, batches belong to one evaluation, and training finds its random state and table as they were.
+
+        Args:
+            prefix: transformers' `metric_key_prefix`.
+            num_rollouts: Rollouts that the dataset asks for; None when it does not tell its length.
+            step: Optimizer step.
+            has_table: Whether this rank writes TRL's completions table.
 
         Raises:
-            RolloutError: Fewer of the rollouts than `gym_min_valid_fraction` have a reward.
+            RolloutError: At the end: fewer of the rollouts than `gym_min_valid_fraction` have a reward.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):  # transformers comes back here with each of them
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        num_rollouts = len(dataset) * self.num_generations_eval if hasattr(dataset, "__len__") else None
-        self._evaluation = evaluation = EvaluationRun(set_name(metric_key_prefix), num_rollouts)
+        self.evaluation = evaluation = EvaluationRun(set_name(prefix), num_rollouts)
         self._run_metrics["eval"] = RunMetrics()
+        table = table_beside(self._args.output_dir, step, evaluation.name) if has_table else nullcontext()
         try:
-            with preserved_rng(), self._own_table(evaluation.name):
-                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._evaluation = None
-        evaluation.check(self.args.gym_min_valid_fraction)
-        return metrics
-
-    @contextlib.contextmanager
-    def _own_table(self, name: str) -> Iterator[None]:
-        """A completions table for an evaluation: TRL would mix it with training's, and write over that file."""
-        training = self._logs
-        self._logs = emptied(training)
-        writes = self.log_completions and self.accelerator.is_main_process
-        try:
-            with table_beside(self.args.output_dir, self.state.global_step, name) if writes else nullcontext():
+            with preserved_rng(), table:
                 yield
         finally:
-            self._logs = training
+            self.evaluation = None
+        evaluation.check(self._args.gym_min_valid_fraction)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        metrics = self._metrics[self._mode]
-        for name, value in self._run_metrics[self._mode].take(self._summarize).items():
+    @property
+    def dataset(self) -> str:
+        """Name of the evaluation set that is rolled out, where there are several; else empty."""
+        return "" if self.evaluation is None else self.evaluation.name
+
+    def take(self, metrics: Metrics, *, mode: str, num_attempts: int) -> None:
+        """Add what rollouts have shown since the last log to TRL's metrics.
+
+        Args:
+            metrics: TRL's. Those of a named evaluation set get its name; TRL puts `eval_` before it.
+            mode: `"train"` or `"eval"`.
+            num_attempts: Attempts at each task of an evaluation.
+        """
+        summarize = training_metrics if mode == "train" else functools.partial(_evaluated, num_attempts=num_attempts)
+        for name, value in self._run_metrics[mode].take(summarize).items():
             metrics[name] = [value]
-        if self._evaluation is not None and self._evaluation.name:  # TRL puts `eval_` before the names
-            named = {f"{self._evaluation.name}_{name}": values for name, values in metrics.items()}
+        if self.dataset:
+            named = {f"{self.dataset}_{name}": values for name, values in metrics.items()}
             metrics.clear()
             metrics.update(named)
-        super().log(logs, start_time)
-
-    @property
-    def _summarize(self) -> Callable[[Sequence[RolloutFacts]], dict[str, float]]:
-        evaluated = functools.partial(_evaluated, k=self.num_generations_eval)
-        return training_metrics if self._mode == "train" else evaluated
-
-    # -------------------------------------------------------------------------------------------------------- sampling
-
-    @property
-    def _sampling(self) -> Sampling:
-        """The distribution that this batch's tokens are drawn from."""
-        changes = self.args.gym_eval_sampling if self._mode == "eval" else None
-        return evaluation_sampling(self._trained_sampling, changes)
-
-    @property
-    def _trained_sampling(self) -> Sampling:
-        """The distribution whose log-probabilities TRL computes."""
-        return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k if self.top_k else -1,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=self.repetition_penalty,
-        )
-
-    @property
-    def _samples_differently(self) -> bool:
-        """Whether the log-probabilities of sampling are not those that TRL computes."""
-        return self._sampling != self._trained_sampling
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
 
 
-def _evaluated(facts: Sequence[RolloutFacts], *, k: int) -> dict[str, float]:
-    return rollout_metrics(facts) | evaluation_metrics(facts, k)
+def _evaluated(facts: Sequence[RolloutFacts], *, num_attempts: int) -> dict[str, float]:
+    return rollout_metrics(facts) | evaluation_metrics(facts, num_attempts)

@@ -17,17 +17,17 @@ _EVALUATION_TIME = "runtime"  # transformers logs `<prefix>_runtime` with every 
 
 
 class WeightSyncCallback(TrainerCallback):
-    """Pushes weights after an optimizer step, if something will be sampled with them.
+    """Pushes weights after an optimizer step if something will be sampled with them.
 
     That is when the next micro-step generates, when an evaluation follows, or when training ends. It comes after
     Transformers' own flow callback, whose `should_evaluate` it reads.
 
     Args:
-        push: Sends the current weights and stamps them with the step.
-        generates_next: Whether the next micro-step starts with rollouts.
+        push: Sends the current weights.
+        generates_next: Tells whether the next micro-step starts with rollouts.
     """
 
-    def __init__(self, push: Callable[[int], None], generates_next: Callable[[], bool]) -> None:
+    def __init__(self, push: Callable[[], None], generates_next: Callable[[], bool]) -> None:
         self._push = push
         self._generates_next = generates_next
 
@@ -36,14 +36,14 @@ class WeightSyncCallback(TrainerCallback):
     ) -> None:
         ends = control.should_training_stop or state.global_step >= state.max_steps
         if ends or control.should_evaluate or self._generates_next():
-            self._push(state.global_step)
+            self._push()
 
 
 class OptimizerCallback(TrainerCallback):
     """Hands over the optimizer, which exists only when training begins.
 
     Args:
-        take: Gets it, as wrapped by accelerate.
+        take: Called with the optimizer, as wrapped by accelerate.
     """
 
     def __init__(self, take: Callable[[Any], None]) -> None:

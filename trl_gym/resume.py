@@ -1,4 +1,4 @@
-"""TRL's GRPO, resumed exactly: the same tasks in the same order, none skipped, none repeated.
+"""Exact resuming: the same tasks in the same order, none skipped, none repeated.
 
 transformers restores weights, optimizer, scheduler, random states and the place in the dataset. Of what TRL adds to
 that, three things are lost with the process (checked in TRL 1.16), and are put back here:
@@ -6,11 +6,15 @@ that, three things are lost with the process (checked in TRL 1.16), and are put 
     micro-steps done       TRL counts from 0 again. After a checkpoint that is not at the end of a generation batch,
                            all later batches would be generated at the wrong micro-steps, from the wrong rows.
     the generation batch   With `steps_per_generation` or `num_iterations` above what one optimizer step takes, part
-                           of the batch is still to be trained on. TRL would sample it anew, with newer weights.
+                           of the batch is still to be trained on. TRL would sample it again, with newer weights.
     the epoch's order      TRL's sampler draws a new order per epoch, and in a new process the first one again.
 
 The first two are written to the checkpoint folder (`trl_gym_state.rank-<r>.pt`), before transformers writes
 `trainer_state.json`; the third follows from the epoch. With it goes the id of the run, which a resumed one keeps.
+
+A checkpoint holds weights between two optimizer steps, and no gradients. One that is asked for within an accumulation
+window (transformers' `enable_jit_checkpoint` does so on SIGTERM, just before the optimizer steps) is written when that
+step has been made: before, it could only be resumed by computing the window again.
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from trl import GRPOTrainer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_gym.errors import ConfigError
 
@@ -33,6 +38,7 @@ logger = logging.getLogger(__name__)
 _SCHEMA = 1
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _TRAINER_STATE = "trainer_state.json"
+_INCOMPLETE = "checkpoint-is-incomplete.txt"  # stands in the folder while transformers' JIT checkpoint is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class RunState:
         run: Id of the run; the same after it was resumed.
         num_micro_steps: Micro-steps done.
         num_ranks: Ranks of the run.
-        buffered: What is left of the generation batch: one entry per micro-step; None between two batches.
+        buffered: The rest of the generation batch: one entry per micro-step; None between two batches.
     """
 
     run: str
@@ -63,7 +69,7 @@ def save_state(folder: str | Path, rank: int, state: RunState) -> None:
 
 
 def load_state(folder: str | Path, rank: int, device: Any = "cpu") -> RunState | None:
-    """One rank's state; None when the checkpoint has none.
+    """Return one rank's state; None when the checkpoint has none.
 
     Raises:
         ConfigError: Another version of trl-gym wrote it.
@@ -73,12 +79,59 @@ def load_state(folder: str | Path, rank: int, device: Any = "cpu") -> RunState |
         return None
     fields = torch.load(path, map_location=device, weights_only=True)
     if (schema := fields.pop("schema", None)) != _SCHEMA:
-        raise ConfigError(f"{path} has schema {schema}, this trl-gym reads {_SCHEMA}; resume with the one it is of.")
+        raise ConfigError(
+            f"{path} has schema {schema}, and this trl-gym reads {_SCHEMA}.",
+            "Resume with the version of trl-gym that wrote it.",
+        )
     return RunState(**fields)
 
 
+def restored(
+    checkpoint: str,
+    own: RunState | None,
+    num_ranks: Sequence[int | None],
+    *,
+    run: str,
+    num_micro_steps: int,
+    generate_every: int,
+) -> RunState:
+    """Return the state from which this rank continues.
+
+    Args:
+        checkpoint: Folder of the checkpoint, for messages.
+        own: What it has for this rank.
+        num_ranks: `num_ranks` of what it has for each rank that runs now; None where it has nothing.
+        run: Id of the run where the checkpoint has none.
+        num_micro_steps: Micro-steps done, as far as optimizer steps tell.
+        generate_every: Micro-steps per generation batch.
+
+    Raises:
+        ConfigError: A generation batch was begun, and a checkpoint of plain TRL or of another number of ranks does not
+            have the rest of it.
+    """
+    if own is not None and all(num == len(num_ranks) for num in num_ranks):
+        return own
+    if num_micro_steps % generate_every:
+        writers = max((num for num in num_ranks if num is not None), default=None)
+        cause = f"it was written by {writers} ranks" if writers else "it was not written by trl-gym"
+        raise ConfigError(
+            f"{checkpoint} was saved in the middle of a generation batch and its rollouts cannot be taken over: "
+            f"{cause}, or with `save_only_model`.",
+            "Resume from a checkpoint whose step times `gradient_accumulation_steps` is a multiple of "
+            f"{generate_every} (`steps_per_generation` × `num_iterations`).",
+        )
+    logger.warning("%s has no state of trl-gym for so many ranks; its journal is not used again", checkpoint)
+    return RunState(run, num_micro_steps, len(num_ranks), None)
+
+
+def draw_orders(sampler: Any, num_epochs: int) -> None:
+    """Draw the orders of the epochs that are over, so that TRL's sampler continues with the next one."""
+    for _ in range(num_epochs):
+        next(iter(sampler), None)
+
+
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end; None when there is no checkpoint at all.
+    """Return the newest checkpoint that was written to its end; None when there is no checkpoint at all.
 
     Raises:
         ConfigError: There are checkpoints, and all were interrupted.
@@ -93,76 +146,74 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
             return str(path)
         logger.warning("%s was interrupted while it was written; trying the one before", path)
     if found:
-        raise ConfigError(f"No checkpoint in {output_dir} was written to its end; start anew without resuming.")
+        raise ConfigError(
+            f"No checkpoint in {output_dir} was written to its end.", "Start again without `resume_from_checkpoint`."
+        )
     return None
 
 
-class ResumableGRPOTrainer(GRPOTrainer):
-    """See the module. A subclass sets `_run` and may override `_resumed`."""
+class CheckpointCallback(TrainerCallback):
+    """Puts a run's state back when training begins, and writes a checkpoint that came too early when its step is made.
 
-    _run = ""
-    _train_sampler: Any = None
+    Args:
+        restore: Puts the state back.
+        save: Writes a checkpoint.
+        num_micro_steps: Returns the micro-steps done.
+    """
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. True means the newest checkpoint in `output_dir` that was written to its end."""
-        if resume_from_checkpoint in (True, "true", "True"):
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def __init__(
+        self, restore: Callable[[], None], save: Callable[[], None], num_micro_steps: Callable[[], int]
+    ) -> None:
+        self._restore, self._save, self._num_micro_steps = restore, save, num_micro_steps
+        self._window: tuple[int, int] | None = None  # optimizer steps and micro-steps where accumulation began
+        self._is_postponed = False
 
-    def _resumed(self) -> None:
-        """Called when the state of a checkpoint was put back, before anything is sampled."""
+    def postpones(self, step: int) -> bool:
+        """Tell whether a checkpoint has to wait, because gradients are being accumulated; remember that it does.
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
-        return self._train_sampler
+        Args:
+            step: Optimizer steps made.
+        """
+        is_open = self._window is not None and self._window[0] == step and self._num_micro_steps() > self._window[1]
+        self._is_postponed = self._is_postponed or is_open
+        return is_open
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if not self.args.save_only_model:
-            state = RunState(
-                run=self._run,
-                num_micro_steps=self._step,
-                num_ranks=self.accelerator.num_processes,
-                buffered=self._buffered_inputs if self._step % self._generate_every else None,
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._window, self._is_postponed = None, False
+        self._restore()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._window = state.global_step, self._num_micro_steps()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._window = None
+        if self._is_postponed:
+            self._is_postponed = control.should_save = False
+            _remove_if_empty(Path(args.output_dir) / f"checkpoint-{state.global_step - 1}")
+            self._save()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._is_postponed:
+            logger.warning(
+                "training ends between two optimizer steps, with gradients that no checkpoint holds, and none was "
+                "written; resume from the newest one"
             )
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_state(folder, self.accelerator.process_index, state)
-        super()._save_checkpoint(model, trial)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._restore(checkpoint)
 
-    def _restore(self, checkpoint: str) -> None:
-        state = load_state(checkpoint, self.accelerator.process_index, self.accelerator.device)
-        if state is not None and state.num_ranks == self.accelerator.num_processes:
-            self._run, self._step, self._buffered_inputs = state.run, state.num_micro_steps, state.buffered
-        else:
-            self._restore_between_batches(checkpoint, state)
-        self._last_loaded_step = -1  # what the policy server holds is not known
-        if self._train_sampler is not None:
-            for _ in range(int(self.state.epoch or 0)):
-                next(iter(self._train_sampler), None)  # draws the order of an epoch
-        self._resumed()
-
-    def _restore_between_batches(self, checkpoint: str, state: RunState | None) -> None:
-        """From a checkpoint of plain TRL, or of another number of ranks: enough where no batch was begun."""
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        self._buffered_inputs = None
-        if self._step % self._generate_every:
-            ranks = f"it was written by {state.num_ranks} ranks" if state else "it was not written by trl-gym"
-            raise ConfigError(
-                f"{checkpoint} was saved in the middle of a generation batch and its rollouts cannot be taken over: "
-                f"{ranks}, or with `save_only_model`. Resume from a checkpoint whose step times "
-                f"`gradient_accumulation_steps` is a multiple of {self._generate_every} "
-                "(`steps_per_generation` × `num_iterations`)."
-            )
-        logger.warning("%s has no state of trl-gym for so many ranks; its journal is not used again", checkpoint)
-
-    @property
-    def _generate_every(self) -> int:
-        """Micro-steps per generation batch."""
-        return self.args.steps_per_generation * self.num_iterations
+def _remove_if_empty(checkpoint: Path) -> None:
+    """Remove the folder that transformers made before it asked for the checkpoint."""
+    try:
+        checkpoint.rmdir()
+    except OSError:  # it holds a checkpoint, or another rank was quicker
+        return
 
 
 def _path(folder: str | Path, rank: int) -> Path:
@@ -170,8 +221,9 @@ def _path(folder: str | Path, rank: int) -> Path:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """transformers writes this file last of those that resuming needs."""
+    """Check the file that transformers writes last of those that resuming needs, and that no rewrite is unfinished."""
     try:
-        return "global_step" in json.loads((checkpoint / _TRAINER_STATE).read_text())
+        is_written = "global_step" in json.loads((checkpoint / _TRAINER_STATE).read_text())
     except (OSError, ValueError):
         return False
+    return is_written and not (checkpoint / _INCOMPLETE).exists()

@@ -1,13 +1,13 @@
 """`GymGRPOTrainer`: TRL's GRPO with rollouts from NeMo Gym.
 
-TRL's loop is not touched. Five of its methods are extended, none is copied:
+TRL's loop is not touched, and no method of it is copied. The overrides call TRL's own method and one of these objects:
 
-    _generate_and_score_completions   keeps the batch's rows at hand while TRL works on their prompts
-    _generate                         the rollouts themselves, through TRL's `rollout_func`; completions as messages
-    log                               seconds per phase, memory
-    _save_checkpoint                  makes room first, where the policy server shares the devices
+    RolloutSource    rollouts/source.py    where rollouts come from, and everything that needs servers
+    Accounting       accounting.py         what is trained of a batch, what is logged and evaluated
+    resume.py                              what a checkpoint needs for exact resuming
+    model_card.py                          the section of the model card
 
-What is trained, logged and evaluated is in `trl_gym.accounting`, exact resuming in `trl_gym.resume`.
+`docs/architecture.md` lists every name of TRL and transformers that is overridden or private.
 """
 
 from __future__ import annotations
@@ -16,51 +16,64 @@ import logging
 import os
 import uuid
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from trl_gym import compat
 from trl_gym import ranks as rank_agreement
-from trl_gym.accounting import AccountingGRPOTrainer
+from trl_gym.accounting import Accounting
 from trl_gym.callbacks import MetricsCallback, OptimizerCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig, checked_args
 from trl_gym.dataset import gym_row
-from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.offload import measured_peak
-from trl_gym.model_card import CardGRPOTrainer, RunFacts, settings_of
+from trl_gym.model_card import RunFacts, add_section, describe, settings_of
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.progress import PhaseClock, make_progress
-from trl_gym.resume import ResumableGRPOTrainer
-from trl_gym.rollouts.batch import completion, describe_drift, training_rows
+from trl_gym.ranks import agreed
+from trl_gym.resume import (
+    CheckpointCallback,
+    RunState,
+    draw_orders,
+    last_complete_checkpoint,
+    load_state,
+    restored,
+    save_state,
+)
+from trl_gym.rollouts.batch import (
+    checked_rewards,
+    completion,
+    describe_drift,
+    table_columns,
+    training_rows,
+    weighted,
+)
 from trl_gym.rollouts.collection import CollectionStatus
-from trl_gym.rollouts.journal import Journal
-from trl_gym.rollouts.request import RolloutRequest, stamp
-from trl_gym.rollouts.reuse import Policy, Recall, SurvivingCollector, collect_missing
+from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
+from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.rollout import Rollout
-from trl_gym.rollouts.source import Finisher, ReplayCollector, live_collector
+from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_replay
 from trl_gym.rollouts.trajectory import Trajectory, from_gym, make_decoder
 from trl_gym.run import servers
-from trl_gym.run.weights import PolicyWeights, check_model
-from trl_gym.weight_sync.sums import fingerprint
+from trl_gym.run.live import LiveSource
 
 logger = logging.getLogger(__name__)
 
 
 def gym(*, gym_reward: list[float | None], **_: Any) -> list[float]:
-    """The environment's reward as a TRL reward function; its name is the metric's name.
+    """Return the environment's reward, as a TRL reward function; its name is the metric's name.
 
     A failed rollout is 0 here and NaN after `_calculate_rewards`, which also takes other reward functions out.
     """
     return [0.0 if reward is None else reward for reward in gym_reward]
 
 
-class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTrainer):
+class GymGRPOTrainer(GRPOTrainer):
     """
     Trainer for GRPO on NVIDIA NeMo Gym environments.
 
@@ -107,6 +120,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
     """
 
     _tag_names = ["trl", "grpo", "trl-gym", "nemo-gym"]  # noqa: RUF012 - as in TRL
+    _train_sampler: Any = None
 
     def __init__(
         self,
@@ -126,26 +140,15 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
         rewards = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
 
         self._run_id = uuid.uuid4().hex[:8]
-        self._rows: list[dict[str, Any]] = []
-        self._rollouts: list[Rollout] = []
+        self._requests: list[RolloutRequest] = []
+        self._completions: list[list[dict[str, Any]]] = []
         self._num_batches = 0
-        self._served_weights = ""  # fingerprint; weights are pushed before anything is sampled
         self._progress = make_progress(live=not args.disable_tqdm)
         self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
-        self._recall: Recall | None = None
-        self._supply: PolicyWeights | None = None  # there is none where rollouts come from a journal
-        self._servers = servers.servers_for(
-            args,
-            model,
-            kwargs.get("processing_class"),
-            policy_server,
-            gym_servers,
-            kwargs.get("peft_config"),
-            kwargs.get("quantization_config"),
-        )
+        self._source = self._new_source(args, model, policy_server, gym_servers, kwargs)
         servers.close_previous(args.output_dir, self)  # before a second server is started beside the first
         try:
-            self._servers.start()  # they load while the model does
+            self._source.start()  # servers load while the model does
             with compat.generation_backend(self._generation_backend):
                 super().__init__(
                     model=model,
@@ -156,35 +159,38 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
                     rollout_func=self._roll_out,
                     **kwargs,
                 )
-            check_model(args, self.accelerator, self.model_wrapped)
-            self._servers.wait_ready()
-            self._connect(args)
+            # TRL would look at the last token. `training_rows` masks what Gym reports as cut.
+            self.mask_truncated_completions = False
+            self._run = broadcast_object_list([self._run_id])[0]
+            self._accounting = Accounting(args, self.accelerator)
+            self._source.connect(self.accelerator, self.model_wrapped, self._hooks())
+            self._set_callbacks()
         except BaseException:
-            self._servers.stop()
+            self._source.close()
             raise
 
     # ------------------------------------------------------------------------------------- what subclasses override
 
     def choose_task(self, example: dict[str, Any], group: int) -> dict[str, Any]:
-        """Which task a group rolls out: the place for a curriculum over tasks or environments.
+        """Return the task that a group rolls out: the place for a curriculum over tasks or environments.
 
         Args:
             example: The dataset's example whose turn it is.
             group: Index of the group in this generation batch, over all ranks.
 
         Returns:
-            That example, or another one of the dataset. It is asked once per member, on whatever rank that runs: the
+            That example, or another one of the dataset. It is asked once per member, on the rank of that member: the
             choice must depend on nothing but `group`, `self.state` and what all ranks know alike.
         """
         return example
 
     def build_request(self, row: dict[str, Any], request: RolloutRequest) -> dict[str, Any]:
-        """How a row becomes what is posted to `/run`.
+        """Return what is posted to `/run` for a row.
 
         Args:
             row: The Gym row of the dataset.
-            request: Identity of the rollout; its `row` is what this method returns by default: the dataset's row with
-                ids, sampling parameters and token budget stamped into it.
+            request: Identity of the rollout. Its `row`, which this method returns by default, is the dataset's row
+                with ids, sampling parameters and token budget stamped into it.
 
         Returns:
             The body of the request. Keep the stamps: without them the policy server cannot pin the sampling.
@@ -192,11 +198,11 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
         return request.row
 
     def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest) -> list[Trajectory]:
-        """How Gym's answer becomes token sequences.
+        """Return the token sequences in Gym's answer.
 
         Args:
             answer: Gym's answer to `/run`.
-            request: What was asked.
+            request: The request that it answers.
 
         Returns:
             One trajectory (several, sharing one reward, are a seam for rewritten histories and not trained yet).
@@ -207,7 +213,7 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
         return from_gym(answer, drift=self.args.gym_drift)
 
     def compute_rewards(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """How rewards are formed, one per rollout; None takes a rollout out of the loss and of the group baseline.
+        """Return one reward per rollout; None takes a rollout out of the loss and of the group baseline.
 
         Args:
             rollouts: This rank's rollouts of one generation batch, failed ones included. Those without trajectories
@@ -220,30 +226,31 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
     @property
     def policy_server(self) -> PolicyBackend:
         """The policy server: started by the trainer, or the one that was passed in."""
-        return self._servers.policy
+        return self._source.policy_server
 
     @property
     def gym_servers(self) -> GymServers:
         """NeMo Gym: started by the trainer, or the one that was passed in."""
-        return self._servers.gym
+        return self._source.gym_servers
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. When one of several processes ends, the others say so, and end too."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as in transformers. True means the newest checkpoint in `output_dir` that was written to its end.
+
+        When one of several processes ends, the others say so, and end too.
+        """
+        if resume_from_checkpoint in (True, "true", "True"):
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+        self._checkpoint = resume_from_checkpoint
         ranks = self.accelerator.process_index, self.accelerator.num_processes
         try:
             with rank_agreement.explained(*ranks, lambda: f"in step {self.state.global_step}"):
-                return super().train(*args, **kwargs)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._progress.stop()  # also when a notebook's cell is interrupted
 
     def close(self) -> None:
-        """Stop what the trainer started; servers that were passed in run on. Also done at interpreter exit."""
-        try:
-            for attribute in ("_collector", "_journal"):
-                if (resource := getattr(self, attribute, None)) is not None:
-                    resource.close()
-        finally:
-            self._servers.stop()
+        """Stop what the trainer started; servers that were passed in keep running. Also done at interpreter exit."""
+        self._source.close()
 
     def __enter__(self) -> GymGRPOTrainer:
         return self
@@ -251,159 +258,131 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _generation_backend(self, **_: Any) -> compat.ServedGeneration:
-        return compat.ServedGeneration(self._sync_before_generating, lambda: self._servers.server_config())
-
-    def _connect(self, args: GymGRPOConfig) -> None:
-        """Everything that needs the accelerator and running servers."""
-        self._run = broadcast_object_list([self._run_id])[0]
-        self._journal = Journal(
-            Path(args.output_dir) / "rollouts",
-            rank=self.accelerator.process_index,
-            max_bytes=args.gym_journal_max_mb * 1e6,
-            secrets=self._servers.secrets,
-        )
+    def _new_source(
+        self,
+        args: GymGRPOConfig,
+        model: str | PreTrainedModel,
+        policy_server: PolicyBackend | None,
+        gym_servers: GymServers | None,
+        kwargs: dict[str, Any],
+    ) -> RolloutSource:
+        """Choose where rollouts come from: the one place that knows which sources there are."""
         if args.gym_replay is not None:
-            self._collector: ReplayCollector | SurvivingCollector = ReplayCollector(
-                args.gym_replay, lambda: int(self.state.epoch or 0)
-            )
-        else:
-            self._supply = PolicyWeights(args, self.accelerator, self._servers, self.model_wrapped)
-            self._collector = live_collector(
-                args, self._servers, self._recover, version=self._served_version, after=self._check_served_version
-            )
+            check_replay(args, has_servers=policy_server is not None or gym_servers is not None)
+            return JournalSource(args.gym_replay)
+        own = {name: kwargs.get(name) for name in ("processing_class", "peft_config", "quantization_config")}
+        return LiveSource(args, servers.servers_for(args, model, policy=policy_server, gym=gym_servers, **own))
+
+    def _generation_backend(self, **_: Any) -> compat.ServedGeneration:
+        """TRL's own weight sync is reached when weights changed and no callback has pushed them: at the start, on
+        resume."""
+        return compat.ServedGeneration(self._push_weights, self._source.server_config)
+
+    def _hooks(self) -> TrainerHooks:
+        return TrainerHooks(
+            build=self.build_trajectories,
+            decode=make_decoder(self._tokenizer),
+            push=self._push_weights,
+            progress=self._show_progress,
+        )
+
+    def _set_callbacks(self) -> None:
         for callback in compat.default_progress_callbacks():
             self.remove_callback(callback)
-        # Order matters: the clock stops before weights are pushed, which counts its own time.
+        self._checkpoints = CheckpointCallback(
+            self._restore, lambda: self._save_checkpoint(self.model, None), lambda: self._step
+        )
+        # Order matters: the state is put back first. A checkpoint is on disk before weights are pushed, which takes
+        # time that a process that was told to end may not have. The clock stops before that push counts its own time.
+        self.add_callback(self._checkpoints)
         self.add_callback(PhaseCallback(self._clocks["train"]))
-        if self._supply is not None:
-            self.add_callback(WeightSyncCallback(self._push_weights, self._generates_next))
-            self.add_callback(OptimizerCallback(self._supply.take_optimizer))
-        self.add_callback(MetricsCallback(Path(args.output_dir) / "metrics.jsonl"))
+        self.add_callback(WeightSyncCallback(self._push_weights, lambda: self._step % self._generate_every == 0))
+        self.add_callback(OptimizerCallback(self._source.take_optimizer))
+        self.add_callback(MetricsCallback(Path(self.args.output_dir) / "metrics.jsonl"))
         self.add_callback(ProgressCallback(self._progress))
 
-    # --------------------------------------------------------------------------------------------------- weight sync
-
-    def _sync_before_generating(self) -> None:
-        """TRL's own sync, reached when weights changed and no callback has pushed them: at the start, on resume."""
-        self._push_weights(self.state.global_step)
-
-    def _push_weights(self, step: int) -> None:
-        if self._supply is None:
-            return
+    def _push_weights(self) -> None:
+        step = self.state.global_step
         with self._clock.phase("weight_sync"):
-            report = self._supply.push(self.model_wrapped, step)
-            self._served_weights = fingerprint(self.model_wrapped, self.accelerator)
+            metrics = self._source.push_weights(self.model_wrapped, step)
         self._last_loaded_step = step
-        metrics = self._metrics[self._mode]
-        metrics["weight_sync/bytes"].append(float(report.num_bytes))
-        for phase, seconds in report.seconds.items():
-            metrics[f"weight_sync/seconds/{phase}"].append(seconds)
-        if report.probe is not None:
-            metrics["weight_sync/probe_gap"].append(report.probe.mean_gap)
-
-    def _generates_next(self) -> bool:
-        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        for name, value in metrics.items():
+            self._metrics[self._mode][name].append(value)
 
     # ------------------------------------------------------------------------------------------------------ rollouts
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        groups = (group for group, _ in self._places(len(inputs)))
-        self._rows = [self.choose_task(example, group) for example, group in zip(inputs, groups, strict=True)]
-        try:
-            with self._clock.phase("scoring"):
-                return super()._generate_and_score_completions(self._rows)
-        finally:
-            self._rows = []
-
-    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        prompt_ids, completion_ids, tool_mask, _, *rest = super()._generate(prompts)
-        # TRL decodes the merged token sequence as if it were one assistant turn; Gym has the real conversation.
-        completions = [completion(rollout) for rollout in self._rollouts]
-        return prompt_ids, completion_ids, tool_mask, completions, *rest
+        with agreed(self.accelerator):
+            rows, self._requests = self._plan(inputs)
+        with self._clock.phase("scoring"):
+            batch = super()._generate_and_score_completions(rows)
+            same = self._sampling == self._trained_sampling
+            metrics, step = self._metrics[self._mode], self.state.global_step
+            self._accounting.compare_logprobs(batch, metrics, mode=self._mode, step=step, same=same)
+            return self._accounting.mark(batch, self._mode)
 
     def _roll_out(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
-        """TRL's `rollout_func`: one rollout per row. TRL repeats rows `num_generations` times before it calls."""
-        with self._server_awake():
-            version = self._served_version()
-            with self._clock.phase("rollouts"):
-                self._rollouts = self._collect(self._requests(), version)
-                self._journal.commit()
-        for line in describe_drift(self._rollouts):
-            logger.warning(line)
-        rewards = self._settle(
-            self.compute_rewards(self._rollouts),
-            f"Each is recorded in {self._journal.folder}; server logs are in {self.args.gym_log_dir}.",
-        )
+        """Roll out the planned requests, as TRL's `rollout_func`."""
+        with self._clock.phase("rollouts"):
+            collected = self._source.collect(self._requests, self._batch_info())
+        for name, values in collected.metrics.items():
+            self._pending_metrics[name] += values
+        rollouts = collected.rollouts
+        with agreed(self.accelerator):
+            for line in describe_drift(rollouts):
+                logger.warning(line)
+            self._completions = [completion(rollout) for rollout in rollouts]
+            rewards = checked_rewards(self.compute_rewards(rollouts), len(rollouts))
+        logs = f"Read the rollouts in {self._source.folder} and the servers' logs in {self.args.gym_log_dir}."
+        rewards = self._accounting.settle(rollouts, rewards, mode=self._mode, step=self.state.global_step, where=logs)
         return training_rows(
-            self._rollouts,
+            rollouts,
             rewards,
             pad_id=self._tokenizer.pad_token_id,
             eos_id=self._tokenizer.eos_token_id,
             mask_truncated=self.args.mask_truncated_completions,
-            with_logprobs=not self._samples_differently,
+            with_logprobs=self._sampling == self._trained_sampling,
         )
 
-    def _server_awake(self) -> AbstractContextManager[None]:
-        """The policy server has its memory, and the trainer has it back afterwards."""
-        if self._supply is None:
-            return nullcontext()
-        return self._supply.sampling(self._sync_before_generating, again=self._mode == "eval")
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        num_tokens = self.state.num_input_tokens_seen
+        prompt_ids, completion_ids, tool_mask, _, *rest = super()._generate(prompts)
+        num_tokens += self._accounting.correct_lengths(self._metrics[self._mode])
+        if self._mode == "train":
+            self.state.num_input_tokens_seen = num_tokens
+            self._metrics["train"]["num_tokens"] = [num_tokens]
+        for column, values in table_columns(self._accounting.rollouts).items():
+            self._log_completion_extra(column, values)
+        # TRL decodes the merged token sequence as if it were one assistant turn; Gym has the real conversation.
+        return prompt_ids, completion_ids, tool_mask, self._completions, *rest
 
-    def _collect(self, requests: list[RolloutRequest], version: str) -> list[Rollout]:
-        """Rollouts from a journal, from the interrupted run that is resumed, or from NeMo Gym."""
-        step = self.state.global_step
-        if isinstance(self._collector, ReplayCollector):
-            rollouts, metrics = self._collector.replay(requests, mode=self._mode, step=step)
-            for name, values in metrics.items():
-                self._pending_metrics[name] += values
-            return rollouts
-        policy = Policy(run=self._run, step=step, weights=self._served_weights)
-        recall = self._recall if self._mode == "train" else None
-        finish = self._finisher(version, policy)
-        rollouts = collect_missing(self._collector, requests, policy, recall, finish, self._show_progress)
-        self._metrics[self._mode]["policy_server/restarts"].append(float(self._servers.num_restarts))
-        return rollouts
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._accounting.exclude_failures(super()._calculate_rewards(*args, **kwargs))
 
-    def _recover(self, error: Exception | None, lost: Sequence[RolloutRequest]) -> bool:
-        """After rollouts: whether a rank has lost the policy server, which is back now and holds the current weights.
-        Every rank calls it in step; `error` ended the rollouts of this one."""
-        loss = rank_agreement.agree_on_loss(self.accelerator, error)
-        if loss is None:
-            return False
-        logger.warning("%d of this rank's rollouts are lost with the policy server and will run again", len(lost))
-        self._supply.recover(loss)
-        self._push_weights(self.state.global_step)
-        return True
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        rows, weight = weighted(inputs, self.loss_type)
+        beta = self.beta
+        self.beta = beta * weight
+        try:
+            return super().compute_loss(model, rows, return_outputs, num_items_in_batch)
+        finally:
+            self.beta = beta
 
-    def _resumed(self) -> None:
-        self._recall = Recall(self._journal.folder)
+    def _plan(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[RolloutRequest]]:
+        """Choose the examples of this rank's part of a generation batch, and make a request of each.
 
-    def _served_version(self) -> str:
-        """Of the weights that were pushed last, which are what rollouts are sampled with."""
-        return "recorded" if self._servers.policy is None else str(self._last_loaded_step)
-
-    def _check_served_version(self) -> None:
-        if not self.accelerator.is_main_process:  # which tells the others
-            return
-        self._servers.require_same_policy()
-        version, now = self._served_version(), self._servers.policy.client.weight_version()
-        if now != version:
-            raise RolloutError(f"The policy server's weights changed from version {version} to {now} during rollouts.")
-
-    def _requests(self) -> list[RolloutRequest]:
+        Args:
+            inputs: `[B]`; TRL has repeated each example `num_generations` times.
+        """
+        num_members = self.num_generations if self._mode == "train" else self.num_generations_eval
+        first = self.accelerator.process_index * len(inputs)
+        places = [divmod(first + index, num_members) for index in range(len(inputs))]
+        rows = [self.choose_task(example, group) for example, (group, _) in zip(inputs, places, strict=True)]
         batch = f"{self._run_id}-{self._mode}{self.state.global_step}-b{self._num_batches}"
         self._num_batches += 1
-        return [
-            self._request(example, batch, group, member)
-            for example, (group, member) in zip(self._rows, self._places(len(self._rows)), strict=True)
-        ]
-
-    def _places(self, num_rows: int) -> list[tuple[int, int]]:
-        """Group and member of each row of this rank's part of a generation batch."""
-        num_members = self.num_generations if self._mode == "train" else self.num_generations_eval
-        first = self.accelerator.process_index * num_rows
-        return [divmod(first + index, num_members) for index in range(num_rows)]
+        return rows, [self._request(row, batch, *place) for row, place in zip(rows, places, strict=True)]
 
     def _request(self, example: dict[str, Any], batch: str, group: int, member: int) -> RolloutRequest:
         row = gym_row(example)
@@ -419,70 +398,136 @@ class GymGRPOTrainer(ResumableGRPOTrainer, AccountingGRPOTrainer, CardGRPOTraine
             completion_budget=self.max_completion_length,
             chat_template_kwargs=self.chat_template_kwargs,
         )
-        request = RolloutRequest(**identity, group=group, attempt=0, agent=self._agent_name(row), row=stamped)
-        sent = self.build_request(row, request)
-        return RolloutRequest(**identity, group=group, attempt=0, agent=request.agent, row=sent)
+        agent = self._source.agent_of(row)
+        request = RolloutRequest(**identity, group=group, attempt=0, agent=agent, row=stamped)
+        return RolloutRequest(**identity, group=group, attempt=0, agent=agent, row=self.build_request(row, request))
 
-    def _agent_name(self, row: dict[str, Any]) -> str:
-        named = (row.get("agent_ref") or {}).get("name")
-        if named is not None:
-            return named
-        if self._servers.gym is None:
-            return "recorded"
-        sole = self._servers.gym.sole_agent
-        if sole is None:
-            raise ConfigError(
-                "A dataset row names no agent in `agent_ref` and the running Gym has several "
-                f"({', '.join(sorted(self._servers.gym.agents))}); load the file with "
-                "`load_gym_dataset(path, agent=…)`."
-            )
-        return sole
-
-    def _evaluated_set(self) -> dict[str, str]:
-        """Name of the set, where there are several."""
-        name = "" if self._evaluation is None else self._evaluation.name
-        return {"dataset": name} if name else {}
-
-    def _finisher(self, version: str, policy: Policy) -> Finisher:
-        return Finisher(
-            build=self.build_trajectories,
-            decode=make_decoder(self._tokenizer),
-            journal=self._journal.tagged(**policy.tags(), **self._evaluated_set()),
-            drift_policy=self.args.gym_drift,
+    def _batch_info(self) -> BatchInfo:
+        return BatchInfo(
+            run=self._run,
             step=self.state.global_step,
             mode=self._mode,
-            weight_version=version,
+            epoch=int(self.state.epoch or 0),
+            dataset=self._accounting.dataset,
         )
 
-    # ------------------------------------------------------------------------------------------------------- metrics
+    # -------------------------------------------------------------------------------------- evaluation, what is logged
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate, as in transformers: one dataset, or several by name, whose metrics are `eval_<name>_…`.
+
+        Raises:
+            RolloutError: Fewer of the rollouts than `gym_min_valid_fraction` have a reward.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):  # transformers comes back here with each of them
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        num_rollouts = len(dataset) * self.num_generations_eval if hasattr(dataset, "__len__") else None
+        step, has_table = self.state.global_step, self.log_completions and self.accelerator.is_main_process
+        # A completions table of its own: TRL would mix its rows with training's.
+        training, self._logs = self._logs, emptied(self._logs)
+        try:
+            with self._accounting.evaluating(metric_key_prefix, num_rollouts, step=step, has_table=has_table):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._logs = training
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, as in TRL, with the metrics of rollouts, seconds per phase and memory."""
+        metrics = self._metrics[self._mode]
         if "train_runtime" not in logs:
             for phase, seconds in self._clock.take().items():
-                self._metrics[self._mode][f"seconds/{phase}"] = [round(seconds, 4)]
+                metrics[f"seconds/{phase}"] = [round(seconds, 4)]
             for name, gigabytes in measured_peak().items():
-                self._metrics[self._mode][name] = [gigabytes]
+                metrics[name] = [gigabytes]
+        self._accounting.take(metrics, mode=self._mode, num_attempts=self.num_generations_eval)
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        if self._supply is not None:
-            self._supply.before_saving()
-        super()._save_checkpoint(*args, **kwargs)
-
-    def _card_facts(self) -> RunFacts:
-        policy, gym = self._servers.policy, self._servers.gym
-        settings = settings_of(
-            self.args,
-            num_steps=self.state.global_step,
-            gym_version=None if gym is None else gym.gym_version,
-            placement=None if policy is None else policy.placement,
-            transport=None if self._supply is None else self._supply.transport_name,
-        )
-        return RunFacts(settings=settings, history=self.state.log_history)
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card, as in TRL, with a section about environments, servers and results."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            source = self._source.describe()
+            settings = settings_of(self.args, num_steps=self.state.global_step, source=source)
+            section = describe(RunFacts(settings=settings, history=self.state.log_history))
+            add_section(Path(self.args.output_dir) / "README.md", section)
 
     def _show_progress(self, status: CollectionStatus) -> None:
         if self.accelerator.is_main_process:  # every rank collects; one line tells how far the first is
             self._progress.rollouts(status)
+
+    # ------------------------------------------------------------------------------------------- checkpoints, resuming
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        if self._checkpoints.postpones(step):
+            return
+        self._source.before_saving()
+        if not self.args.save_only_model:
+            state = RunState(
+                run=self._run,
+                num_micro_steps=self._step,
+                num_ranks=self.accelerator.num_processes,
+                buffered=self._buffered_inputs if self._step % self._generate_every else None,
+            )
+            save_state(Path(self.args.output_dir) / f"checkpoint-{step}", self.accelerator.process_index, state)
+        super()._save_checkpoint(model, trial)
+
+    def _restore(self) -> None:
+        """Put back what transformers does not restore, before anything is sampled. Does nothing in a new run."""
+        if not self._checkpoint:
+            return
+        checkpoint = str(self._checkpoint)
+        with agreed(self.accelerator):
+            own = load_state(checkpoint, self.accelerator.process_index, self.accelerator.device)
+        state = restored(
+            checkpoint,
+            own,
+            gather_object([own and own.num_ranks]),
+            run=self._run,
+            num_micro_steps=self.state.global_step * self.args.gradient_accumulation_steps,
+            generate_every=self._generate_every,
+        )
+        self._run, self._step, self._buffered_inputs = state.run, state.num_micro_steps, state.buffered
+        self._last_loaded_step = -1  # the policy server's weights are not known
+        if self._train_sampler is not None:
+            draw_orders(self._train_sampler, int(self.state.epoch or 0))
+        self._source.resumed()
+
+    @property
+    def _generate_every(self) -> int:
+        """Micro-steps per generation batch."""
+        return self.args.steps_per_generation * self.num_iterations
+
+    # -------------------------------------------------------------------------------------------------------- sampling
+
+    @property
+    def _sampling(self) -> Sampling:
+        """The distribution that this batch's tokens are drawn from."""
+        changes = self.args.gym_eval_sampling if self._mode == "eval" else None
+        return evaluation_sampling(self._trained_sampling, changes)
+
+    @property
+    def _trained_sampling(self) -> Sampling:
+        """The distribution whose log-probabilities TRL computes."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k if self.top_k else -1,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
     @property
     def _clock(self) -> PhaseClock:

@@ -72,10 +72,10 @@ def test_they_roll_out_through_the_trainer(tmp_path: Path, venv: str) -> None:
         args=args,
         train_dataset=load_gym_dataset(example_rows(tmp_path / "two.jsonl", installation, TRAINED, 2)),
     ) as trainer:
-        trainer._rows = [example for example in every for _ in range(2)]
-        trainer._sync_before_generating()  # as TRL does
+        _, trainer._requests = trainer._plan([example for example in every for _ in range(2)])
+        trainer._push_weights()  # as TRL does
         rows = trainer._roll_out([], trainer)
-        rollouts = trainer._rollouts
+        rollouts = trainer._accounting.rollouts
         assert [(r.request.agent, r.failure.text) for r in rollouts if r.failure is not None] == []
         assert {rollout.request.agent for rollout in rollouts} == set(AGENTS.values())
         assert all(sum(mask) > 0 for mask in rows["env_mask"])

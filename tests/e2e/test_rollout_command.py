@@ -19,7 +19,7 @@ from tests.e2e.training import CALCULATOR
 from trl_gym import PolicyServer
 from trl_gym.cli import main
 from trl_gym.rollouts.journal import read_journal
-from trl_gym.rollouts.source import ReplayCollector
+from trl_gym.rollouts.source import JournalSource
 
 pytestmark = pytest.mark.e2e
 
@@ -99,7 +99,7 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(
 
     # What was collected can be trained on: every group is whole and has its tokens.
     assert all(r["mode"] == "rollout" and r["completion_ids"] and sum(r["env_mask"]) > 0 for r in good)
-    ReplayCollector(tmp_path / "rollouts", lambda: 0)
+    JournalSource(tmp_path / "rollouts")
 
 
 def test_evaluation_of_named_sets(

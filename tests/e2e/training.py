@@ -23,7 +23,9 @@ class RecordingTrainer(GymGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        self.seen.append({"mode": self._mode, "step": self.state.global_step, "rollouts": self._rollouts, **output})
+        self.seen.append(
+            {"mode": self._mode, "step": self.state.global_step, "rollouts": self._accounting.rollouts, **output}
+        )
         return output
 
 

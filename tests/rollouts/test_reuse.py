@@ -54,7 +54,7 @@ def test_only_what_is_missing_is_collected_and_the_order_is_kept(tmp_path: Path)
     requests = batch()
     write(tmp_path, [rollout(requests[4]), rollout(requests[1])])
     collector = Counting()
-    rollouts = collect_missing(collector, requests, POLICY, Recall(tmp_path), rollout)
+    rollouts = collect_missing(collector, requests, Recall(tmp_path).take_all(requests, POLICY), rollout)
     assert [one.request for one in rollouts] == requests
     assert [one.reward for one in rollouts] == [0.0, 1.0, 0.0, 0.0, 1.0, 0.0]
     assert collector.asked == [requests[index] for index in (0, 2, 3, 5)]
@@ -65,9 +65,9 @@ def test_a_complete_batch_asks_nobody_and_a_run_that_was_not_resumed_asks_for_ev
     write(tmp_path, [rollout(one) for one in requests[:2]], rank=0)
     write(tmp_path, [rollout(one) for one in requests[2:]], rank=1)  # another number of ranks than now
     collector = Counting()
-    assert len(collect_missing(collector, requests, POLICY, Recall(tmp_path), rollout)) == 6
+    assert len(collect_missing(collector, requests, Recall(tmp_path).take_all(requests, POLICY), rollout)) == 6
     assert collector.asked == []
-    collect_missing(collector, requests, POLICY, None, rollout)
+    collect_missing(collector, requests, {}, rollout)
     assert collector.asked == requests
 
 

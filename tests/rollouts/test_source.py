@@ -11,7 +11,7 @@ from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, FailureKind, RolloutFailure
 from trl_gym.rollouts.journal import Journal
 from trl_gym.rollouts.request import Sampling
-from trl_gym.rollouts.source import ReplayCollector, check_replay, staleness
+from trl_gym.rollouts.source import BatchInfo, JournalSource, check_replay
 
 FAILURE = RolloutFailure(kind=FailureKind.ENVIRONMENT, text="the verifier raised", where="calculator /run")
 
@@ -20,11 +20,14 @@ def group(task: int, rewards: list[float], **changes: Any) -> list[Any]:
     return [rollout(request(task, member, **changes), reward) for member, reward in enumerate(rewards)]
 
 
+def batch(step: int = 0, epoch: int = 0) -> BatchInfo:
+    return BatchInfo(run="run", step=step, mode="train", epoch=epoch)
+
+
 def replayed(folder: Path, task: int, number: int, size: int = 2) -> list[float | None]:
-    collector = ReplayCollector(folder, lambda: number)
     # Another place in another batch, sampled otherwise: only the task counts.
     asked = [request(task, member, group=7, sampling=Sampling(temperature=0.3)) for member in range(size)]
-    return [one.reward for one in collector.collect(asked)]
+    return [one.reward for one in JournalSource(folder).collect(asked, batch(epoch=number)).rollouts]
 
 
 def test_a_pass_over_the_dataset_takes_the_next_recorded_group(tmp_path: Path) -> None:
@@ -39,7 +42,7 @@ def test_a_pass_over_the_dataset_takes_the_next_recorded_group(tmp_path: Path) -
 def test_tokens_are_as_recorded_and_failures_stay_failures(tmp_path: Path) -> None:
     recorded = [rollout(request(0, 0)), rollout(request(0, 1), failure=FAILURE)]
     write(tmp_path, recorded)
-    first, second = ReplayCollector(tmp_path, lambda: 0).collect([request(0, 0), request(0, 1)])
+    first, second = JournalSource(tmp_path).collect([request(0, 0), request(0, 1)], batch()).rollouts
     assert first.trajectories == recorded[0].trajectories
     assert (second.reward, second.failure, second.trajectories) == (None, FAILURE, [])
 
@@ -82,13 +85,13 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_journal_with_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no rollouts of training"):
-        ReplayCollector(tmp_path, lambda: 0)
+        JournalSource(tmp_path)
     write(tmp_path, group(0, [1.0]), mode="eval")
     with pytest.raises(ConfigError, match="no rollouts of training"):
-        ReplayCollector(tmp_path, lambda: 0)
+        JournalSource(tmp_path)
     write(tmp_path, [dataclasses.replace(one, trajectories=[]) for one in group(0, [1.0])])
     with pytest.raises(ConfigError, match=r"token ids and a reward.*trl-gym serve"):
-        ReplayCollector(tmp_path, lambda: 0)
+        JournalSource(tmp_path)
 
 
 def test_a_journal_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
@@ -96,18 +99,17 @@ def test_a_journal_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     journal.append({"step": 0, "mode": "train", "completion_ids": [1], "failure": None, "reward": 1.0})
     journal.close()
     with pytest.raises(ConfigError, match="earlier version"):
-        ReplayCollector(tmp_path, lambda: 0)
+        JournalSource(tmp_path)
 
 
 def test_staleness_is_in_optimizer_steps_and_known_only_for_training_runs(tmp_path: Path) -> None:
     write(tmp_path, group(0, [0.1, 0.2]))
     asked = [request(0, 0), request(0, 1)]
-    assert ReplayCollector(tmp_path, lambda: 0).weight_versions(asked) == [3, 3]
-    assert staleness(10, [3, 3]) == {"rollouts/staleness": [7.0, 7.0]}
-    assert staleness(0, [3]) == {"rollouts/staleness": [-3.0]}
+    source = JournalSource(tmp_path)
+    assert source.collect(asked, batch(step=10)).metrics == {"rollouts/staleness": [7.0, 7.0]}
+    assert source.collect(asked[:1], batch()).metrics == {"rollouts/staleness": [-3.0]}
     write(tmp_path / "other", group(0, [0.1, 0.2]), weight_versions=["default"])
-    versions = ReplayCollector(tmp_path / "other", lambda: 0).weight_versions(asked)
-    assert staleness(0, versions) == {}
+    assert JournalSource(tmp_path / "other").collect(asked, batch()).metrics == {}
 
 
 def test_what_needs_servers_is_refused_all_at_once(tmp_path: Path) -> None:

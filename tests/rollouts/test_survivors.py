@@ -14,7 +14,7 @@ from tests.rollouts.recorded import request, rollout
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerLostError, RolloutFailure
 from trl_gym.rollouts.collection import RolloutResult
 from trl_gym.rollouts.request import RolloutRequest
-from trl_gym.rollouts.reuse import SurvivingCollector
+from trl_gym.rollouts.reuse import RecoveringCollector
 from trl_gym.rollouts.rollout import Rollout
 
 LOSS = PolicyServerLostError("policy server ended")
@@ -71,8 +71,8 @@ def recover(error: Exception | None, lost: Sequence[RolloutRequest]) -> bool:
     return error is not None
 
 
-def surviving(collector: Any, recover: Any, **options: Any) -> SurvivingCollector:
-    return SurvivingCollector(collector, recover, version=lambda: "7", **options)
+def surviving(collector: Any, recover: Any, **options: Any) -> RecoveringCollector:
+    return RecoveringCollector(collector, recover, version=lambda: "7", **options)
 
 
 def batch(number: int) -> list[RolloutRequest]:

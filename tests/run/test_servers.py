@@ -115,7 +115,7 @@ def test_a_managed_server_is_started_for_the_adapter_that_is_trained(tmp_path: P
         gym_vllm_args={"max_loras": 6},
     )
     folder = build_random_policy(tmp_path / "policy")
-    run = servers_for(args, str(folder), None, None, None, LoraConfig(r=3, target_modules=["q_proj"]))
+    run = servers_for(args, str(folder), peft_config=LoraConfig(r=3, target_modules=["q_proj"]))
     flags = run.new_policy()._flags
     assert "--enable-lora" in flags
     assert flags[flags.index("--max-lora-rank") + 1] == "8"

@@ -1,4 +1,6 @@
-"""Rollouts that an interrupted run has finished already: found in its journal, not collected again.
+"""Rollouts that need not be sampled again: after a run was interrupted, and after the policy server was lost.
+
+`Recall` finds in the journal what an interrupted run has finished:
 
     interrupted run    step 6 ── trained ── checkpoint ── step 7: 20 of 64 rollouts in the journal ── killed
     resumed run                  weights of the checkpoint ── step 7: those 20 are recalled, 44 are collected
@@ -6,15 +8,22 @@
 A recorded rollout stands in for a request only if nothing can tell the two apart: same run, same step, same task,
 group and member, same request (row, agent, sampling, budget, template arguments), sampled by the same weights. Weights
 are compared by fingerprint, not by the number of their version: what was trained after the checkpoint is trained
-again, and only where that gives the same weights, bit for bit, do rollouts of later steps count as well.
+again, and only where that gives the same weights, bit for bit, do rollouts of later steps count as well. A rollout
+that failed is not recalled but tried again. Evaluation is not recalled either.
 
-A rollout that failed is not recalled but tried again. Evaluation is not recalled either.
+`RecoveringCollector` keeps what had ended when the policy server was lost, and runs only the lost rollouts again:
+
+    collect ── the server dies ── recover: all ranks agree, server restarted, weights pushed ── collect the lost ones
+
+A rollout that failed by itself has ended. One that failed for infrastructure reasons, that was cancelled, or whose
+model calls the server could no longer report, may be lost because of the server. So may one that continued with other
+weights, because the server was back before anyone noticed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 
 class Collector(Protocol):
-    """Many requests → many rollouts: live, recalled or replayed."""
+    """Turns requests into rollouts."""
 
     def collect(
         self, requests: Sequence[RolloutRequest], finish: Callable[[Any], Rollout], progress: Any = None
     ) -> list[Rollout]:
-        """One rollout per request, in their order."""
+        """Return one rollout per request, in their order."""
 
     def close(self) -> None:
         """Give up what still runs. Idempotent."""
@@ -43,12 +52,12 @@ class Collector(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What samples a generation batch.
+    """The policy that samples a generation batch.
 
     Attributes:
-        run: The training run; a resumed one continues that of its checkpoint.
+        run: Id of the training run; a resumed run continues that of its checkpoint.
         step: Optimizer steps that went into the weights.
-        weights: Their fingerprint.
+        weights: Fingerprint of the weights.
     """
 
     run: str
@@ -56,7 +65,7 @@ class Policy:
     weights: str
 
     def tags(self) -> dict[str, str]:
-        """What is added to the journal's lines."""
+        """Return the fields that are added to the journal's lines."""
         return {"run": self.run, "weights": self.weights}
 
 
@@ -67,8 +76,7 @@ class Recall:
     """Finds the rollouts of an interrupted run.
 
     Args:
-        folder: The run's journal. The files of all ranks are read: the interrupted run may have had another number
-            of them.
+        folder: The run's journal. The files of all ranks are read: the interrupted run may have had more or fewer.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -78,7 +86,7 @@ class Recall:
         self._found: dict[_Key, list[Line]] = {}
 
     def take_all(self, requests: Sequence[RolloutRequest], policy: Policy) -> dict[int, Rollout]:
-        """The recorded rollouts for a batch of requests, by index. None is given out twice.
+        """Return the recorded rollouts for a batch of requests, by index. Each is given out once.
 
         Raises:
             ValueError: A line of the journal is not JSON.
@@ -90,7 +98,7 @@ class Recall:
             self._found, num_others = _usable(read_lines(self._folder, mode="train", step=policy.step), policy)
             if num_others:
                 logger.warning(
-                    "%d recorded rollouts of step %d were sampled by other weights than those of now, and are not "
+                    "%d recorded rollouts of step %d were sampled by other weights than the current ones and are not "
                     "used: training again from the checkpoint has not given the same bits",
                     num_others,
                     policy.step,
@@ -115,34 +123,31 @@ def _key(request: RolloutRequest) -> _Key:
 def collect_missing(
     collector: Collector,
     requests: Sequence[RolloutRequest],
-    policy: Policy,
-    recall: Recall | None,
+    recalled: Mapping[int, Rollout],
     finish: Callable[[Any], Rollout],
     progress: Any = None,
 ) -> list[Rollout]:
-    """Recall what was finished before, and collect the rest.
+    """Collect what was not recalled.
 
     Args:
         collector: Collects.
         requests: `[B]`.
-        policy: What samples them.
-        recall: Finds what an interrupted run has finished; None for a run that was not resumed.
-        finish: See `Collector.collect`; called for those that are collected.
+        recalled: Rollouts that need not be collected, by index of the request.
+        finish: See `Collector.collect`.
         progress: Counts those that are collected.
 
     Returns:
         `[B]`, in the order of the requests.
     """
-    recalled = recall.take_all(requests, policy) if recall is not None else {}
     missing = [index for index in range(len(requests)) if index not in recalled]
     # Also when nothing is missing on this rank: the collector may have something to agree on with other ranks.
     collected = collector.collect([requests[index] for index in missing], finish, progress)
-    recalled |= dict(zip(missing, collected, strict=True))
-    return [recalled[index] for index in range(len(requests))]
+    found = {**recalled, **dict(zip(missing, collected, strict=True))}
+    return [found[index] for index in range(len(requests))]
 
 
 def _usable(lines: Iterable[Line], policy: Policy) -> tuple[dict[_Key, list[Line]], int]:
-    """The lines that a policy has sampled, without their contents, and how many of its run and step others have."""
+    """Return the lines that a policy has sampled, without their contents, and the number that other weights have."""
     found: dict[_Key, list[Line]] = {}
     num_outdated = 0
     for line in lines:
@@ -158,31 +163,24 @@ def _usable(lines: Iterable[Line], policy: Policy) -> tuple[dict[_Key, list[Line
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# A batch of rollouts that outlives its policy server: what had ended is kept, only what was lost is run again.
-#
-#     collect ── the server dies ── recover: all ranks agree, server restarted, weights pushed ── collect the lost ones
-#
-# A rollout that failed by itself has ended. One that failed for infrastructure reasons, was cancelled, or whose model
-# calls the server could not tell of any more, may have been the server's victim and is lost; and so is one that went
-# on
-# with other weights, because the server was back before anybody noticed.
+# A batch that outlives its policy server.
 
-_VICTIMS = frozenset({FailureKind.INFRASTRUCTURE, FailureKind.CANCELLED})
+_LOSABLE = frozenset({FailureKind.INFRASTRUCTURE, FailureKind.CANCELLED})
 
 Recover = Callable[[Exception | None, Sequence[RolloutRequest]], bool]
-"""What ended the collection on this rank (None: nothing) and its lost rollouts → whether to collect these again. May
-raise instead. Called on every rank, once per collection."""
+"""The error that ended the collection on this rank (None without one) and its lost rollouts → whether to collect these
+again. May raise instead. Called on every rank, once per collection."""
 
 
-class SurvivingCollector:
-    """A `Collector` that goes on after the loss of the policy server, as long as `recover` gets it back.
+class RecoveringCollector:
+    """A `Collector` that continues after the loss of the policy server, as long as `recover` gets it back.
 
     Args:
         collector: Collects.
         recover: See `Recover`.
-        version: The weight version that is to be sampled with.
-        before: Called before each collection; what it raises is agreed on like everything else.
-        after: Likewise, after one that came to its end.
+        version: Returns the weight version that is to be sampled with.
+        before: Called before each collection; ranks agree on an error of it as on one of the collection.
+        after: Called after each collection that came to its end; ranks agree on an error of it too.
         cancel: Tells a server that came back which rollouts nobody waits for: NeMo Gym may still be running them.
     """
 
@@ -202,8 +200,8 @@ class SurvivingCollector:
     def collect(
         self, requests: Sequence[RolloutRequest], finish: Callable[[Any], Rollout], progress: Any = None
     ) -> list[Rollout]:
-        """See `Collector.collect`. Attempts that were lost have been recorded by `finish`; the values returned are of
-        those that ended. Without requests it only takes part in what all ranks agree on."""
+        """Return one rollout per request, in their order. `finish` has recorded the attempts that were lost, too.
+        Without requests this only takes part in what all ranks agree on."""
         batch = _Batch(requests, self._version())
         while True:
             error = self._attempt(batch, finish, progress)
@@ -215,7 +213,7 @@ class SurvivingCollector:
         self._collector.close()
 
     def _attempt(self, batch: _Batch, finish: Callable[[Any], Rollout], progress: Any) -> Exception | None:
-        """Collect what is missing. What went wrong is returned: the other ranks have to hear of it first."""
+        """Collect what is missing. An error is returned, not raised: the other ranks have to hear of it first."""
         place = batch.places()
 
         def keep(result: RolloutResult) -> Rollout:
@@ -223,7 +221,7 @@ class SurvivingCollector:
             index = place[_request_key(result.request)]
             batch.newest[index] = result.request
             is_last = not result.was_lost and _kind(rollout) not in result.retried_kinds
-            if is_last and not batch.is_victim(rollout):
+            if is_last and not batch.may_be_lost(rollout):
                 batch.kept[index] = rollout
             return rollout
 
@@ -241,16 +239,16 @@ class SurvivingCollector:
 
 
 class _Batch:
-    """Where the rollouts of one batch are, by place among the requests.
+    """Keeps track of the rollouts of one batch, by place among the requests.
 
     Args:
-        requests: All of it.
-        version: Of the weights that are to sample it.
+        requests: The batch.
+        version: Version of the weights that are to sample it.
 
     Attributes:
-        kept: Those that have ended.
+        kept: Rollouts that have ended.
         newest: The newest attempt of each.
-        given_up: Ids of attempts that were lost, and that somebody may still be running.
+        given_up: Ids of lost attempts, which Gym may still be running.
     """
 
     def __init__(self, requests: Sequence[RolloutRequest], version: str) -> None:
@@ -260,20 +258,20 @@ class _Batch:
         self.given_up: list[str] = []
 
     def places(self) -> dict[tuple[int, int], int]:
-        """What is missing, by group and member."""
+        """Return the places of missing rollouts, by group and member."""
         return {_request_key(request): index for index, request in enumerate(self.newest) if index not in self.kept}
 
     def lost(self) -> list[RolloutRequest]:
-        """What would have to run again, if the server was lost: also what ended badly on this rank meanwhile."""
+        """Return what runs again if the server was lost: also what ended badly on this rank meanwhile."""
         return [
             request
             for index, request in enumerate(self.newest)
-            if index not in self.kept or self.is_victim(self.kept[index])
+            if index not in self.kept or self.may_be_lost(self.kept[index])
         ]
 
-    def is_victim(self, rollout: Rollout) -> bool:
-        """Whether it may have ended as it did because of the server."""
-        return _kind(rollout) in _VICTIMS or not {self._version}.issuperset(weight_versions(rollout.records or []))
+    def may_be_lost(self, rollout: Rollout) -> bool:
+        """Tell whether the loss of the server may be why it ended as it did."""
+        return _kind(rollout) in _LOSABLE or not {self._version}.issuperset(weight_versions(rollout.records or []))
 
     def give_up_lost(self) -> None:
         lost = {request.rollout_id for request in self.lost()}

@@ -1,14 +1,18 @@
-"""Training from a journal: rollouts are looked up instead of collected. Nothing is sampled, no server is needed.
+"""Where the rollouts of a run come from: the seam between the trainer and whatever makes them.
 
-    dataset row ── task hash ──► recorded groups of that task ── one per pass over the dataset ──► its members
+    dataset rows ──► requests ──► RolloutSource.collect ──► one rollout per request
 
-A group is replayed whole: its members were sampled by the same weights, and their rewards are each other's baseline.
-On its first pass over the dataset a run takes a task's first recorded group, on the next pass the next one, and starts
-again after the last. The choice depends on the pass alone, so every rank makes the same one and a resumed run goes on
-where it was.
+`RolloutSource` is all that the trainer knows. `trl_gym.run.live.LiveSource` samples on a policy server and a NeMo Gym;
+`JournalSource`, in this module, looks rollouts up that an earlier run has recorded, and needs no server.
 
-The recorded log-probabilities are those of the weights that sampled. TRL's importance ratio is computed from them, so
-what is trained is off policy and knows it; `rollouts/staleness` says by how many optimizer steps.
+A recorded group is replayed whole: its members were sampled by the same weights, and their rewards are each other's
+baseline. On its first pass over the dataset a run takes a task's first recorded group, on the next pass the next one,
+and starts again after the last. The choice depends on the pass alone, so every rank makes the same one and a resumed
+run continues where it was. The recorded log-probabilities are those of the weights that sampled. TRL's importance
+ratio is computed from them, so training is off policy and accounts for it; `rollouts/staleness` says by how many
+optimizer steps.
+
+`Finisher` turns an attempt that has ended into a rollout: trajectory, explained drift, a line in the journal.
 """
 
 from __future__ import annotations
@@ -18,17 +22,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from trl_gym.errors import ConfigError, FailureKind, RolloutError, RolloutFailure
+from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutError, RolloutFailure
 from trl_gym.policy_server.middleware.calls import CallRecord
-from trl_gym.rollouts.admission import budgets_from_options
-from trl_gym.rollouts.call_records import ledger_for, match_records
-from trl_gym.rollouts.collection import RolloutResult
-from trl_gym.rollouts.collector import RolloutCollector
+from trl_gym.rollouts.call_records import match_records
+from trl_gym.rollouts.collection import CollectionStatus, RolloutResult
 from trl_gym.rollouts.journal import Line, Recorder, read_line, read_lines
 from trl_gym.rollouts.request import RolloutRequest, task_hash
-from trl_gym.rollouts.reuse import Recover, SurvivingCollector
 from trl_gym.rollouts.rollout import Rollout, from_record, journal_record
 from trl_gym.rollouts.trajectory import (
     Decode,
@@ -43,29 +44,346 @@ from trl_gym.rollouts.trajectory import (
 )
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
     from trl_gym.config import GymGRPOConfig
-    from trl_gym.run.servers import RunServers
+    from trl_gym.gym.servers import GymServers
+    from trl_gym.policy_server.server import PolicyBackend
+
+Build = Callable[[dict[str, Any], RolloutRequest], list[Trajectory]]
+"""Gym's answer and the request → trajectories. Raises `TrajectoryError` when there is nothing to train on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchInfo:
+    """The generation batch that rollouts are for.
+
+    Attributes:
+        run: Id of the training run; a resumed run continues that of its checkpoint.
+        step: Optimizer steps made so far.
+        mode: `"train"` or `"eval"`.
+        epoch: Passes over the dataset made so far.
+        dataset: Name of the evaluation set where there are several, else empty.
+    """
+
+    run: str
+    step: int
+    mode: str
+    epoch: int = 0
+    dataset: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerHooks:
+    """What a source may ask of the trainer.
+
+    Attributes:
+        build: Makes trajectories of Gym's answer.
+        decode: Text of token ids.
+        push: Sends the current weights to the policy server. Every rank calls it in step.
+        progress: Told how far a batch is, from any thread.
+    """
+
+    build: Build
+    decode: Decode
+    push: Callable[[], None]
+    progress: Callable[[CollectionStatus], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """The rollouts of one rank's requests.
+
+    Attributes:
+        rollouts: In the order of the requests, failures included.
+        metrics: Values to log with this batch, by name; a name that several ranks have is averaged over all values.
+    """
+
+    rollouts: list[Rollout]
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+
+class RolloutSource(Protocol):
+    """Where rollouts come from. Every rank has one and calls its methods in step: `start` once, `connect` once, then
+    the others; `close` at any time.
+
+    Attributes:
+        policy_server: The policy server; None where nothing is sampled.
+        gym_servers: NeMo Gym; None where nothing is sampled.
+        folder: Where the rollouts are recorded.
+    """
+
+    @property
+    def policy_server(self) -> PolicyBackend: ...
+
+    @property
+    def gym_servers(self) -> GymServers: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    def start(self) -> None:
+        """Start what takes long, without waiting for it; the model is loaded meanwhile."""
+
+    def connect(self, accelerator: Accelerator, model: torch.nn.Module, hooks: TrainerHooks) -> None:
+        """Wait until rollouts can be had.
+
+        Args:
+            accelerator: The trainer's.
+            model: The trainer's, wrapped.
+            hooks: What the source may ask of the trainer.
+
+        Raises:
+            TrlGymError: Rollouts cannot be had; says why, on every rank.
+        """
+
+    def server_config(self) -> dict[str, Any]:
+        """Return the policy server's resolved configuration, of which TRL reads `model_config.logprobs_mode`."""
+
+    def agent_of(self, row: Mapping[str, Any]) -> str:
+        """Return the name of the agent that a dataset row is for.
+
+        Raises:
+            ConfigError: The row names none and there are several.
+        """
+
+    def push_weights(self, model: torch.nn.Module, step: int) -> dict[str, float]:
+        """Make the model's current weights, of an optimizer step, those that are sampled with. Return metrics."""
+
+    def take_optimizer(self, optimizer: Any) -> None:
+        """Note the trainer's optimizer, which exists only when training begins."""
+
+    def collect(self, requests: Sequence[RolloutRequest], batch: BatchInfo) -> Collected:
+        """Return one rollout for each of this rank's requests.
+
+        Raises:
+            TrlGymError: The batch cannot be had; on every rank.
+        """
+
+    def resumed(self) -> None:
+        """Note that the run continues from a checkpoint: rollouts that were recorded after it count again."""
+
+    def before_saving(self) -> None:
+        """Make room for a checkpoint."""
+
+    def describe(self) -> dict[str, str]:
+        """Return what the model card says about it, by title."""
+
+    def close(self) -> None:
+        """Stop what was started. Idempotent."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What happens to each rollout as it ends: trajectory, explained drift, journal.
+# Recorded rollouts.
+
+_NEEDED = ("task_hash", "member", "verify", "turn_ends")  # a journal of an earlier trl-gym has none of them
+
+
+@dataclass(slots=True)
+class _Group:
+    """The rollouts of one recorded group: where the line of each member stands."""
+
+    members: dict[int, Line] = field(default_factory=dict)
+
+
+class JournalSource:
+    """Answers requests with recorded rollouts. A `RolloutSource`.
+
+    Args:
+        folder: A journal: of a training run, or of `trl-gym rollout`. Rollouts of evaluations in it are left out.
+
+    Raises:
+        ConfigError: There is nothing in it to train on, or an earlier version wrote it.
+        ValueError: A line that is not the last of its file is not JSON.
+    """
+
+    policy_server: Any = None
+    gym_servers: Any = None
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._groups = _index(self.folder)
+
+    def start(self) -> None:
+        """Do nothing: no server is needed."""
+
+    def connect(self, accelerator: Accelerator, model: torch.nn.Module, hooks: TrainerHooks) -> None:
+        """Do nothing: the journal has been read."""
+
+    def server_config(self) -> dict[str, Any]:
+        """Say that recorded log-probabilities are those of the distribution that was drawn from."""
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+    def agent_of(self, row: Mapping[str, Any]) -> str:
+        """Return the row's own agent, or `"recorded"`."""
+        return (row.get("agent_ref") or {}).get("name") or "recorded"
+
+    def push_weights(self, model: torch.nn.Module, step: int) -> dict[str, float]:
+        """Do nothing: nothing is sampled with them."""
+        return {}
+
+    def take_optimizer(self, optimizer: Any) -> None:
+        """Do nothing: no device is shared."""
+
+    def collect(self, requests: Sequence[RolloutRequest], batch: BatchInfo) -> Collected:
+        """Return the recorded rollout of each request.
+
+        Raises:
+            RolloutError: An evaluation was asked for.
+            ConfigError: There is none for a request; names the task and the member.
+        """
+        if batch.mode != "train":
+            raise RolloutError(
+                "`gym_replay` has no rollouts of the current weights; nothing can be evaluated.",
+                "Set `eval_strategy` to 'no', or train with servers.",
+            )
+        lines = [self._line(request, batch.epoch) for request in requests]
+        versions = (line.record["weight_versions"] for line in lines)
+        steps = [int(own[0]) for own in versions if own and own[0].isdecimal()]
+        return Collected(
+            rollouts=[
+                from_record(read_line(line.path, line.offset, line.length), request)
+                for line, request in zip(lines, requests, strict=True)
+            ],
+            # Below 0 where the journal is of a run that had come further.
+            metrics={"rollouts/staleness": [float(batch.step - step) for step in steps]} if steps else {},
+        )
+
+    def resumed(self) -> None:
+        """Do nothing: recorded rollouts are always used."""
+
+    def before_saving(self) -> None:
+        """Do nothing: no device is shared."""
+
+    def describe(self) -> dict[str, str]:
+        """Return the row of the model card."""
+        return {"Rollouts": "recorded by an earlier run, not sampled"}
+
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
+
+    def _line(self, request: RolloutRequest, epoch: int) -> Line:
+        groups = self._groups.get(task_hash(request.row))
+        if groups is None:
+            question = str(request.row.get("responses_create_params", {}).get("input"))[:200]
+            raise ConfigError(
+                f"`gym_replay` is {str(self.folder)!r}, and that journal has no rollout of the task with index "
+                f"{request.task_index} ({question}).",
+                "Train on the dataset that was rolled out, or roll this one out: `trl-gym rollout --dataset FILE …`.",
+            )
+        members = groups[epoch % len(groups)].members
+        if request.member not in members:
+            largest = max(len(group.members) for group in groups)
+            raise ConfigError(
+                f"`gym_replay` is {str(self.folder)!r}, and its rollouts of the task with index {request.task_index} "
+                f"are in groups of at most {largest}; `num_generations` is above that.",
+                f"Set `num_generations` to {largest} or less.",
+            )
+        return members[request.member]
+
+
+def check_replay(args: GymGRPOConfig, *, has_servers: bool) -> None:
+    """Refuse what cannot be had without servers, all of it at once.
+
+    Args:
+        args: With `gym_replay`.
+        has_servers: Whether a policy server or a NeMo Gym was passed to the trainer.
+
+    Raises:
+        ConfigError: Evaluation is asked for, the importance ratio is off, or servers would stand idle.
+    """
+    problems = []
+    if args.eval_on_start or str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+        problems.append(
+            Problem("A journal has no rollouts of new weights to evaluate.", "Set `eval_strategy` to 'no'.")
+        )
+    if not args.vllm_importance_sampling_correction:
+        problems.append(
+            Problem(
+                "Recorded rollouts are off policy, and `vllm_importance_sampling_correction` is false.",
+                "Leave it at true.",
+            )
+        )
+    if has_servers:
+        problems.append(Problem("Nothing is sampled.", "Leave out `policy_server` and `gym_servers`."))
+    if problems:
+        raise ConfigError(
+            f"`gym_replay` is {args.gym_replay!r} and other options do not go with it:", problems=problems
+        )
+
+
+def _index(folder: Path) -> dict[str, list[_Group]]:
+    """Index the groups by task, in the order of recording; of a rollout that was recorded twice, the better line.
+
+    Groups of which members are missing (the run was interrupted) come last, so that they are used only where nothing
+    else is there.
+    """
+    groups: defaultdict[str, dict[tuple[Any, ...], _Group]] = defaultdict(dict)
+    num_lines = num_trainable = 0
+    for line in read_lines(folder):
+        record = line.record
+        if record["mode"] not in ("train", "rollout") or record.get("retried") or _is_cancelled(record):
+            continue
+        if missing := [name for name in _NEEDED if name not in record]:
+            raise ConfigError(
+                f"`gym_replay`: {line.path} was written by an earlier version of trl-gym (it has no "
+                f"{', '.join(missing)}); it can be viewed and not trained on.",
+                "Roll the tasks out again with this version.",
+            )
+        num_lines += 1
+        num_trainable += bool(record["completion_ids"]) and record["failure"] is None
+        group = groups[record["task_hash"]].setdefault(_group_key(record), _Group())
+        _keep_better(group, line)
+    if not num_trainable:
+        why = "none of its rollouts has token ids and a reward" if num_lines else "it has no rollouts of training"
+        raise ConfigError(
+            f"`gym_replay` is {str(folder)!r} and there is nothing to train on: {why}. Token ids are recorded when "
+            "the policy is served by trl-gym.",
+            "Serve it with `trl-gym serve` or `trl-gym gateway` while you roll out.",
+        )
+    return {
+        task: sorted(recorded.values(), key=lambda group: -len(group.members)) for task, recorded in groups.items()
+    }
+
+
+def _is_cancelled(record: Mapping[str, Any]) -> bool:
+    """Tell whether it was given up with its batch, which was never trained on."""
+    return record["failure"] is not None and record["failure"]["kind"] == FailureKind.CANCELLED
+
+
+def _group_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return record.get("run"), record.get("weights"), record["step"], record["group"], record.get("dataset")
+
+
+def _keep_better(group: _Group, line: Line) -> None:
+    """Replace an earlier line by a later one, except a reward by a failure."""
+    record = line.record
+    before = group.members.get(record["member"])
+    if before is None or before.record["reward"] is None or record["reward"] is not None:
+        kept = {"reward": record["reward"], "weight_versions": record["weight_versions"]}
+        group.members[record["member"]] = Line(line.path, line.offset, line.length, kept)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What happens to each rollout as it ends.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finisher:
-    """Called once per attempt of a rollout, in the collector's thread.
+    """Turns an attempt that has ended into a rollout. Called once per attempt, in the collector's thread.
 
     Attributes:
-        build: Gym's answer and the request → trajectories; raises `TrajectoryError`.
+        build: Makes trajectories of Gym's answer.
         decode: Text of token ids.
         journal: Gets a line per attempt.
         drift_policy: With `"error"`, drift raises.
         step: Optimizer step whose weights sample this batch.
         mode: `"train"` or `"eval"`.
-        weight_version: What the policy server holds.
+        weight_version: The version that the policy server holds.
     """
 
-    build: Callable[[dict[str, Any], RolloutRequest], list[Trajectory]]
+    build: Build
     decode: Decode
     journal: Recorder
     drift_policy: DriftPolicy
@@ -74,10 +392,10 @@ class Finisher:
     weight_version: str
 
     def __call__(self, result: RolloutResult) -> Rollout:
-        """
+        """Return the rollout, which is in the journal then.
+
         Raises:
-            RolloutError: The rollout drifted and the drift policy is `"error"`; it is in the journal.
-            OSError: The journal cannot be written.
+            RolloutError: The rollout drifted and the drift policy is `"error"`, or the journal cannot be written.
         """
         rollout = self._rollout(result)
         record = journal_record(rollout, step=self.step, mode=self.mode, weight_version=self.weight_version)
@@ -88,7 +406,8 @@ class Finisher:
         if rollout.drift is not None and self.drift_policy == "error":
             raise RolloutError(
                 f"Rollout {result.request.rollout_id} of {result.request.agent} drifted, and `gym_drift` is 'error': "
-                f"{rollout.drift.text}. With 'truncate' the tokens before are trained, with 'exclude' none of it."
+                f"{rollout.drift.text}.",
+                "Set `gym_drift` to 'truncate' to train on the tokens before, or to 'exclude' to train on none of it.",
             )
         return rollout
 
@@ -119,217 +438,3 @@ class Finisher:
     def _explain(self, drift: Drift, result: RolloutResult) -> DriftReport:
         matched: list[CallRecord] | None = match_records(model_calls(result.answer or {}), result.records or [])
         return explain(drift, self.decode, matched[drift.turn] if matched else None)
-
-
-_NEEDED = ("task_hash", "member", "verify", "turn_ends")  # a journal of an earlier trl-gym has none of them
-
-
-@dataclass(slots=True)
-class _Group:
-    """The rollouts of one recorded group: by member, where the line stands."""
-
-    members: dict[int, Line] = field(default_factory=dict)
-
-
-class ReplayCollector:
-    """Answers requests with recorded rollouts. A `Collector`.
-
-    Args:
-        folder: A journal: of a training run, or of `trl-gym rollout`. Rollouts of evaluations in it are left out.
-        pass_number: How often the dataset has been gone through, beginning with 0.
-
-    Raises:
-        ConfigError: There is nothing in it to train on, or an earlier version wrote it.
-        ValueError: A line that is not the last of its file is not JSON.
-    """
-
-    def __init__(self, folder: str | Path, pass_number: Callable[[], int]) -> None:
-        self.folder = Path(folder)
-        self._pass_number = pass_number
-        self._groups = _index(self.folder)
-
-    def collect(self, requests: Sequence[RolloutRequest], finish: Any = None, progress: Any = None) -> list[Rollout]:
-        """The recorded rollout of every request, failures included.
-
-        Raises:
-            ConfigError: There is none for a request; names the task and the member.
-        """
-        number = self._pass_number()
-        return [self._replay(request, number) for request in requests]
-
-    def replay(
-        self, requests: Sequence[RolloutRequest], *, mode: str, step: int
-    ) -> tuple[list[Rollout], dict[str, list[float]]]:
-        """A batch at an optimizer step, and its metrics.
-
-        Raises:
-            RolloutError: The mode is not `"train"`.
-            ConfigError: See `collect`.
-        """
-        if mode != "train":
-            raise RolloutError("`gym_replay` has no rollouts of the current weights; nothing can be evaluated.")
-        return self.collect(requests), staleness(step, self.weight_versions(requests))
-
-    def weight_versions(self, requests: Sequence[RolloutRequest]) -> list[int]:
-        """Versions that the recorded rollouts were sampled by, for those where they are optimizer steps."""
-        number = self._pass_number()
-        versions = (self._line(request, number).record["weight_versions"] for request in requests)
-        return [int(own[0]) for own in versions if own and own[0].isdecimal()]
-
-    def close(self) -> None:
-        """Nothing to give up."""
-
-    def _replay(self, request: RolloutRequest, number: int) -> Rollout:
-        line = self._line(request, number)
-        return from_record(read_line(line.path, line.offset, line.length), request)
-
-    def _line(self, request: RolloutRequest, number: int) -> Line:
-        groups = self._groups.get(task_hash(request.row))
-        if groups is None:
-            question = str(request.row.get("responses_create_params", {}).get("input"))[:200]
-            raise ConfigError(
-                f"`gym_replay` is {str(self.folder)!r}, and that journal has no rollout of the task with index "
-                f"{request.task_index} ({question}). Train on the dataset that was rolled out, or roll this one out: "
-                "`trl-gym rollout --dataset FILE …`."
-            )
-        members = groups[number % len(groups)].members
-        if request.member not in members:
-            largest = max(len(group.members) for group in groups)
-            raise ConfigError(
-                f"`gym_replay` is {str(self.folder)!r}, and its rollouts of the task with index {request.task_index} "
-                f"are in groups of at most {largest}; `num_generations` must not be above the recorded one."
-            )
-        return members[request.member]
-
-
-def check_replay(args: GymGRPOConfig, *, has_servers: bool) -> None:
-    """Refuse what cannot be had without servers, all of it at once.
-
-    Args:
-        args: With `gym_replay`.
-        has_servers: Whether a policy server or a NeMo Gym was passed to the trainer.
-
-    Raises:
-        ConfigError: Evaluation is asked for, the importance ratio is off, or servers would stand idle.
-    """
-    problems = []
-    if args.eval_on_start or str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
-        problems.append("a journal has no rollouts of new weights to evaluate; set `eval_strategy` to 'no'.")
-    if not args.vllm_importance_sampling_correction:
-        problems.append(
-            "recorded rollouts are off policy, and `vllm_importance_sampling_correction` is false; leave it at true."
-        )
-    if has_servers:
-        problems.append("nothing is sampled; leave out `policy_server` and `gym_servers`.")
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise ConfigError(f"`gym_replay` is {args.gym_replay!r} and other options do not go with it:\n{listed}")
-
-
-def staleness(step: int, versions: Sequence[int]) -> dict[str, list[float]]:
-    """Metrics of replayed rollouts: optimizer steps since the weights that sampled them. Below 0 where the journal is
-    of a run that had come further."""
-    return {"rollouts/staleness": [float(step - version) for version in versions]} if versions else {}
-
-
-def _index(folder: Path) -> dict[str, list[_Group]]:
-    """Groups by task, in the order in which they were recorded; of a rollout recorded twice, the better line.
-
-    Groups of which members are missing (the run was interrupted) come last, so that they are used only where nothing
-    else is there.
-    """
-    groups: defaultdict[str, dict[tuple[Any, ...], _Group]] = defaultdict(dict)
-    num_lines = num_trainable = 0
-    for line in read_lines(folder):
-        record = line.record
-        if record["mode"] not in ("train", "rollout") or record.get("retried") or _is_cancelled(record):
-            continue
-        if missing := [name for name in _NEEDED if name not in record]:
-            raise ConfigError(
-                f"`gym_replay`: {line.path} was written by an earlier version of trl-gym (no {', '.join(missing)}); "
-                "it can be viewed and not trained on."
-            )
-        num_lines += 1
-        num_trainable += bool(record["completion_ids"]) and record["failure"] is None
-        group = groups[record["task_hash"]].setdefault(_group_key(record), _Group())
-        _keep_better(group, line)
-    if not num_trainable:
-        why = "none of its rollouts has token ids and a reward" if num_lines else "it has no rollouts of training"
-        raise ConfigError(
-            f"`gym_replay` is {str(folder)!r} and there is nothing to train on: {why}. Token ids are recorded when "
-            "the policy is served by trl-gym (`trl-gym serve` or `trl-gym gateway`)."
-        )
-    return {
-        task: sorted(recorded.values(), key=lambda group: -len(group.members)) for task, recorded in groups.items()
-    }
-
-
-def _is_cancelled(record: Mapping[str, Any]) -> bool:
-    """Whether it was given up with its batch, which was never trained on."""
-    return record["failure"] is not None and record["failure"]["kind"] == FailureKind.CANCELLED
-
-
-def _group_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return record.get("run"), record.get("weights"), record["step"], record["group"], record.get("dataset")
-
-
-def _keep_better(group: _Group, line: Line) -> None:
-    """A later line replaces an earlier one, except that a failure does not replace a reward."""
-    record = line.record
-    before = group.members.get(record["member"])
-    if before is None or before.record["reward"] is None or record["reward"] is not None:
-        kept = {"reward": record["reward"], "weight_versions": record["weight_versions"]}
-        group.members[record["member"]] = Line(line.path, line.offset, line.length, kept)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The collector of a run: live rollouts on its NeMo Gym, that outlive the policy server.
-
-
-def live_collector(
-    args: GymGRPOConfig,
-    servers: RunServers,
-    recover: Recover,
-    *,
-    version: Callable[[], str],
-    after: Callable[[], None],
-) -> SurvivingCollector:
-    """Put together what the configuration says about rollouts.
-
-    Args:
-        args: The trainer's configuration.
-        servers: The run's, ready.
-        recover: See `SurvivingCollector`.
-        version: See `SurvivingCollector`.
-        after: See `SurvivingCollector`.
-
-    Raises:
-        ConfigError: `gym_environments` names an agent that is not there.
-    """
-    policy, gym = servers.policy, servers.gym
-    budgets = budgets_from_options(
-        deadline_s=args.gym_deadline,
-        max_inflight=args.gym_max_inflight,
-        retries=args.gym_retries,
-        launch_rate=args.gym_launch_rate,
-        environments=args.gym_environments,
-    )
-    budgets.check_agents(gym.agents)
-    live: RolloutCollector[Rollout] = RolloutCollector(
-        gym.agent,
-        budgets=budgets,
-        check=servers.check,
-        agents_down=gym.agents_down,
-        on_environment_down=args.gym_on_environment_down,
-        gym_log=gym.log_end,
-        ledger=ledger_for(policy.base_url, policy.client.api_key) if policy.keeps_records else None,
-        stall_timeout_s=args.gym_stall_timeout,
-    )
-    return SurvivingCollector(
-        live,
-        recover,
-        version=version,
-        before=servers.check_before_rollouts,
-        after=after,
-        cancel=policy.client.cancel_rollouts if policy.keeps_records else lambda rollout_ids: None,
-    )

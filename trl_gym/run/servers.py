@@ -32,7 +32,6 @@ from trl_gym.policy_server.fleet import attach_policy
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
 from trl_gym.ranks import agreed, on_main
-from trl_gym.rollouts.source import check_replay
 from trl_gym.run.recovery import PolicyRecovery, end_interrupted_update
 from trl_gym.weight_sync.transports.plan import plan_transport
 
@@ -243,55 +242,17 @@ class RunServers:
         )
 
 
-class NoServers:
-    """In the place of `RunServers` where nothing is sampled: training from a journal."""
-
-    policy: Any = None
-    gym: Any = None
-
-    def start(self) -> None:
-        """Nothing to start."""
-
-    def wait_ready(self) -> None:
-        """Nothing to wait for."""
-
-    num_restarts = 0
-    secrets: tuple[str, ...] = ()
-
-    def check(self) -> None:
-        """Nothing that could have died."""
-
-    def check_before_rollouts(self) -> None:
-        """Nothing that samples."""
-
-    def require_same_policy(self) -> None:
-        """Nothing that could be another one."""
-
-    def recover(self, error: Exception) -> None:
-        """Nothing to get back."""
-        raise error
-
-    def server_config(self) -> dict[str, Any]:
-        """What TRL asks for: recorded log-probabilities are those of the distribution that was drawn from."""
-        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
-
-    def stop(self) -> None:
-        """Nothing to stop."""
-
-
 def servers_for(
     args: GymGRPOConfig,
     model: str | PreTrainedModel,
-    processing_class: Any,
-    policy: PolicyBackend | None,
-    gym: GymServers | None,
+    *,
+    processing_class: Any = None,
+    policy: PolicyBackend | None = None,
+    gym: GymServers | None = None,
     peft_config: Any = None,
     quantization_config: Any = None,
-) -> RunServers | NoServers:
-    """What a run needs: two servers, or none when it trains from a journal. For the arguments see `RunServers`."""
-    if args.gym_replay is not None:
-        check_replay(args, has_servers=policy is not None or gym is not None)
-        return NoServers()
+) -> RunServers:
+    """Return the two servers of a run, not started yet. For the arguments see `RunServers`."""
     return RunServers(
         args,
         lambda: servable(model, processing_class, args),

@@ -1,0 +1,242 @@
+"""Rollouts that are sampled while training runs: a policy server and a NeMo Gym behind the trainer's `RolloutSource`.
+
+collect ── server awake ── recall what an interrupted run has finished ── roll out the rest ── journal on disk
+                                                            │ policy server lost
+                                                            ▼
+                                   ranks agree ── server restarted ── weights pushed ── lost rollouts again
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_gym.compat import installed_version
+from trl_gym.errors import ConfigError, RolloutError
+from trl_gym.ranks import agree_on_loss, agreed
+from trl_gym.rollouts.admission import budgets_from_options
+from trl_gym.rollouts.call_records import ledger_for
+from trl_gym.rollouts.collector import RolloutCollector
+from trl_gym.rollouts.journal import Journal
+from trl_gym.rollouts.reuse import Policy, Recall, RecoveringCollector, collect_missing
+from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, TrainerHooks
+from trl_gym.run.weights import PolicyWeights, check_model
+from trl_gym.weight_sync.sums import fingerprint
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from trl_gym.config import GymGRPOConfig
+    from trl_gym.gym.servers import GymServers
+    from trl_gym.policy_server.server import PolicyBackend
+    from trl_gym.rollouts.request import RolloutRequest
+    from trl_gym.rollouts.rollout import Rollout
+    from trl_gym.run.servers import RunServers
+
+logger = logging.getLogger(__name__)
+
+
+class LiveSource:
+    """Samples rollouts with the policy's current weights. A `RolloutSource`.
+
+    Args:
+        args: The trainer's configuration.
+        servers: The run's two servers, not started yet.
+    """
+
+    # What `connect` makes.
+    _accelerator: Accelerator
+    _hooks: TrainerHooks
+    _weights: PolicyWeights
+    _collector: RecoveringCollector | None = None
+    _journal: Journal | None = None
+
+    def __init__(self, args: GymGRPOConfig, servers: RunServers) -> None:
+        self._args, self._servers = args, servers
+        self.folder = Path(args.output_dir) / "rollouts"
+        self._step = -1  # of the weights that were pushed last; nothing is sampled before
+        self._fingerprint = ""  # of those weights
+        self._recall: Recall | None = None
+
+    @property
+    def policy_server(self) -> PolicyBackend:
+        """The policy server: started by this run, or the one that was passed in."""
+        return self._servers.policy
+
+    @property
+    def gym_servers(self) -> GymServers:
+        """NeMo Gym: started by this run, or the one that was passed in."""
+        return self._servers.gym
+
+    def start(self) -> None:
+        """Spawn both servers; they load while the model does."""
+        self._servers.start()
+
+    def connect(self, accelerator: Accelerator, model: torch.nn.Module, hooks: TrainerHooks) -> None:
+        """See `RolloutSource.connect`.
+
+        Raises:
+            ConfigError: The model's weights cannot be sent, or `gym_environments` names an agent that does not exist.
+            ServerError: A server could not be started.
+        """
+        check_model(self._args, accelerator, model)
+        self._servers.wait_ready()
+        self._accelerator, self._hooks = accelerator, hooks
+        self._journal = Journal(
+            self.folder,
+            rank=accelerator.process_index,
+            max_bytes=self._args.gym_journal_max_mb * 1e6,
+            secrets=self._servers.secrets,
+        )
+        self._weights = PolicyWeights(self._args, accelerator, self._servers, model)
+        self._collector = self._new_collector()
+
+    def server_config(self) -> dict[str, Any]:
+        """Return the policy server's resolved configuration."""
+        return self._servers.server_config()
+
+    def agent_of(self, row: Mapping[str, Any]) -> str:
+        """See `RolloutSource.agent_of`."""
+        named = (row.get("agent_ref") or {}).get("name") or self.gym_servers.sole_agent
+        if named is None:
+            raise ConfigError(
+                "A dataset row names no agent in `agent_ref` and the running Gym has several "
+                f"({', '.join(sorted(self.gym_servers.agents))}).",
+                "Load the file with `load_gym_dataset(path, agent=…)`.",
+            )
+        return named
+
+    def push_weights(self, model: torch.nn.Module, step: int) -> dict[str, float]:
+        """Send the weights to the policy server. Return the metrics `weight_sync/…`."""
+        report = self._weights.push(model, step)
+        self._step, self._fingerprint = step, fingerprint(model, self._accelerator)
+        metrics = {"weight_sync/bytes": float(report.num_bytes)}
+        metrics |= {f"weight_sync/seconds/{phase}": seconds for phase, seconds in report.seconds.items()}
+        return metrics if report.probe is None else metrics | {"weight_sync/probe_gap": report.probe.mean_gap}
+
+    def take_optimizer(self, optimizer: Any) -> None:
+        """Note the optimizer, whose state may leave the device while the server samples."""
+        self._weights.take_optimizer(optimizer)
+
+    def collect(self, requests: Sequence[RolloutRequest], batch: BatchInfo) -> Collected:
+        """See `RolloutSource.collect`. The rollouts are on disk when it returns.
+
+        Raises:
+            RolloutError: The journal cannot be written, a rollout drifted and `gym_drift` is `"error"`, or somebody
+                else changed the weights meanwhile.
+            ServerError: A server was lost and did not come back.
+        """
+        assert self._collector is not None and self._journal is not None, "connect first"
+        with self._weights.sampling(self._hooks.push, again=batch.mode == "eval"):
+            policy = Policy(run=batch.run, step=batch.step, weights=self._fingerprint)
+            with agreed(self._accelerator):
+                recall = self._recall if batch.mode == "train" else None
+                recalled = {} if recall is None else recall.take_all(requests, policy)
+            finish = self._finisher(self._journal, batch, policy)
+            rollouts = collect_missing(self._collector, requests, recalled, finish, self._hooks.progress)
+            with agreed(self._accelerator):
+                self._journal.commit()
+        # Rank 0 counts restarts.
+        restarts = [float(self._servers.num_restarts)] if self._accelerator.is_main_process else []
+        return Collected(rollouts=rollouts, metrics={"policy_server/restarts": restarts} if restarts else {})
+
+    def resumed(self) -> None:
+        """Recall from now on what the interrupted run has recorded."""
+        self._recall = Recall(self.folder)
+
+    def before_saving(self) -> None:
+        """Bring the optimizer's state back to the device, from where it is saved."""
+        self._weights.before_saving()
+
+    def describe(self) -> dict[str, str]:
+        """Return the rows of the model card about Gym, policy server and weight sync. Also after `close`."""
+        return {
+            "NeMo Gym": f"{self.gym_servers.gym_version} (`{self._args.gym_mode}`)",
+            "Policy server": f"{_vllm_version()} (`{self.policy_server.placement}`)",
+            "Weight sync": f"`{self._weights.transport_name}`",
+        }
+
+    def close(self) -> None:
+        """Stop what was started here; servers that were passed in keep running."""
+        try:
+            if self._collector is not None:
+                self._collector.close()
+            if self._journal is not None:
+                self._journal.close()
+        finally:
+            self._servers.stop()
+
+    @property
+    def _version(self) -> str:
+        return str(self._step)
+
+    def _new_collector(self) -> RecoveringCollector:
+        args, policy, gym = self._args, self.policy_server, self.gym_servers
+        budgets = budgets_from_options(
+            deadline_s=args.gym_deadline,
+            max_inflight=args.gym_max_inflight,
+            retries=args.gym_retries,
+            launch_rate=args.gym_launch_rate,
+            environments=args.gym_environments,
+        )
+        budgets.check_agents(gym.agents)
+        collector: RolloutCollector[Rollout] = RolloutCollector(
+            gym.agent,
+            budgets=budgets,
+            check=self._servers.check,
+            agents_down=gym.agents_down,
+            on_environment_down=args.gym_on_environment_down,
+            gym_log=gym.log_end,
+            ledger=ledger_for(policy.base_url, policy.client.api_key) if policy.keeps_records else None,
+            stall_timeout_s=args.gym_stall_timeout,
+        )
+        return RecoveringCollector(
+            collector,
+            self._recover,
+            version=lambda: self._version,
+            before=self._servers.check_before_rollouts,
+            after=self._check_version,
+            cancel=policy.client.cancel_rollouts if policy.keeps_records else lambda rollout_ids: None,
+        )
+
+    def _finisher(self, journal: Journal, batch: BatchInfo, policy: Policy) -> Finisher:
+        dataset = {"dataset": batch.dataset} if batch.dataset else {}
+        return Finisher(
+            build=self._hooks.build,
+            decode=self._hooks.decode,
+            journal=journal.tagged(**policy.tags(), **dataset),
+            drift_policy=self._args.gym_drift,
+            step=batch.step,
+            mode=batch.mode,
+            weight_version=self._version,
+        )
+
+    def _recover(self, error: Exception | None, lost: Sequence[RolloutRequest]) -> bool:
+        """See `reuse.Recover`. When it returns True, the policy server is back and holds the current weights."""
+        loss = agree_on_loss(self._accelerator, error)
+        if loss is None:
+            return False
+        logger.warning("%d of this rank's rollouts are lost with the policy server and will run again", len(lost))
+        self._weights.recover(loss)
+        self._hooks.push()
+        return True
+
+    def _check_version(self) -> None:
+        if not self._accelerator.is_main_process:  # which tells the others
+            return
+        self._servers.require_same_policy()
+        now = self.policy_server.client.weight_version()
+        if now != self._version:
+            raise RolloutError(
+                f"The policy server's weights changed from version {self._version} to {now} during rollouts.",
+                "Let nobody else push weights to this server while it is trained with.",
+            )
+
+
+def _vllm_version() -> str:
+    """Return name and version of the vLLM installed here: that of a server that was started here."""
+    version = installed_version("vllm")
+    return "vllm" if version is None else f"vllm {version}"
