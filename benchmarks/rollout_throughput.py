@@ -110,13 +110,14 @@ class Bench:
         return made
 
     def collector(self, *, with_records: bool) -> Any:
+        from trl_gym.rollout_options import RolloutOptions
         from trl_gym.rollouts.admission import budgets_from_options
         from trl_gym.rollouts.call_records import RolloutLedger
         from trl_gym.rollouts.collector import RolloutCollector
 
         return RolloutCollector(
             self.gym.agent,
-            budgets=budgets_from_options(deadline_s=600, max_inflight=self.options.max_inflight),
+            budgets=budgets_from_options(RolloutOptions(deadline=600, max_inflight=self.options.max_inflight)),
             check=self.gym.check_process,
             agents_down=self.gym.agents_down,
             ledger=RolloutLedger(self.control_url) if with_records else None,

@@ -53,6 +53,7 @@ def main() -> None:
     from tiny_policy import build_tiny_policy
 
     from trl_gym import GymServers, PolicyServer
+    from trl_gym.rollout_options import RolloutOptions
     from trl_gym.rollouts.admission import budgets_from_options
     from trl_gym.rollouts.collector import RolloutCollector
     from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
@@ -68,7 +69,9 @@ def main() -> None:
             [CALCULATOR / "calculator.yaml"], policy_base_url=server.base_url, python=args.gym_python, log_dir=logs
         ) as gym,
     ):
-        collector = RolloutCollector(gym.agent, budgets=budgets_from_options(deadline_s=120, max_inflight=256))
+        collector = RolloutCollector(
+            gym.agent, budgets=budgets_from_options(RolloutOptions(deadline=120, max_inflight=256))
+        )
         agent = gym.sole_agent
 
         def batch(number: int) -> list[RolloutRequest]:

@@ -33,6 +33,7 @@ from trl_gym import GymServers, PolicyServer
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
 from trl_gym.processes import ChildProcess, bind_socket, wait_until
+from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
@@ -137,7 +138,9 @@ def collect(url: str, policy: Path, folder: Path, options: argparse.Namespace) -
     """Rollouts of all three environments from one server, and what is wrong with them."""
     configs = [CALCULATOR / "calculator.yaml", *(f"resources_servers/{n}/configs/{n}.yaml" for n in UPSTREAM)]
     with GymServers(configs, policy_base_url=url, python=options.gym_python, log_dir=folder) as gym:
-        collector = RolloutCollector(gym.agent, budgets=budgets_from_options(deadline_s=300, max_inflight=64))
+        collector = RolloutCollector(
+            gym.agent, budgets=budgets_from_options(RolloutOptions(deadline=300, max_inflight=64))
+        )
         try:
             requests = _requests(gym, options)
             results = collector.collect(requests, lambda result: result)

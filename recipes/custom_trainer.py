@@ -95,8 +95,9 @@ def num_extra_turns(rollout: Rollout) -> int:
 
 
 def main() -> None:
-    from grpo import ScriptArguments, make_data, quiet
     from tiny_policy import build_tiny_policy
+
+    from trl_gym.train import ScriptArguments, make_data, quiet
 
     quiet()
     from accelerate import PartialState

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from trl import TrlParser
 
 from trl_gym.config import GymGRPOConfig
 from trl_gym.errors import ConfigError
+from trl_gym.rollout_options import RolloutOptions, Sampling
 
 BASE: dict[str, Any] = {
     "output_dir": "unused",
@@ -46,7 +49,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
 
 def test_a_head_url_means_attach_and_excludes_configs() -> None:
     assert GymGRPOConfig(**BASE, gym_head_url="http://127.0.0.1:1").gym_mode == "attach"
-    with pytest.raises(ConfigError, match="set only one"):
+    with pytest.raises(ConfigError, match="Set only one"):
         GymGRPOConfig(**BASE, gym_head_url="http://127.0.0.1:1", gym_config_paths=["a.yaml"])
     with pytest.raises(ConfigError, match="gym_head_url"):
         GymGRPOConfig(**BASE, gym_mode="attach")
@@ -118,6 +121,8 @@ def test_retries_may_be_a_number_or_by_kind() -> None:
         ("gym_eval_sampling", {"heat": 1}, "'heat'"),
         ("gym_replay", "no/such/folder", "gym_replay"),
         ("gym_journal_max_mb", 0, "gym_journal_max_mb"),
+        ("gym_environments", {"a": {"max_inflight": 0.5}}, "gym_environments['a']['max_inflight']"),
+        ("gym_eval_sampling", {"temperature": "hot"}, "gym_eval_sampling['temperature']"),
         ("gym_stall_timeout", 0, "gym_stall_timeout"),
     ],
 )
@@ -134,9 +139,9 @@ def test_a_rank_may_not_give_up_before_the_server_is_back() -> None:
 
 
 def test_taking_turns_needs_shared_gpus() -> None:
-    with pytest.raises(ConfigError, match=r"`vllm_enable_sleep_mode`.*leave it out"):
+    with pytest.raises(ConfigError, match=r"`vllm_enable_sleep_mode`.*Leave it out"):
         GymGRPOConfig(**BASE, gym_config_paths=["a.yaml"], vllm_enable_sleep_mode=True, gym_server_devices="1")
-    with pytest.raises(ConfigError, match="set `vllm_enable_sleep_mode` too"):
+    with pytest.raises(ConfigError, match="Set `vllm_enable_sleep_mode` too"):
         GymGRPOConfig(**BASE, gym_config_paths=["a.yaml"], gym_offload_optimizer=True)
 
 
@@ -156,3 +161,66 @@ def test_every_problem_of_the_weight_sync_is_named() -> None:
     assert "8 problem(s)" in str(caught.value)
     for name in wrong:
         assert f"`{name}` is " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "remedy"),
+    [
+        ("gym_deadline", None, "Set it to a number."),
+        ("gym_max_inflight", "many", "Set it to a whole number."),
+        ("gym_min_group_size", 2.5, "Set it to a whole number."),
+        ("gym_max_inflight", True, "Set it to a whole number."),
+        ("gym_mode", None, "Set it to a text."),
+        ("gym_probe_tolerance", "small", "Set it to a number or null."),
+        ("gym_config_paths", "a.yaml", "Set it to a list."),
+        ("gym_sync_only_trainable", "yes", "Set it to true or false."),
+        ("gym_weight_dir", 3, "Set it to a text or null."),
+        ("gym_server_reconnect_timeout", None, "Set it to a number."),
+        ("ddp_timeout", None, "Set it to a whole number."),  # TRL's and transformers' own
+        ("num_generations", "8 of them", "Set it to a whole number or null."),
+        ("max_completion_length", "long", "Set it to a whole number or null."),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named_with_what_it_must_be(option: str, value: Any, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        GymGRPOConfig(**BASE | {option: value, "gym_pause_mode": "abort"})  # other checks are made too
+    assert [(one.text, one.remedy) for one in caught.value.problems] == [
+        (f"`{option}` is {value!r}.", remedy),
+        ("`gym_pause_mode` is 'abort'.", "Choose one of wait, keep."),
+    ]
+
+
+@pytest.mark.parametrize("option", [one.name for one in fields(GymGRPOConfig) if one.name.startswith("gym_")])
+def test_no_value_of_our_options_ends_in_another_error(option: str) -> None:
+    for value in (None, "text", -1, [], {"a": None}, object()):
+        with contextlib.suppress(ConfigError):
+            GymGRPOConfig(**BASE | {option: value})
+
+
+def test_null_in_yaml_is_one_readable_error(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("output_dir: out\nuse_cpu: true\nreport_to: []\ngym_max_inflight: null\ngym_retries: null\n")
+    with pytest.raises(ConfigError, match=r"1 problem.*\n.*`gym_max_inflight` is None. Set it to a whole number"):
+        TrlParser([GymGRPOConfig]).parse_args_and_config(["--config", str(config)])
+
+
+def test_split_was_never_split_and_is_now_called_truncate(caplog: pytest.LogCaptureFixture) -> None:
+    assert GymGRPOConfig(**BASE, gym_drift="split").gym_drift == "truncate"
+    assert "behaves as 'truncate'" in caplog.text
+    parser = TrlParser([GymGRPOConfig])
+    (args,) = parser.parse_args_and_config(
+        ["--gym_drift", "split", "--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
+    )
+    assert args.gym_drift == "truncate"
+    assert "--gym_drift {truncate,exclude,error}" in parser.format_help()
+
+
+def test_rollout_options_are_those_of_the_run() -> None:
+    args = GymGRPOConfig(
+        **BASE, temperature=0.7, top_k=0, max_completion_length=64, gym_deadline=5, gym_retries=1,
+        gym_environments={"slow": {"retries": 3}},
+    )  # fmt: skip
+    assert args.rollout_options == RolloutOptions(
+        sampling=Sampling(temperature=0.7), max_completion_length=64, deadline=5,
+        retries={"infrastructure": 1}, environments={"slow": {"retries": {"infrastructure": 3}}},
+    )  # fmt: skip

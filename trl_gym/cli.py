@@ -7,31 +7,71 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeAlias
 
 import trl_gym
 from trl_gym.errors import TrlGymError
 
 _CHECK_EVERY_S = 0.5
+_FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
+_KEY_HELP = "bearer token to demand on every route but /health; needed beyond loopback (default: $VLLM_API_KEY)"
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+    """Build the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="trl-gym", description="Train language models with TRL's GRPO on NVIDIA NeMo Gym environments."
     )
     parser.add_argument("--version", action="version", version=f"trl-gym {trl_gym.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.set_defaults(takes_run_options=False)
     for add in _COMMANDS:
         add(commands)
     return parser
 
 
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; flags may be spelled with `_`, and as in earlier versions.
+
+    Args:
+        argv: Without the program's name; default: that of this process.
+
+    Returns:
+        The options, with `run_options`: those that are left to TRL's parser (`train`, `doctor`), as it spells them.
+    """
+    from trl_gym.commands.options import OLD_FLAGS
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] != ["serve"]:  # whose flags are vLLM's, which takes both spellings
+        old = OLD_FLAGS if words[:1] in (["rollout"], ["eval"]) else {}
+        words = [_respelled(word, "_", "-", old) for word in words]
+    parser = build_parser()
+    options, rest = parser.parse_known_args(words)
+    if rest and not options.takes_run_options:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.run_options = [_respelled(word, "-", "_") for word in rest]
+    return options
+
+
+def _respelled(word: str, before: str, after: str, renamed: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Spell a flag's name with other separators; leave values alone, also one behind `=`."""
+    name, equals, value = word.partition("=")
+    if not _FLAG.fullmatch(name):
+        return word
+    name = f"--{name[2:].replace(before, after)}"
+    return f"{renamed.get(name, name)}{equals}{value}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `trl-gym`; returns the exit status. An error of ours is one message on stderr and status 1."""
-    options = build_parser().parse_args(argv)
+    """Run `trl-gym`; return the exit status. An error of ours is one message on stderr and status 1."""
+    options = parse_args(argv)
     try:
         return options.run(options)
     except TrlGymError as error:
@@ -44,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # -- serve ------------------------------------------------------------------------------------------------------------
 
 
-def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_serve(commands: Commands) -> None:
     parser = commands.add_parser(
         "serve",
         help="serve a policy: vLLM's OpenAI server with token-exact prompts and weight updates",
@@ -72,11 +112,7 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="give up when it is not ready by then (default: %(default)g)",
     )
-    parser.add_argument(
-        "--api-key",
-        default=os.environ.get("VLLM_API_KEY"),
-        help="bearer token to demand on every route but /health; needed beyond loopback (default: $VLLM_API_KEY)",
-    )
+    parser.add_argument("--api-key", help=_KEY_HELP)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -88,6 +124,7 @@ def _serve(options: argparse.Namespace) -> int:
     if "-h" in vllm_flags or "--help" in vllm_flags:
         options.parser.print_help()
         return 0
+    from trl_gym.policy_server.command import api_key_from_environment
     from trl_gym.policy_server.server import PolicyServer
 
     server = PolicyServer(
@@ -98,7 +135,7 @@ def _serve(options: argparse.Namespace) -> int:
         vllm_args=vllm_flags,
         log_dir=serve.log_dir,
         start_timeout_s=serve.start_timeout,
-        api_key=serve.api_key,
+        api_key=serve.api_key or api_key_from_environment(),
     )
     try:
         server.start()
@@ -115,7 +152,7 @@ def _serve(options: argparse.Namespace) -> int:
 # -- gateway ----------------------------------------------------------------------------------------------------------
 
 
-def _add_gateway(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_gateway(commands: Commands) -> None:
     parser = commands.add_parser(
         "gateway",
         help="token-exact prompts in front of vLLM servers that somebody else started",
@@ -134,14 +171,9 @@ def _add_gateway(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8001, help="port, or 0 for a free one (default: %(default)s)")
-    parser.add_argument(
-        "--api-key",
-        default=os.environ.get("VLLM_API_KEY"),
-        help="bearer token to demand on every route but /health; needed beyond loopback (default: $VLLM_API_KEY)",
-    )
+    parser.add_argument("--api-key", help=_KEY_HELP)
     parser.add_argument(
         "--upstream-api-key",
-        default=os.environ.get("TRL_GYM_UPSTREAM_API_KEY"),
         help="bearer token to send to the upstreams (default: $TRL_GYM_UPSTREAM_API_KEY)",
     )
     parser.add_argument(
@@ -162,14 +194,15 @@ def _add_gateway(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _gateway(options: argparse.Namespace) -> int:
     from trl_gym.policy_server import gateway
+    from trl_gym.policy_server.command import api_key_from_environment
 
     gateway.run(
         gateway.GatewayOptions(
             upstreams=options.upstream,
             host=options.host,
             port=options.port,
-            api_key=options.api_key,
-            upstream_api_key=options.upstream_api_key,
+            api_key=options.api_key or api_key_from_environment(),
+            upstream_api_key=options.upstream_api_key or os.environ.get("TRL_GYM_UPSTREAM_API_KEY"),
             start_timeout_s=options.start_timeout,
             log_level=options.log_level,
         ),
@@ -182,7 +215,7 @@ def _gateway(options: argparse.Namespace) -> int:
 # -- rollout, eval ----------------------------------------------------------------------------------------------------
 
 
-def _add_rollout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_rollout(commands: Commands) -> None:
     from trl_gym.commands import options, rollout
 
     parser = commands.add_parser(
@@ -192,7 +225,7 @@ def _add_rollout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=rollout.run)
 
 
-def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_eval(commands: Commands) -> None:
     from trl_gym.commands import eval as evaluation
     from trl_gym.commands import options
 
@@ -203,7 +236,7 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.set_defaults(run=evaluation.run)
 
 
-def _add_new_environment(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_new_environment(commands: Commands) -> None:
     from trl_gym.commands import new_environment
 
     parser = commands.add_parser(
@@ -215,7 +248,7 @@ def _add_new_environment(commands: argparse._SubParsersAction[argparse.ArgumentP
     parser.set_defaults(run=new_environment.run)
 
 
-def _add_view(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_view(commands: Commands) -> None:
     from trl_gym.commands import view
 
     parser = commands.add_parser("view", help="a run as one HTML file, from its journal", description=view.DESCRIPTION)
@@ -223,21 +256,45 @@ def _add_view(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.set_defaults(run=view.run)
 
 
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_train(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train with GRPO; the same as `accelerate launch -m trl_gym.train`, in one process",
+        usage="trl-gym train --config YAML [any training option]",
+        description=(
+            "Train in this process, on what the YAML names; options given here win over it. Options are those of "
+            "GymGRPOConfig, of TRL's ModelConfig and of the script (train_files, eval_files, data_script, "
+            "train_weights, agent, resume). For several processes: `accelerate launch --config_file ACCELERATE_YAML "
+            "-m trl_gym.train --config YAML`, with the same options."
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="YAML", help="options of the run")
+    parser.set_defaults(run=_train, takes_run_options=True)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from trl_gym.train import main as train
+
+    return train([*(("--config", options.config) if options.config else ()), *options.run_options])
+
+
+def _add_doctor(commands: Commands) -> None:
     from trl_gym.commands import doctor
 
     parser = commands.add_parser(
         "doctor",
-        help="everything that a run needs, examined before the run; each failure with its remedy",
-        usage="trl-gym doctor [--config YAML] [--json] [--quick] [any option of recipes/grpo.py]",
+        help="examine everything that a run needs, before the run; each failure with its remedy",
+        usage="trl-gym doctor [--config YAML] [--json] [--quick] [any training option]",
         description=doctor.DESCRIPTION,
         allow_abbrev=False,
     )
     doctor.add_arguments(parser)
-    parser.set_defaults(run=doctor.run)
+    parser.set_defaults(run=doctor.run, takes_run_options=True)
 
 
-_COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [
+_COMMANDS: list[Callable[[Commands], None]] = [
+    _add_train,
     _add_serve,
     _add_gateway,
     _add_rollout,

@@ -1,39 +1,38 @@
-"""Every option of trl-gym, on top of TRL's `GRPOConfig`. Usable with TRL's `TrlParser` (YAML and command line)."""
+"""Every option of trl-gym on top of TRL's `GRPOConfig`, for Python, YAML and the command line; and their checks.
+
+`GymGRPOConfig.__post_init__` reports everything that is wrong in one `ConfigError`, one `Problem` per option.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+import logging
 import os
-from dataclasses import dataclass, field, fields
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from trl import GRPOConfig
 
 from trl_gym import compat
-from trl_gym.errors import ConfigError
-from trl_gym.rollouts.request import Sampling
-
-GYM_MODES = ("host", "upstream", "attach")
-DRIFT_POLICIES = ("split", "truncate", "exclude", "error")
-ON_ENVIRONMENT_DOWN = ("fail", "skip")
-WEIGHT_TRANSPORTS = ("auto", "ipc", "nccl", "file", "adapter")
-PAUSE_MODES = ("wait", "keep")
-GPU_MEMORY = ("given", "auto")
-_SECONDS = (
-    "gym_start_timeout",
-    "gym_server_start_timeout",
-    "gym_server_reconnect_timeout",
-    "gym_deadline",
-    "gym_stall_timeout",
-    "gym_sync_timeout",
+from trl_gym.errors import ConfigError, Problem
+from trl_gym.rollout_options import (
+    DEFAULT_RETRIES,
+    SAMPLING_KEYS,
+    RolloutOptions,
+    Sampling,
+    by_kind,
+    number_problems,
 )
-_RETRIED_KINDS = ("infrastructure", "deadline", "environment", "policy")
-_ENVIRONMENT_KEYS = ("deadline", "max_inflight", "retries", "launch_rate")
-_SAMPLING_KEYS = tuple(parameter.name for parameter in fields(Sampling))
+
+logger = logging.getLogger(__name__)
+
+DRIFT_POLICIES = ("truncate", "exclude", "error")
 # Flags of the policy server that belong to us; each names the option that sets it, or why it cannot be set.
-_OWNED_VLLM_FLAGS = {
+OWNED_VLLM_FLAGS = {
     "host": "the managed server is reachable from this machine only",
     "port": "the operating system chooses it",
     "listen-fd": "it is how the port reaches the server",
@@ -44,14 +43,27 @@ _OWNED_VLLM_FLAGS = {
     "gpu-memory-utilization": "set `vllm_gpu_memory_utilization`",
     "tensor-parallel-size": "set `vllm_tensor_parallel_size`",
 }
-_JSON_OPTIONS = (
-    "gym_overrides",
-    "gym_vllm_args",
-    "gym_retries",
-    "gym_environments",
-    "gym_eval_sampling",
+_JSON_OPTIONS = ("gym_overrides", "gym_vllm_args", "gym_retries", "gym_environments", "gym_eval_sampling")
+_SECONDS = (
+    "gym_start_timeout",
+    "gym_server_start_timeout",
+    "gym_server_reconnect_timeout",
+    "gym_stall_timeout",
+    "gym_sync_timeout",
 )
-_DEFAULT_RETRIES = 2
+_AT_LEAST = {
+    "gym_min_group_size": 2,  # a group of one has no baseline
+    "gym_verify_sync_steps": 0,
+    "gym_server_restarts": 0,
+    "gym_max_adapters": 2,  # one is loaded while the other is used
+    "gym_weight_buffer_mb": 1,
+}
+# Options of TRL that the rollout path cannot honour are refused: silence would be worse.
+_NOT_HONOURED = {
+    "vllm_structured_outputs_regex": "NeMo Gym's agents make the requests",
+    "generation_kwargs": "server-wide settings belong into `gym_vllm_args`",
+    "use_transformers_continuous_batching": "rollouts are served by vLLM",
+}
 
 
 @dataclass
@@ -130,8 +142,8 @@ class GymGRPOConfig(GRPOConfig):
         gym_drift (`str`, *optional*, defaults to `"truncate"`):
             What to do with a rollout that drifts: one of its prompts does not start with the tokens already seen.
             `"truncate"` trains the tokens before, `"exclude"` takes the rollout out of the loss and of its group's
-            baseline, `"error"` stops training, `"split"` behaves as `"truncate"` for now. Every drift is counted,
-            logged with its cause and explained in the journal.
+            baseline, `"error"` stops training. Every drift is counted, logged with its cause and explained in the
+            journal.
 
         > Parameters that control weight sync
 
@@ -188,7 +200,7 @@ class GymGRPOConfig(GRPOConfig):
         metadata={
             "help": "'host': all Gym servers in one child process; 'upstream': Gym's own launcher, supervised; "
             "'attach': a running Gym at gym_head_url.",
-            "choices": list(GYM_MODES),
+            "choices": ["host", "upstream", "attach"],
         },
     )
     gym_head_url: str | None = field(
@@ -227,7 +239,7 @@ class GymGRPOConfig(GRPOConfig):
         metadata={
             "help": "'given': the server takes vllm_gpu_memory_utilization of each GPU; 'auto': what the planner "
             "computes from model, batch and context.",
-            "choices": list(GPU_MEMORY),
+            "choices": ["given", "auto"],
         },
     )
     gym_offload_optimizer: bool = field(
@@ -257,7 +269,7 @@ class GymGRPOConfig(GRPOConfig):
         metadata={
             "help": "When an environment's servers do not answer any more: 'fail' stops training, 'skip' leaves its "
             "rollouts out of the batch.",
-            "choices": list(ON_ENVIRONMENT_DOWN),
+            "choices": ["fail", "skip"],
         },
     )
     gym_stall_timeout: float = field(
@@ -285,9 +297,9 @@ class GymGRPOConfig(GRPOConfig):
         default="truncate",
         metadata={
             "help": "What to do with a rollout whose prompt does not start with the tokens already seen: 'truncate' "
-            "trains the part before, 'exclude' takes it out of loss and baseline, 'error' stops, 'split' behaves as "
-            "'truncate' for now.",
-            "choices": list(DRIFT_POLICIES),
+            "trains the part before, 'exclude' takes it out of loss and baseline, 'error' stops.",
+            # No `choices`: argparse would refuse 'split', which old configs have.
+            "metavar": f"{{{','.join(DRIFT_POLICIES)}}}",
         },
     )
     gym_weight_transport: str = field(
@@ -295,7 +307,7 @@ class GymGRPOConfig(GRPOConfig):
         metadata={
             "help": "How weights reach the policy server: 'ipc' (shared GPUs), 'nccl' (other GPUs or hosts), 'file' "
             "(everywhere), 'adapter' (LoRA only); 'auto' chooses from the placement.",
-            "choices": list(WEIGHT_TRANSPORTS),
+            "choices": ["auto", "ipc", "nccl", "file", "adapter"],
         },
     )
     gym_weight_dir: str | None = field(
@@ -313,7 +325,7 @@ class GymGRPOConfig(GRPOConfig):
         metadata={
             "help": "What a sync does with requests that are being answered: 'wait' lets them finish, 'keep' freezes "
             "them.",
-            "choices": list(PAUSE_MODES),
+            "choices": ["wait", "keep"],
         },
     )
     gym_sync_timeout: float = field(
@@ -341,8 +353,13 @@ class GymGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        problems = self._parse_json_options()
+        problems = [*self._parse_json_options(), *self._replace_wrong_types()]
         self._spell_out_retries()
+        if self.gym_drift == "split":
+            logger.warning(
+                "`gym_drift` is 'split', which never did what it says and behaves as 'truncate'. Set it to 'truncate'."
+            )
+            self.gym_drift = "truncate"
         if self.bf16 is None and (self.use_cpu or not _has_accelerator()):
             # TRL turns bf16 on by default. On a CPU, autocast is slower than float32 and widens the gap to the server.
             self.bf16 = False
@@ -352,16 +369,34 @@ class GymGRPOConfig(GRPOConfig):
         try:
             super().__post_init__()
         except ValueError as error:  # TRL's and transformers' own checks stop at their first complaint
-            problems.append(str(error))
+            problems.append(Problem(str(error)))
         if problems:
-            listed = "\n".join(f"  - {problem}" for problem in problems)
-            raise ConfigError(f"{len(problems)} problem(s) in the configuration:\n{listed}")
+            raise ConfigError(f"{len(problems)} problem(s) in the configuration:", problems=problems)
         if self.gym_log_dir is None:
             self.gym_log_dir = os.path.join(self.output_dir, "logs")
 
     @property
+    def rollout_options(self) -> RolloutOptions:
+        """How rollouts of training are sampled and what they may cost."""
+        return RolloutOptions(
+            sampling=Sampling(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k or -1,
+                min_p=self.min_p or 0.0,
+                repetition_penalty=self.repetition_penalty,
+            ),
+            max_completion_length=self.max_completion_length,
+            deadline=self.gym_deadline,
+            max_inflight=self.gym_max_inflight,
+            launch_rate=self.gym_launch_rate,
+            retries=self.gym_retries,  # type: ignore[arg-type]  # a mapping since `__post_init__`, like the next
+            environments=self.gym_environments or {},  # type: ignore[arg-type]
+        )
+
+    @property
     def serving_dtype(self) -> str:
-        """Precision the trainer computes in, in which the policy server that we start computes too."""
+        """Precision in which the trainer computes, and the policy server that we start too."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
 
     @property
@@ -371,7 +406,7 @@ class GymGRPOConfig(GRPOConfig):
             return self.gym_probe_tolerance
         return 0.02 if self.serving_dtype == "float32" else 0.1
 
-    def _parse_json_options(self) -> list[str]:
+    def _parse_json_options(self) -> list[Problem]:
         """Turn JSON text from the command line into mappings; transformers would stop at the first that is broken."""
         problems = []
         for name in _JSON_OPTIONS:
@@ -381,23 +416,106 @@ class GymGRPOConfig(GRPOConfig):
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
                     setattr(self, name, None)
-                    problems.append(f"`{name}` must be a JSON object, got {value!r} ({error}).")
+                    problems.append(
+                        Problem(
+                            f"`{name}` is {value!r}, which is not JSON ({error}).",
+                            """Write it as '{"key": "value"}', in quotes.""",
+                        )
+                    )
+        return problems
+
+    def _replace_wrong_types(self) -> list[Problem]:
+        """Put the default where a value is of a wrong type, so that all other checks can be made; list such values.
+
+        YAML's `null`, and text where a number belongs, would otherwise end in a TypeError somewhere later. Of TRL's
+        options only numbers are looked at: others convert what they take.
+        """
+        hints = typing.get_type_hints(type(self))
+        problems = []
+        for one in fields(self):
+            value, hint = getattr(self, one.name), hints[one.name]
+            is_checked = one.name.startswith("gym_") or set(_alternatives(hint)) <= _NUMBERS
+            if is_checked and not _is_of(value, hint) and value != _default(one):
+                setattr(self, one.name, _default(one))
+                problems.append(Problem(f"`{one.name}` is {value!r}.", f"Set it to {_spelled(hint)}."))
         return problems
 
     def _spell_out_retries(self) -> None:
-        """A number stands for infrastructure failures; from here on every value is by failure kind."""
-        self.gym_retries = _by_kind(_DEFAULT_RETRIES if self.gym_retries is None else self.gym_retries)
+        """Write retries by failure kind, where a number stands for infrastructure failures."""
+        self.gym_retries = by_kind(DEFAULT_RETRIES if self.gym_retries is None else self.gym_retries)
         if isinstance(self.gym_environments, dict):
             self.gym_environments = {
-                agent: {**own, "retries": _by_kind(own["retries"])}
+                agent: {**own, "retries": by_kind(own["retries"])}
                 if isinstance(own, dict) and "retries" in own
                 else own
                 for agent, own in self.gym_environments.items()
             }
 
 
-def _by_kind(retries: Any) -> Any:
-    return {"infrastructure": retries} if isinstance(retries, int) else retries
+def checked_args(args: GymGRPOConfig | None, model: Any, kwargs: dict[str, Any]) -> GymGRPOConfig:
+    """Return the configuration that a trainer was given, or the default one.
+
+    Args:
+        args: As given to the trainer.
+        model: Model, or its name, for the default `output_dir`.
+        kwargs: Other arguments of TRL's `GRPOTrainer`.
+
+    Raises:
+        ConfigError: `args` is of another class, or an argument cannot be combined with a NeMo Gym environment.
+    """
+    for name in ("tools", "environment_factory", "rollout_func"):
+        if kwargs.get(name) is not None:
+            raise ConfigError(
+                f"`{name}` cannot be combined with a NeMo Gym environment, which brings its own tools and rollouts.",
+                "Use TRL's GRPOTrainer, or write a Gym environment.",
+            )
+    if args is None:
+        name = model if isinstance(model, str) else compat.model_id(model)
+        return GymGRPOConfig(output_dir=f"{Path(name).name or 'policy'}-GymGRPO")
+    if not isinstance(args, GymGRPOConfig):
+        raise ConfigError(
+            f"`args` must be a GymGRPOConfig, got {type(args).__name__}.",
+            "Use GymGRPOConfig, which has all of its options.",
+        )
+    return args
+
+
+# -- types ------------------------------------------------------------------------------------------------------------
+
+_TYPES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "null",
+}
+_NUMBERS = {int, float, bool, type(None)}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union, without their parameters; of any other type, that type."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return tuple(typing.get_origin(one) or one for one in (typing.get_args(hint) if union else (hint,)))
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of an option's type. An option with a type that is not in `_TYPES` takes everything."""
+    wanted = _alternatives(hint)
+    if not set(wanted) <= _TYPES.keys():
+        return True
+    if isinstance(value, bool):  # is an int to Python
+        return bool in wanted
+    return isinstance(value, wanted) or (float in wanted and isinstance(value, int))
+
+
+def _spelled(hint: Any) -> str:
+    return " or ".join(_TYPES[one] for one in _alternatives(hint))
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default_factory() if one.default_factory is not MISSING else one.default
 
 
 def _has_accelerator() -> bool:
@@ -406,219 +524,139 @@ def _has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What can be wrong with a `GymGRPOConfig`: one list, each entry naming the option, the value and the remedy.
+# -- values -----------------------------------------------------------------------------------------------------------
 
 
-def find_problems(config: GymGRPOConfig) -> list[str]:
-    """Everything that is wrong with our own options, in the order of the options."""
+def find_problems(config: GymGRPOConfig) -> list[Problem]:
+    """List everything that is wrong with our own options; their types are right."""
     return [
+        *_choice_problems(config),
         *_gym_problems(config),
         *_server_problems(config),
+        *_length_problems(config),
         *_number_problems(config),
-        *_rollout_problems(config),
-        *_sync_problems(config),
-        *_ignored_options(config),
+        *config.rollout_options.problems(lambda name: f"gym_{name}"),
+        *_eval_sampling_problems(config),
+        *_shared_gpu_problems(config),
+        *_unused_option_problems(config),
     ]
 
 
-def _gym_problems(config: GymGRPOConfig) -> list[str]:
-    problems = []
-    if config.gym_mode not in GYM_MODES:
-        problems.append(f"`gym_mode` is {config.gym_mode!r}; choose one of {', '.join(GYM_MODES)}.")
+def _choice_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    choices = {
+        one.name: one.metadata["choices"]
+        for one in fields(config)
+        if one.name.startswith("gym_") and "choices" in one.metadata
+    }
+    for name, allowed in {**choices, "gym_drift": DRIFT_POLICIES, "vllm_mode": ("colocate", "server")}.items():
+        if getattr(config, name) not in allowed:
+            yield Problem(f"`{name}` is {getattr(config, name)!r}.", f"Choose one of {', '.join(allowed)}.")
+
+
+def _gym_problems(config: GymGRPOConfig) -> Iterator[Problem]:
     if config.gym_mode == "attach" and config.gym_head_url is None:
-        problems.append("`gym_mode` is 'attach' and `gym_head_url` is not set; name the head server of that Gym.")
+        yield Problem(
+            "`gym_mode` is 'attach' and `gym_head_url` is not set.", "Set it to the URL of that Gym's head server."
+        )
     if config.gym_head_url is not None and config.gym_config_paths:
-        problems.append(
-            "`gym_head_url` attaches to a running Gym and `gym_config_paths` would start one; set only one."
+        yield Problem(
+            "`gym_head_url` attaches to a running Gym and `gym_config_paths` would start one.", "Set only one."
         )
-    if config.gym_overrides is not None and not isinstance(config.gym_overrides, dict):
-        problems.append(f"`gym_overrides` must be a mapping or a JSON object, got {config.gym_overrides!r}.")
-    if config.gym_drift not in DRIFT_POLICIES:
-        problems.append(f"`gym_drift` is {config.gym_drift!r}; choose one of {', '.join(DRIFT_POLICIES)}.")
-    return problems
+    if not isinstance(config.gym_overrides, dict | None):
+        yield Problem(f"`gym_overrides` is {config.gym_overrides!r}.", "Set it to a mapping, or to a JSON object.")
+    for name in ("gym_weight_dir", "gym_replay"):
+        folder = getattr(config, name)
+        if folder is not None and not Path(folder).is_dir():
+            yield Problem(f"`{name}` is {folder!r}, which is not a folder.", "Create it, or correct the path.")
 
 
-def _server_problems(config: GymGRPOConfig) -> list[str]:
-    problems = []
+def _server_problems(config: GymGRPOConfig) -> Iterator[Problem]:
     if not config.use_vllm:
-        problems.append("`use_vllm` is false; rollouts need a policy server, leave it at true.")
-    if config.vllm_mode not in ("colocate", "server"):
-        problems.append(f"`vllm_mode` is {config.vllm_mode!r}; choose 'colocate' or 'server'.")
+        yield Problem("`use_vllm` is false, and rollouts need a policy server.", "Leave it at true.")
     if config.vllm_mode == "colocate" and config.vllm_server_base_url is not None:
-        problems.append(
-            "`vllm_server_base_url` names a running server and `vllm_mode` is 'colocate', which starts one; "
-            "set `vllm_mode` to 'server', or leave the URL out."
+        yield Problem(
+            "`vllm_server_base_url` names a running server and `vllm_mode` is 'colocate', which starts one.",
+            "Set `vllm_mode` to 'server', or leave the URL out.",
         )
-    if config.gym_vllm_args is not None and not isinstance(config.gym_vllm_args, dict):
-        problems.append(f"`gym_vllm_args` must be a mapping or a JSON object, got {config.gym_vllm_args!r}.")
+    if not isinstance(config.gym_vllm_args, dict | None):
+        yield Problem(f"`gym_vllm_args` is {config.gym_vllm_args!r}.", "Set it to a mapping, or to a JSON object.")
     elif config.gym_vllm_args:
         if config.vllm_mode == "server":
-            problems.append("`gym_vllm_args` has no effect with `vllm_mode` 'server': that server runs already.")
-        for flag in config.gym_vllm_args:
-            if (reason := _OWNED_VLLM_FLAGS.get(flag.lstrip("-").replace("_", "-"))) is not None:
-                problems.append(f"`gym_vllm_args` must not set {flag!r}: {reason}.")
-    if config.gym_weight_dir is not None and not Path(config.gym_weight_dir).is_dir():
-        problems.append(f"`gym_weight_dir` is {config.gym_weight_dir!r}, which is not a folder; create it first.")
-    return problems
-
-
-def _number_problems(config: GymGRPOConfig) -> list[str]:
-    problems = []
-    for name in _SECONDS:
-        value = getattr(config, name)
-        if not (isinstance(value, int | float) and 0 < value < math.inf):
-            problems.append(f"`{name}` is {value!r}; it must be a number of seconds above 0.")
-    if config.gym_max_inflight < 1:
-        problems.append(f"`gym_max_inflight` is {config.gym_max_inflight}; it must be at least 1.")
-    if config.gym_probe_tolerance is not None and not config.gym_probe_tolerance > 0:
-        problems.append(f"`gym_probe_tolerance` is {config.gym_probe_tolerance}; it must be above 0 (nats).")
-    length, context = config.max_completion_length, config.vllm_max_model_length
-    if length is not None and context is not None and length >= context:
-        problems.append(
-            f"`max_completion_length` ({length}) leaves no room for a prompt in `vllm_max_model_length` ({context})."
-        )
-    if length is None:
-        problems.append("`max_completion_length` must be set: it bounds the tokens of a rollout after its prompt.")
-    return problems
-
-
-def _rollout_problems(config: GymGRPOConfig) -> list[str]:
-    problems = _retry_problems("gym_retries", config.gym_retries)
-    if config.gym_launch_rate is not None and not config.gym_launch_rate > 0:
-        problems.append(f"`gym_launch_rate` is {config.gym_launch_rate!r}; it must be above 0 (per second).")
-    if config.gym_on_environment_down not in ON_ENVIRONMENT_DOWN:
-        problems.append(
-            f"`gym_on_environment_down` is {config.gym_on_environment_down!r}; choose one of "
-            f"{', '.join(ON_ENVIRONMENT_DOWN)}."
-        )
-    if config.gym_min_group_size < 2:
-        problems.append(f"`gym_min_group_size` is {config.gym_min_group_size}; a baseline needs at least 2.")
-    if not 0 <= config.gym_min_valid_fraction <= 1:
-        problems.append(f"`gym_min_valid_fraction` is {config.gym_min_valid_fraction}; it must be within 0 and 1.")
-    if config.gym_replay is not None and not Path(config.gym_replay).is_dir():
-        problems.append(f"`gym_replay` is {config.gym_replay!r}, which is not a folder.")
-    if not config.gym_journal_max_mb > 0:
-        problems.append(f"`gym_journal_max_mb` is {config.gym_journal_max_mb}; it must be above 0.")
-    return problems + _eval_sampling_problems(config) + _environment_problems(config)
-
-
-def _eval_sampling_problems(config: GymGRPOConfig) -> list[str]:
-    sampling = config.gym_eval_sampling
-    if sampling is None:
-        return []
-    if not isinstance(sampling, dict):
-        return [f"`gym_eval_sampling` must be a mapping or a JSON object, got {sampling!r}."]
-    return [
-        f"`gym_eval_sampling` has the unknown key {name!r}; choose among {', '.join(_SAMPLING_KEYS)}."
-        for name in sampling
-        if name not in _SAMPLING_KEYS
-    ]
-
-
-def _environment_problems(config: GymGRPOConfig) -> list[str]:
-    environments = config.gym_environments or {}
-    if not isinstance(environments, dict) or not all(isinstance(own, dict) for own in environments.values()):
-        return [f"`gym_environments` must map agent names to mappings, got {environments!r}."]
-    problems = []
-    for agent, own in environments.items():
-        for name, value in own.items():
-            where = f"gym_environments[{agent!r}][{name!r}]"
-            if name not in _ENVIRONMENT_KEYS:
-                problems.append(f"`{where}` is unknown; choose among {', '.join(_ENVIRONMENT_KEYS)}.")
-            elif name == "retries":
-                problems += _retry_problems(where, value)
-            elif not isinstance(value, int | float) or not 0 < value < math.inf:
-                problems.append(f"`{where}` is {value!r}; it must be a number above 0.")
-    return problems
-
-
-def _sync_problems(config: GymGRPOConfig) -> list[str]:
-    problems = []
-    for name, choices in (
-        ("gym_weight_transport", WEIGHT_TRANSPORTS),
-        ("gym_pause_mode", PAUSE_MODES),
-        ("gym_gpu_memory", GPU_MEMORY),
-    ):
-        if getattr(config, name) not in choices:
-            problems.append(f"`{name}` is {getattr(config, name)!r}; choose one of {', '.join(choices)}.")
-    for name, least in (
-        ("gym_verify_sync_steps", 0),
-        ("gym_server_restarts", 0),
-        ("gym_max_adapters", 2),
-        ("gym_weight_buffer_mb", 1),
-    ):
-        if getattr(config, name) < least:
-            problems.append(f"`{name}` is {getattr(config, name)}; it must be at least {least}.")
-    for name in ("gym_server_start_timeout", "gym_server_reconnect_timeout"):
-        value = getattr(config, name)
-        if isinstance(value, int | float) and value >= config.ddp_timeout:
-            problems.append(
-                f"`{name}` is {value:g} and `ddp_timeout` {config.ddp_timeout}: the ranks that wait for the one which "
-                "waits for the server would give up first; set `ddp_timeout` higher."
+            yield Problem(
+                "`gym_vllm_args` has no effect with `vllm_mode` 'server': that server runs already.",
+                "Start the server with these flags, and remove them here.",
             )
+        for flag in config.gym_vllm_args:
+            if (reason := OWNED_VLLM_FLAGS.get(flag.lstrip("-").replace("_", "-"))) is not None:
+                yield Problem(f"`gym_vllm_args` must not set {flag!r}: {reason}.", "Remove it.")
+    for name in ("gym_server_start_timeout", "gym_server_reconnect_timeout"):
+        if (seconds := getattr(config, name)) >= config.ddp_timeout:
+            yield Problem(
+                f"`{name}` is {seconds:g} and `ddp_timeout` {config.ddp_timeout}: the ranks that wait for the one "
+                "which waits for the server would give up first.",
+                "Set `ddp_timeout` higher.",
+            )
+
+
+def _length_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    length, context = config.max_completion_length, config.vllm_max_model_length
+    if length is None:
+        yield Problem(
+            "`max_completion_length` must be set: it bounds the tokens of a rollout after its prompt.",
+            "Set it below `vllm_max_model_length`.",
+        )
+    elif context is not None and length >= context:
+        yield Problem(
+            f"`max_completion_length` ({length}) leaves no room for a prompt in `vllm_max_model_length` ({context}).",
+            "Lower the first, or raise the second.",
+        )
+
+
+def _number_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    for name in _SECONDS:
+        yield from number_problems(name, getattr(config, name), above=0, unit="seconds")
+    for name, least in _AT_LEAST.items():
+        yield from number_problems(name, getattr(config, name), least=least, whole=True)
+    yield from number_problems("gym_min_valid_fraction", config.gym_min_valid_fraction, least=0, most=1)
+    yield from number_problems("gym_journal_max_mb", config.gym_journal_max_mb, above=0, unit="MB")
+    if config.gym_probe_tolerance is not None:
+        yield from number_problems("gym_probe_tolerance", config.gym_probe_tolerance, above=0, unit="nats")
+
+
+def _eval_sampling_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    sampling = config.gym_eval_sampling
+    if not isinstance(sampling, dict | None):
+        yield Problem(f"`gym_eval_sampling` is {sampling!r}.", "Set it to a mapping, or to a JSON object.")
+        return
+    for name, value in (sampling or {}).items():
+        if name not in SAMPLING_KEYS:
+            yield Problem(
+                f"`gym_eval_sampling` has the unknown key {name!r}.", f"Choose among {', '.join(SAMPLING_KEYS)}."
+            )
+        else:
+            yield from number_problems(f"gym_eval_sampling[{name!r}]", value, least=-1)
+
+
+def _shared_gpu_problems(config: GymGRPOConfig) -> Iterator[Problem]:
     if config.vllm_enable_sleep_mode and (config.vllm_mode == "server" or config.gym_server_devices is not None):
-        problems.append(
+        yield Problem(
             "`vllm_enable_sleep_mode` makes trainer and server take turns on the same GPUs, and the server has its "
-            "own (`vllm_mode` 'server' or `gym_server_devices`); leave it out."
+            "own (`vllm_mode` 'server' or `gym_server_devices`).",
+            "Leave it out.",
         )
     if config.gym_offload_optimizer and not config.vllm_enable_sleep_mode:
-        problems.append(
-            "`gym_offload_optimizer` makes room for a server that sleeps during updates; set "
-            "`vllm_enable_sleep_mode` too, or leave it out."
+        yield Problem(
+            "`gym_offload_optimizer` makes room for a server that sleeps during updates.",
+            "Set `vllm_enable_sleep_mode` too, or leave it out.",
         )
     if config.gym_server_devices is not None and config.vllm_mode == "server":
-        problems.append(
-            "`gym_server_devices` places a server that we start and `vllm_mode` is 'server', where one runs already; "
-            "set `vllm_mode` to 'colocate', or leave the devices out."
+        yield Problem(
+            "`gym_server_devices` places a server that we start and `vllm_mode` is 'server', where one runs already.",
+            "Set `vllm_mode` to 'colocate', or leave the devices out.",
         )
-    return problems
 
 
-def _ignored_options(config: GymGRPOConfig) -> list[str]:
-    """Options of TRL that the rollout path cannot honour: refused, because silence would be worse."""
-    ignored = {
-        "vllm_structured_outputs_regex": "NeMo Gym's agents make the requests",
-        "generation_kwargs": "put server-wide settings into `gym_vllm_args`",
-        "use_transformers_continuous_batching": "rollouts are served by vLLM",
-    }
-    return [
-        f"`{name}` has no effect on Gym rollouts ({reason}); remove it."
-        for name, reason in ignored.items()
-        if getattr(config, name)
-    ]
-
-
-def _retry_problems(where: str, retries: Any) -> list[str]:
-    if not isinstance(retries, dict):
-        return [f"`{where}` must be a number or a mapping from failure kinds to numbers, got {retries!r}."]
-    problems = [
-        f"`{where}` has the unknown failure kind {kind!r}; choose among {', '.join(_RETRIED_KINDS)}."
-        for kind in retries
-        if kind not in _RETRIED_KINDS
-    ]
-    return problems + [
-        f"`{where}` has {number!r} for {kind!r}; it must be an integer of at least 0."
-        for kind, number in retries.items()
-        if not isinstance(number, int) or number < 0
-    ]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What a trainer is given, checked before anything is started.
-
-
-def checked_args(args: GymGRPOConfig | None, model: Any, kwargs: dict[str, Any]) -> GymGRPOConfig:
-    """The configuration, or one error for what TRL takes and a Gym trainer cannot."""
-    for name in ("tools", "environment_factory", "rollout_func"):
-        if kwargs.get(name) is not None:
-            raise ConfigError(
-                f"`{name}` cannot be combined with a NeMo Gym environment, which brings its own tools and rollouts; "
-                "use TRL's GRPOTrainer, or write a Gym environment."
-            )
-    if args is None:
-        name = model if isinstance(model, str) else compat.model_id(model)
-        return GymGRPOConfig(output_dir=f"{Path(name).name or 'policy'}-GymGRPO")
-    if not isinstance(args, GymGRPOConfig):
-        raise ConfigError(f"`args` must be a GymGRPOConfig, got {type(args).__name__}.")
-    return args
+def _unused_option_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    for name, reason in _NOT_HONOURED.items():
+        if getattr(config, name):
+            yield Problem(f"`{name}` has no effect on Gym rollouts: {reason}.", "Remove it.")

@@ -23,6 +23,7 @@ from trl_gym.commands.collect import collect, shown_progress, speaker
 from trl_gym.commands.options import CollectOptions, NamedFile
 from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.server import PolicyBackend
+from trl_gym.rollout_options import RolloutOptions, Sampling
 from trl_gym.rollouts.journal import read_journal
 
 Record = Mapping[str, Any]  # a line of the journal, see `rollouts.rollout.journal_record`
@@ -101,9 +102,9 @@ def roll_out(
         head_url=gym.head_url,
         limit=limit,
         num_generations=num_generations,
-        deadline_s=deadline_s,
-        temperature=temperature,
-        max_tokens=max_tokens,
+        rollouts=RolloutOptions(
+            sampling=Sampling(temperature=temperature), max_completion_length=max_tokens, deadline=deadline_s
+        ),
     )
     console = Console(force_jupyter=False)  # plain lines: rich's own would each be an output of their own
     with shown_progress(console) as progress:

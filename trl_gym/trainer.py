@@ -45,6 +45,7 @@ from trl_gym.resume import (
     restored,
     save_state,
 )
+from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.batch import (
     checked_rewards,
     completion,
@@ -55,7 +56,7 @@ from trl_gym.rollouts.batch import (
 )
 from trl_gym.rollouts.collection import CollectionStatus
 from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
-from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
+from trl_gym.rollouts.request import RolloutRequest, stamp
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_replay
 from trl_gym.rollouts.trajectory import Trajectory, from_gym, make_decoder
@@ -517,13 +518,7 @@ class GymGRPOTrainer(GRPOTrainer):
     @property
     def _trained_sampling(self) -> Sampling:
         """The distribution whose log-probabilities TRL computes."""
-        return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k if self.top_k else -1,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=self.repetition_penalty,
-        )
+        return self.args.rollout_options.sampling
 
     @property
     def _mode(self) -> str:

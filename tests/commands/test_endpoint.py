@@ -7,7 +7,7 @@ import pytest
 from tests.commands.plain_endpoint import KEY, MODEL, plain_endpoint
 from tests.rollouts.recorded import request
 from trl_gym.commands.collect import without_tag
-from trl_gym.commands.options import EndpointKind, look_at
+from trl_gym.commands.endpoint import EndpointKind, look_at
 from trl_gym.errors import ConfigError, PolicyServerError
 
 
@@ -20,11 +20,20 @@ def test_a_foreign_endpoint_is_recognized_and_its_limits_are_said(tokenizes: boo
         assert ("no token ids" in endpoint.note) == (not tokenizes)
 
 
+def test_a_proxy_for_the_outer_world_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with plain_endpoint(tokenizes=True) as server:
+        assert look_at(server.base_url, MODEL, KEY).kind is EndpointKind.VLLM
+
+
 def test_what_cannot_work_is_said_before_anything_is_started() -> None:
     with plain_endpoint() as server:
-        with pytest.raises(ConfigError, match="--api_key"):
+        with pytest.raises(ConfigError, match="--api-key"):
             look_at(server.base_url, MODEL, None)
-        with pytest.raises(ConfigError, match=r"--model is 'other' and .* serves 'foreign'"):
+        with pytest.raises(ConfigError, match=r"`--model` is 'other' and .* serves 'foreign'"):
             look_at(server.base_url, "other", KEY)
         gone = server.base_url
     with pytest.raises(PolicyServerError, match="cannot be reached"):

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from trl_gym.cli import main
-from trl_gym.commands.options import CollectOptions, NamedFile, named_file
+from trl_gym.cli import main, parse_args
+from trl_gym.commands.options import CollectOptions, NamedFile, named_file, parse
 from trl_gym.errors import ConfigError
+from trl_gym.rollout_options import RolloutOptions, Sampling
 
 
 def options(tmp_path: Path, **changes: object) -> CollectOptions:
@@ -38,23 +39,22 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
             base_url="localhost:8000",
             config_paths=[],
             num_generations=0,
-            deadline_s=0,
-            top_p=1.5,
-            temperature=-1,
-            retries=-1,
+            rollouts=RolloutOptions(
+                sampling=Sampling(temperature=-1, top_p=1.5), deadline=0, retries={"infrastructure": -1}
+            ),
         )
     text = str(caught.value)
     assert text.startswith("9 problem(s)")
     for part in (
-        "none.jsonl: no such file",
-        "two datasets are called 'x'",
-        "--gym_config_paths",
-        "--base_url is 'localhost:8000'",
-        "--num_generations is 0",
-        "--deadline is 0",
-        "--top_p is 1.5",
-        "--temperature is -1",
-        "--retries is -1",
+        "none.jsonl does not exist",
+        "Two datasets are called 'x'",
+        "--gym-config-paths",
+        "`--base-url` is 'localhost:8000'",
+        "`--num-generations` is 0",
+        "`--deadline` is 0",
+        "`--top-p` is 1.5",
+        "`--temperature` is -1",
+        "`--retries['infrastructure']` is -1",
     ):
         assert part in text
 
@@ -66,9 +66,9 @@ def test_the_command_line_has_every_option(command: str, capsys: pytest.CaptureF
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     for name in (
-        "dataset", "gym_config_paths", "base_url", "model", "output_dir", "num_generations", "deadline",
-        "max_inflight", "agent", "gym_python", "gym_head_url", "api_key", "temperature", "top_p",
-        "max_tokens", "limit", "overrides",
+        "dataset", "gym-config-paths", "base-url", "model", "output-dir", "num-generations", "deadline",
+        "max-inflight", "retries", "agent", "gym-python", "gym-head-url", "api-key", "temperature", "top-p",
+        "max-completion-length", "limit", "gym-overrides",
     ):  # fmt: skip
         assert f"--{name} " in shown, name
 
@@ -76,5 +76,33 @@ def test_the_command_line_has_every_option(command: str, capsys: pytest.CaptureF
 def test_a_wrong_option_is_one_message_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--dataset", "none.jsonl", "--base_url", "http://x/v1", "--model", "m", "--output_dir", str(tmp_path)]
     assert main(["rollout", *arguments, "--gym_config_paths", "gym.yaml"]) == 1
-    assert "none.jsonl: no such file" in capsys.readouterr().err
+    assert "none.jsonl does not exist" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_are_taken_with_either_separator_and_by_the_names_of_training() -> None:
+    needed = ["--dataset=a_b.jsonl", "--base-url", "http://x_y/v1", "--model", "my_model", "--output_dir", "out_put"]
+    options = parse_args(
+        ["rollout", *needed, "--gym_deadline=5", "--max_tokens", "7", "--gym-overrides", '{"a_b": 1}']
+    )
+    assert (options.dataset, options.model, options.output_dir) == (["a_b.jsonl"], "my_model", "out_put")
+    assert (options.deadline, options.max_completion_length, options.gym_overrides) == (5, 7, {"a_b": 1})
+    options = parse_args(["train", "--config", "a_b.yaml", "--gym-deadline", "5", "--output-dir=a-b", "--top_k", "-1"])
+    assert options.run_options == ["--gym_deadline", "5", "--output_dir=a-b", "--top_k", "-1"]
+    served = parse_args(["serve", "a_b", "--max_model_len", "512", "--compilation-config.x_y", "1"])
+    assert served.flags == ["--max_model_len", "512", "--compilation-config.x_y", "1"]
+
+
+def test_a_flag_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["view", "run", "--no-such-flag"])
+    assert "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
+
+
+def test_the_key_is_that_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "from the environment")
+    (tmp_path / "a.jsonl").touch()
+    command = ["rollout", "--dataset", str(tmp_path / "a.jsonl"), "--base-url", "http://x/v1", "--model", "m"]
+    command += ["--output-dir", str(tmp_path / "out"), "--gym-config-paths", "gym.yaml"]
+    assert parse(parse_args(command), "rollout").api_key == "from the environment"
+    assert parse(parse_args([*command, "--api-key", "given"]), "rollout").api_key == "given"

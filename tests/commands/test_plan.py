@@ -13,6 +13,7 @@ from tests.commands.test_options import options
 from trl_gym.commands.collect import Task, all_jobs, claim, done, load_tasks, missing
 from trl_gym.commands.options import NamedFile
 from trl_gym.errors import ConfigError
+from trl_gym.rollout_options import RolloutOptions, Sampling
 
 tasks = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz")), max_size=6).map(
     lambda rows: [Task(dataset, index, task, {}) for index, (dataset, task) in enumerate(rows)]
@@ -57,9 +58,11 @@ def test_what_is_done_is_not_done_again_and_everything_else_is(
 
 def test_a_folder_is_of_one_model_and_sampling(tmp_path: Path) -> None:
     claim(options(tmp_path))
-    claim(options(tmp_path, num_generations=8, base_url="http://moved:9/v1", deadline_s=5))  # more of the same
-    with pytest.raises(ConfigError, match=r"model 'policy' → 'other', temperature 1.0 → 0.5.*--output_dir"):
-        claim(options(tmp_path, model="other", temperature=0.5))
+    claim(
+        options(tmp_path, num_generations=8, base_url="http://moved:9/v1", rollouts=RolloutOptions(deadline=5))
+    )  # more of the same
+    with pytest.raises(ConfigError, match=r"model 'policy' → 'other', temperature 1.0 → 0.5.*--output-dir"):
+        claim(options(tmp_path, model="other", rollouts=RolloutOptions(sampling=Sampling(temperature=0.5))))
     with pytest.raises(ConfigError, match="mode 'rollout' → 'eval'"):
         claim(options(tmp_path, mode="eval"))
     (tmp_path / "out" / "collection.json").unlink()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 import yaml
 
-from tests.conftest import RECIPES, load
+from tests.conftest import RECIPES
 from tests.policy_server.tiny_model import build_tokenizer
 from trl_gym.doctor.checks import Status
 from trl_gym.doctor.inputs import classify
 from trl_gym.doctor.live import declared_agents, judge
-from trl_gym.doctor.options import ScriptOptions
 from trl_gym.doctor.static import SUPPORTED_PYTHON, Process, left_files, orphans, processes, why_not_writable
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.rollouts.request import RolloutRequest
@@ -70,12 +67,6 @@ def test_folders_that_can_be_written_or_made(tmp_path: Path) -> None:
     assert "is not a folder" in (why_not_writable(tmp_path / "file" / "b") or "")
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
     assert why_not_writable(Path("/proc/nothing")) is not None  # a file system that takes no files
-
-
-def test_the_scripts_own_options_are_known() -> None:
-    script = load("recipe_grpo", RECIPES / "grpo.py").ScriptArguments
-    assert get_type_hints(script) == get_type_hints(ScriptOptions)
-    assert dataclasses.asdict(script()) == dataclasses.asdict(ScriptOptions())
 
 
 def test_supported_python_is_that_of_the_package() -> None:

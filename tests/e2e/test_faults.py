@@ -22,6 +22,7 @@ from tests.e2e.reset_proxy import ResetProxy
 from tests.e2e.training import CALCULATOR, ROOT, RecordingTrainer, config
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerError
+from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.call_records import RolloutLedger
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
@@ -113,7 +114,9 @@ class Batch:
         collector = RolloutCollector(
             **{
                 "agent": self.gym.agent,
-                "budgets": budgets_from_options(**{"deadline_s": 60.0, "max_inflight": 64} | limits),
+                "budgets": budgets_from_options(
+                    RolloutOptions(**{"deadline": 60.0, "max_inflight": 64, "retries": {}} | limits)
+                ),
                 "check": self.check,
                 "agents_down": self.gym.agents_down,
                 "gym_log": self.gym.log_end,
@@ -255,7 +258,7 @@ def test_servers_of_environments_that_are_killed(
 
         skipping = Batch(policy, gym, tmp_path / "skip", {"on_environment_down": "skip"}, after(1, kill(FAULTY_AGENT)))
         rows = [*[faulty_row("hang")] * 4, *[calculator_row()] * 8]
-        rollouts = skipping.collect("skip", rows, deadline_s=600, retries={"infrastructure": 5})
+        rollouts = skipping.collect("skip", rows, deadline=600, retries={"infrastructure": 5})
         assert kinds(rollouts) == [*["infrastructure"] * 4, *[None] * 8]
         for rollout in rollouts[:4]:
             assert f"`{FAULTY_AGENT}` is down: server `{FAULTY_AGENT}`: its process" in rollout.failure.text
@@ -280,7 +283,7 @@ def test_the_policy_server_killed_in_the_middle_of_a_batch(
     [server] = supervisor.children()
     batch = Batch(policy, gym, tmp_path, {}, after(3, server.kill))
     with pytest.raises(PolicyServerError, match=r"policy server ended within .* \(signal SIGKILL\)[\s\S]*\.log"):
-        batch.collect("killed", [calculator_row()] * 48, max_inflight=4, deadline_s=600)
+        batch.collect("killed", [calculator_row()] * 48, max_inflight=4, deadline=600)
     lines = batch.journaled()
     assert sum(line["failure"] is None for line in lines) >= 3
     assert all(line["failure"] is None or line["failure"]["kind"] != "environment" for line in lines)

@@ -28,7 +28,7 @@ def test_help_needs_nothing_heavy(argv: list[str]) -> None:
     assert "usage: trl-gym" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["server", "client", "on_policy", "splice", "entry", "vllm_plugin"])
+@pytest.mark.parametrize("module", ["server", "client", "middleware.app", "middleware.splice", "engine.plugin"])
 def test_modules_of_the_trainers_side_need_neither_vllm_nor_torch(module: str) -> None:
     code = f"import sys, trl_gym.policy_server.{module}; assert not {{'vllm', 'torch'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,6 @@ import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,8 +16,8 @@ import yaml
 from transformers import Qwen3Config
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from tests.conftest import RECIPES, load
-from trl_gym import GymGRPOConfig, load_gym_dataset
+from tests.conftest import RECIPES
+from trl_gym import GymGRPOConfig, load_gym_dataset, train
 from trl_gym.errors import DatasetError
 from trl_gym.gym.config import API_KEY_VARIABLE, expand_overrides, initial_config, resolve_configs
 from trl_gym.memory.plan import GIB, DeviceMemory, from_trainer
@@ -34,14 +33,9 @@ HEADINGS = ("Trains", "Hardware", "Time", "Data", "Command", "Expected")
 
 
 @cache
-def script() -> ModuleType:
-    return load("recipe_grpo", RECIPES / "grpo.py")
-
-
-@cache
 def parsed(name: str) -> tuple[Any, GymGRPOConfig, ModelConfig]:
     """As the script parses it; on a machine without a GPU, which is told apart from the recipe."""
-    parser = TrlParser((script().ScriptArguments, GymGRPOConfig, ModelConfig))
+    parser = TrlParser((train.ScriptArguments, GymGRPOConfig, ModelConfig))
     return parser.parse_args_and_config(["--config", str(RECIPES / name), "--use_cpu", "true"])
 
 
@@ -140,7 +134,7 @@ def test_planner_says_what_the_header_says(
     ).save_pretrained(tmp_path)  # fmt: skip
     args = copy.copy(args)
     args.bf16 = True  # as on a GPU
-    script().load_as_told(model, args)
+    train.load_as_told(model, args)
     plan = from_trainer(
         args, str(tmp_path), num_ranks, DeviceMemory(total_bytes=int(gib * GIB)), peft_config=get_peft_config(model),
         environment={"ACCELERATE_USE_FSDP": "true"} if num_ranks > 1 else {},
@@ -281,21 +275,21 @@ def rows_file(path: Path, agent: str, num_rows: int) -> str:
 
 def test_train_files_are_mixed_by_weight(tmp_path: Path) -> None:
     files = [rows_file(tmp_path / "a.jsonl", "a", 300), rows_file(tmp_path / "b.jsonl", "b", 300)]
-    options = script().ScriptArguments(train_files=files)
-    plain = script().load_train(options, seed=0)["agent"]
+    options = train.ScriptArguments(train_files=files)
+    plain = train.load_train(options, seed=0)["agent"]
     assert plain == ["a"] * 300 + ["b"] * 300
     options.train_weights = [2, 1]
-    mixed = script().load_train(options, seed=0)["agent"]
+    mixed = train.load_train(options, seed=0)["agent"]
     assert 1.6 < mixed.count("a") / mixed.count("b") < 2.5  # drawn, with this seed
     options.train_weights = [1, 1, 1]
     with pytest.raises(DatasetError, match="one positive number for each of the 2"):
-        script().load_train(options, seed=0)
+        train.load_train(options, seed=0)
 
 
 def test_what_the_model_options_say_about_loading_is_handed_on(tmp_path: Path) -> None:
     def told(model: ModelConfig, **options: Any) -> GymGRPOConfig:
         args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
-        script().load_as_told(model, args)
+        train.load_as_told(model, args)
         return args
 
     args = told(ModelConfig(dtype="bfloat16", attn_implementation="sdpa", load_in_4bit=True))

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from trl_gym.errors import PolicyServerError
 from trl_gym.gym.servers import AgentInfo
+from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.call_records import CallState
 from trl_gym.rollouts.collector import RolloutCollector
@@ -101,9 +102,10 @@ def _row(rollout_id: str) -> dict[str, Any]:
 
 
 def make(lookup: Callable[[str], AgentInfo], **options: Any) -> RolloutCollector[Any]:
-    names = ("deadline_s", "max_inflight", "retries", "launch_rate", "environments")
-    limits = {"deadline_s": 5.0, "max_inflight": 64} | {n: options.pop(n) for n in names if n in options}
-    return RolloutCollector(lookup, budgets=budgets_from_options(**limits), **options)
+    names = ("max_inflight", "retries", "launch_rate", "environments")
+    limits = {"deadline": options.pop("deadline_s", 5.0), "max_inflight": 64, "retries": {}}
+    limits |= {name: options.pop(name) for name in names if name in options}
+    return RolloutCollector(lookup, budgets=budgets_from_options(RolloutOptions(**limits)), **options)
 
 
 async def collect(lookup: Callable[[str], AgentInfo], rows: list[dict[str, Any]], **options: Any) -> list[Any]:

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import Admission, Budgets, budgets_from_options
 
 
 def budgets(max_inflight: int, **options: Any) -> Budgets:
-    return budgets_from_options(deadline_s=1.0, max_inflight=max_inflight, **options)
+    return budgets_from_options(RolloutOptions(deadline=1.0, max_inflight=max_inflight, **options))
 
 
 class Runs:

@@ -9,19 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import ConfigError, FailureKind
+from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import BACKOFF_S, MAX_BACKOFF_S, Budget, backoff_s, budgets_from_options
 
 INFRASTRUCTURE, DEADLINE = FailureKind.INFRASTRUCTURE, FailureKind.DEADLINE
 
 
 def test_an_agent_overrules_what_it_names_and_keeps_the_rest() -> None:
-    budgets = budgets_from_options(
-        deadline_s=600,
+    options = RolloutOptions(
+        deadline=600,
         max_inflight=256,
         retries={"infrastructure": 2, "deadline": 1},
         launch_rate=10.0,
         environments={"slow": {"deadline": 30, "max_inflight": 8}, "flaky": {"retries": {"infrastructure": 5}}},
     )
+    budgets = budgets_from_options(options)
     assert (budgets.max_inflight, budgets.launch_rate) == (256, 10.0)
     default = Budget(deadline_s=600, retries={INFRASTRUCTURE: 2, DEADLINE: 1})
     assert budgets.budget_for("any") == default
@@ -30,7 +32,7 @@ def test_an_agent_overrules_what_it_names_and_keeps_the_rest() -> None:
 
 
 def test_a_number_of_retries_stands_for_infrastructure() -> None:
-    budgets = budgets_from_options(deadline_s=1, max_inflight=1, environments={"a": {"retries": 3}})
+    budgets = budgets_from_options(RolloutOptions(environments={"a": {"retries": 3}}))
     assert budgets.budget_for("a").retries == {INFRASTRUCTURE: 3}
 
 
@@ -41,15 +43,9 @@ def test_each_kind_has_attempts_of_its_own() -> None:
     assert budget.retried_kinds({INFRASTRUCTURE: 2, DEADLINE: 1}) == frozenset()
 
 
-@pytest.mark.parametrize("cap", [0.5, 2.5])
-def test_a_cap_that_would_let_nobody_in_is_refused(cap: float) -> None:
-    with pytest.raises(ConfigError, match=rf"gym_environments\['a'\]\['max_inflight'\]` is {cap}.*whole number"):
-        budgets_from_options(deadline_s=1, max_inflight=1, environments={"a": {"max_inflight": cap}})
-
-
 def test_unknown_agents_are_named_with_the_closest() -> None:
     environments = {"calculater": {"deadline": 3}, "math": {"deadline": 3}}
-    budgets = budgets_from_options(deadline_s=1, max_inflight=1, environments=environments)
+    budgets = budgets_from_options(RolloutOptions(environments=environments))
     budgets.check_agents(["calculater", "math"])
     with pytest.raises(ConfigError, match=r"'calculater'.*Did you mean 'calculator'\?\nIts agents: calculator, math"):
         budgets.check_agents(["math", "calculator"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.rollouts.test_metrics import fact
 from trl_gym.errors import RolloutError
+from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.batch import SharedBatch
 from trl_gym.rollouts.evaluation import (
     EvaluationRun,
@@ -26,7 +27,6 @@ from trl_gym.rollouts.evaluation import (
     set_name,
     table_beside,
 )
-from trl_gym.rollouts.request import Sampling
 from trl_gym.rollouts.rollout import RolloutFacts
 
 

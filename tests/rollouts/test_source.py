@@ -9,8 +9,8 @@ import pytest
 from tests.rollouts.recorded import POLICY, request, rollout, write
 from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, FailureKind, RolloutFailure
+from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.journal import Journal
-from trl_gym.rollouts.request import Sampling
 from trl_gym.rollouts.source import BatchInfo, JournalSource, check_replay
 
 FAILURE = RolloutFailure(kind=FailureKind.ENVIRONMENT, text="the verifier raised", where="calculator /run")

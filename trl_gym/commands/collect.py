@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trl_gym.commands.options import CollectOptions, Endpoint, EndpointKind, NamedFile, look_at
+from trl_gym.commands.endpoint import Endpoint, EndpointKind, look_at
+from trl_gym.commands.options import CollectOptions, NamedFile
 from trl_gym.dataset import gym_row, load_gym_dataset
 from trl_gym.errors import ConfigError, RolloutError, RolloutFailure, ServerError
 from trl_gym.gym.config import POLICY_MODEL, resolve_configs
@@ -28,7 +29,7 @@ from trl_gym.rollouts.collection import CollectionStatus
 from trl_gym.rollouts.collection import Progress as CollectionProgress
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.journal import Journal, journal_files, read_journal
-from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp, task_hash
+from trl_gym.rollouts.request import RolloutRequest, stamp, task_hash
 from trl_gym.rollouts.source import Finisher
 from trl_gym.rollouts.trajectory import from_gym
 
@@ -119,16 +120,16 @@ def claim(options: CollectOptions) -> None:
     manifest = {
         "mode": options.mode,
         "model": options.model,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "max_tokens": options.max_tokens,
+        "temperature": options.rollouts.sampling.temperature,
+        "top_p": options.rollouts.sampling.top_p,
+        "max_tokens": options.rollouts.max_completion_length,  # named as in folders of version 0.1
     }
     path = options.output_dir / MANIFEST
     if not path.exists():
         if journal_files(options.journal_dir):
             raise ConfigError(
                 f"{options.output_dir} holds the journal of something else (a training run?); choose another "
-                "--output_dir."
+                "--output-dir."
             )
         options.output_dir.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -138,7 +139,7 @@ def claim(options: CollectOptions) -> None:
     if changed:
         raise ConfigError(
             f"{options.output_dir} holds rollouts with other options ({', '.join(changed)}); choose another "
-            "--output_dir, or remove it."
+            "--output-dir, or remove it."
         )
 
 
@@ -146,7 +147,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); choose another --output_dir, or remove it.") from error
+        raise ConfigError(f"{path} cannot be read ({error}); choose another --output-dir, or remove it.") from error
 
 
 _COMMIT_EVERY_S = 1.0
@@ -301,8 +302,8 @@ class _Requests:
         row = stamp(
             task.row,
             **identity,
-            sampling=Sampling(temperature=options.temperature, top_p=options.top_p),
-            completion_budget=options.max_tokens,
+            sampling=options.rollouts.sampling,
+            completion_budget=options.rollouts.max_completion_length,
         )
         if self._endpoint.kind is not EndpointKind.OURS:
             row = without_tag(row)
@@ -360,15 +361,10 @@ def _overrides(options: CollectOptions, endpoint: Endpoint) -> dict[str, Any]:
 
 
 def _collector(options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> RolloutCollector[_Outcome]:
-    budgets = budgets_from_options(
-        deadline_s=options.deadline_s,
-        max_inflight=options.max_inflight,
-        retries={"infrastructure": options.retries},
-    )
     root_url = options.base_url.rstrip("/").removesuffix("/v1").rstrip("/")
     return RolloutCollector(
         gym.agent,
-        budgets=budgets,
+        budgets=budgets_from_options(options.rollouts),
         check=gym.check,
         agents_down=gym.agents_down,
         gym_log=gym.log_end,

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -67,9 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="YAML", help="options file of the run; options given here win over it")
     parser.add_argument("--json", action="store_true", help="write one JSON object instead of lines")
     parser.add_argument("--quick", action="store_true", help="start no server: no weight sync, no rollouts")
-    parser.add_argument("--accelerate_config", metavar="YAML", help="of `accelerate launch --config_file`")
-    # Which options there are is known to TRL's parser only, and importing that takes seconds.
-    parser.parse_known_args = partial(_keep_unknown, parser, parser.parse_known_args)  # type: ignore[assignment, method-assign]
+    parser.add_argument("--accelerate-config", metavar="YAML", help="of `accelerate launch --config_file`")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -95,18 +93,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         console.print(summary(entries))
     return 0 if passed(entries) else 1
-
-
-def _keep_unknown(
-    parser: argparse.ArgumentParser,
-    parse: object,
-    args: Sequence[str] | None = None,
-    namespace: argparse.Namespace | None = None,
-) -> tuple[argparse.Namespace, list[str]]:
-    assert callable(parse)
-    known, rest = parse(args, namespace)
-    known.run_options = rest
-    return known, []
 
 
 def _tell(name: str, *, to_terminal: bool) -> None:

@@ -74,9 +74,9 @@ python {data} --output_dir {tasks}
 
 # roll a model out on it, without training; the first command runs in another terminal
 trl-gym serve Qwen/Qwen3-0.6B --tool-call-parser hermes
-trl-gym rollout --dataset {rows} --gym_config_paths {shlex.quote(str(self.folder / self.name))}.yaml \\
-    --base_url http://127.0.0.1:8000/v1 --model policy --num_generations 4 --max_tokens 256 \\
-    --output_dir runs/{self.name}_rollouts
+trl-gym rollout --dataset {rows} --gym-config-paths {shlex.quote(str(self.folder / self.name))}.yaml \\
+    --base-url http://127.0.0.1:8000/v1 --model policy --num-generations 4 --max-completion-length 256 \\
+    --output-dir runs/{self.name}_rollouts
 
 # train on it
 accelerate launch {train} --config {config} --model_name_or_path Qwen/Qwen3-0.6B"""

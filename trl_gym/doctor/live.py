@@ -430,7 +430,7 @@ def _load_model(subject: Subject) -> Any:
 
 def _requests(subject: Subject) -> Iterator[RolloutRequest]:
     """The first row of each agent."""
-    from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
+    from trl_gym.rollouts.request import RolloutRequest, stamp
 
     args, session = subject.args, uuid.uuid4().hex[:8]
     first: dict[str, dict[str, Any]] = {}
@@ -447,7 +447,7 @@ def _requests(subject: Subject) -> Iterator[RolloutRequest]:
         row = stamp(
             json.loads(record[ROW_COLUMN]),
             **identity,
-            sampling=Sampling(temperature=args.temperature, top_p=args.top_p),
+            sampling=args.rollout_options.sampling,
             completion_budget=args.max_completion_length or 1,
             chat_template_kwargs=args.chat_template_kwargs,
         )
@@ -455,6 +455,7 @@ def _requests(subject: Subject) -> Iterator[RolloutRequest]:
 
 
 def _collector(subject: Subject) -> RolloutCollector[Rollout]:
+    from trl_gym.rollout_options import RolloutOptions
     from trl_gym.rollouts.admission import budgets_from_options
     from trl_gym.rollouts.call_records import ledger_for
     from trl_gym.rollouts.collector import RolloutCollector
@@ -463,7 +464,7 @@ def _collector(subject: Subject) -> RolloutCollector[Rollout]:
     return RolloutCollector(
         gym.agent,
         budgets=budgets_from_options(
-            deadline_s=min(subject.args.gym_deadline, _MAX_DEADLINE_S), max_inflight=1, retries={}
+            RolloutOptions(deadline=min(subject.args.gym_deadline, _MAX_DEADLINE_S), max_inflight=1, retries={})
         ),
         check=subject.run.check,
         agents_down=gym.agents_down,

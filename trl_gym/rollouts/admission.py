@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl_gym.errors import ConfigError, FailureKind
+from trl_gym.rollout_options import RolloutOptions, by_kind
 
 # --------------------------------------------------------------------------------------------------------------------
 # What the rollouts of an environment may cost: seconds, places, starts per second, further attempts. Pure.
@@ -87,40 +88,24 @@ class Budgets:
             raise ConfigError("\n".join([*problems, f"Its agents: {listed}."]))
 
 
-def budgets_from_options(
-    *,
-    deadline_s: float,
-    max_inflight: int,
-    retries: Mapping[str, int] | None = None,
-    launch_rate: float | None = None,
-    environments: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Budgets:
-    """From `gym_deadline`, `gym_max_inflight`, `gym_retries`, `gym_launch_rate` and `gym_environments`.
+def budgets_from_options(options: RolloutOptions) -> Budgets:
+    """Make budgets from options that were checked.
 
     An agent's `retries` replace those of the kinds that they name; the other kinds keep the run's.
-
-    Raises:
-        ConfigError: An agent's `max_inflight` is not a whole number of at least 1.
     """
-    default = Budget(deadline_s=deadline_s, retries=_by_kind(retries or {}))
-    own = {agent: _own_budget(agent, changes, default) for agent, changes in (environments or {}).items()}
-    return Budgets(default=default, max_inflight=max_inflight, launch_rate=launch_rate, own=own)
+    default = Budget(deadline_s=options.deadline, retries=_by_kind(options.retries))
+    own = {agent: _own_budget(changes, default) for agent, changes in options.environments.items()}
+    return Budgets(default=default, max_inflight=options.max_inflight, launch_rate=options.launch_rate, own=own)
 
 
-def _own_budget(agent: str, changes: Mapping[str, Any], default: Budget) -> Budget:
+def _own_budget(changes: Mapping[str, Any], default: Budget) -> Budget:
     cap = changes.get("max_inflight")
-    if cap is not None and (cap < 1 or cap != int(cap)):
-        raise ConfigError(
-            f"`gym_environments[{agent!r}]['max_inflight']` is {cap!r}; it must be a whole number of at least 1."
-        )
-    retries = changes.get("retries") or {}
-    named = {"infrastructure": retries} if isinstance(retries, int) else retries
     return dataclasses.replace(
         default,
         deadline_s=float(changes.get("deadline", default.deadline_s)),
         max_inflight=None if cap is None else int(cap),
         launch_rate=changes.get("launch_rate"),
-        retries={**default.retries, **_by_kind(named)},
+        retries={**default.retries, **_by_kind(by_kind(changes.get("retries") or {}))},
     )
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import RolloutError
+from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.batch import describe_causes
-from trl_gym.rollouts.request import Sampling
 
 if TYPE_CHECKING:
     from trl_gym.rollouts.batch import SharedBatch

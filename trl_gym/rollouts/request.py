@@ -16,18 +16,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trl_gym.rollout_options import Sampling
+
 _ATTEMPT = re.compile(r"-a\d+$")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """The distribution that tokens are drawn from, in vLLM's terms."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -175,13 +175,7 @@ class LiveSource:
 
     def _new_collector(self) -> RecoveringCollector:
         args, policy, gym = self._args, self.policy_server, self.gym_servers
-        budgets = budgets_from_options(
-            deadline_s=args.gym_deadline,
-            max_inflight=args.gym_max_inflight,
-            retries=args.gym_retries,
-            launch_rate=args.gym_launch_rate,
-            environments=args.gym_environments,
-        )
+        budgets = budgets_from_options(args.rollout_options)
         budgets.check_agents(gym.agents)
         collector: RolloutCollector[Rollout] = RolloutCollector(
             gym.agent,

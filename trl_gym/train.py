@@ -1,0 +1,317 @@
+"""Train with GRPO on NeMo Gym environments: the one training script; a YAML says what is trained on what.
+
+    accelerate launch -m trl_gym.train --config recipes/math.yaml        # any number of processes
+    trl-gym train --config recipes/math.yaml                             # one process, this one
+
+Every option of `GymGRPOConfig`, TRL's `ModelConfig` and `ScriptArguments` below can stand in the YAML and be
+overridden on the command line. At the end it prints a table of what the run achieved and writes `reward.png`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_gym.errors import ConfigError, TrlGymError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from rich.table import Table
+    from trl import ModelConfig
+
+    from trl_gym.config import GymGRPOConfig
+
+DefaultModel = Callable[[str, int], Path]  # folder, seed → the folder with a model
+
+
+@dataclass
+class ScriptArguments:
+    """What this script needs beside the trainer's configuration.
+
+    Args:
+        train_files (`list[str]`, *optional*): Gym JSONL files to train on.
+        eval_files (`list[str]`, *optional*): Gym JSONL files to evaluate on.
+        data_script (`str`, *optional*): Script that makes both, called with `--output_dir <output_dir>/data`; it
+            writes `train.jsonl` and `validation.jsonl`.
+        train_weights (`list[float]`, *optional*): Share of each of the `train_files`, in any unit. Without it, their
+            rows are put after one another.
+        agent (`str`, *optional*): Agent for rows that name none.
+        resume (`bool`): Continue from the newest complete checkpoint in `output_dir`, if there is one: for jobs that
+            are put into a queue again.
+        small_policy_dir (`str`): Folder in which recipes/grpo.py builds a small policy when `model_name_or_path` is
+            not given.
+        small_policy_learning_rate (`float`): Learning rate for it: half a million parameters want a thousand times
+            that of a real model.
+    """
+
+    train_files: list[str] = field(default_factory=list, metadata={"help": "Gym JSONL files to train on."})
+    eval_files: list[str] = field(default_factory=list, metadata={"help": "Gym JSONL files to evaluate on."})
+    data_script: str | None = field(
+        default=None, metadata={"help": "Script that writes train.jsonl and validation.jsonl to --output_dir."}
+    )
+    train_weights: list[float] | None = field(
+        default=None, metadata={"help": "Share of each of the train_files; without it, all rows of all."}
+    )
+    agent: str | None = field(default=None, metadata={"help": "Agent for rows that name none."})
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Continue from the newest complete checkpoint in output_dir, if any."},
+    )
+    small_policy_dir: str = field(
+        default="runs/small_policy",
+        metadata={"help": "Where recipes/grpo.py builds a small policy when no model is given."},
+    )
+    small_policy_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of that small policy."})
+
+
+def main(argv: Sequence[str] | None = None, default_model: DefaultModel | None = None) -> int:
+    """Train; return the exit status. An error of ours is one message on stderr.
+
+    Args:
+        argv: Options without the program's name, as TRL's parser takes them; default: those of this process.
+        default_model: Makes a model where `model_name_or_path` is not set.
+    """
+    try:
+        _train(argv, default_model)
+    except TrlGymError as error:
+        sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; servers are stopped, finished rollouts are in the journal\n")
+        return 130
+    return 0
+
+
+def _train(argv: Sequence[str] | None, default_model: DefaultModel | None) -> None:
+    quiet()
+    started = time.monotonic()
+    from accelerate import PartialState
+    from transformers.utils import logging as transformers_logging
+    from trl import ModelConfig, TrlParser, get_peft_config
+
+    from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
+    from trl_gym.resume import last_complete_checkpoint
+
+    transformers_logging.disable_progress_bar()
+    parser = TrlParser((ScriptArguments, GymGRPOConfig, ModelConfig))
+    try:
+        script, args, model = parser.parse_args_and_config(None if argv is None else list(argv))
+    except TrlGymError:
+        raise
+    except ValueError as error:  # options that nobody knows
+        raise ConfigError(f"{error}.", "Correct them; `trl-gym doctor` lists every mistake in options.") from error
+    state = PartialState()
+
+    with state.main_process_first():
+        if script.data_script is not None:
+            train_file, eval_file = make_data(script.data_script, args.output_dir)
+            script.train_files.append(str(train_file))
+            script.eval_files.append(str(eval_file))
+        if model.model_name_or_path is None:
+            if default_model is None:
+                raise ConfigError(
+                    "`model_name_or_path` is not set.",
+                    "Set it to a model folder or a name on the Hugging Face Hub. `make quickstart` in a checkout of "
+                    "trl-gym builds a small model.",
+                )
+            model.model_name_or_path = str(default_model(script.small_policy_dir, args.seed))
+            args.learning_rate = script.small_policy_learning_rate
+    load_as_told(model, args)
+    if script.resume and args.resume_from_checkpoint is None:
+        args.resume_from_checkpoint = last_complete_checkpoint(args.output_dir)
+    ready = time.monotonic()
+
+    with GymGRPOTrainer(
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=load_train(script, args.seed),
+        eval_dataset=load_gym_dataset(script.eval_files, agent=script.agent) if script.eval_files else None,
+        peft_config=get_peft_config(model),
+    ) as trainer:
+        up = time.monotonic()
+        if state.is_main_process:
+            logs = {"policy server log": trainer.policy_server, "NeMo Gym log": trainer.gym_servers}
+            for label, server in logs.items():
+                if (path := getattr(server, "log_path", None)) is not None:  # one that runs elsewhere has none here
+                    sys.stdout.write(f"{label + ':':<18} {path}\n")
+            sys.stdout.flush()
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if script.eval_files and args.eval_strategy != "no" and args.max_steps % (args.eval_steps or 1):
+            trainer.evaluate()
+    if state.is_main_process:
+        summarize(args.output_dir, {"policy and data": ready - started, "servers and model": up - ready})
+
+
+def quiet() -> None:
+    """Keep libraries from talking over the progress bar; errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    for name in ("transformers", "trl", "datasets", "accelerate", "httpx", "vllm.triton_utils.importing"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def make_data(script: str, output_dir: str) -> tuple[Path, Path]:
+    """Run a data script; it is deterministic, so running it again changes nothing.
+
+    Returns:
+        `train.jsonl` and `validation.jsonl`.
+
+    Raises:
+        ConfigError: The script fails.
+    """
+    folder = Path(output_dir) / "data"
+    command = [sys.executable, script, "--output_dir", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ConfigError(
+            f"`data_script` {script} ended with exit code {done.returncode}:\n{done.stderr.strip()}\n",
+            f"Run it by itself: `{' '.join(command)}`.",
+        )
+    return folder / "train.jsonl", folder / "validation.jsonl"
+
+
+def load_train(script: ScriptArguments, seed: int) -> Dataset:
+    """Load what is trained on: the files mixed by weight, or one after the other.
+
+    Raises:
+        DatasetError: A file is missing or broken, or there are more or fewer weights than files.
+    """
+    from trl_gym import load_gym_dataset, mix_gym_datasets
+
+    if script.train_weights is None:
+        return load_gym_dataset(script.train_files, agent=script.agent)
+    parts = [load_gym_dataset(file, agent=script.agent) for file in script.train_files]
+    return mix_gym_datasets(parts, script.train_weights, seed=seed)
+
+
+def load_as_told(model: ModelConfig, args: GymGRPOConfig) -> None:
+    """Hand on what TRL's `ModelConfig` says about loading; `model_init_kwargs` wins where both do."""
+    from trl import get_quantization_config
+
+    told = {
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "revision": None if model.model_revision == "main" else model.model_revision,
+        "quantization_config": get_quantization_config(model),
+    }
+    args.model_init_kwargs = {name: value for name, value in told.items() if value is not None} | (
+        args.model_init_kwargs or {}
+    )
+    if told["revision"] is not None and args.vllm_mode == "colocate":
+        assert not isinstance(args.gym_vllm_args, str)  # parsed by `GymGRPOConfig`
+        args.gym_vllm_args = {"revision": told["revision"], **(args.gym_vllm_args or {})}
+
+
+# -- what a run achieved ----------------------------------------------------------------------------------------------
+
+
+def summarize(output_dir: str | Path, start_up: Mapping[str, float]) -> None:
+    """Print a table of what a run achieved and write `reward.png`. Reads only what is on disk.
+
+    Args:
+        output_dir: Folder of the run, with `metrics.jsonl` and `rollouts/`.
+        start_up: Seconds of the phases before training, by name.
+    """
+    from rich.console import Console
+
+    folder = Path(output_dir)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    console = Console()
+    console.print(_table(metrics, _count(folder / "rollouts"), start_up))
+    picture = plot_reward(metrics, folder / "reward.png")
+    for name, path in (("checkpoint", newest_checkpoint(folder)), ("reward curve", picture)):
+        if path is not None:
+            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the last step, if one was saved."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def plot_reward(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+    """Draw training and validation reward and success over optimizer steps, as a PNG; None without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        logging.getLogger(__name__).warning("no %s: `pip install 'trl-gym[plot]'` brings matplotlib", path.name)
+        return None
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, label, style in (
+        ("reward", "training reward", {"color": "#76b900", "alpha": 0.7}),
+        ("eval_reward", "validation reward", {"color": "#1a1a1a", "marker": "o"}),
+        ("eval_success", "validation success", {"color": "#1a1a1a", "marker": "s", "linestyle": "--"}),
+    ):
+        points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="optimizer step", ylabel="mean over rollouts", ylim=(-0.02, 1.02), title=path.parent.name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _count(rollouts: Path) -> Counter[str]:
+    from trl_gym.rollouts.journal import read_journal
+
+    counted: Counter[str] = Counter()
+    for rollout in read_journal(rollouts):
+        counted["rollouts"] += 1
+        counted["failed"] += rollout["failure"] is not None
+        counted["sampled tokens"] += sum(rollout["env_mask"])
+        counted["tokens"] += len(rollout["prompt_ids"]) + len(rollout["completion_ids"])
+    return counted
+
+
+def _table(metrics: Sequence[Mapping[str, Any]], counted: Mapping[str, int], start_up: Mapping[str, float]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="before → after", title_justify="left", show_header=False)
+    evaluated = [row for row in metrics if row.get("eval_reward") is not None]
+    trained = [row for row in metrics if row.get("reward") is not None]
+    for label, name, rows in (
+        ("validation success", "eval_success", evaluated),
+        ("validation reward", "eval_reward", evaluated),
+        ("training reward", "reward", trained),
+    ):
+        if rows and rows[0].get(name) is not None:
+            table.add_row(label, f"{rows[0][name]:.3f} → {rows[-1][name]:.3f}")
+    table.add_row("optimizer steps", f"{metrics[-1]['step']}")
+    table.add_row("rollouts", f"{counted['rollouts']:,} ({counted['failed']:,} failed)")
+    table.add_row("tokens", f"{counted['tokens']:,} ({counted['sampled tokens']:,} sampled by the policy)")
+    phases = Counter(start_up)
+    for row in metrics:
+        for name, value in row.items():
+            prefix, _, phase = name.partition("seconds/")
+            if phase and value is not None:
+                phases["evaluation" if prefix else phase.replace("_", " ")] += value
+    for phase, seconds in phases.items():
+        table.add_row(f"seconds: {phase}", f"{seconds:.1f}")
+    table.add_row("seconds: total", f"{sum(phases.values()):.1f}")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
