@@ -43,7 +43,7 @@ def test_what_is_imported_is_declared() -> None:
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["peft"], *extras["deepspeed"]]
+    wanted = [*project["dependencies"], *extras["peft"], *extras["deepspeed"], *extras["plot"]]
     declared = {re.split(r"[<>=\[ ]", requirement)[0].replace("pyyaml", "yaml") for requirement in wanted}
     declared |= {
         "torch",
