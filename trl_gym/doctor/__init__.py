@@ -1,11 +1,9 @@
-"""`trl-gym doctor`: is everything there that a training run needs?
+"""Check whether everything that a training run needs is there: `trl-gym doctor`.
 
-    checks.py        what a check is, and how all of them are run, whatever the others found
-    subject.py       what is examined: the options, and what checks have found out for those after them
-    parsing.py       options as the training script reads them, without stopping at the first mistake
-    roster.py        every check, in order, with what it needs
-    report.py        findings as lines for people and as JSON
-
-One file per group of checks: `installation`, `options`, `machine`, `environments`, `data`, `model`, `policy`, `live`,
-`output`, `leftovers`.
+checks.py    a check and its findings; all checks run, whatever the others found
+context.py   the options, and what checks have found out for those after them
+options.py   options as the training script reads them, without stopping at the first mistake
+static.py    installation, machine, output folder, leftovers
+inputs.py    data and model
+live.py      NeMo Gym and the policy server
 """

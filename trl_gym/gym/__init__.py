@@ -1,1 +1,1 @@
-"""NeMo Gym: its servers (in their own interpreter) and the one HTTP call that runs a rollout."""
+"""Start or attach to NeMo Gym, which has its own interpreter, and call it once per rollout."""

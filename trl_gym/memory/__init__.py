@@ -1,1 +1,1 @@
-"""Device memory that the trainer and the policy server share: planned, handed over in turns, measured."""
+"""Plan, share and measure the device memory of trainer and policy server."""

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server that serves the policy, and everything that runs inside it."""
+"""Serve the policy: OpenAI-compatible servers, their clients, and a gateway in front of stock servers."""

@@ -1,7 +1,7 @@
-"""A run as one HTML file: reads the journal, needs neither server nor network.
+"""Write a run as one HTML file: read the journal, without server or network.
 
 journal ─ rows.py ─► one small row per rollout ─ index.py ─► what counts, groups, numbers per step
-        └ bodies.py ► conversation, tokens ──────── page.py ─► one HTML file ─► widget.py: the same in a notebook
+        └ bodies.py ► conversation, tokens ──────── page.py ─► one HTML file, also in a notebook
 """
 
 from trl_gym.report.page import PageOptions, RunView, WrittenPage, show, write_page

@@ -1,1 +1,1 @@
-"""From dataset rows to trained trajectories: collect, check, record."""
+"""Turn dataset rows into trajectories: run rollouts, check and record them."""

@@ -1,166 +1,206 @@
-"""The prefix rule under every chat template that TRL ships: the real middleware, real renders, odd tokens."""
+"""Probing chat templates for turn ends, with small templates of known shape."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
-from tests.conftest import load
-from tests.policy_server.middleware.template_chats import Chat, Sampled, sampled_otherwise, with_other_history
-from tests.policy_server.middleware.template_rollouts import CUT_CALL, Rollout, Step
-from tests.policy_server.middleware.templates import Client, Template, load_template, template_paths
-from trl_gym.policy_server.middleware import splice
+from trl_gym.policy_server.middleware.splice import NoBoundaryError
+from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates, new_marker
 
-template_table = load("template_table", Path(__file__).resolve().parents[3] / "scripts" / "template_table.py")
-row_of = cache(template_table.row_of)
+END, RETURN, CALL, USER, OBSERVATION = (chr(code) for code in range(0xE001, 0xE006))  # special tokens
+ENDING = {"add_generation_prompt": True, "continue_final_message": False}
 
-_WORDS = ["hello", " world", " the answer", " is", " 42", "12345", "call", "{}", '"quoted"', "a, b; c."]
-_ODD = [
-    "\n",
-    "\n\n",
-    "  ",
-    "\t",
-    "!",
-    "...",
-    "<",
-    "}}",
-    "\\",
-    "'",
-    "👩‍👩‍👧",
-    "🏳️‍🌈",
-    "e\u0301",
-    "\u0327",
-    "שלום",
-    "مرحبا",
-    "漢字かな",
-    "한국어",
-    "\u200b",
-    "\u2028",
-    "ﬁ",
-    "ß",
-]
-plain = st.lists(st.sampled_from(_WORDS + _ODD), max_size=6).map("".join) | st.text(max_size=8)
-literal = st.lists(
-    st.sampled_from(_WORDS + _ODD) | st.integers(0, 40).map("{{special {}}}".format), min_size=1, max_size=5
-).map("".join)
-thoughts = st.sampled_from(["", "let me think", "hm.\n\nso: 漢字 \n1 + 1", "x"])
+Json = dict[str, Any]
+Write = Callable[[list[Json], bool], str]
 
 
-@st.composite
-def turns(draw: st.DrawFn, texts: st.SearchStrategy[str], *, tools: bool) -> Sampled:
-    calls = draw(st.sampled_from([0, 0, 1, 1, 2])) if tools else 0
-    then = draw(st.lists(st.tuples(st.just("user"), texts), min_size=0 if calls else 1, max_size=1))
-    return Sampled(
-        text=draw(plain),
-        thought=draw(thoughts),
-        calls=calls,
-        cut=draw(st.sampled_from([None, None, None, 0.1, 0.5, 0.9, 1.0])),
-        other_end=draw(st.sampled_from([False, False, True])),
-        resent=draw(st.sampled_from(["field", "inline", "dropped"])),
-        then=(*(("tool", draw(texts)) for _ in range(calls)), *draw(interludes(texts)), *then),
-        seed=draw(st.integers(0, 1000)),
-    )
+def ids(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
 
 
-def interludes(texts: st.SearchStrategy[str]) -> st.SearchStrategy[list[tuple[str, str]]]:
-    """Messages that few agents send: another user message, a late system message, an answer that nobody sampled."""
-    roles = st.sampled_from([None, None, None, None, "user", "assistant", "system"])
-    return st.tuples(roles, texts).map(lambda message: [message] if message[0] else [])
+class Tokenizer:
+    """Letters are tokens; `write` is the template."""
+
+    def __init__(self, write: Write) -> None:
+        self.write, self.chats = write, []
+
+    async def __call__(self, body: Json) -> Json:
+        self.chats.append(body["messages"])
+        text = self.write(body["messages"], body["add_generation_prompt"])
+        return {"tokens": ids(text), "token_strs": list(text)}
 
 
-@st.composite
-def chats(draw: st.DrawFn, texts: st.SearchStrategy[str] = plain) -> Chat:
-    tools = draw(st.booleans())
-    return Chat(
-        system=draw(st.none() | texts),
-        user=draw(texts),
-        tools=tools,
-        turns=tuple(draw(st.lists(turns(texts, tools=tools), min_size=1, max_size=4))),
-    )
+def chatml(messages: list[Json], add_generation_prompt: bool) -> str:
+    text = ""
+    for message in messages:
+        calls = "".join(
+            f"<{c['function']['name']} {c['function']['arguments']}>" for c in message.get("tool_calls", [])
+        )
+        text += message["role"][0] + (message["content"] or "") + calls + END + "\n"
+    return text + "a" * add_generation_prompt
 
 
-def stable(max_examples: int) -> settings:
-    """The same chats on every machine and in every run. A failure is told, not shrunk: that would take minutes."""
-    return settings(
-        derandomize=True,
-        database=None,
-        deadline=None,
-        max_examples=max_examples,
-        phases=[Phase.generate],
-        report_multiple_bugs=False,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
+def gpt_oss(messages: list[Json], add_generation_prompt: bool) -> str:
+    text = ""
+    for index, message in enumerate(messages):
+        last = index == len(messages) - 1 and not add_generation_prompt
+        calls = "".join(c["function"]["arguments"] for c in message.get("tool_calls", []))
+        end = CALL if calls else RETURN if last and message["role"] == "assistant" else END
+        text += "^" + message["role"][0] + (message["content"] or "") + calls + end
+    return text + "^a" * add_generation_prompt
 
 
-every_template = pytest.mark.parametrize("path", template_paths(), ids=lambda path: path.stem)
+def glm(messages: list[Json], add_generation_prompt: bool) -> str:
+    openings = {"user": USER, "tool": OBSERVATION, "assistant": "A", "system": "S"}
+    return "".join(openings[m["role"]] + (m["content"] or "") for m in messages) + "A" * add_generation_prompt
 
 
-def template_named(name: str) -> Template:
-    return next(load_template(path) for path in template_paths() if path.stem == name)
+def hoisting(messages: list[Json], add_generation_prompt: bool) -> str:
+    """DeepSeek and Cohere: all system messages in front."""
+    system = [message for message in messages if message["role"] == "system"]
+    return chatml([*system, *(m for m in messages if m["role"] != "system")], add_generation_prompt)
 
 
-def told(step: Step) -> str:
-    return f"{step.outcome}: {step.reason}\n  {step.detail}"
+def call(arguments: str = '{"a": 1}') -> Json:
+    return {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
 
 
-@every_template
-@stable(max_examples=6)
-@given(chat=chats())
-def test_every_prompt_is_what_was_seen_and_what_the_template_adds(path: Path, chat: Chat) -> None:
-    template = load_template(path)
-    client, known = Client(template), {*row_of(template).obstacles, CUT_CALL}
-    # What the middleware learns from the first two chats, it applies to the third.
-    for variant in (chat, sampled_otherwise(chat), with_other_history(chat)):
-        for step in Rollout(client, variant).play():
-            assert step.is_justified, told(step)
-            assert step.outcome != "drift" or step.expected.obstacle in known, f"not in the docs: {told(step)}"
+def chat(*messages: Json, newest: int = 1) -> Chat:
+    return Chat(list(messages), newest, {"model": "policy"}, ENDING, b"key")
 
 
-@every_template
-@stable(max_examples=3)
-@given(chat=chats(literal))
-def test_special_tokens_as_text_never_make_a_prompt_wrong(path: Path, chat: Chat) -> None:
-    for step in Rollout(Client(load_template(path)), chat).play():
-        assert step.is_justified or step.outcome == "drift", told(step)
+def said(role: str, content: str | None, **more: Any) -> Json:
+    return {"role": role, "content": content, **more}
 
 
-def test_the_table_in_the_docs_is_current() -> None:
-    rows = [row_of(load_template(path)) for path in template_paths()]
-    assert not [row for row in rows if row.wrong]
-    page = template_table.PAGE.read_text(encoding="utf-8")
-    assert template_table.with_table(page, template_table.table(rows)) == page, "run scripts/template_table.py"
+ASKED, ANSWERED, MORE = said("user", "hi"), said("assistant", "well"), said("user", "more")
 
 
-def no_boundary(*_: object) -> list[int]:
-    raise splice.NoBoundaryError("always")
+async def prompt(write: Write, chat: Chat, seen: str, *, stops: str = "") -> str:
+    templates = Templates(stop_ids=set(ids(stops)))
+    result = "".join(map(chr, await templates.next_prompt(Tokenizer(write), chat, ids(seen))))
+    assert result.startswith(seen)
+    return result[len(seen) :]
 
 
 @pytest.mark.parametrize(
-    "broken",
+    ("write", "sampled", "stops", "expected"),
     [
-        lambda seen, tail, *_: [*seen, *tail],  # doubles the turn end
-        lambda seen, tail, *_: [*seen, *tail[2:]],  # forgets the newline behind it
-        lambda seen, tail, *_: [*seen[:-1], *tail],  # unsamples a token
-        no_boundary,
+        (chatml, "anything" + END, "", "\numore" + END + "\na"),
+        (chatml, "anything", "", END + "\numore" + END + "\na"),
+        (gpt_oss, "anything" + RETURN, RETURN, "^umore" + END + "^a"),
+        (gpt_oss, "anything", RETURN, END + "^umore" + END + "^a"),
+        (glm, "anything" + USER, USER, "moreA"),
+        (glm, "anything" + OBSERVATION, OBSERVATION, USER + "moreA"),
+        (glm, "anything", "", USER + "moreA"),
     ],
 )
-def test_a_broken_splice_is_noticed(broken: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splice, "splice", broken)
-    assert template_table.row_of(template_named("qwen3")).wrong
+async def test_plain_turns(write: Write, sampled: str, stops: str, expected: str) -> None:
+    assert await prompt(write, chat(ASKED, ANSWERED, MORE), "uhi|a" + sampled, stops=stops) == expected
 
 
-def test_the_sampled_tokens_are_not_the_tokenizers_own() -> None:
-    template = template_named("qwen3")
-    rollout = Rollout(
-        Client(template), Chat(turns=tuple(Sampled("the answer is hello world", seed=i) for i in range(9)))
-    )
-    assert [step.outcome for step in rollout.play()] == ["exact"] * 9
-    sampled = [message["generation_token_ids"] for message in rollout.messages if "generation_token_ids" in message]
-    canonical = [template.ids(template.decode(ids)) for ids in sampled]
-    assert sum(ids != own for ids, own in zip(sampled, canonical, strict=True)) > 4
-    assert [template.decode(own) for own in canonical] == [template.decode(ids) for ids in sampled]
+@pytest.mark.parametrize(
+    ("write", "sampled", "stops", "expected"),
+    [
+        (chatml, "<add odd>" + END, "", "\ntfive" + END + "\na"),
+        (chatml, "<add odd>", "", END + "\ntfive" + END + "\na"),
+        (gpt_oss, "{}" + CALL, CALL, "^tfive" + END + "^a"),
+        (glm, "add" + OBSERVATION, OBSERVATION, "fiveA"),  # writes no calls: the text is marked instead
+    ],
+)
+async def test_tool_calls(write: Write, sampled: str, stops: str, expected: str) -> None:
+    turn = said("assistant", None, tool_calls=[call(f"text with {END} in it")])
+    asked = chat(ASKED, turn, said("tool", "five", tool_call_id="c1"))
+    assert await prompt(write, asked, "uhi|a" + sampled, stops=stops) == expected
+
+
+async def test_parallel_calls_and_several_new_messages() -> None:
+    turn = said("assistant", "let me see", tool_calls=[call(), call()])
+    asked = chat(ASKED, turn, said("tool", "1"), said("tool", "2"), said("assistant", "forced"), said("user", END))
+    expected = f"\nt1{END}\nt2{END}\naforced{END}\nu{END}{END}\na"
+    assert await prompt(chatml, asked, "uhi|a<add><add>" + END) == expected
+
+
+async def test_a_system_message_that_the_template_writes_in_front_is_no_tail() -> None:
+    asked = chat(ASKED, ANSWERED, said("system", "be brief"), MORE)
+    assert "sbe brief" in await prompt(chatml, asked, "uhi|awell" + END)
+    with pytest.raises(NoBoundaryError, match="in front of the turn"):
+        await prompt(hoisting, asked, "uhi|awell" + END)
+
+
+async def test_a_template_that_rewrites_the_turns_text_has_no_boundary() -> None:
+    def censoring(messages: list[Json], add_generation_prompt: bool) -> str:
+        return chatml([{**m, "content": "?"} for m in messages], add_generation_prompt)
+
+    with pytest.raises(NoBoundaryError, match="as it is given"):
+        await prompt(censoring, chat(ASKED, ANSWERED, MORE), "uhi|awell")
+
+
+async def test_a_template_that_refuses() -> None:
+    async def refuse(body: Json) -> Json:
+        raise RenderRefusedError("roles must alternate")
+
+    with pytest.raises(RenderRefusedError, match="alternate"):
+        await Templates().next_prompt(refuse, chat(ASKED, ANSWERED, MORE), ids("uhi"))
+
+    def refuses_two_users(messages: list[Json], add_generation_prompt: bool) -> str:
+        if [m["role"] for m in messages[-2:]] == ["user", "user"]:
+            raise RenderRefusedError("roles must alternate")
+        return chatml(messages, add_generation_prompt)
+
+    with pytest.raises(NoBoundaryError, match=r"refuses the chat .*alternate"):
+        await prompt(refuses_two_users, chat(ASKED, ANSWERED, MORE, MORE), "uhi|awell" + END)
+
+
+async def test_the_cost_of_a_turn_is_that_of_what_is_new() -> None:
+    templates, tokenizer = Templates(), Tokenizer(chatml)
+    messages, history = [ASKED, ANSWERED], "uhi|awell" + END
+    for _ in range(3):  # three rollouts of four turns
+        for turn in range(1, 5):
+            longer = [*messages * turn, MORE]
+            tokenizer.chats.clear()
+            await templates.next_prompt(tokenizer, chat(*longer, newest=2 * turn - 1), ids(history))
+    assert tokenizer.chats == [[said("user", "0"), said("assistant", "zqx0"), MORE]]
+    assert (templates.num_whole, templates.num_extended) == (8, 4)
+
+
+async def test_the_roles_in_front_of_a_turn_belong_to_its_shape() -> None:
+    """DeepSeek V3 opens the first tool output of a chat unlike later ones."""
+
+    def opening_the_first(messages: list[Json], add_generation_prompt: bool) -> str:
+        return chatml(messages, add_generation_prompt).replace("t", "(t", 1)
+
+    templates, tokenizer = Templates(), Tokenizer(opening_the_first)
+    turn, output = said("assistant", None, tool_calls=[call()]), said("tool", "5")
+    first = chat(ASKED, ANSWERED, MORE, turn, output, newest=3)
+    later = chat(ASKED, turn, output, turn, output, newest=3)
+    for _ in range(3):
+        assert (await templates.next_prompt(tokenizer, first, ids("seen" + END)))[5:] == ids(f"\n(t5{END}\na")
+    assert (await templates.next_prompt(tokenizer, later, ids("seen" + END)))[5:] == ids(f"\nt5{END}\na")
+
+
+async def test_now_and_then_the_stub_is_checked_again() -> None:
+    templates, late = Templates(), False
+
+    def changes_its_mind(messages: list[Json], add_generation_prompt: bool) -> str:
+        return chatml(messages, add_generation_prompt) + str(len(messages)) * late
+
+    asked = chat(ASKED, ANSWERED, MORE, MORE, newest=1)
+    for _ in range(63):
+        await templates.next_prompt(Tokenizer(changes_its_mind), asked, ids("uhi|awell"))
+    assert (templates.num_whole, templates.num_extended) == (2, 61)
+    late = True
+    longer = chat(*[ASKED, ANSWERED] * 2, MORE, newest=1)
+    for _ in range(4):
+        await templates.next_prompt(Tokenizer(changes_its_mind), longer, ids("uhi|awell"))
+    assert templates.num_whole > 2
+
+
+def test_the_marker_is_not_in_the_new_messages() -> None:
+    assert new_marker([said("user", "zqx0 and zqx1")]) == "zqx2"
+    assert new_marker([], unlike="zqx0") == "zqx1"
+    assert json.dumps(new_marker([])) == '"zqx0"'

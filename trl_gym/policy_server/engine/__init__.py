@@ -1,1 +1,1 @@
-"""TODO."""
+"""Code that runs in vLLM's processes: server entry point, plugin, `file` weight transfer engine, worker extension."""
