@@ -23,8 +23,7 @@ from tests.conftest import load
 from trl_gym import GymGRPOConfig, compat
 from trl_gym.cli import build_parser
 from trl_gym.rollouts.evaluation import evaluation_metrics
-from trl_gym.rollouts.logprobs import GapSum, merge
-from trl_gym.rollouts.metrics import completion_metrics, rollout_metrics, training_metrics
+from trl_gym.rollouts.metrics import GapSum, completion_metrics, merge_gaps, rollout_metrics, training_metrics
 from trl_gym.rollouts.rollout import RolloutFacts
 from trl_gym.rollouts.trajectory import DriftCause
 from trl_gym.train import ScriptArguments
@@ -128,7 +127,7 @@ def test_every_metric_that_is_put_together_has_a_row(names: ModuleType) -> None:
     logged = {
         *training_metrics(many),
         *completion_metrics(many),
-        *merge([gaps | {"gym/calculator/logprob_gap": GapSum(0.1, 2, 0.1)}]),
+        *merge_gaps([gaps | {"gym/calculator/logprob_gap": GapSum(0.1, 2, 0.1)}]),
         *(f"eval_{name}" for name in rollout_metrics(many) | evaluation_metrics(many, 4)),
         *(f"eval_hard_ones_{name}" for name in evaluation_metrics(many, 4)),
     }

@@ -23,7 +23,11 @@ def record(**changes: Any) -> dict[str, Any]:
         {"type": "reasoning", "summary": [{"text": "hm"}]},
         {"type": "function_call", "name": "add", "arguments": '{"a": 1}'},
         {"type": "function_call_output", "output": NASTY},
-        {"type": "message", "role": "assistant", "content": [{"text": "2", "type": "output_text"}, {"image": "…"}]},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"text": "2", "type": "output_text"}, {"type": "input_image"}],
+        },
     ]
     return {
         "row": {"responses_create_params": {"input": [{"role": "system", "content": "be brief"}]}},
@@ -44,7 +48,7 @@ def test_everything_that_was_said_in_order() -> None:
         ("policy thinks", "hm"),
         ("policy calls", 'add({"a": 1})'),
         ("tool answers", NASTY),
-        ("policy", '2{"image": "…"}'),
+        ("policy", "2[input_image]"),
     ]
     plain = record(row={"responses_create_params": {"input": "1 + 1?"}}, response=None)
     assert list(messages_of(plain)) == [("user", "1 + 1?")]

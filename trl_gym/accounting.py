@@ -27,8 +27,16 @@ from trl_gym.rollouts import batch as batches
 from trl_gym.rollouts import logprobs
 from trl_gym.rollouts.batch import SharedBatch, share
 from trl_gym.rollouts.evaluation import EvaluationRun, evaluation_metrics, preserved_rng, set_name, table_beside
-from trl_gym.rollouts.logprobs import merge_ratios, ratio_sum
-from trl_gym.rollouts.metrics import NEWEST, RunMetrics, completion_metrics, rollout_metrics, training_metrics
+from trl_gym.rollouts.logprobs import ratio_sum
+from trl_gym.rollouts.metrics import (
+    NEWEST,
+    MetricsBuffer,
+    completion_metrics,
+    merge_gaps,
+    merge_ratios,
+    rollout_metrics,
+    training_metrics,
+)
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts
 
 if TYPE_CHECKING:
@@ -57,7 +65,7 @@ class Accounting:
 
     def __init__(self, args: GymGRPOConfig, accelerator: Accelerator) -> None:
         self._args, self._accelerator = args, accelerator
-        self._run_metrics = {"train": RunMetrics(NEWEST), "eval": RunMetrics()}
+        self._run_metrics = {"train": MetricsBuffer(NEWEST), "eval": MetricsBuffer()}
         self._num_settled = 0
         self.rollouts: Sequence[Rollout] = ()
         self.evaluation: EvaluationRun | None = None
@@ -166,7 +174,7 @@ class Accounting:
         self._run_metrics[mode].add_gaps([gaps for gaps, _ in ranks])
         corrected = merge_ratios([ratios for _, ratios in ranks])
         if corrected:
-            merged = logprobs.merge([gaps for gaps, _ in ranks])
+            merged = merge_gaps([gaps for gaps, _ in ranks])
             for name in ("mean", "max"):
                 corrected[f"sampling/sampling_logp_difference/{name}"] = merged.get(f"logprob_gap/{name}", torch.nan)
         for name, value in corrected.items():
@@ -188,7 +196,7 @@ class Accounting:
             RolloutError: At the end: fewer of the rollouts than `gym_min_valid_fraction` have a reward.
         """
         self.evaluation = evaluation = EvaluationRun(set_name(prefix), num_rollouts)
-        self._run_metrics["eval"] = RunMetrics()
+        self._run_metrics["eval"] = MetricsBuffer()
         table = table_beside(self._args.output_dir, step, evaluation.name) if has_table else nullcontext()
         try:
             with preserved_rng(), table:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import DatasetError, Problem
+from trl_gym.responses import prompt_messages
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,17 +132,6 @@ def gym_row(example: dict[str, Any]) -> dict[str, Any]:
         ) from None
 
 
-def prompt_messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the row's input as plain messages for TRL's logs; Gym gets the row itself."""
-    given = row["responses_create_params"].get("input", [])
-    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    instructions = row["responses_create_params"].get("instructions")
-    messages = [{"role": "system", "content": instructions}] if instructions else []
-    messages += [{"role": str(item.get("role", item.get("type", "user"))), "content": _text(item)} for item in items]
-    # Rows of environments that make the first observation themselves have no input; TRL needs a message to show.
-    return messages or [{"role": "user", "content": ""}]
-
-
 def read_records(
     file: Path, agent: str | None, limit: int | None, problems: list[Problem]
 ) -> Iterable[dict[str, Any]]:
@@ -200,12 +190,3 @@ def _parse(line: str) -> tuple[str, dict[str, Any] | None]:
     if reference is not None and not isinstance(reference, dict):
         return "`agent_ref` must be an object like {'name': 'my_agent'}", None
     return "", row
-
-
-def _text(item: dict[str, Any]) -> str:
-    content = item.get("content", "")
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in content)
-    return json.dumps(item, ensure_ascii=False) if content is None else str(content)

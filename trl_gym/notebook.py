@@ -11,18 +11,18 @@ by `trl_gym.report.show`.
 from __future__ import annotations
 
 import html
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 
-from trl_gym.commands.collect import collect, shown_progress, speaker
+from trl_gym.commands.collect import collect, counted, shown_progress, speaker
 from trl_gym.commands.options import CollectOptions, NamedFile
 from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.server import PolicyBackend
+from trl_gym.responses import input_items, output_items, read_item
 from trl_gym.rollout_options import RolloutOptions, Sampling
 from trl_gym.rollouts.journal import read_journal
 
@@ -30,6 +30,7 @@ Record = Mapping[str, Any]  # a line of the journal, see `rollouts.rollout.journ
 
 _SAMPLED, _GIVEN, _PROMPT = "#8fd3a6", "#f3c98b", "#d5d8de"  # as text colour black stays legible on each
 _FRAME = "border:1px solid #8886;border-radius:6px;padding:.5em .8em;margin:.3em 0;max-width:60em"
+_WHO = {"call": "policy calls", "result": "tool answers", "reasoning": "policy thinks"}
 _TEXT = "white-space:pre-wrap;overflow-wrap:anywhere"
 
 
@@ -84,7 +85,7 @@ def roll_out(
         deadline_s: Seconds that a rollout may take.
 
     Returns:
-        The lines of the journal, by task and member.
+        The line of the journal that counts for each rollout, by task and member.
 
     Raises:
         ConfigError: An option or the file is wrong, or `output_dir` holds rollouts of something else.
@@ -108,26 +109,16 @@ def roll_out(
     )
     console = Console(force_jupyter=False)  # plain lines: rich's own would each be an output of their own
     with shown_progress(console) as progress:
-        collect(options, say=speaker(console), progress=progress)
-    ended = [record for record in read_journal(options.journal_dir) if not record.get("retried")]
-    return sorted(ended, key=lambda record: (record["task_index"], record["member"]))
+        collected = collect(options, say=speaker(console), progress=progress)
+    return counted(read_journal(options.journal_dir), collected.jobs, dict)
 
 
 def messages_of(record: Record) -> Iterator[tuple[str, str]]:
-    """The conversation of a rollout as `(who, text)`: the task's messages, then everything that happened."""
-    asked = (record["row"].get("responses_create_params") or {}).get("input") or []
-    for message in [{"role": "user", "content": asked}] if isinstance(asked, str) else asked:
-        yield str(message.get("role", "user")), _content(message.get("content"))
-    for item in (record.get("response") or {}).get("output") or []:
-        kind = item.get("type")
-        if kind == "function_call":
-            yield "policy calls", f"{item.get('name')}({item.get('arguments')})"
-        elif kind == "function_call_output":
-            yield "tool answers", _content(item.get("output"))
-        elif kind == "reasoning":
-            yield "policy thinks", _content(item.get("summary"))
-        else:
-            yield "policy", _content(item.get("content"))
+    """Yield the conversation of a rollout as `(who, text)`: the task's messages, then everything that happened."""
+    for said in map(read_item, input_items(record["row"])):
+        yield said.role, said.text
+    for said in map(read_item, output_items(record)):
+        yield _WHO.get(said.kind, "policy"), f"{said.name}({said.text})" if said.kind == "call" else said.text
 
 
 def show_conversation(record: Record) -> HtmlView:
@@ -140,7 +131,7 @@ def show_conversation(record: Record) -> HtmlView:
     verdict = f"failed ({failure['kind']}): {failure['text']}" if failure else f"reward {record['reward']:g}"
     parts = record.get("reward_components") or {}
     if parts:
-        verdict += "  (" + ", ".join(f"{name} {value:g}" for name, value in parts.items()) + ")"
+        verdict += "  (" + ", ".join(f"{name} {_shown(value)}" for name, value in parts.items()) + ")"
     said = [*messages_of(record), ("verifier", verdict)]
     rows = "".join(
         f'<div style="{_TEXT};background:{_background(who)};color:black;padding:.2em .5em;margin:.2em 0">'
@@ -190,18 +181,5 @@ def _background(who: str) -> str:
     return _SAMPLED if who.startswith("policy") else _GIVEN if who.startswith("tool") else _PROMPT
 
 
-def _content(content: Any) -> str:
-    """Text of a message's content, its parts joined; what has no text is shown as JSON."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence):
-        return "".join(
-            part["text"] if isinstance(part, Mapping) and "text" in part else _json(part) for part in content
-        )
-    return _json(content)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

@@ -48,7 +48,6 @@ from trl_gym.resume import (
 from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.batch import (
     checked_rewards,
-    completion,
     describe_drift,
     table_columns,
     training_rows,
@@ -57,7 +56,7 @@ from trl_gym.rollouts.batch import (
 from trl_gym.rollouts.collection import CollectionStatus
 from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
 from trl_gym.rollouts.request import RolloutRequest, stamp
-from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.rollout import Rollout, conversation
 from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_replay
 from trl_gym.rollouts.trajectory import Trajectory, from_gym, make_decoder
 from trl_gym.run import servers
@@ -332,7 +331,7 @@ class GymGRPOTrainer(GRPOTrainer):
         with agreed(self.accelerator):
             for line in describe_drift(rollouts):
                 logger.warning(line)
-            self._completions = [completion(rollout) for rollout in rollouts]
+            self._completions = [conversation(rollout) for rollout in rollouts]
             rewards = checked_rewards(self.compute_rewards(rollouts), len(rollouts))
         logs = f"Read the rollouts in {self._source.folder} and the servers' logs in {self.args.gym_log_dir}."
         rewards = self._accounting.settle(rollouts, rewards, mode=self._mode, step=self.state.global_step, where=logs)

@@ -39,7 +39,7 @@ def test_a_model_call_ends_with_the_item_that_carries_its_tokens() -> None:
         "message",
         "message",
     ]
-    assert [item["text"] for item in body["output"]] == ["hm", "", "Internal Server Error", "done", "go on", "so"]
+    assert [item["text"] for item in body["output"]] == ["hm", "{}", "Internal Server Error", "done", "go on", "so"]
     assert body["output"][2]["error"] is True
 
 

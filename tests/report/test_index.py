@@ -9,8 +9,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.report.index import State, causes, ordered, sample, states, step_stats
+from trl_gym.report.index import causes, ordered, sample, states, step_stats
 from trl_gym.report.rows import Row, row_of
+from trl_gym.rollouts.journal import LineState
 
 RECORD: dict[str, Any] = {
     "step": 3,
@@ -75,8 +76,10 @@ def test_attempts_that_were_tried_again_or_given_up_do_not_count() -> None:
         row(attempt=1),
         failed(member=1),
         dataclasses.replace(failed(member=2), failure="cancelled"),
+        row(member=3, is_retried=True),
     ]
-    assert states(rows) == [State.RETRIED, State.COUNTED, State.COUNTED, State.CANCELLED]
+    expected = [LineState.RETRIED, LineState.COUNTED, LineState.COUNTED, LineState.CANCELLED, LineState.LOST]
+    assert states(rows) == expected
 
 
 def test_a_step_that_was_sampled_again_by_other_weights_counts_once() -> None:
@@ -85,17 +88,17 @@ def test_a_step_that_was_sampled_again_by_other_weights_counts_once() -> None:
         row(time=2.0, sampler=("a", "new")),
         row(time=1.0, sampler=("a", "old"), step=2),
     ]
-    assert states(rows) == [State.SUPERSEDED, State.COUNTED, State.COUNTED]
+    assert states(rows) == [LineState.SUPERSEDED, LineState.COUNTED, LineState.COUNTED]
 
 
 def test_a_later_reward_replaces_a_failure_and_never_the_other_way_round() -> None:
-    assert states([failed(), row()]) == [State.SUPERSEDED, State.COUNTED]
-    assert states([row(), failed()]) == [State.COUNTED, State.SUPERSEDED]
+    assert states([failed(), row()]) == [LineState.SUPERSEDED, LineState.COUNTED]
+    assert states([row(), failed()]) == [LineState.COUNTED, LineState.SUPERSEDED]
 
 
 def test_two_rewards_for_one_task_are_two_rollouts_in_training_and_one_repeated_in_evaluation() -> None:
-    assert states([row(), row()]) == [State.COUNTED, State.COUNTED]
-    assert states([row(mode="eval"), row(mode="eval")]) == [State.SUPERSEDED, State.COUNTED]
+    assert states([row(), row()]) == [LineState.COUNTED, LineState.COUNTED]
+    assert states([row(mode="eval"), row(mode="eval")]) == [LineState.SUPERSEDED, LineState.COUNTED]
 
 
 def test_numbers_of_a_step_are_over_its_counted_rollouts() -> None:
@@ -124,7 +127,7 @@ def test_several_environments_are_counted_together_and_apart() -> None:
 
 
 def test_a_step_without_any_reward_has_no_mean() -> None:
-    (stats,) = step_stats([failed()], [State.COUNTED])
+    (stats,) = step_stats([failed()], [LineState.COUNTED])
     assert (stats.reward, stats.reward_std, stats.success, stats.seconds_p50) == (None, None, None, None)
 
 

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
-from trl_gym.rollouts.trajectory import Drift, classify, explain, first_difference, make_decoder
+from trl_gym.policy_server.middleware.splice import num_common
+from trl_gym.rollouts.trajectory import Drift, classify, make_decoder, report_drift
 
 PAIR = 256  # token PAIR + 256 * a + b spells the bytes a, b; below it a token is one byte
 
@@ -32,7 +33,7 @@ def encode(text: str, merges: list[bool] | None = None) -> list[int]:
 
 
 def drift_of(seen: list[int], sampled: list[int], prompt: list[int], turn: int = 1) -> Drift:
-    position = first_difference(seen, prompt)
+    position = num_common(seen, prompt)
     assert position < len(seen)
     return Drift(turn, position, seen, sampled, prompt)
 
@@ -88,7 +89,7 @@ def test_a_shorter_prompt_is_classified_by_what_it_leaves_out(sampled: int, caus
 
 def test_the_report_shows_both_sides() -> None:
     seen, prompt = encode("system. user: 1+1? it is TWO"), encode("system. user: 1+1? it is 2, next")
-    report = explain(drift_of(seen, [0] * 19 + [1] * 9, prompt, turn=2), decode)
+    report = report_drift(drift_of(seen, [0] * 19 + [1] * 9, prompt, turn=2), decode)
     assert (report.turn, report.position, report.cause) == (2, 25, DriftCause.RETEMPLATED)
     assert report.seen_text == " 1+1? it is TWO"
     assert report.prompt_text == " 1+1? it is 2, next"
@@ -109,22 +110,22 @@ def test_the_servers_record_is_believed() -> None:
     """Only it can know that the agent had sent no ids."""
     known = {"cause": DriftCause.MESSAGE_WITHOUT_IDS, "text": "the agent sent no token ids"}
     drift = drift_of(encode("abc"), [0, 1, 1], encode("aXc"))
-    assert explain(drift, decode, record(drift=known)).cause is DriftCause.MESSAGE_WITHOUT_IDS
-    assert "the agent sent no token ids" in explain(drift, decode, record(drift=known)).text
+    assert report_drift(drift, decode, record(drift=known)).cause is DriftCause.MESSAGE_WITHOUT_IDS
+    assert "the agent sent no token ids" in report_drift(drift, decode, record(drift=known)).text
     # As it comes over the wire.
-    assert explain(drift, decode, record(drift=known | {"cause": "no_boundary"})).cause is DriftCause.NO_BOUNDARY
+    assert report_drift(drift, decode, record(drift=known | {"cause": "no_boundary"})).cause is DriftCause.NO_BOUNDARY
 
 
 def test_a_record_that_knows_of_no_drift_leaves_it_to_the_tokens() -> None:
     drift = drift_of(encode("abc"), [0, 1, 1], encode("aXc"))
-    assert explain(drift, decode, record()).cause is DriftCause.RETEMPLATED
+    assert report_drift(drift, decode, record()).cause is DriftCause.RETEMPLATED
 
 
 @given(st.binary(min_size=1, max_size=60), st.binary(max_size=60), st.binary(max_size=10))
 def test_bytes_that_are_no_text_can_be_explained(common: bytes, tail: bytes, other: bytes) -> None:
     seen, prompt = [*common, *tail, 1], [*common, *other, 2, 3]
-    assume(first_difference(seen, prompt) < len(seen))
-    report = explain(drift_of(seen, [0] * len(common) + [1] * (len(tail) + 1), prompt), decode)
+    assume(num_common(seen, prompt) < len(seen))
+    report = report_drift(drift_of(seen, [0] * len(common) + [1] * (len(tail) + 1), prompt), decode)
     assert report.cause in DriftCause
     report.text.encode()
 

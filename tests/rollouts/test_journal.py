@@ -81,13 +81,25 @@ def test_a_torn_last_line_does_not_merge_with_the_next_and_is_reported(
         list(read_journal(tmp_path))
 
 
-def test_nan_is_refused_rather_than_written(tmp_path: Path) -> None:
+def test_numbers_that_json_has_not_become_null_and_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A dataset row or a reward component with NaN ended the training with a bare ValueError."""
     journal = Journal(tmp_path)
-    with pytest.raises(ValueError):
-        journal.append(record(reward=math.nan))
-    journal.append(record(reward=1.0))
-    assert [r["reward"] for r in read_journal(tmp_path)] == [1.0]
+    odd = record(agent="calc", rollout_id="r1", row={"bound": math.inf}, reward_components={"x": math.nan, "y": 1.0})
+    odd["response"] = {"usage": [1.0, -math.inf]}
+    for _ in range(2):
+        journal.append(odd)
+    journal.append(record(agent="calc", reward=1.0))
     journal.close()
+    first, second, third = (line.record for line in read_lines(tmp_path))
+    assert first | {"time": 0} == second | {"time": 0} and third["reward"] == 1.0
+    assert (first["row"], first["reward_components"]) == ({"bound": None}, {"x": None, "y": 1.0})
+    assert first["response"] == {"usage": [1.0, None]}
+    assert "NaN" not in journal.path(0, "train").read_text() and math.isinf(odd["row"]["bound"])  # type: ignore[index]
+    [warning] = caplog.messages
+    assert "r1, a rollout of calc" in warning
+    assert "`row.bound`, `reward_components.x`, `response.usage[]`" in warning
 
 
 def test_a_line_is_readable_by_others_before_commit(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.rollouts.logprobs import GapSum, batch_gaps, gap_sums, merge
+from trl_gym.rollouts.logprobs import batch_gaps, gap_sums
+from trl_gym.rollouts.metrics import GapSum, merge_gaps
 
 
 def test_an_example() -> None:
@@ -20,7 +21,7 @@ def test_an_example() -> None:
         "completion_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]),
         "tool_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]),  # the third has failed
     }
-    metrics = merge([batch_gaps(batch, [[1, 3], [2], []], ["a", "b", "c"])])
+    metrics = merge_gaps([batch_gaps(batch, [[1, 3], [2], []], ["a", "b", "c"])])
     assert metrics == pytest.approx(
         {
             "logprob_gap/mean": 0.6 / 4,
@@ -38,7 +39,7 @@ def test_an_example() -> None:
 def test_without_one_side_there_is_no_gap(missing: str) -> None:
     ones = torch.ones(1, 1)
     batch = {name: ones for name in ("old_per_token_logps", "sampling_per_token_logps") if name != missing}
-    assert merge([batch_gaps({**batch, "completion_mask": ones}, [[1]], ["a"])]) == {}
+    assert merge_gaps([batch_gaps({**batch, "completion_mask": ones}, [[1]], ["a"])]) == {}
 
 
 def test_late_turns_are_counted_together() -> None:
@@ -50,13 +51,13 @@ def test_late_turns_are_counted_together() -> None:
 
 def test_nan_is_not_hidden() -> None:
     gaps = gap_sums(torch.zeros(1, 2), torch.tensor([[math.nan, 0.0]]), torch.ones(1, 2), [[2]], ["a"])
-    metrics = merge([{"logprob_gap": GapSum(1.0, 1, 1.0)}, gaps])
+    metrics = merge_gaps([{"logprob_gap": GapSum(1.0, 1, 1.0)}, gaps])
     assert math.isnan(metrics["logprob_gap/mean"]) and math.isnan(metrics["logprob_gap/max"])
 
 
 def test_a_batch_with_nothing_to_train_has_no_gap() -> None:
-    assert merge([gap_sums(torch.zeros(2, 1), torch.ones(2, 1), torch.zeros(2, 1), [[], []], ["a", "a"])]) == {}
-    assert merge([]) == {}
+    assert merge_gaps([gap_sums(torch.zeros(2, 1), torch.ones(2, 1), torch.zeros(2, 1), [[], []], ["a", "a"])]) == {}
+    assert merge_gaps([]) == {}
 
 
 @st.composite
@@ -89,8 +90,8 @@ def test_ranks_together_say_what_one_would(batch: list, split: int) -> None:
 
     split = min(split, len(batch))
     ranks = [rank(rows) for rows in (slice(0, split), slice(split, None)) if turn_ends[rows]]
-    metrics = merge(ranks)
-    assert metrics == pytest.approx(merge([rank(slice(None))]), abs=1e-6)
+    metrics = merge_gaps(ranks)
+    assert metrics == pytest.approx(merge_gaps([rank(slice(None))]), abs=1e-6)
     every = [gap for gaps in by_turn.values() for gap in gaps]
     assert metrics.get("logprob_gap/max") == pytest.approx(max(every)) if every else not metrics
     for turn, gaps in by_turn.items():

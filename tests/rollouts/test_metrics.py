@@ -15,16 +15,17 @@ from hypothesis import strategies as st
 from tests.rollouts.test_batch import OUTPUT, bad, drifted, good, record, with_records
 from trl_gym.errors import FailureKind, RolloutError
 from trl_gym.policy_server.middleware.calls import DriftCause
+from trl_gym.responses import is_tool_error
 from trl_gym.rollouts.batch import RankReport, SharedBatch, failure_causes, share
-from trl_gym.rollouts.logprobs import GapSum
 from trl_gym.rollouts.metrics import (
-    RunMetrics,
+    GapSum,
+    MetricsBuffer,
     completion_metrics,
     percentile,
     rollout_metrics,
     training_metrics,
 )
-from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of, is_tool_error
+from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of
 
 
 def facts(*rollouts: Rollout) -> list[RolloutFacts]:
@@ -135,11 +136,12 @@ def test_lengths_are_of_trained_rollouts_and_truncation_is_what_gym_said() -> No
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.sampled_from([0, 5, 50, 95, 100]))
 def test_percentiles_are_numpys(values: list[float], percent: int) -> None:
     assert percentile(values, percent) == pytest.approx(numpy.percentile(values, percent), abs=1e-6)
+    assert percentile([], percent) is None
 
 
 def test_metrics_go_on_until_they_are_taken() -> None:
     """Two batches of different sizes: every rollout weighs the same, and every token of the gap."""
-    metrics = RunMetrics()
+    metrics = MetricsBuffer()
     metrics.add(facts(good(1.0), good(1.0), good(1.0)))
     metrics.add_gaps([{"logprob_gap": GapSum(3.0, 3, 1.0)}])
     metrics.add(facts(good(0.0)))
@@ -151,7 +153,7 @@ def test_metrics_go_on_until_they_are_taken() -> None:
 
 
 def test_a_training_that_never_logs_keeps_only_so_many() -> None:
-    metrics = RunMetrics(newest=3)
+    metrics = MetricsBuffer(newest=3)
     for reward in (0.0, 0.0, 1.0, 1.0, 1.0):
         metrics.add(facts(good(reward)))
     taken = metrics.take(rollout_metrics)

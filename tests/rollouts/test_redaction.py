@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.rollouts import journal
-from trl_gym.rollouts.journal import REDACTED, make_redactor, secrets_of
+from trl_gym.rollouts.journal import REDACTED, make_redactor, secrets_in, secrets_of
 
-KEY = "sk-proj-Abcdef0123456789xyz"
 redact = make_redactor()
 
 plain_text = st.text(st.characters(codec="utf-8", exclude_characters=":=@"), max_size=40)
@@ -26,15 +25,10 @@ values = st.recursive(
     [
         ({"policy_api_key": "EMPTY"}, {"policy_api_key": REDACTED}),
         ({"headers": {"Authorization": "Basic dTpw"}}, {"headers": {"Authorization": REDACTED}}),
-        ("Authorization: Bearer abc.def-123456", f"Authorization: Bearer {REDACTED}"),
-        (f"use {KEY} please", f"use {REDACTED} please"),
-        ('{"api_key": "0123456789"}', f'{{"api_key": "{REDACTED}"}}'),
-        ("API_KEY=0123456789abc", f"API_KEY={REDACTED}"),
-        ("https://me:geheim123@host/path", f"https://me:{REDACTED}@host/path"),
-        (["hf_abcdefghijklmnopqrstuvwxyz"], [REDACTED]),
+        ([{"x-api-key": "a"}, {"SECRET_ACCESS_KEY": "b"}], [{"x-api-key": REDACTED}, {"SECRET_ACCESS_KEY": REDACTED}]),
     ],
 )
-def test_what_looks_like_a_secret_is_taken_out(value: Any, expected: Any) -> None:
+def test_a_value_under_a_secret_named_key_is_taken_out(value: Any, expected: Any) -> None:
     assert redact(value) == expected
 
 
@@ -44,8 +38,10 @@ def test_what_looks_like_a_secret_is_taken_out(value: Any, expected: Any) -> Non
         {"tool": "calculator", "arguments": '{"a": 12, "b": 30}'},
         {"max_output_tokens": 128, "password": None, "api_key": ""},
         "The key to the riddle: patience. Tokens are counted at 12:30, see http://host/path?x=1",
-        "task-sk- is short, eyJ too",
         {"secret_word": "banana"},  # a game's own data
+        # What only looks like a secret is what was said: reward functions and replays must see it as it was.
+        "API_KEY=0123456789abc, Authorization: Bearer abc.def-123456, https://me:geheim123@host/path",
+        {"text": '{"api_key": "sk-proj-Abcdef0123456789xyz"}', "task": ["hf_abcdefghijklmnopqrstuvwxyz"]},
     ],
 )
 def test_what_is_no_secret_stays(value: Any) -> None:
@@ -84,15 +80,9 @@ def test_a_known_secret_is_nowhere_and_nothing_else_changes(value: Any, secret: 
     assert json.dumps(redact_known(value)) == json.dumps(redact(value)) or secret in json.dumps(value)
 
 
-@given(
-    value=values,
-    hidden=st.sampled_from(
-        ["sk-", "SK_live_", "hf_", "Bearer ", "apiKey=", "API-KEY: ", "password='", "http://u:", "eyJ"]
-    ),
-    key=st.sampled_from(["text", "x-api-key", "Authorization", "SECRET_ACCESS_KEY", "clientSecret", "private-key"]),
-)
-def test_the_quick_look_misses_nothing(value: Any, hidden: str, key: str) -> None:
-    record = {"value": value, key: f"{hidden}0123456789abcdefghij@"}
+@given(value=values, key=st.sampled_from(["text", "x-api-key", "Authorization", "clientSecret", "private-key"]))
+def test_the_quick_look_misses_nothing(value: Any, key: str) -> None:
+    record = {"value": value, key: "0123456789"}
     assert redact(record) == journal._redact(record, [])
 
 
@@ -105,12 +95,9 @@ def test_redaction_is_idempotent_and_keeps_the_shape(value: Any) -> None:
         assert list(once) == list(value)
 
 
-@given(before=plain_text, after=plain_text)
-def test_keys_are_found_in_any_text(before: str, after: str) -> None:
-    assert KEY not in redact(f"{before} {KEY} {after}")
-    assert (
-        KEY
-        not in redact({"response": {"output": [{"text": f"{before}\n{KEY}\n{after}"}]}})["response"]["output"][0][
-            "text"
-        ]
-    )
+def test_secrets_in_nested_options_are_known_values() -> None:
+    options = {"judge": {"openai_api_key": "0123456789"}, "servers": [{"password": "geheim123"}], "api_key": 3}
+    assert secrets_in(options) == ["0123456789", "geheim123"]
+    assert make_redactor(secrets_in(options))({"said 0123456789": ["geheim123!"]}) == {
+        f"said {REDACTED}": [f"{REDACTED}!"]
+    }

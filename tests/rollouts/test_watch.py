@@ -13,7 +13,7 @@ def one(phase: Phase = Phase.RUNNING, agent: str = "calc", name: str = "r1", att
 def test_every_wait_has_a_name() -> None:
     assert waits_for(one(Phase.WAITING), None) == "not dispatched (cap)"
     assert waits_for(one(Phase.PAUSED), None) == "pause before another attempt"
-    assert waits_for(one(Phase.SETTLING), None) == "records of its model calls (policy server)"
+    assert waits_for(one(Phase.RECORDING), None) == "records of its model calls (policy server)"
     assert waits_for(one(), CallState(1, 1)) == "model call (policy server)"
     assert waits_for(one(), CallState(1, 0)) == "tool or verifier of calc"
     assert waits_for(one(), CallState(0, 0)) == "tool or verifier of calc (no model call yet)"
@@ -48,7 +48,7 @@ def test_the_tally_knows_who_has_been_running_longest() -> None:
     tally.enter(1, one(agent="slow", since=1.0))
     tally.enter(0, one(since=4.0))
     assert tally.status(10.0).slowest == ("slow", 9.0) and tally.status(10.0).num_running == 2
-    tally.enter(1, one(Phase.SETTLING, agent="slow"))
+    tally.enter(1, one(Phase.RECORDING, agent="slow"))
     assert tally.status(10.0).slowest == ("calc", 6.0) and len(tally.outstanding) == 2
     tally.leave(0)
     tally.leave(1)

@@ -6,11 +6,11 @@ import contextlib
 import json
 import os
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,7 +28,7 @@ from trl_gym.rollouts.call_records import RolloutLedger
 from trl_gym.rollouts.collection import CollectionStatus
 from trl_gym.rollouts.collection import Progress as CollectionProgress
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
-from trl_gym.rollouts.journal import Journal, journal_files, read_journal
+from trl_gym.rollouts.journal import Attempt, Journal, LineState, journal_files, line_states, read_journal, secrets_in
 from trl_gym.rollouts.request import RolloutRequest, stamp, task_hash
 from trl_gym.rollouts.source import Finisher
 from trl_gym.rollouts.trajectory import from_gym
@@ -38,6 +38,8 @@ from trl_gym.rollouts.trajectory import from_gym
 
 MANIFEST = "collection.json"
 Key = tuple[str, str, int]  # dataset, task hash, member: what a rollout is recognized by
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,28 @@ def key_of(record: Mapping[str, Any]) -> Key:
 
 
 def done(records: Iterable[Mapping[str, Any]]) -> Counter[Key]:
-    """How many rollouts of a journal have a reward, by key. Rows that are there twice have twice as many."""
-    return Counter(key_of(record) for record in records if record["failure"] is None)
+    """Count the rollouts of a journal that have a reward, by key. A row that a dataset has twice counts twice."""
+    return Counter(key_of(record) for record in records if Attempt.of(record).has_reward)
+
+
+def counted(
+    records: Iterable[Mapping[str, Any]], jobs: Sequence[Job], kept: Callable[[Mapping[str, Any]], T]
+) -> list[T]:
+    """Return the lines that count for the rollouts that were asked for, job by job; see `journal.line_states`.
+
+    Args:
+        records: Lines of the journal, in order. Those of other rollouts (a dataset that was cut since) do not count.
+        jobs: The rollouts that were asked for.
+        kept: Takes from a line what is to be returned of it. A whole journal may be too large to hold.
+    """
+    expected = Counter(job.key for job in jobs)
+    lines = [(Attempt.of(record, key_of(record)), kept(record)) for record in records if key_of(record) in expected]
+    states = line_states((attempt for attempt, _ in lines), expected.__getitem__)
+    by_key: defaultdict[Hashable, list[T]] = defaultdict(list)
+    for (attempt, value), state in zip(lines, states, strict=True):
+        if state is LineState.COUNTED:
+            by_key[attempt.rollout].append(value)
+    return [value for key in expected for value in by_key[key]]
 
 
 def missing(jobs: Sequence[Job], finished: Mapping[Key, int]) -> list[Job]:
@@ -373,7 +395,7 @@ def _collector(options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> 
 
 
 def _secrets(options: CollectOptions) -> tuple[str, ...]:
-    return (options.api_key,) if options.api_key else ()
+    return (*((options.api_key,) if options.api_key else ()), *secrets_in(options.overrides))
 
 
 # --------------------------------------------------------------------------------------------------------------------

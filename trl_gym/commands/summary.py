@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trl_gym.commands.collect import Job, Key, key_of
+from trl_gym.commands.collect import Job, counted
+from trl_gym.responses import model_call_indices, output_items
+from trl_gym.rollouts.metrics import mean, percentile
 from trl_gym.rollouts.rollout import success_of
 
 
@@ -67,27 +68,8 @@ class Summary:
 
 
 def outcomes(records: Iterable[Mapping[str, Any]], jobs: Sequence[Job]) -> list[Outcome]:
-    """How the rollouts that were asked for ended. One that failed and was run again counts as it ended last; lines of
-    other rollouts (a dataset that was cut since) do not count.
-
-    Args:
-        records: Lines of the journal, in order.
-        jobs: What was asked for.
-    """
-    expected = Counter(job.key for job in jobs)
-    ended: defaultdict[Key, list[Outcome]] = defaultdict(list)
-    failed: dict[Key, Outcome] = {}
-    for record in records:
-        key = key_of(record)
-        if record.get("retried") or len(ended[key]) >= expected[key]:
-            continue
-        if record["failure"] is None:
-            ended[key].append(_outcome(record))
-        else:
-            failed[key] = _outcome(record)
-    for key, last in failed.items():
-        ended[key] += [last] * (expected[key] - len(ended[key]))
-    return [outcome for key in expected for outcome in ended[key]]
+    """Return how the rollouts that were asked for have ended, see `collect.counted`."""
+    return counted(records, jobs, _outcome)
 
 
 def summarize(ended: Iterable[Outcome]) -> dict[str, Summary]:
@@ -102,26 +84,17 @@ def summary_of(ended: Sequence[Outcome]) -> Summary:
     """The numbers of some rollouts."""
     good = [outcome for outcome in ended if outcome.failure is None]
     rewards = [outcome.reward for outcome in good if outcome.reward is not None]
-    seconds = sorted(outcome.seconds for outcome in good)
+    seconds = [outcome.seconds for outcome in good]
     return Summary(
         rollouts=len(ended),
         failed=dict(Counter(outcome.failure for outcome in ended if outcome.failure is not None).most_common()),
-        reward_mean=_mean(rewards),
+        reward_mean=mean(rewards),
         reward_std=(statistics.stdev(rewards) if len(rewards) > 1 else 0.0) if rewards else None,
-        success=_mean([outcome.success for outcome in good if outcome.success is not None]),
-        turns=_mean([outcome.turns for outcome in good]),
-        seconds_p50=percentile(seconds, 0.5),
-        seconds_p95=percentile(seconds, 0.95),
+        success=mean([outcome.success for outcome in good if outcome.success is not None]),
+        turns=mean([outcome.turns for outcome in good]),
+        seconds_p50=percentile(seconds, 50),
+        seconds_p95=percentile(seconds, 95),
     )
-
-
-def percentile(ascending: Sequence[float], fraction: float) -> float | None:
-    """Linear interpolation between the two nearest; None without values."""
-    if not ascending:
-        return None
-    place = fraction * (len(ascending) - 1)
-    low, high = math.floor(place), math.ceil(place)
-    return ascending[low] + (place - low) * (ascending[high] - ascending[low])
 
 
 def show_summary(summaries: Mapping[str, Summary], console: Console) -> None:
@@ -174,17 +147,9 @@ def _outcome(record: Mapping[str, Any]) -> Outcome:
 
 
 def _num_model_calls(record: Mapping[str, Any]) -> int:
-    """As recorded; without token ids, the stretches of output between tool results: each is one model call."""
+    """Return the number of model calls as recorded; without token ids, as the output shows them."""
     recorded = sum(turn["kind"] == "model" for turn in record["turns"])
-    if recorded:
-        return recorded
-    output = (record["response"] or {}).get("output") or []
-    sampled = [item.get("type") != "function_call_output" for item in output]
-    return sum(now and not before for before, now in zip([False, *sampled], sampled, strict=False))
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    return recorded or len(set(model_call_indices(output_items(record))) - {None})
 
 
 def _shown(value: float | None, digits: int = 3) -> str:

@@ -7,13 +7,13 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from trl_gym.report.rows import input_messages, output_items, text_of
-from trl_gym.rollouts.rollout import is_tool_error
+from trl_gym.responses import Item, input_items, is_tool_error, model_call_indices, output_items, read_item
 
 # --------------------------------------------------------------------------------------------------------------------
 # Text of single tokens, so that a sequence can be shown token by token without a tokenizer in the browser.
@@ -100,9 +100,6 @@ def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 # Significant digits: of a log-probability, and of its difference to the trainer's, which is small.
 _DIGITS, _GAP_DIGITS = 4, 3
 
-# Of an item of the answer: shown elsewhere, or nothing to look at.
-_TOKENS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs", "routed_experts")
-
 
 class Shared:
     """Values that several rollouts of one chunk have in common, kept once: prompts, tasks, tool lists."""
@@ -131,10 +128,11 @@ def conversation_body(record: Mapping[str, Any], shared: Shared) -> dict[str, An
         `input`, `tools`: indices into `shared`. `output`: items `{role, kind, text, turn, …}`. `turns`, `failure`,
         `drift`, `verify`, `components`: as recorded.
     """
-    parameters = (record.get("row") or {}).get("responses_create_params") or {}
-    task = {key: value for key, value in (record.get("row") or {}).items() if key != "responses_create_params"}
+    row = record.get("row") or {}
+    parameters = row.get("responses_create_params") or {}
+    task = {key: value for key, value in row.items() if key != "responses_create_params"}
     return {
-        "input": shared.add([_item(item) for item in input_messages(record)]),
+        "input": shared.add([_shown(item) for item in input_items(row)]),
         "tools": shared.add(parameters.get("tools") or []),
         "task": shared.add({key: value for key, value in task.items() if not key.startswith("_ng_")}),
         "request": {key: parameters.get(key) for key in ("temperature", "top_p", "max_output_tokens")},
@@ -197,42 +195,13 @@ def _sampled(values: Sequence[float], mask: Sequence[int], digits: int) -> list[
 
 
 def _output(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The items of the answer, each with the index of the model call it came from, or null. Token ids are on the last
-    item of each call; without any, a call is what stands between two items of the environment."""
+    """Yield the items of the answer, each with the index of the model call that it came from, or None."""
     items = output_items(record)
-    has_ids = any(item.get("generation_token_ids") for item in items)
-    turn, after_environment = 0, False
-    for item in items:
-        shown = _item(item)
-        is_sampled = shown["role"] == "assistant"
-        if is_sampled and after_environment and not has_ids:
-            turn += 1
-        yield {**shown, "turn": turn if is_sampled else None}
-        turn += bool(item.get("generation_token_ids"))
-        after_environment = not is_sampled
+    for item, turn in zip(items, model_call_indices(items), strict=True):
+        yield {**_shown(item), "turn": turn}
 
 
-def _item(item: Mapping[str, Any]) -> dict[str, Any]:
-    """One item of the Responses API as the page shows it."""
-    kind = item.get("type") or "message"
-    if kind == "message":
-        return {"role": str(item.get("role") or "assistant"), "kind": "message", "text": text_of(item.get("content"))}
-    if kind == "reasoning":
-        text = text_of(item.get("summary") or item.get("content"))
-        return {"role": "assistant", "kind": "reasoning", "text": text}
-    if kind == "function_call":
-        return {
-            "role": "assistant",
-            "kind": "call",
-            "text": "",
-            "name": str(item.get("name")),
-            "args": text_of(item.get("arguments")),
-            "id": str(item.get("call_id") or ""),
-        }
-    if kind == "function_call_output":
-        text = text_of(item.get("output"))
-        call = str(item.get("call_id") or "")
-        return {"role": "tool", "kind": "result", "text": text, "id": call, "error": is_tool_error(text)}
-    rest = {key: value for key, value in item.items() if key not in _TOKENS}
-    role = "assistant" if item.get("generation_token_ids") else str(item.get("role") or "tool")
-    return {"role": role, "kind": "other", "text": json.dumps(rest, ensure_ascii=False, indent=1), "name": str(kind)}
+def _shown(item: Item) -> dict[str, Any]:
+    said = read_item(item)
+    shown = {name: value for name, value in asdict(said).items() if value or name == "text"}
+    return {**shown, "error": is_tool_error(said.text)} if said.kind == "result" else shown

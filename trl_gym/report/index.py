@@ -1,12 +1,7 @@
 """Rows of a journal → which of them count, what is shown, numbers per step and environment. Pure.
 
 A journal holds more than what was trained on: attempts that were tried again, rollouts of a batch that was given up,
-and, after a resume, steps that were sampled twice. All of it is shown, and counted once:
-
-    counted      the last word about a rollout
-    retried      an attempt that failed and was followed by another
-    cancelled    given up with its batch
-    superseded   of a step that was sampled again by other weights, or a failure that a later run made good
+and, after a resume, steps that were sampled twice. All of it is shown, and counted once.
 """
 
 from __future__ import annotations
@@ -14,24 +9,16 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from trl_gym.report.rows import Row
+from trl_gym.rollouts.journal import Attempt, LineState, line_states
+from trl_gym.rollouts.metrics import mean, percentile
 
 _MODES = ("train", "eval", "rollout")
 _TRIED_AGAIN = ("train", "eval")  # modes in which a step that is sampled again replaces the earlier try
-
-
-class State(StrEnum):
-    """What a line of the journal is in the story of its run."""
-
-    COUNTED = "counted"
-    RETRIED = "retried"
-    CANCELLED = "cancelled"
-    SUPERSEDED = "superseded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,27 +79,23 @@ class Cause:
     example: str
 
 
-def states(rows: Sequence[Row]) -> list[State]:
-    """What each row is, `[N]`.
+def states(rows: Sequence[Row]) -> list[LineState]:
+    """Decide which rows count, `[N]`.
+
+    In training and evaluation, what older weights sampled at a step is superseded by what newer ones did; then the
+    rule of `journal.line_states` holds. Two rewards for one rollout are two rollouts in training (the same task twice
+    in a step) and one that was repeated elsewhere.
 
     Args:
         rows: `[N]`, in the order of the journal.
     """
     newest = _newest_samplers(rows)
-    found = [_own_state(row, newest) for row in rows]
-    kept: dict[tuple[Any, ...], int] = {}
-    for index, row in enumerate(rows):
-        if found[index] is not State.COUNTED:
-            continue
-        before = kept.get(row.slot)
-        if before is None:
-            kept[row.slot] = index
-        elif row.reward is None and rows[before].reward is not None:
-            found[index] = State.SUPERSEDED
-        elif rows[before].reward is None or row.mode != "train":
-            found[before] = State.SUPERSEDED
-            kept[row.slot] = index
-        # Two rewards in training: the same task twice in a step, since what has a reward is never collected again.
+    found = [LineState.SUPERSEDED] * len(rows)
+    current = [index for index, row in enumerate(rows) if _is_of_newest(row, newest)]
+    attempts = [Attempt((row.mode, row.slot), row.failure, row.is_retried) for row in (rows[i] for i in current)]
+    own = line_states(attempts, lambda rollout: None if rollout[0] == "train" else 1)
+    for index, state in zip(current, own, strict=True):
+        found[index] = state
     return found
 
 
@@ -156,7 +139,7 @@ def sample(rows: Sequence[Row], order: Sequence[int], limit: int | None) -> list
     return [index for index in order if index in chosen]
 
 
-def step_stats(rows: Sequence[Row], found: Sequence[State]) -> list[StepStats]:
+def step_stats(rows: Sequence[Row], found: Sequence[LineState]) -> list[StepStats]:
     """The numbers of every step: over all environments, and for each where there are several.
 
     Args:
@@ -175,14 +158,14 @@ def step_stats(rows: Sequence[Row], found: Sequence[State]) -> list[StepStats]:
     ]
 
 
-def causes(rows: Sequence[Row], found: Sequence[State]) -> list[Cause]:
+def causes(rows: Sequence[Row], found: Sequence[LineState]) -> list[Cause]:
     """Failures by their words, the most frequent first."""
     grouped: defaultdict[tuple[str, str, str, str], list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         if row.failure is not None:
             grouped[row.failure, row.where or "", row.agent, row.cause or ""].append(index)
     listed = [
-        Cause(*key, len(own), sum(found[i] is State.COUNTED for i in own), rows[own[0]].rollout_id)
+        Cause(*key, len(own), sum(found[i] is LineState.COUNTED for i in own), rows[own[0]].rollout_id)
         for key, own in grouped.items()
     ]
     return sorted(listed, key=lambda cause: -cause.count)
@@ -197,20 +180,16 @@ def _newest_samplers(rows: Sequence[Row]) -> dict[tuple[str, str, int], tuple[st
     return {key: sampler for key, (_, sampler) in newest.items()}
 
 
-def _own_state(row: Row, newest: dict[tuple[str, str, int], tuple[str, str]]) -> State:
-    if row.mode in _TRIED_AGAIN and newest[row.mode, row.dataset, row.step] != row.sampler:
-        return State.SUPERSEDED
-    if row.is_cancelled:
-        return State.CANCELLED
-    return State.RETRIED if row.is_retried else State.COUNTED
+def _is_of_newest(row: Row, newest: dict[tuple[str, str, int], tuple[str, str]]) -> bool:
+    return row.mode not in _TRIED_AGAIN or newest[row.mode, row.dataset, row.step] == row.sampler
 
 
-def _stats(key: tuple[Any, ...], rows: Sequence[Row], found: Sequence[State]) -> StepStats:
+def _stats(key: tuple[Any, ...], rows: Sequence[Row], found: Sequence[LineState]) -> StepStats:
     mode, dataset, step, agent = key
-    counted = [row for row, state in zip(rows, found, strict=True) if state is State.COUNTED]
+    counted = [row for row, state in zip(rows, found, strict=True) if state is LineState.COUNTED]
     good = [row for row in counted if row.failure is None]
     rewards = [row.reward for row in good if row.reward is not None]
-    p50, p95 = _percentiles([row.seconds for row in good if row.seconds is not None])
+    seconds = [row.seconds for row in good if row.seconds is not None]
     return StepStats(
         mode=mode,
         dataset=dataset,
@@ -218,28 +197,15 @@ def _stats(key: tuple[Any, ...], rows: Sequence[Row], found: Sequence[State]) ->
         agent=agent,
         rollouts=len(counted),
         failures=dict(Counter(row.failure for row in counted if row.failure is not None)),
-        reward=_mean(rewards),
+        reward=mean(rewards),
         reward_std=statistics.stdev(rewards) if len(rewards) > 1 else None,
-        success=_mean(row.success for row in good),
+        success=mean(row.success for row in good),
         drifted=sum(row.drift is not None for row in counted),
         truncated=sum(row.is_truncated for row in counted),
-        turns=_mean(row.turns for row in good),
-        sampled_tokens=_mean(row.sampled_tokens for row in good),
-        seconds_p50=p50,
-        seconds_p95=p95,
-        others=dict(Counter(str(state) for state in found if state is not State.COUNTED)),
+        turns=mean(row.turns for row in good),
+        sampled_tokens=mean(row.sampled_tokens for row in good),
+        seconds_p50=percentile(seconds, 50),
+        seconds_p95=percentile(seconds, 95),
+        others=dict(Counter(str(state) for state in found if state is not LineState.COUNTED)),
         versions=list(dict.fromkeys(row.version for row in counted)),
     )
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
-def _percentiles(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """50 % and 95 %, by linear interpolation between closest ranks, as NumPy's default."""
-    if len(values) < 2:
-        return (values[0], values[0]) if values else (None, None)
-    cuts = statistics.quantiles(values, n=20, method="inclusive")
-    return cuts[9], cuts[18]

@@ -33,10 +33,10 @@ from typing import IO, Any
 
 from trl_gym.errors import ConfigError
 from trl_gym.report.bodies import Pieces, Shared, conversation_body, token_body
-from trl_gym.report.index import State, causes, ordered, sample, states, step_stats
+from trl_gym.report.index import causes, ordered, sample, states, step_stats
 from trl_gym.report.rows import Row, row_of
 from trl_gym.report.source import Run, open_run, read_metrics, read_training_logprobs
-from trl_gym.rollouts.journal import Line, read_line, read_lines
+from trl_gym.rollouts.journal import Line, LineState, read_line, read_lines
 
 SCHEMA = 1
 _CHUNK_BYTES = 4 * 10**6  # of the journal's lines; what is unpacked at a time
@@ -196,7 +196,7 @@ def _chunks(lines: Sequence[Line]) -> Iterator[list[Line]]:
 
 
 def _index(
-    run: Run, rows: Sequence[Row], found: Sequence[State], shown: Sequence[int], places: Sequence[tuple[int, int]]
+    run: Run, rows: Sequence[Row], found: Sequence[LineState], shown: Sequence[int], places: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
     own = [rows[i] for i in shown]
     groups: dict[tuple[Any, ...], int] = {}
@@ -227,17 +227,17 @@ def _index(
     }
 
 
-def _causes(rows: Sequence[Row], found: Sequence[State]) -> dict[str, Any]:
+def _causes(rows: Sequence[Row], found: Sequence[LineState]) -> dict[str, Any]:
     listed = causes(rows, found)
     top = [asdict(cause) | {"text": cause.text[:_CAUSE_CHARACTERS]} for cause in listed[:_NUM_CAUSES]]
     return {"listed": top, "left_out": len(listed) - len(top)}
 
 
-def _drift_counts(rows: Sequence[Row], found: Sequence[State]) -> list[dict[str, Any]]:
+def _drift_counts(rows: Sequence[Row], found: Sequence[LineState]) -> list[dict[str, Any]]:
     """Counted rollouts that drifted, by environment and cause."""
     counts: dict[tuple[str, str], int] = {}
     for row, state in zip(rows, found, strict=True):
-        if row.drift is not None and state is State.COUNTED:
+        if row.drift is not None and state is LineState.COUNTED:
             counts[row.agent, row.drift] = counts.get((row.agent, row.drift), 0) + 1
     return [{"agent": agent, "cause": cause, "count": count} for (agent, cause), count in sorted(counts.items())]
 

@@ -6,12 +6,12 @@ Lines of earlier versions lack keys that came later; what is not there counts as
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trl_gym.errors import FailureKind
-from trl_gym.rollouts.rollout import is_tool_error, success_of
+from trl_gym.responses import count_tool_calls, input_items, output_items, text_of
+from trl_gym.rollouts.rollout import success_of
 
 _MEMBER = re.compile(r"-m(\d+)-a\d+$")
 _PREVIEW = 160  # characters of a task in a table
@@ -78,11 +78,6 @@ class Row:
     preview: str
 
     @property
-    def is_cancelled(self) -> bool:
-        """Whether it was given up with its batch, which was never trained on."""
-        return self.failure == FailureKind.CANCELLED
-
-    @property
     def is_truncated(self) -> bool:
         return self.failure is None and self.finish not in (None, "stop")
 
@@ -101,7 +96,7 @@ def row_of(record: Mapping[str, Any]) -> Row:
     """The row of a journal's line."""
     failure, drift = record.get("failure"), record.get("drift")
     reward, mask = record.get("reward"), record.get("env_mask") or []
-    calls, errors = _tool_calls(record)
+    calls, errors = count_tool_calls(output_items(record))
     return Row(
         rollout_id=str(record.get("rollout_id")),
         mode=str(record.get("mode") or "train"),
@@ -134,41 +129,6 @@ def row_of(record: Mapping[str, Any]) -> Row:
     )
 
 
-def input_messages(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The task as it was sent, as items of the Responses API."""
-    parameters = (record.get("row") or {}).get("responses_create_params") or {}
-    items: list[Mapping[str, Any]] = []
-    if parameters.get("instructions"):
-        items.append({"type": "message", "role": "system", "content": parameters["instructions"]})
-    given = parameters.get("input") or []
-    if isinstance(given, str):
-        return [*items, {"type": "message", "role": "user", "content": given}]
-    return [*items, *(item if isinstance(item, Mapping) else {"role": "user", "content": str(item)} for item in given)]
-
-
-def output_items(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The items of Gym's answer; none where there is no answer."""
-    return (record.get("response") or {}).get("output") or []
-
-
-def text_of(content: Any) -> str:
-    """The text of a message's content; what is no text is named in brackets."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(_part(part) for part in content)
-    return str(content)
-
-
-def _part(part: Any) -> str:
-    if not isinstance(part, Mapping):
-        return str(part)
-    text = part.get("text", part.get("refusal"))
-    return text if isinstance(text, str) else f"[{part.get('type', 'part')}]"
-
-
 def _member(record: Mapping[str, Any]) -> int:
     """Earlier versions recorded it in the rollout's name alone."""
     named = _MEMBER.search(str(record.get("rollout_id")))
@@ -176,13 +136,6 @@ def _member(record: Mapping[str, Any]) -> int:
 
 
 def _preview(record: Mapping[str, Any]) -> str:
-    users = [item for item in input_messages(record) if item.get("role") == "user"]
+    users = [item for item in input_items(record.get("row") or {}) if item.get("role") == "user"]
     text = text_of(users[-1].get("content")) if users else ""
     return " ".join(text[: 4 * _PREVIEW].split())[:_PREVIEW]
-
-
-def _tool_calls(record: Mapping[str, Any]) -> tuple[int, int]:
-    output = output_items(record)
-    results: Iterator[Any] = (item.get("output") for item in output if item.get("type") == "function_call_output")
-    errors = sum(isinstance(result, str) and is_tool_error(result) for result in results)
-    return sum(item.get("type") == "function_call" for item in output), errors

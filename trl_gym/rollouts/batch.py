@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from trl_gym.errors import ConfigError, RolloutError
-from trl_gym.rollouts.rollout import Rollout, RolloutFacts, conversation, facts_of, is_truncated
+from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of
 from trl_gym.rollouts.trajectory import Trajectory, finish_reason
 
 _NUM_CAUSES = 20  # that a rank tells the others; a cause may be 600 characters long
@@ -51,7 +50,7 @@ def training_rows(
         rollout.trajectories[0] if rollout.trajectories and reward is not None else nothing
         for rollout, reward in zip(rollouts, rewards, strict=True)
     ]
-    masked = [mask_truncated and is_truncated(rollout) for rollout in rollouts]
+    masked = [mask_truncated and rollout.is_truncated for rollout in rollouts]
     return {
         "prompt_ids": [trajectory.prompt_ids for trajectory in trained],
         "completion_ids": [trajectory.completion_ids for trajectory in trained],
@@ -60,15 +59,6 @@ def training_rows(
         "gym_reward": list(rewards),
         "gym_result": [rollout.answer for rollout in rollouts],
     }
-
-
-def completion(rollout: Rollout) -> list[dict[str, Any]]:
-    """The conversation, for reward functions and TRL's completions table.
-
-    The table reads the arguments of every tool call as a JSON object and ends training where a policy wrote something
-    else; that is put into one, as `{"unparsed": …}`.
-    """
-    return [_with_readable_arguments(message) for message in conversation(rollout)]
 
 
 def table_columns(rollouts: Sequence[Rollout]) -> dict[str, list[str]]:
@@ -115,21 +105,6 @@ def describe_drift(rollouts: Sequence[Rollout]) -> list[str]:
         f"({cause}). {drifted[0]}"
         for (agent, cause), drifted in sorted(examples.items(), key=lambda item: -len(item[1]))
     ]
-
-
-def _with_readable_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    calls = message.get("tool_calls")
-    return dict(message) if not calls else {**message, "tool_calls": [_readable(call) for call in calls]}
-
-
-def _readable(call: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = call["function"].get("arguments")
-    try:
-        is_object = isinstance(json.loads(arguments), dict)
-    except (TypeError, ValueError):
-        is_object = False
-    text = arguments if is_object else json.dumps({"unparsed": arguments})
-    return {**call, "function": {**call["function"], "arguments": text}}
 
 
 # --------------------------------------------------------------------------------------------------------------------

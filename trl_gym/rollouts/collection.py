@@ -37,168 +37,18 @@ from trl_gym.rollouts.request import RolloutRequest, next_attempt
 logger = logging.getLogger(__name__)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What a person is told about rollouts that go on: how far a batch is, which one is slowest, what a stalled one waits
-# for. Pure: states in, sentences out.
-
-_MAX_LISTED = 16  # outstanding rollouts; more are grouped
-
-
-class Phase(StrEnum):
-    """Where a rollout is that has not ended."""
-
-    WAITING = "waiting"  # for a place
-    RUNNING = "running"  # sent to its agent
-    PAUSED = "paused"  # before another attempt
-    SETTLING = "settling"  # ended; records and journal
-
-
-@dataclass(frozen=True, slots=True)
-class Outstanding:
-    """One rollout that has not ended.
-
-    Attributes:
-        agent: Name of its agent.
-        rollout_id: Of the current attempt.
-        attempt: 0 for the first try.
-        phase: Where it is.
-        since: When that phase began, on the clock of whoever asks; seconds.
-    """
-
-    agent: str
-    rollout_id: str
-    attempt: int
-    phase: Phase
-    since: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CollectionStatus:
-    """How far a collection is.
-
-    Attributes:
-        num_done: Rollouts that have ended, failed ones included.
-        num_failed: Those without a reward.
-        num_running: Sent to their agents and not answered.
-        num_retried: Attempts that failed and were, or will be, followed by another.
-        num_total: Rollouts asked for.
-        slowest: Agent and seconds of the rollout that has been running longest; None when none runs.
-    """
-
-    num_done: int
-    num_failed: int
-    num_running: int
-    num_retried: int
-    num_total: int
-    slowest: tuple[str, float] | None = None
-
-
-def waits_for(one: Outstanding, call: CallState | None) -> str:
-    """What an outstanding rollout waits for, in a few words.
-
-    Args:
-        one: The rollout.
-        call: What the policy server says of its model calls; None when it says nothing.
-    """
-    if one.phase is Phase.WAITING:
-        return "not dispatched (cap)"
-    if one.phase is Phase.PAUSED:
-        return "pause before another attempt"
-    if one.phase is Phase.SETTLING:
-        return "records of its model calls (policy server)"
-    if call is None or call.num_running is None:
-        return f"{one.agent} (what it does is not known: the policy server does not say)"
-    if call.num_running:
-        return "model call (policy server)"
-    if call.num_answered:
-        return f"tool or verifier of {one.agent}"
-    return f"tool or verifier of {one.agent} (no model call yet)"
-
-
-def describe_stall(
-    outstanding: Sequence[Outstanding], calls: Mapping[str, CallState], *, now: float, silent_s: float
-) -> str:
-    """A warning that lists every outstanding rollout, grouped by agent and cause when there are many.
-
-    Args:
-        outstanding: All that have not ended, longest first.
-        calls: By rollout id, as far as the policy server has answered.
-        now: On the clock of `Outstanding.since`.
-        silent_s: Seconds since a rollout has ended.
-    """
-    waits = [(one, waits_for(one, calls.get(one.rollout_id)), now - one.since) for one in outstanding]
-    lines = [
-        f"  {one.rollout_id} ({one.agent}, {seconds:.0f} s, attempt {one.attempt}): {what}"
-        for one, what, seconds in waits
-    ]
-    if len(lines) > _MAX_LISTED:
-        groups: defaultdict[tuple[str, str], list[tuple[Outstanding, float]]] = defaultdict(list)
-        for one, what, seconds in waits:
-            groups[one.agent, what].append((one, seconds))
-        lines = [_group_line(agent, what, members) for (agent, what), members in groups.items()]
-    head = f"No rollout has ended for {silent_s:.0f} s; {len(outstanding)} are outstanding:"
-    return "\n".join([head, *lines])
-
-
-def _group_line(agent: str, what: str, members: Sequence[tuple[Outstanding, float]]) -> str:
-    oldest, seconds = max(members, key=lambda member: member[1])
-    attempts = sorted({one.attempt for one, _ in members})
-    tried = f"attempt {attempts[0]}" if len(attempts) == 1 else f"attempts {attempts[0]} to {attempts[-1]}"
-    return f"  {len(members)} of {agent}, {tried}: {what}; longest {oldest.rollout_id}, {seconds:.0f} s"
-
-
-class Tally:
-    """The counts of one collection, and who is outstanding.
-
-    Args:
-        num_total: Rollouts asked for.
-
-    Attributes:
-        outstanding: By the rollout's place among the requests.
-        running: Those of them that are with their agents, longest first.
-    """
-
-    def __init__(self, num_total: int) -> None:
-        self.num_total = num_total
-        self.num_done = self.num_failed = self.num_retried = 0
-        self.outstanding: dict[int, Outstanding] = {}
-        self.running: dict[int, Outstanding] = {}
-
-    def enter(self, index: int, one: Outstanding) -> None:
-        """A rollout begins a phase."""
-        self.outstanding[index] = one
-        self.running.pop(index, None)
-        if one.phase is Phase.RUNNING:
-            self.running[index] = one
-
-    def leave(self, index: int) -> None:
-        """An attempt has ended; whether another follows, its end decides."""
-        self.outstanding.pop(index, None)
-        self.running.pop(index, None)
-
-    def status(self, now: float) -> CollectionStatus:
-        oldest = next(iter(self.running.values()), None)
-        return CollectionStatus(
-            num_done=self.num_done,
-            num_failed=self.num_failed,
-            num_running=len(self.running),
-            num_retried=self.num_retried,
-            num_total=self.num_total,
-            slowest=None if oldest is None else (oldest.agent, now - oldest.since),
-        )
-
-
 _LOOK_EVERY_S = 1.0
 _HURRIED_LOOK_S = 0.1  # while a rollout waits to hear whether its servers are gone
 _PATIENCE = 3  # looks in a row before a server counts as gone
-_EXPLAIN_S = 2.0  # for a server that has just died to be seen as dead
+_CAUSE_S = 2.0  # for a server that has just died to be seen as dead
 _GIVE_UP_TIMEOUT_S = 5.0  # for telling a policy server that may be the reason for giving up
+_MAX_LISTED = 16  # outstanding rollouts; more are grouped
 # Failures after which somebody behind the agent may go on with the rollout.
 _MAY_GO_ON = frozenset({FailureKind.DEADLINE, FailureKind.INFRASTRUCTURE})
 
 
 class Ended(Protocol):
-    """What `finish` returns: says whether the rollout failed."""
+    """A value of `finish`: says whether the rollout failed."""
 
     @property
     def failure(self) -> RolloutFailure | None: ...
@@ -239,8 +89,8 @@ class RolloutResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What a collection works with; see `RolloutCollector`."""
+class CollectionContext:
+    """The servers that a collection works with, and its limits; see `RolloutCollector`."""
 
     agent: Callable[[str], AgentInfo]
     budgets: Budgets
@@ -253,10 +103,10 @@ class Surroundings:
 
 
 class Collection(Generic[T]):
-    """Runs once.
+    """Run one batch of rollouts, once.
 
     Args:
-        around: What it works with.
+        context: The servers that it works with, and the limits.
         session: For all requests.
         admission: Shared with other collections of the rank.
         finish: See `RolloutCollector.submit`.
@@ -265,13 +115,13 @@ class Collection(Generic[T]):
 
     def __init__(
         self,
-        around: Surroundings,
+        context: CollectionContext,
         session: aiohttp.ClientSession,
         admission: Admission,
         finish: Callable[[RolloutResult], T],
         progress: Progress | None,
     ) -> None:
-        self._around, self._session, self._admission = around, session, admission
+        self._context, self._session, self._admission = context, session, admission
         self._finish, self._progress = finish, progress
         self._clock = asyncio.get_running_loop().time
         self._rng = random.Random()
@@ -310,7 +160,7 @@ class Collection(Generic[T]):
         failed: Counter[FailureKind] = Counter()
         while True:
             result = await self._attempt(index, failed)
-            value = await self._settle(index, result)
+            value = await self._end_attempt(index, result)
             failure = value.failure
             self._last_end = self._clock()
             if failure is None or failure.kind not in result.retried_kinds:
@@ -332,11 +182,11 @@ class Collection(Generic[T]):
             if request.agent in self._down:
                 return self._result(request, self._down_failure(request), 0.0)
             self._enter(index, Phase.WAITING)
-            budget = self._around.budgets.budget_for(request.agent)
+            budget = self._context.budgets.budget_for(request.agent)
             async with self._admission.place(request.agent):
                 self._enter(index, Phase.RUNNING)
                 started = self._clock()
-                agent = self._around.agent(request.agent)
+                agent = self._context.agent(request.agent)
                 outcome = await run_rollout(self._session, agent, request.row, deadline_s=budget.deadline_s)
             seconds = self._clock() - started
             if isinstance(outcome, RolloutFailure) and outcome.kind is FailureKind.INFRASTRUCTURE:
@@ -366,10 +216,10 @@ class Collection(Generic[T]):
             retried_kinds=retried_kinds,
         )
 
-    async def _settle(self, index: int, result: RolloutResult) -> T:
-        """What is to be done once an attempt has ended. Whatever happens at the policy server, it is recorded."""
-        self._enter(index, Phase.SETTLING)
-        ledger, rollout_id = self._around.ledger, result.request.rollout_id
+    async def _end_attempt(self, index: int, result: RolloutResult) -> T:
+        """Fetch the records of an attempt that has ended and hand it to `finish`, whatever the policy server says."""
+        self._enter(index, Phase.RECORDING)
+        ledger, rollout_id = self._context.ledger, result.request.rollout_id
         records: list[CallRecord] | None = None
         broken: PolicyServerError | None = None
         try:
@@ -387,14 +237,14 @@ class Collection(Generic[T]):
         value = self._finish(dataclasses.replace(result, records=records, was_lost=was_lost))
         if broken is not None:
             self._is_lost = was_lost
-            await self._raise_explained(broken)
+            await self._raise_with_cause(broken)
         return value
 
-    async def _raise_explained(self, error: PolicyServerError) -> NoReturn:
-        """A dead process says more than the connection that it closed; it may take a moment to be seen as dead."""
+    async def _raise_with_cause(self, error: PolicyServerError) -> NoReturn:
+        """Raise, if possible with what a dead process says: that is more than the connection that it closed tells."""
         if isinstance(error.__cause__, OSError | aiohttp.ClientError):
-            for _ in range(round(_EXPLAIN_S / _HURRIED_LOOK_S)):
-                await asyncio.to_thread(self._around.check)
+            for _ in range(round(_CAUSE_S / _HURRIED_LOOK_S)):
+                await asyncio.to_thread(self._context.check)
                 await asyncio.sleep(_HURRIED_LOOK_S)
         raise error
 
@@ -410,7 +260,7 @@ class Collection(Generic[T]):
     # -- the watch ----------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> NoReturn:
-        """Raises when the collection cannot go on."""
+        """Check the servers until one of them is found to be lost."""
         while True:
             try:
                 await self._look()
@@ -421,7 +271,7 @@ class Collection(Generic[T]):
             looked.set()
             self._report()
             now = self._clock()
-            if now - max(self._last_end, self._last_warning) >= self._around.stall_timeout_s:
+            if now - max(self._last_end, self._last_warning) >= self._context.stall_timeout_s:
                 self._last_warning = now
                 await self._warn_of_stall()
             if self._num_suspicious:
@@ -433,21 +283,21 @@ class Collection(Generic[T]):
                         await self._suspicion.wait()
 
     async def _look(self) -> None:
-        await asyncio.to_thread(self._around.check)  # it may ask over the network
-        if self._around.ledger is not None:
-            who = await self._around.ledger.ping(self._session)
+        await asyncio.to_thread(self._context.check)  # it may ask over the network
+        if self._context.ledger is not None:
+            who = await self._context.ledger.ping(self._session)
             self._num_unanswered_pings = 0 if who is not None else self._num_unanswered_pings + 1
             if who and who != (self._server or who):
                 # It may have been down for less than a look. Those that run now are answered by other weights.
                 raise PolicyServerLostError("The policy server was restarted: another process answers than before.")
             self._server = who or self._server
             if self._num_unanswered_pings >= _PATIENCE:
-                raise PolicyServerLostError(self._around.ledger.describe_silence())
-        self._mark_down(await asyncio.to_thread(self._around.agents_down))
+                raise PolicyServerLostError(self._context.ledger.describe_silence())
+        self._mark_down(await asyncio.to_thread(self._context.agents_down))
 
     async def _look_closely(self) -> None:
-        """After an infrastructure failure: wait until a server that is gone has been noticed as gone. Otherwise a dead
-        environment would use up the attempts of its rollouts before anybody could say what is wrong."""
+        """Wait, after an infrastructure failure, until a server that is gone has been noticed as gone. Otherwise a
+        dead environment would use up the attempts of its rollouts before the cause is known."""
         self._num_suspicious += 1
         self._suspicion.set()
         try:
@@ -461,16 +311,17 @@ class Collection(Generic[T]):
         for agent in {one.agent for one in outstanding.values()} & (down.keys() - self._down.keys()):
             indices = [index for index, one in outstanding.items() if one.agent == agent]
             text = f"the environment `{agent}` is down: {down[agent]}"
-            if self._around.on_environment_down == "fail":
-                log = self._around.gym_log()
+            if self._context.on_environment_down == "fail":
+                log = self._context.gym_log()
+                log = f"\n\n{log}\n" if log else ""
                 raise GymServerError(
-                    f"T{text[1:]}. {len(indices)} of its rollouts were outstanding. Restart it, or set "
-                    "`gym_on_environment_down` to 'skip' to go on without it." + (f"\n\n{log}" if log else "")
+                    f"T{text[1:]}. {len(indices)} of its rollouts were outstanding.{log}",
+                    "Restart it, or set `gym_on_environment_down` to 'skip' to go on without it.",
                 )
             logger.warning("%s. Its %d outstanding rollouts fail; the next batch tries it again.", text, len(indices))
             self._down[agent] = text
             for index in indices:
-                if outstanding[index].phase is not Phase.SETTLING:
+                if outstanding[index].phase is not Phase.RECORDING:
                     self._interrupted.add(index)
                     self._tasks[index].cancel()
 
@@ -481,9 +332,9 @@ class Collection(Generic[T]):
     async def _warn_of_stall(self) -> None:
         running = [one.rollout_id for one in self._tally.running.values()]
         calls = {}
-        if self._around.ledger is not None and running:
+        if self._context.ledger is not None and running:
             try:
-                calls = await self._around.ledger.peek(self._session, running)
+                calls = await self._context.ledger.peek(self._session, running)
             except PolicyServerError as error:
                 logger.warning("What stalled rollouts wait for cannot be asked: %s", error)
         now = self._clock()
@@ -493,8 +344,12 @@ class Collection(Generic[T]):
     # -- the end ------------------------------------------------------------------------------------------------------
 
     async def _give_up(self) -> None:
-        """Record what was running, and tell the policy server. Why the collection ends is on its way to the caller."""
-        given_up = [(index, one) for index, one in self._tally.outstanding.items() if one.phase in _AT_WORK]
+        """Record what was running and tell the policy server; why the collection ends is on its way to the caller."""
+        given_up = [
+            (index, one)
+            for index, one in self._tally.outstanding.items()
+            if one.phase in (Phase.RUNNING, Phase.RECORDING)
+        ]
         now = self._clock()
         for index, one in given_up:
             if one.phase is Phase.RUNNING:
@@ -504,10 +359,10 @@ class Collection(Generic[T]):
                 )
                 if not self._record_last(self._result(request, failure, now - one.since)):
                     break
-        if given_up and self._around.ledger is not None:
+        if given_up and self._context.ledger is not None:
             ids = sorted(one.rollout_id for _, one in given_up)
             try:
-                await self._around.ledger.cancel(self._session, ids, timeout_s=_GIVE_UP_TIMEOUT_S)
+                await self._context.ledger.cancel(self._session, ids, timeout_s=_GIVE_UP_TIMEOUT_S)
             except PolicyServerError as error:
                 logger.warning(
                     "%d rollouts could not be cancelled at the policy server and may go on until they end by "
@@ -517,7 +372,7 @@ class Collection(Generic[T]):
                 )
 
     def _record_last(self, result: RolloutResult) -> bool:
-        """Record an attempt while the collection ends. Whether that worked."""
+        """Record an attempt while the collection ends; return whether that worked."""
         try:
             self._finish(result)
         except Exception as error:  # why the collection ends must not be replaced by this
@@ -526,4 +381,148 @@ class Collection(Generic[T]):
         return True
 
 
-_AT_WORK = (Phase.RUNNING, Phase.SETTLING)
+# -- what a person is told --------------------------------------------------------------------------------------------
+
+
+class Phase(StrEnum):
+    """The phase of a rollout that has not ended."""
+
+    WAITING = "waiting"  # for a place
+    RUNNING = "running"  # sent to its agent
+    PAUSED = "paused"  # before another attempt
+    RECORDING = "recording"  # ended; records of its model calls are fetched, the journal is written
+
+
+@dataclass(frozen=True, slots=True)
+class Outstanding:
+    """One rollout that has not ended.
+
+    Attributes:
+        agent: Name of its agent.
+        rollout_id: Id of the current attempt.
+        attempt: 0 for the first try.
+        phase: The phase that it is in.
+        since: When that phase began, in seconds on the event loop's clock.
+    """
+
+    agent: str
+    rollout_id: str
+    attempt: int
+    phase: Phase
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectionStatus:
+    """The progress of a collection.
+
+    Attributes:
+        num_done: Rollouts that have ended, failed ones included.
+        num_failed: Those without a reward.
+        num_running: Sent to their agents and not answered.
+        num_retried: Attempts that failed and were, or will be, followed by another.
+        num_total: Rollouts asked for.
+        slowest: Agent and seconds of the rollout that has been running longest; None when none runs.
+    """
+
+    num_done: int
+    num_failed: int
+    num_running: int
+    num_retried: int
+    num_total: int
+    slowest: tuple[str, float] | None = None
+
+
+def waits_for(one: Outstanding, call: CallState | None) -> str:
+    """Say in a few words what an outstanding rollout waits for.
+
+    Args:
+        one: The rollout.
+        call: The state of its model calls at the policy server; None when that does not say.
+    """
+    if one.phase is Phase.WAITING:
+        return "not dispatched (cap)"
+    if one.phase is Phase.PAUSED:
+        return "pause before another attempt"
+    if one.phase is Phase.RECORDING:
+        return "records of its model calls (policy server)"
+    if call is None or call.num_running is None:
+        return f"{one.agent} (what it does is not known: the policy server does not say)"
+    if call.num_running:
+        return "model call (policy server)"
+    if call.num_answered:
+        return f"tool or verifier of {one.agent}"
+    return f"tool or verifier of {one.agent} (no model call yet)"
+
+
+def describe_stall(
+    outstanding: Sequence[Outstanding], calls: Mapping[str, CallState], *, now: float, silent_s: float
+) -> str:
+    """Return a warning that lists every outstanding rollout, grouped by agent and cause when there are many.
+
+    Args:
+        outstanding: The rollouts that have not ended, longest first.
+        calls: The states of their model calls by rollout id, as far as the policy server has answered.
+        now: The time on the clock of `Outstanding.since`.
+        silent_s: Seconds since a rollout has ended.
+    """
+    waits = [(one, waits_for(one, calls.get(one.rollout_id)), now - one.since) for one in outstanding]
+    lines = [
+        f"  {one.rollout_id} ({one.agent}, {seconds:.0f} s, attempt {one.attempt}): {what}"
+        for one, what, seconds in waits
+    ]
+    if len(lines) > _MAX_LISTED:
+        groups: defaultdict[tuple[str, str], list[tuple[Outstanding, float]]] = defaultdict(list)
+        for one, what, seconds in waits:
+            groups[one.agent, what].append((one, seconds))
+        lines = [_group_line(agent, what, members) for (agent, what), members in groups.items()]
+    head = f"No rollout has ended for {silent_s:.0f} s; {len(outstanding)} are outstanding:"
+    return "\n".join([head, *lines])
+
+
+def _group_line(agent: str, what: str, members: Sequence[tuple[Outstanding, float]]) -> str:
+    oldest, seconds = max(members, key=lambda member: member[1])
+    attempts = sorted({one.attempt for one, _ in members})
+    tried = f"attempt {attempts[0]}" if len(attempts) == 1 else f"attempts {attempts[0]} to {attempts[-1]}"
+    return f"  {len(members)} of {agent}, {tried}: {what}; longest {oldest.rollout_id}, {seconds:.0f} s"
+
+
+class Tally:
+    """The counts of one collection, and its outstanding rollouts.
+
+    Args:
+        num_total: Rollouts asked for.
+
+    Attributes:
+        outstanding: Rollouts that have not ended, by their place among the requests.
+        running: Those of them that are with their agents, longest first.
+    """
+
+    def __init__(self, num_total: int) -> None:
+        self.num_total = num_total
+        self.num_done = self.num_failed = self.num_retried = 0
+        self.outstanding: dict[int, Outstanding] = {}
+        self.running: dict[int, Outstanding] = {}
+
+    def enter(self, index: int, one: Outstanding) -> None:
+        """Note that a rollout begins a phase."""
+        self.outstanding[index] = one
+        self.running.pop(index, None)
+        if one.phase is Phase.RUNNING:
+            self.running[index] = one
+
+    def leave(self, index: int) -> None:
+        """Note that an attempt has ended; its end decides whether another follows."""
+        self.outstanding.pop(index, None)
+        self.running.pop(index, None)
+
+    def status(self, now: float) -> CollectionStatus:
+        oldest = next(iter(self.running.values()), None)
+        return CollectionStatus(
+            num_done=self.num_done,
+            num_failed=self.num_failed,
+            num_running=len(self.running),
+            num_retried=self.num_retried,
+            num_total=self.num_total,
+            slowest=None if oldest is None else (oldest.agent, now - oldest.since),
+        )

@@ -22,7 +22,7 @@ from trl_gym.gym.client import new_session
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.rollouts.admission import Admission, Budgets
 from trl_gym.rollouts.call_records import Ledger
-from trl_gym.rollouts.collection import Collection, Ended, Progress, RolloutResult, Surroundings
+from trl_gym.rollouts.collection import Collection, CollectionContext, Ended, Progress, RolloutResult
 from trl_gym.rollouts.request import RolloutRequest
 
 __all__ = ["Ended", "Progress", "RolloutCollector", "RolloutResult"]
@@ -62,7 +62,7 @@ class RolloutCollector(Generic[T]):
         ledger: Ledger | None = None,
         stall_timeout_s: float = 60.0,
     ) -> None:
-        self._around = Surroundings(
+        self._context = CollectionContext(
             agent=agent,
             budgets=budgets,
             check=check,
@@ -111,13 +111,13 @@ class RolloutCollector(Generic[T]):
             GymServerError: NeMo Gym died, or an environment is down and may not be skipped.
         """
         if self._worker is None:
-            self._worker = _Worker(self._around.budgets)
+            self._worker = _Worker(self._context.budgets)
             # Also when nobody calls `close`: at the latest when the interpreter ends.
             self._finalizer = weakref.finalize(self, self._worker.close)
-        worker, around = self._worker, self._around
+        worker, context = self._worker, self._context
 
         async def run() -> list[T]:
-            return await Collection(around, worker.session, worker.admission, finish, progress).run(requests)
+            return await Collection(context, worker.session, worker.admission, finish, progress).run(requests)
 
         return worker.start(run)
 

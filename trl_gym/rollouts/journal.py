@@ -10,208 +10,47 @@ same files.
     commit()         fsync of everything since the last one, in the trainer's thread, before the rollouts are trained
                      on: a machine that fails afterwards loses nothing that was trained on.
 
-Nobody ever opens a file that exists for writing. A run that is resumed or started anew, and a second process by
-mistake, each get parts of their own, so no line is torn by another writer or merged with a torn one. A line that a
-crash tore can only be the last of its file; readers leave it out and say so.
+Nobody opens a file that exists for writing. A run that is resumed or restarted, and a second process by mistake, each
+get parts of their own, so no line is torn by another writer or merged with a torn one. A line that a crash tore can
+only be the last of its file; readers leave it out and say so.
+
+JSON has no NaN and no infinity. Where an environment or a dataset has one, the line has null, and a warning names the
+place. Secrets are redacted: values under keys that say so (`api_key`, `Authorization`, …), and the exact values that
+this process knows as secrets. No other text is altered: it is what reward functions get of a recalled or replayed
+rollout. Token ids are left alone; they tell whoever has the tokenizer what the text said.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from trl_gym.errors import RolloutError
+from trl_gym.errors import FailureKind, RolloutError
 
 logger = logging.getLogger(__name__)
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Secrets are taken out of what is written to the journal. Pure functions.
-#
-# Three nets, coarse to fine:
-#
-#     a value whose key says that it is a secret       {"policy_api_key": …}, {"Authorization": …}
-#     a value that this process got as a secret        environment variables named like keys, the policy server's key
-#     a text that looks like a secret                  `Bearer …`, `sk-…`, `hf_…`, `api_key="…"`, `https://user:…@host`
-#
-# Token ids are left alone: they are what is trained on, and tell whoever has the tokenizer what the text said.
-
-REDACTED = "[redacted]"
-_MIN_SECRET_CHARS = 8
-
-# Long lists of numbers, and most of a journal line: not walked.
-_NUMBERS = frozenset(
-    (
-        "prompt_ids",
-        "completion_ids",
-        "env_mask",
-        "logprobs",
-        "prompt_token_ids",
-        "generation_token_ids",
-        "generation_log_probs",
-    )
-)
-_SECRET_KEYS = (
-    "api_key",
-    "apikey",
-    "access_token",
-    "auth_token",
-    "bearer_token",
-    "refresh_token",
-    "authorization",
-    "client_secret",
-    "secret_key",
-    "secret_access_key",
-    "private_key",
-    "password",
-)
-_PAIRS = (
-    ("api", "key"),
-    ("access", "token"),
-    ("auth", "token"),
-    ("bearer", "token"),
-    ("refresh", "token"),
-    ("client", "secret"),
-    ("secret", "key"),
-    ("access", "key"),
-    ("private", "key"),
-)
-_SECRET_VARIABLE = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-
-_PREFIXED = re.compile(
-    r"\b(?:sk-|sk_live_|sk_test_|pk-|hf_|nvapi-|gsk_|ghp_|gho_|ghs_|github_pat_|glpat-|xox[abprs]-|AKIA|AIza|eyJ)[A-Za-z0-9_.\-]{12,}"
-)
-_BEARER = re.compile(r"\b(bearer\s+)[A-Za-z0-9_.~+/=\-]{8,}", re.IGNORECASE)
-_NAMED = re.compile(
-    r"((?:api[_-]?key|access[_-]?token|auth[_-]?token|client[_-]?secret|secret[_-]?key|password)"
-    r"\\*[\"']?\s*[:=]\s*\\*[\"']?)[^\s\"'\\,;&(){}\[\]]{8,}",
-    re.IGNORECASE,
-)
-_IN_URL = re.compile(r"(://[^\s/:@]{1,256}:)[^\s/@]{1,256}(?=@)")
-# Lower-cased text that holds none of these holds nothing for a key or a pattern above to match.
-_MARKS = (
-    *(
-        "sk-",
-        "sk_live_",
-        "sk_test_",
-        "pk-",
-        "hf_",
-        "nvapi-",
-        "gsk_",
-        "ghp_",
-        "gho_",
-        "ghs_",
-        "github_pat_",
-        "glpat-",
-        "xox",
-        "akia",
-    ),
-    *("aiza", "eyj", "bearer", "://", "password", "authorization"),
-    *(f"{first}{between}{last}" for first, last in _PAIRS for between in ("_", "-", "")),
-)
-
-
-def make_redactor(secrets: Iterable[str] = ()) -> Callable[[Any], Any]:
-    """What takes secrets out of a JSON value.
-
-    Args:
-        secrets: Values to take out wherever they stand; short ones (below 8 characters) are ignored, since they
-            would take ordinary words along.
-
-    Returns:
-        A function from a JSON value to one without secrets: the value itself where nothing could be one, else a copy.
-        Applying it twice changes nothing more.
-    """
-    known = sorted({secret for secret in secrets if len(secret) >= _MIN_SECRET_CHARS}, key=len, reverse=True)
-
-    def redact(value: Any) -> Any:
-        # Almost always there is nothing to find: one look at all the text is cheaper than a look at every string.
-        text = "\n".join(_texts(value, []))
-        lowered = text.lower()
-        if any(secret in text for secret in known) or any(mark in lowered for mark in _MARKS):
-            return _redact(value, known)
-        return value
-
-    return redact
-
-
-def secrets_of(environment: Mapping[str, str]) -> list[str]:
-    """Values of environment variables that are named like keys (`OPENAI_API_KEY`, `HF_TOKEN`, …) and could be one."""
-    return [
-        value
-        for name, value in environment.items()
-        if _SECRET_VARIABLE.search(name) and len(value) >= _MIN_SECRET_CHARS and not any(c.isspace() for c in value)
-    ]
-
-
-def _redact(value: Any, known: list[str]) -> Any:
-    if isinstance(value, str):
-        return _redact_text(value, known)
-    if isinstance(value, dict):
-        return {key: _redact_item(key, item, known) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_redact(item, known) for item in value]
-    return value
-
-
-def _redact_item(key: Any, item: Any, known: list[str]) -> Any:
-    if _is_numbers(key, item):
-        return item
-    if isinstance(item, str) and item and _is_secret_key(key):
-        return REDACTED
-    return _redact(item, known)
-
-
-def _texts(value: Any, found: list[str]) -> list[str]:
-    """Every string in a JSON value, keys included, added to `found`."""
-    if isinstance(value, str):
-        found.append(value)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if not _is_numbers(key, item):
-                found.append(str(key))
-                _texts(item, found)
-    elif isinstance(value, list):
-        for item in value:
-            _texts(item, found)
-    return found
-
-
-def _is_numbers(key: Any, item: Any) -> bool:
-    return key in _NUMBERS and isinstance(item, list) and not (item and isinstance(item[0], str))
-
-
-def _is_secret_key(key: Any) -> bool:
-    return isinstance(key, str) and key.lower().replace("-", "_").endswith(_SECRET_KEYS)
-
-
-def _redact_text(text: str, known: list[str]) -> str:
-    if len(text) < _MIN_SECRET_CHARS:
-        return text
-    for secret in known:
-        if secret in text:
-            text = text.replace(secret, REDACTED)
-    text = _PREFIXED.sub(REDACTED, text)
-    text = _BEARER.sub(rf"\g<1>{REDACTED}", text)
-    text = _NAMED.sub(rf"\g<1>{REDACTED}", text)
-    if "://" in text:
-        text = _IN_URL.sub(rf"\g<1>{REDACTED}", text)
-    return text
-
-
 SCHEMA = 1
+REDACTED = "[redacted]"
 _MAX_BYTES = 512 * 10**6
 _NAME = re.compile(r"(?:(?P<mode>\w+)-)?step-(?P<step>\d+)\.rank-(?P<rank>\d+)(?:\.part-(?P<part>\d+))?\.jsonl")
+_MAX_NAMED = 8  # places of numbers that are not finite, in one warning
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 class Recorder(Protocol):
@@ -249,6 +88,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._max_bytes = max_bytes
         self._redact: Callable[[Any], Any] = make_redactor([*secrets_of(os.environ), *secrets])
+        self._warned_of: set[tuple[str, str]] = set()  # environment, place in the line
         self._lock = threading.Lock()
         self._parts: dict[tuple[str, int], _Part] = {}
         self._ended: list[_Part] = []  # full, or of an earlier step: closed by the next commit
@@ -260,7 +100,7 @@ class Journal:
         return self.folder / f"{prefix}-{step}.rank-{self.rank}{suffix}.jsonl"
 
     def tagged(self, **fields: Any) -> Recorder:
-        """A recorder that adds these fields to every line."""
+        """Return a recorder that adds these fields to every line."""
         return _Tagged(self, fields)
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -269,10 +109,9 @@ class Journal:
 
         Raises:
             RolloutError: The disk is full or gone. Lines written before are intact, this one is not there.
-            ValueError: The record holds NaN or infinity.
         """
         stamped = {"schema": SCHEMA, "rank": self.rank, "time": round(time.time(), 3), **self._redact(record)}
-        line = (json.dumps(stamped, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+        line = self._encode(stamped)
         with self._lock:
             part = self._part(record["mode"], record["step"], len(line))
             try:
@@ -283,7 +122,7 @@ class Journal:
             part.size += len(line)
 
     def commit(self) -> None:
-        """fsync what was appended. Call it before anything is trained on, and from one thread only.
+        """Put what was appended on the disk (fsync), before it is trained on; from one thread only.
 
         Raises:
             RolloutError: The disk refused.
@@ -308,6 +147,31 @@ class Journal:
             self._ended += self._parts.values()
             self._parts.clear()
         self.commit()
+
+    def _encode(self, record: dict[str, Any]) -> bytes:
+        try:
+            text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            places: list[str] = []
+            text = json.dumps(_without_non_finite(record, "", places), ensure_ascii=False, allow_nan=False)
+            self._warn_of_non_finite(record, places)
+        return f"{text}\n".encode("utf-8", "backslashreplace")
+
+    def _warn_of_non_finite(self, record: Mapping[str, Any], places: list[str]) -> None:
+        """Name each place once per environment: thousands of rollouts may have the same."""
+        agent = str(record.get("agent"))
+        new = [place for place in dict.fromkeys(places) if (agent, place) not in self._warned_of]
+        self._warned_of.update((agent, place) for place in new)
+        if new:
+            listed = ", ".join(f"`{place}`" for place in new[:_MAX_NAMED]) + (
+                " and others" if new[_MAX_NAMED:] else ""
+            )
+            logger.warning(
+                "%s, a rollout of %s: NaN or infinity in %s; the journal has null there. Rewards are not affected.",
+                record.get("rollout_id"),
+                agent,
+                listed,
+            )
 
     def _part(self, mode: str, step: int, num_bytes: int) -> _Part:
         key = (mode, step)
@@ -362,8 +226,8 @@ class Journal:
             space = f"free space unknown: {unknown.strerror}"
         return RolloutError(
             f"The journal {path} cannot be written: {error.strerror or error} ({space}). What was recorded before is "
-            "intact and nothing is trained on that is not recorded. Make room, or choose another `output_dir`, and "
-            "resume from the last checkpoint."
+            "intact and nothing is trained on that is not recorded.",
+            "Make room, or choose another `output_dir`, and resume from the last checkpoint.",
         )
 
 
@@ -376,15 +240,38 @@ class _Tagged:
         self.journal.append({**record, **self.fields})
 
 
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _without_non_finite(value: Any, place: str, places: list[str]) -> Any:
+    """Return a copy of a JSON value with None for NaN and infinities; their places (`row.expected`) go to `places`."""
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        places.append(place.lstrip("."))
+        return None
+    if isinstance(value, dict):
+        return {key: _without_non_finite(item, f"{place}.{key}", places) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_non_finite(item, f"{place}[]", places) for item in value]
+    return value
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One rollout of a journal, and where it stands.
+    """One line of a journal, and where it stands.
 
     Attributes:
         path: The file.
-        offset: Of the line's first byte.
-        length: In bytes, without the newline.
-        record: The line, parsed.
+        offset: Place of its first byte in the file.
+        length: Number of its bytes, without the newline.
+        record: The parsed line.
     """
 
     path: Path
@@ -394,17 +281,17 @@ class Line:
 
 
 def read_journal(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """All rollouts of a run, by mode, step, rank and part. See `read_lines`."""
+    """Return all lines of a journal, by mode, step, rank and part; see `read_lines`."""
     return (line.record for line in read_lines(folder))
 
 
 def read_lines(folder: str | Path, *, mode: str | None = None, step: int | None = None) -> Iterator[Line]:
-    """The lines of a journal, without holding a file in memory.
+    """Yield the lines of a journal, without holding a file in memory.
 
     Args:
-        folder: The journal's.
-        mode: Only this one; all when None.
-        step: Only this one; all when None.
+        folder: The journal's folder.
+        mode: The mode to read; None for all.
+        step: The step to read; None for all.
 
     Raises:
         ValueError: A line that is not the last of its file is not JSON. The last one may have been torn by a crash;
@@ -422,14 +309,14 @@ def read_lines(folder: str | Path, *, mode: str | None = None, step: int | None 
 
 
 def read_line(path: Path, offset: int, length: int) -> dict[str, Any]:
-    """One rollout again, from where `read_lines` found it."""
+    """Read one line again, from where `read_lines` found it."""
     with open(path, "rb") as file:
         file.seek(offset)
         return json.loads(file.read(length))
 
 
 def journal_files(folder: str | Path, *, mode: str | None = None, step: int | None = None) -> list[Path]:
-    """The files of a journal, in the order in which they are read: by mode, step, rank, part."""
+    """Return the files of a journal in the order in which they are read: by mode, step, rank, part."""
     found = []
     for path in Path(folder).glob("*.jsonl"):
         match = _NAME.fullmatch(path.name)
@@ -442,7 +329,7 @@ def journal_files(folder: str | Path, *, mode: str | None = None, step: int | No
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step in the name of a journal's file."""
+    """Return the optimizer step in the name of a journal's file."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise ValueError(f"{path.name} is not the name of a journal's file")
@@ -459,7 +346,213 @@ def _parse(raw: bytes, path: Path, number: int) -> dict[str, Any] | None:
         raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+# -- which lines count ------------------------------------------------------------------------------------------------
+
+
+class LineState(StrEnum):
+    """The part that a line of the journal plays among the attempts at its rollout."""
+
+    COUNTED = "counted"
+    """The last word about a rollout: its reward, or the failure that it ended with."""
+
+    RETRIED = "retried"
+    """A failed attempt that is followed by another."""
+
+    LOST = "lost"
+    """An attempt with an answer that came as the policy server was lost: it is run again, or never counts."""
+
+    CANCELLED = "cancelled"
+    """Given up with its batch, which was never trained on."""
+
+    SUPERSEDED = "superseded"
+    """Another line about the same rollout counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The part of a line that decides whether it counts.
+
+    Attributes:
+        rollout: Equal for all attempts at one rollout, those of later processes included.
+        failure: Kind of failure; None for an attempt with a reward.
+        is_retried: The line says that another attempt follows.
+    """
+
+    rollout: Hashable
+    failure: str | None
+    is_retried: bool
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], rollout: Hashable = None) -> Attempt:
+        """Read a line of the journal, also of an earlier version."""
+        failure = record.get("failure")
+        return cls(rollout, None if failure is None else str(failure.get("kind")), bool(record.get("retried")))
+
+    @property
+    def state(self) -> LineState:
+        """The state as far as the line alone tells; only a `COUNTED` one may yet be superseded."""
+        if self.failure == FailureKind.CANCELLED:
+            return LineState.CANCELLED
+        if self.is_retried:
+            return LineState.LOST if self.failure is None else LineState.RETRIED
+        return LineState.COUNTED
+
+    @property
+    def has_reward(self) -> bool:
+        """Whether the rollout ended here with a reward, so that it need not be run again."""
+        return self.failure is None and self.state is LineState.COUNTED
+
+
+def line_states(
+    attempts: Iterable[Attempt], num_counted: Callable[[Any], int | None] = lambda rollout: 1
+) -> list[LineState]:
+    """Decide which lines of a journal count.
+
+    Of the attempts at one rollout that were neither retried, lost nor cancelled, a reward counts before a failure, and
+    a later line before an earlier one.
+
+    Args:
+        attempts: `[N]`, in the order of the journal.
+        num_counted: How many lines count for what `Attempt.rollout` names: more than one where rollouts that nothing
+            tells apart share a name (a dataset with the same row twice). None counts every reward, and without any
+            the last failure.
+
+    Returns:
+        `[N]`.
+    """
+    listed = list(attempts)
+    found = [attempt.state for attempt in listed]
+    candidates: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for index, attempt in enumerate(listed):
+        if found[index] is LineState.COUNTED:
+            candidates[attempt.rollout].append(index)
+    for rollout, indices in candidates.items():
+        best_first = sorted(indices, key=lambda index: (listed[index].failure is not None, -index))
+        limit = num_counted(rollout)
+        if limit is None:
+            limit = max(sum(listed[index].has_reward for index in indices), 1)
+        for index in best_first[limit:]:
+            found[index] = LineState.SUPERSEDED
+    return found
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+_MIN_SECRET_CHARS = 8
+
+# Long lists of numbers, and most of a journal line: not walked.
+_NUMBERS = frozenset(
+    (
+        "prompt_ids",
+        "completion_ids",
+        "env_mask",
+        "logprobs",
+        "prompt_token_ids",
+        "generation_token_ids",
+        "generation_log_probs",
+    )
+)
+_SECRET_KEYS = (
+    *("api_key", "apikey", "access_token", "auth_token", "bearer_token", "refresh_token", "authorization"),
+    *("client_secret", "secret_key", "secret_access_key", "private_key", "password"),
+)
+_SECRET_VARIABLE = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+
+
+def make_redactor(secrets: Iterable[str] = ()) -> Callable[[Any], Any]:
+    """Return a function that takes secrets out of a JSON value.
+
+    A value is redacted whole where its key says that it is a secret (`{"policy_api_key": …}`). Everywhere else, keys
+    included, only what is in `secrets` is, wherever it stands in a text.
+
+    Args:
+        secrets: Secret values; short ones (below 8 characters) are ignored, since they would take ordinary words
+            along.
+
+    Returns:
+        A function from a JSON value to one without secrets: the value itself where there are none, else a copy.
+        Applying it twice changes nothing more.
+    """
+    known = sorted({secret for secret in secrets if len(secret) >= _MIN_SECRET_CHARS}, key=len, reverse=True)
+
+    def redact(value: Any) -> Any:
+        # Almost always there is nothing to find: one look at all the text is cheaper than a look at every string.
+        texts: list[str] = []
+        has_secret_key = _collect_texts(value, texts)
+        text = "\n".join(texts)
+        if has_secret_key or any(secret in text for secret in known):
+            return _redact(value, known)
+        return value
+
+    return redact
+
+
+def secrets_of(environment: Mapping[str, str]) -> list[str]:
+    """Return values of environment variables that are named like keys (`OPENAI_API_KEY`, …) and could be one."""
+    return [
+        value
+        for name, value in environment.items()
+        if _SECRET_VARIABLE.search(name) and len(value) >= _MIN_SECRET_CHARS and not any(c.isspace() for c in value)
+    ]
+
+
+def secrets_in(options: Any) -> list[str]:
+    """Return the values under secret-named keys of nested options, e.g. of NeMo Gym's configuration."""
+    if isinstance(options, Mapping):
+        own = [item for key, item in options.items() if isinstance(item, str) and _is_secret_key(key)]
+        return [*own, *(secret for item in options.values() for secret in secrets_in(item))]
+    if isinstance(options, list | tuple):
+        return [secret for item in options for secret in secrets_in(item)]
+    return []
+
+
+def _redact(value: Any, known: list[str]) -> Any:
+    if isinstance(value, str):
+        return _redact_text(value, known)
+    if isinstance(value, dict):
+        return {
+            _redact_text(key, known) if isinstance(key, str) else key: _redact_item(key, item, known)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_redact(item, known) for item in value]
+    return value
+
+
+def _redact_item(key: Any, item: Any, known: list[str]) -> Any:
+    if _is_numbers(key, item):
+        return item
+    if isinstance(item, str) and item and _is_secret_key(key):
+        return REDACTED
+    return _redact(item, known)
+
+
+def _redact_text(text: str, known: list[str]) -> str:
+    for secret in known:
+        text = text.replace(secret, REDACTED)
+    return text
+
+
+def _collect_texts(value: Any, texts: list[str]) -> bool:
+    """Add every string in a JSON value, keys included, to `texts`; return whether a key is named like a secret."""
+    found = False
+    if isinstance(value, str):
+        texts.append(value)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not _is_numbers(key, item):
+                texts.append(str(key))
+                found |= _is_secret_key(key) | _collect_texts(item, texts)
+    elif isinstance(value, list):
+        for item in value:
+            found |= _collect_texts(item, texts)
+    return found
+
+
+def _is_numbers(key: Any, item: Any) -> bool:
+    return key in _NUMBERS and isinstance(item, list) and not (item and isinstance(item[0], str))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_secret_key(key: Any) -> bool:
+    return isinstance(key, str) and key.lower().replace("-", "_").endswith(_SECRET_KEYS)

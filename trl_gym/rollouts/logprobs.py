@@ -1,4 +1,5 @@
-"""How far the log-probabilities of sampling (policy server) and of training (trainer's forward pass) are apart.
+"""Log-probabilities of sampling (policy server) and of training (trainer's forward pass) of the same tokens: the gap
+between them, TRL's importance sampling ratios, and the trainer's side on disk.
 
 The gap shows what status codes cannot: weights that did not arrive, a temperature that is not the same on both sides,
 a forward pass of other tokens than were sampled. Resolved by turn, it shows a prefix that was not what is trained.
@@ -6,21 +7,25 @@ a forward pass of other tokens than were sampled. Resolved by turn, it shows a p
 TRL computes the trainer's side before the update, as `old_per_token_logps`, when `vllm_importance_sampling_correction`
 is on (the default), or when generation is not aligned with optimizer steps. Otherwise there is nothing to compare, and
 no gap is logged: it would cost a forward pass of its own.
+
+On disk the trainer's log-probabilities stand beside the journal, in `<output_dir>/training_logprobs/*.jsonl`: a
+rollout is journaled before it is trained on, and these are known later. One object per rollout: `{"rollout_id": …,
+"logprobs": [T]}`, in nats, one for each of the journal's `completion_ids`; null for one that is not finite.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from trl_gym.errors import RolloutError
+from trl_gym.rollouts.metrics import GapSum, RatioSum
 
 if TYPE_CHECKING:
     from trl_gym.rollouts.rollout import Rollout
@@ -28,25 +33,10 @@ if TYPE_CHECKING:
 _NUM_TURNS = 8  # from here on turns are counted together
 
 
-@dataclass(frozen=True, slots=True)
-class GapSum:
-    """Absolute differences of log-probabilities in nats, summed up so that ranks can be added.
-
-    Attributes:
-        total: Their sum.
-        num_tokens: How many.
-        largest: The largest.
-    """
-
-    total: float
-    num_tokens: int
-    largest: float
-
-
 def batch_gaps(
     batch: Mapping[str, Any], turn_ends: Sequence[Sequence[int]], agents: Sequence[str]
 ) -> dict[str, GapSum]:
-    """Gaps of what `GRPOTrainer._generate_and_score_completions` returns, by metric name without the ending.
+    """Compute the gaps in a batch of `GRPOTrainer._generate_and_score_completions`, by metric name without the ending.
 
     Args:
         batch: `old_per_token_logps`, `sampling_per_token_logps`, `completion_mask` and `tool_mask`, each `[B, T]`.
@@ -72,7 +62,7 @@ def gap_sums(
     turn_ends: Sequence[Sequence[int]],
     agents: Sequence[str],
 ) -> dict[str, GapSum]:
-    """Gaps over the sampled tokens of trained rollouts: over all (`""`), by turn and by agent.
+    """Return the gaps over the sampled tokens of trained rollouts: over all (`""`), by turn and by agent.
 
     Args:
         sampling: `[B, T]`, in nats.
@@ -96,29 +86,8 @@ def gap_sums(
     return {name: gap for name, gap in sums.items() if gap.num_tokens}
 
 
-def merge(ranks: Sequence[Mapping[str, GapSum]]) -> dict[str, float]:
-    """Metrics over all ranks, every token with the same weight: `logprob_gap/mean`, `logprob_gap/max`, and the mean
-    for each turn and agent.
-
-    Args:
-        ranks: What `gap_sums` returned on each.
-    """
-    by_name: defaultdict[str, list[GapSum]] = defaultdict(list)
-    for sums in ranks:
-        for name, gap in sums.items():
-            by_name[name].append(gap)
-    metrics = {
-        name: sum(gap.total for gap in gaps) / sum(gap.num_tokens for gap in gaps) for name, gaps in by_name.items()
-    }
-    if (overall := metrics.pop("logprob_gap", None)) is None:
-        return {}
-    # torch, because Python's `max` may lose a NaN.
-    largest = torch.tensor([gap.largest for gap in by_name["logprob_gap"]]).max().item()
-    return {"logprob_gap/mean": overall, "logprob_gap/max": largest, **metrics}
-
-
 def _row_and_turn(turn_ends: Sequence[Sequence[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and turn of every position, `[B, T]` each; turns from `_NUM_TURNS` on are one."""
+    """Return row and turn of every position, `[B, T]` each; turns from `_NUM_TURNS` on are one."""
     positions = torch.arange(length)
     turns = [torch.bucketize(positions, torch.tensor(ends, dtype=torch.long), right=True) for ends in turn_ends]
     rows = torch.arange(len(turn_ends))[:, None].expand(-1, length)
@@ -131,32 +100,11 @@ def _sum(gaps: torch.Tensor) -> GapSum:
     return GapSum(gaps.double().sum().item(), gaps.numel(), gaps.max().item())
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# TRL's `sampling/importance_sampling_ratio/…` over the rollouts that are trained, every token or sequence with the
-# same weight. TRL takes means of ranks' means, and counts rows that are not trained.
-
-_NAME = "sampling/importance_sampling_ratio"
-
-
-@dataclass(frozen=True, slots=True)
-class RatioSum:
-    """Importance sampling ratios, summed up so that ranks can be added.
-
-    Attributes:
-        total: Their sum.
-        count: How many.
-        smallest: The smallest; infinite when there is none.
-        largest: The largest; minus infinite when there is none.
-    """
-
-    total: float
-    count: int
-    smallest: float
-    largest: float
+# -- importance sampling ratios ---------------------------------------------------------------------------------------
 
 
 def ratio_sum(batch: Mapping[str, Any], valid: Sequence[bool]) -> RatioSum | None:
-    """The ratios of what `GRPOTrainer._generate_and_score_completions` returns; None when it has none.
+    """Return the sum of ratios of what `GRPOTrainer._generate_and_score_completions` returns; None when it has none.
 
     Args:
         batch: `importance_sampling_ratio`, `[B, T]` by token or `[B, 1]` by sequence, and the masks.
@@ -173,25 +121,7 @@ def ratio_sum(batch: Mapping[str, Any], valid: Sequence[bool]) -> RatioSum | Non
     return RatioSum(chosen.double().sum().item(), chosen.numel(), chosen.min().item(), chosen.max().item())
 
 
-def merge_ratios(ranks: Sequence[RatioSum | None]) -> dict[str, float]:
-    """Metrics over all ranks; NaN when nothing is trained, which TRL leaves out. Empty when there are no ratios."""
-    sums = [own for own in ranks if own is not None]
-    if not sums:
-        return {}
-    count = sum(own.count for own in sums)
-    return {
-        f"{_NAME}/min": min(own.smallest for own in sums) if count else math.nan,
-        f"{_NAME}/mean": sum(own.total for own in sums) / count if count else math.nan,
-        f"{_NAME}/max": max(own.largest for own in sums) if count else math.nan,
-    }
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The trainer's log-probabilities of sampled tokens, beside the journal: `<output_dir>/training_logprobs/*.jsonl`.
-#
-# A rollout is journaled before it is trained on, and these are known later, so they have files of their own. One
-# object
-# per rollout: `{"rollout_id": …, "logprobs": [T]}`, in nats, one for each of the journal's `completion_ids`.
+# -- on disk ----------------------------------------------------------------------------------------------------------
 
 FOLDER = "training_logprobs"
 _DIGITS = 5
@@ -200,14 +130,14 @@ _DIGITS = 5
 def record(
     output_dir: str | Path, logprobs: torch.Tensor, rollouts: Sequence[Rollout], *, step: int, rank: int
 ) -> None:
-    """Append those of one generation batch.
+    """Append the trainer's log-probabilities of one generation batch.
 
     Args:
-        output_dir: Of the run.
+        output_dir: The run's folder.
         logprobs: `[B, T]`, in nats, as the trainer computed them before the update.
         rollouts: `[B]`; failed ones are left out.
         step: Optimizer steps that went into the weights.
-        rank: Of this process.
+        rank: This process's rank.
 
     Raises:
         RolloutError: They cannot be written.
@@ -218,14 +148,24 @@ def record(
         if not rollout.trajectories:
             continue
         values = row[: len(rollout.trajectories[0].completion_ids)].tolist()
-        line = {"rollout_id": rollout.request.rollout_id, "logprobs": [round(value, _DIGITS) for value in values]}
+        rounded = [round(value, _DIGITS) if math.isfinite(value) else None for value in values]
+        line = {"rollout_id": rollout.request.rollout_id, "logprobs": rounded}
         lines.append(json.dumps(line, separators=(",", ":")) + "\n")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"step-{step}.rank-{rank}.jsonl").open("a") as file:
-            file.writelines(lines)
+        with (folder / f"step-{step}.rank-{rank}.jsonl").open("ab+") as file:
+            _end_torn_line(file)
+            file.write("".join(lines).encode())
     except OSError as error:
         raise RolloutError(
-            f"The trainer's log-probabilities could not be written to {folder} ({error}). Free some space there, or "
-            "make it writable, and resume: the rollouts themselves are in the journal."
+            f"The trainer's log-probabilities could not be written to {folder} ({error}).",
+            "Free some space there, or make it writable, and resume: the rollouts themselves are in the journal.",
         ) from error
+
+
+def _end_torn_line(file: IO[bytes]) -> None:
+    """Keep a line that a full disk tore from swallowing the next one."""
+    if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")

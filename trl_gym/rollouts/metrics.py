@@ -1,6 +1,6 @@
-"""What is logged about rollouts. Computed from the facts of every rollout on every rank since the last log, not from
-averages of ranks or batches: the same on one rank and on many, every rollout with the same weight. Pure but for
-`RunMetrics`, which keeps facts until they are logged.
+"""Metrics of rollouts, computed from the facts of every rollout on every rank since the last log, not from averages of
+ranks or batches: the same on one rank and on many, every rollout with the same weight. Pure but for `MetricsBuffer`,
+which keeps facts until they are logged.
 
 Over all rollouts as `rollouts/<name>`, and for each environment as `gym/<agent>/rollouts/<name>` or, marked with *,
 as `gym/<agent>/<name>`, beside the numbers of its verify response:
@@ -15,7 +15,7 @@ as `gym/<agent>/<name>`, beside the numbers of its verify response:
 | `reward`*, `reward_std`* | the environment's reward |
 | `truncated_fraction` | cut, as Gym reports it |
 | `turns`, `tokens_in`, `tokens_out` | model calls; tokens that were put there (prompt included) and sampled |
-| `tool_calls`, `tool_errors` | per rollout, see `facts.is_tool_error` |
+| `tool_calls`, `tool_errors` | per rollout, see `responses.is_tool_error` |
 | `seconds`, `seconds_p50`, `seconds_p95` | wall time |
 | `model_seconds_p50`, `…_p95`, `queue_seconds_…` | per rollout in model calls, and of that in the engine's queue |
 | `groups/size` | trained rollouts per group that is trained |
@@ -37,17 +37,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from trl_gym.errors import FailureKind
-from trl_gym.rollouts import logprobs
-from trl_gym.rollouts.logprobs import GapSum
 from trl_gym.rollouts.rollout import RolloutFacts
 
 NEWEST = 65_536  # rollouts of training between two logs; about a kilobyte each, on every rank
 _PERCENTILES = (50, 95)
+_RATIO = "sampling/importance_sampling_ratio"
 
 
-class RunMetrics:
+class MetricsBuffer:
     """The facts of training or of one evaluation, kept from one log to the next.
 
     Args:
@@ -61,31 +62,31 @@ class RunMetrics:
     def add(self, facts: Sequence[RolloutFacts]) -> None:
         """
         Args:
-            facts: Of one batch, of all ranks.
+            facts: Facts of one batch, of all ranks.
         """
         self._facts += facts
 
     def add_gaps(self, gaps: Sequence[Mapping[str, GapSum]]) -> None:
         """
         Args:
-            gaps: What `logprobs.batch_gaps` returned, on each rank.
+            gaps: The values of `logprobs.batch_gaps` on each rank.
         """
         self._gaps += gaps
 
     def take(self, summarize: Callable[[Sequence[RolloutFacts]], dict[str, float]]) -> dict[str, float]:
-        """The metrics since the last call.
+        """Return the metrics since the last call.
 
         Args:
-            summarize: From facts to metrics; not asked when there are none.
+            summarize: Computes metrics from facts; not called when there are none.
         """
-        metrics = logprobs.merge(self._gaps) | (summarize(list(self._facts)) if self._facts else {})
+        metrics = merge_gaps(self._gaps) | (summarize(list(self._facts)) if self._facts else {})
         self._facts.clear()
         self._gaps.clear()
         return metrics
 
 
 def training_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
-    """`rollout_metrics` and what concerns groups."""
+    """Return `rollout_metrics` and the metrics of groups."""
     metrics = rollout_metrics(facts) | _prefixed("rollouts/groups", _group_metrics(facts))
     for agent, own in by_agent(facts).items():
         metrics |= _prefixed(f"gym/{agent}/rollouts/groups", _group_metrics(own))
@@ -93,25 +94,25 @@ def training_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
 
 
 def rollout_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
-    """The tables above, without `groups/…`. What no rollout has a value for is left out.
+    """Return the metrics of the tables above, but for `groups/…`; one that no rollout has a value for is left out.
 
     Args:
         facts: At least one.
     """
     metrics = _prefixed("rollouts", _counts(facts) | _outcomes(facts) | _lengths(facts))
-    _put(metrics, "success", _mean(fact.success for fact in facts))
+    _put(metrics, "success", mean(fact.success for fact in facts))
     for agent, own in by_agent(facts).items():
         metrics |= _prefixed(f"gym/{agent}/rollouts", _counts(own) | _lengths(own))
         metrics |= _prefixed(f"gym/{agent}", _fields(own) | _outcomes(own) | _causes_of_drift(own))
-        _put(metrics, f"gym/{agent}/success", _mean(fact.success for fact in own))
+        _put(metrics, f"gym/{agent}/success", mean(fact.success for fact in own))
     return metrics
 
 
 def completion_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
-    """TRL's `completions/…` over rollouts with a reward, with truncation as Gym reports it.
+    """Return TRL's `completions/…` over rollouts with a reward, with truncation as Gym reports it.
 
     Args:
-        facts: Of one batch, of all ranks.
+        facts: Facts of one batch, of all ranks.
 
     Returns:
         NaN for what there is no rollout for, which TRL leaves out of its means; 0 for lengths of complete rollouts
@@ -120,10 +121,10 @@ def completion_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
     trained = [fact for fact in facts if fact.is_valid]
     lengths = [fact.sampled_tokens for fact in trained]
     complete = [fact.sampled_tokens for fact in trained if not fact.is_truncated] or ([0] if trained else [])
-    metrics = {"completions/clipped_ratio": _mean(fact.is_truncated for fact in trained)}
+    metrics = {"completions/clipped_ratio": mean(fact.is_truncated for fact in trained)}
     for name, values in (("length", lengths), ("terminated_length", complete)):
         metrics |= {
-            f"completions/mean_{name}": _mean(values),
+            f"completions/mean_{name}": mean(values),
             f"completions/min_{name}": float(min(values)) if values else None,
             f"completions/max_{name}": float(max(values)) if values else None,
         }
@@ -131,25 +132,11 @@ def completion_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
 
 
 def by_agent(facts: Sequence[RolloutFacts]) -> dict[str, list[RolloutFacts]]:
-    """The facts of each environment, by name."""
+    """Return the facts of each environment, by name."""
     agents: defaultdict[str, list[RolloutFacts]] = defaultdict(list)
     for fact in facts:
         agents[fact.agent].append(fact)
     return dict(sorted(agents.items()))
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear interpolation between closest ranks, as NumPy's default.
-
-    Args:
-        values: At least one.
-        percent: 0 to 100.
-    """
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def _counts(facts: Sequence[RolloutFacts]) -> dict[str, float]:
@@ -167,9 +154,9 @@ def _outcomes(facts: Sequence[RolloutFacts]) -> dict[str, float]:
         metrics["drift_fraction"] = _fraction(with_tokens, lambda fact: fact.drift is not None)
     rewards = [fact.reward for fact in facts if fact.reward is not None]
     if rewards:
-        metrics["reward"] = mean = math.fsum(rewards) / len(rewards)
+        metrics["reward"] = fmean(rewards)
     if len(rewards) > 1:
-        metrics["reward_std"] = math.sqrt(math.fsum((x - mean) ** 2 for x in rewards) / (len(rewards) - 1))
+        metrics["reward_std"] = stdev(rewards)
     return metrics
 
 
@@ -180,12 +167,12 @@ def _lengths(facts: Sequence[RolloutFacts]) -> dict[str, float]:
         return {}
     return {
         "truncated_fraction": _fraction(done, lambda fact: fact.is_truncated),
-        "turns": _average(fact.turns for fact in done),
-        "tokens_in": _average(fact.prompt_tokens + fact.environment_tokens for fact in done),
-        "tokens_out": _average(fact.sampled_tokens for fact in done),
-        "tool_calls": _average(fact.tool_calls for fact in done),
-        "tool_errors": _average(fact.tool_errors for fact in done),
-        "seconds": _average(fact.seconds for fact in done),
+        "turns": fmean(fact.turns for fact in done),
+        "tokens_in": fmean(fact.prompt_tokens + fact.environment_tokens for fact in done),
+        "tokens_out": fmean(fact.sampled_tokens for fact in done),
+        "tool_calls": fmean(fact.tool_calls for fact in done),
+        "tool_errors": fmean(fact.tool_errors for fact in done),
+        "seconds": fmean(fact.seconds for fact in done),
         **_times(done),
     }
 
@@ -199,8 +186,9 @@ def _causes_of_drift(facts: Sequence[RolloutFacts]) -> dict[str, float]:
 def _times(done: Sequence[RolloutFacts]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name in ("seconds", "model_seconds", "queue_seconds"):
-        if values := [value for fact in done if (value := getattr(fact, name)) is not None]:
-            metrics |= {f"{name}_p{percent}": percentile(values, percent) for percent in _PERCENTILES}
+        values = [value for fact in done if (value := getattr(fact, name)) is not None]
+        for percent in _PERCENTILES:
+            _put(metrics, f"{name}_p{percent}", percentile(values, percent))
     return metrics
 
 
@@ -211,7 +199,7 @@ def _fields(facts: Sequence[RolloutFacts]) -> dict[str, float]:
             values[name].append(value)
         for name, value in fact.components.items():
             values[f"reward_components/{name}"].append(value)
-    return {name: math.fsum(own) / len(own) for name, own in values.items()}
+    return {name: fmean(own) for name, own in values.items()}
 
 
 def _group_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
@@ -232,16 +220,6 @@ def _fraction(facts: Sequence[RolloutFacts], holds: Callable[[RolloutFacts], boo
     return sum(map(holds, facts)) / len(facts)
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
-
-
-def _average(values: Iterable[float]) -> float:
-    known = list(values)
-    return math.fsum(known) / len(known)
-
-
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
@@ -249,3 +227,103 @@ def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
 def _put(metrics: dict[str, float], name: str, value: float | None) -> None:
     if value is not None:
         metrics[name] = value
+
+
+# -- sums over the tokens of ranks ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GapSum:
+    """Absolute differences of log-probabilities in nats, summed up so that ranks can be added.
+
+    Attributes:
+        total: Their sum.
+        num_tokens: How many.
+        largest: The largest.
+    """
+
+    total: float
+    num_tokens: int
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class RatioSum:
+    """Importance sampling ratios, summed up so that ranks can be added.
+
+    Attributes:
+        total: Their sum.
+        count: How many.
+        smallest: The smallest; infinite when there is none.
+        largest: The largest; minus infinite when there is none.
+    """
+
+    total: float
+    count: int
+    smallest: float
+    largest: float
+
+
+def merge_gaps(ranks: Sequence[Mapping[str, GapSum]]) -> dict[str, float]:
+    """Return the gap over all ranks, every token with the same weight: `logprob_gap/mean`, `logprob_gap/max`, and the
+    mean for each turn and agent.
+
+    Args:
+        ranks: The values of `logprobs.gap_sums` on each.
+    """
+    by_name: defaultdict[str, list[GapSum]] = defaultdict(list)
+    for sums in ranks:
+        for name, gap in sums.items():
+            by_name[name].append(gap)
+    metrics = {
+        name: sum(gap.total for gap in gaps) / sum(gap.num_tokens for gap in gaps) for name, gaps in by_name.items()
+    }
+    if (overall := metrics.pop("logprob_gap", None)) is None:
+        return {}
+    largest = [gap.largest for gap in by_name["logprob_gap"]]
+    highest = math.nan if any(map(math.isnan, largest)) else max(largest)  # `max` alone may lose a NaN
+    return {"logprob_gap/mean": overall, "logprob_gap/max": highest, **metrics}
+
+
+def merge_ratios(ranks: Sequence[RatioSum | None]) -> dict[str, float]:
+    """Return TRL's `sampling/importance_sampling_ratio/…` over the rollouts that are trained, on all ranks.
+
+    Every token or sequence has the same weight. TRL takes means of ranks' means, and counts rows that are not trained.
+
+    Returns:
+        NaN when nothing is trained, which TRL leaves out; empty when there are no ratios.
+    """
+    sums = [own for own in ranks if own is not None]
+    if not sums:
+        return {}
+    count = sum(own.count for own in sums)
+    return {
+        f"{_RATIO}/min": min(own.smallest for own in sums) if count else math.nan,
+        f"{_RATIO}/mean": sum(own.total for own in sums) / count if count else math.nan,
+        f"{_RATIO}/max": max(own.largest for own in sums) if count else math.nan,
+    }
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are known; None when there is none."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def percentile(values: Iterable[float], percent: float) -> float | None:
+    """Return a percentile by linear interpolation between closest ranks, NumPy's default; None without values.
+
+    Args:
+        values: In any order.
+        percent: 0 to 100.
+    """
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)

@@ -1,16 +1,21 @@
-"""A finished rollout: what was asked, what came back, what is trained; as a journal line and as a conversation."""
+"""A finished rollout: what was asked, what came back, what is trained. Pure.
+
+Rollout ─ journal_record ─► a line of the journal ─ from_record ─► the same rollout
+        ├ conversation ───► chat messages for reward functions and tables
+        └ facts_of ───────► numbers that every rank gets of every rollout, for metrics
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
+from trl_gym.responses import completion_messages, count_tool_calls, output_items
 from trl_gym.rollouts.call_records import match_records, weight_versions
 from trl_gym.rollouts.request import RolloutRequest, request_hash, task_hash
 from trl_gym.rollouts.trajectory import DriftReport, ModelCall, Trajectory, TrajectoryError, finish_reason, model_calls
@@ -50,44 +55,59 @@ class Rollout:
 
     @property
     def success(self) -> float | None:
-        """1.0 or 0.0: the verifier's own `success` where it reports one, else whether the reward reached 1."""
+        """0 to 1, see `success_of`; None for a failed rollout."""
         reward = self.reward
         return None if reward is None or self.answer is None else success_of(self.answer, reward)
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether Gym reports that the rollout was cut (`incomplete_details`).
+
+        The last token does not tell: a rollout may end on a tool result, or be cut by its budget right after the end
+        of a turn.
+        """
+        return self.failure is None and self.answer is not None and finish_reason(self.answer) != "stop"
+
     def metrics(self) -> dict[str, float]:
-        """Every finite number at the top level of the verify response, e.g. `{"success": 1.0}`."""
+        """Return every finite number at the top level of the verify response, e.g. `{"success": 1.0}`."""
         if self.failure is not None or self.answer is None:
             return {}
         return {
-            name: float(value)
-            for name, value in self.answer.items()
+            name: value
+            for name, value in _numbers(self.answer).items()
             if name not in _NOT_METRICS
             and not name.startswith("_ng_")
             and name not in self.request.row  # echoed task fields: part of the question, not of the result
-            and isinstance(value, bool | int | float)
-            and math.isfinite(value)
         }
 
 
 def success_of(answer: Mapping[str, Any], reward: float) -> float:
-    """1.0 or 0.0: the verifier's own `success` where it reports one, else whether the reward reached 1.
+    """Return the verifier's own `success` where it reports a finite number, else whether the reward reached 1.
 
     Args:
         answer: Gym's answer, or `verify` of a journal's line.
-        reward: Of the same rollout.
+        reward: The reward of the same rollout.
     """
     reported = answer.get("success")
-    return float(reported) if isinstance(reported, bool | int | float) else float(reward >= 1.0)
+    return float(reported) if _is_finite(reported) else float(reward >= 1.0)
+
+
+def conversation(rollout: Rollout) -> list[dict[str, Any]]:
+    """Return what happened after the prompt as chat messages; see `responses.completion_messages`."""
+    return completion_messages(output_items(rollout.answer))
+
+
+# -- the journal's line -----------------------------------------------------------------------------------------------
 
 
 def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: str) -> dict[str, Any]:
-    """The journal's line for a rollout, without `schema` and `rank`, which the journal adds.
+    """Return the journal's line for a rollout, without what the journal adds (`schema`, `rank`, `time`).
 
     Args:
-        rollout: Has ended.
+        rollout: The rollout.
         step: Optimizer step whose weights sampled it.
-        mode: `"train"` or `"eval"`.
-        weight_version: What the policy server held; `weight_versions` when no record says which versions answered.
+        mode: `"train"`, `"eval"` or `"rollout"`.
+        weight_version: The version that the policy server held, for a rollout without records of its model calls.
     """
     request, answer = rollout.request, rollout.answer or {}
     trained = rollout.trajectories[0] if rollout.trajectories else None
@@ -117,20 +137,20 @@ def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: st
         "turns": list(_turns(answer, rollout.records or [])),
         "seconds": round(rollout.seconds, 4),
         "row": request.row,
-        "response": _json_safe(answer.get("response")),
-        "verify": _json_safe({name: value for name, value in answer.items() if name not in _NOT_VERIFIED}),
+        "response": answer.get("response"),
+        "verify": {name: value for name, value in answer.items() if name not in _NOT_VERIFIED},
     }
 
 
 def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
-    """A recorded rollout again, as the answer to a request for the same task.
+    """Return a recorded rollout as the answer to a request for the same task.
 
     The trajectory is the recorded one, to the token. Of Gym's answer only `responses_create_params` is not recorded:
     it is taken from the row that was sent.
 
     Args:
-        record: A journal's line.
-        request: What is asked now.
+        record: The journal's line.
+        request: The request that it answers now.
 
     Raises:
         KeyError: The line was written before journals could be read back (it has no `verify`).
@@ -171,35 +191,15 @@ def _failure_from(failure: Mapping[str, Any]) -> RolloutFailure:
     return RolloutFailure(**{**fields, "kind": FailureKind(failure["kind"])})
 
 
-def conversation(rollout: Rollout) -> list[dict[str, Any]]:
-    """What happened after the prompt, as chat messages: for reward functions and the completions table."""
-    messages: list[dict[str, Any]] = []
-    for item in _output(rollout.answer):
-        kind = item.get("type")
-        if kind == "message":
-            messages.append({"role": item.get("role", "assistant"), "content": _text(item.get("content"))})
-        elif kind == "reasoning":
-            text = "".join(part.get("text", "") for part in item.get("summary") or [])
-            messages.append({"role": "assistant", "content": f"<think>{text}</think>"})
-        elif kind == "function_call":
-            call = {"name": item.get("name"), "arguments": item.get("arguments")}
-            messages.append(
-                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
-            )
-        elif kind == "function_call_output":
-            messages.append({"role": "tool", "content": _text(item.get("output"))})
-    return messages or [{"role": "assistant", "content": ""}]
-
-
 def _turns(answer: Mapping[str, Any], records: Sequence[CallRecord]) -> Iterator[dict[str, Any]]:
-    """Model and tool calls in order. What only the policy server knows is null where it is not known."""
+    """Yield model and tool calls in order; None stands where only the policy server would know."""
     if not answer:  # the rollout failed; its calls up to then are known from the records alone
         for record in records:
             if record["status"] == 200:
                 yield _model_turn(record["prompt_tokens"], record["completion_tokens"], record)
         return
     matched = iter(match_records(_known_calls(answer), records) or [])
-    for item in _output(answer):
+    for item in output_items(answer):
         if item.get("generation_token_ids"):
             num_prompt, num_sampled = len(item.get("prompt_token_ids") or []), len(item["generation_token_ids"])
             yield _model_turn(num_prompt, num_sampled, next(matched, None))
@@ -225,31 +225,7 @@ def _known_calls(answer: Mapping[str, Any]) -> list[ModelCall]:
         return []  # a broken bundle: the rollout has failed for it, and says so
 
 
-def _output(answer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    return ((answer or {}).get("response") or {}).get("output") or []
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" if isinstance(part, dict) else str(part) for part in content)
-    return content if isinstance(content, str) else json.dumps(content)
-
-
-def _json_safe(value: Any) -> Any:
-    """NaN and infinities as null: JSON has neither, and readers in other languages would fail on them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _json_safe(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_json_safe(item) for item in value]
-    return value
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What is counted about one rollout: a small record that every rank gets of every rollout of a batch.
-
-_SERVER_ERROR_TEXT = "Internal Server Error"
+# -- numbers ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,19 +243,19 @@ class RolloutFacts:
         failure: Kind of failure; None when it did not fail.
         drift: Cause of drift; None when it did not drift.
         has_tokens: Whether its model calls are known, so that drift would have been seen.
-        attempts: How often it was run.
+        attempts: Number of times that it was run.
         seconds: Wall time.
-        model_seconds: In model calls, waiting included; None when the policy server keeps no records.
-        queue_seconds: Of these, waiting in the engine's queue; None where the server does not measure it.
+        model_seconds: Seconds in model calls, waiting included; None when the policy server keeps no records.
+        queue_seconds: Seconds of these in the engine's queue; None where the server does not measure it.
         turns: Model calls that are trained.
-        prompt_tokens: Of the first prompt.
-        environment_tokens: That the environment put after it.
-        sampled_tokens: That the policy sampled.
-        tool_calls: In Gym's answer.
+        prompt_tokens: Tokens of the first prompt.
+        environment_tokens: Tokens that the environment put after it.
+        sampled_tokens: Tokens that the policy sampled.
+        tool_calls: Tool calls in Gym's answer.
         tool_errors: Tool results that say that the call failed.
-        is_truncated: Gym reports that the rollout was cut.
-        fields: Numbers of the verify response by name.
-        components: Numbers of its `reward_components` by name.
+        is_truncated: Whether Gym reports that the rollout was cut.
+        fields: Finite numbers of the verify response by name.
+        components: Finite numbers of its `reward_components` by name.
     """
 
     agent: str
@@ -308,16 +284,17 @@ class RolloutFacts:
 
 
 def facts_of(rollout: Rollout, reward: float | None, batch: str) -> RolloutFacts:
-    """The facts of a rollout, whose group is not left out so far.
+    """Return the numbers of a rollout whose group is not left out so far.
 
     Args:
-        rollout: Has ended.
-        reward: The one to train on; None for a rollout that is not trained.
-        batch: Name of its generation batch, the same on every rank.
+        rollout: The rollout.
+        reward: The reward to train on; None for a rollout that is not trained.
+        batch: The name of its generation batch, the same on every rank.
     """
     answer = rollout.answer if rollout.failure is None else None
     trained = rollout.trajectories[0] if rollout.trajectories else None
-    calls, errors = _tool_calls(answer)
+    components = (answer or {}).get("reward_components")
+    calls, errors = count_tool_calls(output_items(answer))
     return RolloutFacts(
         agent=rollout.request.agent,
         group=f"{batch}-g{rollout.request.group}",
@@ -325,7 +302,7 @@ def facts_of(rollout: Rollout, reward: float | None, batch: str) -> RolloutFacts
         is_valid=reward is not None,
         trained_reward=reward,
         reward=rollout.reward,
-        success=_finite(rollout.success),
+        success=rollout.success,
         failure=None if rollout.failure is None else str(rollout.failure.kind),
         drift=None if rollout.drift is None else str(rollout.drift.cause),
         has_tokens=rollout.failure is None or rollout.drift is not None,
@@ -339,38 +316,10 @@ def facts_of(rollout: Rollout, reward: float | None, batch: str) -> RolloutFacts
         sampled_tokens=trained.env_mask.count(1) if trained else 0,
         tool_calls=calls,
         tool_errors=errors,
-        is_truncated=is_truncated(rollout),
+        is_truncated=rollout.is_truncated,
         fields=rollout.metrics(),
-        components=_numbers((answer or {}).get("reward_components")),
+        components=_numbers(components if isinstance(components, dict) else {}),
     )
-
-
-def is_truncated(rollout: Rollout) -> bool:
-    """Whether Gym reports that the rollout was cut (`incomplete_details`). The last token does not tell: a rollout may
-    end on a tool result, or be cut by its budget right after the end of a turn."""
-    return rollout.failure is None and rollout.answer is not None and finish_reason(rollout.answer) != "stop"
-
-
-def is_tool_error(text: str) -> bool:
-    """Whether a tool result says that the call failed. NeMo Gym hands the body of any HTTP answer on as the result, so
-    this reads the bodies: a JSON object with `error` or FastAPI's `detail`, or the text of an unhandled exception."""
-    if text == _SERVER_ERROR_TEXT:
-        return True
-    if '"error"' not in text and '"detail"' not in text:
-        return False  # the common case; a result may be large
-    try:
-        body = json.loads(text)
-    except ValueError:
-        return False
-    return isinstance(body, dict) and (bool(body.get("error")) or set(body) == {"detail"})
-
-
-def _tool_calls(answer: Mapping[str, Any] | None) -> tuple[int, int]:
-    """Tool calls and how many of them failed."""
-    output: Sequence[Mapping[str, Any]] = ((answer or {}).get("response") or {}).get("output") or []
-    results = [item.get("output") for item in output if item.get("type") == "function_call_output"]
-    num_calls = sum(item.get("type") == "function_call" for item in output)
-    return num_calls, sum(isinstance(result, str) and is_tool_error(result) for result in results)
 
 
 def _total(rollout: Rollout, name: str) -> float | None:
@@ -379,15 +328,9 @@ def _total(rollout: Rollout, name: str) -> float | None:
     return sum(values) if values else None
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {str(name): float(value) for name, value in values.items() if _is_finite(value)}
 
 
-def _numbers(values: Any) -> dict[str, float]:
-    if not isinstance(values, dict):
-        return {}
-    return {
-        str(name): float(value)
-        for name, value in values.items()
-        if isinstance(value, bool | int | float) and math.isfinite(value)
-    }
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, bool | int | float) and math.isfinite(value)

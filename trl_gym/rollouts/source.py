@@ -39,8 +39,8 @@ from trl_gym.rollouts.trajectory import (
     DriftReport,
     Trajectory,
     TrajectoryError,
-    explain,
     model_calls,
+    report_drift,
 )
 
 if TYPE_CHECKING:
@@ -437,4 +437,4 @@ class Finisher:
 
     def _explain(self, drift: Drift, result: RolloutResult) -> DriftReport:
         matched: list[CallRecord] | None = match_records(model_calls(result.answer or {}), result.records or [])
-        return explain(drift, self.decode, matched[drift.turn] if matched else None)
+        return report_drift(drift, self.decode, matched[drift.turn] if matched else None)

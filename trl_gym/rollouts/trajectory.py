@@ -8,6 +8,14 @@ on the *last* output item of that call. Walking these items in order, with `seen
 
 must hold. Where a prompt does not start with `seen`, the history was rewritten: that is *drift*, and the tokens after
 it were sampled in a context other than the one that would be trained. It is never repaired by guessing.
+
+Drift is reported with its cause. The policy server knows why it could not put the sampled tokens back
+(`calls.CallDrift`), and is believed where its records match the rollout's model calls. Without a record the tokens
+themselves are asked:
+
+    the seen text is all there               retokenized         nobody put the sampled ids back
+    first other text is in sampled tokens    retemplated         the template writes that turn differently
+    … is in tokens that were put there       history_rewritten   the agent changed an earlier message
 """
 
 from __future__ import annotations
@@ -21,6 +29,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.splice import num_common
+from trl_gym.responses import output_items
 
 DriftPolicy = Literal["split", "truncate", "exclude", "error"]
 
@@ -58,14 +68,14 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Where a rollout's history was rewritten, for the first time. `trl_gym.rollouts.trajectory` explains it.
+    """Where a rollout's history was rewritten for the first time.
 
     Attributes:
         turn: Index of the model call (0-based) whose prompt does not continue what was seen.
         position: First index at which prompt and seen tokens differ; below `S`.
         seen: `[S]`, prompt and sampled ids of the model call before.
         sampled: `[S]`, 1 where the policy sampled the token, 0 where it was put there.
-        prompt: `[P]`, what that model call was prompted with.
+        prompt: `[P]`, the prompt of that model call.
     """
 
     turn: int
@@ -99,12 +109,12 @@ class Trajectory:
 
 
 def model_calls(result: Mapping[str, Any]) -> list[ModelCall]:
-    """The token bundles in a Gym answer, in order.
+    """Return the token bundles in a Gym answer, in order.
 
     Raises:
         TrajectoryError: A bundle is incomplete, its lengths disagree, or a log-probability is not a finite number.
     """
-    return list(_bundles(result.get("response", {}).get("output") or []))
+    return list(_bundles(output_items(result)))
 
 
 def from_gym(result: Mapping[str, Any], drift: DriftPolicy = "truncate") -> list[Trajectory]:
@@ -112,7 +122,7 @@ def from_gym(result: Mapping[str, Any], drift: DriftPolicy = "truncate") -> list
 
     Args:
         result: Gym's answer to `/run`.
-        drift: What to do where a prompt does not start with the tokens already seen.
+        drift: The policy for a prompt that does not start with the tokens already seen.
 
     Raises:
         TrajectoryError: There is no trainable token in it, or a bundle is broken.
@@ -140,7 +150,7 @@ def contiguous_head(calls: Sequence[ModelCall]) -> Trajectory:
     for turn, call in enumerate(calls[1:], start=1):
         if call.prompt_ids[: len(seen)] != seen:
             sampled = [0] * len(first.prompt_ids) + mask
-            drift = Drift(turn, first_difference(seen, call.prompt_ids), seen, sampled, call.prompt_ids)
+            drift = Drift(turn, num_common(seen, call.prompt_ids), seen, sampled, call.prompt_ids)
             break
         added = call.prompt_ids[len(seen) :]
         completion += added + call.generation_ids
@@ -160,7 +170,7 @@ def contiguous_head(calls: Sequence[ModelCall]) -> Trajectory:
 
 
 def describe(drift: Drift) -> str:
-    """One sentence, in ids."""
+    """Say in one sentence, in ids, where a prompt differs."""
     shown = slice(drift.position, drift.position + 8)
     return (
         f"the prompt of model call {drift.turn} does not start with the tokens already seen: at token "
@@ -168,15 +178,10 @@ def describe(drift: Drift) -> str:
     )
 
 
-def first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """First index at which two sequences differ; the length of the shorter one if that begins the other."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def finish_reason(result: Mapping[str, Any]) -> str:
-    """`"stop"`, or why Gym says that the rollout was cut (`"max_output_tokens"`, …)."""
-    details = result.get("response", {}).get("incomplete_details")
-    return (details or {}).get("reason") or "stop"
+    """Return `"stop"`, or why Gym says that the rollout was cut (`"max_output_tokens"`, …)."""
+    details = (result.get("response") or {}).get("incomplete_details") or {}
+    return details.get("reason") or "stop"
 
 
 def _bundles(output: Sequence[Mapping[str, Any]]) -> Iterator[ModelCall]:
@@ -199,8 +204,7 @@ def _bundles(output: Sequence[Mapping[str, Any]]) -> Iterator[ModelCall]:
 
 
 def _why_empty(result: Mapping[str, Any]) -> str:
-    output = result.get("response", {}).get("output") or []
-    kinds = [str(item.get("type")) for item in output]
+    kinds = [str(item.get("type")) for item in output_items(result)]
     if finish_reason(result) != "stop":
         return f"no trainable token: the first model call was already cut ({finish_reason(result)})"
     return (
@@ -209,15 +213,7 @@ def _why_empty(result: Mapping[str, Any]) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Why a prompt does not start with the tokens already seen, in words that help to mend it.
-#
-# The policy server knows why it could not put the sampled tokens back (`calls.CallDrift`), and is believed where its
-# records match the rollout's model calls. Without a record the tokens themselves are asked:
-#
-#     the seen text is all there               retokenized         nobody put the sampled ids back
-#     first other text is in sampled tokens    retemplated         the template writes that turn differently
-#     … is in tokens that were put there       history_rewritten   the agent changed an earlier message
+# -- why a history was rewritten --------------------------------------------------------------------------------------
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -237,14 +233,14 @@ _GLOSSES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriftReport:
-    """One explained drift.
+    """A drift and its cause, in words that help to fix it.
 
     Attributes:
         turn: Index of the model call (0-based) whose prompt does not continue what was seen.
         position: First index at which prompt and seen tokens differ.
-        cause: Why.
-        seen_text: What was seen around `position`.
-        prompt_text: What the prompt has around `position`.
+        cause: The cause.
+        seen_text: The seen text around `position`.
+        prompt_text: The prompt's text around `position`.
         text: All of it in one sentence.
     """
 
@@ -266,12 +262,12 @@ class DriftReport:
         }
 
 
-def explain(drift: Drift, decode: Decode, record: CallRecord | None = None) -> DriftReport:
-    """Say what happened.
+def report_drift(drift: Drift, decode: Decode, record: CallRecord | None = None) -> DriftReport:
+    """Say why a prompt does not start with the tokens already seen.
 
     Args:
-        drift: From a trajectory.
-        decode: Text of token ids, see `make_decoder`.
+        drift: The drift of a trajectory.
+        decode: A function from token ids to text, see `make_decoder`.
         record: The policy server's record of the model call `drift.turn`; None when there is none that matches.
     """
     known = record["drift"] if record is not None else None
@@ -295,10 +291,10 @@ def explain(drift: Drift, decode: Decode, record: CallRecord | None = None) -> D
 
 
 def classify(drift: Drift, decode: Decode) -> DriftCause:
-    """The cause as far as tokens and their text show it: by the first difference in *text*, since tokens may differ
-    before it that spell the same."""
+    """Return the cause as far as tokens and their text show it: by the first difference in *text*, since tokens that
+    spell the same may differ before it."""
     seen, prompt = decode(drift.seen), decode(drift.prompt)
-    same = first_difference(seen, prompt)
+    same = num_common(seen, prompt)
     if same >= len(seen.rstrip(_FRAGMENT)):  # a turn that was cut inside a character has no text there to compare
         return DriftCause.RETOKENIZED
     is_sampled = drift.sampled[_token_at(same, drift, decode)]
@@ -306,13 +302,13 @@ def classify(drift: Drift, decode: Decode) -> DriftCause:
 
 
 def make_decoder(tokenizer: Any) -> Decode:
-    """A function from token ids to text that takes any ids.
+    """Return a function from token ids to text that takes any ids.
 
     Ids that the tokenizer does not know (a model's vocabulary is often padded) are written as `<token 151999>`,
     special tokens as they are, and bytes that are no whole character as U+FFFD.
 
     Args:
-        tokenizer: As from `transformers.AutoTokenizer`.
+        tokenizer: A tokenizer of `transformers`.
     """
 
     @functools.cache
@@ -331,7 +327,7 @@ def make_decoder(tokenizer: Any) -> Decode:
 
 
 def _text(ids: Sequence[int], start: int, end: int, decode: Decode) -> str:
-    """Text of `ids[start:end]`, without the broken characters that cutting them out makes at its ends."""
+    """Return the text of `ids[start:end]`, without the broken characters that cutting them out makes at its ends."""
     start = max(start, 0)
     text = decode(ids[start:end])
     if start > 0:
@@ -340,7 +336,7 @@ def _text(ids: Sequence[int], start: int, end: int, decode: Decode) -> str:
 
 
 def _token_at(character: int, drift: Drift, decode: Decode) -> int:
-    """Index of the seen token that writes a character of the seen text; never before the first different token."""
+    """Return the index of the seen token that writes a character of the seen text, from the first different one on."""
     ends = range(len(drift.seen) + 1)
     after = bisect.bisect_right(ends, character, lo=drift.position, key=lambda end: len(decode(drift.seen[:end])))
     return min(max(after - 1, drift.position), len(drift.seen) - 1)

@@ -200,8 +200,8 @@ def room(
     return min(left, completion_budget - used)
 
 
-def num_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the longest common prefix.
+def num_common(a: Sequence[object], b: Sequence[object]) -> int:
+    """Return the length of the longest common prefix: the first index at which two sequences differ.
 
     Example:
         >>> num_common([1, 2, 3], [1, 2, 4])

@@ -79,7 +79,7 @@ function messageNode(item, names = new Map()) {
       item.kind === "call" ? [label, " ", el("b", {}, item.name)] : item.kind === "other" ? item.name : label,
       item.error && el("span", { class: "badge bad" }, "failed"),
     ),
-    item.kind === "call" ? argumentsNode(item.args) : textNode(item.text),
+    item.kind === "call" ? argumentsNode(item.text) : textNode(item.text),
   );
 }
 

@@ -87,7 +87,7 @@ async function searchText(candidates, text, onProgress, isWanted) {
 
 function holds(items, needle) {
   return items.some((item) =>
-    [item.text, item.name, item.args].some((own) => own && own.toLowerCase().includes(needle)),
+    [item.text, item.name].some((own) => own && own.toLowerCase().includes(needle)),
   );
 }
 

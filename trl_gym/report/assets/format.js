@@ -78,8 +78,9 @@ function outcome(i) {
 const STATES = {
   counted: "counted in the numbers per step",
   retried: "failed and tried again under a new id; not counted",
+  lost: "the policy server was lost as it ended; tried again under a new id; not counted",
   cancelled: "given up with its batch; not counted",
-  superseded: "its step was sampled again later; not counted",
+  superseded: "the rollout, or its step, was sampled again later; not counted",
 };
 
 const KINDS = {
