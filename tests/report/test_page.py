@@ -67,6 +67,29 @@ def test_the_torn_last_line_of_a_run_that_goes_on_is_left_out(tmp_path: Path) ->
     assert page.recorded == len(records)
 
 
+def test_a_full_disk_or_a_diverged_run_does_not_end_the_view(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A line that a full disk tore stands in the middle of a file once the run went on; divergence leaves NaN."""
+    records = write_run(tmp_path / "run", Plan(steps=1, tasks=1))
+    trained = next(record for record in records if record["completion_ids"])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text('{"step": 8, "rew{"step": 9, "reward": NaN}\n7\n' + metrics.read_text())
+    folder = tmp_path / "run" / "training_logprobs"
+    folder.mkdir(exist_ok=True)
+    values = [float("nan")] * len(trained["completion_ids"])
+    line = json.dumps({"rollout_id": trained["rollout_id"], "logprobs": values})
+    (folder / "step-0.rank-1.jsonl").write_text(f'{{"rollout_id": "x", "logp\n{line}\n{{"rollout_id": "y", "lo')
+    with caplog.at_level("WARNING"):
+        page = write_page(open_run(tmp_path / "run"), tmp_path / "v.html")
+    assert page.recorded == len(records)
+    assert [message.partition(" is torn")[0].rpartition("/")[2] for message in caplog.messages] == [
+        "step-0.rank-1.jsonl, line 1",
+        "step-0.rank-1.jsonl, line 3",
+        "metrics.jsonl, line 1",
+    ]
+    gaps = [body["gaps"] for body in blob(page.path, "t0")["rollouts"] if body]
+    assert any(own and set(own) == {None} for own in gaps)
+
+
 def test_damage_elsewhere_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     write_run(tmp_path / "run", Plan(steps=1, tasks=1))
     journal = tmp_path / "run" / "rollouts" / "step-0.rank-0.jsonl"
@@ -77,9 +100,9 @@ def test_damage_elsewhere_is_an_error_with_a_remedy(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_named_with_what_one_is(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"There is no run .*`output_dir`"):
+    with pytest.raises(ConfigError, match=r"of a run does not exist.*`output_dir`"):
         open_run(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"has no journal: no `rollouts/step-\*.jsonl`"):
+    with pytest.raises(ConfigError, match=r"has no journal: it has no `rollouts/step-\*.jsonl`"):
         open_run(tmp_path)
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / "step-0.rank-0.jsonl").touch()
@@ -103,7 +126,7 @@ def test_the_newest_checkpoints_tokenizer_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_is_not_there_is_an_error(viewed: Viewed, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`--tokenizer` is .* no tokenizer\.json there"):
+    with pytest.raises(ConfigError, match=r"`--tokenizer` is .* no tokenizer\.json is there"):
         open_run(viewed.folder, tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,19 @@ def test_each_rollout_has_one_for_each_of_its_tokens_and_failed_ones_have_none(t
         "b": [-0.125, -2.0, -3.0],
         "c": [-0.5],
     }
+
+
+def test_a_torn_line_does_not_swallow_the_next_and_nan_is_null(tmp_path: Path) -> None:
+    file = tmp_path / "training_logprobs" / "step-0.rank-0.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"rollout_id": "torn", "logp')  # by a full disk; the run went on
+    for name in "ab":
+        record(tmp_path, torch.tensor([[math.nan, -math.inf, -0.5]]), [rollout(name, 3)], step=0, rank=0)
+    torn, *whole = file.read_text().splitlines()
+    assert torn == '{"rollout_id": "torn", "logp'
+    assert [json.loads(line) for line in whole] == [
+        {"rollout_id": name, "logprobs": [None, None, -0.5]} for name in "ab"
+    ]
 
 
 def test_rows_and_rollouts_must_be_of_one_batch(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ journal ─ rows.py ─► one small row per rollout ─ index.py ─► what co
         └ bodies.py ► conversation, tokens ──────── page.py ─► one HTML file, also in a notebook
 """
 
-from trl_gym.report.page import PageOptions, RunView, WrittenPage, show, write_page
+from trl_gym.report.page import NotebookPage, PageOptions, WrittenPage, show, write_page
 from trl_gym.report.source import open_run
 
-__all__ = ["PageOptions", "RunView", "WrittenPage", "open_run", "show", "write_page"]
+__all__ = ["NotebookPage", "PageOptions", "WrittenPage", "open_run", "show", "write_page"]

@@ -1,11 +1,14 @@
-"""A line of the journal → what the page shows of one rollout: its conversation, and its tokens. Pure but for the
-pieces of text, which are looked up once per token id.
+"""A line of the journal → what the page shows of one rollout: its conversation, and its tokens.
+
+A sequence is shown token by token without a tokenizer in the browser: the pieces of text are looked up here, once per
+token id. The rest is pure.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +18,12 @@ from tokenizers import Tokenizer
 
 from trl_gym.responses import Item, input_items, is_tool_error, model_call_indices, output_items, read_item
 
-# --------------------------------------------------------------------------------------------------------------------
-# Text of single tokens, so that a sequence can be shown token by token without a tokenizer in the browser.
-
 _FRAGMENT = "\ufffd"  # how a decoder writes bytes that are no whole character
 _MAX_RUN = 16  # tokens; a character has at most four bytes, longer runs are noise
 
 
 class Pieces:
-    """The pieces of the tokens that were added.
+    """Text of single tokens.
 
     Args:
         file: A `tokenizer.json`; None when there is none, then every piece is empty and ids are shown.
@@ -50,15 +50,15 @@ class Pieces:
                 self.text[token] = self._piece([token]) or self._tokenizer.id_to_token(token) or f"<token {token}>"
 
     def special(self) -> list[int]:
-        """Those of the added tokens that are special."""
+        """Return those of the added tokens that are special."""
         return sorted(self._special.intersection(self.text))
 
     def glyphs(self, ids: Sequence[int]) -> dict[int, str]:
-        """Where tokens are parts of a character: by the index of the last part, the text of all of them, and empty
-        text for the parts before. Parts that never make a character stay as they are.
+        """Return text by index where tokens are parts of a character: the whole character at the last part, empty text
+        at the parts before. Parts that never make a character stay as they are.
 
         Args:
-            ids: Were added.
+            ids: Tokens that were added.
         """
         found: dict[int, str] = {}
         if self._tokenizer is None:
@@ -97,7 +97,7 @@ def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(token for token, content in added.items() if content.special)
 
 
-# Significant digits: of a log-probability, and of its difference to the trainer's, which is small.
+# Significant digits of a log-probability, and of its difference to the trainer's, which is small.
 _DIGITS, _GAP_DIGITS = 4, 3
 
 
@@ -109,7 +109,7 @@ class Shared:
         self._index: dict[str, int] = {}
 
     def add(self, value: Any) -> int:
-        """Index of an equal value; it is added when there is none."""
+        """Return the index of an equal value, which is added if there is none."""
         text = json.dumps(value, sort_keys=True)
         if text not in self._index:
             self._index[text] = len(self.values)
@@ -118,7 +118,7 @@ class Shared:
 
 
 def conversation_body(record: Mapping[str, Any], shared: Shared) -> dict[str, Any]:
-    """What was said, as JSON.
+    """Return what was said, as JSON.
 
     Args:
         record: A journal's line.
@@ -148,19 +148,19 @@ def conversation_body(record: Mapping[str, Any], shared: Shared) -> dict[str, An
 def token_body(
     record: Mapping[str, Any], shared: Shared, pieces: Pieces, training: Sequence[float] | None
 ) -> dict[str, Any] | None:
-    """What was trained, as JSON; None for a rollout without tokens.
+    """Return what was trained, as JSON; None for a rollout without tokens.
 
     Args:
         record: A journal's line.
         shared: Gets the prompt.
-        pieces: Text of tokens.
+        pieces: Gets the tokens.
         training: `[T]`, the trainer's log-probabilities; None where they are not recorded.
 
     Returns:
         `prompt`: index into `shared` of `[P]` ids. `ids` `[T]`. `mask`: lengths of runs, the first of tokens that the
         environment put there, then alternating. `logprobs` `[S]`, of the sampled tokens alone, and `gaps`, by how much
-        the trainer's are higher, or null. `ends`: see `Trajectory.turn_ends`. `glyphs`, `prompt_glyphs`: text by index
-        where tokens are parts of characters.
+        the trainer's are higher (null where they are not finite), or null. `ends`: see `Trajectory.turn_ends`.
+        `glyphs`, `prompt_glyphs`: text by index where tokens are parts of characters.
     """
     ids, mask = record.get("completion_ids") or [], record.get("env_mask") or []
     if not ids:
@@ -184,14 +184,19 @@ def token_body(
 
 
 def run_lengths(mask: Sequence[int]) -> list[int]:
-    """Lengths of runs of equal values, the first of zeros (0 when the mask starts with a one)."""
+    """Return the lengths of runs of equal values, the first of zeros (0 when the mask starts with a one)."""
     runs = [(value, sum(1 for _ in run)) for value, run in itertools.groupby(mask)]
     lengths = [length for _, length in runs]
     return [0, *lengths] if runs and runs[0][0] == 1 else lengths
 
 
-def _sampled(values: Sequence[float], mask: Sequence[int], digits: int) -> list[float]:
-    return [float(f"{value:.{digits}g}") for value, kept in zip(values, mask, strict=True) if kept]
+def _sampled(values: Sequence[float], mask: Sequence[int], digits: int) -> list[float | None]:
+    """Round the values of sampled tokens; None stands for one that is not finite, as in a run that diverged."""
+    return [
+        float(f"{value:.{digits}g}") if math.isfinite(value) else None
+        for value, kept in zip(values, mask, strict=True)
+        if kept
+    ]
 
 
 def _output(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -26,17 +26,17 @@ class StepStats:
     """Counted rollouts of one step, of one environment or of all.
 
     Attributes:
-        mode, dataset, step: Which step.
+        mode, dataset, step: The step.
         agent: The environment; None for all of them.
-        rollouts: How many are counted.
-        failures: Of these, by kind.
+        rollouts: Number of counted rollouts.
+        failures: Number of failed ones by kind.
         reward, reward_std: Mean and sample standard deviation over those that did not fail; None without any (or, for
             the deviation, with one).
-        success: Mean.
-        drifted, truncated: How many.
+        success: Mean over those that did not fail.
+        drifted, truncated: Number of rollouts.
         turns, sampled_tokens: Means over those that did not fail.
-        seconds_p50, seconds_p95: Of those that did not fail.
-        others: Lines that are not counted, by state.
+        seconds_p50, seconds_p95: Percentiles over those that did not fail.
+        others: Number of lines that are not counted, by state.
         versions: Weight versions, each once.
     """
 
@@ -64,9 +64,9 @@ class Cause:
     """Failures with the same words.
 
     Attributes:
-        kind, where, agent, text: What they share.
-        count: Of all lines, also of attempts that were tried again.
-        counted: Of counted rollouts.
+        kind, where, agent, text: The fields that they share.
+        count: Number of lines, attempts that were tried again included.
+        counted: Number of counted rollouts.
         example: Rollout id of the first.
     """
 
@@ -100,7 +100,7 @@ def states(rows: Sequence[Row]) -> list[LineState]:
 
 
 def ordered(rows: Sequence[Row]) -> list[int]:
-    """Indices of the rows in the order in which they are shown: by mode, step and group; members side by side."""
+    """Return the indices of the rows in the order in which they are shown: by mode, step, group and member."""
 
     def place(index: int) -> tuple[Any, ...]:
         row = rows[index]
@@ -111,15 +111,15 @@ def ordered(rows: Sequence[Row]) -> list[int]:
 
 
 def sample(rows: Sequence[Row], order: Sequence[int], limit: int | None) -> list[int]:
-    """At most so many rows, whole groups, the same ones every time.
+    """Choose at most so many rows: whole groups, the same ones every time.
 
-    Groups are taken by a hash of what names them, so every step and environment is there in proportion. A group that
+    Groups are taken by a hash of their key, so every step and environment is there in proportion. A group that
     does not fit any more is left out; if not even one fits, the first members of one are taken.
 
     Args:
         rows: `[N]`.
-        order: From `ordered`.
-        limit: None for all.
+        order: The value of `ordered`.
+        limit: Number of rows; None for all.
 
     Returns:
         Indices, in `order`.
@@ -140,11 +140,11 @@ def sample(rows: Sequence[Row], order: Sequence[int], limit: int | None) -> list
 
 
 def step_stats(rows: Sequence[Row], found: Sequence[LineState]) -> list[StepStats]:
-    """The numbers of every step: over all environments, and for each where there are several.
+    """Compute the numbers of every step: over all environments, and for each where there are several.
 
     Args:
         rows: `[N]`.
-        found: `[N]`, from `states`.
+        found: `[N]`, the value of `states`.
     """
     agents = {row.agent for row in rows}
     groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
@@ -159,7 +159,7 @@ def step_stats(rows: Sequence[Row], found: Sequence[LineState]) -> list[StepStat
 
 
 def causes(rows: Sequence[Row], found: Sequence[LineState]) -> list[Cause]:
-    """Failures by their words, the most frequent first."""
+    """Group failures by their words, the most frequent first."""
     grouped: defaultdict[tuple[str, str, str, str], list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         if row.failure is not None:

@@ -9,8 +9,8 @@
                   index               one row per rollout, numbers per step: unpacked at once
     program   trl_gym/report/assets/*.js
 
-What the journal says is text of strangers. It is in the page as base64 alone, and the program puts it into text nodes,
-never into markup.
+The journal holds text of strangers. It is in the page as base64 alone, and the program puts it into text nodes, never
+into markup.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import html
 import importlib.resources
 import io
 import json
+import math
 import operator
 import os
 import time
@@ -35,7 +36,7 @@ from trl_gym.errors import ConfigError
 from trl_gym.report.bodies import Pieces, Shared, conversation_body, token_body
 from trl_gym.report.index import causes, ordered, sample, states, step_stats
 from trl_gym.report.rows import Row, row_of
-from trl_gym.report.source import Run, open_run, read_metrics, read_training_logprobs
+from trl_gym.report.source import RecordedRun, open_run, read_metrics, read_training_logprobs
 from trl_gym.rollouts.journal import Line, LineState, read_line, read_lines
 
 SCHEMA = 1
@@ -58,12 +59,12 @@ _PLAIN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageOptions:
-    """What goes into the page.
+    """Limits of the page's content.
 
     Attributes:
         max_rollouts: Rollouts whose conversation and tokens are in the page; None for all. Curves, steps and failures
-            are of all, whatever it is.
-        with_tokens: Leave token ids and log-probabilities out, for a smaller page.
+            are of all in any case.
+        with_tokens: Whether token ids and log-probabilities are in it; the page is smaller without.
     """
 
     max_rollouts: int | None = None
@@ -76,9 +77,9 @@ class WrittenPage:
 
     Attributes:
         path: The file.
-        size: In bytes.
+        size: Its size in bytes.
         recorded: Lines in the journal.
-        shown: Of these, rollouts in the page.
+        shown: Those of them that are in the page.
     """
 
     path: Path
@@ -87,7 +88,7 @@ class WrittenPage:
     shown: int
 
 
-def write_page(run: Run, path: str | Path, options: PageOptions | None = None) -> WrittenPage:
+def write_page(run: RecordedRun, path: str | Path, options: PageOptions | None = None) -> WrittenPage:
     """Write the page, whole or not at all.
 
     Raises:
@@ -105,7 +106,7 @@ def write_page(run: Run, path: str | Path, options: PageOptions | None = None) -
     return WrittenPage(target, target.stat().st_size, recorded, shown)
 
 
-def render(run: Run, file: IO[bytes], options: PageOptions) -> tuple[int, int]:
+def render(run: RecordedRun, file: IO[bytes], options: PageOptions) -> tuple[int, int]:
     """Write the page to a binary file. One line of the journal is in memory at a time.
 
     Returns:
@@ -136,8 +137,8 @@ def render(run: Run, file: IO[bytes], options: PageOptions) -> tuple[int, int]:
     return len(rows), len(shown)
 
 
-def _read(run: Run) -> tuple[list[Line], list[Row]]:
-    """Where each line stands, and its row."""
+def _read(run: RecordedRun) -> tuple[list[Line], list[Row]]:
+    """Return where each line stands, and its row."""
     lines, rows = [], []
     try:
         for line in read_lines(run.journal):
@@ -145,26 +146,30 @@ def _read(run: Run) -> tuple[list[Line], list[Row]]:
             lines.append(Line(line.path, line.offset, line.length, {}))
     except ValueError as error:
         raise ConfigError(
-            f"The journal is damaged: {error}. Only the last line of a file may be incomplete. Delete that line (the "
-            "others are intact) and view the run again."
+            f"The journal is damaged: {error}. Only the last line of a file may be incomplete.",
+            "Delete that line (the others are intact) and view the run again.",
         ) from error
     if not rows:
         raise ConfigError(
-            f"The journal {str(run.journal)!r} holds no finished rollout yet. A line is written when a rollout ends; "
-            "if the run goes on, try again then, else look into its `logs`."
+            f"The journal {str(run.journal)!r} holds no finished rollout yet. A line is written when a rollout ends.",
+            "Try again then if the run goes on, else look into its `logs`.",
         )
     return lines, rows
 
 
-def _training_logprobs(run: Run, wanted: set[str]) -> dict[str, array[float]]:
-    """By rollout id, of the rollouts in the page."""
-    return {name: array("d", values) for name, values in read_training_logprobs(run) if name in wanted}
+def _training_logprobs(run: RecordedRun, wanted: set[str]) -> dict[str, array[float]]:
+    """Return the trainer's log-probabilities by rollout id, NaN where they are not finite, of rollouts in the page."""
+    return {
+        name: array("d", (math.nan if value is None else value for value in values))
+        for name, values in read_training_logprobs(run)
+        if name in wanted
+    }
 
 
 def _write_chunks(
     file: IO[bytes], lines: Sequence[Line], pieces: Pieces, training: dict[str, array[float]], with_tokens: bool
 ) -> list[tuple[int, int]]:
-    """Write conversations and tokens. Returns for each rollout the number of its chunk and its place in it."""
+    """Write conversations and tokens; return for each rollout the number of its chunk and its place in it."""
     places: list[tuple[int, int]] = []
     for number, own in enumerate(_chunks(lines)):
         conversations, tokens = Shared(), Shared()
@@ -196,7 +201,11 @@ def _chunks(lines: Sequence[Line]) -> Iterator[list[Line]]:
 
 
 def _index(
-    run: Run, rows: Sequence[Row], found: Sequence[LineState], shown: Sequence[int], places: Sequence[tuple[int, int]]
+    run: RecordedRun,
+    rows: Sequence[Row],
+    found: Sequence[LineState],
+    shown: Sequence[int],
+    places: Sequence[tuple[int, int]],
 ) -> dict[str, Any]:
     own = [rows[i] for i in shown]
     groups: dict[tuple[Any, ...], int] = {}
@@ -234,7 +243,7 @@ def _causes(rows: Sequence[Row], found: Sequence[LineState]) -> dict[str, Any]:
 
 
 def _drift_counts(rows: Sequence[Row], found: Sequence[LineState]) -> list[dict[str, Any]]:
-    """Counted rollouts that drifted, by environment and cause."""
+    """Count the counted rollouts that drifted, by environment and cause."""
     counts: dict[tuple[str, str], int] = {}
     for row, state in zip(rows, found, strict=True):
         if row.drift is not None and state is LineState.COUNTED:
@@ -243,7 +252,7 @@ def _drift_counts(rows: Sequence[Row], found: Sequence[LineState]) -> list[dict[
 
 
 def _numbered(values: Sequence[Any], name_of: Callable[[Any], str | None]) -> tuple[list[str | None], list[int]]:
-    """The different names, sorted with None first, and for each value the place of its own."""
+    """Return the different names, sorted with None first, and for each value the place of its own."""
     own = [name_of(value) for value in values]
     names = sorted(set(own), key=lambda name: (name is not None, name or ""))
     place = {name: index for index, name in enumerate(names)}
@@ -265,19 +274,18 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# A run in a notebook: the page of `trl-gym view` in a frame that cannot reach the notebook.
+# -- in a notebook: the page in a frame that cannot reach the notebook ------------------------------------------------
 
 DEFAULT_MAX_ROLLOUTS = 500  # a notebook keeps its outputs, and so every megabyte of this one
 
 
 @dataclass(frozen=True, slots=True)
-class RunView:
-    """What `show` returns. A notebook displays it as the last value of a cell.
+class NotebookPage:
+    """The value of `show`. A notebook displays it as the last value of a cell.
 
     Attributes:
         document: The page.
-        height: Of the frame, in pixels.
+        height: Height of the frame in pixels.
     """
 
     document: str
@@ -291,7 +299,7 @@ class RunView:
         )
 
     def __repr__(self) -> str:
-        return f"RunView({len(self.document) / 1e6:.1f} MB; shown by a notebook, or write it with `trl-gym view`)"
+        return f"NotebookPage({len(self.document) / 1e6:.1f} MB; shown by a notebook, or write it with `trl-gym view`)"
 
 
 def show(
@@ -300,18 +308,18 @@ def show(
     max_rollouts: int | None = DEFAULT_MAX_ROLLOUTS,
     tokenizer: str | Path | None = None,
     height: int = 720,
-) -> RunView:
-    """The run's page, for a notebook.
+) -> NotebookPage:
+    """Show a run's page in a notebook.
 
     Args:
-        run: Its output folder.
+        run: The run's output folder.
         max_rollouts: See `PageOptions`. The notebook's file grows with it.
         tokenizer: A `tokenizer.json` or the folder of one; None takes the run's own.
-        height: In pixels.
+        height: Height of the frame in pixels.
 
     Raises:
-        ConfigError: There is no such run, or nothing in it yet.
+        ConfigError: The run does not exist, or has no finished rollout yet.
     """
     buffer = io.BytesIO()
     render(open_run(run, tokenizer), buffer, PageOptions(max_rollouts=max_rollouts))
-    return RunView(buffer.getvalue().decode(), height)
+    return NotebookPage(buffer.getvalue().decode(), height)

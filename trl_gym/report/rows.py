@@ -1,6 +1,6 @@
-"""A line of the journal → one small row: what tables, curves and filters need. Pure.
+"""A line of the journal → one small row for tables, curves and filters. Pure.
 
-Lines of earlier versions lack keys that came later; what is not there counts as not known.
+Lines of earlier versions lack keys that came later; a missing value counts as not known.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Row:
         dataset: Name of the dataset; `""` where none is recorded.
         agent: Name of the Gym agent, which is the environment.
         sampler: Run and fingerprint of the weights; what another one sampled at the same step is of another try.
-        task: What tells its task from others.
+        task: Key of its task.
         group, member: Its place in the batch.
         attempt: 0 for the first try.
         time: Seconds since 1970 when it ended; 0.0 where that is not recorded.
@@ -39,11 +39,14 @@ class Row:
         where: The stage at which it failed.
         drift: Cause of drift, or None.
         finish: `"stop"`, or why Gym cut it; None when there is no answer.
-        is_retried: Another attempt followed.
+        is_retried: The line says that another attempt follows.
         version: The weights' version, or several with commas.
         turns: Model calls.
-        prompt_tokens, environment_tokens, sampled_tokens: Of the first prompt; put there after it; sampled.
-        tool_calls, tool_errors: In Gym's answer.
+        prompt_tokens: Tokens of the first prompt.
+        environment_tokens: Tokens that the environment put after it.
+        sampled_tokens: Tokens that the policy sampled.
+        tool_calls: Tool calls in Gym's answer.
+        tool_errors: Tool results that say that the call failed.
         seconds: Wall time.
         preview: Beginning of the task's text.
     """
@@ -83,17 +86,17 @@ class Row:
 
     @property
     def group_key(self) -> tuple[Any, ...]:
-        """What the rollouts of one group have in common."""
+        """Key of its group."""
         return self.mode, self.dataset, self.step, self.sampler, self.group, self.agent, self.task
 
     @property
     def slot(self) -> tuple[Any, ...]:
-        """What the attempts of one rollout have in common, tries by other weights included."""
+        """Key of its rollout: the same for all attempts at it, tries by other weights included."""
         return self.mode, self.dataset, self.step, self.group, self.agent, self.task, self.member
 
 
 def row_of(record: Mapping[str, Any]) -> Row:
-    """The row of a journal's line."""
+    """Read the row of a journal's line."""
     failure, drift = record.get("failure"), record.get("drift")
     reward, mask = record.get("reward"), record.get("env_mask") or []
     calls, errors = count_tool_calls(output_items(record))
@@ -130,7 +133,7 @@ def row_of(record: Mapping[str, Any]) -> Row:
 
 
 def _member(record: Mapping[str, Any]) -> int:
-    """Earlier versions recorded it in the rollout's name alone."""
+    """Return its place in the group, which earlier versions recorded in the rollout's name alone."""
     named = _MEMBER.search(str(record.get("rollout_id")))
     return int(record.get("member", named[1] if named else 0))
 

@@ -1,8 +1,9 @@
-"""What a run's folder holds: its journal, its metrics, a tokenizer, log-probabilities of the trainer."""
+"""Find what a run's folder holds: its journal, metrics, a tokenizer, log-probabilities of the trainer."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from trl_gym.errors import ConfigError
-from trl_gym.rollouts.journal import journal_files
+from trl_gym.rollouts.journal import TRAINING_LOGPROBS, journal_files
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
-TRAINING_LOGPROBS = "training_logprobs"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RecordedRun:
     """A run that has something to show.
 
     Attributes:
-        name: Of its folder.
-        folder: Of the run.
+        name: Name of its folder.
+        folder: The run's folder.
         journal: Folder of its rollouts.
         metrics: `metrics.jsonl`; None when there is none (`trl-gym rollout` writes none).
         tokenizer: A `tokenizer.json`; None when none was found.
@@ -36,7 +38,7 @@ class Run:
     tokenizer: Path | None
 
 
-def open_run(path: str | Path, tokenizer: str | Path | None = None) -> Run:
+def open_run(path: str | Path, tokenizer: str | Path | None = None) -> RecordedRun:
     """Find what there is to show.
 
     Args:
@@ -44,23 +46,24 @@ def open_run(path: str | Path, tokenizer: str | Path | None = None) -> Run:
         tokenizer: A `tokenizer.json`, or the folder of one; None takes the run's own, of its newest checkpoint.
 
     Raises:
-        ConfigError: There is no such folder, no journal in it, or no tokenizer where one was named.
+        ConfigError: The folder does not exist, has no journal, or no tokenizer is where one was named.
     """
     given = Path(path)
     if not given.is_dir():
         raise ConfigError(
-            f"There is no run {str(given)!r}: RUN is the `output_dir` of a training, or of `trl-gym rollout`; it has "
-            "a folder `rollouts`."
+            f"The folder {str(given)!r} of a run does not exist.",
+            "Name the `output_dir` of a training, or of `trl-gym rollout`; it has a folder `rollouts`.",
         )
     journal = given / "rollouts" if journal_files(given / "rollouts") else given
     if not journal_files(journal):
         raise ConfigError(
-            f"{str(given)!r} has no journal: no `rollouts/step-*.jsonl` in it. A run writes the first one when its "
-            "first rollout ends; if it runs, wait for that, else name the `output_dir` of another run."
+            f"{str(given)!r} has no journal: it has no `rollouts/step-*.jsonl`. A run writes the first one when its "
+            "first rollout ends.",
+            "Wait for that if the run goes on, else name the `output_dir` of another run.",
         )
     folder = given.resolve().parent if given.name == "rollouts" and journal == given else given
     metrics = folder / "metrics.jsonl"
-    return Run(
+    return RecordedRun(
         name=folder.resolve().name,
         folder=folder,
         journal=journal,
@@ -69,51 +72,44 @@ def open_run(path: str | Path, tokenizer: str | Path | None = None) -> Run:
     )
 
 
-def read_metrics(run: Run) -> list[dict[str, Any]]:
-    """The objects of `metrics.jsonl`, one per logged step.
+def read_metrics(run: RecordedRun) -> list[dict[str, Any]]:
+    """Return the objects of `metrics.jsonl`, one per logged step, with None for numbers that are not finite.
 
-    Its last line is rewritten in place while the run goes on; half of one is left out.
-
-    Raises:
-        ConfigError: A line before the last is not JSON.
+    Its last line is rewritten in place while the run goes on, and a full disk tears lines; these are left out.
     """
-    if run.metrics is None:
-        return []
-    lines = run.metrics.read_bytes().splitlines()
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(json.loads(line, parse_constant=lambda _: None))  # a browser reads no NaN
-        except ValueError as error:
-            if number < len(lines):
-                raise ConfigError(
-                    f"{run.metrics}, line {number}: not JSON ({error}). Mend the line, or move the file away to view "
-                    "the rollouts alone."
-                ) from error
-    return metrics
+    return [] if run.metrics is None else list(_json_objects(run.metrics))
 
 
-def read_training_logprobs(run: Run) -> Iterator[tuple[str, list[float]]]:
-    """The trainer's log-probabilities of sampled tokens, by rollout id, where a run has recorded them.
+def read_training_logprobs(run: RecordedRun) -> Iterator[tuple[str, list[float | None]]]:
+    """Yield the trainer's log-probabilities of sampled tokens, by rollout id, where a run has recorded them.
 
-    They are known after the journal's line was written, so they stand beside it: `<RUN>/training_logprobs/*.jsonl`,
-    one object `{"rollout_id": str, "logprobs": [T]}` per rollout, in nats, `T` as in the line's `completion_ids`
-    (what stands where the environment's tokens are is not looked at). Half a last line is left out.
+    Each is `[T]`, in nats, `T` as in the journal line's `completion_ids`; what stands where the environment's tokens
+    are is not looked at, and None stands where they were not finite. See `rollouts.logprobs`.
     """
     for path in sorted((run.folder / TRAINING_LOGPROBS).glob("*.jsonl")):
-        with open(path, "rb") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    record = json.loads(line)
-                    yield record["rollout_id"], record["logprobs"]
+        for record in _json_objects(path):
+            yield record["rollout_id"], record["logprobs"]
+
+
+def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects in a file's lines; lines that were torn (a full disk, a run that goes on) are left out."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                value = json.loads(line, parse_constant=lambda _: None)  # a browser reads no NaN
+            except ValueError as error:
+                logger.warning("%s, line %d is torn and left out: %s", path, number, error)
+                continue
+            if isinstance(value, dict):
+                yield value
 
 
 def _named_tokenizer(path: Path) -> Path:
     file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(
-            f"`--tokenizer` is {str(path)!r}, and there is no {TOKENIZER_FILE} there: name the folder of a model or "
-            "checkpoint that has one, or leave the option out to see token ids."
+            f"`--tokenizer` is {str(path)!r}, and no {TOKENIZER_FILE} is there.",
+            "Name the folder of a model or checkpoint that has one, or leave the option out to see token ids.",
         )
     return file
 

@@ -44,6 +44,7 @@ from trl_gym.errors import FailureKind, RolloutError
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+TRAINING_LOGPROBS = "training_logprobs"  # folder beside the journal's, see `rollouts.logprobs`
 REDACTED = "[redacted]"
 _MAX_BYTES = 512 * 10**6
 _NAME = re.compile(r"(?:(?P<mode>\w+)-)?step-(?P<step>\d+)\.rank-(?P<rank>\d+)(?:\.part-(?P<part>\d+))?\.jsonl")

@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from trl_gym.errors import RolloutError
+from trl_gym.rollouts.journal import TRAINING_LOGPROBS
 from trl_gym.rollouts.metrics import GapSum, RatioSum
 
 if TYPE_CHECKING:
@@ -123,7 +124,6 @@ def ratio_sum(batch: Mapping[str, Any], valid: Sequence[bool]) -> RatioSum | Non
 
 # -- on disk ----------------------------------------------------------------------------------------------------------
 
-FOLDER = "training_logprobs"
 _DIGITS = 5
 
 
@@ -142,7 +142,7 @@ def record(
     Raises:
         RolloutError: They cannot be written.
     """
-    folder = Path(output_dir) / FOLDER
+    folder = Path(output_dir) / TRAINING_LOGPROBS
     lines = []
     for row, rollout in zip(logprobs.float().cpu(), rollouts, strict=True):
         if not rollout.trajectories:

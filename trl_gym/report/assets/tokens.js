@@ -148,7 +148,7 @@ function tokenList(body) {
       const token = { id: body.ids[at], at, sampled, glyph: body.glyphs[at] };
       if (sampled) {
         token.logprob = body.logprobs[known];
-        token.gap = body.gaps ? body.gaps[known] : null;
+        token.gap = body.gaps ? body.gaps[known] : undefined;
         known++;
       }
       list.push(token);
@@ -220,6 +220,7 @@ function visible(text) {
 
 function shade(token) {
   if (tokenMode.name === "mask" || token.logprob === undefined) return "";
+  if (tokenMode.name === "gap" && token.gap === null) return "";
   const value = tokenMode.name === "logprob" ? -token.logprob : Math.abs(token.gap);
   const bins = tokenMode.name === "logprob" ? LOGPROB_BINS : GAP_BINS;
   const at = bins.findIndex((edge) => value < edge);
@@ -237,9 +238,9 @@ function tokenTips(host, pieces) {
     ];
     if (token.logprob !== undefined)
       rows.push(["log p, sampling", num(token.logprob)], ["p", num(Math.exp(token.logprob), 3)]);
-    if (token.gap !== null && token.gap !== undefined) {
+    if (token.gap === null) rows.push(["log p, training", "not a finite number"]);
+    else if (token.gap !== undefined)
       rows.push(["log p, training", num(token.logprob + token.gap)], ["gap", num(token.gap, 3)]);
-    }
     tip.show(
       event.clientX,
       event.clientY,
