@@ -56,6 +56,15 @@ def answering(body: bytes, status: int = 200) -> Handler:
     return handler
 
 
+async def test_a_proxy_of_the_environment_is_not_used(
+    session: aiohttp.ClientSession, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    agent = await serve(answering(b'{"reward": 1}'))
+    assert isinstance(await run_rollout(session, agent, ROW, deadline_s=5), GymAnswer)
+
+
 async def test_an_answer_with_a_finite_reward(session: aiohttp.ClientSession, serve: Serve) -> None:
     received: list[Any] = []
 

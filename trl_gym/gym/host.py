@@ -444,7 +444,7 @@ def run_upstream(settings: Mapping[str, Any]) -> None:
     for instance in instances:
         prepare_upstream_folder(instance, work_dir)
     # Configs were found from the user's folder. Gym looks up servers below the current folder, which from here on is
-    # ours: a link there stands for a server that lives beside its config (0.4 has no search path).
+    # ours: a link there replaces the folder of a server beside its config (0.4 has no search path).
     os.chdir(work_dir)
     helper = RunHelper()
     helper.start(None)  # takes the config that was parsed above

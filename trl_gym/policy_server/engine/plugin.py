@@ -30,7 +30,7 @@ _logger = logging.getLogger("trl_gym.plugin")
 def register() -> None:
     """Register the `file` engine; in an engine of our own, also `end_with_parent`. vLLM may call this several times.
 
-    A vLLM whose factory differs from the supported one goes on without the engine, unless it is our own server.
+    A vLLM whose factory differs from the supported one starts without the engine, unless it is our own server.
     """
     end_with_parent()
     try:

@@ -30,7 +30,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trl_gym.policy_server.adapter_files import InvalidAdapterError, read_adapter
-from trl_gym.policy_server.middleware.http import AnsweredError, Message, Reply, Scope, Send, ServerInfo, WrappedServer
+from trl_gym.policy_server.middleware.http import (
+    AnsweredError,
+    Message,
+    Reply,
+    Scope,
+    Send,
+    ServerInfo,
+    WrappedServer,
+    json_object,
+)
 from trl_gym.policy_server.middleware.turn import InvalidTurnError
 
 _logger = logging.getLogger("trl_gym.adapters")
@@ -63,7 +72,7 @@ class Adapter:
     num_running: int = 0
 
     def describe(self) -> dict[str, Any]:
-        """As JSON, for `/trl_gym/info`."""
+        """Return it as JSON, for `/trl_gym/info`."""
         return {
             "name": self.name,
             "version": self.version,
@@ -184,7 +193,7 @@ class AdapterControl:
     """Load, choose and unload adapters.
 
     Args:
-        server_info: Information about the wrapped server; told when the version changes.
+        server_info: Information about the wrapped server; notified when the version changes.
 
     Attributes:
         book: The loaded adapters and the rollouts that hold them.
@@ -233,7 +242,7 @@ class AdapterControl:
         self, scope: Scope, body: bytes, send: Send, policy_names: Sequence[str]
     ) -> Iterator[tuple[Scope, bytes, Send]]:
         """Yield what to pass on instead of a request, so that the policy answers it."""
-        request = _as_object(body) if self.book.held else {}
+        request = (json_object(body) or {}) if self.book.held else {}
         with self.routed(request.get("model"), None, policy_names) as adapter:
             if adapter is None or not request:
                 yield scope, body, send
@@ -353,15 +362,6 @@ def _on_its_own(server: WrappedServer) -> WrappedServer:
 async def _never() -> Message:
     await asyncio.Event().wait()
     raise AssertionError("unreachable")
-
-
-def _as_object(body: bytes) -> dict[str, Any]:
-    """Parse a JSON object; empty if it is anything else, for which the server has its own error."""
-    try:
-        parsed = json.loads(body)
-    except ValueError:
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
 
 
 def _with_length(scope: Scope, num_bytes: int) -> Scope:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import os
 import secrets
 from array import array
@@ -44,6 +43,7 @@ from trl_gym.policy_server.middleware.http import (
     ServerInfo,
     WrappedServer,
     header,
+    json_object,
     path_of,
     read_body,
     replay,
@@ -217,13 +217,13 @@ class OnPolicyMiddleware:
         return reply
 
     async def _load_adapter(self, server: WrappedServer, _send: Send) -> Reply:
-        return await self._adapters.load(server, _parse_object(await read_body(server.receive)))
+        return await self._adapters.load(server, _required_object(await read_body(server.receive)))
 
     async def _clear_adapters(self, server: WrappedServer, _send: Send) -> Reply:
         return await self._adapters.clear(server)
 
     async def _records(self, server: WrappedServer, _send: Send) -> Reply:
-        request = _parse_object(await read_body(server.receive))
+        request = _required_object(await read_body(server.receive))
         names, book = _names(request), self._chat.book
         running = book.num_running(names)
         forget = bool(request.get("forget", True))
@@ -233,14 +233,14 @@ class OnPolicyMiddleware:
         return Reply.from_json(200, {"records": records, "running": running, "instance": self._instance})
 
     async def _cancel(self, server: WrappedServer, _send: Send) -> Reply:
-        request = _parse_object(await read_body(server.receive))
+        request = _required_object(await read_body(server.receive))
         names = _names(request)
         aborted = self._chat.book.cancel(names)
         await self._adapters.release(server, names)
         return Reply.from_json(200, {"aborted": aborted})
 
     async def _pin_sampling(self, server: WrappedServer, _send: Send) -> Reply:
-        request = _parse_object(await read_body(server.receive))
+        request = _required_object(await read_body(server.receive))
         self._chat.sampling = checked_sampling(request.get("sampling"), "sampling")
         return Reply.from_json(200, {"sampling": self._chat.sampling})
 
@@ -252,13 +252,10 @@ async def _refuse(scope: Scope, send: Send) -> None:
     await Reply.error(401, "this server demands its API key as a bearer token on every route but /health").send(send)
 
 
-def _parse_object(body: bytes) -> dict[str, Any]:
+def _required_object(body: bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises `InvalidTurnError` for anything else."""
-    try:
-        parsed = json.loads(body)
-    except ValueError as error:
-        raise InvalidTurnError(f"the body must be a JSON object: {error}") from error
-    if not isinstance(parsed, dict):
+    parsed = json_object(body)
+    if parsed is None:
         raise InvalidTurnError("the body must be a JSON object")
     return parsed
 
@@ -271,12 +268,7 @@ def _names(request: dict[str, Any]) -> list[str]:
 
 
 def _is_tagged(body: bytes) -> bool:
-    if b'"trl_gym"' not in body:
-        return False
-    try:
-        return "trl_gym" in _parse_object(body)
-    except InvalidTurnError:
-        return False
+    return b'"trl_gym"' in body and "trl_gym" in (json_object(body) or {})
 
 
 def _affinity(turn: Turn) -> str | None:

@@ -41,7 +41,7 @@ class AbortedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer."""
+    """An answer with its whole body."""
 
     status: int
     body: bytes
@@ -84,6 +84,15 @@ class Reply:
 def compact_json(payload: Any) -> bytes:
     """Write JSON without blanks. Raises `ValueError` for NaN and infinities."""
     return json.dumps(payload, separators=(",", ":"), allow_nan=False).encode()
+
+
+def json_object(body: bytes) -> dict[str, Any] | None:
+    """Parse a JSON object; None for anything else."""
+    try:
+        parsed = json.loads(body)
+    except ValueError:
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def header(scope: Scope | Message, name: bytes) -> bytes | None:
@@ -224,7 +233,7 @@ def _own_scope(scope: Scope, method: str, path: str, num_body_bytes: int) -> Sco
 
 
 class ServerInfo:
-    """What the wrapped server says about itself: asked once; its weight version is asked again when weights change."""
+    """Cache what the wrapped server says about itself; ask for the weight version again when weights change."""
 
     def __init__(self) -> None:
         self._info: dict[str, Any] | None = None

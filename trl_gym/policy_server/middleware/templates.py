@@ -115,7 +115,7 @@ class _Probes:
 
 @dataclass(slots=True)
 class _Comparisons:
-    """How often the tails of chats of one shape agreed, and how often they were needed."""
+    """Number of agreements between the two tails of chats of one shape, and number of uses."""
 
     agreed: int = 0
     used: int = 0

@@ -104,7 +104,7 @@ class Turn:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is part of a rollout: then an answer without an exact bundle is an error."""
+        """Tell whether it is part of a rollout: then an answer without an exact bundle is an error."""
         return self.is_tagged or self.seen is not None
 
     @property
@@ -117,7 +117,7 @@ class Turn:
 
     @property
     def ending(self) -> dict[str, bool]:
-        """How the render of all messages ends, as /tokenize takes it."""
+        """Return how the render of all messages ends, as /tokenize takes it."""
         return {
             "add_generation_prompt": self.body.get("add_generation_prompt", True),
             "continue_final_message": self.body.get("continue_final_message", False),
@@ -125,7 +125,7 @@ class Turn:
 
     @property
     def has_media(self) -> bool:
-        """Whether a message holds something other than text, which forced token ids would leave out."""
+        """Tell whether a message holds more than text, which forced token ids would leave out."""
         contents = (message.get("content") for message in self.messages)
         parts = (part for content in contents if isinstance(content, list) for part in content)
         return any(isinstance(part, dict) and part.get("type") not in _TEXT_PARTS for part in parts)
