@@ -62,6 +62,8 @@ def messages(root: Path) -> list[Message]:
     for path, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and _called(node.func) in shown:
+                if path.parent.name == "doctor" and _called(node.func) == "Problem":
+                    continue  # shown by the doctor alone, beside its remedy
                 # The first argument is what is wrong. The second, the remedy, is told beside it and needs no row.
                 texts = _texts([*node.args[:1], *(word.value for word in node.keywords if word.arg in _PROBLEM)])
             elif isinstance(node, ast.FunctionDef) and ("problems" in node.name or path.stem == "config"):

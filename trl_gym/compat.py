@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 
-from trl_gym.errors import UnsupportedVersionError
+from trl_gym.errors import Problem, UnsupportedVersionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -44,25 +44,28 @@ def installed_version(package: str) -> str | None:
     return None
 
 
+def is_supported(package: str, version: str) -> bool:
+    """Whether a version lies in the supported range; False for one that is no version."""
+    return SpecifierSet(SUPPORTED[package]).contains(version, prereleases=True)
+
+
 def check_versions(packages: Sequence[str] = ("trl", "transformers")) -> None:
     """Compare installed versions with the supported ranges.
 
     Raises:
         UnsupportedVersionError: Names every package that is missing or outside its range, with the command that
-            mends it.
+            fixes it.
     """
     problems = []
     for package in packages:
         supported, version = SUPPORTED[package], installed_version(package)
+        remedy = f"Run `pip install '{package}{supported}'`."
         if version is None:
-            problems.append(f"{package} is not installed; install it with `pip install '{package}{supported}'`")
-        elif not SpecifierSet(supported).contains(version, prereleases=True):
-            problems.append(
-                f"{package} {version} is installed and trl-gym supports {supported}; "
-                f"`pip install '{package}{supported}'` mends it"
-            )
+            problems.append(Problem(f"{package} is not installed.", remedy))
+        elif not is_supported(package, version):
+            problems.append(Problem(f"{package} {version} is installed and trl-gym supports {supported}.", remedy))
     if problems:
-        raise UnsupportedVersionError("; ".join(problems) + ".")
+        raise UnsupportedVersionError("Installed packages do not fit:", problems=problems)
 
 
 @contextlib.contextmanager

@@ -6,42 +6,25 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from trl_gym.commands.doctor import CHECKS
-from trl_gym.doctor.checks import (
-    Check,
-    Entry,
-    Finding,
-    Status,
-    as_json,
-    failed,
-    from_error,
-    lines,
-    ok,
-    passed,
-    run_checks,
-    split_remedy,
-    summary,
-)
-from trl_gym.doctor.checks import skipped as not_checked
-from trl_gym.doctor.context import Subject
-from trl_gym.errors import ConfigError, PolicyServerError
+from trl_gym.doctor.checks import CHECKS, Check, Entry, as_json, lines, passed, run_checks, summary
+from trl_gym.doctor.context import Context, Finding, Status, failed, from_error, ok
+from trl_gym.doctor.context import skipped as not_checked
+from trl_gym.errors import ConfigError, PolicyServerError, Problem
 
 
 def entries(*checks: Check) -> list[Entry]:
-    return list(run_checks(checks, Subject(argv=[])))
+    return list(run_checks(checks, Context(argv=[])))
 
 
 def test_a_failure_stops_only_what_needs_it() -> None:
     found = entries(
-        Check("a", lambda subject: [failed("broken", "mend it")]),
-        Check("b", lambda subject: [ok("never asked")], ("a",)),
-        Check("c", lambda subject: [ok("never asked")], ("b",)),
-        Check("d", lambda subject: [ok("fine")]),
-        Check("e", lambda subject: [], ()),
-        Check("f", lambda subject: [ok("fine")], ("e",)),
+        Check("a", lambda context: [failed("broken", "mend it")]),
+        Check("b", lambda context: [ok("never asked")], ("a",)),
+        Check("c", lambda context: [ok("never asked")], ("b",)),
+        Check("d", lambda context: [ok("fine")]),
+        Check("e", lambda context: [], ()),
+        Check("f", lambda context: [ok("fine")], ("e",)),
     )
     assert [(one.name, one.status, one.text) for one in found] == [
         ("a", Status.FAILED, "broken"),
@@ -53,7 +36,7 @@ def test_a_failure_stops_only_what_needs_it() -> None:
 
 
 def test_what_was_found_before_an_exception_is_kept() -> None:
-    def broken(subject: Subject) -> Iterator[Finding]:
+    def broken(context: Context) -> Iterator[Finding]:
         yield ok("the first part")
         raise OSError("disk on fire")
 
@@ -65,20 +48,20 @@ def test_what_was_found_before_an_exception_is_kept() -> None:
 
 
 def test_warnings_that_are_logged_are_findings() -> None:
-    def logs(subject: Subject) -> Iterator[Finding]:
+    def logs(context: Context) -> Iterator[Finding]:
         logging.getLogger("trl_gym.somewhere").warning("%s is odd; set it to 2", "`a`")
-        yield ok("done" if subject.logged else "unheard")
+        yield ok("done" if context.logged else "unheard")
 
-    found = entries(Check("a", logs), Check("b", lambda subject: [ok("fine")]))
+    found = entries(Check("a", logs), Check("b", lambda context: [ok("fine")]))
     assert [(one.name, one.status, one.text, one.remedy) for one in found] == [
         ("a", Status.OK, "done", ""),
-        ("a", Status.WARNING, "`a` is odd", "Set it to 2"),
+        ("a", Status.WARNING, "`a` is odd; set it to 2", ""),
         ("b", Status.OK, "fine", ""),
     ]
 
 
 def test_interruption_ends_the_examination() -> None:
-    def interrupted(subject: Subject) -> Iterator[Finding]:
+    def interrupted(context: Context) -> Iterator[Finding]:
         raise KeyboardInterrupt
         yield
 
@@ -86,37 +69,14 @@ def test_interruption_ends_the_examination() -> None:
         entries(Check("a", interrupted))
 
 
-LOG = "died: exit code 1. Last lines of its log:\n\n    set x"
-
-
-@pytest.mark.parametrize(
-    ("message", "what", "remedy"),
-    [
-        ("`a` is 1; choose one of b, c.", "`a` is 1", "Choose one of b, c."),
-        ("nothing answers. Start it with `x`", "nothing answers", "Start it with `x`"),
-        ("it is odd; nobody knows why", "it is odd; nobody knows why", "default"),
-        (LOG, LOG, "default"),
-    ],
-)
-def test_messages_are_parted_into_what_and_remedy(message: str, what: str, remedy: str) -> None:
-    assert split_remedy(message, "default") == (what, remedy)
-
-
-@given(st.text(min_size=1).filter(str.strip))
-def test_no_word_of_a_message_is_lost(message: str) -> None:
-    what, remedy = split_remedy(message)
-    assert set(
-        message.strip().rstrip(".").lower().replace(";", " ").replace(".", " ").replace(":", " ").split()
-    ) <= set(f"{what} {remedy}".lower().replace(";", " ").replace(".", " ").replace(":", " ").split())
-
-
-def test_an_error_with_several_points_is_several_findings() -> None:
-    error = ConfigError("2 problem(s) in the options:\n  - `a` is 1; set it to 2.\n  - `b` is there; remove it.")
-    assert [(one.text, one.remedy) for one in from_error(error)] == [
-        ("`a` is 1", "Set it to 2."),
-        ("`b` is there", "Remove it."),
+def test_an_error_is_one_finding_for_each_of_its_problems() -> None:
+    error = ConfigError("2 problems:", problems=[Problem("`a` is 1.", "Set it to 2."), Problem("`b` is odd.")])
+    assert [(one.status, one.text, one.remedy) for one in from_error(error, "Look.")] == [
+        (Status.FAILED, "`a` is 1.", "Set it to 2."),
+        (Status.FAILED, "`b` is odd.", "Look."),
     ]
-    assert [one.remedy for one in from_error(PolicyServerError("gone"), "Look.")] == ["Look."]
+    [gone] = from_error(PolicyServerError("It died; set x.\nThe end of its log", "Restart it."))
+    assert (gone.text, gone.remedy) == ("It died; set x.\nThe end of its log", "Restart it.")
 
 
 def test_a_check_comes_after_those_that_it_needs() -> None:

@@ -20,9 +20,8 @@ import yaml
 from tests.commands.plain_endpoint import KEY, plain_endpoint
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym.cli import main
-from trl_gym.commands.doctor import CHECKS
-from trl_gym.doctor.checks import Check, Entry, Status, run_checks
-from trl_gym.doctor.context import Subject
+from trl_gym.doctor.checks import CHECKS, Check, Entry, run_checks
+from trl_gym.doctor.context import Context, Status
 
 ROOT = Path(__file__).resolve().parents[2]
 CALCULATOR = ROOT / "recipes" / "environments" / "calculator" / "calculator.yaml"
@@ -76,9 +75,9 @@ FAST = tuple(check for check in CHECKS if check.name != "vllm flags")  # which i
 
 
 def examine(config: str, checks: Sequence[Check] = FAST) -> list[Entry]:
-    with Subject(argv=["--config", config], quick=True) as subject:
-        entries = list(run_checks(checks, subject))
-        subject.forget()
+    with Context(argv=["--config", config], quick=True) as context:
+        entries = list(run_checks(checks, context))
+        context.forget()
     return entries
 
 
@@ -139,8 +138,11 @@ def test_faults_of_a_run_are_found_at_once(tmp_path: Path, policy: Path, monkeyp
         told = failures(examine(config, CHECKS))
     assert "transformers 9.9" in told["versions"] and "pip install 'transformers>=" in told["versions"]
     assert f"port {port} on 127.0.0.1" in told["ports"] and "ss -ltnp" in told["ports"]
-    assert "calculatr.yaml does not exist" in told["gym configs"] and "working directory" in told["gym configs"]
-    assert "bad.jsonl, line 2: not JSON" in told["dataset rows"] and "write the line anew" in told["dataset rows"]
+    assert "calculatr.yaml does not exist" in told["gym configs"] and "Correct the path" in told["gym configs"]
+    assert (
+        "bad.jsonl, line 2: not JSON" in told["dataset rows"]
+        and "Write one JSON object per line" in told["dataset rows"]
+    )
     assert "1 of 2 rows fail at once" in told["context"] and "Set `vllm_max_model_length` to" in told["context"]
     assert "cannot be continued exactly" in told["chat template"] and "docs/token_fidelity.md" in told["chat template"]
     assert "--no-such-flag" in told["vllm flags"] and "vllm serve --help=all" in told["vllm flags"]
@@ -148,7 +150,7 @@ def test_faults_of_a_run_are_found_at_once(tmp_path: Path, policy: Path, monkeyp
     assert "no_such_tracker" in told["reporting"] and "pip install no_such_tracker" in told["reporting"]
     for what, remedy in (
         ("`max_steps`: invalid int value: 'many'", "Set `max_steps` to a value of its type"),
-        ("`gym_deadlin` is no option", "Did you mean `gym_deadline`?"),
+        ("`gym_deadlin` is not an option", "Did you mean `gym_deadline`?"),
         ("`vllm_server_base_url` names a running server and `vllm_mode` is 'colocate'", "Set `vllm_mode` to 'server'"),
         ("`gym_eval_sampling` has the unknown key 'temprature'", "Choose among temperature"),
         ("`gym_pause_mode` is 'abort'", "Choose one of wait, keep"),
@@ -172,7 +174,10 @@ def test_faults_that_exclude_those_are_found_too(tmp_path: Path, policy: Path) -
     )
     entries = examine(config)
     told = failures(entries)
-    assert "nowhere/python, which does not exist" in told["gym interpreter"] and "uv venv" in told["gym interpreter"]
+    assert (
+        "nowhere/python, which does not exist" in told["gym interpreter"]
+        and "TRL_GYM_PYTHON" in told["gym interpreter"]
+    )
     assert f"{bare} has no tokenizer" in told["tokenizer"] and "save_pretrained" in told["tokenizer"]
     assert "missing.jsonl: cannot be read" in told["dataset rows"] and "Check the path" in told["dataset rows"]
     assert "`max_completion_length` (600) leaves no room" in told["options"]
@@ -229,7 +234,7 @@ def guarded() -> Iterator[int]:
 def test_the_command_as_json_and_as_lines(
     tmp_path: Path, policy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trl_gym.commands.doctor.CHECKS", FAST)
+    monkeypatch.setattr("trl_gym.doctor.checks.CHECKS", FAST)
     before = dict(os.environ)
     command = ["doctor", "--quick", "--config", options(tmp_path, policy, num_generations=1, env={"DOCTOR_TEST": "1"})]
     assert main([*command, "--json"]) == 1
@@ -248,6 +253,6 @@ def test_the_command_as_json_and_as_lines(
 def test_an_options_file_that_cannot_be_read_hides_nothing_of_the_machine(tmp_path: Path) -> None:
     path = write(tmp_path / "run.yaml", "a: [1")
     entries = examine(path)
-    assert f"the options cannot be read: {path}: while parsing" in failures(entries)["options file"]
+    assert f"The options cannot be read: {path}: while parsing" in failures(entries)["options file"]
     assert {"python", "versions", "devices"} <= {entry.name for entry in entries if entry.status is Status.OK}
     assert {entry.text for entry in entries if entry.name == "model"} == {"needs options file"}

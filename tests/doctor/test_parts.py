@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.conftest import RECIPES
 from tests.policy_server.tiny_model import build_tokenizer
-from trl_gym.doctor.checks import Status
+from trl_gym.doctor.context import Status
 from trl_gym.doctor.inputs import classify
-from trl_gym.doctor.live import declared_agents, judge
+from trl_gym.doctor.live import EXAMINED, declared_agents, judge, leave
 from trl_gym.doctor.static import SUPPORTED_PYTHON, Process, left_files, orphans, processes, why_not_writable
 from trl_gym.errors import FailureKind, RolloutFailure
+from trl_gym.policy_server.client import PolicyClient
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
 
@@ -117,3 +124,54 @@ def test_a_reward_that_is_not_returned_is_the_environments_fault() -> None:
 def test_a_rollout_without_tokens_has_nothing_to_train() -> None:
     finding = judge(rollout())
     assert finding.status is Status.FAILED and "nothing to train on" in finding.text and finding.remedy
+
+
+@contextlib.contextmanager
+def running_server(version: str) -> Iterator[tuple[PolicyClient, list[str]]]:
+    """A server that runs on and holds a version; with the paths that were posted to."""
+    held, posted = {"weight_version": version}, []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(held if self.path == "/weight_info" else {})
+
+        def do_POST(self) -> None:
+            body: Any = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+            posted.append(self.path)
+            if self.path == "/update_weight_version":
+                held["weight_version"] = body["new_version"]
+            self.answer({})
+
+        def answer(self, body: dict[str, str]) -> None:
+            data = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing on stderr."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield PolicyClient(f"http://127.0.0.1:{server.server_port}"), posted
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_weights_of_the_doctor_are_not_taken_for_those_of_a_run() -> None:
+    with running_server("0") as (client, _):  # as the sync of step 0 leaves it
+        leave(client, "file", "default")
+        assert client.weight_version() == EXAMINED
+    with running_server("default") as (client, posted):  # the sync failed before it gave them a version
+        leave(client, "file", "default")
+        assert (client.weight_version(), posted) == ("default", [])
+
+
+def test_an_adapter_of_the_doctor_is_unloaded() -> None:
+    with running_server("0") as (client, posted):
+        leave(client, "adapter", "default")
+        assert posted == ["/trl_gym/adapters/clear"]

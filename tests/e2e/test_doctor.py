@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.training import ROOT
 from trl_gym.cli import main
-from trl_gym.commands.doctor import CHECKS
+from trl_gym.doctor.checks import CHECKS
 from trl_gym.doctor.static import orphans, processes
 
 pytestmark = pytest.mark.e2e
@@ -24,7 +24,7 @@ def test_the_quickstart_is_well(
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", None)
     # It imports vLLM once more in a process of its own, and is tested without servers.
-    monkeypatch.setattr("trl_gym.commands.doctor.CHECKS", [check for check in CHECKS if check.name != "vllm flags"])
+    monkeypatch.setattr("trl_gym.doctor.checks.CHECKS", [check for check in CHECKS if check.name != "vllm flags"])
     orphans_before = {process.pid for process in orphans(processes())}
     run = ["--config", "recipes/quickstart.yaml", "--output_dir", str(tmp_path / "run")]
     status = main(["doctor", "--json", *run, "--small_policy_dir", str(small_policy)])

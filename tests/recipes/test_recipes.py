@@ -282,7 +282,7 @@ def test_train_files_are_mixed_by_weight(tmp_path: Path) -> None:
     mixed = train.load_train(options, seed=0)["agent"]
     assert 1.6 < mixed.count("a") / mixed.count("b") < 2.5  # drawn, with this seed
     options.train_weights = [1, 1, 1]
-    with pytest.raises(DatasetError, match="one positive number for each of the 2"):
+    with pytest.raises(DatasetError, match=r"for 2 dataset\(s\)\. Give one positive number for each"):
         train.load_train(options, seed=0)
 
 

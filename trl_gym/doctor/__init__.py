@@ -1,9 +1,9 @@
-"""Check whether everything that a training run needs is there: `trl-gym doctor`.
+"""`trl-gym doctor`: is everything there that a training run needs?
 
-checks.py    a check and its findings; all checks run, whatever the others found
-context.py   the options, and what checks have found out for those after them
-options.py   options as the training script reads them, without stopping at the first mistake
-static.py    installation, machine, output folder, leftovers
-inputs.py    data and model
-live.py      NeMo Gym and the policy server
+checks    all checks, in order, how they are run and shown
+context   what a check gets, the run, and gives, findings
+options   options of the run and of its processes
+static    the machine: packages, devices, ports, folders, leftovers
+inputs    datasets, model, tokenizer, chat template
+live      NeMo Gym, policy server, one weight sync, one rollout per environment
 """

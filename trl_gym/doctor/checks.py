@@ -1,5 +1,7 @@
-"""What a check is, and how all of them are run: each one says everything that it finds, and none is left out because
-another one failed, unless it needs what that one could not find.
+"""All checks of the doctor, how they are run, and how what they found is shown.
+
+Each check says everything that it finds, and none is left out because another one failed, unless it needs what that
+one could not find.
 """
 
 from __future__ import annotations
@@ -10,56 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from trl_gym.doctor import inputs, live, options, static
+from trl_gym.doctor.context import Context, Finding, Status, failed, from_error, skipped, warning
 from trl_gym.errors import TrlGymError
-
-if TYPE_CHECKING:
-    from trl_gym.doctor.context import Subject
-
-
-class Status(StrEnum):
-    """How a check ended."""
-
-    OK = "ok"
-    WARNING = "warning"
-    FAILED = "failed"
-    SKIPPED = "not checked"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that a check found.
-
-    Attributes:
-        status: See `Status`.
-        text: What, and where.
-        remedy: What to do about it; a command where there is one.
-    """
-
-    status: Status
-    text: str
-    remedy: str = ""
-
-
-def ok(text: str) -> Finding:
-    return Finding(Status.OK, text)
-
-
-def warning(text: str, remedy: str) -> Finding:
-    return Finding(Status.WARNING, text, remedy)
-
-
-def failed(text: str, remedy: str) -> Finding:
-    return Finding(Status.FAILED, text, remedy)
-
-
-def skipped(text: str, remedy: str = "") -> Finding:
-    return Finding(Status.SKIPPED, text, remedy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +33,50 @@ class Check:
     """
 
     name: str
-    run: Callable[[Subject], Iterable[Finding]]
+    run: Callable[[Context], Iterable[Finding]]
     needs: tuple[str, ...] = ()
+
+
+_FILE = "options file"
+
+CHECKS = (
+    Check("python", static.python),
+    Check("versions", static.versions),
+    Check(_FILE, options.options_file),
+    Check("options", options.options, (_FILE,)),
+    Check("vllm", static.vllm_version, (_FILE,)),
+    Check("processes", options.processes, (_FILE,)),
+    Check("devices", static.devices),
+    Check("ports", static.ports, (_FILE,)),
+    Check("gym interpreter", live.interpreter, (_FILE,)),
+    Check("gym configs", live.configs, (_FILE, "gym interpreter")),
+    Check("gym head server", live.head_server, (_FILE,)),
+    Check("data script", inputs.data_script, (_FILE,)),
+    Check("dataset rows", inputs.rows, (_FILE,)),
+    Check("agents", inputs.agents, (_FILE,)),
+    Check("model", inputs.model, (_FILE,)),
+    Check("tokenizer", inputs.tokenizer, (_FILE, "model")),
+    Check("chat template", inputs.chat_template, (_FILE, "tokenizer")),
+    Check("context", inputs.context_length, (_FILE, "tokenizer")),
+    Check("memory", static.memory_plan, (_FILE, "model")),
+    Check("shared memory", static.shared_memory, (_FILE, "model")),
+    Check("vllm flags", live.flags, (_FILE, "model")),
+    Check("remote server", live.remote, (_FILE,)),
+    Check("folders", static.folders, (_FILE,)),
+    Check("space", static.space, (_FILE, "model")),
+    Check("reporting", static.reporting, (_FILE,)),
+    Check("leftovers", static.leftovers, (_FILE,)),
+    Check("policy server", live.policy_server, ("options", "model", "tokenizer", "vllm flags", "remote server")),
+    Check("gym servers", live.gym_servers, ("options", "gym configs", "gym head server")),
+    Check("token continuation", live.continuation, ("policy server", "gym servers")),
+    Check("weight sync", live.weight_sync, ("token continuation",)),
+    Check("rollouts", live.rollouts, ("token continuation", "agents")),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A line of the list.
-
-    Attributes:
-        name: Of the check; one that found several things has several lines.
-        status: See `Status`.
-        text: What, and where.
-        remedy: What to do about it.
-        seconds: That the whole check took.
-    """
+    """A line of the list: a finding with the name of its check and the seconds that the whole check took."""
 
     name: str
     status: Status
@@ -97,21 +86,21 @@ class Entry:
 
 
 def run_checks(
-    checks: Sequence[Check], subject: Subject, begin: Callable[[str], None] = lambda name: None
+    checks: Sequence[Check], context: Context, begin: Callable[[str], None] = lambda name: None
 ) -> Iterator[Entry]:
-    """Run all checks, in order; yields what each found as soon as it has ended.
+    """Run all checks, in order; yield what each found as soon as it has ended.
 
     Args:
         checks: A check comes after those that it needs.
-        subject: What is examined.
-        begin: Told the name of each check before it runs.
+        context: The run that is examined.
+        begin: Receives the name of each check before it runs.
     """
     not_passed: set[str] = set()
     for check in checks:
         missing = [name for name in check.needs if name in not_passed]
         begin(check.name)
         started = time.monotonic()
-        findings = [skipped(f"needs {', '.join(missing)}")] if missing else find(check, subject)
+        findings = [skipped(f"needs {', '.join(missing)}")] if missing else _find(check, context)
         seconds = round(time.monotonic() - started, 3)
         if any(finding.status in (Status.FAILED, Status.SKIPPED) for finding in findings):
             not_passed.add(check.name)
@@ -119,15 +108,15 @@ def run_checks(
             yield Entry(check.name, finding.status, finding.text, finding.remedy, seconds)
 
 
-def find(check: Check, subject: Subject) -> list[Finding]:
-    """What one check finds. An exception ends that check only: it is one of the things that it found, and so is what
-    trl-gym logs as a warning."""
+def _find(check: Check, context: Context) -> list[Finding]:
+    """Run one check. An exception ends that check only and is one of its findings, and so is what trl-gym logs as a
+    warning."""
     findings: list[Finding] = []
-    subject.logged = []
-    handler = _Listener(subject.logged)
+    context.logged = []
+    handler = _Listener(context.logged)
     logging.getLogger("trl_gym").addHandler(handler)
     try:
-        findings.extend(check.run(subject))
+        findings.extend(check.run(context))
     except TrlGymError as error:
         findings += from_error(error)
     except Exception as error:  # from libraries, about files and machines of every kind
@@ -136,7 +125,7 @@ def find(check: Check, subject: Subject) -> list[Finding]:
         )
     finally:
         logging.getLogger("trl_gym").removeHandler(handler)
-    return [*findings, *(warning(*split_remedy(message)) for message in subject.logged)]
+    return [*findings, *map(warning, context.logged)]
 
 
 class _Listener(logging.Handler):
@@ -148,49 +137,14 @@ class _Listener(logging.Handler):
         self._messages.append(record.getMessage())
 
 
-def from_error(error: TrlGymError, remedy: str = "") -> list[Finding]:
-    """An error as findings: one for each point of an error that lists several.
-
-    Args:
-        error: To be told.
-        remedy: For messages that name none.
-    """
-    head, *points = str(error).split("\n  - ")
-    if points and head.rstrip().endswith(":"):
-        return [failed(*split_remedy(point, remedy)) for point in points]
-    return [failed(*split_remedy(str(error), remedy))]
-
-
-def split_remedy(message: str, remedy: str = "") -> tuple[str, str]:
-    """What is wrong, and what to do: our messages say it in that order, behind a semicolon or in a last sentence.
-
-    Args:
-        message: Of an error. What follows its first line (ends of logs) stays with the text.
-        remedy: Where the message names none.
-    """
-    first, line_end, rest = message.strip().partition("\n")
-    for separator in ("; ", ". ", ": "):
-        what, found, action = first.rpartition(separator)
-        if found and action.split(" ")[0].strip("`").lower() in _IMPERATIVES:
-            return what + line_end + rest, action[0].upper() + action[1:]
-    return message.strip(), remedy
-
-
-_IMPERATIVES = frozenset(
-    {"add", "ask", "change", "check", "choose", "create", "free", "give", "install", "leave", "load", "lower", "make"}
-    | {"name", "pass", "point", "put", "raise", "remove", "restart", "run", "save", "set", "start", "unset", "use"}
-    | {"wait", "write"}
-)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Findings as lines that people read, and as JSON.
+# -- what people and programs read ------------------------------------------------------------------------------------
 
 _WIDTH = 99
 _NAME_WIDTH = 18
 _MARKS = {Status.OK: "ok", Status.WARNING: "warning", Status.FAILED: "FAILED", Status.SKIPPED: "not checked"}
 _MARK_WIDTH = max(map(len, _MARKS.values()))
 _STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "bold red", Status.SKIPPED: "dim"}
+_COUNTED = {Status.FAILED: "failed", Status.WARNING: "warnings", Status.SKIPPED: "not checked", Status.OK: "ok"}
 
 
 def passed(entries: Sequence[Entry]) -> bool:
@@ -199,12 +153,12 @@ def passed(entries: Sequence[Entry]) -> bool:
 
 
 def as_json(entries: Sequence[Entry]) -> dict[str, Any]:
-    """`{"ok": …, "checks": [{"name", "status", "text", "remedy", "seconds"}, …]}`."""
+    """Return `{"ok": …, "checks": [{"name", "status", "text", "remedy", "seconds"}, …]}`."""
     return {"ok": passed(entries), "checks": [asdict(entry) for entry in entries]}
 
 
 def show(entry: Entry, console: Console) -> None:
-    """One finding; coloured in a terminal."""
+    """Print one finding; coloured in a terminal."""
     for number, line in enumerate(lines(entry)):
         text = Text(line)
         if number == 0:
@@ -213,11 +167,11 @@ def show(entry: Entry, console: Console) -> None:
 
 
 def lines(entry: Entry) -> list[str]:
-    """A finding as plain lines of less than 100 columns, as far as its words allow."""
+    """Return a finding as plain lines of less than 100 columns, as far as its words allow."""
     head = f"{_MARKS[entry.status]:<{_MARK_WIDTH}}  {entry.name:<{_NAME_WIDTH}}  "
-    paragraphs = entry.text.splitlines() or [""]
-    shown = _wrapped(paragraphs[0], head)
-    for paragraph in paragraphs[1:]:
+    first, *others = entry.text.splitlines() or [""]
+    shown = _wrapped(first, head)
+    for paragraph in others:
         shown += _wrapped(paragraph, " " * len(head))
     if entry.remedy:
         shown += _wrapped(f"→ {entry.remedy}", " " * len(head), hanging=2)
@@ -225,22 +179,15 @@ def lines(entry: Entry) -> list[str]:
 
 
 def summary(entries: Sequence[Entry]) -> str:
-    """The last line."""
+    """Return the last line."""
     counts = Counter(entry.status for entry in entries)
     named = ", ".join(f"{counts[status]} {name}" for status, name in _COUNTED.items() if counts[status])
     return f"{'nothing failed' if passed(entries) else 'not ready'}: {named}"
 
 
-_COUNTED = {Status.FAILED: "failed", Status.WARNING: "warnings", Status.SKIPPED: "not checked", Status.OK: "ok"}
-
-
 def _wrapped(text: str, head: str, hanging: int = 0) -> list[str]:
     indent = " " * (len(head) + hanging)
-    return textwrap.wrap(
-        text,
-        _WIDTH,
-        initial_indent=head,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    ) or [head.rstrip()]
+    wrapped = textwrap.wrap(
+        text, _WIDTH, initial_indent=head, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapped or [head.rstrip()]

@@ -1,4 +1,4 @@
-"""What is examined: options, and what checks have found out for those that come after them."""
+"""What a check gets and gives: the run that is examined, with what earlier checks have found out, and findings."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_gym.errors import Problem, TrlGymError
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.command import api_key_from_environment
 
@@ -18,50 +20,92 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from trl_gym.config import GymGRPOConfig
-    from trl_gym.doctor.checks import Finding
-    from trl_gym.doctor.options import ScriptOptions
     from trl_gym.gym.config import ResolvedConfigs
     from trl_gym.gym.install import GymInstallation
     from trl_gym.gym.servers import GymServers
     from trl_gym.policy_server.server import PolicyBackend
     from trl_gym.run.servers import RunServers
+    from trl_gym.train import ScriptArguments
+
+
+class Status(StrEnum):
+    """How a check ended."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+    SKIPPED = "not checked"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that a check found: what and where, and what to do about it."""
+
+    status: Status
+    text: str
+    remedy: str = ""
+
+
+def ok(text: str) -> Finding:
+    return Finding(Status.OK, text)
+
+
+def warning(text: str, remedy: str = "") -> Finding:
+    return Finding(Status.WARNING, text, remedy)
+
+
+def failed(text: str, remedy: str) -> Finding:
+    return Finding(Status.FAILED, text, remedy)
+
+
+def skipped(text: str, remedy: str = "") -> Finding:
+    return Finding(Status.SKIPPED, text, remedy)
+
+
+def from_error(error: TrlGymError, remedy: str = "See docs/reference/failures.md.") -> list[Finding]:
+    """Turn an error into findings, one for each of its problems.
+
+    Args:
+        error: The error.
+        remedy: Remedy of a problem that has none.
+    """
+    problems = error.problems or (Problem(error.problem, error.remedy),)
+    return [failed(problem.text, problem.remedy or error.remedy or remedy) for problem in problems]
 
 
 @dataclass(slots=True, kw_only=True)
-class Subject:
-    """A context manager: servers that checks have started end with it.
+class Context:
+    """The run that is examined. A context manager: servers that checks have started end with it.
 
     Attributes:
         argv: Options as the training script takes them.
         quick: Whether no server is started.
-        accelerate_config: Of `accelerate launch --config_file`; accelerate's own default when None.
-        script: Of the training script itself; valid once "options file" has passed, like the next two.
-        args: Of the trainer; may hold values that "options" complains of.
-        model_options: TRL's.
-        problems: What is wrong with the values of `args`.
-        unread: Options that are unknown or of a wrong type.
+        accelerate_config: File for `accelerate launch --config_file`; accelerate's own default when None.
+        script: Options of the training script; valid once "options file" has passed, like the next two.
+        args: Options of the trainer; may hold values that "options" complains of.
+        model_options: Options of TRL's `ModelConfig`.
+        problems: Options that are unknown, of a wrong type or of a wrong value.
         installation: NeMo Gym's; after "gym interpreter".
         configs: NeMo Gym's; after "gym configs".
         agents: Names that the configs, or a running Gym, know; after "gym configs".
         train_rows: Examples of the datasets that can be read; after "dataset rows".
         model: Folder or hub id; after "model", like the next two.
-        model_config: Its architecture.
-        num_params: All parameters.
+        model_config: Architecture of the model.
+        num_params: Number of parameters of the model.
         tokenizer: After "tokenizer".
         policy: After "policy server".
         gym: After "gym servers".
-        run: Both of them; after "token continuation".
+        servers: Both of them; after "token continuation".
         logged: Warnings that trl-gym has logged during the check that runs now.
     """
 
     argv: Sequence[str]
     quick: bool = False
     accelerate_config: Path | None = None
-    script: ScriptOptions = field(init=False)
+    script: ScriptArguments = field(init=False)
     args: GymGRPOConfig = field(init=False)
     model_options: ModelConfig = field(init=False)
-    problems: list[str] = field(default_factory=list)
-    unread: list[Finding] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     installation: GymInstallation = field(init=False)
     configs: ResolvedConfigs | None = None
     agents: tuple[str, ...] | None = None
@@ -72,7 +116,7 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase = field(init=False)
     policy: PolicyBackend = field(init=False)
     gym: GymServers = field(init=False)
-    run: RunServers = field(init=False)
+    servers: RunServers = field(init=False)
     logged: list[str] = field(default_factory=list)
     resources: ExitStack = field(default_factory=ExitStack)
     _work_dir: Path | None = None
@@ -97,13 +141,13 @@ class Subject:
         return self.serves and self.args.gym_mode != "attach"
 
     def work_dir(self) -> Path:
-        """For logs, a journal and data of this examination; the run's own folder is not touched."""
+        """Return a folder for logs, a journal and data of this examination; the run's own is not touched."""
         if self._work_dir is None:
             self._work_dir = Path(tempfile.mkdtemp(prefix="trl-gym-doctor-"))
         return self._work_dir
 
     def remote_client(self, url: str) -> PolicyClient:
-        """Control plane of a server that runs elsewhere."""
+        """Return the control plane of a server that runs elsewhere."""
         client = PolicyClient(url, api_key=api_key_from_environment(), timeout_s=30.0)
         self.resources.callback(client.close)
         return client
@@ -114,7 +158,7 @@ class Subject:
             shutil.rmtree(self._work_dir)
             self._work_dir = None
 
-    def __enter__(self) -> Subject:
+    def __enter__(self) -> Context:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,38 +1,36 @@
-"""The model: its files, its tokenizer, its context."""
+"""What a run reads: datasets, model, tokenizer, chat template."""
 
 from __future__ import annotations
 
 import asyncio
 import difflib
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.dataset import ROW_COLUMN, read_records
-from trl_gym.doctor.checks import Finding, failed, from_error, ok, skipped, warning
-from trl_gym.doctor.context import Subject
-from trl_gym.errors import ConfigError, Problem
+from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warning
+from trl_gym.errors import Problem
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
+from trl_gym.train import make_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Datasets: rows that Gym understands, for agents that there are.
-
-_MAX_REPORTED = 10
-_SCRIPT_TIMEOUT_S = 600.0
-FILE_KEY = "doctor_file"
+_MAX_REPORTED = 10  # wrong lines of a file
+_MAX_RENDERED = 2000  # prompts whose length is measured
+_FILE = "doctor_file"  # column with the file of a row
+_LOAD_REMEDY = "Check the name, or fetch it with `hf download NAME` and give the folder."
 
 
-def data_script(subject: Subject) -> Iterator[Finding]:
+# -- datasets ---------------------------------------------------------------------------------------------------------
+
+
+def data_script(context: Context) -> Iterator[Finding]:
     """The script that makes the data is there and makes it; what it makes is examined with the other files."""
-    script = subject.script.data_script
+    script = context.script.data_script
     if script is None:
         return
     if not Path(script).is_file():
@@ -40,41 +38,27 @@ def data_script(subject: Subject) -> Iterator[Finding]:
             f"`data_script` {script} does not exist", "Set it to the script's path from the working directory."
         )
         return
-    folder = subject.work_dir() / "data"
-    made = (folder / "train.jsonl", folder / "validation.jsonl")
-    done = subprocess.run(
-        [sys.executable, script, "--output_dir", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=_SCRIPT_TIMEOUT_S,
-    )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it says nothing"]
-        yield failed(
-            f"{script} ended with exit code {done.returncode}: {last[0]}", f"`python {script} --output_dir X`"
-        )
-        return
-    missing = [path.name for path in made if not path.is_file()]
-    if missing:
+    made = make_data(script, str(context.work_dir()))
+    if missing := [path.name for path in made if not path.is_file()]:
         yield failed(f"{script} does not write {' and '.join(missing)}", "Make it write both into `--output_dir`.")
         return
-    subject.script.train_files.append(str(made[0]))
-    subject.script.eval_files.append(str(made[1]))
+    context.script.train_files.append(str(made[0]))
+    context.script.eval_files.append(str(made[1]))
     yield ok(f"{script} writes train.jsonl and validation.jsonl")
 
 
-def rows(subject: Subject) -> Iterator[Finding]:
+def rows(context: Context) -> Iterator[Finding]:
     """Every line of every file is a row that Gym understands."""
-    script = subject.script
+    script = context.script
     if not script.train_files:
         yield failed(
             "no training data: `train_files` and `data_script` are not set", "Set `train_files` to Gym JSONL."
         )
     for file in dict.fromkeys([*script.train_files, *script.eval_files]):
         problems: list[Problem] = []
-        found = [record | {FILE_KEY: file} for record in read_records(Path(file), script.agent, None, problems)]
-        subject.train_rows += found
-        name = shown(subject, file)
+        found = [record | {_FILE: file} for record in read_records(Path(file), script.agent, None, problems)]
+        context.train_rows += found
+        name = shown(context, file)
         for problem in problems[:_MAX_REPORTED]:
             yield failed(problem.text, problem.remedy)
         if len(problems) > _MAX_REPORTED:
@@ -85,22 +69,22 @@ def rows(subject: Subject) -> Iterator[Finding]:
             yield ok(f"{name}: {len(found)} rows")
 
 
-def shown(subject: Subject, file: str) -> str:
+def shown(context: Context, file: str) -> str:
     """A file as messages name it: one that the data script made is not there any more when they are read."""
-    made = subject.script.data_script is not None and Path(file).parent == subject.work_dir() / "data"
-    return f"{Path(file).name} of {subject.script.data_script}" if made else file
+    made = context.script.data_script is not None and Path(file).parent == context.work_dir() / "data"
+    return f"{Path(file).name} of {context.script.data_script}" if made else file
 
 
-def agents(subject: Subject) -> Iterator[Finding]:
+def agents(context: Context) -> Iterator[Finding]:
     """The agents that rows name are there, and rows that name none have a single one to go to."""
-    known = subject.agents
-    if not subject.serves:
+    known = context.agents
+    if not context.serves:
         return
-    if known is None or not subject.train_rows:
+    if known is None or not context.train_rows:
         yield skipped("needs " + ("agents (gym configs, gym head server)" if known is None else "dataset rows"))
         return
     named: dict[str | None, list[dict[str, Any]]] = {}
-    for record in subject.train_rows:
+    for record in context.train_rows:
         named.setdefault(record["agent"], []).append(record)
     wrong = False
     for name, records in named.items():
@@ -108,7 +92,7 @@ def agents(subject: Subject) -> Iterator[Finding]:
             continue
         wrong = True
         yield _unknown_agent(name, records, known)
-    for name in subject.args.gym_environments or {}:
+    for name in context.args.gym_environments or {}:
         if name not in known:
             wrong = True
             yield failed(f"`gym_environments` names the unknown agent {name}", _choose(name, known))
@@ -123,10 +107,8 @@ def agents(subject: Subject) -> Iterator[Finding]:
 
 
 def _unknown_agent(name: str | None, records: list[dict[str, Any]], known: tuple[str, ...]) -> Finding:
-    first = records[0]
-    where = f"{first[FILE_KEY]}, line {_line_of(first)}" + (
-        f" and {len(records) - 1} more" if len(records) > 1 else ""
-    )
+    more = f" and {len(records) - 1} more" if len(records) > 1 else ""
+    where = f"{records[0][_FILE]}, line {_line_of(records[0])}{more}"
     if name is None:
         return failed(
             f"{where}: the row names no agent and there are {', '.join(known)}",
@@ -143,7 +125,7 @@ def _choose(name: str, known: tuple[str, ...]) -> str:
 
 def _line_of(record: dict[str, Any]) -> int:
     """A row whose agent was filled in is found by its request."""
-    lines = Path(record[FILE_KEY]).read_text(encoding="utf-8").split("\n")
+    lines = Path(record[_FILE]).read_text(encoding="utf-8").split("\n")
     if record[ROW_COLUMN] in lines:
         return lines.index(record[ROW_COLUMN]) + 1
     request = _request(record[ROW_COLUMN])
@@ -158,19 +140,18 @@ def _request(line: str) -> Any:
     return row.get("responses_create_params") if isinstance(row, dict) else None
 
 
-_MAX_RENDERED = 2000  # prompts whose length is measured
-_LOAD_REMEDY = "Check the name, or fetch it with `hf download NAME` and give the folder."
+# -- model ------------------------------------------------------------------------------------------------------------
 
 
-def model(subject: Subject) -> Iterator[Finding]:
+def model(context: Context) -> Iterator[Finding]:
     """The model's configuration can be loaded, and its parameters counted without loading them."""
     from transformers import AutoConfig
 
     from trl_gym.memory.plan import count_params
 
-    named = subject.model_options.model_name_or_path
+    named = context.model_options.model_name_or_path
     if named is None:
-        folder = Path(subject.script.small_policy_dir)
+        folder = Path(context.script.small_policy_dir)
         if not (folder / "config.json").is_file():
             yield skipped(
                 f"no model is given, and the small policy is not in {folder} yet", "`make quickstart` builds it."
@@ -182,34 +163,28 @@ def model(subject: Subject) -> Iterator[Finding]:
         yield failed(f"the model folder {named} {what}", "Set `model_name_or_path` to a folder that has one.")
         return
     try:
-        config = AutoConfig.from_pretrained(named, trust_remote_code=subject.args.trust_remote_code)
+        config = AutoConfig.from_pretrained(named, trust_remote_code=context.args.trust_remote_code)
     except (OSError, ValueError) as error:
         yield failed(f"the model {named} cannot be loaded: {_first_line(error)}", _LOAD_REMEDY)
         return
-    subject.model, subject.model_config = named, config
-    subject.num_params = count_params(config, named, None)[0]
-    yield ok(f"{named}: {type(config).__name__}, {subject.num_params / 1e6:,.1f} M parameters")
+    context.model, context.model_config = named, config
+    context.num_params = count_params(config, named, None)[0]
+    yield ok(f"{named}: {type(config).__name__}, {context.num_params / 1e6:,.1f} M parameters")
     if Path(named).is_dir() and not list(Path(named).glob("*.safetensors")) + list(Path(named).glob("*.bin")):
         yield failed(f"{named} has no weights (*.safetensors)", "Save the model with `model.save_pretrained(folder)`.")
 
 
-def tokenizer(subject: Subject) -> Iterator[Finding]:
+def tokenizer(context: Context) -> Iterator[Finding]:
     """The tokenizer can be loaded and has a chat template."""
     from transformers import AutoTokenizer
 
-    from trl_gym.policy_server.command import check_before_start, flags_from
-
-    given = subject.args.gym_vllm_args if isinstance(subject.args.gym_vllm_args, dict) else {}
-    name = given.get("tokenizer") or subject.model
-    if subject.starts_policy and name == subject.model:
-        try:
-            check_before_start(subject.model, "127.0.0.1", None, flags_from({}))
-        except ConfigError as error:
-            yield from (finding for finding in from_error(error) if "vLLM is not installed" not in finding.text)
-            if "tokenizer" in str(error):
-                return
+    given = context.args.gym_vllm_args if isinstance(context.args.gym_vllm_args, dict) else {}
+    name = given.get("tokenizer") or context.model
+    if Path(name).is_dir() and not list(Path(name).glob("*token*")):  # of which transformers makes an empty one
+        yield failed(f"{name} has no tokenizer", "Save it into the folder with `tokenizer.save_pretrained(folder)`.")
+        return
     try:
-        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=subject.args.trust_remote_code)
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=context.args.trust_remote_code)
     except (OSError, ValueError) as error:
         yield failed(
             f"the tokenizer of {name} cannot be loaded: {_first_line(error)}",
@@ -225,14 +200,14 @@ def tokenizer(subject: Subject) -> Iterator[Finding]:
             "Save it with its `chat_template`, or set `gym_vllm_args` to {'chat-template': 'FILE'}.",
         )
         return
-    subject.tokenizer = loaded
+    context.tokenizer = loaded
     yield ok(f"{len(loaded)} tokens, with a chat template")
 
 
-def context(subject: Subject) -> Iterator[Finding]:
+def context_length(context: Context) -> Iterator[Finding]:
     """Prompts, and the tokens after them, fit into the context that is served."""
-    args = subject.args
-    most = getattr(subject.model_config.get_text_config(), "max_position_embeddings", None)
+    args = context.args
+    most = getattr(context.model_config.get_text_config(), "max_position_embeddings", None)
     length = args.vllm_max_model_length or most
     if length is None:
         yield ok("neither `vllm_max_model_length` nor the model bounds it")
@@ -242,13 +217,13 @@ def context(subject: Subject) -> Iterator[Finding]:
             f"`vllm_max_model_length` {length} is more than the model was made for ({most}); vLLM refuses it",
             f"Set `vllm_max_model_length` to {most} at most.",
         )
-    records = subject.train_rows[:_MAX_RENDERED]
+    records = context.train_rows[:_MAX_RENDERED]
     if not records:
         yield skipped("needs dataset rows")
         return
-    sizes = [_prompt_length(subject, record) for record in records]
+    sizes = [_prompt_length(context, record) for record in records]
     longest = max(range(len(sizes)), key=sizes.__getitem__)
-    where = f"the longest prompt ({shown(subject, records[longest][FILE_KEY])}) has about {sizes[longest]} tokens"
+    where = f"the longest prompt ({shown(context, records[longest][_FILE])}) has about {sizes[longest]} tokens"
     too_long = sum(size >= length for size in sizes)
     completion = args.max_completion_length or 0
     if too_long:
@@ -265,10 +240,8 @@ def context(subject: Subject) -> Iterator[Finding]:
         yield ok(f"{where}, a rollout up to {completion} more, and the context {length}")
 
 
-def _prompt_length(subject: Subject, record: dict[str, Any]) -> int:
+def _prompt_length(context: Context, record: dict[str, Any]) -> int:
     """Tokens of a row's first prompt as the template writes it; without what an agent adds to it by itself."""
-    import json
-
     parameters = json.loads(record[ROW_COLUMN])["responses_create_params"]
     tools = [
         {
@@ -282,14 +255,14 @@ def _prompt_length(subject: Subject, record: dict[str, Any]) -> int:
         message if message["role"] in ("system", "user", "assistant") else message | {"role": "user"}
         for message in record["prompt"]
     ]
-    rendered = subject.tokenizer.apply_chat_template(
+    rendered = context.tokenizer.apply_chat_template(
         messages,
         tools=tools or None,
         add_generation_prompt=True,
         tokenize=False,
-        **(subject.args.chat_template_kwargs or {}),
+        **(context.args.chat_template_kwargs or {}),
     )
-    return len(subject.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return len(context.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def _is_path(name: str) -> bool:
@@ -300,9 +273,9 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Can a sampled turn be continued exactly with the model's chat template? Asked as the policy server's middleware
-# does, of the template itself, with short chats; `docs/token_fidelity.md` has what comes out for well-known models.
+# -- chat template ----------------------------------------------------------------------------------------------------
+# Can a sampled turn be continued exactly? The template itself is asked, as the policy server's middleware does, with
+# short chats; docs/token_fidelity.md has what comes out for well-known models.
 
 Message = dict[str, Any]
 
@@ -341,11 +314,11 @@ _REMEDY = (
 )
 
 
-def chat_template(subject: Subject) -> Iterator[Finding]:
+def chat_template(context: Context) -> Iterator[Finding]:
     """What the middleware will make of this template."""
-    outcomes = classify(subject.tokenizer, subject.args.chat_template_kwargs or {})
+    outcomes = classify(context.tokenizer, context.args.chat_template_kwargs or {})
     wrong = {case: reason for case, reason in outcomes.items() if reason is not None}
-    is_fatal = subject.args.gym_drift == "error"
+    is_fatal = context.args.gym_drift == "error"
     for case, reason in wrong.items():
         say = failed if is_fatal and case != _RARE else warning
         yield say(f"{case} cannot be continued exactly: {reason}", _REMEDY)

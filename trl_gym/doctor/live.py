@@ -1,10 +1,13 @@
-"""The run itself, in small: servers, one weight sync with its probe, one rollout for each environment. Servers are
-started as the trainer starts them and end with the examination; nothing is written to the run's own folder.
+"""The run itself, in small: NeMo Gym, policy server, one weight sync with its probe, one rollout for each environment.
+
+Servers are started as the trainer starts them and end with the examination. The run's own folder is not written to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import math
 import subprocess
@@ -19,12 +22,11 @@ import yaml
 
 from trl_gym import compat
 from trl_gym.dataset import ROW_COLUMN
-from trl_gym.doctor.checks import Finding, failed, from_error, ok, skipped, split_remedy, warning
-from trl_gym.doctor.context import Subject
-from trl_gym.errors import ConfigError, FailureKind, PolicyServerError, ServerError, WeightSyncError
+from trl_gym.doctor.context import Context, Finding, failed, from_error, ok, skipped, warning
+from trl_gym.errors import FailureKind, PolicyServerError, ServerError, WeightSyncError
 from trl_gym.gym.config import expand_overrides, resolve_configs
 from trl_gym.gym.discovery import AGENTS, look_at_head, new_http_session
-from trl_gym.gym.install import MIN_PYTHON, PYTHON_VARIABLE, SUPPORTED_GYM, find_installation
+from trl_gym.gym.install import SUPPORTED_GYM, find_installation
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.command import KEY_VARIABLE
 from trl_gym.policy_server.server import find_cause, hint_for
@@ -38,68 +40,73 @@ if TYPE_CHECKING:
     from trl_gym.rollouts.source import Finisher
     from trl_gym.run.servers import RunServers
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# NeMo Gym: its interpreter, its configs, the agents that they define.
-
-_REMEDY = (
-    f"`uv venv --python {'.'.join(map(str, MIN_PYTHON))} .gym-venv && uv pip install --python .gym-venv/bin/python "
-    f"'nemo-gym{SUPPORTED_GYM}'`, or name another interpreter: `--gym_python` or {PYTHON_VARIABLE}."
-)
 _TIMEOUT_S = 10.0
+_PARSE_TIMEOUT_S = 120.0  # importing vLLM takes long on a cold disk
+# The server's own reading of its flags, in a process of its own: importing vLLM changes environment and logging.
+_PARSE = """
+import json, sys
+from trl_gym.policy_server.engine.entry import parse_args
+parse_args(json.loads(sys.argv[1]))
+"""
+UNTOUCHED = "default"  # weight version of a vLLM server that has the weights it loaded when it started
+EXAMINED = "doctor"  # version of weights that the doctor has sent to a server that runs on
+_QUICK = "left out by --quick"
+_MAX_DEADLINE_S = 300.0  # of a single rollout on servers that do nothing else
+_RECONNECT_S = 5.0  # a server that is gone is not waited for
+_NOBODY = "http://127.0.0.1:9/v1"  # for a Gym that is started although there is no policy server
+_SEE_LOG = "Look into the log that is named."
+_ROLLOUT_REMEDIES = {
+    FailureKind.INFRASTRUCTURE: "Look into the logs of NeMo Gym and of the policy server.",
+    FailureKind.DEADLINE: "Raise `gym_deadline`, or look into the environment's log for what it waits for.",
+    FailureKind.ENVIRONMENT: "Fix the environment: its verifier must return a finite `reward`.",
+    FailureKind.POLICY: "Look into the policy server's log.",
+}
 
 
-def interpreter(subject: Subject) -> Iterator[Finding]:
+# -- NeMo Gym ---------------------------------------------------------------------------------------------------------
+
+
+def interpreter(context: Context) -> Iterator[Finding]:
     """An interpreter with a supported nemo-gym."""
-    if not subject.starts_gym:
+    if not context.starts_gym:
         return
-    try:
-        found = find_installation(subject.args.gym_python)
-    except ConfigError as error:
-        text = str(error).split(" Run `make setup`")[0].split("\nRun `make setup`")[0]
-        yield failed(text, _REMEDY)
-        return
-    subject.installation = found
+    found = find_installation(context.args.gym_python)
+    context.installation = found
     yield ok(f"nemo-gym {found.version} at {found.python} (supported: {SUPPORTED_GYM})")
 
 
-def configs(subject: Subject) -> Iterator[Finding]:
+def configs(context: Context) -> Iterator[Finding]:
     """Configs are found in the working directory or in the installed nemo-gym, with all that they include."""
-    if not subject.starts_gym:
+    if not context.starts_gym:
         return
-    if not subject.args.gym_config_paths:
+    if not context.args.gym_config_paths:
         yield failed("`gym_config_paths` is not set", "Name the YAML of at least one environment.")
         return
-    remedy = "Paths are looked up from the working directory, then inside the installed nemo-gym."
-    try:
-        subject.configs = resolve_configs(subject.args.gym_config_paths, subject.installation.root)
-    except ConfigError as error:
-        yield from from_error(error, remedy)
-        return
-    if isinstance(subject.args.gym_overrides, dict):
-        expand_overrides(subject.args.gym_overrides)
-    agents = tuple(sorted(declared_agents(subject.configs.paths, subject.installation.root)))
-    subject.agents = agents
+    context.configs = resolve_configs(context.args.gym_config_paths, context.installation.root)
+    if isinstance(context.args.gym_overrides, dict):
+        expand_overrides(context.args.gym_overrides)
+    agents = tuple(sorted(declared_agents(context.configs.paths, context.installation.root)))
+    context.agents = agents
     if not agents:
         yield failed(
             "the configs define no agent (a server of the kind `responses_api_agents`)",
             "Add the config of an agent to `gym_config_paths`.",
         )
     else:
-        yield ok(f"{', '.join(map(str, subject.args.gym_config_paths))}: {_agents_text(agents)}")
+        yield ok(f"{', '.join(map(str, context.args.gym_config_paths))}: {_agents_text(agents)}")
 
 
-def head_server(subject: Subject) -> Iterator[Finding]:
+def head_server(context: Context) -> Iterator[Finding]:
     """A running Gym answers and has agents."""
-    if not subject.serves or subject.starts_gym or not subject.args.gym_head_url:
+    if not context.serves or context.starts_gym or not context.args.gym_head_url:
         return
     with new_http_session() as session:
-        view = look_at_head(session, subject.args.gym_head_url.rstrip("/"), timeout_s=_TIMEOUT_S)
-    subject.agents = tuple(sorted(view.agents()))
-    if not subject.agents:
-        yield failed(f"{subject.args.gym_head_url} has no agents", "Start that Gym with the config of an agent.")
+        view = look_at_head(session, context.args.gym_head_url.rstrip("/"), timeout_s=_TIMEOUT_S)
+    context.agents = tuple(sorted(view.agents()))
+    if not context.agents:
+        yield failed(f"{context.args.gym_head_url} has no agents", "Start that Gym with the config of an agent.")
     else:
-        yield ok(f"{subject.args.gym_head_url}: {_agents_text(subject.agents)}")
+        yield ok(f"{context.args.gym_head_url}: {_agents_text(context.agents)}")
 
 
 def declared_agents(paths: Iterable[Path], installation_root: Path) -> set[str]:
@@ -124,27 +131,17 @@ def _agents_text(agents: tuple[str, ...]) -> str:
     return f"agent {agents[0]}" if len(agents) == 1 else f"agents {', '.join(agents)}"
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The policy server: flags of one that the run starts, and what a running one is.
-
-_PARSE_TIMEOUT_S = 120.0  # importing vLLM takes long on a cold disk
-# The server's own reading of its flags, in a process of its own: importing vLLM changes environment and logging.
-_PARSE = """
-import json, sys
-from trl_gym.policy_server.engine.entry import parse_args
-parse_args(json.loads(sys.argv[1]))
-"""
-UNTOUCHED = "default"  # weight version of a server that nobody has sent weights to
+# -- policy server ----------------------------------------------------------------------------------------------------
 
 
-def flags(subject: Subject) -> Iterator[Finding]:
+def flags(context: Context) -> Iterator[Finding]:
     """The installed vLLM takes the flags that the run would give it."""
     from trl_gym.policy_server.command import flags_from
 
-    if not subject.starts_policy:
+    if not context.starts_policy:
         return
-    given = flags_from(run_options(subject)[0])
-    command = [sys.executable, "-c", _PARSE, json.dumps([subject.model, *given])]
+    given = flags_from(run_options(context)[0])
+    command = [sys.executable, "-c", _PARSE, json.dumps([context.model, *given])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PARSE_TIMEOUT_S)
     if done.returncode == 0:
         yield ok(" ".join(given))
@@ -154,52 +151,44 @@ def flags(subject: Subject) -> Iterator[Finding]:
     yield failed(f"`gym_vllm_args`: {cause}", f"Correct `gym_vllm_args`: {remedy}.")
 
 
-def run_options(subject: Subject) -> tuple[dict[str, Any], Mapping[str, str]]:
+def run_options(context: Context) -> tuple[dict[str, Any], Mapping[str, str]]:
     """Flags and environment that the trainer starts the server with."""
-    import contextlib
-    import io
-
     from trl import get_peft_config
 
     from trl_gym.run.servers import server_options
 
     with contextlib.redirect_stdout(io.StringIO()):  # the memory plan, which is a check of its own
-        return server_options(subject.args, subject.model, get_peft_config(subject.model_options))
+        return server_options(context.args, context.model, get_peft_config(context.model_options))
 
 
-def remote(subject: Subject) -> Iterator[Finding]:
+def remote(context: Context) -> Iterator[Finding]:
     """A running server can be reached, takes our key, is one of ours, generates, and has a version that is known."""
-    args = subject.args
-    if not subject.serves or subject.starts_policy or not args.vllm_server_base_url:
+    args = context.args
+    if not context.serves or context.starts_policy or not args.vllm_server_base_url:
         return
     for url in filter(None, (part.strip() for part in args.vllm_server_base_url.split(","))):
-        yield from _look_at(subject, url)
+        yield from _look_at(context, url)
 
 
-def _look_at(subject: Subject, url: str) -> Iterator[Finding]:
-    client = subject.remote_client(url)
+def _look_at(context: Context, url: str) -> Iterator[Finding]:
+    client = context.remote_client(url)
     try:
         info = client.info()
     except PolicyResponseError as error:
-        yield _stranger(client, error)
-        return
+        what = explain_stranger(client, error)
+        key = f"`export {KEY_VARIABLE}=KEY` with the key that the server was started with."
+        yield failed(what, key if error.status in (401, 403) else "Start it with `trl-gym serve MODEL`.")
     except PolicyServerError as error:
-        served = subject.model_options.model_name_or_path or "MODEL"
-        yield failed(str(error), f"Start it with `trl-gym serve {served} --host HOST --port PORT`, or check the URL.")
-        return
-    yield from _facts(subject, client, info)
+        served = context.model_options.model_name_or_path or "MODEL"
+        yield from from_error(
+            error, f"Start it with `trl-gym serve {served} --host HOST --port PORT`, or check the URL."
+        )
+    else:
+        yield from _facts(context, client, info)
 
 
-def _stranger(client: PolicyClient, error: PolicyResponseError) -> Finding:
-    explanation = explain_stranger(client, error)
-    if error.status in (401, 403):
-        return failed(explanation, f"`export {KEY_VARIABLE}=KEY` with the key that the server was started with.")
-    text, _, remedy = explanation.partition(". Start it")
-    return failed(text, f"Start it{remedy}." if remedy else split_remedy(explanation)[1])
-
-
-def _facts(subject: Subject, client: PolicyClient, info: dict[str, Any]) -> Iterator[Finding]:
-    length, wanted = info.get("max_model_len"), subject.args.vllm_max_model_length
+def _facts(context: Context, client: PolicyClient, info: dict[str, Any]) -> Iterator[Finding]:
+    length, wanted = info.get("max_model_len"), context.args.vllm_max_model_length
     served = f"{client.base_url} serves {', '.join(info.get('model_names', []))}"
     yield ok(f"{served}, vLLM {info.get('vllm_version')}, context {length}, weights {info.get('weight_version')}")
     if length is not None and wanted is not None and length < wanted:
@@ -207,83 +196,56 @@ def _facts(subject: Subject, client: PolicyClient, info: dict[str, Any]) -> Iter
             f"{client.base_url} has a context of {length} and `vllm_max_model_length` is {wanted}",
             f"Start it with `--max-model-len {wanted}`, or lower `vllm_max_model_length`.",
         )
-    version = str(info.get("vllm_version") or "")
-    supported = compat.SUPPORTED["vllm"]
-    if version and not _contains(supported, version):
+    version, supported = str(info.get("vllm_version") or ""), compat.SUPPORTED["vllm"]
+    if version and not compat.is_supported("vllm", version):
         yield warning(
             f"{client.base_url} runs vLLM {version} and trl-gym knows {supported}",
             f"`pip install 'vllm{supported}'` where the server runs.",
         )
     if client.is_paused():
         yield warning(
-            f"{client.base_url} is paused, as a trainer leaves it that is killed while it sends weights",
+            f"{client.base_url} is paused: a trainer was probably killed during a weight sync",
             f"`curl -X POST {client.root_url}/resume`; the first weights of a run do it too.",
         )
-    elif subject.args.vllm_server_base_url:
-        try:
-            check_splice(client, info["model_names"][0])
-        except PolicyServerError as error:
-            yield from from_error(error, "Start it with `trl-gym serve MODEL`.")
-            return
-        if not subject.logged:
-            yield ok(f"{client.base_url} continues sampled tokens exactly")
+        return
+    check_splice(client, info["model_names"][0])
+    if not context.logged:
+        yield ok(f"{client.base_url} continues sampled tokens exactly")
 
 
-def _contains(supported: str, version: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import InvalidVersion
-
-    try:
-        return SpecifierSet(supported).contains(version, prereleases=True)
-    except InvalidVersion:
-        return False
-
-
-_QUICK = "left out by --quick: no server is started"
-_MAX_DEADLINE_S = 300.0  # of a single rollout on servers that do nothing else
-_RECONNECT_S = 5.0  # a server that is gone is not waited for
-_NOBODY = "http://127.0.0.1:9/v1"  # for a Gym that is started although there is no policy server
-_ROLLOUT_REMEDIES = {
-    FailureKind.INFRASTRUCTURE: "Look into the logs of NeMo Gym and of the policy server.",
-    FailureKind.DEADLINE: "Raise `gym_deadline`, or look into the environment's log for what it waits for.",
-    FailureKind.ENVIRONMENT: "Mend the environment: its verifier must return a finite `reward`.",
-    FailureKind.POLICY: "Look into the policy server's log.",
-}
-
-
-def policy_server(subject: Subject) -> Iterator[Finding]:
+def policy_server(context: Context) -> Iterator[Finding]:
     """The policy server starts, or the running one is attached to."""
-    if not subject.serves:
+    if not context.serves:
         return
-    if subject.quick and subject.starts_policy:
-        yield skipped(_QUICK)
+    if context.quick and context.starts_policy:
+        yield skipped(f"{_QUICK}: no server is started")
         return
-    run = _new_run(subject)
+    run = _new_run(context)
     policy = run.new_policy()
-    subject.policy = policy
-    if subject.starts_policy:
-        subject.resources.callback(policy.stop)
+    context.policy = policy
+    if context.starts_policy:
+        context.resources.callback(policy.stop)
         policy.start()
     try:
         policy.wait_ready()
     except ServerError as error:
-        yield from from_error(error, _hint(str(error)) or "Look into the log that is named.")
+        yield from from_error(error, _SEE_LOG)
         return
     yield ok(f"{policy.base_url}, takes weights by {', '.join(policy.weight_transports) or 'nothing'}")
 
 
-def gym_servers(subject: Subject) -> Iterator[Finding]:
+def gym_servers(context: Context) -> Iterator[Finding]:
     """NeMo Gym starts, with every server of the configs; or the running one is attached to."""
-    if not subject.serves:
+    if not context.serves:
         return
-    if subject.quick and subject.starts_gym:
-        yield skipped(_QUICK)
+    if context.quick and context.starts_gym:
+        yield skipped(f"{_QUICK}: no server is started")
         return
-    gym = _new_run(subject).new_gym()
-    subject.gym = gym
-    if subject.starts_gym:
-        subject.resources.callback(gym.stop)
-        policy = getattr(subject, "policy", None)
+    gym = _new_run(context).new_gym()
+    context.gym = gym
+    if context.starts_gym:
+        context.resources.callback(gym.stop)
+        policy = getattr(context, "policy", None)
         if policy is not None and policy.state == "ready":
             gym.connect_policy(policy.base_url, policy.model_name, policy.client.api_key or "EMPTY")
         else:
@@ -292,37 +254,37 @@ def gym_servers(subject: Subject) -> Iterator[Finding]:
     try:
         gym.wait_ready()
     except ServerError as error:
-        yield from from_error(error, "Look into the log that is named.")
+        yield from from_error(error, _SEE_LOG)
         return
     yield ok(f"{len(gym.servers)} servers, agents {', '.join(sorted(gym.agents))}")
 
 
-def continuation(subject: Subject) -> Iterator[Finding]:
+def continuation(context: Context) -> Iterator[Finding]:
     """The server continues sampled tokens exactly; both servers know of each other."""
-    if not subject.serves:
+    if not context.serves:
         return
-    args = _own_args(subject)
     from trl_gym.run.servers import RunServers
 
-    subject.run = RunServers(args, lambda: subject.model, subject.policy, subject.gym)
-    subject.run.start()
-    subject.run.wait_ready()
+    context.servers = RunServers(_own_args(context), lambda: context.model, context.policy, context.gym)
+    context.servers.start()
+    context.servers.wait_ready()
     yield ok(
-        "NeMo Gym calls this policy server" + ("" if subject.logged else ", which continues sampled tokens exactly")
+        "NeMo Gym calls this policy server" + ("" if context.logged else ", which continues sampled tokens exactly")
     )
 
 
-def weight_sync(subject: Subject) -> Iterator[Finding]:
+def weight_sync(context: Context) -> Iterator[Finding]:
     """Weights (or the adapter) reach the server, which then computes what the trainer computes."""
-    if not subject.serves:
+    if not context.serves:
         return
-    if subject.quick:
-        yield skipped(_QUICK.replace("no server is started", "no weights are sent"))
+    if context.quick:
+        yield skipped(f"{_QUICK}: no weights are sent")
         return
-    held = subject.policy.client.weight_version()
-    if not subject.starts_policy and held != UNTOUCHED:
+    client = context.policy.client
+    held = client.weight_version()
+    if not context.starts_policy and held not in (UNTOUCHED, EXAMINED):
         yield skipped(
-            f"{subject.policy.base_url} holds weights of a run (version {held}), which would be replaced",
+            f"{context.policy.base_url} holds weights of a run (version {held}), which would be replaced",
             "Restart that server if no run uses it.",
         )
         return
@@ -330,38 +292,58 @@ def weight_sync(subject: Subject) -> Iterator[Finding]:
 
     from trl_gym.run.weights import PolicyWeights
 
-    accelerator = Accelerator(cpu=subject.args.use_cpu)
-    model = _load_model(subject).to(accelerator.device)
-    supply = PolicyWeights(_own_args(subject), accelerator, subject.run, model)
+    accelerator = Accelerator(cpu=context.args.use_cpu)
+    model = _load_model(context).to(accelerator.device)
+    weights = PolicyWeights(_own_args(context), accelerator, context.servers, model)
     try:
-        report = supply.push(model, 0)
+        report = weights.push(model, 0)
     except WeightSyncError as error:
         yield from from_error(error, "Try another `gym_weight_transport`.")
         return
-    kind = supply.transport_name
+    finally:
+        if not context.starts_policy:
+            leave(client, weights.transport_name, held)
     seconds = sum(report.seconds.values())
     gap = "" if report.probe is None else f"; log-probabilities differ by {report.probe.mean_gap:.1e} nats"
-    yield ok(f"{report.num_bytes / 1e6:,.1f} MB by {kind} in {seconds:.1f} s{gap}")
+    yield ok(f"{report.num_bytes / 1e6:,.1f} MB by {weights.transport_name} in {seconds:.1f} s{gap}")
 
 
-def rollouts(subject: Subject) -> Iterator[Finding]:
+def leave(client: PolicyClient, transport: str, held: str) -> None:
+    """Leave a server that runs on so that nobody takes the doctor's weights for those of step 0 of a run.
+
+    An adapter is unloaded, and the server is as it was. Weights cannot be brought back: their version says whose they
+    are.
+
+    Args:
+        client: Control plane of the server.
+        transport: Name of the transport that sent the weights.
+        held: Version that the server held before.
+    """
+    with contextlib.suppress(PolicyServerError):  # the error of the sync itself is told
+        if transport == "adapter":
+            client.clear_adapters()
+        elif client.weight_version() != held:
+            client.set_weight_version(EXAMINED)
+
+
+def rollouts(context: Context) -> Iterator[Finding]:
     """One rollout for each agent: model calls, tools, verifier, reward."""
-    if not subject.serves:
+    if not context.serves:
         return
-    if subject.quick:
-        yield skipped(_QUICK)
+    if context.quick:
+        yield skipped(f"{_QUICK}: no server is started")
         return
-    requests = list(_requests(subject))
+    requests = list(_requests(context))
     from trl_gym.rollouts.journal import Journal
 
-    journal = Journal(subject.work_dir() / "rollouts", secrets=subject.run.secrets)
-    with closing(journal), closing(_collector(subject)) as collector:
+    journal = Journal(context.work_dir() / "rollouts", secrets=context.servers.secrets)
+    with closing(journal), closing(_collector(context)) as collector:
         for request in requests:
             # One after another: what one environment does must not hide what another one does.
             try:
-                rollout = collector.collect([request], _finisher(subject, journal))[0]
+                rollout = collector.collect([request], _finisher(context, journal))[0]
             except ServerError as error:
-                yield from from_error(error, "Look into the log that is named.")
+                yield from from_error(error, _SEE_LOG)
                 continue
             yield judge(rollout)
 
@@ -389,37 +371,37 @@ def judge(rollout: Rollout) -> Finding:
     return ok(told)
 
 
-def _own_args(subject: Subject) -> GymGRPOConfig:
+def _own_args(context: Context) -> GymGRPOConfig:
     """The run's options, with logs in our own folder."""
-    args = copy.copy(subject.args)
-    args.gym_log_dir = str(subject.work_dir() / "logs")
+    args = copy.copy(context.args)
+    args.gym_log_dir = str(context.work_dir() / "logs")
     args.gym_server_reconnect_timeout = _RECONNECT_S
     args.vllm_server_timeout = min(args.vllm_server_timeout, 30.0)
     return args
 
 
-def _new_run(subject: Subject) -> RunServers:
+def _new_run(context: Context) -> RunServers:
     from trl_gym.run.servers import RunServers
 
-    return RunServers(_own_args(subject), lambda: subject.model, start_options=lambda: run_options(subject))
+    return RunServers(_own_args(context), lambda: context.model, start_options=lambda: run_options(context))
 
 
-def _load_model(subject: Subject) -> Any:
+def _load_model(context: Context) -> Any:
     """As the training script loads it."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
     from trl import get_peft_config, get_quantization_config
 
     transformers_logging.disable_progress_bar()
-    options = subject.model_options
+    options = context.model_options
     told = {
         "dtype": options.dtype or "float32",
         "attn_implementation": options.attn_implementation,
         "quantization_config": get_quantization_config(options),
     }
-    given = subject.args.model_init_kwargs or {}
+    given = context.args.model_init_kwargs or {}
     model = AutoModelForCausalLM.from_pretrained(
-        subject.model, **{name: value for name, value in told.items() if value is not None} | dict(given)
+        context.model, **{name: value for name, value in told.items() if value is not None} | dict(given)
     )
     if (adapter := get_peft_config(options)) is None:
         return model
@@ -428,14 +410,14 @@ def _load_model(subject: Subject) -> Any:
     return get_peft_model(model, adapter)
 
 
-def _requests(subject: Subject) -> Iterator[RolloutRequest]:
+def _requests(context: Context) -> Iterator[RolloutRequest]:
     """The first row of each agent."""
     from trl_gym.rollouts.request import RolloutRequest, stamp
 
-    args, session = subject.args, uuid.uuid4().hex[:8]
+    args, session = context.args, uuid.uuid4().hex[:8]
     first: dict[str, dict[str, Any]] = {}
-    for record in subject.train_rows:
-        agent = record["agent"] or subject.gym.sole_agent
+    for record in context.train_rows:
+        agent = record["agent"] or context.gym.sole_agent
         if agent is not None:
             first.setdefault(agent, record)
     for index, (agent, record) in enumerate(first.items()):
@@ -454,41 +436,35 @@ def _requests(subject: Subject) -> Iterator[RolloutRequest]:
         yield RolloutRequest(**identity, group=index, attempt=0, agent=agent, row=row)
 
 
-def _collector(subject: Subject) -> RolloutCollector[Rollout]:
+def _collector(context: Context) -> RolloutCollector[Rollout]:
     from trl_gym.rollout_options import RolloutOptions
     from trl_gym.rollouts.admission import budgets_from_options
     from trl_gym.rollouts.call_records import ledger_for
     from trl_gym.rollouts.collector import RolloutCollector
 
-    policy, gym = subject.policy, subject.gym
+    policy, gym = context.policy, context.gym
     return RolloutCollector(
         gym.agent,
         budgets=budgets_from_options(
-            RolloutOptions(deadline=min(subject.args.gym_deadline, _MAX_DEADLINE_S), max_inflight=1, retries={})
+            RolloutOptions(deadline=min(context.args.gym_deadline, _MAX_DEADLINE_S), max_inflight=1, retries={})
         ),
-        check=subject.run.check,
+        check=context.servers.check,
         agents_down=gym.agents_down,
         gym_log=gym.log_end,
         ledger=ledger_for(policy.base_url, policy.client.api_key) if policy.keeps_records else None,
     )
 
 
-def _finisher(subject: Subject, journal: Any) -> Finisher:
+def _finisher(context: Context, journal: Any) -> Finisher:
     from trl_gym.rollouts.source import Finisher
     from trl_gym.rollouts.trajectory import from_gym, make_decoder
 
     return Finisher(
         build=lambda answer, request: from_gym(answer),
-        decode=make_decoder(subject.tokenizer),
+        decode=make_decoder(context.tokenizer),
         journal=journal,
         drift_policy="truncate",
         step=0,
         mode="doctor",
         weight_version="0",
     )
-
-
-def _hint(message: str) -> str | None:
-    """`diagnosis.explain` puts what to do behind this word."""
-    line = next((line for line in message.splitlines() if line.startswith("Hint: ")), None)
-    return None if line is None else line.removeprefix("Hint: ")

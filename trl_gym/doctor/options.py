@@ -1,12 +1,13 @@
-"""Options of the run, and of the processes that it is launched in."""
+"""Options of the run, read with TRL's parser but with every mistake and not only the first; and its processes."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,60 +15,60 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from trl_gym.config import GymGRPOConfig
-from trl_gym.doctor.checks import Finding, failed, ok, split_remedy, warning
-from trl_gym.doctor.context import Subject
-from trl_gym.errors import ConfigError
+from trl_gym.doctor.context import Context, Finding, failed, ok, warning
+from trl_gym.errors import ConfigError, Problem
+from trl_gym.train import ScriptArguments
 
-# --------------------------------------------------------------------------------------------------------------------
-# Options as `recipes/grpo.py` reads them, with TRL's parser, but with every mistake and not only the first.
-
+_KINDS = (ScriptArguments, GymGRPOConfig, ModelConfig)
 _ARGUMENT = re.compile(r"argument (?:-\w, )?--(\w+)")
 _MAX_MISTAKES = 50
+_ADVICE = "`accelerate config`, or take one of recipes/accelerate/ with `accelerate launch --config_file`."
 
 
-@dataclass
-class ScriptOptions:
-    """The options of `recipes/grpo.py` itself; a test compares the two."""
-
-    train_files: list[str] = field(default_factory=list)
-    eval_files: list[str] = field(default_factory=list)
-    data_script: str | None = None
-    train_weights: list[float] | None = None
-    agent: str | None = None
-    resume: bool = False
-    small_policy_dir: str = "runs/small_policy"
-    small_policy_learning_rate: float = 1e-3
-
-
-@dataclass
-class InspectedConfig(GymGRPOConfig):
-    """`GymGRPOConfig` that keeps what is wrong with it instead of raising."""
-
-    def __post_init__(self) -> None:
-        self.problems: list[str] = []
-        try:
-            super().__post_init__()
-        except ConfigError as error:
-            self.problems = str(error).split("\n  - ")[1:]
-        except Exception as error:  # of TRL's and transformers' own checks, which need devices and packages
-            self.problems = [f"{type(error).__name__}: {error}"]
+def options_file(context: Context) -> Iterator[Finding]:
+    """Options can be read; those that cannot are left out for the checks that follow."""
+    # What is wrong with an option would keep everything else from being checked; `options` tells of it.
+    values, context.problems = parse(context.argv)
+    context.script = ScriptArguments(**_own(ScriptArguments, values))
+    context.model_options = ModelConfig(**_own(ModelConfig, values))
+    context.args = GymGRPOConfig.__new__(GymGRPOConfig)  # kept although its `__init__` raises
+    try:
+        context.args.__init__(**_own(GymGRPOConfig, values))  # type: ignore[misc]
+    except ConfigError as error:
+        context.problems += error.problems
+    except Exception as error:  # of TRL's and transformers' own checks, which need devices and packages
+        context.problems.append(Problem(f"{type(error).__name__}: {error}"))
+    yield ok("read" if "--config" in context.argv else "no options file: what is not given has its default")
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """Options, and what could not be read of them.
+def parse(argv: Sequence[str]) -> tuple[Namespace, list[Problem]]:
+    """Read options.
 
-    Attributes:
-        script: Of the script.
-        args: Of the trainer.
-        model: TRL's.
-        findings: Options that are unknown or of a wrong type; they are left out of the others.
+    Args:
+        argv: As for the script; `--config FILE` names a YAML whose `env` is set, as TRL does.
+
+    Returns:
+        The options of `_KINDS`, and those that are unknown or of a wrong type, which have their defaults.
+
+    Raises:
+        ConfigError: The file cannot be read, or nothing can be made of the options.
     """
-
-    script: ScriptOptions
-    args: InspectedConfig
-    model: ModelConfig
-    findings: list[Finding]
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    given = _read_file(words)
+    for name, value in (given.pop("env", None) or {}).items():
+        os.environ[name] = str(value)
+    problems: list[Problem] = []
+    for _ in range(_MAX_MISTAKES):
+        parser = _Parser(_KINDS, add_help=False, allow_abbrev=False)
+        unknown = parser.set_defaults_with_config(**given)[::2]
+        try:
+            values, rest = parser.parse_known_args(words)
+        except _ArgumentError as error:
+            problems.append(_left_out(str(error), words, given))
+            continue
+        unknown += [word for word in rest if word.startswith("--")]
+        return values, [*problems, *map(_unknown, unknown)]
+    raise _unreadable(f"more than {_MAX_MISTAKES} of them are of a wrong type")
 
 
 class _ArgumentError(Exception):
@@ -79,39 +80,13 @@ class _Parser(TrlParser):
         raise _ArgumentError(message)
 
 
-def parse(argv: Sequence[str]) -> Parsed:
-    """Read options.
-
-    Args:
-        argv: As for the script; `--config FILE` names a YAML whose `env` is set, as TRL does.
-
-    Raises:
-        ConfigError: The file cannot be read, or nothing can be made of the options.
-    """
-    words = _split_equals(argv)
-    given = _read_file(words)
-    for name, value in (given.pop("env", None) or {}).items():
-        os.environ[name] = str(value)
-    findings: list[Finding] = []
-    for _ in range(_MAX_MISTAKES):
-        parser = _Parser((ScriptOptions, InspectedConfig, ModelConfig), add_help=False, allow_abbrev=False)
-        unknown = parser.set_defaults_with_config(**given)[::2]
-        try:
-            script, args, model, rest = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
-        except _ArgumentError as error:
-            findings.append(_left_out(str(error), words, given))
-            continue
-        unknown += [word for word in rest if word.startswith("--")]
-        return Parsed(script, args, model, [*findings, *(_unknown(name) for name in unknown)])
-    raise _unreadable(f"more than {_MAX_MISTAKES} of them are of a wrong type")
-
-
-def _split_equals(argv: Sequence[str]) -> list[str]:
-    return [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+def _own(kind: type, values: Namespace) -> dict[str, Any]:
+    names = [one.name for one in fields(kind) if one.init]
+    return {name: getattr(values, name) for name in names if hasattr(values, name)}
 
 
 def _read_file(words: list[str]) -> dict[str, Any]:
-    """Takes `--config FILE` out of the words."""
+    """Read the file of `--config FILE`, which is taken out of the words."""
     if "--config" not in words:
         return {}
     index = words.index("--config")
@@ -119,25 +94,40 @@ def _read_file(words: list[str]) -> dict[str, Any]:
         raise _unreadable("`--config` names no file")
     path = Path(words[index + 1])
     del words[index : index + 2]
+    content = read_yaml(path)
+    if not isinstance(content.get("env") or {}, dict):
+        raise _unreadable(f"`env` of {path} is not a mapping")
+    return content
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: It does not, or cannot be read.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise _unreadable(f"{path}: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("env") or {}, dict):
+    if not isinstance(content, dict):
         raise _unreadable(f"{path} holds no mapping from options to values")
     return content
 
 
-def _left_out(message: str, words: list[str], given: dict[str, Any]) -> Finding:
-    """What the parser complains of; it is taken out, so that the next complaint can be heard.
+def _unreadable(reason: str) -> ConfigError:
+    reason = " ".join(reason.split())  # what YAML complains of is several lines, with a picture
+    return ConfigError(f"The options cannot be read: {reason}.", "Check the file and the command line.")
+
+
+def _left_out(message: str, words: list[str], given: dict[str, Any]) -> Problem:
+    """Take out what the parser complains of, so that its next complaint can be heard.
 
     Raises:
-        ConfigError: It is not about a single option.
+        ConfigError: The complaint is not about a single option.
     """
     found = _ARGUMENT.search(message)
-    if found is None:
-        raise _unreadable(message)
-    name = found[1]
+    name = found[1] if found is not None else ""
     if f"--{name}" in words:
         start = words.index(f"--{name}")
         end = next((i for i in range(start + 1, len(words)) if words[i].startswith("--")), len(words))
@@ -147,143 +137,99 @@ def _left_out(message: str, words: list[str], given: dict[str, Any]) -> Finding:
     else:
         raise _unreadable(message)
     reason = message.partition(": ")[2] or message
-    return failed(f"`{name}`: {reason}", f"Set `{name}` to a value of its type, or leave it out.")
+    return Problem(f"`{name}`: {reason}.", f"Set `{name}` to a value of its type, or leave it out.")
 
 
-def _unreadable(reason: str) -> ConfigError:
-    reason = " ".join(reason.split())  # what YAML complains of is several lines, with a picture
-    return ConfigError(f"the options cannot be read: {reason}; check --config and the command line")
-
-
-def _unknown(word: str) -> Finding:
+def _unknown(word: str) -> Problem:
     name = word.lstrip("-")
-    known = [one.name for kind in (ScriptOptions, InspectedConfig, ModelConfig) for one in fields(kind)]
-    closest = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean `{closest[0]}`? " if closest else ""
-    return failed(
-        f"`{name}` is no option of recipes/grpo.py", f"{hint}Remove it, or check it in a script of your own."
-    )
+    closest = difflib.get_close_matches(name, [one.name for kind in _KINDS for one in fields(kind)], n=1)
+    remedy = f"Did you mean `{closest[0]}`?" if closest else "Remove it, or check it in a script of your own."
+    return Problem(f"`{name}` is not an option of `trl-gym train`.", remedy)
 
 
-def problem_findings(problems: Sequence[str]) -> list[Finding]:
-    """What is wrong with values of options."""
-    return [
-        failed(*split_remedy(problem, "Change it in the options file or on the command line.")) for problem in problems
-    ]
-
-
-_ADVICE = "`accelerate config`, or take one of recipes/accelerate/ with `accelerate launch --config_file`."
-
-
-def options_file(subject: Subject) -> Iterator[Finding]:
-    """Options can be read; those that cannot are left out for the checks that follow."""
-
-    parsed = parse(subject.argv)
-    subject.script, subject.args, subject.model_options = parsed.script, parsed.args, parsed.model
-    subject.problems = parsed.args.problems
-    # A failure here would keep everything else from being checked; `options` tells of them.
-    subject.unread = parsed.findings
-    yield ok("read" if "--config" in subject.argv else "no options file: what is not given has its default")
-
-
-def options(subject: Subject) -> Iterator[Finding]:
+def options(context: Context) -> Iterator[Finding]:
     """Values of options: known, of their type, in their range, not against each other."""
-
-    yield from subject.unread
-    yield from problem_findings(subject.problems)
-    yield from _sources(subject)
-    if not subject.unread and not subject.problems:
+    problems = [*context.problems, *_source_problems(context)]
+    for problem in problems:
+        yield failed(problem.text, problem.remedy or "Change it in the options file or on the command line.")
+    if not problems:
         yield ok("no contradictions")
 
 
-def _sources(subject: Subject) -> Iterator[Finding]:
-    args = subject.args
-    if subject.starts_gym and not args.gym_config_paths:
-        yield failed(
-            "there is no NeMo Gym: `gym_config_paths` and `gym_head_url` are not set",
+def _source_problems(context: Context) -> Iterator[Problem]:
+    args = context.args
+    if context.starts_gym and not args.gym_config_paths:
+        yield Problem(
+            "There is no NeMo Gym: `gym_config_paths` and `gym_head_url` are not set.",
             "Set `gym_config_paths` to the configs of an environment, or `gym_head_url` to a running Gym.",
         )
-    if subject.serves and args.vllm_mode == "server" and not args.vllm_server_base_url:
-        yield failed(
-            "`vllm_mode` is 'server' and `vllm_server_base_url` is not set",
+    if context.serves and args.vllm_mode == "server" and not args.vllm_server_base_url:
+        yield Problem(
+            "`vllm_mode` is 'server' and `vllm_server_base_url` is not set.",
             "Start a server with `trl-gym serve MODEL` and set the option to its URL.",
         )
-    weights, files = subject.script.train_weights, subject.script.train_files
-    expected = len(files) + (subject.script.data_script is not None)
+    weights = context.script.train_weights
+    expected = len(context.script.train_files) + (context.script.data_script is not None)
     if weights is not None and (len(weights) != expected or not all(weight > 0 for weight in weights)):
-        yield failed(
-            f"`train_weights` is {weights} and there are {expected} training files",
+        yield Problem(
+            f"`train_weights` is {weights} and there are {expected} training files.",
             "Give one positive number for each file, or leave `train_weights` out.",
         )
 
 
-def processes(subject: Subject) -> Iterator[Finding]:
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def processes(context: Context) -> Iterator[Finding]:
     """accelerate's configuration: how many processes, and how the model is sharded."""
     import torch
+    from accelerate.commands.config.config_args import default_config_file
 
-    path = subject.accelerate_config or _default_config()
-    if path is None:
-        num_gpus = torch.cuda.device_count()
+    path = context.accelerate_config or Path(default_config_file)
+    num_gpus = torch.cuda.device_count()
+    if context.accelerate_config is None and not path.is_file():
         if num_gpus > 1:
             yield warning(f"there is no configuration of accelerate, and there are {num_gpus} GPUs", _ADVICE)
         else:
             yield ok("no configuration of accelerate: one process")
         return
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        yield failed(f"{path} cannot be read ({error})", _ADVICE)
-        return
-    if not isinstance(config, dict):
-        yield failed(f"{path} holds no mapping", _ADVICE)
-        return
-    findings = list(_process_problems(subject, path, config))
-    yield from findings
-    if not findings:
+    config = read_yaml(path)
+    problems = list(_process_problems(context, config, num_gpus))
+    for problem in problems:
+        yield failed(f"{path}: {problem.text}", problem.remedy)
+    if not problems:
         kind = str(config.get("distributed_type", "NO")).removeprefix("DistributedType.")
         yield ok(f"{path}: {config.get('num_processes', 1)} process(es), {kind}")
 
 
-def _process_problems(subject: Subject, path: Path, config: dict[str, object]) -> Iterator[Finding]:
-    import torch
-
-    args = subject.args
-    processes = int(str(config.get("num_processes") or 1))
-    machines = int(str(config.get("num_machines") or 1))
+def _process_problems(context: Context, config: dict[str, Any], num_gpus: int) -> Iterator[Problem]:
+    args = context.args
+    num_processes, machines = (int(config.get(name) or 1) for name in ("num_processes", "num_machines"))
     kind = str(config.get("distributed_type", "NO")).upper()
     on_cpu = bool(config.get("use_cpu")) or args.use_cpu
-    num_gpus = torch.cuda.device_count()
-    here = -(-processes // machines)
+    here = -(-num_processes // machines)
     if not on_cpu and here > max(num_gpus, 1):
-        yield failed(
-            f"{path}: {processes} processes on {machines} machine(s) need {here} GPUs here, there are {num_gpus}",
+        yield Problem(
+            f"{num_processes} processes on {machines} machine(s) need {here} GPUs here, there are {num_gpus}.",
             f"Set `num_processes` to {max(num_gpus, 1) * machines}, or `--use_cpu true` to train on the CPU.",
         )
-    if processes > 1 and bool(config.get("use_cpu")) != bool(args.use_cpu) and num_gpus == 0:
-        yield failed(
-            f"{path}: `use_cpu` is {config.get('use_cpu')} and that of the training options {args.use_cpu}",
+    if num_processes > 1 and bool(config.get("use_cpu")) != bool(args.use_cpu) and num_gpus == 0:
+        yield Problem(
+            f"`use_cpu` is {config.get('use_cpu')} and that of the training options {args.use_cpu}.",
             "Set both to true: otherwise each process trains by itself.",
         )
     if on_cpu and ("FSDP" in kind or "DEEPSPEED" in kind):
-        yield failed(f"{path}: {kind} needs GPUs", "Use recipes/accelerate/cpu_two_processes.yaml.")
-    batch = args.per_device_train_batch_size * processes * (args.steps_per_generation or 1)
-    if processes > 1 and args.num_generations and batch % args.num_generations:
-        yield failed(
-            f"{processes} processes make generation batches of {batch} rollouts, which groups of "
-            f"`num_generations` {args.num_generations} do not divide",
+        yield Problem(f"{kind} needs GPUs.", "Use recipes/accelerate/cpu_two_processes.yaml.")
+    batch = args.per_device_train_batch_size * num_processes * (args.steps_per_generation or 1)
+    if num_processes > 1 and args.num_generations and batch % args.num_generations:
+        yield Problem(
+            f"{num_processes} processes make generation batches of {batch} rollouts, which groups of "
+            f"`num_generations` {args.num_generations} do not divide.",
             "Set `per_device_train_batch_size` or `steps_per_generation` so that they do.",
         )
-    if (served := args.gym_server_devices) and not on_cpu and num_gpus:
-        unknown = [one for one in served.split(",") if one.strip().isdigit() and int(one) >= num_gpus]
-        if unknown:
-            yield failed(
-                f"`gym_server_devices` is {served!r} and there are GPUs 0 to {num_gpus - 1}",
-                "Set `gym_server_devices` to some of them.",
-            )
-
-
-def _default_config() -> Path | None:
-    from accelerate.commands.config.config_args import default_config_file
-
-    path = Path(default_config_file)
-    return path if path.is_file() else None
+    served = [one.strip() for one in (args.gym_server_devices or "").split(",")]
+    if not on_cpu and num_gpus and any(one.isdigit() and int(one) >= num_gpus for one in served):
+        yield Problem(
+            f"`gym_server_devices` is {args.gym_server_devices!r} and there are GPUs 0 to {num_gpus - 1}.",
+            "Set `gym_server_devices` to some of them.",
+        )

@@ -1,4 +1,4 @@
-"""The machine: devices, memory, ports."""
+"""The machine: Python and packages, devices and memory, ports, folders, trackers, what earlier runs left behind."""
 
 from __future__ import annotations
 
@@ -22,17 +22,13 @@ from urllib.parse import urlsplit
 from packaging.specifiers import SpecifierSet
 
 from trl_gym import compat
-from trl_gym.doctor.checks import Finding, failed, ok, skipped, warning
-from trl_gym.doctor.context import Subject
+from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warning
 from trl_gym.processes import bind_socket
-
-# --------------------------------------------------------------------------------------------------------------------
-# Python and the packages of the trainer.
 
 SUPPORTED_PYTHON = ">=3.11,<3.14"  # as in pyproject.toml
 
 
-def python(_: Subject) -> Iterator[Finding]:
+def python(_: Context) -> Iterator[Finding]:
     """The trainer's interpreter and operating system."""
     version = ".".join(map(str, sys.version_info[:3]))
     if SpecifierSet(SUPPORTED_PYTHON).contains(version):
@@ -48,35 +44,26 @@ def python(_: Subject) -> Iterator[Finding]:
         )
 
 
-def versions(_: Subject) -> Iterator[Finding]:
+def versions(_: Context) -> Iterator[Finding]:
     """TRL and transformers."""
-    for package in ("trl", "transformers"):
-        yield _version(package)
+    yield from _versions("trl", "transformers")
 
 
-def vllm_version(subject: Subject) -> Iterator[Finding]:
+def vllm_version(context: Context) -> Iterator[Finding]:
     """vLLM, where the run starts its server itself."""
-    if not subject.starts_policy:
-        return
-    finding = _version("vllm")
-    yield finding
-    if not finding.remedy and importlib.util.find_spec("vllm") is None:
-        yield failed(
-            "vLLM is listed as installed and has no module", "`pip install --force-reinstall 'trl-gym[vllm]'`"
-        )
-    yield from _cpu_build()
+    if context.starts_policy:
+        yield from _versions("vllm")
+        if importlib.util.find_spec("vllm") is None:
+            yield failed(
+                "vLLM is listed as installed and has no module", "`pip install --force-reinstall 'trl-gym[vllm]'`"
+            )
+        yield from _cpu_build()
 
 
-def _version(package: str) -> Finding:
-    supported, version = compat.SUPPORTED[package], compat.installed_version(package)
-    if version is None:
-        return failed(f"{package} is not installed in {sys.executable}", f"`pip install '{package}{supported}'`")
-    if not SpecifierSet(supported).contains(version, prereleases=True):
-        return failed(
-            f"{package} {version} is installed and trl-gym supports {supported}",
-            f"`pip install '{package}{supported}'`",
-        )
-    return ok(f"{package} {version} (supported: {supported})")
+def _versions(*packages: str) -> Iterator[Finding]:
+    compat.check_versions(packages)
+    for package in packages:
+        yield ok(f"{package} {compat.installed_version(package)} (supported: {compat.SUPPORTED[package]})")
 
 
 def _cpu_build() -> Iterator[Finding]:
@@ -101,7 +88,7 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def devices(_: Subject) -> Iterator[Finding]:
+def devices(_: Context) -> Iterator[Finding]:
     """GPUs as torch sees them, or the processors and memory of the host."""
     import torch
 
@@ -120,34 +107,33 @@ def devices(_: Subject) -> Iterator[Finding]:
     yield ok(host)
 
 
-def memory_plan(subject: Subject) -> Iterator[Finding]:
+def memory_plan(context: Context) -> Iterator[Finding]:
     """How the GPU's memory will be divided, by the planner's arithmetic."""
     from trl import get_peft_config
 
     from trl_gym.memory.plan import from_trainer, this_device
 
     device = this_device()
-    if device is None or not subject.starts_policy or subject.args.gym_server_devices is not None:
+    if device is None or not context.starts_policy or context.args.gym_server_devices is not None:
         return
     processes = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     plan = from_trainer(
-        subject.args, subject.model, processes, device, peft_config=get_peft_config(subject.model_options)
+        context.args, context.model, processes, device, peft_config=get_peft_config(context.model_options)
     )
-    say = failed if plan.utilization is None and subject.args.gym_gpu_memory == "auto" else warning
+    say = failed if plan.utilization is None and context.args.gym_gpu_memory == "auto" else warning
     for line in plan.warnings:
-        what, _, remedy = line.partition(" What helps: ")
-        yield say(what, remedy and f"What helps: {remedy}")
+        yield say(str(line), "")
     if not plan.warnings:
-        share = plan.utilization if subject.args.gym_gpu_memory == "auto" else plan.given_utilization
+        share = plan.utilization if context.args.gym_gpu_memory == "auto" else plan.given_utilization
         yield ok(f"the policy server takes {share:g} of the GPU: {plan.given_tokens} tokens of KV cache")
 
 
-def shared_memory(subject: Subject) -> Iterator[Finding]:
+def shared_memory(context: Context) -> Iterator[Finding]:
     """Room for one copy of the weights, which the transport `file` keeps in shared memory."""
-    args = subject.args
-    if not subject.serves or args.gym_weight_dir is not None or not _sends_files(subject):
+    args = context.args
+    if not context.serves or args.gym_weight_dir is not None or not _sends_files(context):
         return
-    needed = subject.num_params * _BYTES[args.serving_dtype]
+    needed = context.num_params * _BYTES[args.serving_dtype]
     if not SHARED_MEMORY.is_dir():
         yield failed(f"there is no {SHARED_MEMORY}", "Set `gym_weight_dir` to a folder that the server sees too.")
         return
@@ -164,21 +150,21 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _sends_files(subject: Subject) -> bool:
+def _sends_files(context: Context) -> bool:
     import torch
     from trl import get_peft_config
 
     from trl_gym.weight_sync.transports.plan import plan_transport
 
-    args = subject.args
+    args = context.args
     on_cuda = torch.cuda.is_available() and not args.use_cpu
-    plan = plan_transport(args, subject.model, get_peft_config(subject.model_options), on_cuda=on_cuda)
+    plan = plan_transport(args, context.model, get_peft_config(context.model_options), on_cuda=on_cuda)
     return args.gym_weight_transport in ("auto", "file") and not plan.sends_adapter and plan.backend == "file"
 
 
-def ports(subject: Subject) -> Iterator[Finding]:
+def ports(context: Context) -> Iterator[Finding]:
     """Ports that the options fix are free; the others are chosen by the operating system."""
-    given = list(_given_ports(subject))
+    given = list(_given_ports(context))
     taken = False
     for source, host, port in given:
         try:
@@ -193,10 +179,10 @@ def ports(subject: Subject) -> Iterator[Finding]:
         yield ok(", ".join(f"{port} is free" for _, _, port in given) or "none is fixed: free ones are chosen")
 
 
-def _given_ports(subject: Subject) -> Iterator[tuple[str, str, int]]:
+def _given_ports(context: Context) -> Iterator[tuple[str, str, int]]:
     """(where it is set, host, port)."""
-    overrides = subject.args.gym_overrides
-    if subject.starts_gym and isinstance(overrides, Mapping):
+    overrides = context.args.gym_overrides
+    if context.starts_gym and isinstance(overrides, Mapping):
         host = _dig(overrides, "default_host") or "127.0.0.1"
         for name, value in _leaves(overrides):
             if name.rpartition(".")[2] == "port" and str(value).isdigit() and int(value):
@@ -246,11 +232,11 @@ class Process:
     command: str
 
 
-def leftovers(subject: Subject) -> Iterator[Finding]:
+def leftovers(context: Context) -> Iterator[Finding]:
     """Files and servers that no living run owns."""
     table = processes()
     found = False
-    places = [SHARED_MEMORY, *([Path(subject.args.gym_weight_dir)] if subject.args.gym_weight_dir else [])]
+    places = [SHARED_MEMORY, *([Path(context.args.gym_weight_dir)] if context.args.gym_weight_dir else [])]
     for place in places:
         if left := left_files(place, table):
             found = True
@@ -340,11 +326,11 @@ _HUB_URL = "https://huggingface.co"
 _FEW_BYTES = 10**9  # for journal and logs
 
 
-def folders(subject: Subject) -> Iterator[Finding]:
+def folders(context: Context) -> Iterator[Finding]:
     """Every folder that the run writes to can be written; those that are missing can be made."""
-    args = subject.args
-    targets = {"output_dir": subject.output_dir, "gym_log_dir": Path(args.gym_log_dir or subject.output_dir / "logs")}
-    journal = subject.output_dir / "rollouts"
+    args = context.args
+    targets = {"output_dir": context.output_dir, "gym_log_dir": Path(args.gym_log_dir or context.output_dir / "logs")}
+    journal = context.output_dir / "rollouts"
     if journal.exists():
         targets["journal"] = journal
     if args.gym_weight_dir is not None and Path(args.gym_weight_dir).is_dir():
@@ -373,13 +359,13 @@ def why_not_writable(folder: Path) -> str | None:
         return error.strerror or str(error)
 
 
-def space(subject: Subject) -> Iterator[Finding]:
+def space(context: Context) -> Iterator[Finding]:
     """Room for the journal and for checkpoints."""
-    args = subject.args
-    there = next(one for one in (subject.output_dir, *subject.output_dir.absolute().parents) if one.is_dir())
+    args = context.args
+    there = next(one for one in (context.output_dir, *context.output_dir.absolute().parents) if one.is_dir())
     free = shutil.disk_usage(there).free
     kept = 0 if str(args.save_strategy).endswith("no") else (args.save_total_limit or 1)
-    needed = _FEW_BYTES + kept * _BYTES_PER_PARAMETER * subject.num_params
+    needed = _FEW_BYTES + kept * _BYTES_PER_PARAMETER * context.num_params
     text = (
         f"{there} has {free / 1e9:,.1f} GB free; {kept} checkpoint(s) and a journal need up to {needed / 1e9:,.1f} GB"
     )
@@ -391,9 +377,9 @@ def space(subject: Subject) -> Iterator[Finding]:
         yield ok(text)
 
 
-def reporting(subject: Subject) -> Iterator[Finding]:
+def reporting(context: Context) -> Iterator[Finding]:
     """Trackers that `report_to` asks for are installed and can be reached. Nothing is sent to them."""
-    wanted = subject.args.report_to or []
+    wanted = context.args.report_to or []
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     for name in names:
         if name in ("none", "all"):
@@ -402,7 +388,7 @@ def reporting(subject: Subject) -> Iterator[Finding]:
             yield failed(f"`report_to` names {name}, which is not installed", f"`pip install {name}`")
         elif name == "wandb":
             yield from _wandb()
-        elif name == "trackio" and getattr(subject.args, "trackio_space_id", None):
+        elif name == "trackio" and getattr(context.args, "trackio_space_id", None):
             yield _reachable(name, _HUB_URL, "leave `trackio_space_id` out to keep the numbers on this machine")
         else:
             yield ok(f"{name} is installed")

@@ -190,6 +190,10 @@ class PolicyClient:
             return False
         return True
 
+    def set_weight_version(self, version: str) -> None:
+        """Give the weights that are in service another version."""
+        self._call("POST", "/update_weight_version", json={"new_version": version})
+
     def weight_version(self) -> str:
         return str(self._call("GET", "/weight_info")["weight_version"])
 

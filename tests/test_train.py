@@ -1,0 +1,89 @@
+"""The training script as far as it needs no server: its command, what it says about mistakes, its summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import RECIPES
+from trl_gym.cli import main
+from trl_gym.train import make_data, newest_checkpoint, summarize
+
+MINIMAL = ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_without_a_model_it_says_what_to_do(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *MINIMAL]) == 1
+    shown = capfd.readouterr().err
+    assert "`model_name_or_path` is not set. Set it to a model folder" in shown and "make quickstart" in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--gym-deadline", "0"], "`gym_deadline` is 0.0. Set it to a number of seconds above 0."),
+        (["--gym-deadlines", "5"], "trl-gym doctor"),
+        (["--config", "options.yaml"], "`gym_max_inflight` is None. Set it to a whole number."),
+    ],
+)
+def test_mistakes_in_options_are_one_message(
+    here: Path, capfd: pytest.CaptureFixture[str], options: list[str], expected: str
+) -> None:
+    (here / "options.yaml").write_text("gym_max_inflight: null\n")
+    assert main(["train", *MINIMAL, *options]) == 1
+    shown = capfd.readouterr().err
+    assert expected in shown and "ConfigError" in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize("script", [["-m", "trl_gym.train"], [str(RECIPES / "grpo.py")]])
+def test_the_module_and_the_recipe_are_the_same_script(tmp_path: Path, script: list[str]) -> None:
+    command = [sys.executable, *script, *MINIMAL, "--gym_deadline", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "`gym_deadline` is 0.0." in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_help_says_how_several_processes_are_launched(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "accelerate launch" in capsys.readouterr().out
+
+
+def test_a_data_script_that_fails_is_quoted(tmp_path: Path) -> None:
+    from trl_gym.errors import ConfigError
+
+    script = tmp_path / "data.py"
+    script.write_text("raise SystemExit('no such disk')")
+    with pytest.raises(ConfigError, match="ended with exit code 1:\\nno such disk"):
+        make_data(str(script), str(tmp_path))
+
+
+def test_a_run_is_summed_up_from_what_is_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rollouts").mkdir()
+    line = {"failure": None, "env_mask": [1, 0, 1], "prompt_ids": [1, 2], "completion_ids": [3, 4, 5]}
+    (tmp_path / "rollouts" / "step-0.rank-0.jsonl").write_text(json.dumps(line) + "\n")
+    rows = [
+        {"step": 0, "eval_reward": 0.2, "eval_success": 0.1, "eval_seconds/rollouts": 1.0},
+        {"step": 1, "reward": 0.5, "seconds/rollouts": 2.0, "eval_reward": 0.6, "eval_success": 0.4},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    summarize(tmp_path, {"servers and model": 3.0})
+    shown = capsys.readouterr().out
+    for expected in ("0.100 → 0.400", "1 (0 failed)", "5 (2 sampled by the policy)", "6.0", "checkpoint-10"):
+        assert expected in shown, shown
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
