@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
 from trl_gym.callbacks import MetricsCallback, ProgressCallback, WeightSyncCallback
+from trl_gym.errors import RolloutError
 from trl_gym.progress import LineProgress
 
 
@@ -65,6 +66,30 @@ def test_a_resumed_run_keeps_the_steps_it_has_and_drops_those_it_repeats(tmp_pat
     ]
     callback.on_train_begin(None, state(0), TrainerControl())
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "rew', '{"step": 3}\n"eval_reward": 1}\n', '{"step": 3}\nnull'])
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_line_that_a_full_disk_tore_is_cut_off(
+    tmp_path: Path, torn: str, resumes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n' + torn)
+    callback = MetricsCallback(path)
+    if resumes:
+        callback.on_train_begin(None, state(3), TrainerControl())
+    callback.on_log(None, state(4), TrainerControl(), logs={"reward": 1.0})
+    whole = [3] if torn.startswith('{"step": 3}') else []
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, *whole, 4]
+    assert "torn by a crash or a full disk" in caplog.text
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_metrics_that_cannot_be_written_say_where(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    callback = MetricsCallback(tmp_path / "file" / "metrics.jsonl")
+    with pytest.raises(RolloutError, match=r"(?s)metrics cannot be written to .*metrics\.jsonl.*Free some space"):
+        callback.on_train_begin(None, state(0), TrainerControl())
 
 
 def test_every_evaluation_set_is_shown_by_its_name() -> None:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from trl_gym.errors import ConfigError
-from trl_gym.resume import RunState, last_complete_checkpoint, load_state, save_state
+from trl_gym.resume import RunState, last_complete_checkpoint, load_state, restored, save_state
 from trl_gym.weight_sync.sums import fingerprint
 
 BUFFERED = [
@@ -51,10 +51,26 @@ def test_a_checkpoint_that_was_interrupted_is_passed_over(tmp_path: Path, caplog
     checkpoint(tmp_path, 9, '{"global_step": 9}')
     checkpoint(tmp_path, 10, '{"global_step": 10}')
     checkpoint(tmp_path, 20, '{"global_st')
+    checkpoint(tmp_path, 25, '{"global_step": 25}')  # written again on SIGTERM, and not to the end
+    (tmp_path / "checkpoint-25" / "checkpoint-is-incomplete.txt").touch()
     (tmp_path / "checkpoint-best").mkdir()
     with caplog.at_level(logging.WARNING):
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert "checkpoint-20 was interrupted" in caplog.text
+    assert "checkpoint-20 was interrupted" in caplog.text and "checkpoint-25 was interrupted" in caplog.text
+
+
+def test_a_state_is_taken_over_only_if_every_rank_has_one_of_as_many_ranks() -> None:
+    own = RunState(run="r", num_micro_steps=7, num_ranks=2, buffered=BUFFERED)
+
+    def found(num_ranks: list[int | None], num_micro_steps: int) -> RunState:
+        fallback = {"run": "new", "num_micro_steps": num_micro_steps, "generate_every": 4}
+        return restored("out/checkpoint-3", own, num_ranks, **fallback)
+
+    assert found([2, 2], 6) is own
+    for others in ([2], [2, None], [2, 2, 2]):
+        assert found(others, 8) == RunState(run="new", num_micro_steps=8, num_ranks=len(others), buffered=None)
+        with pytest.raises(ConfigError, match=r"saved in the middle of a generation batch .* written by 2 ranks"):
+            found(others, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

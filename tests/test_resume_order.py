@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, TrainerCallback, TrainerState
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
+from tests.gradient import lean
 from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.recorded import POLICY, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
@@ -75,8 +78,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer()
+def tokenizer() -> Iterator[PreTrainedTokenizerFast]:
+    with lean():
+        yield build_tokenizer()
 
 
 def trainer(recorded: tuple[Path, Path], tokenizer: Any, output_dir: Path, **changes: Any) -> Watched:
@@ -127,6 +131,91 @@ def test_resumed_from_checkpoints(
         for expected, actual in zip(weights(whole), weights(resumed), strict=True):
             assert torch.equal(expected, actual), step
         assert resumed._run == whole._run
+
+
+class Terminated(TrainerCallback):
+    """Asks for transformers' checkpoint on SIGTERM at one event, as the signal's handler does. The callback that
+    writes it has been called for that event before, and looks at its next one."""
+
+    def __init__(self, event: str, step: int) -> None:
+        self._event, self._step = event, step
+        self.manager: Any = None
+
+    def _look(self, event: str, state: TrainerState) -> None:
+        if (event, state.global_step) == (self._event, self._step):
+            self.manager.is_checkpoint_requested = True
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._look("epoch_begin", state)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._look("step_begin", state)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._look("pre_optimizer_step", state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._look("step_end", state)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    recorded: tuple[Path, Path], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> list[Watched]:
+    """Runs with an optimizer step that takes half a generation batch, and with one that takes one of two passes."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    runs = []
+    for number, schedule in enumerate(JIT_SCHEDULES):  # trained one by one: making a trainer sets the random state
+        runs.append(trainer(recorded, tokenizer, folder / str(number), **schedule, save_strategy="no"))
+        runs[-1].train()
+    return runs
+
+
+JIT_SCHEDULES = (
+    {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "per_device_train_batch_size": 1},
+    {"gradient_accumulation_steps": 2, "steps_per_generation": 2, "num_iterations": 2},
+)
+
+
+@pytest.mark.parametrize("schedule", range(2))
+@pytest.mark.parametrize(
+    ("asked", "step", "saved"),
+    [
+        ("step_begin", 2, 3),  # answered before the optimizer steps: the checkpoint waits for that
+        ("step_begin", 3, 4),
+        ("pre_optimizer_step", 3, 4),  # answered at the end of the step
+        ("step_end", 3, 3),  # answered when the next step begins, or the epoch ends
+        ("step_end", 5, 5),
+        ("step_end", 6, 6),
+        ("epoch_begin", 6, 6),
+    ],
+)
+def test_resumed_from_the_checkpoint_on_sigterm(
+    recorded: tuple[Path, Path],
+    tokenizer: Any,
+    tmp_path: Path,
+    uninterrupted: list[Watched],
+    schedule: int,
+    asked: str,
+    step: int,
+    saved: int,
+) -> None:
+    options = {**JIT_SCHEDULES[schedule], "save_strategy": "epoch", "save_only_model": False}
+    stopped = trainer(recorded, tokenizer, tmp_path, **options, enable_jit_checkpoint=True)
+    terminated = Terminated(asked, step)
+    stopped.add_callback(terminated)
+    [jit] = [own for own in stopped.callback_handler.callbacks if isinstance(own, JITCheckpointCallback)]
+    terminated.manager = jit.jit_manager
+    stopped.train()
+    assert stopped.state.global_step < 7
+    folders = {int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")}
+    assert max(folders) == saved and step not in folders - {saved}
+    resumed = trainer(recorded, tokenizer, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    whole = uninterrupted[schedule]
+    assert resumed.batches == [batch for batch in whole.batches if batch[0] >= saved]
+    for expected, actual in zip(weights(whole), weights(resumed), strict=True):
+        assert torch.equal(expected, actual)
 
 
 def test_a_batch_that_was_begun_cannot_be_taken_over_without_its_rest(

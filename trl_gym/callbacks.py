@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_gym.errors import RolloutError
 from trl_gym.progress import PhaseClock, RunProgress
+
+logger = logging.getLogger(__name__)
 
 EVAL_PREFIX = "eval_"
 _EVALUATION_TIME = "runtime"  # transformers logs `<prefix>_runtime` with every evaluation
@@ -76,27 +82,29 @@ class MetricsCallback(TrainerCallback):
     """Writes `metrics.jsonl`: one object per logged step, evaluation results in the object of their step.
 
     A step's line is written when its training metrics are known and rewritten in place when an evaluation follows, so
-    a run that dies loses nothing that was logged.
+    a run that dies loses nothing that was logged. A line that a crash or a full disk tore is cut off before anything
+    is written after it.
 
     Args:
-        path: The file; a run that does not resume starts it anew.
+        path: The file; a run that does not resume empties it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._last: dict[str, Any] = {}
         self._offset = 0
+        self._is_whole = False  # known to end with a whole line
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._path.read_text().splitlines() if state.global_step > 0 and self._path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self._path.write_text("".join(f"{line}\n" for line in kept))
+        with self._explained():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._keep(state.global_step if state.global_step > 0 else -1)
         self._last, self._offset = {}, self._path.stat().st_size
+        self._is_whole = True
 
     def on_log(
         self,
@@ -108,18 +116,46 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         numbers = {name: _finite(value) for name, value in logs.items() if isinstance(value, bool | int | float)}
-        mode = "r+" if self._path.exists() else "w+"
-        with open(self._path, mode) as file:
-            if self._last.get("step") == state.global_step:
-                self._last |= numbers
-            else:
-                self._offset = file.seek(0, 2)
-                self._last = {"step": state.global_step, **numbers}
-            file.seek(self._offset)
-            file.write(json.dumps(self._last) + "\n")
-            file.truncate()
+        with self._explained():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._is_whole and self._path.exists():  # of an earlier run: an evaluation before training
+                self._keep(math.inf)
+            self._is_whole = True
+            with open(self._path, "r+" if self._path.exists() else "w+") as file:
+                if self._last.get("step") == state.global_step:
+                    self._last |= numbers
+                else:
+                    self._offset = file.seek(0, 2)
+                    self._last = {"step": state.global_step, **numbers}
+                file.seek(self._offset)
+                file.write(json.dumps(self._last) + "\n")
+                file.truncate()
+
+    def _keep(self, last_step: float) -> None:
+        """Rewrite the file with the lines up to a step; log those that cannot be read, and leave them out."""
+        kept = []
+        for number, line in enumerate(self._path.read_text().splitlines() if self._path.exists() else [], start=1):
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s, line %d: torn by a crash or a full disk; left out", self._path, number)
+                continue
+            if step <= last_step:
+                kept.append(line)
+        beside = self._path.with_suffix(".tmp")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(beside, self._path)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RolloutError(
+                f"The metrics cannot be written to {self._path} ({error}).",
+                "Free some space there, or make it writable, and resume from the last checkpoint.",
+            ) from error
 
 
 class ProgressCallback(TrainerCallback):
@@ -161,7 +197,7 @@ class ProgressCallback(TrainerCallback):
 
 
 def _evaluation_prefix(logs: Mapping[str, Any]) -> str | None:
-    """What the names of an evaluation's metrics begin with: `"eval_"`, or `"eval_<set>_"`; None for a training log."""
+    """Return the prefix of an evaluation's metrics, `"eval_"` or `"eval_<set>_"`; None for a training log."""
     timed = [name for name in logs if name.startswith(EVAL_PREFIX) and name.endswith(_EVALUATION_TIME)]
     return timed[0].removesuffix(_EVALUATION_TIME) if timed else None
 

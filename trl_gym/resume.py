@@ -19,11 +19,12 @@ step has been made: before, it could only be resumed by computing the window aga
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,8 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         self._restore, self._save, self._num_micro_steps = restore, save, num_micro_steps
         self._window: tuple[int, int] | None = None  # optimizer steps and micro-steps where accumulation began
+        self._in_first_epoch = True
+        self._epoch: tuple[int, torch.Tensor] | None = None  # optimizer steps and random state where the epoch began
         self._is_postponed = False
 
     def postpones(self, step: int) -> bool:
@@ -178,11 +181,40 @@ class CheckpointCallback(TrainerCallback):
         self._is_postponed = self._is_postponed or is_open
         return is_open
 
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """While open, torch's random state is one that leads to the present state when transformers resumes.
+
+        That is the present one, except between the begin of an epoch and its first step: the epoch's iterator has
+        drawn from the random state, and will draw from the restored one again.
+
+        Args:
+            step: Optimizer steps made.
+        """
+        if self._epoch is None or self._epoch[0] != step:
+            yield
+            return
+        now = torch.get_rng_state()
+        torch.set_rng_state(self._epoch[1])
+        try:
+            yield
+        finally:
+            torch.set_rng_state(now)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._window, self._is_postponed = None, False
+        self._window, self._epoch, self._is_postponed = None, None, False
+        self._in_first_epoch = True
         self._restore()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # In the first epoch of a resumed run, transformers restores the random state later than here.
+        is_restored = self._in_first_epoch and state.global_step > 0
+        self._epoch = None if is_restored else (state.global_step, torch.get_rng_state())
+        self._in_first_epoch = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -478,7 +478,8 @@ class GymGRPOTrainer(GRPOTrainer):
                 buffered=self._buffered_inputs if self._step % self._generate_every else None,
             )
             save_state(Path(self.args.output_dir) / f"checkpoint-{step}", self.accelerator.process_index, state)
-        super()._save_checkpoint(model, trial)
+        with self._checkpoints.saving(step):
+            super()._save_checkpoint(model, trial)
 
     def _restore(self) -> None:
         """Put back what transformers does not restore, before anything is sampled. Does nothing in a new run."""
