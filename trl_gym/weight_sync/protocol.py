@@ -1,7 +1,7 @@
 """The members that a weight transport must have, and the stream of weights that it is given.
 
-A new transport is a class with the members of `WeightTransport` in `transports/`, a value of `gym_weight_transport`
-(`config.WEIGHT_TRANSPORTS`) and its rules in `transports/plan.py`. A server that needs code of its own for it gets a
+A new transport is a class with the members of `WeightTransport` in `transports/`, a choice of `gym_weight_transport`
+(`config.py`) and its rules in `transports/plan.py`. A server that needs code of its own for it gets a
 weight transfer engine, which `policy_server/engine/plugin.py` registers in vLLM's workers.
 """
 
