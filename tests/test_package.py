@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,22 @@ import pytest
 import trl_gym
 
 ROOT = Path(__file__).resolve().parents[1]
+# From the bottom up: folders and files of the package. One imports at run time only from those in lines above its own.
+ROOMS = (
+    ("errors", "supervisor"),
+    ("compat", "processes", "responses", "rollout_options"),
+    ("config", "dataset"),
+    ("gym", "policy_server", "ranks"),
+    ("memory", "rollouts", "weight_sync"),
+    ("run",),
+    ("accounting", "model_card", "progress", "resume"),
+    ("callbacks",),
+    ("trainer",),
+    ("train",),
+    ("doctor", "report"),
+    ("commands",),
+    ("cli", "notebook"),
+)
 HEAVY = ("torch", "vllm", "transformers", "trl", "datasets", "aiohttp")
 
 
@@ -85,3 +102,54 @@ def test_public_names() -> None:
         assert getattr(trl_gym, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = trl_gym.nonsense
+
+
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "trl_gym").rglob("*.py")}
+
+
+def at_run_time(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node below, those in functions too, without what is for type checkers only."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for other in child.orelse:
+                yield from (other, *at_run_time(other))
+        else:
+            yield from (child, *at_run_time(child))
+
+
+def imported_by(path: Path) -> set[str]:
+    """Modules of the package that a file imports at run time."""
+    names = set()
+    for node in at_run_time(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & MODULES.keys()
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {module: imported_by(path) for module, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > 200
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports, functions included: {' → '.join(error.args[1])}")
+
+
+def test_a_room_imports_from_rooms_below_it() -> None:
+    level = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
+    rooms = {room_of(module) for module in MODULES} - {"__init__"}
+    assert rooms == level.keys()  # a new one has its place
+    upward = [
+        f"{module} imports {other}"
+        for module, path in sorted(MODULES.items())
+        for other in sorted(imported_by(path))
+        if room_of(module) != "__init__" and room_of(other) not in ("__init__", room_of(module))
+        if level[room_of(other)] >= level[room_of(module)]
+    ]
+    assert upward == []
