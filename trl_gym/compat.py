@@ -14,6 +14,7 @@ started (`trl_gym/gym/`); vLLM is checked only when we start its server ourselve
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 from trl_gym.errors import Problem, UnsupportedVersionError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainerCallback
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 SUPPORTED = {
     "trl": ">=1.16,<1.17",
@@ -89,6 +90,35 @@ def model_id(model: PreTrainedModel) -> str:
     """Hub id or folder a model was loaded from; empty when it was made from a config."""
     config = getattr(model, "config", None)
     return getattr(config, "_name_or_path", "") or ""
+
+
+def empty_model(
+    config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build a model on torch's `meta` device: all modules and parameters, without memory for them.
+
+    Args:
+        config: Its configuration; a quantized one gives the parameters as they are without quantization.
+        kind: Class of the model; by default the one that the config names, else that of text or of images and text.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ValueError, TypeError, …: transformers cannot build it; the error is its own.
+    """
+    import torch
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config  # the same parameters, in another form
+    kind = kind or getattr(transformers, (plain.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if kind is not None:
+            return kind(plain)
+        sees = type(plain) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+        return auto.from_config(plain, trust_remote_code=trust_remote_code)
 
 
 def default_progress_callbacks() -> tuple[type[TrainerCallback], ...]:

@@ -416,22 +416,15 @@ def _tower_problems(adapted: Any, modules: Sequence[str]) -> list[str]:
 
 def _adapted_skeleton(model: Any, peft_config: Any, trust_remote_code: bool) -> Any:
     """Build the model with its adapter, without memory for either."""
-    import torch
     import transformers
     from peft import get_peft_model
 
     if isinstance(model, str):
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        skeleton = compat.empty_model(config, trust_remote_code=trust_remote_code)
     else:
-        config = model.config
-    with torch.device("meta"):
-        if not isinstance(model, str):
-            skeleton = type(model)(copy.deepcopy(config))
-        elif (kind := getattr(transformers, (config.architectures or [""])[0], None)) is not None:
-            skeleton = kind(config)
-        else:
-            skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        return get_peft_model(skeleton, copy.deepcopy(peft_config))
+        skeleton = compat.empty_model(model.config, type(model))
+    return get_peft_model(skeleton, copy.deepcopy(peft_config), autocast_adapter_dtype=False)
 
 
 def _stored_quantization(model: Any, trust_remote_code: bool) -> str | None:
