@@ -20,7 +20,7 @@ from tests.conftest import RECIPES
 from trl_gym import GymGRPOConfig, load_gym_dataset, train
 from trl_gym.errors import DatasetError
 from trl_gym.gym.config import API_KEY_VARIABLE, expand_overrides, initial_config, resolve_configs
-from trl_gym.memory.plan import GIB, DeviceMemory, from_trainer
+from trl_gym.memory.plan import GIB, DeviceMemory, estimate
 from trl_gym.policy_server.command import flags_from
 from trl_gym.run.servers import server_options
 from trl_gym.weight_sync.transports.plan import plan_transport
@@ -135,7 +135,7 @@ def test_planner_says_what_the_header_says(
     args = copy.copy(args)
     args.bf16 = True  # as on a GPU
     train.load_as_told(model, args)
-    plan = from_trainer(
+    plan = estimate(
         args, str(tmp_path), num_ranks, DeviceMemory(total_bytes=int(gib * GIB)), peft_config=get_peft_config(model),
         environment={"ACCELERATE_USE_FSDP": "true"} if num_ranks > 1 else {},
     )  # fmt: skip

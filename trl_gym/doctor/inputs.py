@@ -168,7 +168,7 @@ def model(context: Context) -> Iterator[Finding]:
         yield failed(f"the model {named} cannot be loaded: {_first_line(error)}", _LOAD_REMEDY)
         return
     context.model, context.model_config = named, config
-    context.num_params = count_params(config, named, None)[0]
+    context.num_params = count_params(config, named, trust_remote_code=context.args.trust_remote_code)[0]
     yield ok(f"{named}: {type(config).__name__}, {context.num_params / 1e6:,.1f} M parameters")
     if Path(named).is_dir() and not list(Path(named).glob("*.safetensors")) + list(Path(named).glob("*.bin")):
         yield failed(f"{named} has no weights (*.safetensors)", "Save the model with `model.save_pretrained(folder)`.")

@@ -111,20 +111,24 @@ def memory_plan(context: Context) -> Iterator[Finding]:
     """How the GPU's memory will be divided, by the planner's arithmetic."""
     from trl import get_peft_config
 
-    from trl_gym.memory.plan import from_trainer, this_device
+    from trl_gym.errors import Problem
+    from trl_gym.memory.plan import this_device, try_estimate
 
     device = this_device()
     if device is None or not context.starts_policy or context.args.gym_server_devices is not None:
         return
     processes = max(1, int(os.environ.get("WORLD_SIZE", "1")))
-    plan = from_trainer(
+    plan = try_estimate(
         context.args, context.model, processes, device, peft_config=get_peft_config(context.model_options)
     )
+    if isinstance(plan, Problem):
+        yield warning(plan.text, plan.remedy)
+        return
     say = failed if plan.utilization is None and context.args.gym_gpu_memory == "auto" else warning
-    for line in plan.warnings:
-        yield say(str(line), "")
-    if not plan.warnings:
-        share = plan.utilization if context.args.gym_gpu_memory == "auto" else plan.given_utilization
+    for problem in plan.problems:
+        yield say(problem.text, problem.remedy)
+    if not plan.problems:
+        share = plan.utilization if plan.serving.utilization is None else plan.serving.utilization
         yield ok(f"the policy server takes {share:g} of the GPU: {plan.given_tokens} tokens of KV cache")
 
 

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from trl_gym import compat
 from trl_gym.config import GymGRPOConfig
-from trl_gym.errors import ConfigError
+from trl_gym.errors import ConfigError, Problem
 from trl_gym.gym.servers import GymServers
-from trl_gym.memory.plan import from_trainer, this_device
+from trl_gym.memory.plan import this_device, try_estimate
 from trl_gym.policy_server.command import api_key_from_environment
 from trl_gym.policy_server.fleet import attach_policy
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
@@ -349,13 +349,15 @@ def _gpu_flags(
         flags["enable-sleep-mode"] = True
     device = this_device()
     assert device is not None  # there is CUDA
-    plan = from_trainer(args, model, num_processes, device, peft_config=peft_config)
+    plan = try_estimate(args, model, num_processes, device, peft_config=peft_config)
+    if isinstance(plan, Problem):
+        logger.warning("%s The policy server takes the given %g of it.", plan.text, args.vllm_gpu_memory_utilization)
+        return flags
     Console().print(plan.describe(), markup=False, highlight=False, soft_wrap=True)
     if args.gym_gpu_memory == "auto":
         if plan.utilization is None:
             raise ConfigError(
-                "`gym_gpu_memory` is 'auto', and nothing useful is left for the policy server:\n"
-                + "\n".join(f"  - {warning}" for warning in plan.warnings)
+                "`gym_gpu_memory` is 'auto', and nothing useful is left for the policy server:", problems=plan.problems
             )
         flags["gpu-memory-utilization"] = plan.utilization
     return flags
