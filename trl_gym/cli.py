@@ -293,6 +293,20 @@ def _add_doctor(commands: Commands) -> None:
     parser.set_defaults(run=doctor.run, takes_run_options=True)
 
 
+def _add_plan(commands: Commands) -> None:
+    from trl_gym.commands import plan
+
+    parser = commands.add_parser(
+        "plan",
+        help="estimate the GPU memory of a run, for this machine or another one",
+        usage="trl-gym plan --config YAML [--gpus N] [--gpu-memory GIB] [any training option]",
+        description=plan.DESCRIPTION,
+        allow_abbrev=False,
+    )
+    plan.add_arguments(parser)
+    parser.set_defaults(run=plan.run, takes_run_options=True)
+
+
 _COMMANDS: list[Callable[[Commands], None]] = [
     _add_train,
     _add_serve,
@@ -302,6 +316,7 @@ _COMMANDS: list[Callable[[Commands], None]] = [
     _add_new_environment,
     _add_view,
     _add_doctor,
+    _add_plan,
 ]
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def test_four_billion_on_eight_big_gpus_sharded_and_asleep() -> None:
     # What a server without sleep mode could have is bounded by the update.
     awake = plan(QWEN3_4B, training, dataclasses.replace(serving, sleep=False), GPU_80)
     assert awake.utilization < result.utilization
-    assert "more than fits during update" in awake.problems[0].text and awake.problems[0].remedy.startswith("Set it to")
+    assert "more than fits during update" in awake.problems[0].text and awake.problems[0].remedy.startswith(
+        "Set it to"
+    )
 
 
 def test_an_adapter_of_four_billion_on_a_small_gpu() -> None:
