@@ -26,7 +26,7 @@ from trl_gym.ranks import agreed
 from trl_gym.rollouts import batch as batches
 from trl_gym.rollouts import logprobs
 from trl_gym.rollouts.batch import SharedBatch, share
-from trl_gym.rollouts.evaluation import EvaluationRun, evaluation_metrics, preserved_rng, set_name, table_beside
+from trl_gym.rollouts.evaluation import EvaluationProgress, evaluation_metrics, preserved_rng, set_name, table_beside
 from trl_gym.rollouts.logprobs import ratio_sum
 from trl_gym.rollouts.metrics import (
     NEWEST,
@@ -68,7 +68,7 @@ class Accounting:
         self._run_metrics = {"train": MetricsBuffer(NEWEST), "eval": MetricsBuffer()}
         self._num_settled = 0
         self.rollouts: Sequence[Rollout] = ()
-        self.evaluation: EvaluationRun | None = None
+        self.evaluation: EvaluationProgress | None = None
 
     # ---------------------------------------------------------------------------------------------- one batch of rows
 
@@ -195,7 +195,7 @@ class Accounting:
         Raises:
             RolloutError: At the end: fewer of the rollouts than `gym_min_valid_fraction` have a reward.
         """
-        self.evaluation = evaluation = EvaluationRun(set_name(prefix), num_rollouts)
+        self.evaluation = evaluation = EvaluationProgress(set_name(prefix), num_rollouts)
         self._run_metrics["eval"] = MetricsBuffer()
         table = table_beside(self._args.output_dir, step, evaluation.name) if has_table else nullcontext()
         try:

@@ -47,7 +47,9 @@ def test_unknown_agents_are_named_with_the_closest() -> None:
     environments = {"calculater": {"deadline": 3}, "math": {"deadline": 3}}
     budgets = budgets_from_options(RolloutOptions(environments=environments))
     budgets.check_agents(["calculater", "math"])
-    with pytest.raises(ConfigError, match=r"'calculater'.*Did you mean 'calculator'\?\nIts agents: calculator, math"):
+    with pytest.raises(
+        ConfigError, match=r"'calculater'.*Did you mean 'calculator'\? Use one of its agents: calculator, math"
+    ):
         budgets.check_agents(["math", "calculator"])
 
 

@@ -17,7 +17,7 @@ from trl_gym.errors import RolloutError
 from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.batch import SharedBatch
 from trl_gym.rollouts.evaluation import (
-    EvaluationRun,
+    EvaluationProgress,
     attempt_metrics,
     evaluation_metrics,
     evaluation_sampling,
@@ -91,19 +91,19 @@ def _batch(facts: list[RolloutFacts]) -> SharedBatch:
 
 
 def test_rows_that_only_fill_the_last_batch_up_do_not_count() -> None:
-    run = EvaluationRun("", 5)
+    run = EvaluationProgress("", 5)
     sizes = [len(run.counted(_batch([fact()] * 4))) for _ in range(3)]
     assert sizes == [4, 1, 0]
-    assert len(EvaluationRun("", None).counted(_batch([fact()] * 4))) == 4
+    assert len(EvaluationProgress("", None).counted(_batch([fact()] * 4))) == 4
 
 
 def test_an_evaluation_that_mostly_failed_is_none() -> None:
-    run = EvaluationRun("hard", 4, causes=Counter({"deadline (x): late": 3}))
+    run = EvaluationProgress("hard", 4, causes=Counter({"deadline (x): late": 3}))
     run.counted(_batch([fact(), *[fact(is_valid=False)] * 3]))
     run.check(0.25)
     with pytest.raises(RolloutError, match=r"(?s)Only 1 of the 4 rollouts of the evaluation of 'hard'.*3 × deadline"):
         run.check(0.5)
-    EvaluationRun("", 0).check(0.5)  # an empty set
+    EvaluationProgress("", 0).check(0.5)  # an empty set
 
 
 def test_random_states_are_as_they_were() -> None:

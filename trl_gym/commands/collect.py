@@ -1,4 +1,7 @@
-"""Collecting without training: NeMo Gym is started, missing rollouts are run, each is in the journal when it ends."""
+"""Collect rollouts without training: `trl-gym rollout`, `trl-gym eval` and notebooks.
+
+datasets ─► jobs ─ less what the journal has ─► requests ─► NeMo Gym, started for it ─► a line of the journal each
+"""
 
 from __future__ import annotations
 
@@ -33,13 +36,16 @@ from trl_gym.rollouts.request import RolloutRequest, stamp, task_hash
 from trl_gym.rollouts.source import Finisher
 from trl_gym.rollouts.trajectory import from_gym
 
-# --------------------------------------------------------------------------------------------------------------------
-# Which rollouts are still to be done: those of the datasets, less those that a journal has already.
-
 MANIFEST = "collection.json"
+_COMMIT_EVERY_S = 1.0
+_CHUNK = 4096  # requests that are held in memory at a time
+_NUM_LINES = 10  # of progress, where output is piped
 Key = tuple[str, str, int]  # dataset, task hash, member: what a rollout is recognized by
 
 T = TypeVar("T")
+
+
+# -- jobs: the rollouts of the datasets, less those that the journal has already --------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class Task:
     Attributes:
         dataset: Name of its file.
         index: The row's number over all files.
-        hash: See `identity.task_hash`.
+        hash: See `request.task_hash`.
         row: The row.
     """
 
@@ -72,7 +78,7 @@ class Job:
 
 
 def load_tasks(files: Sequence[NamedFile], *, agent: str | None, limit: int | None) -> list[Task]:
-    """All rows of all files, in order.
+    """Load all rows of all files, in order.
 
     Raises:
         DatasetError: A file has lines that are not Gym rows.
@@ -86,13 +92,13 @@ def load_tasks(files: Sequence[NamedFile], *, agent: str | None, limit: int | No
 
 
 def all_jobs(tasks: Sequence[Task], num_generations: int) -> list[Job]:
-    """Every rollout, task by task."""
+    """List every rollout, task by task."""
     return [Job(task, member) for task in tasks for member in range(num_generations)]
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
-    """By what a journal's line is recognized. The number of a row does not count: files may be put in another order,
-    cut or continued."""
+    """Return the key of a journal's line. The number of a row is not in it: files may be put in another order, cut or
+    continued."""
     return record["dataset"], record["task_hash"], record["member"]
 
 
@@ -122,7 +128,7 @@ def counted(
 
 
 def missing(jobs: Sequence[Job], finished: Mapping[Key, int]) -> list[Job]:
-    """The jobs that are not finished, in order."""
+    """Return the jobs that are not finished, in order."""
     left = Counter(finished)
     found = []
     for job in jobs:
@@ -134,7 +140,7 @@ def missing(jobs: Sequence[Job], finished: Mapping[Key, int]) -> list[Job]:
 
 
 def claim(options: CollectOptions) -> None:
-    """Make an output folder that of these options, or see that it is.
+    """Mark an output folder as that of these options, or check that it is.
 
     Raises:
         ConfigError: Another model, or other sampling, was rolled out into it: the two would be mixed.
@@ -150,8 +156,8 @@ def claim(options: CollectOptions) -> None:
     if not path.exists():
         if journal_files(options.journal_dir):
             raise ConfigError(
-                f"{options.output_dir} holds the journal of something else (a training run?); choose another "
-                "--output-dir."
+                f"{options.output_dir} holds the journal of something else, perhaps of a training run.",
+                "Choose another `--output-dir`.",
             )
         options.output_dir.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -160,8 +166,8 @@ def claim(options: CollectOptions) -> None:
     changed = [f"{name} {before.get(name)!r} → {now!r}" for name, now in manifest.items() if before.get(name) != now]
     if changed:
         raise ConfigError(
-            f"{options.output_dir} holds rollouts with other options ({', '.join(changed)}); choose another "
-            "--output-dir, or remove it."
+            f"{options.output_dir} holds rollouts with other options ({', '.join(changed)}).",
+            "Choose another `--output-dir`, or remove this one.",
         )
 
 
@@ -169,19 +175,20 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); choose another --output-dir, or remove it.") from error
+        raise ConfigError(
+            f"{path} cannot be read ({error}).", "Choose another `--output-dir`, or remove this one."
+        ) from error
 
 
-_COMMIT_EVERY_S = 1.0
-_CHUNK = 4096  # requests that are held in memory at a time
+# -- collecting -------------------------------------------------------------------------------------------------------
 
 
 class InterruptedCollectionError(Exception):
-    """Ctrl-C; what has ended is on disk.
+    """Ctrl-C ended a collection; what has ended is on disk.
 
     Attributes:
         num_done: Rollouts with a reward, those of earlier runs included.
-        num_planned: All that were asked for.
+        num_planned: Rollouts that were asked for.
     """
 
     def __init__(self, num_done: int, num_planned: int) -> None:
@@ -192,11 +199,11 @@ class InterruptedCollectionError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What is in the output folder after a collection.
+    """The output folder after a collection.
 
     Attributes:
-        jobs: Everything that was asked for.
-        num_found: How many of them an earlier run had finished.
+        jobs: The rollouts that were asked for.
+        num_found: Number of them that an earlier run had finished.
     """
 
     jobs: list[Job]
@@ -205,7 +212,7 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What is kept in memory of a rollout; the rest is in the journal."""
+    """The part of a rollout that is kept in memory; the rest is in the journal."""
 
     failure: RolloutFailure | None
 
@@ -214,31 +221,26 @@ def collect(options: CollectOptions, *, say: Callable[[str], None], progress: Co
     """Run every rollout that is not in the journal yet.
 
     Args:
-        options: What to do.
-        say: Told, in sentences, what a user should know.
-        progress: Told how far the collection is, in the collector's thread.
+        options: The options of the command.
+        say: Gets sentences that a user should read.
+        progress: Gets the state of the collection, in the collector's thread.
 
     Raises:
         ConfigError: Options or files are wrong.
-        ServerError: The endpoint or NeMo Gym is not there, or died.
+        ServerError: The endpoint or NeMo Gym does not answer, or died.
         RolloutError: The journal cannot be written.
         InterruptedCollectionError: Ctrl-C.
     """
     tasks = load_tasks(options.datasets, agent=options.agent, limit=options.limit)
     jobs = all_jobs(tasks, options.num_generations)
     claim(options)
-    todo = missing(jobs, finished(options))
+    todo = missing(jobs, done(read_journal(options.journal_dir)))
     num_found = len(jobs) - len(todo)
     if num_found:
         say(f"{num_found} of {len(jobs)} rollouts are in {options.journal_dir} already")
     if todo:
         _run(options, jobs, todo, say, progress)
     return Collected(jobs, num_found)
-
-
-def finished(options: CollectOptions) -> Counter[tuple[str, str, int]]:
-    """What the journal in the output folder has with a reward."""
-    return done(read_journal(options.journal_dir))
 
 
 def _run(
@@ -264,7 +266,7 @@ def _run(
                     collector, journal, [requests.make(job) for job in chunk], chunk, endpoint, options, progress
                 )
     except KeyboardInterrupt:
-        done_now = len(jobs) - len(missing(jobs, finished(options)))
+        done_now = len(jobs) - len(missing(jobs, done(read_journal(options.journal_dir))))
         raise InterruptedCollectionError(done_now, len(jobs)) from None
 
 
@@ -306,7 +308,7 @@ def _run_chunk(
 
 
 class _Requests:
-    """Jobs → requests."""
+    """Makes requests of jobs."""
 
     def __init__(self, options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> None:
         self._options = options
@@ -335,12 +337,14 @@ class _Requests:
         named = (row.get("agent_ref") or {}).get("name") or self._gym.sole_agent
         if named is None:
             agents = ", ".join(sorted(self._gym.agents))
-            raise ConfigError(f"A row names no agent and the NeMo Gym has several ({agents}); choose with --agent.")
+            raise ConfigError(
+                f"A row names no agent and the NeMo Gym has several: {agents}.", "Choose one with `--agent`."
+            )
         return named
 
 
 def without_tag(row: dict[str, Any]) -> dict[str, Any]:
-    """A stamped row without what only our middleware understands: other servers refuse unknown fields."""
+    """Return a stamped row without the tag that only our middleware reads: other servers refuse unknown fields."""
     parameters = row["responses_create_params"]
     metadata = dict(parameters["metadata"])
     extra_body = json.loads(metadata.pop("extra_body"))
@@ -372,7 +376,7 @@ def _gym(options: CollectOptions, endpoint: Endpoint) -> Iterator[GymServers]:
 
 
 def _overrides(options: CollectOptions, endpoint: Endpoint) -> dict[str, Any]:
-    """What the user says; where the endpoint has no tokens, also that NeMo Gym must not ask for them."""
+    """Return the user's overrides; where the endpoint has no tokens, NeMo Gym is told not to ask for them."""
     if endpoint.kind is not EndpointKind.PLAIN or POLICY_MODEL in options.overrides:
         return options.overrides
     configs = resolve_configs(options.config_paths, find_installation(options.gym_python).root)
@@ -398,19 +402,18 @@ def _secrets(options: CollectOptions) -> tuple[str, ...]:
     return (*((options.api_key,) if options.api_key else ()), *secrets_in(options.overrides))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What a person sees while rollouts are collected, and what they are told when that ends early.
-
-_NUM_LINES = 10  # of progress, where output is piped
+# -- what a person sees -----------------------------------------------------------------------------------------------
 
 
-def run_collection(options: CollectOptions, console: Console, errors: Console) -> Collected | None:
-    """Collect with progress shown; None when Ctrl-C ended it, upon which the user has been told how to go on.
+def run_collection(options: CollectOptions, errors: Console) -> Collected | None:
+    """Collect and show progress.
 
     Args:
-        options: What to do.
-        console: For results.
-        errors: For progress and notes.
+        options: The options of the command.
+        errors: Console for progress and notes.
+
+    Returns:
+        None when Ctrl-C ended it; the user has then been told how to go on.
     """
     say = speaker(errors)
     try:
@@ -429,20 +432,20 @@ def run_collection(options: CollectOptions, console: Console, errors: Console) -
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write a file whole or not at all."""
     beside = path.with_name(f"{path.name}.tmp")
     beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     os.replace(beside, path)
 
 
 def speaker(console: Console) -> Callable[[str], None]:
-    """Prints sentences as they are."""
+    """Return a function that prints sentences as they are."""
     return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager
 def shown_progress(console: Console) -> Iterator[CollectionProgress]:
-    """How far a collection is: a bar in a terminal, else some lines (so in a notebook)."""
+    """Show the progress of a collection: as a bar in a terminal, else as some lines (so in a notebook)."""
     if not console.is_terminal:
         yield _line_progress(speaker(console))
         return
@@ -462,7 +465,7 @@ def shown_progress(console: Console) -> Iterator[CollectionProgress]:
 
 
 def _line_progress(say: Callable[[str], None]) -> CollectionProgress:
-    """A line whenever another tenth has ended."""
+    """Print a line whenever another tenth has ended."""
     shown = 0
 
     def progress(status: CollectionStatus) -> None:

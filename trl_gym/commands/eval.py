@@ -19,7 +19,7 @@ DESCRIPTION = (
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit status: 0 when every rollout has a reward or a recorded failure, 130 after Ctrl-C."""
+    """Return the exit status: 0 when every rollout has a reward or a recorded failure, 130 after Ctrl-C."""
     from rich.console import Console
 
     from trl_gym.commands.collect import run_collection, write_json
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
 
     collect_options = parse(options, "eval")
     console, errors = Console(), Console(stderr=True)
-    collected = run_collection(collect_options, console, errors)
+    collected = run_collection(collect_options, errors)
     if collected is None:
         return 130
     ended = outcomes(read_journal(collect_options.journal_dir), collected.jobs)
@@ -46,11 +46,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def evaluate(names: Sequence[str], ended: Sequence[Outcome], num_generations: int) -> dict[str, dict[str, Any]]:
-    """Per set: the numbers of `Summary`, `mean@k`, `pass@k` and how many tasks the latter is from; the same again by
+    """Compute per set the numbers of `Summary`, `mean@k`, `pass@k` and the latter's number of tasks, and all of it by
     environment.
 
     Args:
-        names: Of the sets, in the order in which they are shown.
+        names: Names of the sets, in the order in which they are shown.
         ended: Rollouts of all sets.
         num_generations: Attempts that were asked for.
     """
@@ -66,7 +66,7 @@ def evaluate(names: Sequence[str], ended: Sequence[Outcome], num_generations: in
 
 
 def table(results: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows; a set with several environments has a row for each below its own."""
+    """Return header and rows; a set with several environments has a row for each below its own."""
     rows = []
     for name, result in results.items():
         rows.append((name, result))

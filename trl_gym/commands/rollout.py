@@ -12,7 +12,7 @@ DESCRIPTION = (
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit status: 0 when every rollout has a reward or a recorded failure, 130 after Ctrl-C."""
+    """Return the exit status: 0 when every rollout has a reward or a recorded failure, 130 after Ctrl-C."""
     from rich.console import Console
 
     from trl_gym.commands.collect import run_collection, write_json
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
 
     collect_options = parse(options, "rollout")
     console, errors = Console(), Console(stderr=True)
-    collected = run_collection(collect_options, console, errors)
+    collected = run_collection(collect_options, errors)
     if collected is None:
         return 130
     summaries = summarize(outcomes(read_journal(collect_options.journal_dir), collected.jobs))

@@ -19,15 +19,15 @@ from trl_gym.rollouts.rollout import success_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How one rollout ended for good: what the summaries need of a journal's line.
+    """The end of one rollout: the part of a journal's line that summaries need.
 
     Attributes:
         dataset: Name of its file.
         task: Task hash.
         agent: Environment.
         failure: Kind of failure; None when it has a reward.
-        reward: None when it failed.
-        success: None when it failed.
+        reward: Its reward; None when it failed.
+        success: 0 to 1; None when it failed.
         turns: Model calls.
         seconds: Wall time.
     """
@@ -47,10 +47,10 @@ class Summary:
     """Rollouts of one environment. Numbers that need a reward leave failed rollouts out; None where there is none.
 
     Attributes:
-        rollouts: All, failed ones included.
-        failed: Number by kind of failure.
+        rollouts: Number of rollouts, failed ones included.
+        failed: Number of failed ones by kind of failure.
         reward_mean: Mean reward.
-        reward_std: Its sample standard deviation; 0.0 for a single rollout.
+        reward_std: Sample standard deviation of the reward; 0.0 for a single rollout.
         success: Mean success.
         turns: Mean number of model calls.
         seconds_p50: Median of wall times.
@@ -73,7 +73,7 @@ def outcomes(records: Iterable[Mapping[str, Any]], jobs: Sequence[Job]) -> list[
 
 
 def summarize(ended: Iterable[Outcome]) -> dict[str, Summary]:
-    """By environment, in the order of their names."""
+    """Summarize by environment, in the order of their names."""
     by_agent: defaultdict[str, list[Outcome]] = defaultdict(list)
     for outcome in ended:
         by_agent[outcome.agent].append(outcome)
@@ -81,7 +81,7 @@ def summarize(ended: Iterable[Outcome]) -> dict[str, Summary]:
 
 
 def summary_of(ended: Sequence[Outcome]) -> Summary:
-    """The numbers of some rollouts."""
+    """Compute the numbers of some rollouts."""
     good = [outcome for outcome in ended if outcome.failure is None]
     rewards = [outcome.reward for outcome in good if outcome.reward is not None]
     seconds = [outcome.seconds for outcome in good]
@@ -98,7 +98,7 @@ def summary_of(ended: Sequence[Outcome]) -> Summary:
 
 
 def show_summary(summaries: Mapping[str, Summary], console: Console) -> None:
-    """One row per environment, and the kinds of failures below."""
+    """Show one row per environment."""
     header = ["environment", "rollouts", "failed", "reward", "success", "turns", "seconds p50 / p95"]
     rows = [
         [
@@ -116,7 +116,7 @@ def show_summary(summaries: Mapping[str, Summary], console: Console) -> None:
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
-    """A table in a terminal, `first: second 2, third 3` per row where output is piped."""
+    """Show a table in a terminal, `first: second 2, third 3` per row where output is piped."""
     if console.is_terminal:
         table = Table(*header)
         for row in rows:

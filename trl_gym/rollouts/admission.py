@@ -1,7 +1,8 @@
-"""Which rollout may start next: caps and launch rates of the rank and of each agent, fair between agents.
+"""Budgets of environments, and admission: caps and launch rates of the rank and of each agent, fair between agents.
 
-A rollout that waits holds nothing. When a place is free it goes to the agent that has the fewest running rollouts, so
-an environment whose rollouts hang can fill its share and no more: the others go on in theirs.
+One `Budget` per agent: the options of the run, overruled by those that `gym_environments` has for that agent. A
+rollout that waits holds nothing. When a place is free it goes to the agent that has the fewest running rollouts, so an
+environment whose rollouts hang can fill its share and no more: the others go on in theirs.
 """
 
 from __future__ import annotations
@@ -19,18 +20,16 @@ from typing import Any
 from trl_gym.errors import ConfigError, FailureKind
 from trl_gym.rollout_options import RolloutOptions, by_kind
 
-# --------------------------------------------------------------------------------------------------------------------
-# What the rollouts of an environment may cost: seconds, places, starts per second, further attempts. Pure.
-#
-# One `Budget` per agent: the options of the run, overruled by what `gym_environments` says about that agent.
-
 BACKOFF_S = 0.5  # before the second attempt, on average three quarters of it
 MAX_BACKOFF_S = 30.0
 
 
+# -- budgets: seconds, places, starts per second and further attempts of each environment -----------------------------
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What the rollouts of one agent may cost.
+    """The limits of one agent's rollouts.
 
     Attributes:
         deadline_s: Seconds from dispatch to the answer.
@@ -45,10 +44,10 @@ class Budget:
     retries: Mapping[FailureKind, int] = field(default_factory=dict)
 
     def retried_kinds(self, failed: Mapping[FailureKind, int]) -> frozenset[FailureKind]:
-        """The kinds of failure that would be followed by another attempt.
+        """Return the kinds of failure that would be followed by another attempt.
 
         Args:
-            failed: How many attempts of the rollout have failed so far, by kind.
+            failed: Number of the rollout's attempts that have failed so far, by kind.
         """
         return frozenset(kind for kind, allowed in self.retries.items() if failed.get(kind, 0) < allowed)
 
@@ -58,7 +57,7 @@ class Budgets:
     """The budgets of a rank.
 
     Attributes:
-        default: Of every agent without one of its own.
+        default: The budget of an agent without one of its own.
         max_inflight: Rollouts at the same time, over all agents.
         launch_rate: Rollouts started per second, over all agents; None for no limit.
         own: Budgets of single agents.
@@ -85,7 +84,7 @@ class Budgets:
                 problems.append(f"`gym_environments` names {agent!r}, which is no agent of this NeMo Gym.{hint}")
         if problems:
             listed = ", ".join(sorted(known)) or "none"
-            raise ConfigError("\n".join([*problems, f"Its agents: {listed}."]))
+            raise ConfigError("\n".join(problems), f"Use one of its agents: {listed}.")
 
 
 def budgets_from_options(options: RolloutOptions) -> Budgets:
@@ -114,12 +113,12 @@ def _by_kind(retries: Mapping[str, int]) -> dict[FailureKind, int]:
 
 
 def backoff_s(num_failed: int, rng: random.Random) -> float:
-    """Seconds to wait before the next attempt: doubling, capped, and spread, so that rollouts which failed together
-    do not come back together.
+    """Return the seconds to wait before the next attempt: doubling, capped, and spread, so that rollouts which failed
+    together do not come back together.
 
     Args:
         num_failed: Attempts that have failed so far, at least 1.
-        rng: Never the global one: training draws from that.
+        rng: A generator of its own: training draws from the global one.
 
     Returns:
         Between half and all of `min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (num_failed - 1))`.
@@ -128,8 +127,11 @@ def backoff_s(num_failed: int, rng: random.Random) -> float:
     return longest * rng.uniform(0.5, 1.0)
 
 
+# -- places -----------------------------------------------------------------------------------------------------------
+
+
 class Admission:
-    """Belongs to one event loop.
+    """Gives out places for rollouts, within one event loop.
 
     Args:
         budgets: Caps and rates.

@@ -1,5 +1,5 @@
-"""What the policy server knows about a rollout's model calls: fetched when the rollout has ended, and matched to the
-calls in Gym's answer.
+"""The policy server's records of a rollout's model calls: fetched when the rollout has ended, and matched to the calls
+in Gym's answer.
 
 A request per rollout and not one per batch: the journal's line is written when the rollout ends, so that a crash loses
 nothing, and needs them. It takes about a millisecond, while other rollouts go on.
@@ -27,11 +27,11 @@ _PAUSES_S = (0.1, 0.3)  # after a broken connection
 
 @dataclass(frozen=True, slots=True)
 class CallState:
-    """Where a rollout is that has not ended.
+    """The model calls of a rollout that has not ended.
 
     Attributes:
-        num_answered: Model calls that were answered.
-        num_running: Model calls that are being answered; None where the server does not say.
+        num_answered: Calls that were answered.
+        num_running: Calls that are being answered; None where the server does not say.
     """
 
     num_answered: int
@@ -39,7 +39,7 @@ class CallState:
 
 
 class Ledger(Protocol):
-    """What a collection asks a policy server, or several; see `RolloutLedger`."""
+    """The questions of a collection to a policy server, or to several; see `RolloutLedger`."""
 
     async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> list[CallRecord]: ...
 
@@ -57,7 +57,7 @@ class Ledger(Protocol):
 
 
 def ledger_for(base_urls: str, api_key: str | None = None) -> Ledger:
-    """The ledger of a policy server, or of several.
+    """Return the ledger of a policy server, or of several.
 
     Args:
         base_urls: Their base URLs, with or without `/v1`, separated by commas.
@@ -80,7 +80,7 @@ class RolloutLedger:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> list[CallRecord]:
-        """The records of a rollout that has ended, in the order of its calls; the server forgets them.
+        """Fetch the records of a rollout that has ended, in the order of its calls; the server forgets them.
 
         Raises:
             PolicyServerError: The server cannot be reached, or keeps no records.
@@ -91,7 +91,7 @@ class RolloutLedger:
     async def peek(
         self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = _PEEK_TIMEOUT_S
     ) -> dict[str, CallState]:
-        """Where rollouts that have not ended are, one entry per id. Nothing is forgotten.
+        """Return the state of rollouts that have not ended, one entry per id. Nothing is forgotten.
 
         Raises:
             PolicyServerError: See `take`.
@@ -105,8 +105,12 @@ class RolloutLedger:
         }
 
     async def ping(self, session: aiohttp.ClientSession, *, timeout_s: float = _PEEK_TIMEOUT_S) -> str | None:
-        """Who is there: what differs from process to process, or nothing of one that is slow, complains or does not
-        say; None when nothing listens at the server's address any more."""
+        """Ask which process answers.
+
+        Returns:
+            A name that differs from process to process, or `""` from one that is slow, complains or does not say; None
+            when nothing listens at the server's address any more.
+        """
         try:
             answer = await self._post_once(session, RECORDS_PATH, {"rollouts": [], "forget": False}, timeout_s)
         except PolicyServerError as error:
@@ -127,9 +131,12 @@ class RolloutLedger:
         await self._post(session, CANCEL_PATH, {"rollouts": list(rollout_ids)}, timeout_s)
 
     async def _post(self, session: aiohttp.ClientSession, path: str, body: dict[str, Any], timeout_s: float) -> Any:
-        """With a few tries: a network that drops a connection now and then is no reason to give a batch up, and a
-        connection that the server closed while it idled has lost nothing. An answer with records that was lost on the
-        way cannot be had again; then there are none, which says "not known"."""
+        """Post with a few tries.
+
+        A network that drops a connection now and then is no reason to give a batch up, and a connection that the
+        server closed while it idled has lost nothing. An answer with records that was lost on the way cannot be had
+        again; then there are none, which says "not known".
+        """
         for pause_s in _PAUSES_S:
             try:
                 return await self._post_once(session, path, body, timeout_s)
@@ -153,13 +160,13 @@ class RolloutLedger:
             raise PolicyServerLostError(f"POST {url}: {type(error).__name__}: {error}") from error
         except (aiohttp.ClientError, ValueError) as error:
             raise PolicyServerError(f"POST {url}: {type(error).__name__}: {error}") from error
-        remedy = ""
-        if response.status == 404:
-            remedy = (
-                ". This server keeps no records of rollouts: another version of trl-gym started it. Restart it with "
-                "the installed one (`trl-gym serve MODEL` or `trl-gym gateway --upstream URL`)"
-            )
-        raise PolicyServerError(f"POST {url}: HTTP {response.status}: {text}{remedy}")
+        if response.status != 404:
+            raise PolicyServerError(f"POST {url}: HTTP {response.status}: {text}")
+        raise PolicyServerError(
+            f"POST {url}: HTTP 404: {text}. This server keeps no records of rollouts: another version of trl-gym "
+            "started it.",
+            "Restart it with the installed one (`trl-gym serve MODEL` or `trl-gym gateway --upstream URL`).",
+        )
 
 
 class FleetLedger:
@@ -187,7 +194,7 @@ class FleetLedger:
         return {name: _sum_of([part[name] for part in parts]) for name in rollout_ids}
 
     async def ping(self, session: aiohttp.ClientSession, *, timeout_s: float = _PEEK_TIMEOUT_S) -> str | None:
-        """None when any of them is gone: its rollouts cannot go on."""
+        """Return None when any of them is gone: its rollouts cannot go on."""
         who = await asyncio.gather(*(ledger.ping(session, timeout_s=timeout_s) for ledger in self._ledgers))
         self._silent = tuple(one for one, answer in zip(self._ledgers, who, strict=True) if answer is None)
         if self._silent:
@@ -210,7 +217,7 @@ def _sum_of(states: Sequence[CallState]) -> CallState:
 
 
 def match_records(calls: Sequence[ModelCall], records: Sequence[CallRecord]) -> list[CallRecord] | None:
-    """The record of each model call, or None where it would be a guess which is whose.
+    """Return the record of each model call, or None where matching would be a guess.
 
     Calls that failed, or sampled nothing, have no tokens in Gym's answer and are left out. What remains must agree
     call by call in the number of prompt and sampled tokens: an answer that Gym dropped (a retry) or put elsewhere (a
@@ -218,7 +225,7 @@ def match_records(calls: Sequence[ModelCall], records: Sequence[CallRecord]) -> 
 
     Args:
         calls: `[N]`, from Gym's answer.
-        records: Of the same rollout, in order.
+        records: Records of the same rollout, in order.
 
     Returns:
         `[N]` records.
@@ -230,6 +237,6 @@ def match_records(calls: Sequence[ModelCall], records: Sequence[CallRecord]) -> 
 
 
 def weight_versions(records: Sequence[CallRecord]) -> list[str]:
-    """The versions that answered a rollout's calls, each once, in order of use."""
+    """Return the versions that answered a rollout's calls, each once, in order of use."""
     versions = (record["weight_version"] for record in records if record["status"] == 200)
     return list(dict.fromkeys(version for version in versions if version is not None))

@@ -1,4 +1,4 @@
-"""Many requests → many results. The one place where the synchronous trainer meets asynchronous HTTP.
+"""Many requests → many results: the one place where the synchronous trainer meets asynchronous HTTP.
 
 trainer thread                       collector thread (one event loop, for the collector's whole life)
 ──────────────                       ─────────────────────────────────────────────────────────────────
@@ -37,15 +37,15 @@ class RolloutCollector(Generic[T]):
     """Runs rollouts on NeMo Gym agents.
 
     Args:
-        agent: Address of an agent by name; raises for one that is unknown.
+        agent: Finds the address of an agent by name; raises for one that is unknown.
         budgets: Deadlines, caps, rates and retries.
         check: Raises when rollouts cannot go on at all: the policy server, or the whole Gym, has ended. Called about
             every second, in a thread.
-        agents_down: By name, agents that cannot run rollouts now, and why; see `GymServers.agents_down`. Called
-            likewise.
+        agents_down: Returns agents that cannot run rollouts now, by name, with the reason; see
+            `GymServers.agents_down`. Called as often as `check`.
         on_environment_down: `"fail"` ends a collection with outstanding rollouts of such an agent; `"skip"` makes
             these fail at once.
-        gym_log: End of the Gym's log, for messages.
+        gym_log: Returns the end of the Gym's log, for messages.
         ledger: Records and cancellation at the policy server; None for a server that has neither.
         stall_timeout_s: Seconds without a rollout that ends, after which all outstanding ones are listed.
     """
@@ -98,12 +98,12 @@ class RolloutCollector(Generic[T]):
         """Start running all requests.
 
         Args:
-            requests: What to run.
+            requests: The rollouts to run.
             finish: Called in the collector's thread once per attempt, as it ends. Its value says whether the rollout
                 failed (also for reasons that only `finish` sees); if it did and `retried_kinds` of the result has
                 that kind, the rollout is run again and the value dropped. The values of the last attempts are
                 returned in the order of the requests. An exception in it ends the collection.
-            progress: Told how far the collection is.
+            progress: Gets the state of the collection.
 
         Raises (from the future):
             PolicyServerLostError: The policy server died, or cannot be reached.
@@ -161,7 +161,7 @@ class _Worker:
             self._collections.discard(task)
 
     async def _wind_up(self) -> None:
-        """A collection that is given up still has to tell the policy server, over the session that is closed here."""
+        """Let collections that are given up tell the policy server, then close the session that they do it over."""
         collections = list(self._collections)
         for task in collections:
             if not task.cancelling():  # a second cancellation would interrupt the telling

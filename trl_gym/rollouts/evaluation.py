@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that at least one of `k` attempts at a task succeeds.
+    """Estimate without bias the chance that at least one of `k` attempts at a task succeeds.
 
     Args:
         num_samples: Attempts that were made; at least `k`.
-        num_correct: Those that succeeded.
-        k: Attempts that are asked about; at least 1.
+        num_correct: Attempts that succeeded.
+        k: At least 1.
 
     Raises:
         ValueError: The numbers contradict each other, or there are too few attempts to tell.
@@ -50,15 +50,15 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def ks(num_generations: int) -> list[int]:
-    """The `k` that are reported: powers of two below the number of attempts, and that number. 6 → `[1, 2, 4, 6]`."""
+    """Return the reported `k`: powers of two below the number of attempts, and that number. 6 → `[1, 2, 4, 6]`."""
     return [*(1 << power for power in range((num_generations - 1).bit_length())), num_generations]
 
 
 def attempt_metrics(tasks: Iterable[Sequence[float]], num_generations: int) -> dict[str, float]:
-    """`pass@k`, `pass@k/tasks` and `mean@k` over tasks.
+    """Compute `pass@k`, `pass@k/tasks` and `mean@k` over tasks.
 
     Args:
-        tasks: Per task the success (0 to 1) of each attempt that did not fail; an attempt has succeeded at 1.
+        tasks: For each task the success (0 to 1) of every attempt that did not fail; an attempt succeeds at 1.
         num_generations: Attempts that were asked for.
 
     Returns:
@@ -78,10 +78,10 @@ def attempt_metrics(tasks: Iterable[Sequence[float]], num_generations: int) -> d
 
 
 def evaluation_metrics(facts: Sequence[RolloutFacts], num_generations: int) -> dict[str, float]:
-    """`attempt_metrics` over all tasks, and by environment as `gym/<agent>/…`.
+    """Compute `attempt_metrics` over all tasks, and by environment as `gym/<agent>/…`.
 
     Args:
-        facts: Rollouts of one evaluation, of all ranks. The attempts at a task are the rollouts of one group.
+        facts: Facts of one evaluation, of all ranks. The attempts at a task are the rollouts of one group.
         num_generations: Attempts that were asked for.
     """
     tasks: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
@@ -96,21 +96,21 @@ def evaluation_metrics(facts: Sequence[RolloutFacts], num_generations: int) -> d
 
 
 def evaluation_sampling(training: Sampling, changes: Mapping[str, Any] | None) -> Sampling:
-    """The sampling parameters of evaluation: those of training with what `gym_eval_sampling` changes."""
+    """Return the sampling of evaluation: that of training with the changes of `gym_eval_sampling`."""
     return replace(training, **(changes or {}))
 
 
 @dataclass(slots=True)
-class EvaluationRun:
-    """One call of `evaluate` on one dataset.
+class EvaluationProgress:
+    """The counts of one call of `evaluate` on one dataset.
 
     Attributes:
-        name: Of the evaluation set; empty when there is one without a name.
-        num_rollouts: That the dataset asks for; None when it does not tell its length.
+        name: Name of the evaluation set; empty when there is one without a name.
+        num_rollouts: Rollouts that the dataset asks for; None when it does not tell its length.
         num_seen: Rows that came by so far, on all ranks.
-        num_valid: Of those that count, the ones with a reward.
-        num_counted: Those that count.
-        causes: Of failures, with their numbers.
+        num_counted: Rollouts that count.
+        num_valid: Rollouts that count and have a reward.
+        causes: Causes of failures, with their numbers.
     """
 
     name: str
@@ -121,8 +121,10 @@ class EvaluationRun:
     causes: Counter[str] = field(default_factory=Counter)
 
     def counted(self, batch: SharedBatch) -> list[RolloutFacts]:
-        """The rollouts of one batch that count. With several ranks, accelerate fills the last batch up with rows from
-        the beginning: rolling these out a second time must not weigh them twice.
+        """Return the rollouts of one batch that count.
+
+        With several ranks, accelerate fills the last batch up with rows from the beginning: rolling these out a second
+        time must not weigh them twice.
         """
         facts = batch.facts
         left = len(facts) if self.num_rollouts is None else max(self.num_rollouts - self.num_seen, 0)
@@ -142,19 +144,20 @@ class EvaluationRun:
             of = f" of {self.name!r}" if self.name else ""
             raise RolloutError(
                 f"Only {self.num_valid} of the {self.num_counted} rollouts of the evaluation{of} have a reward "
-                f"(`gym_min_valid_fraction` is {min_valid_fraction:g}):\n{describe_causes(self.causes)}"
+                f"(`gym_min_valid_fraction` is {min_valid_fraction:g}):\n{describe_causes(self.causes)}\n",
+                "Fix what made them fail, or lower `gym_min_valid_fraction`.",
             )
 
 
 @contextlib.contextmanager
 def table_beside(output_dir: str | Path, step: int, name: str) -> Iterator[None]:
-    """While open, TRL's completions table of a step may be written anew: it becomes `eval_<step>.parquet`
+    """Let TRL write its completions table of a step again: the new one becomes `eval_<step>.parquet`
     (`eval_<name>_<step>.parquet`), and the one that training wrote for the step stays.
 
     Args:
         output_dir: The run's folder.
         step: Optimizer step.
-        name: Of the evaluation set; may be empty.
+        name: Name of the evaluation set; may be empty.
     """
     table = Path(output_dir) / "completions" / f"completions_{step:05d}.parquet"
     aside = table.with_suffix(".train")
@@ -170,7 +173,7 @@ def table_beside(output_dir: str | Path, step: int, name: str) -> Iterator[None]
 
 
 def emptied(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of a completions table, as TRL keeps them in `_logs`, without the rows: deques, and mappings to deques."""
+    """Return TRL's `_logs` (deques, and mappings to deques) without the rows: those of a completions table."""
     return {
         name: defaultdict(rows.default_factory) if isinstance(rows, defaultdict) else deque(maxlen=rows.maxlen)
         for name, rows in logs.items()
@@ -178,7 +181,7 @@ def emptied(logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def set_name(metric_key_prefix: str) -> str:
-    """Name of an evaluation set in transformers' prefix: `"eval_easy"` → `"easy"`, `"eval"` → `""`."""
+    """Return the name of the evaluation set in transformers' prefix: `"eval_easy"` → `"easy"`, `"eval"` → `""`."""
     return metric_key_prefix.removeprefix("eval").lstrip("_")
 
 

@@ -32,7 +32,7 @@ class RolloutRequest:
         member: Index in its group.
         attempt: 0 for the first try.
         agent: Name of the Gym agent that runs it.
-        row: What is posted to `/run`.
+        row: The row that is posted to `/run`.
     """
 
     rollout_id: str
@@ -45,7 +45,7 @@ class RolloutRequest:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What `RolloutFailure.of` takes."""
+        """The arguments of `RolloutFailure.of`."""
         return {
             "agent": self.agent,
             "task_index": self.task_index,
@@ -64,7 +64,7 @@ def stamp(
     completion_budget: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A copy of a Gym row with identity, sampling and budget written into it.
+    """Return a copy of a Gym row with identity, sampling and budget written into it.
 
     Args:
         row: The dataset row.
@@ -99,7 +99,7 @@ def stamp(
 
 
 def next_attempt(request: RolloutRequest) -> RolloutRequest:
-    """The same rollout once more, under an id of its own: `…-a0` becomes `…-a1`.
+    """Return a request for the same rollout once more, under an id of its own: `…-a0` becomes `…-a1`.
 
     The id is replaced in every place where `stamp` wrote it, so that calls which the failed attempt still makes are
     not taken for calls of this one. Whatever else is in the row stays as it is.
@@ -131,16 +131,15 @@ def _json_object(text: str | None, name: str) -> dict[str, Any]:
     return value
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What makes two rollouts rollouts of the same task: the row that was sent, without what is stamped into it.
+# -- which rollouts are of the same task, and which of the same request -----------------------------------------------
 
-# Written by `requests.stamp`, over what the dataset's row may have had there.
+# Fields that `stamp` writes, over those that the dataset's row may have.
 _STAMPED_PARAMETERS = ("max_output_tokens", "temperature", "top_p")
 _STAMPED_METADATA = ("extra_body", "chat_template_kwargs")
 
 
 def task_hash(row: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that are the same for two rows, stamped or not, that ask the same.
+    """Return 16 hexadecimal digits that are the same for two rows, stamped or not, that ask the same.
 
     Ids, sampling parameters, token budgets and the agent's name do not count; everything else does.
     """
@@ -156,7 +155,8 @@ def task_hash(row: Mapping[str, Any]) -> str:
 
 
 def request_hash(row: Mapping[str, Any]) -> str:
-    """The same for everything that shapes the answer: the task, the agent, sampling parameters, token budget.
+    """Return 16 hexadecimal digits that are the same for two rows if everything that shapes the answer is: the task,
+    the agent, sampling parameters, token budget.
 
     Only the rollout's own identity (`_ng_*` and the rollout id in the stamp) does not count.
     """
