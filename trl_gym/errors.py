@@ -20,6 +20,7 @@ and leaves both the loss and the group baseline. `RolloutError` is for what conc
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -109,6 +110,19 @@ class RolloutError(TrlGymError, RuntimeError):
 
 class RankLostError(TrlGymError, RuntimeError):
     """Another training process has ended, or does not answer: a collective operation with it broke."""
+
+
+def error_body_text(body: bytes) -> str:
+    """Return the text of an HTTP error body: a JSON string, `error.message` (OpenAI), `detail` (FastAPI), or all."""
+    text = body.decode(errors="replace").strip()
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    for key in ("error", "detail", "message"):
+        if isinstance(value, dict) and value.get(key):
+            value = value[key]
+    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class FailureKind(StrEnum):

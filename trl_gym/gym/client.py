@@ -23,7 +23,7 @@ from typing import Any
 
 import aiohttp
 
-from trl_gym.errors import FailureKind, RolloutFailure
+from trl_gym.errors import FailureKind, RolloutFailure, error_body_text
 from trl_gym.gym.discovery import AgentInfo
 
 _SPARE_CONNECTIONS = 16
@@ -203,14 +203,14 @@ def read_error(body: bytes, status: int) -> tuple[FailureKind, str]:
 def unwrap(body: bytes) -> tuple[list[str], str]:
     """Return the servers that passed the error on, outermost first and each once, and the innermost message."""
     servers: list[str] = []
-    text = _message(body)
+    text = error_body_text(body)
     while hop := _HOP.match(text):
         if hop["server"] not in servers[-1:]:  # an agent calls its own /v1/responses
             servers.append(hop["server"])
         answer = _bytes_literal(hop["answer"])
         if answer is None:  # cut off by a logger, or quoted in an unknown way: better raw than lost
             return servers, hop["answer"].strip()
-        text = _message(answer)
+        text = error_body_text(answer)
     return servers, text
 
 
@@ -220,21 +220,6 @@ def _bytes_literal(text: str) -> bytes | None:
     except (ValueError, SyntaxError):
         return None
     return value if isinstance(value, bytes) else None
-
-
-def _message(body: bytes) -> str:
-    """Return the text of an error body: a JSON string, FastAPI's `detail` or OpenAI's `error.message`."""
-    text = body.decode(errors="replace").strip()
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    if isinstance(value, str):
-        return value.strip()
-    for key in ("error", "detail", "message"):
-        if isinstance(value, dict) and value.get(key):
-            value = value[key]
-    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _shortened(text: str, limit: int) -> str:

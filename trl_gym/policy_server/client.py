@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import requests
 
-from trl_gym.errors import PolicyServerError, PolicyServerLostError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError, error_body_text
 from trl_gym.policy_server.middleware.calls import CallRecord
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -326,7 +326,8 @@ class PolicyClient:
         if response.status_code != 200:
             self._session.close()  # after an exception in a route the server hangs up; the next call must not find out
             raise PolicyResponseError(
-                f"{method} {url}: HTTP {response.status_code}: {_error_text(response)}", response.status_code
+                f"{method} {url}: HTTP {response.status_code}: {_quote(error_body_text(response.content))}",
+                response.status_code,
             )
         if not response.content:
             return None
@@ -350,18 +351,6 @@ class PolicyClient:
             if logprob is None or not math.isfinite(logprob):
                 raise PolicyServerError(f"{self.base_url}/completions: prompt token {place} has the logprob {logprob}")
         return logprobs[1:]
-
-
-def _error_text(response: requests.Response) -> str:
-    """The server's own words: vLLM's `{"error": {"message": …}}`, FastAPI's `{"detail": …}`, or the body."""
-    try:
-        payload = response.json()
-    except ValueError:
-        return _quote(response.text)
-    if isinstance(payload, dict):
-        error = payload.get("error", payload.get("detail", payload))
-        payload = error.get("message", error) if isinstance(error, dict) else error
-    return _quote(str(payload))
 
 
 def _quote(text: str) -> str:

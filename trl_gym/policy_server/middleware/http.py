@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from trl_gym.errors import error_body_text
 from trl_gym.policy_server.middleware.templates import RenderRefusedError
 
 Message = MutableMapping[str, Any]
@@ -56,12 +57,7 @@ class Reply:
         return json.loads(self.body)
 
     def error_text(self) -> str:
-        """Return the text of an error in OpenAI's form or any other."""
-        try:
-            payload = self.json()
-            return str(payload["error"]["message"])
-        except (ValueError, TypeError, KeyError):
-            return self.body.decode(errors="replace")
+        return error_body_text(self.body)
 
     @classmethod
     def from_json(cls, status: int, payload: Any) -> Reply:
