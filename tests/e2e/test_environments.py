@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.servers import FLAGS
 from tests.e2e.training import MAX_MEAN_GAP, ROOT, RecordingTrainer, config, gap
 from tests.policy_server.tiny_model import build_random_policy
-from trl_gym import load_gym_dataset
+from trl_gym import PolicyServer, load_gym_dataset
 
 pytestmark = pytest.mark.e2e
 
@@ -48,9 +50,17 @@ def long_context_policy(folder: Path) -> Path:
     return model
 
 
+@pytest.fixture(scope="module")
+def policy(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
+    folder = tmp_path_factory.mktemp("long")
+    flags = FLAGS | {"max-model-len": 40960, "max-num-seqs": 16}
+    with PolicyServer(long_context_policy(folder / "policy"), vllm_args=flags, log_dir=folder) as server:
+        yield server
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("venv", [".gym-venv", ".gym-venv-0.7"])
-def test_they_roll_out_through_the_trainer(tmp_path: Path, venv: str) -> None:
+def test_they_roll_out_through_the_trainer(tmp_path: Path, venv: str, policy: PolicyServer) -> None:
     """All seven in one Gym and one batch; then one step of training on two of them mixed."""
     installation = next((ROOT / venv / "lib").glob("python*/site-packages/resources_servers"))
     every = load_gym_dataset(example_rows(tmp_path / "every.jsonl", installation, ENVIRONMENTS, 2))
@@ -58,18 +68,17 @@ def test_they_roll_out_through_the_trainer(tmp_path: Path, venv: str) -> None:
         tmp_path / "out",
         gym_config_paths=[f"resources_servers/{name}/configs/{name}.yaml" for name in ENVIRONMENTS],
         gym_python=str(ROOT / venv / "bin" / "python"),
-        vllm_max_model_length=40960,
         max_completion_length=48,
         per_device_train_batch_size=8,
         num_generations=2,
         max_steps=1,
         eval_strategy="no",
-        gym_vllm_args={"tool-call-parser": "hermes", "max-num-seqs": 16},
         gym_deadline=300,
     )
     with RecordingTrainer(
-        model=str(long_context_policy(tmp_path / "policy")),
+        model=str(policy.model),
         args=args,
+        policy_server=policy,
         train_dataset=load_gym_dataset(example_rows(tmp_path / "two.jsonl", installation, TRAINED, 2)),
     ) as trainer:
         _, trainer._requests = trainer._plan([example for example in every for _ in range(2)])

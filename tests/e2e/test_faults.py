@@ -32,21 +32,12 @@ from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.source import Finisher
 from trl_gym.rollouts.trajectory import from_gym
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.shares("small, killed at the end")]
 
 FAULTY = Path(__file__).parent / "environments" / "faulty" / "faulty.yaml"
 CALCULATOR_AGENT, FAULTY_AGENT = "calculator_simple_agent", "faulty_simple_agent"
 MULTI_TURN_AGENT = "example_multi_turn_gymnasium_agent"
 SAMPLING = Sampling(temperature=0.05)  # the small policy then calls its tool
-
-
-@pytest.fixture(scope="module")
-def policy(small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
-    flags = {"dtype": "float32", "max-model-len": 512, "enforce-eager": True, "tool-call-parser": "hermes"}
-    with PolicyServer(
-        small_policy, vllm_args=flags | {"max-num-seqs": 64}, log_dir=tmp_path_factory.mktemp("policy")
-    ) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

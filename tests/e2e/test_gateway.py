@@ -8,7 +8,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import psutil
 import pytest
 import requests
 
+from tests.e2e.servers import MAX_MODEL_LEN, START_TIMEOUT_S, vllm_metric
 from tests.policy_server.tiny_model import build_random_policy, build_tokenizer
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
@@ -32,8 +32,6 @@ from trl_gym.processes import ChildProcess, bind_socket
 
 pytestmark = pytest.mark.e2e
 
-MAX_MODEL_LEN = 512
-START_TIMEOUT_S = 400.0  # 30 s on a quiet machine
 HOT = {"rollout": "hot", "sampling": {"temperature": 1.5, "top_p": 1.0, "top_k": -1}}
 USER = {"role": "user", "content": "What is 47 + 36?"}
 TOOL = {
@@ -80,12 +78,11 @@ class Gate:
         return self.chat(messages, **body)["choices"][0]["message"]
 
     def metric(self, name: str) -> float:
-        text = requests.get(f"{self.stock_url}/metrics", timeout=10.0).text
-        return sum(float(value) for value in re.findall(rf"^vllm:{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+        return vllm_metric(self.stock_url, name)
 
 
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+def gate(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
     folder = tmp_path_factory.mktemp("gateway")
     with bind_socket() as free:
         port = free.getsockname()[1]

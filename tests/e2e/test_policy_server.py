@@ -1,35 +1,25 @@
-"""A real vLLM server on a tiny random model: `trl-gym serve` for most tests, then one that a trainer owns.
-
-One server at a time, and each is started once: loading dominates the duration.
-"""
+"""`trl-gym serve` with a real vLLM and a tiny random model. The last test ends the server."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.e2e.servers import MAX_MODEL_LEN, START_TIMEOUT_S, Served, push_file, serve_argv
 from tests.policy_server.tiny_model import build_model, build_random_policy, build_tokenizer
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
-from trl_gym.policy_server.server import PolicyServer
 from trl_gym.processes import bind_socket
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.shares("random, ended at the end")]
 
-MAX_MODEL_LEN = 512
-START_TIMEOUT_S = 400.0  # 30 s on a quiet machine
-FLAGS = {"max-model-len": MAX_MODEL_LEN, "enforce-eager": True, "dtype": "float32", "tool-call-parser": "hermes"}
 GREEDY = {"rollout": "greedy", "sampling": {"temperature": 0.0}}
 SAMPLED = {"rollout": "sampled", "sampling": {"temperature": 1.0, "top_p": 1.0}}
 USER = {"role": "user", "content": "What is 47 + 36?"}
@@ -46,64 +36,11 @@ SEQUENCES = [[5, 9, 300, 17, 44, 120, 8], [7, 8], [401, 33, 2, 3, 90]]
 Json = dict[str, Any]
 
 
-@dataclass
-class Served:
-    """A running `trl-gym serve`, attached to."""
-
-    process: subprocess.Popen[str]
-    server: PolicyServer
-    first_line: str
-
-    @property
-    def client(self) -> PolicyClient:
-        return self.server.client
-
-    def chat(self, messages: list[Json], **body: Any) -> Json:
-        return self.client.chat(messages=messages, timeout_s=120.0, **body)
-
-    def message(self, messages: list[Json], **body: Any) -> Json:
-        return self.chat(messages, **body)["choices"][0]["message"]
-
-
-def serve_argv(model: Path, log_dir: Path, *more: str) -> list[str]:
-    flags = ["--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager", "--dtype", "float32"]
-    flags += ["--tool-call-parser", "hermes", "--log-dir", str(log_dir), "--start-timeout", str(START_TIMEOUT_S)]
-    return [sys.executable, "-m", "trl_gym.cli", "serve", str(model), *flags, *more]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("policy_server")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Path:
-    return build_random_policy(folder / "tied")
-
-
-@pytest.fixture(scope="module")
-def served(folder: Path, model: Path) -> Iterator[Served]:
-    process = subprocess.Popen(
-        serve_argv(model, folder / "logs", "--port", "0"),
-        stdout=subprocess.PIPE,
-        stderr=(folder / "stderr").open("w"),
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("ready http://127.0.0.1:"), (folder / "stderr").read_text()
-        yield Served(process, PolicyServer.attach(line.split()[1]), line)
-    finally:
-        process.terminate()
-        process.wait(20.0)
-
-
-def hf_logprobs(*, tie: bool, seed: int) -> list[list[float]]:
+def hf_logprobs(seed: int) -> list[list[float]]:
     """What the trainer's own forward pass computes, in float32."""
     import torch
 
-    model = build_model(build_tokenizer(), tie=tie, seed=seed).eval()
+    model = build_model(build_tokenizer(), tie=True, seed=seed).eval()
     result = []
     for ids in SEQUENCES:
         with torch.no_grad():
@@ -116,17 +53,7 @@ def largest_difference(a: list[list[float]], b: list[list[float]]) -> float:
     return max(abs(x - y) for row, other in zip(a, b, strict=True) for x, y in zip(row, other, strict=True))
 
 
-def sync(client: PolicyClient, weights: Path, version: str) -> None:
-    client.init_weight_transfer({})
-    client.pause()
-    client.start_weight_update()
-    client.update_weights({"path": str(weights)})
-    client.finish_weight_update(version)
-    client.reset_caches()
-    client.resume()
-
-
-# -- mistakes, before anything is served ------------------------------------------------------------------------------
+# -- mistakes, for which nothing is served ----------------------------------------------------------------------------
 
 
 def failed_serve(argv: list[str]) -> str:
@@ -137,22 +64,22 @@ def failed_serve(argv: list[str]) -> str:
     return done.stderr
 
 
-def test_a_folder_without_tokenizer_is_one_readable_error(folder: Path, model: Path) -> None:
-    bare = folder / "bare"
+def test_a_folder_without_tokenizer_is_one_readable_error(random_policy: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
     bare.mkdir()
-    shutil.copy(model / "config.json", bare)
-    assert "has no tokenizer: none of tokenizer.json" in failed_serve(serve_argv(bare, folder / "logs"))
+    shutil.copy(random_policy / "config.json", bare)
+    assert "has no tokenizer: none of tokenizer.json" in failed_serve(serve_argv(bare, tmp_path / "logs"))
 
 
-def test_a_busy_port_is_one_readable_error(folder: Path, model: Path) -> None:
+def test_a_busy_port_is_one_readable_error(random_policy: Path, tmp_path: Path) -> None:
     with bind_socket() as taken:
         port = taken.getsockname()[1]
-        error = failed_serve(serve_argv(model, folder / "logs", "--port", str(port)))
+        error = failed_serve(serve_argv(random_policy, tmp_path / "logs", "--port", str(port)))
     assert f"port {port} on 127.0.0.1 is in use" in error
 
 
-def test_an_unknown_flag_is_one_readable_error(folder: Path, model: Path) -> None:
-    error = failed_serve(serve_argv(model, folder / "logs", "--port", "0", "--no-such-flag", "3"))
+def test_an_unknown_flag_is_one_readable_error(random_policy: Path, tmp_path: Path) -> None:
+    error = failed_serve(serve_argv(random_policy, tmp_path / "logs", "--port", "0", "--no-such-flag", "3"))
     assert "unrecognized arguments: --no-such-flag 3" in error
     assert "Hint: this vLLM does not know that flag" in error
     assert "exit code 2" in error and "policy_server-" in error
@@ -326,7 +253,8 @@ def test_cancelling_a_rollout_ends_what_it_samples(served: Served) -> None:
     second = PolicyClient(served.client.base_url)  # a client belongs to one thread
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(second.chat, messages=[USER], ignore_eos=True, trl_gym=tag)
-        time.sleep(0.2)  # most likely it samples by now, for seconds; if not, it is refused as soon as it arrives
+        while served.metric("num_requests_running") == 0:
+            assert not running.done(), running.result()
         served.client.cancel_rollouts(["abandoned"])
         with pytest.raises(
             PolicyServerError, match=r"HTTP 400: .*abandoned was cancelled; its maximum context length"
@@ -378,21 +306,21 @@ def test_an_untagged_request_is_the_stock_answer_and_the_bundle(served: Served) 
     assert len(choice["message"]["generation_log_probs"]) == len(choice["message"]["generation_token_ids"])
 
 
-def test_new_weights_change_what_the_tied_model_computes(served: Served, folder: Path) -> None:
-    old, new = hf_logprobs(tie=True, seed=0), hf_logprobs(tie=True, seed=1)
+def test_new_weights_change_what_the_tied_model_computes(served: Served, tmp_path: Path) -> None:
+    old, new = hf_logprobs(seed=0), hf_logprobs(seed=1)
     assert largest_difference(old, new) > 0.5
     assert largest_difference(served.client.prompt_logprobs(SEQUENCES), old) < 1e-3
-    sync(served.client, build_random_policy(folder / "tied1", seed=1) / "model.safetensors", "step-1")
+    push_file(served.client, build_random_policy(tmp_path, seed=1) / "model.safetensors", "step-1")
     assert largest_difference(served.client.prompt_logprobs(SEQUENCES), new) < 1e-3
     assert served.client.weight_version() == "step-1"
     assert served.chat([USER], max_tokens=2)["weight_version"] == "step-1"
 
 
-def test_a_file_that_cannot_be_read_leaves_the_weights_alone(served: Served, folder: Path) -> None:
+def test_a_file_that_cannot_be_read_leaves_the_weights_alone(served: Served, tmp_path: Path) -> None:
     before = served.client.prompt_logprobs(SEQUENCES)
     served.client.start_weight_update()
     with pytest.raises(PolicyServerError, match=r"update_weights: HTTP 500: .*No such file"):
-        served.client.update_weights({"path": str(folder / "missing.safetensors")})
+        served.client.update_weights({"path": str(tmp_path / "missing.safetensors")})
     assert served.client.prompt_logprobs(SEQUENCES) == before
 
 
@@ -404,65 +332,3 @@ def test_ctrl_c_ends_it_and_it_said_one_line(served: Served) -> None:
     assert served.process.stdout is not None
     assert served.process.stdout.read() == ""
     assert not served.client.health()
-
-
-# -- a server that a trainer owns -------------------------------------------------------------------------------------
-
-OWNER = """
-import sys, time
-from trl_gym.policy_server.server import PolicyServer
-server = PolicyServer(sys.argv[1], vllm_args=%r, log_dir=sys.argv[2], start_timeout_s=%r)
-with server:
-    print(server.base_url, flush=True)
-    time.sleep(600)
-"""
-
-
-def descendants(pid: int) -> set[int]:
-    import psutil
-
-    return {child.pid for child in psutil.Process(pid).children(recursive=True)}
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_an_owned_untied_server_takes_weights_and_dies_with_its_owner(folder: Path) -> None:
-    model = build_random_policy(folder / "untied", tie=False)
-    code = OWNER % (FLAGS, START_TIMEOUT_S)
-    owner = subprocess.Popen(
-        [sys.executable, "-c", code, str(model), str(folder / "owned_logs")], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert owner.stdout is not None
-        client = PolicyClient(owner.stdout.readline().strip(), timeout_s=120.0)
-        sync(client, build_random_policy(folder / "untied1", tie=False, seed=1) / "model.safetensors", "1")
-        assert largest_difference(client.prompt_logprobs(SEQUENCES), hf_logprobs(tie=False, seed=1)) < 1e-3
-        incomplete_update_is_refused(client, model, folder)
-        processes = descendants(owner.pid)
-        assert len(processes) >= 3  # supervisor, API server, engine
-    finally:
-        os.kill(owner.pid, signal.SIGKILL)
-        owner.wait()
-    deadline = time.monotonic() + 10.0
-    while any(map(alive, processes)):
-        assert time.monotonic() < deadline, "processes outlived their owner"
-        time.sleep(0.1)
-
-
-def incomplete_update_is_refused(client: PolicyClient, model: Path, folder: Path) -> None:
-    """Last on a server: it cannot serve afterwards."""
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(model / "model.safetensors")
-    weights.pop("model.layers.1.self_attn.k_proj.weight")
-    save_file(weights, folder / "incomplete.safetensors")
-    client.start_weight_update()
-    client.update_weights({"path": str(folder / "incomplete.safetensors")})
-    with pytest.raises(PolicyServerError, match=r"lacks 1 parameters of the model: .*k_proj"):
-        client.finish_weight_update("2")
-    assert client.weight_version() == "1"

@@ -14,17 +14,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.ranks import NUM_STEPS, VICTIM
-from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, ROOT
-from trl_gym import GymServers, PolicyServer
+from tests.e2e.training import MAX_MEAN_GAP, ROOT
 
 pytestmark = pytest.mark.e2e
 
@@ -33,44 +30,32 @@ RUNS = {2: ["ddp"], 4: ["ddp", "fsdp2", "killed"]}
 ENDS_WITHIN_S = 60  # of the death of a rank
 
 
-def untied(policy: Path, folder: Path) -> Path:
-    """The same policy with an output layer of its own."""
-    tied = AutoModelForCausalLM.from_pretrained(policy)
-    config = tied.config
-    config.tie_word_embeddings = False
-    model = type(tied)(config)
-    model.load_state_dict(tied.state_dict())
-    model.generation_config = tied.generation_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", params=sorted(RUNS), ids=["2 ranks, tied", "4 ranks, untied"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(2, marks=pytest.mark.shares("small"), id="2 ranks, tied"),
+        pytest.param(4, marks=pytest.mark.shares("untied"), id="4 ranks, untied"),
+    ],
+)
 def launched(
-    request: pytest.FixtureRequest, small_policy: Path, tmp_path_factory: pytest.TempPathFactory, calculator_data: Any
-) -> Iterator[tuple[int, Path, subprocess.CompletedProcess[str], float]]:
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, calculator_data: Any
+) -> tuple[int, Path, subprocess.CompletedProcess[str], float]:
     """Number of ranks, folder of the runs, what the launcher said and when it ended; the servers still run."""
     folder = tmp_path_factory.mktemp("ranks")
-    model = small_policy if request.param == 2 else untied(small_policy, folder / "untied")
+    pair = request.getfixturevalue("pair" if request.param == 2 else "untied_pair")
+    model = request.getfixturevalue("small_policy" if request.param == 2 else "untied_policy")
     data = calculator_data.generate(folder / "data", num_train=8, num_validation=1, seed=0)[0]
-    flags = {"dtype": "float32", "max-model-len": 512, "enforce-eager": True, "tool-call-parser": "hermes"}
-    logs = folder / "logs"
-    with (
-        PolicyServer(model, vllm_args=flags, log_dir=logs) as policy,
-        GymServers([CALCULATOR / "calculator.yaml"], policy_base_url=policy.base_url, log_dir=logs) as gym,
-    ):
-        launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(CPU_CONFIG)]
-        launch += ["--num_processes", str(request.param), "--main_process_port", "0"]
-        launch += ["-m", "tests.e2e.ranks", str(folder), policy.base_url, gym.head_url, str(data), str(model)]
-        done = subprocess.run(
-            [*launch, *RUNS[request.param]],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-            cwd=ROOT, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        ended = time.time()
-        assert policy.client.weight_version()  # servers that were passed in are not the ranks' to stop
-        yield request.param, folder, done, ended
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(CPU_CONFIG)]
+    launch += ["--num_processes", str(request.param), "--main_process_port", "0"]
+    launch += ["-m", "tests.e2e.ranks", str(folder), pair.policy.base_url, pair.gym.head_url, str(data), str(model)]
+    done = subprocess.run(
+        [*launch, *RUNS[request.param]],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    ended = time.time()
+    assert pair.policy.client.weight_version()  # servers that were passed in are not the ranks' to stop
+    return request.param, folder, done, ended
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -23,12 +23,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.training import CALCULATOR, ROOT, RecordingTrainer, config
+from tests.e2e.servers import Pair
+from tests.e2e.training import ROOT, RecordingTrainer, config
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.request import RolloutRequest
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.shares("small")]
 
 # Eight steps over two epochs of eight tasks: a generation batch has 4 tasks x 4 rollouts and lasts two optimizer
 # steps. Checkpoints after every third step: that of step 3 is in the middle of a generation batch, that of step 6
@@ -127,14 +128,8 @@ def train(trainer: type[Seeded], output_dir: Path, policy: str, gym_head: str, d
 
 
 @pytest.fixture(scope="module")
-def servers(small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    flags = {"dtype": "float32", "max-model-len": 512, "enforce-eager": True, "tool-call-parser": "hermes"}
-    logs = tmp_path_factory.mktemp("logs")
-    with (
-        PolicyServer(small_policy, vllm_args=flags, log_dir=logs) as policy,
-        GymServers([CALCULATOR / "calculator.yaml"], policy_base_url=policy.base_url, log_dir=logs) as gym,
-    ):
-        yield policy.base_url, gym.head_url
+def servers(pair: Pair) -> tuple[str, str]:
+    return pair.policy.base_url, pair.gym.head_url
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,10 @@ from trl_gym.cli import main
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.source import JournalSource
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.shares("small")]
 
 NUM_ROWS, NUM_GENERATIONS = 12, 4
 CONFIG = str(CALCULATOR / "calculator.yaml")
-
-
-@pytest.fixture(scope="module")
-def policy(small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
-    flags = {"dtype": "float32", "max-model-len": 512, "enforce-eager": True, "tool-call-parser": "hermes"}
-    with PolicyServer(small_policy, vllm_args=flags, log_dir=tmp_path_factory.mktemp("policy")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ order of calls, and that answers after them come from the weights that were sent
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,47 +13,24 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from tests.e2e.servers import Served, push_file
 from tests.policy_server.tiny_model import build_model, build_random_policy, build_tokenizer
 from trl_gym.memory.sharing import DeviceSharing, Occupancy
 from trl_gym.policy_server.client import PolicyClient
-from trl_gym.policy_server.server import PolicyServer
 from trl_gym.weight_sync.sums import explain, held_sums, sent_sums
 from trl_gym.weight_sync.sync import trainer_logprobs
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.shares("random")]
 
-FLAGS = {
-    "max-model-len": 512,
-    "enforce-eager": True,
-    "dtype": "float32",
-    "worker-extension-cls": "trl_gym.policy_server.engine.worker.WeightSums",
-}
 SEQUENCES = [[5, 9, 300, 17, 44, 120, 8], [401, 33, 2, 3, 90]]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
-    folder = tmp_path_factory.mktemp("sleep")
-    build_random_policy(folder / "model", tie=True, seed=0)
-    with PolicyServer(folder / "model", vllm_args=FLAGS, log_dir=folder / "logs") as running:
-        yield running
 
 
 def policy(seed: int) -> torch.nn.Module:
     return build_model(build_tokenizer(), tie=True, seed=seed)
 
 
-def push(client: PolicyClient, weights: Path, version: str) -> None:
-    client.pause()
-    client.start_weight_update()
-    client.update_weights({"path": str(weights)})
-    client.finish_weight_update(version)
-    client.reset_caches()
-
-
-def test_a_step_with_sleep_and_a_request_that_comes_too_early(server: PolicyServer, tmp_path: Path) -> None:
-    client = server.client
-    client.init_weight_transfer({})
+def test_a_step_with_sleep_and_a_request_that_comes_too_early(served: Served, tmp_path: Path) -> None:
+    client, server = served.client, served.server
     sharing = DeviceSharing(Accelerator(cpu=True), server, timeout_s=120.0, drops_weights=True)
     sharing.after_sampling()
     assert client.is_sleeping()
@@ -63,7 +39,7 @@ def test_a_step_with_sleep_and_a_request_that_comes_too_early(server: PolicyServ
         sharing.before_sync()
         assert client.is_sleeping() and sharing.state is Occupancy.WEIGHTS
         build_random_policy(tmp_path / "next", tie=True, seed=1)
-        push(client, tmp_path / "next" / "model.safetensors", "1")
+        push_file(client, tmp_path / "next" / "model.safetensors", "1", resume=False)
         sharing.pushed()
         # Whatever is asked while something sleeps waits, and is computed with what was sent.
         assert client.is_sleeping() and not early.done()
@@ -76,7 +52,8 @@ def test_a_step_with_sleep_and_a_request_that_comes_too_early(server: PolicyServ
         assert found == pytest.approx(wanted, abs=1e-3)
 
 
-def test_weights_that_are_kept_need_no_push(server: PolicyServer) -> None:
+def test_weights_that_are_kept_need_no_push(served: Served) -> None:
+    server = served.server
     before = server.client.prompt_logprobs(SEQUENCES)
     sharing = DeviceSharing(Accelerator(cpu=True), server, timeout_s=120.0, drops_weights=False)
     sharing.after_sampling()
@@ -86,12 +63,10 @@ def test_weights_that_are_kept_need_no_push(server: PolicyServer) -> None:
     assert server.client.prompt_logprobs(SEQUENCES) == before
 
 
-def test_the_server_says_which_parameters_it_holds_otherwise(server: PolicyServer, tmp_path: Path) -> None:
-    client = server.client
-    client.init_weight_transfer({})
+def test_the_server_says_which_parameters_it_holds_otherwise(served: Served, tmp_path: Path) -> None:
+    client = served.client
     build_random_policy(tmp_path / "weights", tie=True, seed=2)
-    push(client, tmp_path / "weights" / "model.safetensors", "2")
-    client.resume()
+    push_file(client, tmp_path / "weights" / "model.safetensors", "2")
     sent = sent_sums((name, weight.detach()) for name, weight in policy(seed=2).named_parameters())
     held = held_sums(client, torch.float32)
     assert held is not None and held.unseen == frozenset()

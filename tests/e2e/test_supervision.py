@@ -105,7 +105,7 @@ class Killing(RecordingTrainer):
 
 
 @pytest.fixture(scope="module")
-def killed(small_policy: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killing]:
+def killed(alone: None, small_policy: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killing]:
     """One run in which the server dies in every phase."""
     trainer = Killing(
         model=str(small_policy),
@@ -203,7 +203,7 @@ def test_when_the_restarts_are_used_up_it_says_so(killed: Killing) -> None:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
+def elsewhere(alone: None, small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
     flags = {"dtype": "float32", "max-model-len": 512, "enforce-eager": True, "data-parallel-size": 2}
     with PolicyServer(
         small_policy, vllm_args=SERVER_FLAGS | flags, api_key=KEY, log_dir=tmp_path_factory.mktemp("elsewhere")

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stock(small_policy: Path, folder: Path) -> Iterator[str]:
+def stock(alone: None, small_policy: Path, folder: Path) -> Iterator[str]:
     with token_fidelity.stock_server(small_policy, folder) as url:
         yield url
 

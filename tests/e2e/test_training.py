@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +13,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, NUM_STEPS, RecordingTrainer, config, gap
+from tests.e2e.training import MAX_MEAN_GAP, NUM_STEPS, RecordingTrainer, config, gap
 from trl_gym import GymGRPOTrainer, GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import RolloutError
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.trajectory import finish_reason, model_calls
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.shares("small")]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, calculator_data: Any) -> tuple[Path, Path]:
     return calculator_data.generate(tmp_path_factory.mktemp("data"), num_train=512, num_validation=64, seed=0)
-
-
-@pytest.fixture(scope="module")
-def policy(small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
-    with PolicyServer(
-        small_policy,
-        vllm_args={
-            "dtype": "float32",
-            "max-model-len": 512,
-            "enforce-eager": True,
-            "tool-call-parser": "hermes",
-            "max-num-seqs": 128,
-        },
-        log_dir=tmp_path_factory.mktemp("policy"),
-    ) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def gym(policy: PolicyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GymServers]:
-    with GymServers(
-        [CALCULATOR / "calculator.yaml"], policy_base_url=policy.base_url, log_dir=tmp_path_factory.mktemp("gym")
-    ) as servers:
-        yield servers
 
 
 @pytest.fixture(scope="module")

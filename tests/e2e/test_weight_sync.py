@@ -1,7 +1,7 @@
 """Weights reach a real vLLM server and it computes with them; where they cannot, the error is clear and nothing hangs.
 
 `ipc` and `nccl` go as far as they do without a GPU: up to the first call of CUDA, on both sides. Their data path is in
-`tests/weight_sync/transports/test_gpu.py`. One server at a time; each is started once.
+`tests/weight_sync/transports/test_gpu.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from tests.e2e.servers import OneAtATime, random_like
 from tests.policy_server.tiny_model import build_model, build_random_policy, build_tokenizer
 from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
@@ -42,8 +45,8 @@ MAX_GAP = 1e-4  # nats, mean; both sides compute in float32
 
 
 @contextmanager
-def serving(folder: Path, *, backend: str, tie: bool = True) -> Iterator[PolicyServer]:
-    model = build_random_policy(folder / "policy", tie=tie)
+def serving(folder: Path, *, backend: str) -> Iterator[PolicyServer]:
+    model = build_random_policy(folder / "policy")
     flags = {
         "max-model-len": 512,
         "enforce-eager": True,
@@ -60,8 +63,8 @@ def serving(folder: Path, *, backend: str, tie: bool = True) -> Iterator[PolicyS
         yield server
 
 
-def policy(*, tie: bool, seed: int) -> torch.nn.Module:
-    return build_model(build_tokenizer(), tie=tie, seed=seed)
+def policy(seed: int) -> torch.nn.Module:
+    return build_model(build_tokenizer(), tie=True, seed=seed)
 
 
 def gap(client: PolicyClient, model: torch.nn.Module) -> float:
@@ -80,60 +83,77 @@ def transport_to(server: PolicyServer, *, on_cuda: bool = False, **options: Any)
 # -- file -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def tie(request: pytest.FixtureRequest) -> bool:
-    return request.param
+@dataclass
+class Target:
+    """A shared server that takes files, and the policy whose shapes it has."""
+
+    server: PolicyServer
+    model: Path
+
+    @property
+    def client(self) -> PolicyClient:
+        return self.server.client
+
+    def policy(self, seed: int) -> torch.nn.Module:
+        return random_like(self.model, seed)
 
 
-@pytest.fixture(scope="module")
-def served(tie: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
-    with serving(tmp_path_factory.mktemp("file"), backend="file", tie=tie) as server:
-        yield server
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("tied", marks=pytest.mark.shares("random")),
+        pytest.param("untied", marks=pytest.mark.shares("untied")),
+    ],
+)
+def target(request: pytest.FixtureRequest) -> Target:
+    if request.param == "tied":
+        return Target(request.getfixturevalue("served").server, request.getfixturevalue("random_policy"))
+    return Target(request.getfixturevalue("untied_pair").policy, request.getfixturevalue("untied_policy"))
 
 
-def test_every_sync_arrives(served: PolicyServer, tie: bool) -> None:
-    assert served.weight_transports == ("file",)
-    sync = sync_with(served)
+def test_every_sync_arrives(target: Target) -> None:
+    assert target.server.weight_transports == ("file",)
+    sync = sync_with(target.server)
     for step in (1, 2):
-        model = policy(tie=tie, seed=10 + step)
-        assert gap(served.client, model) > 0.1
+        model = target.policy(seed=10 + step)
+        assert gap(target.client, model) > 0.1
         sync.push(model, step)
-        assert gap(served.client, model) < MAX_GAP
-        assert served.client.weight_version() == str(step)
+        assert gap(target.client, model) < MAX_GAP
+        assert target.client.weight_version() == str(step)
 
 
-def test_a_merged_adapter_arrives(served: PolicyServer, tie: bool) -> None:
-    adapted = get_peft_model(policy(tie=tie, seed=20), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    base_gap = gap(served.client, adapted)
+def test_a_merged_adapter_arrives(target: Target) -> None:
+    adapted = get_peft_model(target.policy(seed=20), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    base_gap = gap(target.client, adapted)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.3)
-    sync_with(served).push(adapted, 3)
-    assert gap(served.client, adapted) < MAX_GAP
+    sync_with(target.server).push(adapted, 3)
+    assert gap(target.client, adapted) < MAX_GAP
     with adapted.disable_adapter():
-        assert gap(served.client, adapted) > 0.01  # it is the adapter that arrived, not its base
+        assert gap(target.client, adapted) > 0.01  # it is the adapter that arrived, not its base
     assert base_gap > 0.1
 
 
-def test_after_the_first_sync_a_part_is_enough(served: PolicyServer, tie: bool) -> None:
-    model = policy(tie=tie, seed=30)
+def test_after_the_first_sync_a_part_is_enough(target: Target) -> None:
+    model = target.policy(seed=30)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "layers.1.mlp.down_proj" in name or "layers.0.self_attn.k_proj" in name
-    sync = sync_with(served, only_trainable=True)
+    sync = sync_with(target.server, only_trainable=True)
     whole = sync.push(model, 4).num_bytes
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    assert gap(served.client, model) > 0.01
+    assert gap(target.client, model) > 0.01
     assert sync.push(model, 5).num_bytes < 0.5 * whole
-    assert gap(served.client, model) < MAX_GAP
+    assert gap(target.client, model) < MAX_GAP
 
 
-def test_memory_that_is_full_leaves_the_server_as_it_was(served: PolicyServer, tie: bool) -> None:
-    old, new = policy(tie=tie, seed=40), policy(tie=tie, seed=41)
-    sync = sync_with(served)
+def test_memory_that_is_full_leaves_the_server_as_it_was(target: Target) -> None:
+    old, new = target.policy(seed=40), target.policy(seed=41)
+    sync = sync_with(target.server)
     sync.push(old, 6)
     sync.disconnect()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -143,18 +163,16 @@ def test_memory_that_is_full_leaves_the_server_as_it_was(served: PolicyServer, t
             sync.push(new, 7)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert served.client.is_paused()
-    assert served.client.weight_version() == "6"
-    served.client.resume()
-    assert gap(served.client, old) < MAX_GAP
+    assert target.client.is_paused()
+    assert target.client.weight_version() == "6"
+    target.client.resume()
+    assert gap(target.client, old) < MAX_GAP
     sync.push(new, 7)
-    assert gap(served.client, new) < MAX_GAP
+    assert gap(target.client, new) < MAX_GAP
 
 
-def test_an_incomplete_update_is_refused_and_a_complete_one_mends_it(
-    served: PolicyServer, tie: bool, tmp_path: Path
-) -> None:
-    client, model = served.client, policy(tie=tie, seed=50)
+def test_an_incomplete_update_is_refused_and_a_complete_one_mends_it(target: Target, tmp_path: Path) -> None:
+    client, model = target.client, target.policy(seed=50)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     half = [name for name in weights if "layers.1." not in name]
     unpacked = ["model.layers.0.self_attn.q_proj.weight"]
@@ -166,7 +184,7 @@ def test_an_incomplete_update_is_refused_and_a_complete_one_mends_it(
         client.finish_weight_update("8")
 
     client.pause()
-    for names, partial, reason in (
+    for names, is_part, reason in (
         (half, False, "the update lacks"),
         (half, True, "only a complete one can follow"),
         (list(weights), False, None),
@@ -174,10 +192,10 @@ def test_an_incomplete_update_is_refused_and_a_complete_one_mends_it(
         (list(weights), False, None),
     ):
         if reason is None:
-            update(names, partial=partial)
+            update(names, partial=is_part)
         else:
             with pytest.raises(PolicyServerError, match=reason):
-                update(names, partial=partial)
+                update(names, partial=is_part)
             client.abandon_weight_update()
     client.reset_caches()
     client.resume()
@@ -185,10 +203,10 @@ def test_an_incomplete_update_is_refused_and_a_complete_one_mends_it(
 
 
 def test_a_server_that_cannot_read_our_files_is_refused_before_anything_is_sent(
-    served: PolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transport = FileTransport(tmp_path)
-    elsewhere = served.client.patient(60.0)
+    elsewhere = target.client.patient(60.0)
     forward = elsewhere.init_weight_transfer
     monkeypatch.setattr(  # as on a host that has another disk under this path
         elsewhere, "init_weight_transfer", lambda info: forward({**info, "probe": f"{info['probe']}.elsewhere"})
@@ -196,7 +214,7 @@ def test_a_server_that_cannot_read_our_files_is_refused_before_anything_is_sent(
     with pytest.raises(WeightSyncError, match=r"cannot read what the trainer wrote.*No such file.*`gym_weight_dir`"):
         transport.connect(elsewhere)
     assert list(tmp_path.iterdir()) == []
-    assert served.client.health()
+    assert target.client.health()
 
 
 # -- ipc and nccl, without a GPU --------------------------------------------------------------------------------------
@@ -215,7 +233,7 @@ class Walked:
 
 
 def stream() -> Walked:
-    return Walked(WeightSource(policy(tie=True, seed=1)))
+    return Walked(WeightSource(policy(seed=1)))
 
 
 def samples_as_before(client: PolicyClient) -> bool:
@@ -223,13 +241,12 @@ def samples_as_before(client: PolicyClient) -> bool:
     client.start_weight_update()  # it takes another one
     client.abandon_weight_update()
     client.resume()
-    return gap(client, policy(tie=True, seed=0)) < MAX_GAP
+    return gap(client, policy(seed=0)) < MAX_GAP
 
 
 @pytest.fixture(scope="module")
-def nccl_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
-    with serving(tmp_path_factory.mktemp("nccl"), backend="nccl") as server:
-        yield server
+def nccl_server(running: OneAtATime, tmp_path_factory: pytest.TempPathFactory) -> PolicyServer:
+    return running.get("nccl", partial(serving, tmp_path_factory.mktemp("nccl"), backend="nccl"))
 
 
 @pytest.fixture
@@ -280,9 +297,8 @@ def test_nccl_servers_refusal_ends_a_broadcast_that_hangs(nccl_server: PolicySer
 
 
 @pytest.fixture(scope="module")
-def ipc_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
-    with serving(tmp_path_factory.mktemp("ipc"), backend="ipc") as server:
-        yield server
+def ipc_server(running: OneAtATime, tmp_path_factory: pytest.TempPathFactory) -> PolicyServer:
+    return running.get("ipc", partial(serving, tmp_path_factory.mktemp("ipc"), backend="ipc"))
 
 
 def one_handle(parameters: Any, weights: Any, post: Callable[[dict[str, Any]], None], **_: Any) -> None:

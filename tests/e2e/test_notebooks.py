@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_policy: Path) -> Path
 
 
 @pytest.fixture(scope="module")
-def first(folder: Path) -> Iterator[RunningNotebook]:
+def first(alone: None, folder: Path) -> Iterator[RunningNotebook]:
     """`01_first_rollouts`, executed but for the cell that stops the servers."""
     with RunningNotebook("01_first_rollouts", folder).kernel() as notebook:
         notebook.run()

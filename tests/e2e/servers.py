@@ -1,0 +1,160 @@
+"""The policy servers that end-to-end tests share, and the rule that one runs at a time."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import requests
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tests.e2e.training import CALCULATOR
+from trl_gym import GymServers, PolicyServer
+from trl_gym.policy_server.client import PolicyClient
+
+MAX_MODEL_LEN = 512
+START_TIMEOUT_S = 400.0  # 15 s on a quiet machine
+FLAGS: dict[str, Any] = {
+    "max-model-len": MAX_MODEL_LEN,
+    "enforce-eager": True,
+    "dtype": "float32",
+    "tool-call-parser": "hermes",
+}
+# In the order in which they run; each name is an argument of the mark `shares`.
+SHARED = ("small", "small, killed at the end", "random", "random, ended at the end", "untied")
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+
+class OneAtATime:
+    """Keep what was started last; starting another thing ends it. Two vLLM servers would fill a small machine."""
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._value: Any = None
+        self._stack = ExitStack()
+
+    def get(self, name: str, start: Callable[[], AbstractContextManager[T]]) -> T:
+        """Return what runs under this name; start it if something else runs or nothing does."""
+        if name != self._name:
+            self.end()
+            self._value = self._stack.enter_context(start())
+            self._name = name
+        return self._value
+
+    def end(self) -> None:
+        self._name = self._value = None
+        self._stack.close()
+
+
+@dataclass
+class Pair:
+    """A policy server and a NeMo Gym with the calculator that samples from it."""
+
+    policy: PolicyServer
+    gym: GymServers
+
+
+@contextmanager
+def calculator_pair(model: Path, logs: Path, **flags: Any) -> Iterator[Pair]:
+    with (
+        PolicyServer(model, vllm_args=FLAGS | flags, log_dir=logs, start_timeout_s=START_TIMEOUT_S) as policy,
+        GymServers([CALCULATOR / "calculator.yaml"], policy_base_url=policy.base_url, log_dir=logs) as gym,
+    ):
+        yield Pair(policy, gym)
+
+
+@dataclass
+class Served:
+    """A running `trl-gym serve`, attached to."""
+
+    process: subprocess.Popen[str]
+    server: PolicyServer
+    first_line: str
+
+    @property
+    def client(self) -> PolicyClient:
+        return self.server.client
+
+    def chat(self, messages: list[Json], **body: Any) -> Json:
+        return self.client.chat(messages=messages, timeout_s=120.0, **body)
+
+    def message(self, messages: list[Json], **body: Any) -> Json:
+        return self.chat(messages, **body)["choices"][0]["message"]
+
+    def metric(self, name: str) -> float:
+        return vllm_metric(self.client.root_url, name)
+
+
+def serve_argv(model: Path, log_dir: Path, *more: str) -> list[str]:
+    flags = [part for name, value in FLAGS.items() for part in (f"--{name}", str(value)) if part != "True"]
+    flags += ["--log-dir", str(log_dir), "--start-timeout", str(START_TIMEOUT_S)]
+    return [sys.executable, "-m", "trl_gym.cli", "serve", str(model), *flags, *more]
+
+
+@contextmanager
+def command_served(model: Path, folder: Path) -> Iterator[Served]:
+    """Run `trl-gym serve`, whose workers can say what they hold (`WeightSums`)."""
+    extension = ["--worker-extension-cls", "trl_gym.policy_server.engine.worker.WeightSums"]
+    process = subprocess.Popen(
+        serve_argv(model, folder / "logs", "--port", "0", *extension),
+        stdout=subprocess.PIPE,
+        stderr=(folder / "stderr").open("w"),
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready http://127.0.0.1:"), (folder / "stderr").read_text()
+        yield Served(process, PolicyServer.attach(line.split()[1]), line)
+    finally:
+        process.terminate()
+        process.wait(20.0)
+
+
+def vllm_metric(root_url: str, name: str) -> float:
+    """Return one of vLLM's own metrics, summed over its labels."""
+    text = requests.get(f"{root_url}/metrics", timeout=10.0).text
+    return sum(float(value) for value in re.findall(rf"^vllm:{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+
+
+def untied(policy: Path, folder: Path) -> Path:
+    """The same policy with an output layer of its own."""
+    tied = AutoModelForCausalLM.from_pretrained(policy)
+    config = tied.config
+    config.tie_word_embeddings = False
+    model = type(tied)(config)
+    model.load_state_dict(tied.state_dict())
+    model.generation_config = tied.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
+    return folder
+
+
+def random_like(policy: Path, seed: int) -> PreTrainedModel:
+    """A model with the shapes of a policy and random weights, far enough from uniform to tell two of them apart."""
+    config = AutoConfig.from_pretrained(policy)
+    config.initializer_range = 0.08
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
+
+
+def push_file(client: PolicyClient, weights: Path, version: str, *, resume: bool = True) -> None:
+    """Replace a server's weights by those of a safetensors file."""
+    client.init_weight_transfer({})
+    client.pause()
+    client.start_weight_update()
+    client.update_weights({"path": str(weights)})
+    client.finish_weight_update(version)
+    client.reset_caches()
+    if resume:
+        client.resume()
