@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from trl_gym import processes
 from trl_gym.processes import ChildProcess, bind_socket
+
+GRACE_S = 0.5  # instead of 5 s, for children that ignore SIGINT
 
 # A server that ignores SIGINT and has a child in another session: the worst citizen we can think of.
 STUBBORN = """
@@ -89,9 +92,10 @@ def test_death_by_signal_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_survives_the_owner(tmp_path: Path, how: signal.Signals) -> None:
     owner_code = (
-        "import sys, time; from pathlib import Path; from trl_gym.processes import ChildProcess\n"
+        "import sys, time; from pathlib import Path; from trl_gym import processes\n"
+        f"processes._GRACE_S = {GRACE_S}\n"
         f"log = Path({str(tmp_path / 'log')!r})\n"
-        f"child = ChildProcess('stubborn', [sys.executable, '-c', {STUBBORN!r}], log_path=log)\n"
+        f"child = processes.ChildProcess('stubborn', [sys.executable, '-c', {STUBBORN!r}], log_path=log)\n"
         "time.sleep(600)\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", owner_code])
@@ -144,8 +148,9 @@ def test_a_bound_port_is_taken_and_travels_to_the_child(tmp_path: Path) -> None:
     child.stop()
 
 
-def test_a_child_that_nobody_refers_to_any_more_ends(tmp_path: Path) -> None:
+def test_a_child_that_nobody_refers_to_any_more_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`server = Server()` twice: the first one must not run on unseen."""
+    monkeypatch.setattr(processes, "_GRACE_S", GRACE_S)
     child: ChildProcess | None = ChildProcess("stubborn", [sys.executable, "-c", STUBBORN], log_path=tmp_path / "log")
     pids = [int(pid) for pid in wait_for(lambda: log_of(tmp_path / "log")).split()]
     assert all(map(alive, pids))

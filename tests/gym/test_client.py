@@ -38,7 +38,7 @@ async def serve() -> AsyncIterator[Serve]:
     async def start(handler: Handler) -> AgentInfo:
         app = web.Application()
         app.router.add_post("/run", handler)
-        runner = web.AppRunner(app)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)  # cancels handlers that never answer
         runners.append(runner)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -138,12 +138,13 @@ async def test_http_errors(
     assert isinstance(failure, RolloutFailure) and failure.kind is kind
 
 
-async def test_deadline(session: aiohttp.ClientSession, serve: Serve) -> None:
-    async def handler(_request: web.Request) -> web.Response:
-        await asyncio.sleep(30)
-        return web.Response()
+async def never(_request: web.Request) -> web.Response:
+    await asyncio.Event().wait()
+    raise AssertionError("nobody sets it")
 
-    failure = await run_rollout(session, await serve(handler), ROW, deadline_s=0.1)
+
+async def test_deadline(session: aiohttp.ClientSession, serve: Serve) -> None:
+    failure = await run_rollout(session, await serve(never), ROW, deadline_s=0.1)
     assert isinstance(failure, RolloutFailure) and failure.kind is FailureKind.DEADLINE
     assert failure.text == "no answer within 0.1 s"
 
@@ -169,12 +170,14 @@ async def test_connection_refused(session: aiohttp.ClientSession, unused_tcp_por
 
 
 async def test_cancellation_passes_through(session: aiohttp.ClientSession, serve: Serve) -> None:
-    async def handler(_request: web.Request) -> web.Response:
-        await asyncio.sleep(30)
-        return web.Response()
+    asked = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.set()
+        return await never(request)
 
     task = asyncio.create_task(run_rollout(session, await serve(handler), ROW, deadline_s=60))
-    await asyncio.sleep(0.1)
+    await asked.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from trl_gym import processes
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server import command
 from trl_gym.policy_server.server import PolicyServer, ServerState
@@ -127,7 +128,8 @@ def test_restart_keeps_the_address(make: Make, tmp_path: Path) -> None:
     assert names == {f"policy_server-{port}{again}.log" for again in ("", "-restart1", "-restart2")}
 
 
-def test_a_restart_replaces_a_server_that_hangs(make: Make) -> None:
+def test_a_restart_replaces_a_server_that_hangs(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_GRACE_S", 0.5)  # until it is killed
     server = make(STAND_IN, "right").start().wait_ready()
     [process] = psutil.Process(server._process.pid).children()
     process.suspend()
