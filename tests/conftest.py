@@ -1,10 +1,14 @@
 """Recipes are scripts, not a package: import them by path, under names that clash with nothing."""
 
+import asyncio
 import importlib.util
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +20,24 @@ settings.load_profile("trl-gym")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores SIGINT, and so would every child that the tests send one to.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def wait_for(condition: Callable[[], Any], what: str = "", *, timeout_s: float = 60.0) -> Any:
+    """Return what the condition gives once it holds. Asked a hundred times per second: tests wait for nothing else."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"timed out after {timeout_s:g} s: {what}"
+        time.sleep(0.01)
+    return found
+
+
+async def until(condition: Callable[[], Any], what: str = "", *, timeout_s: float = 60.0) -> Any:
+    """Do the same in an event loop."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"timed out after {timeout_s:g} s: {what}"
+        await asyncio.sleep(0.01)
+    return found
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -7,13 +7,18 @@ ran before.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from tests.conftest import wait_for
+from tests.e2e import warm_vllm
 from tests.e2e.servers import (
     SHARED,
     OneAtATime,
@@ -26,6 +31,7 @@ from tests.e2e.servers import (
 )
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym import GymServers, PolicyServer
+from trl_gym.policy_server import command
 
 RUNS = Path(__file__).resolve().parents[2] / "runs"
 ORIGINAL = "original"
@@ -64,6 +70,35 @@ def running() -> Iterator[OneAtATime]:
     kept.end()
 
 
+@pytest.fixture(scope="session")
+def warm_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What forks policy servers; see `warm_vllm.py`."""
+    folder = tmp_path_factory.mktemp("warm")
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.warm_vllm", str(folder / "socket")], stdout=log, stderr=log
+        )
+    wait_for(lambda: (folder / "socket").exists() or process.poll() is not None, "vLLM is imported", timeout_s=300)
+    assert process.poll() is None, (folder / "log").read_text()
+    yield folder / "socket"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def warm(warm_socket: Path) -> Iterator[None]:
+    """Let `PolicyServer` fork its servers while tests of this module run."""
+
+    def serve_command(model: Any, *, host: str, port: int, listen_fd: int, name: str, flags: list[str]) -> list[str]:
+        arguments = [str(model), "--listen-fd", "LISTEN_FD", "--host", host, "--port", str(port)]
+        stand_in = [sys.executable, "-I", "-S", warm_vllm.__file__, str(warm_socket), str(listen_fd)]
+        return [*stand_in, *arguments, "--served-model-name", name, *flags]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "serve_command", serve_command)
+        yield
+
+
 @pytest.fixture(scope="module")
 def alone(running: OneAtATime) -> None:
     """End the shared server: a test of this module starts one."""
@@ -71,7 +106,7 @@ def alone(running: OneAtATime) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(running: OneAtATime, small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def pair(warm: None, running: OneAtATime, small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A server of the small policy with its own weights, whatever was pushed before, and a calculator."""
     start = partial(calculator_pair, small_policy, tmp_path_factory.mktemp("small"), **{"max-num-seqs": 128})
     found = running.get("small", start)
@@ -98,7 +133,9 @@ def served(running: OneAtATime, random_policy: Path, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="module")
-def untied_pair(running: OneAtATime, untied_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def untied_pair(
+    warm: None, running: OneAtATime, untied_policy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Pair:
     """A server of the small policy with an output layer of its own, and a calculator."""
     found = running.get("untied", partial(calculator_pair, untied_policy, tmp_path_factory.mktemp("untied")))
     push_file(found.policy.client, untied_policy / "model.safetensors", ORIGINAL)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,10 +104,9 @@ def serve_argv(model: Path, log_dir: Path, *more: str) -> list[str]:
 
 @contextmanager
 def command_served(model: Path, folder: Path) -> Iterator[Served]:
-    """Run `trl-gym serve`, whose workers can say what they hold (`WeightSums`)."""
-    extension = ["--worker-extension-cls", "trl_gym.policy_server.engine.worker.WeightSums"]
+    """Run `trl-gym serve`."""
     process = subprocess.Popen(
-        serve_argv(model, folder / "logs", "--port", "0", *extension),
+        serve_argv(model, folder / "logs", "--port", "0"),
         stdout=subprocess.PIPE,
         stderr=(folder / "stderr").open("w"),
         text=True,
@@ -118,6 +119,15 @@ def command_served(model: Path, folder: Path) -> Iterator[Served]:
     finally:
         process.terminate()
         process.wait(20.0)
+
+
+def forked(function: Callable[..., None], *args: Any) -> BaseProcess:
+    """Start a function in a process of its own, forked from one that has imported the trainer: that takes longest."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trl_gym.trainer"])
+    process = context.Process(target=function, args=args)
+    process.start()
+    return process
 
 
 def vllm_metric(root_url: str, name: str) -> float:

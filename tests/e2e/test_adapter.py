@@ -44,7 +44,9 @@ def adapted(model: Path, seed: int) -> PeftModel:
 
 
 @pytest.fixture(scope="module")
-def policy(alone: None, small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
+def policy(
+    alone: None, warm: None, small_policy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PolicyServer]:
     """Started for the adapter of `LORA`, with the flags of a managed server."""
     plan = plan_adapter(str(small_policy), LORA)
     flags = {"max-model-len": 512, "enforce-eager": True, "dtype": "float32", "tool-call-parser": "hermes"}

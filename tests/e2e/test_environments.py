@@ -51,7 +51,7 @@ def long_context_policy(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def policy(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
+def policy(alone: None, warm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
     folder = tmp_path_factory.mktemp("long")
     flags = FLAGS | {"max-model-len": 40960, "max-num-seqs": 16}
     with PolicyServer(long_context_policy(folder / "policy"), vllm_args=flags, log_dir=folder) as server:

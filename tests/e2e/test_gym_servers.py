@@ -8,20 +8,25 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import yaml
 
+from tests.conftest import wait_for
 from tests.gym.fake_policy import FakePolicy
 from trl_gym.errors import ConfigError, FailureKind, GymServerError, RolloutFailure
 from trl_gym.gym.client import GymAnswer, new_session, run_rollout
 from trl_gym.gym.install import GymInstallation, probe
 from trl_gym.gym.servers import GymServers
 from trl_gym.processes import bind_socket
+from trl_gym.rollouts.admission import budgets_from_options
+from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
+from trl_gym.rollouts.request import RolloutRequest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.no_policy]
 
@@ -44,6 +49,7 @@ ENVIRONMENTS = (
 NO_POLICY = "http://127.0.0.1:9/v1"  # for tests that make no model call
 
 CUSTOM_SERVER = """
+import asyncio
 from nemo_gym.base_resources_server import BaseResourcesServerConfig, BaseVerifyResponse, SimpleResourcesServer
 from helper import REWARD
 import MISSING
@@ -55,6 +61,8 @@ class Halves(SimpleResourcesServer):
         import late_helper  # imports inside functions work, too
         if body.responses_create_params.input[0].content == "boom":
             raise ValueError("the verifier tripped")
+        if body.responses_create_params.input[0].content == "hang":
+            await asyncio.Event().wait()
         return BaseVerifyResponse(**body.model_dump(), reward=REWARD * late_helper.SIGN)
 
 from nemo_gym.base_resources_server import BaseVerifyRequest
@@ -76,10 +84,7 @@ def gym(request: pytest.FixtureRequest) -> GymInstallation:
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     yield
-    deadline = time.monotonic() + 10
-    while left := psutil.Process().children(recursive=True):
-        assert time.monotonic() < deadline, [child.cmdline() for child in left]
-        time.sleep(0.1)
+    wait_for(lambda: not psutil.Process().children(recursive=True), "every child is gone", timeout_s=10)
 
 
 @pytest.fixture
@@ -238,9 +243,11 @@ def test_gyms_own_complaint_comes_through(gym: GymInstallation, tmp_path: Path) 
         pass
 
 
-def test_busy_head_port_and_death_of_the_host(gym: GymInstallation, tmp_path: Path) -> None:
-    with make(gym, tmp_path, [config_of("mcqa")]) as first:
-        port = int(first.head_url.rpartition(":")[2])
+def test_fixed_and_busy_head_port_and_death_of_the_host(gym: GymInstallation, tmp_path: Path) -> None:
+    with bind_socket() as free:
+        port = free.getsockname()[1]
+    with make(gym, tmp_path, [config_of("mcqa")], overrides={"head_server.port": port}) as first:
+        assert first.head_url == f"http://127.0.0.1:{port}"
         second = make(gym, tmp_path / "second", [config_of("mcqa")], overrides={"head_server.port": port})
         with pytest.raises(GymServerError, match=rf"cannot listen on 127.0.0.1:{port}.*GymServers\.attach"):
             second.start()
@@ -254,8 +261,7 @@ def test_busy_head_port_and_death_of_the_host(gym: GymInstallation, tmp_path: Pa
 
         host = psutil.Process().children(recursive=True)[-1]
         os.kill(host.pid, signal.SIGKILL)
-        host.wait(10)
-        time.sleep(0.5)
+        assert first._child is not None and first._child.wait(10) is not None
         with pytest.raises(GymServerError, match=r"was ready and ended within .* \(signal SIGKILL\)[\s\S]*gym\.log"):
             first.check()
 
@@ -282,11 +288,63 @@ def test_sigkill_of_the_owner_leaves_nothing(gym: GymInstallation, tmp_path: Pat
     assert not alive
 
 
+HANGS = {"responses_create_params": {"input": [{"role": "user", "content": "hang"}]}, "name": "halves_agent"}
+
+
+def collect(
+    servers: GymServers, rows: list[dict], on_end: Callable[[RolloutResult], object], **options: Any
+) -> list[RolloutResult]:
+    """Collect as a trainer does; rows are those of the agent that they name, else of the example."""
+    limits = {"max_inflight": 64} | {
+        name: options.pop(name) for name in ("retries", "max_inflight") if name in options
+    }
+    collector = RolloutCollector(
+        servers.agent,
+        budgets=budgets_from_options(deadline_s=600.0, **limits),
+        check=servers.check_process,
+        agents_down=servers.agents_down,
+        gym_log=servers.log_end,
+        **options,
+    )
+
+    def finish(result: RolloutResult) -> RolloutResult:
+        on_end(result)
+        return result
+
+    made = []
+    for index, row in enumerate(rows):
+        agent = row.get("name") or agent_of(servers, "example_single_tool_call")
+        identity: dict[str, Any] = {"rollout_id": f"g{index}-m0-a0", "task_index": index, "member": 0}
+        made.append(RolloutRequest(**identity, group=index, attempt=0, agent=agent, row=row))
+    try:
+        return collector.collect(made, finish)
+    finally:
+        collector.close()
+
+
+def kill_after(servers: GymServers, number: int, name: str) -> Callable[[RolloutResult], None]:
+    """Kill a server once so many rollouts have been answered."""
+    pid = next(server.pid for server in servers.servers if server.name == name)
+    left = [None] * number
+
+    def on_end(result: RolloutResult) -> None:
+        if result.answer is not None and left:
+            left.pop()
+            if not left:
+                os.kill(pid, signal.SIGKILL)  # type: ignore[arg-type]
+
+    return on_end
+
+
 @pytest.mark.slow
 async def test_upstream_mode(
     gym: GymInstallation, tmp_path: Path, policy: FakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gym's own launcher, with a server of the user's and one of the installation; Ray leaves no process behind."""
+    """Gym's own launcher, with a server of the user's and one of the installation; Ray leaves no process behind.
+
+    It has a process per server. An agent gone, its environment is left out; then the resources server of the other one
+    ends the collection.
+    """
     monkeypatch.chdir(tmp_path)
     configs: list[str | Path] = [write_custom_environment(tmp_path / "env"), config_of("example_single_tool_call")]
     servers = make(gym, tmp_path, configs, mode="upstream", policy_base_url=policy.base_url, start_timeout_s=500)
@@ -298,22 +356,27 @@ async def test_upstream_mode(
         await roll_out(gym, servers, ["example_single_tool_call"])
         await roll_out_halves(servers)
         servers.check()
-        victim = next(server for server in servers.servers if server.name == "halves")
-        os.kill(victim.pid, signal.SIGKILL)  # type: ignore[arg-type]
-        await asyncio.sleep(1)  # a killed process is not gone at once
-        with pytest.raises(GymServerError, match="servers have died: `halves`"):
+        rest = example_rows(gym, "example_single_tool_call")[:1] * 30
+        skipping = partial(collect, servers, on_environment_down="skip", retries={"infrastructure": 5})
+        results = await asyncio.to_thread(skipping, [HANGS] * 4 + rest[:8], kill_after(servers, 1, "halves_agent"))
+        for result in results[:4]:
+            assert result.failure.kind is FailureKind.INFRASTRUCTURE
+            assert "`halves_agent` is down: server `halves_agent`: its process" in result.failure.text
+        assert [result.failure for result in results[4:]] == [None] * 8
+        servers.check_process()
+
+        ended: list[RolloutResult] = []
+        kill = kill_after(servers, 2, "example_single_tool_call")
+        down = r"environment `\S+` is down: server `example_single_tool_call`.*[\s\S]*gym\.log"
+        with pytest.raises(GymServerError, match=down):
+            await asyncio.to_thread(
+                collect, servers, rest, lambda result: (ended.append(result), kill(result)), max_inflight=2
+            )
+        assert sum(result.failure is None for result in ended) >= 2
+        with pytest.raises(GymServerError, match=r"servers have died: .*`example_single_tool_call`"):
             servers.check()
     finally:
         await asyncio.to_thread(servers.stop)
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
     assert not {path.name for path in tmp_path.iterdir()} - {"env", "logs"}, "nothing in the user's folder"
-
-
-def test_fixed_head_port(gym: GymInstallation, tmp_path: Path) -> None:
-    """The port that the user chose is the one that answers."""
-    sock = bind_socket()
-    port = sock.getsockname()[1]
-    sock.close()
-    with make(gym, tmp_path, [config_of("mcqa")], overrides={"head_server.port": port}) as servers:
-        assert servers.head_url == f"http://127.0.0.1:{port}"

@@ -8,22 +8,18 @@ override: the same weights, task and member then sample the same tokens, whateve
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.e2e.servers import Pair
+from tests.e2e.servers import Pair, forked
 from tests.e2e.training import ROOT, RecordingTrainer, config
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.rollouts.journal import read_journal
@@ -137,38 +133,17 @@ def data(tmp_path_factory: pytest.TempPathFactory, calculator_data: Any) -> Path
     return calculator_data.generate(tmp_path_factory.mktemp("data"), num_train=8, num_validation=1, seed=0)[0]
 
 
-def train_when_told(told: Connection) -> None:
-    """In a process of its own: what takes long to import is imported while the servers start."""
-    import trl_gym.trainer  # noqa: F401
-
-    train(Killed, *told.recv())
-
-
-@pytest.fixture(scope="module")
-def victim() -> Iterator[tuple[SpawnProcess, Connection]]:
-    """The process of the run that is killed, and what tells it to begin."""
-    context = multiprocessing.get_context("spawn")
-    told, tell = context.Pipe(duplex=False)
-    process = context.Process(target=train_when_told, args=(told,))
-    process.start()
-    yield process, tell
-    process.kill()
-    process.join()
-
-
 @pytest.fixture(scope="module")
 def runs(
-    victim: tuple[SpawnProcess, Connection],
     servers: tuple[str, str],
     data: Path,
     small_policy: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Seeded, Seeded, Path]:
     """An uninterrupted run, and one that was killed and resumed, with its folder."""
-    process, tell = victim
     folder = tmp_path_factory.mktemp("runs")
     whole = train(Seeded, folder / "whole", *servers, data, small_policy)
-    tell.send((folder / "killed", *servers, data, small_policy))
+    process = forked(train, Killed, folder / "killed", *servers, data, small_policy)
     process.join(timeout=240)
     assert process.exitcode == -signal.SIGKILL
     assert (folder / "killed" / "checkpoint-6").exists()
@@ -325,8 +300,7 @@ def test_a_signal_in_any_phase_loses_nothing_that_was_finished(
 ) -> None:
     """And the servers, which are not the trainer's, serve the next run."""
     where = (tmp_path, *servers, data, small_policy)
-    process = multiprocessing.get_context("spawn").Process(target=train_until_it_dies, args=(phase, signum, *where))
-    process.start()
+    process = forked(train_until_it_dies, phase, signum, *where)
     process.join(timeout=240)
     assert process.exitcode == -signum
     recorded = [record for record in read_journal(tmp_path / "rollouts") if record["step"] == 0]

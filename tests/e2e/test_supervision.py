@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import signal
-import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +16,7 @@ import psutil
 import pytest
 import requests
 
+from tests.e2e.servers import forked
 from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, config, gap
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import PolicyServerError
@@ -105,7 +103,9 @@ class Killing(RecordingTrainer):
 
 
 @pytest.fixture(scope="module")
-def killed(alone: None, small_policy: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killing]:
+def killed(
+    alone: None, warm: None, small_policy: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Killing]:
     """One run in which the server dies in every phase."""
     trainer = Killing(
         model=str(small_policy),
@@ -237,8 +237,7 @@ class DiesInTransfer(RecordingTrainer):
         update = client.update_weights
 
         def dying(*args: Any, **kwargs: Any) -> None:
-            threading.Thread(target=update, args=args, kwargs=kwargs).start()
-            time.sleep(0.05)  # it is on its way, or has arrived: either must be healed
+            update(*args, **kwargs)  # and nobody finishes it
             os.kill(os.getpid(), signal.SIGKILL)
 
         client.update_weights = dying
@@ -246,6 +245,7 @@ class DiesInTransfer(RecordingTrainer):
 
 
 def train_until_it_dies(*where: Any) -> None:
+    os.environ["VLLM_API_KEY"] = KEY
     attached(DiesInTransfer, *where).train()
 
 
@@ -259,8 +259,7 @@ def test_a_trainer_killed_in_a_transfer_leaves_a_server_that_the_next_one_can_us
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     where = (elsewhere.base_url, gym.head_url, data, small_policy)
-    first = multiprocessing.get_context("spawn").Process(target=train_until_it_dies, args=(tmp_path / "first", *where))
-    first.start()
+    first = forked(train_until_it_dies, tmp_path / "first", *where)
     first.join(120)
     assert first.exitcode == -signal.SIGKILL
     assert elsewhere.client.is_paused()

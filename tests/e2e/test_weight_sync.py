@@ -77,7 +77,7 @@ def sync_with(server: PolicyServer, **options: Any) -> WeightSync:
 
 def transport_to(server: PolicyServer, *, on_cuda: bool = False, **options: Any) -> WeightTransport:
     args = GymGRPOConfig("unused", use_cpu=True, gym_head_url="http://x", **options)
-    return plan_transport(args, policy(tie=True, seed=0), on_cuda=on_cuda).connect(server)
+    return plan_transport(args, policy(seed=0), on_cuda=on_cuda).connect(server)
 
 
 # -- file -------------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def samples_as_before(client: PolicyClient) -> bool:
 
 
 @pytest.fixture(scope="module")
-def nccl_server(running: OneAtATime, tmp_path_factory: pytest.TempPathFactory) -> PolicyServer:
+def nccl_server(warm: None, running: OneAtATime, tmp_path_factory: pytest.TempPathFactory) -> PolicyServer:
     return running.get("nccl", partial(serving, tmp_path_factory.mktemp("nccl"), backend="nccl"))
 
 
@@ -297,7 +297,7 @@ def test_nccl_servers_refusal_ends_a_broadcast_that_hangs(nccl_server: PolicySer
 
 
 @pytest.fixture(scope="module")
-def ipc_server(running: OneAtATime, tmp_path_factory: pytest.TempPathFactory) -> PolicyServer:
+def ipc_server(warm: None, running: OneAtATime, tmp_path_factory: pytest.TempPathFactory) -> PolicyServer:
     return running.get("ipc", partial(serving, tmp_path_factory.mktemp("ipc"), backend="ipc"))
 
 
