@@ -1,15 +1,17 @@
 """Recipes are scripts, not a package: import them by path, under names that clash with nothing."""
 
 import asyncio
+import contextlib
 import importlib.util
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -22,11 +24,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def wait_for(condition: Callable[[], Any], what: str = "", *, timeout_s: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = "", *, timeout_s: float = 60.0) -> Any:
     """Return what the condition gives once it holds. Asked a hundred times per second: tests wait for nothing else."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"timed out after {timeout_s:g} s: {what}"
+        if time.monotonic() > deadline:
+            pytest.fail(f"timed out after {timeout_s:g} s: {what if isinstance(what, str) else what()}")
         time.sleep(0.01)
     return found
 
@@ -38,6 +41,35 @@ async def until(condition: Callable[[], Any], what: str = "", *, timeout_s: floa
         assert time.monotonic() < deadline, f"timed out after {timeout_s:g} s: {what}"
         await asyncio.sleep(0.01)
     return found
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run what starts real servers last: most mistakes show in the seconds before."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_outlives_the_tests() -> Iterator[None]:
+    """Fail the last test when a process that any of them started still runs."""
+    yield
+    stop_forkserver()
+    wait_for(lambda: not children(), timeout_s=20.0, what=lambda: f"every child is gone: {children()}")
+
+
+def children() -> list[list[str]]:
+    """Return the command lines of what runs below this process; multiprocessing's tracker ends with it."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(child.cmdline()):
+                found.append(child.cmdline())
+    return found
+
+
+def stop_forkserver() -> None:
+    """End what `multiprocessing` forks from, if there is one."""
+    if "multiprocessing.forkserver" in sys.modules:
+        sys.modules["multiprocessing.forkserver"]._forkserver._stop()
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

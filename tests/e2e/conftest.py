@@ -38,11 +38,14 @@ ORIGINAL = "original"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests that share a server together, in the order of `SHARED`; the others keep theirs, after them."""
+    """Put tests that share a server together, in the order of `SHARED`; the others that start servers come after them,
+    those that start none before."""
 
     def place(item: pytest.Item) -> int:
         mark = item.get_closest_marker("shares")
-        return SHARED.index(mark.args[0]) if mark else len(SHARED)
+        if mark is not None:
+            return SHARED.index(mark.args[0])
+        return len(SHARED) if item.get_closest_marker("e2e") else -1
 
     items.sort(key=place)
 

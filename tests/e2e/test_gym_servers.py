@@ -24,6 +24,7 @@ from trl_gym.gym.client import GymAnswer, new_session, run_rollout
 from trl_gym.gym.install import GymInstallation, probe
 from trl_gym.gym.servers import GymServers
 from trl_gym.processes import bind_socket
+from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.request import RolloutRequest
@@ -295,12 +296,10 @@ def collect(
     servers: GymServers, rows: list[dict], on_end: Callable[[RolloutResult], object], **options: Any
 ) -> list[RolloutResult]:
     """Collect as a trainer does; rows are those of the agent that they name, else of the example."""
-    limits = {"max_inflight": 64} | {
-        name: options.pop(name) for name in ("retries", "max_inflight") if name in options
-    }
+    limits = {name: options.pop(name, default) for name, default in (("max_inflight", 64), ("retries", {}))}
     collector = RolloutCollector(
         servers.agent,
-        budgets=budgets_from_options(deadline_s=600.0, **limits),
+        budgets=budgets_from_options(RolloutOptions(deadline=600.0, **limits)),
         check=servers.check_process,
         agents_down=servers.agents_down,
         gym_log=servers.log_end,
