@@ -2,8 +2,8 @@
 
     python scripts/run_tests.py [any pytest argument]
 
-Never two vLLM servers at a time: the tests that may start one are in `tests/e2e`, marked `e2e` and not `no_policy`, and
-run one after another. In both lanes what takes seconds comes before what takes minutes, and the slowest are listed.
+Never two vLLM servers at a time: the tests that may start one are in `tests/e2e`, marked `e2e` and not `no_policy`,
+and run one after another. In both lanes what takes seconds comes first, and the slowest tests are listed.
 """
 
 import signal
