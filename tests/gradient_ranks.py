@@ -1,13 +1,13 @@
-"""What each of several ranks of `torchrun` does in `test_gradient.py`: cases of `gradient.py`, gradients to a file.
+"""What each of two ranks does in `test_gradient.py`: cases of `gradient.py`, gradients to a file.
 
-torchrun --nproc_per_node 2 -m tests.gradient_ranks MODEL FOLDER
+python -m tests.fork_ranks 2 tests.gradient_ranks MODEL FOLDER
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,8 +43,13 @@ def evaluation() -> tuple[Case, range]:
     return Case(name="evaluation", failed={(4, 0), (1, 1)}, options=options), range(5)
 
 
-def main(model: Path, folder: Path) -> None:
-    results = {}
+def main(model: str, folder: str) -> None:
+    with lean():
+        torch.save(found(Path(model), Path(folder)), Path(folder) / f"rank-{os.environ['RANK']}.pt")
+
+
+def found(model: Path, folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {}
     for case in cases():
         step = gym_step(model, case, folder / "run", num_ranks=2)
         trained = [num_trained(batch) for batch in step.batches]
@@ -56,9 +61,4 @@ def main(model: Path, folder: Path) -> None:
     case, evaluated = evaluation()
     trainer = make_trainer(model, case, folder / "run", num_ranks=2)
     results["evaluation"] = trainer.evaluate(tasks(evaluated))
-    torch.save(results, folder / f"rank-{os.environ['RANK']}.pt")
-
-
-if __name__ == "__main__":
-    with lean():
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    return results

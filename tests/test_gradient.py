@@ -149,9 +149,9 @@ def test_too_few_rollouts_stop_training(model: Path, tmp_path: Path) -> None:
 def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two gloo processes wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", "tests.fork_ranks", "2", "tests.gradient_ranks"]
     ended = subprocess.run(
-        [*command, "-m", "tests.gradient_ranks", str(model), str(folder)],
+        [*command, str(model), str(folder)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

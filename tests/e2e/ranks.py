@@ -1,4 +1,4 @@
-"""One rank of the runs of `tests/e2e/test_ranks.py`, started by `accelerate launch`.
+"""One rank of the runs of `tests/e2e/test_ranks.py`, started by `accelerate launch` or forked.
 
 ranks.py OUTPUT_DIR POLICY_URL GYM_HEAD_URL DATA MODEL RUN [RUN …]
 
@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tests.e2e.training import RecordingTrainer, config
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.rollouts.request import RolloutRequest
+from trl_gym.rollouts.rollout import Rollout
 from trl_gym.weight_sync.sharding import find_slots
 from trl_gym.weight_sync.sync import compare, probe_batch, trainer_logprobs
 
 NUM_STEPS = 2
-VICTIM = 2
+VICTIM = 1
 HELD_OUT = ("What is 12 times 34?", "Add 5 and 67.", "calculator", "Is 8 * 9 larger than 70?")
 
 
@@ -35,6 +36,10 @@ class Checked(RecordingTrainer):
     """After every sync: the server's log-probabilities of held-out prompts beside the trainer's, to `gaps.jsonl`."""
 
     before: list[list[float]] | None = None
+
+    def compute_rewards(self, rollouts: list[Rollout]) -> list[float | None]:
+        """Differ within every group, whatever was sampled: each step has something to learn."""
+        return [None if r.reward is None else r.reward + 0.1 * r.request.member for r in rollouts]
 
     def _push_weights(self, step: int) -> None:
         super()._push_weights(step)
@@ -85,7 +90,7 @@ def run(kind: str, folder: Path, policy: str, gym_head: str, data: Path, model: 
         args=config(
             folder,
             num_generations=8,
-            per_device_train_batch_size=32 // num_ranks,
+            per_device_train_batch_size=8,
             max_steps=NUM_STEPS,
             eval_strategy="no",
             gym_verify_sync_steps=1,
@@ -103,13 +108,13 @@ def run(kind: str, folder: Path, policy: str, gym_head: str, data: Path, model: 
     (folder / f"done-{trainer.accelerator.process_index}").touch()
 
 
-def main(folder: Path, policy: str, gym_head: str, data: Path, model: str, *kinds: str) -> None:
+def main(folder: str, policy: str, gym_head: str, data: str, model: str, *kinds: str) -> None:
     for kind in kinds:
-        own = folder / kind
+        own = Path(folder) / kind
         own.mkdir(exist_ok=True)
-        run(kind, own, policy, gym_head, data, model)
+        run(kind, own, policy, gym_head, Path(data), model)
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), *sys.argv[5:])
+    main(*sys.argv[1:])

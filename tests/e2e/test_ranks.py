@@ -1,9 +1,9 @@
-"""Several training processes under `accelerate launch`, with real servers: after every weight sync the server computes
-what the trainer computes; and when one process dies, every other says so, ends, and leaves nothing behind.
+"""Several training processes with real servers: after every weight sync the server computes what the trainer computes;
+and when one process dies, every other says so, ends, and leaves nothing behind.
 
-Two processes with tied embeddings, four with untied ones. DDP is accelerate's. FSDP2 is torch's own, over gloo:
-accelerate has it for GPUs only. For ZeRO, with which accelerate cannot train without a GPU either, see
-`tests/weight_sync/test_sharded.py`.
+Three processes under `accelerate launch` with tied embeddings, four forked ones with untied embeddings. DDP is
+accelerate's. FSDP2 is torch's own, over gloo: accelerate has it for GPUs only. For ZeRO, with which accelerate cannot
+train without a GPU either, see `tests/weight_sync/test_sharded.py`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tests.e2e.training import MAX_MEAN_GAP, ROOT
 pytestmark = pytest.mark.e2e
 
 CPU_CONFIG = ROOT / "recipes" / "accelerate" / "cpu_two_processes.yaml"
-RUNS = {2: ["ddp"], 4: ["ddp", "fsdp2", "killed"]}
+RUNS = {3: ["ddp", "killed"], 4: ["ddp", "fsdp2"]}
 ENDS_WITHIN_S = 60  # of the death of a rank
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(2, marks=pytest.mark.shares("small"), id="2 ranks, tied"),
+        pytest.param(3, marks=pytest.mark.shares("small"), id="3 ranks, tied"),
         pytest.param(4, marks=pytest.mark.shares("untied"), id="4 ranks, untied"),
     ],
 )
@@ -42,15 +42,18 @@ def launched(
 ) -> tuple[int, Path, subprocess.CompletedProcess[str], float]:
     """Number of ranks, folder of the runs, what the launcher said and when it ended; the servers still run."""
     folder = tmp_path_factory.mktemp("ranks")
-    pair = request.getfixturevalue("pair" if request.param == 2 else "untied_pair")
-    model = request.getfixturevalue("small_policy" if request.param == 2 else "untied_policy")
+    pair = request.getfixturevalue("pair" if request.param == 3 else "untied_pair")
+    model = request.getfixturevalue("small_policy" if request.param == 3 else "untied_policy")
     data = calculator_data.generate(folder / "data", num_train=8, num_validation=1, seed=0)[0]
-    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(CPU_CONFIG)]
-    launch += ["--num_processes", str(request.param), "--main_process_port", "0"]
-    launch += ["-m", "tests.e2e.ranks", str(folder), pair.policy.base_url, pair.gym.head_url, str(data), str(model)]
+    if request.param == 3:
+        launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(CPU_CONFIG)]
+        launch += ["--num_processes", "3", "--main_process_port", "0", "-m", "tests.e2e.ranks"]
+    else:
+        launch = [sys.executable, "-m", "tests.fork_ranks", "4", "tests.e2e.ranks"]
+    launch += [str(folder), pair.policy.base_url, pair.gym.head_url, str(data), str(model)]
     done = subprocess.run(
         [*launch, *RUNS[request.param]],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"},
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     ended = time.time()

@@ -251,16 +251,14 @@ def test_training_from_the_journal_needs_no_server(
 def test_two_ranks_roll_out_their_own_rows_and_log_what_one_would(
     runs: tuple[Seeded, Seeded, Path], servers: tuple[str, str], data: Path, small_policy: Path, tmp_path: Path
 ) -> None:
-    """The first generation batch of the uninterrupted run, under `accelerate launch` over gloo.
+    """The first generation batch of the uninterrupted run, over gloo.
 
     TRL shuffles each rank's rows before it cuts them into optimizer steps, so the steps themselves differ; that the
     gradient of a given batch does not is shown in `tests/test_gradient.py`.
     """
     whole, _, _ = runs
-    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_machines", "1"]
-    launch += ["--num_processes", str(NUM_RANKS), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["-m", "tests.e2e.two_ranks", str(tmp_path), *servers, str(data), str(small_policy)]
-    # accelerate starts several processes only for "multi_gpu"; with this they use gloo and no GPU.
+    launch = [sys.executable, "-m", "tests.fork_ranks", str(NUM_RANKS), "tests.e2e.two_ranks", str(tmp_path), *servers]
+    launch += [str(data), str(small_policy)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,11 +1,10 @@
-"""One rank of a run of `tests/e2e/test_resume.py`, started by `accelerate launch`.
+"""One rank of a run of `tests/e2e/test_resume.py`.
 
-two_ranks.py OUTPUT_DIR POLICY_URL GYM_HEAD_URL DATA MODEL
+python -m tests.fork_ranks 2 tests.e2e.two_ranks OUTPUT_DIR POLICY_URL GYM_HEAD_URL DATA MODEL
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -14,10 +13,10 @@ from tests.e2e.test_resume import NUM_RANKS, Seeded, settings
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 
 
-def main(output_dir: Path, policy: str, gym_head: str, data: Path, model: Path) -> None:
-    args = settings(output_dir, per_device_train_batch_size=4 // NUM_RANKS, max_steps=2, save_strategy="no")
+def main(output_dir: str, policy: str, gym_head: str, data: str, model: str) -> None:
+    args = settings(Path(output_dir), per_device_train_batch_size=4 // NUM_RANKS, max_steps=2, save_strategy="no")
     trainer = Seeded(
-        model=str(model),
+        model=model,
         args=args,
         train_dataset=load_gym_dataset(data),
         policy_server=PolicyServer.attach(policy),
@@ -27,7 +26,3 @@ def main(output_dir: Path, policy: str, gym_head: str, data: Path, model: Path) 
     trainer.train()
     trainer.close()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5]))

@@ -1,6 +1,6 @@
 """What each of two ranks of `test_sharded.py` does: wrap a model, and compare its stream with that of the bare model.
 
-torchrun --nproc_per_node 2 -m tests.weight_sync.sharded FOLDER [WRAPPING …]
+python -m tests.fork_ranks 2 tests.weight_sync.sharded FOLDER [WRAPPING …]
 
 Writes `FOLDER/rank-<r>.json`: what was found, by wrapping and case.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,7 +186,7 @@ def refuses_what_was_taken_out(wrapped: nn.Module) -> bool:
 WRAPPINGS = {wrap.__name__: wrap for wrap in (ddp, fsdp2, hybrid, fsdp1, fsdp1_flat, zero2, zero3)}
 
 
-def main(folder: Path, wrappings: list[str]) -> None:
+def main(folder: str, *wrappings: str) -> None:
     Accelerator(cpu=True)
     found: dict[str, dict[str, Any]] = {}
     for wrapping in wrappings or WRAPPINGS:
@@ -198,9 +197,5 @@ def main(folder: Path, wrappings: list[str]) -> None:
             found[wrapping]["refusal"] = refuses_what_only_peft_can_merge(wrap)
         if wrapping.startswith("fsdp1"):
             found[wrapping]["unwrapped"] = refuses_what_was_taken_out(wrap(model()))
-    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
+    (Path(folder) / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -27,12 +27,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, by wrapping and case."""
     assert DEEPSPEED.is_dir(), "DeepSpeed is missing: run `make setup-test`"
     folder = tmp_path_factory.mktemp("found")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(NUM_RANKS)]
+    launch = [sys.executable, "-m", "tests.fork_ranks", str(NUM_RANKS), "tests.weight_sync.sharded", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(DEEPSPEED)}
-    done = subprocess.run(
-        [*launch, "-m", "tests.weight_sync.sharded", str(folder)],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 
