@@ -5,8 +5,10 @@ import os
 import pty
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
 from trl_gym.progress import BarProgress, LineProgress, PhaseClock, rollouts_text
@@ -15,24 +17,36 @@ from trl_gym.rollouts.collection import CollectionStatus
 METRICS = {"reward": 0.5, "success": 0.25, "seconds/rollouts": 3.1, "seconds/weight_sync": 0.06, "loss": 1.0}
 
 
-def test_nested_time_counts_for_the_innermost_phase() -> None:
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let seconds pass, without waiting for them."""
+    now = [100.0]
+    monkeypatch.setattr("trl_gym.progress.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    return wait
+
+
+def test_nested_time_counts_for_the_innermost_phase(passes: Callable[[float], None]) -> None:
     clock = PhaseClock()
     with clock.phase("outer"):
-        time.sleep(0.02)
+        passes(2.0)
         with clock.phase("inner"):
-            time.sleep(0.05)
-    taken = clock.take()
-    assert taken["inner"] >= 0.05
-    assert 0.02 <= taken["outer"] < taken["inner"]
+            passes(5.0)
+        passes(1.0)
+    assert clock.take() == {"outer": 3.0, "inner": 5.0}
     assert clock.take() == {}
 
 
-def test_time_outside_phases_counts_for_nothing() -> None:
+def test_time_outside_phases_counts_for_nothing(passes: Callable[[float], None]) -> None:
     clock = PhaseClock()
-    time.sleep(0.02)
+    passes(2.0)
     with clock.phase("a"):
-        pass
-    assert clock.take()["a"] < 0.02
+        passes(0.5)
+    passes(2.0)
+    assert clock.take() == {"a": 0.5}
 
 
 def test_leaving_closes_what_an_exception_left_open() -> None:

@@ -7,15 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import load
+from tests.conftest import load, wait_for
 from tests.e2e.training import ROOT
 from trl_gym.rollouts.journal import read_journal
 
@@ -34,15 +32,6 @@ def launch(output_dir: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
-    """Seconds until the condition held."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < timeout_s, f"timed out: {what}"
-        time.sleep(0.1)
-    return time.monotonic() - started
 
 
 def running(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -68,7 +57,7 @@ def in_training(output_dir: Path) -> tuple[subprocess.Popen[str], list[psutil.Pr
         assert run.poll() is None, run.communicate()[0]
         return metrics.exists() and '"reward"' in metrics.read_text()
 
-    wait_for(has_stepped, START_TIMEOUT_S, "the first step")
+    wait_for(has_stepped, "the first step", timeout_s=START_TIMEOUT_S)
     below = psutil.Process(run.pid).children(recursive=True)
     assert len(below) >= 6  # trainer; two supervisors; Gym; vLLM's API server and engine
     return run, below
@@ -99,14 +88,14 @@ def test_kill_9_of_the_trainer_leaves_nothing(small_policy: Path, tmp_path: Path
     run, below = in_training(tmp_path)
     trainer = next(p for p in below if "recipes/grpo.py" in " ".join(p.cmdline()))
     trainer.kill()
-    wait_for(lambda: not running(below), END_TIMEOUT_S, f"still running: {running(below)}")
+    wait_for(lambda: not running(below), lambda: f"still running: {running(below)}", timeout_s=END_TIMEOUT_S)
     run.wait(timeout=10)
 
 
 def test_ctrl_c_ends_everything(small_policy: Path, tmp_path: Path) -> None:
     run, below = in_training(tmp_path)
     os.killpg(run.pid, signal.SIGINT)  # a terminal sends it to the whole foreground group
-    wait_for(lambda: not running(below), END_TIMEOUT_S, f"still running: {running(below)}")
+    wait_for(lambda: not running(below), lambda: f"still running: {running(below)}", timeout_s=END_TIMEOUT_S)
     output, _ = run.communicate(timeout=10)
     assert run.returncode != 0
     assert "interrupted" in output

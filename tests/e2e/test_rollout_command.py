@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.commands.plain_endpoint import KEY, MODEL, plain_endpoint
+from tests.conftest import wait_for
 from tests.e2e.training import CALCULATOR
 from trl_gym import PolicyServer
 from trl_gym.cli import main
@@ -56,10 +56,8 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not (tmp_path / "rollouts").is_dir():
-        time.sleep(0.05)
-    while process.poll() is None and sum(r["failure"] is None for r in lines(tmp_path)) < 5:
-        time.sleep(0.02)
+    wait_for(lambda: process.poll() is not None or (tmp_path / "rollouts").is_dir())
+    wait_for(lambda: process.poll() is not None or sum(r["failure"] is None for r in lines(tmp_path)) >= 5)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
     interrupted = [r for r in lines(tmp_path) if r["failure"] is None]

@@ -9,7 +9,6 @@ import contextlib
 import json
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import psutil
 import pytest
 from jupyter_client.manager import KernelManager
 
+from tests.conftest import wait_for
 from tests.policy_server.test_server_process import STAND_IN
 
 TIMEOUT_S = 60.0
@@ -106,13 +106,6 @@ def is_running(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
 
 
 def gone(processes: list[psutil.Process]) -> None:

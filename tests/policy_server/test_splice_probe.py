@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from tests.conftest import wait_for
 from tests.policy_server.fake_vllm import FakeVllm
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient
@@ -32,8 +33,7 @@ def served(app: Any) -> Iterator[PolicyClient]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
         client = PolicyClient(f"http://127.0.0.1:{sock.getsockname()[1]}/v1", timeout_s=5.0)
-        while not server.started:
-            time.sleep(0.01)
+        wait_for(lambda: server.started)
         yield client
         client.close()
         server.should_exit = True

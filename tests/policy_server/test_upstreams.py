@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.policy_server.adapter_folder import write_adapter
-from tests.policy_server.fake_upstream import PROBE_EVERY_S, Call, FakeUpstream, ask, serving, until
+from tests.policy_server.fake_upstream import Call, FakeUpstream, ask, serving, until
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.upstreams import CONTROL_PATHS, UpstreamApp, UpstreamLostError
 
@@ -331,7 +331,8 @@ async def test_an_upstream_that_missed_an_update_never_serves_old_weights() -> N
         assert call.status == 500 and f"{fakes[0].url} gave no answer" in call.text
         await fakes[0].start()
         await until(lambda: app.upstreams[0].down is None)
-        await asyncio.sleep(3 * PROBE_EVERY_S)
+        probes = fakes[0].asked("/health") + 3
+        await until(lambda: fakes[0].asked("/health") >= probes)
         assert not app.upstreams[0].in_rotation
         assert {served_by(await ask(app, "POST", CHAT, body=BODY)) for _ in range(4)} == {fakes[1].port}
 

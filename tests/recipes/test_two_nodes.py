@@ -12,8 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import RECIPES
+from tests.conftest import RECIPES, wait_for
 from trl_gym.processes import bind_socket
 
 SCRIPTS = [RECIPES / "cloud" / "node.sh", RECIPES / "slurm" / "two_nodes.sbatch"]
@@ -64,13 +63,6 @@ SCONTROL = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> {root}/scontrol.txt
 if [[ "$1 $2" == "show hostnames" ]]; then printf 'trains\\nlocalhost\\n'; fi
 """
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < TIMEOUT_S, f"timed out: {what}"
-        time.sleep(0.02)
 
 
 @dataclass

@@ -199,8 +199,8 @@ async def test_no_room_is_waited_for_and_then_refused(http: Http, app: FakeVllm,
     assert "2 adapters are loaded" in answer["error"]["message"] and "policy@0 by r0" in answer["error"]["message"]
     assert (await http.chat([USER]))["weight_version"] == "1"
     waiting = asyncio.create_task(load(http, folder, 2, wait_s=60))
-    await asyncio.sleep(0.1)
-    assert not waiting.done()
+    ended, _ = await asyncio.wait([waiting], timeout=0.1)
+    assert not ended
     await http.records("r0")  # answered although a load is waiting
     assert (await waiting)[0] == 200
     assert await held(http) == ["policy@2"]
