@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,12 +217,6 @@ class Call:
 
 async def ask(app: UpstreamApp, method: str, target: str, **how: Any) -> Call:
     return await Call(app, method, target, **how).done()
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(10.0):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

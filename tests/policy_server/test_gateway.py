@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.conftest import until
 from tests.policy_server.fake_upstream import FakeUpstream
 from tests.policy_server.fake_vllm import END, render
 from trl_gym.cli import main
@@ -169,8 +170,7 @@ async def test_an_upstream_that_is_still_loading_is_waited_for() -> None:
     fake = await FakeUpstream(answers={"GET /v1/models": (503, {"detail": "loading"})}).start()
     notes: list[str] = []
     checking = asyncio.create_task(check_upstreams([fake.url], api_key=None, timeout_s=20.0, note=notes.append))
-    while not notes:
-        await asyncio.sleep(0.01)
+    await until(lambda: notes)
     assert notes[0].startswith(f"waiting for {fake.url}: GET /v1/models: HTTP 503")
     fake.answers.clear()
     [facts] = await checking
@@ -291,8 +291,7 @@ async def test_a_signal_cuts_running_requests_off(end: signal.Signals) -> None:
         waiting = asyncio.create_task(session.post(f"{gate.base_url}/chat/completions", json=CHAT))
         stream = await session.get(f"{gate.root}/sse")
         assert await stream.content.readline() == b"data: 1\n"
-        while fake.asked("/v1/chat/completions") == num_asked:
-            await asyncio.sleep(0.01)
+        await until(lambda: fake.asked("/v1/chat/completions") > num_asked)
         started = time.monotonic()
         gate.process.send_signal(end)
         answer = await waiting
@@ -304,8 +303,7 @@ async def test_a_signal_cuts_running_requests_off(end: signal.Signals) -> None:
         assert gate.process.returncode == (130 if end == signal.SIGINT else -signal.SIGTERM)
         assert b"Traceback" not in log
     async with asyncio.timeout(5.0):
-        while not fake.cancelled:
-            await asyncio.sleep(0.01)
+        await until(lambda: fake.cancelled)
     await fake.stop()
 
 

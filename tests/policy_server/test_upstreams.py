@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import until
 from tests.policy_server.adapter_folder import write_adapter
-from tests.policy_server.fake_upstream import Call, FakeUpstream, ask, serving, until
+from tests.policy_server.fake_upstream import Call, FakeUpstream, ask, serving
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.upstreams import CONTROL_PATHS, UpstreamApp, UpstreamLostError
 

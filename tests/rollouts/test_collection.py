@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import until
 from tests.rollouts.fake_agent import Ledger, collect, make, requests
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, PolicyServerLostError, RolloutFailure
 from trl_gym.gym.discovery import ServerProbe
@@ -114,10 +115,7 @@ async def test_an_environment_that_hangs_does_not_hold_the_others_up(agent: Any)
     rows = [{"seconds": 30, "agent": "hangs"}] * 10 + [{"agent": "works"}] * 10
     collector = make(lookup, max_inflight=3, deadline_s=60.0)
     future = collector.submit(requests(*rows), finish)
-    for _ in range(200):
-        if ends.count("works") == 10:
-            break
-        await asyncio.sleep(0.02)
+    await until(lambda: ends.count("works") == 10)
     assert ends == ["works"] * 10
     future.cancel()
     await asyncio.to_thread(collector.close)
@@ -258,10 +256,7 @@ async def test_a_stall_lists_who_waits_for_what(agent: Any, caplog: Any) -> None
     collector = make(lookup, max_inflight=2, ledger=ledger, stall_timeout_s=0.5, deadline_s=60.0)
     with caplog.at_level(logging.WARNING):
         future = collector.submit(requests(*[{"seconds": 30}] * 3), lambda result: result)
-        for _ in range(300):
-            if "No rollout has ended" in caplog.text:
-                break
-            await asyncio.sleep(0.02)
+        await until(lambda: "No rollout has ended" in caplog.text)
         future.cancel()
         await asyncio.to_thread(collector.close)
     assert "3 are outstanding" in caplog.text

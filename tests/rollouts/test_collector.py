@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import until
 from tests.rollouts.fake_agent import Ledger, collect, make, requests
 from trl_gym.errors import FailureKind, PolicyServerError, ServerError
 from trl_gym.gym.servers import AgentInfo
@@ -59,10 +60,7 @@ async def test_a_dead_server_ends_the_collection_at_once(agent: Any) -> None:
     assert [(result.failure.kind, result.failure.rollout_id) for result in ended] == [
         (FailureKind.CANCELLED, f"r{index}") for index in range(3)
     ]
-    for _ in range(100):
-        if behaviour.cancelled == 3:
-            break
-        await asyncio.sleep(0.05)
+    await until(lambda: behaviour.cancelled == 3)
     assert behaviour.cancelled == 3
 
 
@@ -150,10 +148,7 @@ async def test_giving_up_tells_the_policy_server_before_the_session_closes(agent
     ledger = Ledger()
     collector = make(lookup, deadline_s=60.0, ledger=ledger)
     future = collector.submit(requests({"seconds": 30}, {"seconds": 30}), lambda result: result)
-    for _ in range(200):
-        if behaviour.running == 2:
-            break
-        await asyncio.sleep(0.02)
+    await until(lambda: behaviour.running == 2)
     future.cancel()
     await asyncio.to_thread(collector.close)
     assert ledger.cancelled == [["r0", "r1"]]
@@ -164,10 +159,7 @@ async def test_closing_gives_up_what_still_runs(agent: Any) -> None:
     ledger = Ledger()
     collector = make(lookup, deadline_s=60.0, ledger=ledger)
     future = collector.submit(requests({"seconds": 30}), lambda result: result)
-    for _ in range(200):
-        if behaviour.running:
-            break
-        await asyncio.sleep(0.02)
+    await until(lambda: behaviour.running)
     await asyncio.to_thread(collector.close)
     assert future.cancelled()
     assert ledger.cancelled == [["r0"]]
