@@ -41,8 +41,9 @@ class Checked(RecordingTrainer):
         """Differ within every group, whatever was sampled: each step has something to learn."""
         return [None if r.reward is None else r.reward + 0.1 * r.request.member for r in rollouts]
 
-    def _push_weights(self, step: int) -> None:
-        super()._push_weights(step)
+    def _push_weights(self) -> None:
+        super()._push_weights()
+        step = self.state.global_step
         tokenizer = AutoTokenizer.from_pretrained(self.model.config._name_or_path)
         prompts = [tokenizer(text).input_ids for text in HELD_OUT]
         batch = probe_batch(len(tokenizer), prompts, seed=7)

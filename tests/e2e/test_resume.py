@@ -81,11 +81,11 @@ class DiesInItsPhase(Seeded):
         self._die_in("loss")
         return super().compute_loss(*args, **kwargs)
 
-    def _push_weights(self, step: int) -> None:
-        if step > 0:
+    def _push_weights(self) -> None:
+        if self.state.global_step > 0:
             self.policy_server.client.pause()
             self._die_in("weight sync")
-        super()._push_weights(step)
+        super()._push_weights()
 
 
 def train_until_it_dies(phase: str, signum: int, *where: Any) -> None:

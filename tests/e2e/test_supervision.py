@@ -91,13 +91,13 @@ class Killing(RecordingTrainer):
                 kill_server(self)
         return super().build_trajectories(answer, request)
 
-    def _push_weights(self, step: int) -> None:
-        client = self.policy_server.client
+    def _push_weights(self) -> None:
+        step, client = self.state.global_step, self.policy_server.client
         method = {1: "update_weights", 2: "prompt_logprobs", 3: "pause"}.get(step)
         if method is not None:
             call = getattr(type(client), method).__get__(client)
             setattr(client, method, once(lambda: kill_server(self), call, after=method == "pause"))
-        super()._push_weights(step)
+        super()._push_weights()
         if method is not None:
             delattr(client, method)
 
@@ -232,7 +232,7 @@ def attached(trainer: type[RecordingTrainer], output_dir: Path, *where: Any, **c
 
 
 class DiesInTransfer(RecordingTrainer):
-    def _push_weights(self, step: int) -> None:
+    def _push_weights(self) -> None:
         client = self.policy_server.client
         update = client.update_weights
 
@@ -241,7 +241,7 @@ class DiesInTransfer(RecordingTrainer):
             os.kill(os.getpid(), signal.SIGKILL)
 
         client.update_weights = dying
-        super()._push_weights(step)
+        super()._push_weights()
 
 
 def train_until_it_dies(*where: Any) -> None:
