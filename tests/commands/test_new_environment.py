@@ -79,13 +79,13 @@ def test_a_folder_in_the_way_stays_as_it_is(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "lamp_room" / "mine").write_text("mine")
     assert main(["new-environment", "lamp_room", "--directory", str(tmp_path)]) == 1
     shown = capsys.readouterr()
-    assert "lamp_room exists already. Remove it, or choose another NAME or --directory." in shown.err
+    assert "lamp_room exists already. Remove it, or choose another NAME or `--directory`." in shown.err
     assert [path.name for path in (tmp_path / "lamp_room").iterdir()] == ["mine"]
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--directory .*file cannot be written to"):
+    with pytest.raises(ConfigError, match=r"`--directory` .*file cannot be written to"):
         make(tmp_path / "file")
 
 
@@ -101,7 +101,6 @@ def test_all_files_carry_the_name_and_nothing_of_the_template(tmp_path: Path, mo
         "resources_servers/lamp_room/lamp_room_rules.py",
         "resources_servers/lamp_room/requirements.txt",
         "test_lamp_room.py",
-        "train.py",
         "train.yaml",
     }
     for path in files.values():
@@ -114,7 +113,7 @@ def test_all_files_carry_the_name_and_nothing_of_the_template(tmp_path: Path, mo
 
 def test_a_name_that_is_a_word_of_the_template(tmp_path: Path) -> None:
     folder = make(tmp_path, "my_environment")
-    assert f"{folder}/train.py" in (folder / "README.md").read_text()
+    assert f"{folder}/train.yaml" in (folder / "README.md").read_text()
 
 
 def test_the_configurations_name_what_is_there(tmp_path: Path) -> None:
@@ -154,7 +153,7 @@ def test_what_is_printed_can_be_run(
     shown = capsys.readouterr().out
     printed = shown.partition("\n\n")[2].replace("\\\n", " ").splitlines()
     commands = [shlex.split(line) for line in printed if line and not line.startswith("#")]
-    assert [command[0] for command in commands[1:]] == ["python", "trl-gym", "trl-gym", "accelerate"]
+    assert [command[0] for command in commands[1:]] == ["python", "trl-gym", "trl-gym", "trl-gym"]
     for command in commands[:2]:
         subprocess.run([sys.executable if command[0] == "python" else command[0], *command[1:]], check=True)
     lines = Path("my environments/lamp_room/data/train.jsonl").read_text().splitlines()
@@ -181,7 +180,7 @@ def test_the_wheel_takes_the_templates_along() -> None:
     with open(ROOT / "pyproject.toml", "rb") as file:
         assert tomllib.load(file)["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["trl_gym"]}
     templates = [str(path) for path in (ROOT / "trl_gym" / "scaffold").rglob("*.template")]
-    assert len(templates) == 9
+    assert len(templates) == 8
     assert subprocess.run(["git", "check-ignore", *templates], cwd=ROOT, capture_output=True).returncode == 1
 
 

@@ -18,7 +18,7 @@ from trl_gym.gym.install import find_installation
 
 DESCRIPTION = (
     "Make the folder DIR/NAME with a NeMo Gym environment: configuration, resources server (two tools, state, a "
-    "verifier with reward components), data script, tests, and a script that trains on it. It works as it is; the "
+    "verifier with reward components), data script, tests, and options to train on it. It works as it is; the "
     "README in it says what to change."
 )
 SCAFFOLD = Path(__file__).resolve().parents[1] / "scaffold"
@@ -43,10 +43,10 @@ _GYM_KEYS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class NewEnvironment:
-    """What is made, and where.
+    """Say what is made, and where.
 
     Attributes:
-        name: Checked by `check_name`.
+        name: Name that `check_name` accepts.
         folder: `DIR/NAME`, relative when DIR was.
         gym_python: Interpreter with nemo-gym, as the commands name it.
     """
@@ -57,11 +57,11 @@ class NewEnvironment:
 
     @property
     def commands(self) -> str:
-        """What to run next, in order, ready for a shell."""
-        test, data, train, config, tasks, rows = (
+        """Commands to run next, in order, ready for a shell."""
+        test, data, config, tasks, rows = (
             shlex.quote(str(self.folder / file))
             for file in (
-                *(f"test_{self.name}.py", "generate_data.py", "train.py", "train.yaml"),
+                *(f"test_{self.name}.py", "generate_data.py", "train.yaml"),
                 *("data", "data/validation.jsonl"),
             )
         )
@@ -79,10 +79,10 @@ trl-gym rollout --dataset {rows} --gym-config-paths {shlex.quote(str(self.folder
     --output-dir runs/{self.name}_rollouts
 
 # train on it
-accelerate launch {train} --config {config} --model_name_or_path Qwen/Qwen3-0.6B"""
+trl-gym train --config {config} --model-name-or-path Qwen/Qwen3-0.6B"""
 
     def files(self) -> dict[Path, str]:
-        """Content of every file by its path below `folder`."""
+        """Return the content of every file by its path below `folder`."""
         return {
             Path(self._filled(str(path.relative_to(SCAFFOLD)).removesuffix(_SUFFIX))): self._filled(path.read_text())
             for path in sorted(SCAFFOLD.rglob(f"*{_SUFFIX}"))
@@ -100,17 +100,17 @@ accelerate launch {train} --config {config} --model_name_or_path Qwen/Qwen3-0.6B
 
 
 def check_name(name: str) -> None:
-    """Whether a name can be a folder, a part of Python modules and classes, and a key of a NeMo Gym config.
+    """Check that a name can be a folder, a part of Python modules and classes, and a key of a NeMo Gym config.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: It cannot; the remedy suggests one.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
         suggestion = re.sub(r"^[\d_]+", "", "_".join(words).lower()) or "my_environment"
         raise ConfigError(
-            f"NAME is {name!r}; it must be lower-case words joined by single underscores, beginning with a letter: "
-            f"it becomes a folder, a Python module and a key of a YAML file. For example `{suggestion}`."
+            f"NAME is {name!r}, which cannot be a folder, a Python module and a key of a YAML file.",
+            f"Use lower-case words joined by single underscores, beginning with a letter, for example `{suggestion}`.",
         )
     taken = (
         "a keyword of Python"
@@ -124,14 +124,14 @@ def check_name(name: str) -> None:
         else None
     )
     if taken is not None:
-        raise ConfigError(f"NAME is {name!r}, which is {taken}. Choose another, for example `{name}_environment`.")
+        raise ConfigError(f"NAME is {name!r}, which is {taken}.", f"Choose another, for example `{name}_environment`.")
 
 
 def create(environment: NewEnvironment) -> list[Path]:
     """Write the environment; nothing is written when something is in its way.
 
     Returns:
-        The files.
+        Paths of the files.
 
     Raises:
         ConfigError: The folder exists or cannot be made.
@@ -139,13 +139,17 @@ def create(environment: NewEnvironment) -> list[Path]:
     check_name(environment.name)
     files = environment.files()
     if environment.folder.exists() or environment.folder.is_symlink():
-        raise ConfigError(f"{environment.folder} exists already. Remove it, or choose another NAME or --directory.")
+        raise ConfigError(
+            f"{environment.folder} exists already.", "Remove it, or choose another NAME or `--directory`."
+        )
     try:
         for path, content in files.items():
             (environment.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (environment.folder / path).write_text(content)
     except OSError as error:
-        raise ConfigError(f"--directory {environment.folder.parent} cannot be written to: {error}") from error
+        raise ConfigError(
+            f"`--directory` {environment.folder.parent} cannot be written to: {error}.", "Choose another."
+        ) from error
     return [environment.folder / path for path in files]
 
 
@@ -155,7 +159,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit status 0, or a ConfigError."""
+    """Make the environment and print what to do next; return exit status 0.
+
+    Raises:
+        ConfigError: See `create`.
+    """
     from rich.console import Console
 
     console, errors = Console(), Console(stderr=True)
@@ -171,7 +179,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _gym_python() -> tuple[str, str | None]:
-    """The interpreter as a command names it; where there is none, a name to replace and why."""
+    """Return the interpreter as a command names it; where none is found, a name to replace, and why."""
     try:
         python = find_installation().python
     except ConfigError as error:

@@ -19,7 +19,7 @@ _LARGE = 150 * 10**6  # bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `trl-gym view` takes."""
+    """Add the flags of `trl-gym view`."""
     parser.add_argument("folder", metavar="RUN", help="output folder of a training, or of `trl-gym rollout`")
     parser.add_argument("--output", metavar="FILE", help="the file to write (default: RUN/view.html)")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
@@ -40,12 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit status 0; what goes wrong is raised as `ConfigError`."""
+    """Write the page; return exit status 0.
+
+    Raises:
+        ConfigError: The run has nothing to show, or the page cannot be written.
+    """
     from trl_gym.report.page import PageOptions, write_page
     from trl_gym.report.source import open_run
 
     if options.max_rollouts < 0:
-        raise ConfigError(f"`--max-rollouts` is {options.max_rollouts}; give a number of rollouts, or 0 for all.")
+        raise ConfigError(f"`--max-rollouts` is {options.max_rollouts}.", "Give a number of rollouts, or 0 for all.")
     found = open_run(options.folder, options.tokenizer)
     target = Path(options.output) if options.output else found.folder / "view.html"
     wanted = PageOptions(max_rollouts=options.max_rollouts or None, with_tokens=not options.no_tokens)
@@ -53,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         page = write_page(found, target, wanted)
     except OSError as error:
         raise ConfigError(
-            f"{str(target)!r} cannot be written: {error.strerror or error}. Choose another file with --output."
+            f"{str(target)!r} cannot be written: {error.strerror or error}.", "Choose another file with `--output`."
         ) from error
     shown = f"{page.shown} rollouts" if page.shown == page.recorded else f"{page.shown} of {page.recorded} rollouts"
     sys.stdout.write(f"{page.path}: {shown}, {page.size / 1e6:.1f} MB\n")
