@@ -52,9 +52,7 @@ def test_the_section_stands_before_trls_versions_or_at_the_end() -> None:
 def test_a_live_run_names_gym_policy_server_and_transport(tmp_path: Path) -> None:
     args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], gym_drift="exclude")
     source = LiveSource(args, None)
-    source._servers = SimpleNamespace(
-        gym=SimpleNamespace(gym_version="0.4.0"), policy=SimpleNamespace(placement="colocate")
-    )
+    source._servers = SimpleNamespace(gym=SimpleNamespace(gym_version="0.4.0"), policy=SimpleNamespace(is_ours=True))
     source._weights = SimpleNamespace(transport_name="file")
     rows = settings_of(args, num_steps=3, source=source.describe())
     assert rows["NeMo Gym"] == "0.4.0 (`host`)"

@@ -97,7 +97,7 @@ def roll_out(
         mode="rollout",
         datasets=[NamedFile(path.stem, path)],
         output_dir=Path(output_dir),
-        base_url=policy.base_url,
+        base_url=",".join(policy.base_urls),
         model=policy.model_name,
         api_key=policy.client.api_key,
         head_url=gym.head_url,

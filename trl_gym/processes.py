@@ -15,10 +15,21 @@ import sys
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _GRACE_S = 5.0  # from SIGINT to SIGKILL; "Ctrl-C ends all within 10 s" leaves room for both servers
+
+
+class ServerState(StrEnum):
+    """Where a server is in its life, the policy server as well as NeMo Gym."""
+
+    NEW = "new"
+    STARTING = "starting"
+    READY = "ready"
+    STOPPED = "stopped"
+
 
 # Last line of defence for children whose owner forgot them: `stop` at interpreter exit. Weak, so that it keeps nobody
 # alive. A trainer that is killed with SIGKILL does not get here; the supervisor's pipe covers that.
@@ -51,6 +62,13 @@ def bind_socket(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def reachable(host: str) -> str:
+    """Return the host in a URL at which this machine reaches a server that listens on `host`."""
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
 
 
 class ChildProcess:

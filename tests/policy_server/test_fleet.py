@@ -1,4 +1,4 @@
-"""Several servers as one: real HTTP, our middleware, a stand-in for vLLM behind each."""
+"""Several servers used as one policy: real HTTP, our middleware, a stand-in for vLLM behind each."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.policy_server.adapter_folder import write_adapter
 from tests.policy_server.fake_vllm import FakeVllm
 from tests.policy_server.test_splice_probe import served
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, WeightMismatchError
-from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
-from trl_gym.policy_server.fleet import FleetClient, PolicyFleet, attach_policy
+from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, root_url, server_urls
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
 from trl_gym.processes import bind_socket
 from trl_gym.rollouts.call_records import FleetLedger, RolloutLedger, ledger_for
+from trl_gym.run.recovery import answering_process
 
 KEY = "secret"
 SAMPLED = {"rollout": "r", "sampling": {"temperature": 1.0}}
@@ -76,22 +76,20 @@ def replicas() -> Iterator[tuple[list[Replica], str]]:
 
 
 @pytest.fixture
-def fleet(replicas: tuple[list[Replica], str]) -> PolicyFleet:
-    policy = attach_policy(replicas[1], api_key=KEY, timeout_s=10.0)
-    assert isinstance(policy, PolicyFleet)
-    return policy
+def fleet(replicas: tuple[list[Replica], str]) -> PolicyServer:
+    return PolicyServer.attach(replicas[1], api_key=KEY, timeout_s=10.0)
 
 
-def test_it_is_one_policy(replicas: tuple[list[Replica], str], fleet: PolicyFleet) -> None:
+def test_it_is_one_policy(replicas: tuple[list[Replica], str], fleet: PolicyServer) -> None:
     urls = replicas[1].split(", ")
-    assert fleet.base_url == ",".join(urls) and fleet.model_name == "policy" and fleet.max_model_len == 200
-    assert (fleet.state, fleet.placement, fleet.is_ours) == ("ready", "server", False)
+    assert fleet.base_urls == tuple(urls) and fleet.model_name == "policy" and fleet.max_model_len == 200
+    assert (fleet.state, fleet.is_ours) == ("ready", False)
     assert fleet.weight_transports == ("file",)
-    assert len(set(fleet.look().split("+"))) == 2
-    assert fleet.start() is fleet.wait_ready() is fleet
+    assert len(set(answering_process(fleet).split("+"))) == 2
+    assert fleet.wait_ready() is fleet
     fleet.check()
     replicas[0][1].backend = "nccl"
-    mixed = PolicyFleet((*fleet.servers[:1], PolicyServer.attach(urls[1], api_key=KEY)))
+    mixed = PolicyServer.attach(urls, api_key=KEY)
     with pytest.raises(ConfigError, match=r"by file or adapter only, .*/v1: file; .*/v1: nccl\)"):
         _ = mixed.weight_transports
     with pytest.raises(PolicyServerError, match="cannot be restarted from here"):
@@ -100,7 +98,7 @@ def test_it_is_one_policy(replicas: tuple[list[Replica], str], fleet: PolicyFlee
     fleet.stop()
 
 
-def test_control_reaches_all_and_reads_one(replicas: tuple[list[Replica], str], fleet: PolicyFleet) -> None:
+def test_control_reaches_all_and_reads_one(replicas: tuple[list[Replica], str], fleet: PolicyServer) -> None:
     apps, _ = replicas
     for app in apps:
         app.requests.clear()
@@ -118,21 +116,21 @@ def test_control_reaches_all_and_reads_one(replicas: tuple[list[Replica], str], 
     assert [app.asked().count("/v1/models") for app in apps] == [1, 0]
 
 
-def test_who_failed_is_named(replicas: tuple[list[Replica], str], fleet: PolicyFleet) -> None:
+def test_who_failed_is_named(replicas: tuple[list[Replica], str], fleet: PolicyServer) -> None:
     apps, urls = replicas
     first, second = (url.removesuffix("/v1") for url in urls.split(", "))
     apps[1].refuses = {"/update_weights"}
     with pytest.raises(PolicyResponseError, match=f"{second}/update_weights: HTTP 500: /update_weights refused"):
         fleet.client.update_weights({})
     apps[0].refuses = {"/update_weights"}
-    with pytest.raises(PolicyServerError, match=f"2 of 2 policy servers failed: .*{first}.*; .*{second}"):
+    with pytest.raises(PolicyServerError, match=f"2 of 2 policy servers failed.\n.*{first}.*\n.*{second}"):
         fleet.client.update_weights({})
     apps[0].weight_version, apps[1].weight_version = "1", "2"
-    with pytest.raises(PolicyServerError, match=f"different weight versions .{first}: '1', {second}: '2'"):
+    with pytest.raises(PolicyServerError, match=f"different weight versions .{first}/v1: '1', {second}/v1: '2'"):
         fleet.client.weight_version()
 
 
-def test_replicas_with_other_weights_are_found(replicas: tuple[list[Replica], str], fleet: PolicyFleet) -> None:
+def test_replicas_with_other_weights_are_found(replicas: tuple[list[Replica], str], fleet: PolicyServer) -> None:
     apps, _ = replicas
     apps[1].logprob = -1.01
     assert fleet.client.prompt_logprobs([[1, 2, 3], [4, 5]]) == [[-1.0, -1.0], [-1.0]]
@@ -142,7 +140,7 @@ def test_replicas_with_other_weights_are_found(replicas: tuple[list[Replica], st
 
 
 def test_an_update_that_one_had_finished_is_ended_on_the_other(
-    replicas: tuple[list[Replica], str], fleet: PolicyFleet
+    replicas: tuple[list[Replica], str], fleet: PolicyServer
 ) -> None:
     apps, _ = replicas
     apps[0].refuses = {"/finish_weight_update", "/update_weights"}
@@ -154,64 +152,83 @@ def test_an_update_that_one_had_finished_is_ended_on_the_other(
     assert apps[1].asked() == ["/finish_weight_update"]
 
 
-async def test_records_are_wherever_the_rollout_was(replicas: tuple[list[Replica], str], fleet: PolicyFleet) -> None:
+async def test_records_are_wherever_the_rollout_was(replicas: tuple[list[Replica], str], fleet: PolicyServer) -> None:
     """NeMo Gym chooses the server; the ledger asks all, and the client of the trainer does so too."""
-    server = fleet.servers[1]
+    second = fleet.client.singly()[1]
     for name in ("a", "b"):
-        server.client.chat(messages=[{"role": "user", "content": "hi"}], trl_gym={**SAMPLED, "rollout": name})
-    ledger = ledger_for(fleet.base_url, KEY)
+        second.chat(messages=[{"role": "user", "content": "hi"}], trl_gym={**SAMPLED, "rollout": name})
+    ledger = ledger_for(fleet.base_urls, KEY)
     assert isinstance(ledger, FleetLedger)
     async with aiohttp.ClientSession() as session:
         assert (await ledger.peek(session, ["a", "x"]))["a"].num_answered == 1
         assert len(await ledger.take(session, "a")) == 1 and await ledger.take(session, "a") == []
-        assert await ledger.ping(session) == fleet.look()
+        assert await ledger.ping(session) == answering_process(fleet)
         await ledger.cancel(session, ["c"])
     assert len(fleet.client.rollout_records(["b"])["b"]) == 1
     assert fleet.client.cancel_rollouts(["d"]) == 0
     for name in ("c", "d"):
-        for one in fleet.servers:
+        for one in fleet.client.singly():
             with pytest.raises(PolicyServerError, match="was cancelled"):
-                one.client.chat(messages=[{"role": "user", "content": "hi"}], trl_gym={**SAMPLED, "rollout": name})
+                one.chat(messages=[{"role": "user", "content": "hi"}], trl_gym={**SAMPLED, "rollout": name})
 
 
 def test_an_adapter_is_kept_as_long_as_one_replica_needs_it(
-    replicas: tuple[list[Replica], str], fleet: PolicyFleet, tmp_path: Path
+    replicas: tuple[list[Replica], str], fleet: PolicyServer, tmp_path: Path
 ) -> None:
     folders = [str(write_adapter(tmp_path / name)) for name in ("0", "1")]
     load = partial(fleet.client.load_adapter, max_adapters=2, wait_s=0)
     assert load("policy@0", folders[0], "0") == folders[:1]
-    fleet.servers[1].client.chat(messages=[{"role": "user", "content": "hi"}], trl_gym=SAMPLED)
-    assert load("policy@1", folders[1], "1") == folders  # the second has a rollout that began with the old one
+    fleet.client.singly()[1].chat(messages=[{"role": "user", "content": "hi"}], trl_gym=SAMPLED)
+    assert load("policy@1", folders[1], "1") == folders[::-1]  # the second has a rollout that began with the old one
     assert [len(app.adapters) for app in replicas[0]] == [1, 2]
     assert fleet.client.weight_version() == "1"
     fleet.client.clear_adapters()
 
 
-async def test_one_that_is_gone_is_a_loss_and_is_named(fleet: PolicyFleet) -> None:
+async def test_one_that_is_gone_is_a_loss_and_is_named(fleet: PolicyServer) -> None:
     with bind_socket() as sock:
         port = sock.getsockname()[1]
     gone = f"http://127.0.0.1:{port}"
-    client = FleetClient([fleet.servers[0].client, PolicyClient(gone, timeout_s=2.0)])
+    there = fleet.base_urls[0]
+    client = PolicyClient([there, gone], api_key=KEY, timeout_s=2.0)
     with pytest.raises(PolicyServerLostError, match=gone):
         client.pause("wait")
     assert not client.health()
-    ledger = ledger_for(f"{fleet.servers[0].base_url},{gone}/v1", KEY)
+    ledger = ledger_for(f"{there},{gone}/v1", KEY)
     async with aiohttp.ClientSession() as session:
         assert await ledger.ping(session) is None
         with pytest.raises(PolicyServerLostError, match=gone):
             await ledger.take(session, "a")
-    assert gone in ledger.describe_silence() and fleet.servers[0].base_url not in ledger.describe_silence()
+    assert gone in ledger.describe_silence() and there not in ledger.describe_silence()
 
 
-def test_urls_that_make_no_fleet(replicas: tuple[list[Replica], str]) -> None:
+def test_a_cache_that_one_cannot_reset_is_an_error(replicas: tuple[list[Replica], str], fleet: PolicyServer) -> None:
+    apps, _ = replicas
+    for app, success in zip(apps, [True, False], strict=True):
+        app.answer = lambda path, body, success=success: (200, {"success": success})  # type: ignore[method-assign]
+    with pytest.raises(PolicyServerError, match="could not be reset"):
+        fleet.client.reset_caches()
+
+
+def test_servers_that_are_no_replicas(replicas: tuple[list[Replica], str]) -> None:
     apps, urls = replicas
-    one = urls.split(", ")[0]
-    assert isinstance(attach_policy(one, api_key=KEY), PolicyServer)
-    assert isinstance(ledger_for(one, KEY), RolloutLedger)
-    with pytest.raises(ConfigError, match="twice"):
-        attach_policy(f"{one},{one}")
-    with pytest.raises(ConfigError, match="must name one server"):
-        attach_policy(" , ")
+    assert isinstance(ledger_for(urls.split(", ")[0], KEY), RolloutLedger)
     apps[1].max_model_len = 100
     with pytest.raises(PolicyServerError, match="differ in max_model_len: 200 and 100"):
-        attach_policy(urls, api_key=KEY)
+        PolicyServer.attach(urls, api_key=KEY)
+
+
+@pytest.mark.parametrize(
+    "given", ["http://a:1, http://b:2/v1/", ["http://a:1/v1", "http://b:2"], " http://a:1/,,http://b:2/v1"]
+)
+def test_urls_are_told_apart_and_made_alike(given: str | list[str]) -> None:
+    assert server_urls(given) == ("http://a:1/v1", "http://b:2/v1")
+    assert [root_url(url) for url in server_urls(given)] == ["http://a:1", "http://b:2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [("http://a:1,http://a:1/v1", "twice"), (" , ", "Name one"), ([], "Name")]
+)
+def test_urls_of_no_server_or_of_one_twice_are_refused(given: str | list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        PolicyServer.attach(given)

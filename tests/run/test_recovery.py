@@ -24,6 +24,8 @@ DEATH = PolicyServerLostError("policy server ended (was ended by signal SIGKILL)
 class Client:
     """Of a server whose trainer may have left it paused."""
 
+    server: Server
+
     def __init__(self, *, paused: bool = False, has_pause: bool = True, healthy: bool = True) -> None:
         self.paused, self.has_pause, self.healthy = paused, has_pause, healthy
         self.num_abandoned = 0
@@ -33,6 +35,9 @@ class Client:
 
     def health(self) -> bool:
         return self.healthy
+
+    def infos(self) -> list[dict[str, Any]]:
+        return [{"instance": self.server.look()}]
 
     def is_paused(self) -> bool:
         if not self.has_pause:
@@ -50,7 +55,8 @@ class Server:
     Time passes in `sleep` only.
     """
 
-    base_url = "http://node7:8000/v1"
+    base_urls = ("http://node7:8000/v1",)
+    model_name = "policy"
 
     def __init__(
         self,
@@ -65,7 +71,6 @@ class Server:
         self.client: Any = Client()
         self.num_restarts = 0
         self.pauses: list[float] = []
-        self._is_watched = False
         self._restarts, self._looks = iter(restarts), iter(["first", *looks])
 
     def check(self) -> None:
@@ -82,8 +87,6 @@ class Server:
         self._looks = iter(())
 
     def look(self) -> str:
-        if self._is_watched:
-            self.check()
         seen = next(self._looks, self.instance)
         if isinstance(seen, PolicyServerError):
             raise seen
@@ -92,8 +95,10 @@ class Server:
 
     def recovery(self, **options: Any) -> PolicyRecovery:
         limits: dict[str, Any] = {"max_restarts": 3, "may_restart": True, "reconnect_timeout_s": 600.0}
+        self.client.server = self
+        death, self.death = self.death, None
         made = PolicyRecovery(self, **limits | options, sleep=self.pauses.append)  # looks at it before it dies
-        self._is_watched = True
+        self.death = death
         return made
 
 
@@ -190,8 +195,16 @@ def test_one_elsewhere_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
         recovery.recover(LOSS)
         recovery.recover(LOSS)  # compared with the second now
     assert server.pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0]
-    assert f"waiting for the policy server at {server.base_url}" in caplog.text and "was restarted" in caplog.text
+    assert f"waiting for the policy server at {server.base_urls[0]}" in caplog.text and "was restarted" in caplog.text
     assert caplog.text.count("was restarted") == 1 and "answers again, unchanged" in caplog.text
+
+
+def test_a_server_of_another_model_is_not_the_policy() -> None:
+    server = Server(is_ours=False)
+    recovery = server.recovery()
+    server.client.infos = lambda: [{"instance": "first", "model_names": ["big"]}]
+    with pytest.raises(PolicyServerError, match="serves big now, and not policy"):
+        recovery.require_same()
 
 
 @pytest.mark.usefixtures("clock")

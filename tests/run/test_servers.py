@@ -19,7 +19,8 @@ from tests.test_ranks import on_ranks
 from trl_gym import GymGRPOConfig, GymServers
 from trl_gym.errors import PolicyServerError, PolicyServerLostError, TrlGymError
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
-from trl_gym.policy_server.server import PolicyServer, ServerState
+from trl_gym.policy_server.server import PolicyServer
+from trl_gym.processes import ServerState
 from trl_gym.run.servers import RunServers, close_previous, servers_for
 
 
@@ -124,9 +125,9 @@ def test_a_managed_server_is_started_for_the_adapter_that_is_trained(tmp_path: P
 
 
 def test_a_managed_server_may_have_devices_of_its_own(tmp_path: Path) -> None:
-    assert managed(tmp_path).placement == "colocate"
+    assert "CUDA_VISIBLE_DEVICES" not in managed(tmp_path)._env
     apart = managed(tmp_path, gym_server_devices="6,7")
-    assert apart.placement == "server" and apart._env["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert apart._env["CUDA_VISIBLE_DEVICES"] == "6,7"
 
 
 @pytest.mark.usefixtures("gym_that_must_not_start")
@@ -234,18 +235,18 @@ def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, call: Cal
 class Policy:
     """A policy server that is ready, or whose `wait_ready` fails."""
 
-    base_url, model_name, is_ours, state = "http://127.0.0.1:1/v1", "policy", False, ServerState.STARTING
+    base_urls, model_name, is_ours, state = ("http://127.0.0.1:1/v1",), "policy", False, ServerState.STARTING
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
-        self.client = SimpleNamespace(api_key="key", close=lambda: None)
+        self.client = SimpleNamespace(api_key="key", patient=lambda _: SimpleNamespace(infos=lambda: [{}]))
 
     def wait_ready(self) -> None:
         if self.failure is not None:
             raise self.failure
 
-    def look(self) -> str:
-        return "instance"
+    def check(self) -> None:
+        pass
 
 
 # Anything that a wrong answer, a full disk or a mistake of ours may raise.
@@ -278,10 +279,10 @@ def test_what_fails_on_rank_0_is_raised_on_every_rank(
 def test_what_fails_on_another_rank_that_attaches_is_raised_on_every_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attached: list[tuple[str, str]] = []
+    attached: list[Any] = []
 
-    def attach(base_url: str, *, api_key: str) -> Policy:
-        attached.append((base_url, api_key))
+    def attach(base_urls: tuple[str, ...], *, api_key: str) -> Policy:
+        attached.append((base_urls, api_key))
         return Policy()
 
     def attach_gym(head_url: str) -> Gym:
@@ -293,10 +294,10 @@ def test_what_fails_on_another_rank_that_attaches_is_raised_on_every_rank(
             servers.policy, servers.gym = Policy(), Gym()
         servers.wait_ready()
 
-    monkeypatch.setattr("trl_gym.run.servers.attach_policy", attach)
+    monkeypatch.setattr(PolicyServer, "attach", attach)
     monkeypatch.setattr(GymServers, "attach", attach_gym)
     first, second, third = play(monkeypatch, tmp_path, 3, call)
-    assert attached == [(Policy.base_url, "key")] * 2
+    assert attached == [(Policy.base_urls, "key")] * 2
     assert OSError in (type(second), type(third))
     assert isinstance(first, TrlGymError) and "OSError: No route to host" in str(first)
 

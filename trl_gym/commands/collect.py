@@ -25,9 +25,10 @@ from trl_gym.errors import ConfigError, RolloutError, RolloutFailure, ServerErro
 from trl_gym.gym.config import POLICY_MODEL, resolve_configs
 from trl_gym.gym.install import find_installation
 from trl_gym.gym.servers import GymServers
+from trl_gym.policy_server.client import server_urls
 from trl_gym.progress import rollouts_text
 from trl_gym.rollouts.admission import budgets_from_options
-from trl_gym.rollouts.call_records import RolloutLedger
+from trl_gym.rollouts.call_records import ledger_for
 from trl_gym.rollouts.collection import CollectionStatus
 from trl_gym.rollouts.collection import Progress as CollectionProgress
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
@@ -357,7 +358,7 @@ def without_tag(row: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _gym(options: CollectOptions, endpoint: Endpoint) -> Iterator[GymServers]:
-    base_url = options.base_url.rstrip("/").removesuffix("/v1") + "/v1"
+    base_url = ",".join(server_urls(options.base_url))
     if options.head_url is not None:
         gym = GymServers.attach(options.head_url)
         gym.connect_policy(base_url, options.model, options.api_key or "EMPTY")
@@ -387,14 +388,13 @@ def _overrides(options: CollectOptions, endpoint: Endpoint) -> dict[str, Any]:
 
 
 def _collector(options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> RolloutCollector[_Outcome]:
-    root_url = options.base_url.rstrip("/").removesuffix("/v1").rstrip("/")
     return RolloutCollector(
         gym.agent,
         budgets=budgets_from_options(options.rollouts),
         check=gym.check,
         agents_down=gym.agents_down,
         gym_log=gym.log_end,
-        ledger=RolloutLedger(root_url, options.api_key) if endpoint.kind is EndpointKind.OURS else None,
+        ledger=ledger_for(options.base_url, options.api_key) if endpoint.kind is EndpointKind.OURS else None,
     )
 
 

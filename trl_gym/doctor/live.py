@@ -27,10 +27,11 @@ from trl_gym.errors import FailureKind, PolicyServerError, ServerError, WeightSy
 from trl_gym.gym.config import expand_overrides, resolve_configs
 from trl_gym.gym.discovery import AGENTS, look_at_head, new_http_session
 from trl_gym.gym.install import SUPPORTED_GYM, find_installation
-from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
+from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, server_urls
 from trl_gym.policy_server.command import KEY_VARIABLE
-from trl_gym.policy_server.server import find_cause, hint_for
-from trl_gym.policy_server.splice_probe import check_splice, explain_stranger
+from trl_gym.policy_server.server import find_cause, remedy_for
+from trl_gym.policy_server.splice_probe import check_splice, unusable
+from trl_gym.processes import ServerState
 
 if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig
@@ -147,8 +148,8 @@ def flags(context: Context) -> Iterator[Finding]:
         yield ok(" ".join(given))
         return
     cause = find_cause(done.stderr) or (done.stderr.strip().splitlines() or ["no message"])[-1]
-    remedy = hint_for(cause) or "`vllm serve --help=all` describes every flag"
-    yield failed(f"`gym_vllm_args`: {cause}", f"Correct `gym_vllm_args`: {remedy}.")
+    remedy = remedy_for(cause) or "Run `vllm serve --help=all`, which describes every flag."
+    yield failed(f"`gym_vllm_args`: {cause}", f"Correct `gym_vllm_args`. {remedy}")
 
 
 def run_options(context: Context) -> tuple[dict[str, Any], Mapping[str, str]]:
@@ -166,7 +167,7 @@ def remote(context: Context) -> Iterator[Finding]:
     args = context.args
     if not context.serves or context.starts_policy or not args.vllm_server_base_url:
         return
-    for url in filter(None, (part.strip() for part in args.vllm_server_base_url.split(","))):
+    for url in server_urls(args.vllm_server_base_url):
         yield from _look_at(context, url)
 
 
@@ -175,9 +176,9 @@ def _look_at(context: Context, url: str) -> Iterator[Finding]:
     try:
         info = client.info()
     except PolicyResponseError as error:
-        what = explain_stranger(client, error)
+        told = unusable(client, error)
         key = f"`export {KEY_VARIABLE}=KEY` with the key that the server was started with."
-        yield failed(what, key if error.status in (401, 403) else "Start it with `trl-gym serve MODEL`.")
+        yield failed(told.problem, key if error.status in (401, 403) else told.remedy)
     except PolicyServerError as error:
         served = context.model_options.model_name_or_path or "MODEL"
         yield from from_error(
@@ -231,7 +232,7 @@ def policy_server(context: Context) -> Iterator[Finding]:
     except ServerError as error:
         yield from from_error(error, _SEE_LOG)
         return
-    yield ok(f"{policy.base_url}, takes weights by {', '.join(policy.weight_transports) or 'nothing'}")
+    yield ok(f"{policy.client.base_url}, takes weights by {', '.join(policy.weight_transports) or 'nothing'}")
 
 
 def gym_servers(context: Context) -> Iterator[Finding]:
@@ -246,8 +247,8 @@ def gym_servers(context: Context) -> Iterator[Finding]:
     if context.starts_gym:
         context.resources.callback(gym.stop)
         policy = getattr(context, "policy", None)
-        if policy is not None and policy.state == "ready":
-            gym.connect_policy(policy.base_url, policy.model_name, policy.client.api_key or "EMPTY")
+        if policy is not None and policy.state is ServerState.READY:
+            gym.connect_policy(",".join(policy.base_urls), policy.model_name, policy.client.api_key or "EMPTY")
         else:
             gym.connect_policy(_NOBODY, "policy")
         gym.start()
@@ -284,7 +285,7 @@ def weight_sync(context: Context) -> Iterator[Finding]:
     held = client.weight_version()
     if not context.starts_policy and held not in (UNTOUCHED, EXAMINED):
         yield skipped(
-            f"{context.policy.base_url} holds weights of a run (version {held}), which would be replaced",
+            f"{context.policy.client.base_url} holds weights of a run (version {held}), which would be replaced",
             "Restart that server if no run uses it.",
         )
         return
@@ -451,7 +452,7 @@ def _collector(context: Context) -> RolloutCollector[Rollout]:
         check=context.servers.check,
         agents_down=gym.agents_down,
         gym_log=gym.log_end,
-        ledger=ledger_for(policy.base_url, policy.client.api_key) if policy.keeps_records else None,
+        ledger=ledger_for(policy.base_urls, policy.client.api_key),
     )
 
 

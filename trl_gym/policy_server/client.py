@@ -1,4 +1,7 @@
-"""The trainer's side of a policy server: health, pause and resume, weights, versions, and a few ways to sample.
+"""Call a policy server's control routes: health, pause and resume, weights, versions, rollouts, some ways to sample.
+
+Several servers that hold the same weights are used as one: reads ask the first, everything that changes a server is
+sent to all of them side by side, and has succeeded when all have done it.
 
 Every call has a timeout and every failure is a `PolicyServerError` that names the operation, the URL, the status and
 the server's own words. Nothing is retried here: a weight update that was sent twice is worse than one that failed.
@@ -10,15 +13,49 @@ import contextlib
 import copy
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import requests
 
-from trl_gym.errors import PolicyServerError, PolicyServerLostError, error_body_text
+from trl_gym.errors import (
+    ConfigError,
+    PolicyServerError,
+    PolicyServerLostError,
+    Problem,
+    WeightMismatchError,
+    error_body_text,
+)
 from trl_gym.policy_server.middleware.calls import CallRecord
 
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_QUOTED_CHARS = 2000
+_MAX_REPLICA_GAP = 0.05  # nats; replicas compute in the same precision and differ by the order of sums at most
+
+
+def root_url(url: str) -> str:
+    """Return the address of a server from its URL with or without `/v1`."""
+    return url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def server_urls(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return OpenAI base URLs, ending in `/v1`.
+
+    Args:
+        given: URLs with or without `/v1`; in one text they are separated by commas.
+
+    Raises:
+        ConfigError: No URL is given, or one of them twice.
+    """
+    parts = given.split(",") if isinstance(given, str) else given
+    urls = tuple(f"{root_url(part)}/v1" for part in parts if part.strip())
+    twice = next((url for url in urls if urls.count(url) > 1), None)
+    if not urls or twice:
+        raise ConfigError(
+            f"The policy server's URL is {given!r}{f', which names {twice} twice' if twice else ''}.",
+            "Name one server, or several different ones separated by commas (`vllm_server_base_url`).",
+        )
+    return urls
 
 
 class PolicyResponseError(PolicyServerError):
@@ -28,77 +65,105 @@ class PolicyResponseError(PolicyServerError):
         status: HTTP status, e.g. 404.
     """
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, status: int) -> None:
+        super().__init__(problem)
         self.status = status
 
 
 class PolicyClient:
-    """Control plane of one policy server. Not thread-safe: use one per thread.
+    """Control plane of a policy server, or of several. Not thread-safe: use one client per thread.
 
     Args:
-        base_url: OpenAI base URL, e.g. `"http://127.0.0.1:8000/v1"`. The `/v1` may be left out.
-        api_key: Sent as bearer token with every request.
-        timeout_s: How long one call may take, where the call itself has no `timeout_s`.
+        base_urls: OpenAI base URLs, as for `server_urls`.
+        api_key: Bearer token sent with every request.
+        timeout_s: Timeout of calls that are given none, in seconds.
+
+    Attributes:
+        base_urls: OpenAI base URLs, ending in `/v1`.
+
+    Raises:
+        ConfigError: See `server_urls`.
     """
 
-    def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 60.0) -> None:
-        self.root_url = base_url.rstrip("/").removesuffix("/v1")
-        self.base_url = f"{self.root_url}/v1"
-        self.timeout_s = timeout_s
-        self._session = requests.Session()
-        # A proxy for the outer world (HTTP_PROXY) would swallow requests to our own node.
-        self._session.trust_env = False
+    def __init__(self, base_urls: str | Sequence[str], *, api_key: str | None = None, timeout_s: float = 60.0) -> None:
+        self.base_urls = server_urls(base_urls)
         self.api_key = api_key
-        if api_key:
-            self._session.headers["Authorization"] = f"Bearer {api_key}"
+        self.timeout_s = timeout_s
+        self._sessions = tuple(_new_session(api_key) for _ in self.base_urls)
+
+    @property
+    def base_url(self) -> str:
+        """The base URLs in one text, for messages."""
+        return ", ".join(self.base_urls)
+
+    @property
+    def root_url(self) -> str:
+        """The addresses without `/v1` in one text, for messages."""
+        return ", ".join(map(root_url, self.base_urls))
 
     def patient(self, timeout_s: float) -> PolicyClient:
-        """This client with another timeout for calls that have none of their own; the connections are shared."""
+        """Return this client with another timeout for calls that are given none; it shares the connections."""
         other = copy.copy(self)
         other.timeout_s = timeout_s
         return other
 
+    def singly(self) -> list[PolicyClient]:
+        """Return one client per server; they share the connections."""
+        clients = []
+        for base_url, session in zip(self.base_urls, self._sessions, strict=True):
+            clients.append(copy.copy(self))
+            clients[-1].base_urls, clients[-1]._sessions = (base_url,), (session,)
+        return clients
+
     def close(self) -> None:
         """Close the connections. The client can still be used afterwards."""
-        self._session.close()
+        for session in self._sessions:
+            session.close()
 
     # -- what it is and how it does -----------------------------------------------------------------------------------
 
     def health(self) -> bool:
-        """Whether the server answers and its engine is alive. Never raises for a server that is not."""
+        """Return whether every server answers and its engine is alive. Raises nothing where one does not."""
         try:
-            return self._session.get(f"{self.root_url}/health", timeout=self._timeouts(None)).status_code == 200
+            answers = [
+                session.get(f"{root_url(url)}/health", timeout=self._timeouts(None))
+                for url, session in zip(self.base_urls, self._sessions, strict=True)
+            ]
         except requests.RequestException:
             return False
+        return all(answer.status_code == 200 for answer in answers)
 
     def info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """`GET /trl_gym/info`: nonce, versions, `weight_version`, `max_model_len`, `model_names`, counters."""
         return self._call("GET", "/trl_gym/info", timeout_s=timeout_s)
 
+    def infos(self) -> list[dict[str, Any]]:
+        """Return `info` of every server."""
+        return self._call_all("GET", "/trl_gym/info")
+
     def models(self) -> list[dict[str, Any]]:
-        """The models that the server serves, adapters included."""
+        """Return the models that the server serves, adapters included."""
         return self._call("GET", "/v1/models")["data"]
 
     def server_config(self) -> dict[str, Any]:
-        """vLLM's resolved configuration as a tree, e.g. `["model_config"]["logprobs_mode"]`."""
+        """Return vLLM's resolved configuration as a tree, e.g. `["model_config"]["logprobs_mode"]`."""
         return self._call("GET", "/server_info", params={"config_format": "json"})["vllm_config"]
 
     def server_environment(self) -> dict[str, Any]:
-        """vLLM's environment variables as the server process has them, keys and tokens left out."""
+        """Return vLLM's environment variables as the server process has them, without keys and tokens."""
         return self._call("GET", "/server_info", params={"config_format": "json"})["vllm_env"]
 
     def world_size(self) -> int:
-        """Workers of the server that hold weights: tensor × pipeline × data parallel."""
+        """Return how many workers of the server hold weights: tensor × pipeline × data parallel."""
         return int(self._call("GET", "/get_world_size")["world_size"])
 
     def collective_rpc(self, method: str, args: Sequence[str] = ()) -> list[Any]:
-        """Call a method of every worker, e.g. one that `--worker-extension-cls` has added; one answer per worker.
+        """Call a method of every worker, e.g. one that `--worker-extension-cls` adds. Return an answer per worker.
 
         Raises:
             PolicyResponseError: Also if the workers have no such method.
         """
-        return self._call("POST", "/collective_rpc", json={"method": method, "args": list(args)})["results"]
+        return self._tell("/collective_rpc", json={"method": method, "args": list(args)})["results"]
 
     # -- pause, sleep, caches -----------------------------------------------------------------------------------------
 
@@ -110,63 +175,59 @@ class PolicyClient:
                 `"abort"` ends them with the tokens they have, `"keep"` freezes them.
             timeout_s: With `"wait"`, at least as long as the longest generation.
         """
-        self._call("POST", "/pause", params={"mode": mode}, timeout_s=timeout_s)
+        self._tell("/pause", params={"mode": mode}, timeout_s=timeout_s)
 
     def is_paused(self) -> bool:
-        """Whether it generates nothing until `resume`."""
-        return bool(self._call("GET", "/is_paused")["is_paused"])
+        """Return whether any server generates nothing until `resume`."""
+        return any(answer["is_paused"] for answer in self._call_all("GET", "/is_paused"))
 
     def resume(self) -> None:
         """Generate again."""
-        self._call("POST", "/resume")
+        self._tell("/resume")
 
     def sleep(self, level: int = 1) -> None:
         """Free GPU memory: 1 moves the weights to the host, 2 drops them; the KV cache is dropped. No-op on CPU."""
-        self._call("POST", "/sleep", params={"level": level})
+        self._tell("/sleep", params={"level": level})
 
     def wake_up(self, tags: Sequence[str] = ()) -> None:
         """Take memory again: all of it, or only that of `tags` (`"weights"`, `"kv_cache"`)."""
-        self._call("POST", "/wake_up", params={"tags": list(tags)})
-
-    def is_sleeping(self) -> bool:
-        """Whether anything sleeps, or the scheduler is paused."""
-        return bool(self._call("GET", "/is_sleeping")["is_sleeping"])
+        self._tell("/wake_up", params={"tags": list(tags)})
 
     def reset_caches(self, *, running: bool = False) -> None:
         """Forget everything computed with the old weights: prefix, multimodal and encoder cache.
 
         Args:
-            running: Whether frozen requests forget theirs too, and compute it anew when they go on.
+            running: Whether frozen requests forget theirs too, and compute it again when they continue.
 
         Raises:
             PolicyServerError: Also if requests still hold blocks of the prefix cache. Pause first.
         """
         flags = {"reset_running_requests": "true"} if running else None
-        answer = self._call("POST", "/reset_prefix_cache", params=flags)
-        if isinstance(answer, dict) and answer.get("success") is False:
+        answers = self._call_all("POST", "/reset_prefix_cache", params=flags)
+        if any(isinstance(answer, dict) and answer.get("success") is False for answer in answers):
             raise PolicyServerError(
-                f"the prefix cache of {self.root_url} could not be reset: requests are still running. "
-                "Pause the server first"
+                f"The prefix cache of {self.root_url} could not be reset: requests are still running.",
+                "Pause the server first.",
             )
-        self._call("POST", "/reset_mm_cache")
-        self._call("POST", "/reset_encoder_cache")
+        self._tell("/reset_mm_cache")
+        self._tell("/reset_encoder_cache")
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def init_weight_transfer(self, init_info: dict[str, Any], *, timeout_s: float | None = None) -> None:
         """Once per training run; `init_info` is the engine's (empty for `file`)."""
-        self._call("POST", "/init_weight_transfer_engine", json={"init_info": init_info}, timeout_s=timeout_s)
+        self._tell("/init_weight_transfer_engine", json={"init_info": init_info}, timeout_s=timeout_s)
 
     def start_weight_update(self) -> None:
-        self._call("POST", "/start_weight_update")
+        self._tell("/start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any], *, timeout_s: float | None = None) -> None:
         """One chunk of weights; `{"path": …}` for `file`. After an error the server must be considered dead."""
-        self._call("POST", "/update_weights", json={"update_info": update_info}, timeout_s=timeout_s)
+        self._tell("/update_weights", json={"update_info": update_info}, timeout_s=timeout_s)
 
     def finish_weight_update(self, version: str, *, timeout_s: float | None = None) -> None:
         """Put the new weights into service under the name `version`."""
-        self._call("POST", "/finish_weight_update", json={"weight_version": version}, timeout_s=timeout_s)
+        self._tell("/finish_weight_update", json={"weight_version": version}, timeout_s=timeout_s)
 
     def abandon_weight_update(self) -> bool:
         """End an update whose trainer is gone, so that another one can be started; the server stays paused.
@@ -176,31 +237,47 @@ class PolicyClient:
         `/update_weights` that the engine refuses too, before it touches a weight.
 
         Returns:
-            Whether the update was complete. Otherwise layers that had begun to load keep what arrived, and the next
-            update must bring all weights.
+            Whether the update was complete (on every server). Otherwise layers that had begun to load keep what
+            arrived, and the next update must bring all weights.
 
         Raises:
             PolicyServerLostError: The server does not answer.
         """
+        complete = [client._abandon_weight_update() for client in self.singly()]  # each is where it is
+        return all(complete)
+
+    def _abandon_weight_update(self) -> bool:
         try:
-            self._call("POST", "/finish_weight_update", json={})
+            self._tell("/finish_weight_update", json={})
         except PolicyResponseError:  # there is none, or it lacks weights
             with contextlib.suppress(PolicyResponseError):
-                self._call("POST", "/update_weights", json={"update_info": {}})
+                self._tell("/update_weights", json={"update_info": {}})
             return False
         return True
 
     def set_weight_version(self, version: str) -> None:
         """Give the weights that are in service another version."""
-        self._call("POST", "/update_weight_version", json={"new_version": version})
+        self._tell("/update_weight_version", json={"new_version": version})
 
     def weight_version(self) -> str:
-        return str(self._call("GET", "/weight_info")["weight_version"])
+        """Return the version of the weights in service.
+
+        Raises:
+            PolicyServerError: Several servers hold different versions.
+        """
+        versions = [str(answer["weight_version"]) for answer in self._call_all("GET", "/weight_info")]
+        if len(set(versions)) > 1:
+            held = ", ".join(f"{url}: {version!r}" for url, version in zip(self.base_urls, versions, strict=True))
+            raise PolicyServerError(
+                f"The policy servers hold different weight versions ({held}).",
+                "Restart the one that missed an update; the next weight sync brings all to one version.",
+            )
+        return versions[0]
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def load_adapter(self, name: str, path: str, version: str, *, max_adapters: int, wait_s: float) -> list[str]:
-        """A LoRA adapter is the policy from here on, for every rollout that begins.
+        """Make a LoRA adapter the policy of every rollout that begins from here on.
 
         Args:
             name: E.g. `"policy@12"`.
@@ -210,23 +287,23 @@ class PolicyClient:
             wait_s: How long it may wait for rollouts that hold an old one.
 
         Returns:
-            Paths of the folders that the server needs.
+            Paths of the folders that the server needs (or any of several).
 
         Raises:
             PolicyResponseError: 400: it cannot be served; 409: no room. The server goes on as before.
         """
         body = {"name": name, "path": path, "version": version, "max_adapters": max_adapters, "wait_s": wait_s}
-        answer = self._call("POST", "/trl_gym/adapters", json=body, timeout_s=self.timeout_s + wait_s)
-        return [adapter["path"] for adapter in answer["held"]]
+        answers = self._call_all("POST", "/trl_gym/adapters", json=body, timeout_s=self.timeout_s + wait_s)
+        return list(dict.fromkeys(adapter["path"] for answer in answers for adapter in answer["held"]))
 
     def clear_adapters(self) -> None:
-        """The server's own weights are the policy again."""
-        self._call("POST", "/trl_gym/adapters/clear")
+        """Make the server's own weights the policy again."""
+        self._tell("/trl_gym/adapters/clear")
 
     # -- rollouts -----------------------------------------------------------------------------------------------------
 
     def rollout_records(self, rollouts: Sequence[str], *, forget: bool = True) -> dict[str, list[CallRecord]]:
-        """The model calls of rollouts, in the order in which they were answered.
+        """Return the model calls of rollouts, in the order in which they were answered.
 
         Args:
             rollouts: Rollout ids, as in `trl_gym.rollout` of their requests.
@@ -236,7 +313,8 @@ class PolicyClient:
             One list per id; empty for a rollout that has made no call (or was forgotten).
         """
         body = {"rollouts": list(rollouts), "forget": forget}
-        return self._call("POST", "/trl_gym/rollouts/records", json=body)["records"]
+        answers = self._call_all("POST", "/trl_gym/rollouts/records", json=body)  # NeMo Gym chose the server
+        return {name: [record for answer in answers for record in answer["records"][name]] for name in rollouts}
 
     def cancel_rollouts(self, rollouts: Sequence[str]) -> int:
         """End rollouts that nobody waits for: what they sample now is aborted, and every later call of theirs is told
@@ -245,41 +323,58 @@ class PolicyClient:
         Returns:
             How many calls were aborted.
         """
-        return self._call("POST", "/trl_gym/rollouts/cancel", json={"rollouts": list(rollouts)})["aborted"]
-
-    def set_sampling(self, sampling: dict[str, Any] | None) -> None:
-        """Pin the sampling of rollouts whose calls bring none (`trl_gym.sampling`); `None` pins nothing."""
-        self._call("POST", "/trl_gym/sampling", json={"sampling": sampling or {}})
+        answers = self._call_all("POST", "/trl_gym/rollouts/cancel", json={"rollouts": list(rollouts)})
+        return sum(answer["aborted"] for answer in answers)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
     def chat(self, *, timeout_s: float | None = None, **body: Any) -> dict[str, Any]:
-        """One chat completion; `body` is the JSON of the request, `trl_gym` included."""
+        """Ask for one chat completion; `body` is the JSON of the request, `trl_gym` included."""
         return self._call("POST", "/v1/chat/completions", json=body, timeout_s=timeout_s)
 
     def prompt_logprobs(
         self, token_ids: Sequence[Sequence[int]], *, model: str | None = None, timeout_s: float | None = None
     ) -> list[list[float]]:
-        """Log-probabilities of given sequences, at temperature 1: what a trainer's forward pass computes.
+        """Return log-probabilities of given sequences at temperature 1: what a trainer's forward pass computes.
 
         Args:
             token_ids: `[N][T_i]` sequences of at least one token, shorter than the server's maximum length (it samples
                 one token more, which is thrown away).
             model: Served model or adapter; the server's first when not given.
+            timeout_s: Timeout per server, in seconds.
 
         Returns:
-            `[N][T_i - 1]`: `log p(token t | tokens < t)` for t = 1 … T_i - 1.
+            `[N][T_i - 1]`: `log p(token t | tokens < t)` for t = 1 … T_i - 1. Of several servers, the first's.
+
+        Raises:
+            WeightMismatchError: Several servers compute different ones.
         """
         sequences = [list(ids) for ids in token_ids]
         if not sequences:
             return []
+        first, *others = [(one, one._prompt_logprobs(sequences, model, timeout_s)) for one in self.singly()]
+        for one, logprobs in others:
+            gap = _mean_gap(first[1], logprobs)
+            if gap > _MAX_REPLICA_GAP:
+                raise WeightMismatchError(
+                    f"{first[0].base_url} and {one.base_url} hold different weights: their log-probabilities differ "
+                    f"by {gap:.4f} nats on average ({_MAX_REPLICA_GAP} is allowed).",
+                    "Restart the one that missed an update.",
+                )
+        return first[1]
+
+    def _prompt_logprobs(
+        self, sequences: list[list[int]], model: str | None, timeout_s: float | None
+    ) -> list[list[float]]:
         body: dict[str, Any] = {"prompt": sequences, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         if model is not None:
             body["model"] = model
         answer = self._call("POST", "/v1/completions", json=body, timeout_s=timeout_s)
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != len(sequences):
-            raise PolicyServerError(f"{self.base_url}/completions answered {len(choices)} of {len(sequences)} prompts")
+            raise PolicyServerError(
+                f"{self.base_url}/completions answered {len(choices)} of {len(sequences)} prompts."
+            )
         return [
             self._token_logprobs(ids, choice["prompt_logprobs"])
             for ids, choice in zip(sequences, choices, strict=True)
@@ -292,7 +387,7 @@ class PolicyClient:
         add_generation_prompt: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids `[T]` of a chat as the server's template renders it."""
+        """Return the token ids `[T]` of a chat as the server's template renders it."""
         body: dict[str, Any] = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         if tools is not None:
             body["tools"] = list(tools)
@@ -302,8 +397,43 @@ class PolicyClient:
 
     # -- plumbing -----------------------------------------------------------------------------------------------------
 
-    def _call(
+    def _call(self, method: Literal["GET", "POST"], path: str, **arguments: Any) -> Any:
+        """Ask the (first) server; see `_request`."""
+        return self._request(self.base_urls[0], self._sessions[0], method, path, **arguments)
+
+    def _tell(self, path: str, **arguments: Any) -> Any:
+        """Send a `POST` to every server, and return the first's answer when all have succeeded; see `_call_all`."""
+        return self._call_all("POST", path, **arguments)[0]
+
+    def _call_all(self, method: Literal["GET", "POST"], path: str, **arguments: Any) -> list[Any]:
+        """Send a request to every server side by side, and return their answers in order.
+
+        Raises:
+            PolicyServerError: One or several have failed; names each. It is a loss if one was lost: the others may
+                have failed because of that.
+        """
+        if len(self.base_urls) == 1:
+            return [self._call(method, path, **arguments)]
+        with ThreadPoolExecutor(len(self.base_urls)) as pool:
+            calls = [
+                pool.submit(self._request, url, session, method, path, **arguments)
+                for url, session in zip(self.base_urls, self._sessions, strict=True)
+            ]
+        failures = [error for call in calls if (error := call.exception()) is not None]
+        unexpected = [error for error in failures if not isinstance(error, PolicyServerError)]
+        if unexpected or len(failures) == 1:
+            raise [*unexpected, *failures][0]
+        if failures:
+            is_loss = any(isinstance(error, PolicyServerLostError) for error in failures)
+            raise (PolicyServerLostError if is_loss else PolicyServerError)(
+                f"{len(failures)} of {len(calls)} policy servers failed.", "", [Problem(str(e)) for e in failures]
+            )
+        return [call.result() for call in calls]
+
+    def _request(
         self,
+        base_url: str,
+        session: requests.Session,
         method: Literal["GET", "POST"],
         path: str,
         *,
@@ -311,20 +441,20 @@ class PolicyClient:
         params: dict[str, Any] | None = None,
         timeout_s: float | None = None,
     ) -> Any:
-        """One request. Returns the parsed JSON, or `None` for an empty answer.
+        """Send one request. Return the parsed JSON, or `None` for an empty answer.
 
         Raises:
             PolicyServerError: See the module's docstring.
         """
-        url, timeouts = f"{self.root_url}{path}", self._timeouts(timeout_s)
+        url, timeouts = f"{root_url(base_url)}{path}", self._timeouts(timeout_s)
         try:
-            response = self._session.request(method, url, json=json, params=params, timeout=timeouts)
+            response = session.request(method, url, json=json, params=params, timeout=timeouts)
         except requests.Timeout as error:
-            raise PolicyServerLostError(f"{method} {url}: no answer within {timeouts[1]:g} s") from error
+            raise PolicyServerLostError(f"{method} {url}: no answer within {timeouts[1]:g} s.") from error
         except requests.RequestException as error:
-            raise PolicyServerLostError(f"{method} {url}: the server cannot be reached ({error})") from error
+            raise PolicyServerLostError(f"{method} {url}: the server cannot be reached ({error}).") from error
         if response.status_code != 200:
-            self._session.close()  # after an exception in a route the server hangs up; the next call must not find out
+            session.close()  # after an exception in a route the server hangs up; the next call must not find out
             raise PolicyResponseError(
                 f"{method} {url}: HTTP {response.status_code}: {_quote(error_body_text(response.content))}",
                 response.status_code,
@@ -342,15 +472,30 @@ class PolicyClient:
 
     def _token_logprobs(self, ids: list[int], entries: list[dict[str, Any] | None] | None) -> list[float]:
         if entries is None or len(entries) != len(ids):
-            raise PolicyServerError(f"{self.base_url}/completions returned no prompt_logprobs for {len(ids)} tokens")
+            raise PolicyServerError(f"{self.base_url}/completions returned no prompt_logprobs for {len(ids)} tokens.")
         # The first token has no predecessor; its entry is null.
         logprobs = [
             (entry or {}).get(str(token), {}).get("logprob") for token, entry in zip(ids, entries, strict=True)
         ]
         for place, logprob in enumerate(logprobs[1:], start=1):
             if logprob is None or not math.isfinite(logprob):
-                raise PolicyServerError(f"{self.base_url}/completions: prompt token {place} has the logprob {logprob}")
+                raise PolicyServerError(
+                    f"{self.base_url}/completions: prompt token {place} has the logprob {logprob}."
+                )
         return logprobs[1:]
+
+
+def _new_session(api_key: str | None) -> requests.Session:
+    session = requests.Session()
+    session.trust_env = False  # a proxy for the outer world (HTTP_PROXY) would swallow requests to our own nodes
+    if api_key:
+        session.headers["Authorization"] = f"Bearer {api_key}"
+    return session
+
+
+def _mean_gap(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> float:
+    gaps = [abs(a - b) for one, other in zip(left, right, strict=True) for a, b in zip(one, other, strict=True)]
+    return sum(gaps) / max(len(gaps), 1)
 
 
 def _quote(text: str) -> str:

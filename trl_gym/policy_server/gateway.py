@@ -22,11 +22,12 @@ import uvicorn
 
 from trl_gym.errors import ConfigError, PolicyServerError
 from trl_gym.policy_server import upstreams
+from trl_gym.policy_server.client import root_url
 from trl_gym.policy_server.command import is_loopback
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.middleware.http import App, Receive, Reply, Scope, Send
 from trl_gym.policy_server.upstreams import Answering, ForwardedRequest, UpstreamApp, UpstreamLostError, quote, words
-from trl_gym.processes import bind_socket
+from trl_gym.processes import bind_socket, reachable
 
 _logger = logging.getLogger("trl_gym.gateway")
 
@@ -324,7 +325,7 @@ def upstream_urls(given: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: With every URL that cannot be one, and why.
     """
-    roots = [url.rstrip("/").removesuffix("/v1").rstrip("/") for url in given]
+    roots = [root_url(url) for url in given]
     problems = [f"{problem}" for url, root in zip(given, roots, strict=True) if (problem := _url_problem(url, root))]
     problems += [f"--upstream {root} is given twice" for root in sorted({r for r in roots if roots.count(r) > 1})]
     if not roots:
@@ -384,7 +385,7 @@ async def _serve(
         timeout_graceful_shutdown=_GRACE_S,
     )
     server = uvicorn.Server(config)
-    base_url = f"http://{_reachable(options.host)}:{sock.getsockname()[1]}/v1"
+    base_url = f"http://{reachable(options.host)}:{sock.getsockname()[1]}/v1"
     attending = asyncio.create_task(_attend(server, upstreams, lambda: ready(base_url)))
     try:
         await server.serve(sockets=[sock])
@@ -425,10 +426,3 @@ def _bind(host: str, port: int) -> socket.socket:
             f"port {port} on {host} is in use, or the address is not this machine's ({error.strerror}); choose "
             "another with --port, or --port 0 for a free one"
         ) from error
-
-
-def _reachable(host: str) -> str:
-    """The address under which we reach a server that listens on `host`."""
-    if host in ("0.0.0.0", "::", ""):
-        return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host

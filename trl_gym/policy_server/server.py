@@ -1,4 +1,4 @@
-"""One server process that serves the policy: start it beside the trainer, or attach to one that runs elsewhere.
+"""The policy server: start one beside the trainer, or attach to one, or several replicas, that run elsewhere.
 
     with PolicyServer("runs/tiny_policy", vllm_args={"max-model-len": 512}) as server:
         server.client.chat(messages=[{"role": "user", "content": "Hello"}])
@@ -7,12 +7,20 @@
 `wait_ready` returns when the process that we started answers with the nonce that we gave it. Nothing that was started
 here outlives this process (`trl_gym.processes`), and nothing that was attached to is ever stopped.
 
+Several servers elsewhere are used as one policy:
+
+    vllm_server_base_url: http://node1:8000/v1,http://node2:8000/v1
+
+NeMo Gym gets the list, and its model server keeps a rollout on one of them (0.4: by turns, 0.7: by hash of the
+session; both read). What the trainer tells one server it tells all (`PolicyClient`). They must be ours (`trl-gym
+serve`); `trl-gym gateway` is for servers that are not, and for one address in front of several.
+
     NEW ──start──► STARTING ──wait_ready──► READY
      │               └─── restart (ours) ────┤
      └──────────────────────stop─────────────┴──► STOPPED
 
-A server that was started here and has died is started again on the same port by `restart`, so that whoever has its
-address keeps it; who decides when, and how often, is `trl_gym.run.recovery`.
+`restart` replaces a server of ours that has died by another one on the same port, so that its address stays valid;
+`trl_gym.run.recovery` decides when, and how often.
 """
 
 from __future__ import annotations
@@ -23,210 +31,68 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
+from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, Problem
 from trl_gym.policy_server import command, splice_probe
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.command import ENV_NONCE
-from trl_gym.processes import ChildProcess, bind_socket, wait_until
-
-# --------------------------------------------------------------------------------------------------------------------
-# Why a server process ended, from its log: the line that says it, and what to do about it.
-
-_MAX_LOG_BYTES = 512 * 1024  # from the end; the cause is followed by a few hundred lines of consequences
-
-# An exception as a traceback ends, argparse's last word, or one of our own refusals; vLLM puts "(EngineCore pid=7)
-# ERROR 11-22 12:00:00 [core.py:1] " in front.
-_PREFIX = re.compile(r"^(?:\((?:\w+)(?: \w+)* pid=\d+\) )?(?:(?:ERROR|CRITICAL) \S+ \S+ \[[^\]]+\] )?")
-_CAUSE = re.compile(r"^(?:[\w.]*(?:Error|Exception)(?:: .+|$)|(?:[\w. -]+: )?error: .+)")
-_PYDANTIC = re.compile(r"validation errors? for \w+$")  # the reason is on the next line
-
-# Said by processes that only notice that another one failed.
-_CONSEQUENCES = ("Engine core initialization failed", "Engine core proc", "WorkerProc initialization failed")
-
-_HINTS: list[tuple[str, str]] = [
-    (r"Repo id must be in the form", "a path that was given does not exist on this machine"),
-    (
-        r"greater than the derived max_model_len",
-        "max-model-len is more than the model was made for (max_position_embeddings in its config.json)",
-    ),
-    (
-        r"unrecognized arguments",
-        "this vLLM does not know that flag; `vllm serve --help=all` lists those that it knows",
-    ),
-    (
-        r"[Ii]nvalid tool call parser",
-        "the message lists the names that vLLM knows; see also --tool-parser-plugin",
-    ),
-    (
-        r"No available memory for the cache blocks|larger than the available KV cache|KV cache is needed|"
-        r"(?:estimated maximum model length|max seq len)",
-        "the KV cache is too small: lower max-model-len, or give it more memory (gpu-memory-utilization; on CPU "
-        "kv-cache-memory-bytes or the environment variable VLLM_CPU_KVCACHE_SPACE, in GiB)",
-    ),
-    (
-        r"out of memory|OutOfMemoryError|Free memory on device|Cannot allocate memory|MemoryError",
-        "out of memory: lower gpu-memory-utilization or max-model-len, or end what else uses this device",
-    ),
-    (
-        r"are not supported for now|architectures .* failed to be inspected|does not recognize this architecture|"
-        r"no vLLM implementation",
-        "this version of vLLM cannot serve the architecture named in the model's config.json",
-    ),
-    (r"chat template", "give --chat-template FILE, or save the tokenizer with its chat_template"),
-    (r"[Aa]ddress already in use|cannot listen on", "the port is taken; choose another or leave it at 0"),
-    (
-        r"tokenizer",
-        "the model folder's tokenizer cannot be loaded; save it again with tokenizer.save_pretrained(folder)",
-    ),
-    (
-        r"weight transfer backend",
-        "the plugin of trl-gym was not loaded by vLLM; VLLM_PLUGINS, if set, must contain `trl_gym`",
-    ),
-]
-
-# Causes that lie in the configuration: flags, files and names do not change by trying again, memory and ports may.
-_LASTING = (
-    r"Repo id must be in the form|greater than the derived max_model_len|unrecognized arguments|"
-    r"[Ii]nvalid tool call parser|are not supported for now|architectures .* failed to be inspected|"
-    r"does not recognize this architecture|no vLLM implementation|weight transfer backend|"
-    r"^FileNotFoundError|is not supported: |: error: argument "
-)
-
-
-def find_cause(log: str) -> str | None:
-    """The line that names the cause, without vLLM's prefixes; `None` if no line looks like one.
-
-    The *first* exception that is not a consequence counts: what comes later was raised while handling it, or by a
-    process that only noticed. Of lines that repeat it, none adds anything.
-    """
-    lines = [_PREFIX.sub("", line) for line in log.splitlines()]
-    causes = [_whole(line, following) for line, following in pairwise([*lines, ""]) if _CAUSE.match(line)]
-    primary = [line for line in causes if not any(phrase in line for phrase in _CONSEQUENCES)]
-    if not (primary or causes):
-        return None
-    cause = (primary or causes)[0]
-    return cause if len(cause) <= 1000 else f"{cause[:1000]} …"
-
-
-def hint_for(cause: str) -> str | None:
-    """What to do about it, for the causes that are known."""
-    return next((hint for pattern, hint in _HINTS if re.search(pattern, cause)), None)
-
-
-def explain(log_path: Path) -> str:
-    """`"<cause>\\nHint: <hint>"` as far as known, else an empty string."""
-    cause = _cause_in(log_path)
-    if cause is None:
-        return ""
-    hint = hint_for(cause)
-    return f"{cause}\nHint: {hint}" if hint else cause
-
-
-def would_die_again(log_path: Path) -> bool:
-    """Whether a server that ended while it started did so for a reason that another start does not change."""
-    cause = _cause_in(log_path)
-    return cause is not None and re.search(_LASTING, cause) is not None
-
-
-def _cause_in(log_path: Path) -> str | None:
-    try:
-        with open(log_path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _MAX_LOG_BYTES))
-            return find_cause(file.read().decode(errors="replace"))
-    except OSError as error:  # somebody removed it; that must not prevent a restart
-        return f"Its log {log_path} cannot be read: {error}"
-
-
-def _whole(line: str, following: str) -> str:
-    if _PYDANTIC.search(line):
-        line = f"{line}: {following.strip().partition(' [type=')[0]}"
-    return line.strip()
-
+from trl_gym.processes import ChildProcess, ServerState, bind_socket, reachable, wait_until
 
 _PROBE_TIMEOUT_S = 2.0  # while the model loads, requests queue at the socket: look at the process this often
 
-_LOOK_TIMEOUT_S = 5.0
 _REBIND_TIMEOUT_S = 10.0  # for the port of a server that has just died
 _FINAL_STATUSES = (401, 403, 404)  # of a server that is up and will not become ours by waiting
-
-Placement = Literal["colocate", "server"]
+_WITHOUT_RENDEZVOUS = ("file", "adapter")  # a process group over several servers is not made here
 
 
 class PolicyBackend(Protocol):
-    """What the trainer needs of a server, whatever engine is behind it.
+    """What a run needs of a policy server, whatever engine is behind it.
 
     Attributes:
-        base_url: OpenAI base URL, given to Gym.
+        base_urls: OpenAI base URLs, given to Gym; several are replicas of one policy.
         model_name: Name under which the policy is served, given to Gym.
-        placement: Whether the server shares the trainer's devices.
         weight_transports: Ways in which it accepts weights, best first.
-        client: Control plane, used by rank 0 between optimizer steps.
-        keeps_records: Whether it answers `POST /trl_gym/rollouts/records` and `/cancel` (see `calls.py`). Without it
-            the journal has no versions, seconds and cache hits of single model calls, drift is explained from the
-            tokens alone, and a rollout that is given up goes on sampling.
-        is_ours: Whether its process was started here, and `restart` starts another one.
-        state: `"new"`, `"starting"`, `"ready"` or `"stopped"`.
+        client: Control plane, used by rank 0 between optimizer steps, and to cancel rollouts.
+        is_ours: Whether its process was started here, so that `restart` can replace it.
+        state: Where it is in its life.
     """
 
     @property
-    def base_url(self) -> str: ...
+    def base_urls(self) -> tuple[str, ...]: ...
     @property
     def model_name(self) -> str: ...
-    @property
-    def placement(self) -> Placement: ...
     @property
     def weight_transports(self) -> tuple[str, ...]: ...
     @property
     def client(self) -> PolicyClient: ...
     @property
-    def keeps_records(self) -> bool: ...
-    @property
     def is_ours(self) -> bool: ...
     @property
-    def state(self) -> str: ...
+    def state(self) -> ServerState: ...
 
     def start(self) -> Any:
-        """Spawn its process and return before it is ready. Called when `state` is `"new"`."""
+        """Spawn its process and return before it is ready. Called when `state` is `NEW`."""
 
     def wait_ready(self) -> Any:
         """Wait until it serves. Raises `PolicyServerError`."""
 
-    def stop(self) -> None:
-        """End its process, if it is ours. Idempotent."""
-
     def check(self) -> None:
-        """Called before each batch of rollouts. Raises `PolicyServerLostError` if the server has died."""
+        """Raise `PolicyServerLostError` if its process was started here and has ended. Asks nothing over the network:
+        it is called about every second while rollouts run."""
 
     def restart(self) -> None:
-        """Replace its process by another one at the same address; returns when that answers.
+        """Replace its process by another one at the same address; return when that answers.
 
         Raises:
-            PolicyServerError: It did not start, or is not ours. One that did not start may be tried again.
-            ConfigError: It did not start, and would not if it were tried again.
+            PolicyServerError: It did not start, or is not ours. If it did not start, another try may help.
+            ConfigError: It did not start, and another try would not help.
         """
 
-    def look(self) -> str | None:
-        """Ask over the network who is there, for a few seconds.
-
-        Returns:
-            What differs from process to process; None when it does not say.
-
-        Raises:
-            PolicyServerError: Nobody answers, or somebody who does not serve the policy.
-        """
-
-
-class ServerState(StrEnum):
-    NEW = "new"
-    STARTING = "starting"
-    READY = "ready"
-    STOPPED = "stopped"
+    def stop(self) -> None:
+        """End its process, if it is ours. Idempotent."""
 
 
 class PolicyServer:
@@ -243,7 +109,7 @@ class PolicyServer:
         log_dir: Folder for the log of the server process.
         start_timeout_s: How long `wait_ready` waits.
         api_key: Bearer token that the server demands on every route but `/health`.
-        devices: GPUs that it runs on, as for `CUDA_VISIBLE_DEVICES`, when it shall not share ours.
+        devices: GPUs of its own, as for `CUDA_VISIBLE_DEVICES`; it shares ours when not given.
 
     Raises:
         ConfigError: If `vllm_args` cannot be turned into flags.
@@ -265,9 +131,7 @@ class PolicyServer:
     ) -> None:
         self.model = model
         self.model_name = served_model_name
-        self.placement: Placement = "colocate" if devices is None else "server"
         self._weight_transports: tuple[str, ...] | None = None
-        self.keeps_records = True
         self.state = ServerState.NEW
         self.log_path: Path | None = None
         self._host, self._port = host, port
@@ -283,24 +147,27 @@ class PolicyServer:
         self._info: dict[str, Any] = {}
 
     @classmethod
-    def attach(cls, base_url: str, *, api_key: str | None = None, timeout_s: float = 240.0) -> PolicyServer:
-        """Use a server that somebody else runs (`trl-gym serve` or `trl-gym gateway`); it is never stopped from here.
-
-        Args:
-            base_url: Its OpenAI base URL.
-            api_key: Its API key, if it demands one.
-            timeout_s: How long to wait for it to answer.
+    def attach(
+        cls, base_urls: str | Sequence[str], *, api_key: str | None = None, timeout_s: float = 240.0
+    ) -> PolicyServer:
+        """Use a server that runs elsewhere (`trl-gym serve` or `trl-gym gateway`), or several replicas; they are never
+        stopped from here.
 
         That it continues sampled tokens exactly is checked where that matters, when a trainer starts
         (`splice_probe.check_splice`).
 
+        Args:
+            base_urls: OpenAI base URLs; in one text they are separated by commas.
+            api_key: Bearer token, if they demand one.
+            timeout_s: How long to wait until all answer, in seconds.
+
         Raises:
-            PolicyServerError: If it does not answer in time or is not a trl-gym policy server; the message tells a
-                wrong key, an OpenAI server without our middleware and something else apart.
+            ConfigError: No URL is given, or one of them twice.
+            PolicyServerError: One does not answer in time or is not a trl-gym policy server (the message distinguishes
+                a wrong key, an OpenAI server without our middleware and something else), or they are not replicas.
         """
         server = cls(model="", api_key=api_key, start_timeout_s=timeout_s)
-        server.placement = "server"
-        server._client = PolicyClient(base_url, api_key=api_key)
+        server._client = PolicyClient(base_urls, api_key=api_key)
         server.state = ServerState.STARTING
         server.wait_ready()
         server.model = server.model_name = server._info["model_names"][0]
@@ -314,12 +181,17 @@ class PolicyServer:
             PolicyServerError: Before `start`.
         """
         if self._client is None:
-            raise PolicyServerError(f"the policy server has not been started (state: {self.state})")
+            raise PolicyServerError(f"The policy server is {self.state}.", "Call `start` first.")
         return self._client
 
     @property
+    def base_urls(self) -> tuple[str, ...]:
+        """OpenAI base URLs, valid from `start` on. Raises `PolicyServerError` before."""
+        return self.client.base_urls
+
+    @property
     def base_url(self) -> str:
-        """`"http://127.0.0.1:PORT/v1"`, valid from `start` on. Raises `PolicyServerError` before."""
+        """`"http://127.0.0.1:PORT/v1"`; several are separated by commas. See `base_urls`."""
         return self.client.base_url
 
     @property
@@ -341,13 +213,14 @@ class PolicyServer:
             sock = bind_socket(self._host, self._port)
         except OSError as error:
             raise PolicyServerError(
-                f"port {self._port} on {self._host} is in use, or the address is not this machine's "
-                f"({error.strerror}); choose another or leave it at 0"
+                f"Port {self._port} on {self._host} is in use, or the address is not this machine's "
+                f"({error.strerror}).",
+                "Choose another port, or leave it at 0.",
             ) from error
         with sock:
             self._port = sock.getsockname()[1]
             self._spawn(sock)
-        self._client = PolicyClient(f"http://{_reachable(self._host)}:{self._port}/v1", api_key=self._api_key)
+        self._client = PolicyClient(f"http://{reachable(self._host)}:{self._port}/v1", api_key=self._api_key)
         self.state = ServerState.STARTING
         return self
 
@@ -355,17 +228,19 @@ class PolicyServer:
         """Wait until our process answers.
 
         Raises:
-            PolicyServerError: If it died, or did not answer in time (it is stopped then), with the cause from its log.
+            PolicyServerError: It died, or did not answer in time (it is stopped then); names the cause from its log.
         """
         if self.state is ServerState.READY:
             return self
         self._demand("wait_ready", ServerState.STARTING)
         deadline = time.monotonic() + self._start_timeout_s
         try:
-            self._info = self._await_info(deadline)
+            infos = [self._await_info(client, deadline) for client in self.client.singly()]
+            _require_replicas(self.base_urls, infos)
+            self._info = infos[0]
         except PolicyServerLostError as error:
             self.stop()
-            raise PolicyServerError(str(error)) from error  # it was never there: nothing is lost
+            raise PolicyServerError(error.problem, error.remedy) from error  # it was never there: nothing is lost
         except BaseException:
             self.stop()
             raise
@@ -374,12 +249,15 @@ class PolicyServer:
 
     @property
     def weight_transports(self) -> tuple[str, ...]:
-        """Asked of the server, which may have been started by anybody and for anything. Valid from `wait_ready` on."""
+        """Ways in which it accepts weights, asked of the server, which may have been started for any. Valid from
+        `wait_ready` on.
+
+        Raises:
+            ConfigError: Several servers accept none that works for several.
+        """
         if self._weight_transports is None:
-            config = self.client.server_config()
-            backend = (config.get("weight_transfer_config") or {}).get("backend")
-            adapter = ("adapter",) if config.get("lora_config") else ()
-            self._weight_transports = (*filter(None, [backend]), *adapter)
+            accepted = [_accepted_by(client) for client in self.client.singly()]
+            self._weight_transports = accepted[0] if len(accepted) == 1 else _shared(accepted, self.base_urls)
         return self._weight_transports
 
     @property
@@ -388,16 +266,20 @@ class PolicyServer:
         return self._process is not None
 
     def restart(self) -> None:
-        """End what is left of our process and start another one on the same port; returns when it answers.
+        """End what is left of our process and start another one on the same port; return when it answers.
 
-        The weights that it has are those of the model folder: send the current ones before anything is sampled.
+        It has the weights of the model folder: send the current ones before anything is sampled.
 
         Raises:
             PolicyServerError: It could not be started, with the cause from its log, or is not ours, or was stopped.
             ConfigError: It died while it started, of something that another start does not change.
         """
         if self._process is None or self.state not in (ServerState.READY, ServerState.STARTING):
-            raise PolicyServerError(f"this policy server cannot be restarted: it is {self.state}, or not ours")
+            raise PolicyServerError(
+                f"The policy server at {self.base_url} cannot be restarted from here: it is {self.state}, or not "
+                "ours.",
+                "Start it again where it was started.",
+            )
         self._process.stop()
         self.client.close()  # its connections lead to the dead one
         self.state = ServerState.STARTING
@@ -405,29 +287,21 @@ class PolicyServer:
         with self._rebind() as sock:
             self._spawn(sock)
         try:
-            self._info = self._await_info(time.monotonic() + self._start_timeout_s)
+            self._info = self._await_info(self.client, time.monotonic() + self._start_timeout_s)
         except BaseException as error:
             self._process.stop()
             if isinstance(error, PolicyServerLostError) and would_die_again(self._process.log_path):
-                raise ConfigError(str(error)) from error
+                raise ConfigError(error.problem, error.remedy) from error
             raise
         self.state = ServerState.READY
 
-    def look(self) -> str | None:
-        """See `PolicyBackend.look`; also raises when our own process has died."""
-        self.check()
-        info = self.client.patient(_LOOK_TIMEOUT_S).info()
-        if self.model_name not in info.get("model_names", [self.model_name]):
-            raise PolicyServerError(
-                f"{self.client.base_url} serves {', '.join(info['model_names'])} now, and no {self.model_name}"
-            )
-        return info.get("instance")
-
     def check(self) -> None:
-        """Raise `PolicyServerLostError` (cause, hint, exit code, last log lines, log path) if our process has died."""
+        """Raise `PolicyServerLostError` (cause, exit code, last log lines, log path) if our process has died."""
         if self._process is None or self.state is ServerState.STOPPED or self._process.poll() is None:
             return
-        raise PolicyServerLostError("\n\n".join(filter(None, [self._explanation(), self._process.describe_death()])))
+        cause = cause_of_death(self._process.log_path)
+        text = self._process.describe_death()
+        raise PolicyServerLostError(f"{cause.text}\n\n{text}" if cause.text else text, cause.remedy)
 
     def stop(self) -> None:
         """Stop the process, if it is ours. Idempotent."""
@@ -445,10 +319,11 @@ class PolicyServer:
 
     def _demand(self, what: str, state: ServerState) -> None:
         if self.state is not state:
-            raise PolicyServerError(f"{what} needs a policy server that is {state}; this one is {self.state}")
+            raise PolicyServerError(f"`{what}` needs a policy server that is {state}; this one is {self.state}.")
 
     def _spawn(self, sock: socket.socket) -> None:
-        """Start the process on a socket that listens already. A log of its own: the last one says why it died."""
+        """Start the process on a socket that listens already. Each start has its own log: the last one says why the
+        server died."""
         again = f"-restart{self._num_starts}" if self._num_starts else ""
         self._num_starts += 1
         self.log_path = self._log_dir / f"policy_server-{self._port}{again}.log"
@@ -475,8 +350,8 @@ class PolicyServer:
             ) from error
 
     def _rebind(self) -> socket.socket:
-        """Our port again. Connections that the dead server left behind do not hold it (`SO_REUSEADDR`); what is left
-        of its processes does, for a moment."""
+        """Bind our port again. Connections that the dead server left behind do not hold it (`SO_REUSEADDR`); what is
+        left of its processes does, for a moment."""
         deadline = time.monotonic() + _REBIND_TIMEOUT_S
         while True:
             try:
@@ -484,44 +359,172 @@ class PolicyServer:
             except OSError as error:
                 if not wait_until(deadline):
                     raise PolicyServerError(
-                        f"port {self._port} on {self._host}, on which the policy server ran, was taken by somebody "
-                        f"else while it was down ({error.strerror}); NeMo Gym knows it under that port"
+                        f"Port {self._port} on {self._host}, where the policy server ran and where NeMo Gym looks for "
+                        f"it, was taken by another process while it was down ({error.strerror}).",
+                        "Free the port.",
                     ) from error
 
-    def _await_info(self, deadline: float) -> dict[str, Any]:
-        """Poll `GET /trl_gym/info` until it answers; notice a dead process and a stranger at once."""
+    def _await_info(self, client: PolicyClient, deadline: float) -> dict[str, Any]:
+        """Poll `GET /trl_gym/info` until it answers; notice a dead process and another server at once."""
         while True:
             try:
-                info = self.client.info(timeout_s=_PROBE_TIMEOUT_S)
+                info = client.info(timeout_s=_PROBE_TIMEOUT_S)
             except PolicyServerError as error:
                 self.check()
                 refused = error if isinstance(error, PolicyResponseError) else None
                 if self._process is None and refused is not None and refused.status in _FINAL_STATUSES:
-                    raise PolicyServerError(splice_probe.explain_stranger(self.client, refused)) from error
+                    raise splice_probe.unusable(client, refused) from error
                 if not wait_until(deadline):
-                    raise self._timed_out(error) from error
+                    raise self._timed_out(client, error) from error
                 continue
             if self._process is not None and info.get("nonce") != self._nonce:
                 raise PolicyServerError(
-                    f"{self.client.root_url} is answered by another server than the one we started"
+                    f"{client.root_url} is answered by another server than the one we started.",
+                    "Choose another port, or leave it at 0.",
                 )
             return info
 
-    def _timed_out(self, last: PolicyServerError) -> PolicyServerError:
-        waited = f"the policy server at {self.client.base_url} was not ready after {self._start_timeout_s:g} s"
+    def _timed_out(self, client: PolicyClient, last: PolicyServerError) -> PolicyServerError:
+        waited = f"The policy server at {client.base_url} was not ready after {self._start_timeout_s:g} s"
         if self._process is None:
-            return PolicyServerError(f"{waited}. The last attempt: {last}")
+            return PolicyServerError(f"{waited}. The last attempt: {last}", "Start it, or correct its URL.")
         return PolicyServerError(
             f"{waited}; it was stopped. Last lines of its log:\n{self._process.log_tail()}\n\n"
-            f"The whole log: {self.log_path}"
+            f"The whole log: {self.log_path}",
+            "Raise `gym_server_start_timeout` if it was still loading.",
         )
 
-    def _explanation(self) -> str:
-        return explain(self.log_path) if self.log_path else ""
+
+def _require_replicas(base_urls: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> None:
+    for base_url, info in zip(base_urls[1:], infos[1:], strict=True):
+        for what in ("model_names", "max_model_len"):
+            if info[what] != infos[0][what]:
+                raise PolicyServerError(
+                    f"{base_urls[0]} and {base_url} are to serve the same policy, and differ in {what}: "
+                    f"{infos[0][what]!r} and {info[what]!r}.",
+                    "Start them alike.",
+                )
 
 
-def _reachable(host: str) -> str:
-    """The address under which we reach a server that listens on `host`."""
-    if host in ("0.0.0.0", "::", ""):
-        return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host
+def _accepted_by(client: PolicyClient) -> tuple[str, ...]:
+    config = client.server_config()
+    backend = (config.get("weight_transfer_config") or {}).get("backend")
+    return (*filter(None, [backend]), *(("adapter",) if config.get("lora_config") else ()))
+
+
+def _shared(accepted: Sequence[tuple[str, ...]], base_urls: Sequence[str]) -> tuple[str, ...]:
+    """Return what all servers accept and what can be done for several."""
+    shared = set(_WITHOUT_RENDEZVOUS).intersection(*accepted)
+    if not shared:
+        listed = "; ".join(f"{url}: {', '.join(names)}" for url, names in zip(base_urls, accepted, strict=True))
+        raise ConfigError(
+            f"Several policy servers can be sent weights by {' or '.join(_WITHOUT_RENDEZVOUS)} only, and these were "
+            f"started for others ({listed}).",
+            """Start each with --weight-transfer-config '{"backend": "file"}' and set `gym_weight_dir` to a folder """
+            "that all of them see, or run one server with --data-parallel-size.",
+        )
+    return tuple(name for name in accepted[0] if name in shared)
+
+
+# -- why a server process ended, from its log -------------------------------------------------------------------------
+
+_MAX_LOG_BYTES = 512 * 1024  # from the end; the cause is followed by a few hundred lines of consequences
+
+# An exception as a traceback ends, argparse's last word, or one of our own refusals; vLLM puts "(EngineCore pid=7)
+# ERROR 11-22 12:00:00 [core.py:1] " in front.
+_PREFIX = re.compile(r"^(?:\((?:\w+)(?: \w+)* pid=\d+\) )?(?:(?:ERROR|CRITICAL) \S+ \S+ \[[^\]]+\] )?")
+_CAUSE = re.compile(r"^(?:[\w.]*(?:Error|Exception)(?:: .+|$)|(?:[\w. -]+: )?error: .+)")
+_PYDANTIC = re.compile(r"validation errors? for \w+$")  # the reason is on the next line
+
+# Logged by processes that only notice that another one failed.
+_CONSEQUENCES = ("Engine core initialization failed", "Engine core proc", "WorkerProc initialization failed")
+
+_REMEDIES: list[tuple[str, str]] = [
+    (r"Repo id must be in the form", "Give a model path that exists on this machine, or a name on the hub."),
+    (
+        r"greater than the derived max_model_len",
+        "Lower max-model-len: the model was made for less (max_position_embeddings in its config.json).",
+    ),
+    (
+        r"unrecognized arguments",
+        "Leave out the flag that this vLLM does not know; `vllm serve --help=all` lists those that it knows.",
+    ),
+    (
+        r"[Ii]nvalid tool call parser",
+        "Choose one of the names in the message, or load your own with --tool-parser-plugin.",
+    ),
+    (
+        r"No available memory for the cache blocks|larger than the available KV cache|KV cache is needed|"
+        r"(?:estimated maximum model length|max seq len)",
+        "Lower max-model-len, or give the KV cache more memory (gpu-memory-utilization; on CPU kv-cache-memory-bytes "
+        "or the environment variable VLLM_CPU_KVCACHE_SPACE, in GiB).",
+    ),
+    (
+        r"out of memory|OutOfMemoryError|Free memory on device|Cannot allocate memory|MemoryError",
+        "Lower gpu-memory-utilization or max-model-len, or end what else uses this device: memory ran out.",
+    ),
+    (
+        r"are not supported for now|architectures .* failed to be inspected|does not recognize this architecture|"
+        r"no vLLM implementation",
+        "Choose another model or version of vLLM: this one cannot serve the architecture in the model's config.json.",
+    ),
+    (r"chat template", "Give --chat-template FILE, or save the tokenizer with its chat_template."),
+    (r"[Aa]ddress already in use|cannot listen on", "Choose another port or leave it at 0: this one is taken."),
+    (
+        r"tokenizer",
+        "Save the tokenizer again with tokenizer.save_pretrained(folder): the model folder's cannot be loaded.",
+    ),
+    (
+        r"weight transfer backend",
+        "Add `trl_gym` to VLLM_PLUGINS, if it is set: vLLM did not load the plugin of trl-gym.",
+    ),
+]
+
+# Causes that lie in the configuration: flags, files and names do not change by trying again, memory and ports may.
+_LASTING = (
+    r"Repo id must be in the form|greater than the derived max_model_len|unrecognized arguments|"
+    r"[Ii]nvalid tool call parser|are not supported for now|architectures .* failed to be inspected|"
+    r"does not recognize this architecture|no vLLM implementation|weight transfer backend|"
+    r"^FileNotFoundError|is not supported: |: error: argument "
+)
+
+
+def find_cause(log: str) -> str:
+    """Return the line that names the cause, without vLLM's prefixes; empty if no line looks like one.
+
+    The *first* exception that is not a consequence counts: what comes later was raised while handling it, or by a
+    process that only noticed. Of lines that repeat it, none adds anything.
+    """
+    lines = [_PREFIX.sub("", line) for line in log.splitlines()]
+    causes = [_whole(line, following) for line, following in pairwise([*lines, ""]) if _CAUSE.match(line)]
+    primary = [line for line in causes if not any(phrase in line for phrase in _CONSEQUENCES)]
+    cause = next(iter([*primary, *causes]), "")
+    return cause if len(cause) <= 1000 else f"{cause[:1000]} …"
+
+
+def remedy_for(cause: str) -> str:
+    """Return what to do about a cause that is known; else an empty text."""
+    return next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, cause)), "")
+
+
+def cause_of_death(log_path: Path) -> Problem:
+    """Return the cause that a log names, and its remedy; empty texts where it names none."""
+    try:
+        with open(log_path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _MAX_LOG_BYTES))
+            cause = find_cause(file.read().decode(errors="replace"))
+    except OSError as error:  # it was removed; that must not prevent a restart
+        return Problem(f"Its log {log_path} cannot be read: {error}")
+    return Problem(cause, remedy_for(cause))
+
+
+def would_die_again(log_path: Path) -> bool:
+    """Return whether a server that ended while it started did so for a reason that another start does not change."""
+    return re.search(_LASTING, cause_of_death(log_path).text) is not None
+
+
+def _whole(line: str, following: str) -> str:
+    if _PYDANTIC.search(line):
+        line = f"{line}: {following.strip().partition(' [type=')[0]}"
+    return line.strip()

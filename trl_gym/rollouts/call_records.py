@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
+from trl_gym.policy_server.client import root_url, server_urls
 from trl_gym.policy_server.middleware.calls import CallRecord
 from trl_gym.rollouts.trajectory import ModelCall
 
@@ -56,14 +57,14 @@ class Ledger(Protocol):
     ) -> None: ...
 
 
-def ledger_for(base_urls: str, api_key: str | None = None) -> Ledger:
+def ledger_for(base_urls: str | Sequence[str], api_key: str | None = None) -> Ledger:
     """Return the ledger of a policy server, or of several.
 
     Args:
-        base_urls: Their base URLs, with or without `/v1`, separated by commas.
+        base_urls: Their base URLs; see `server_urls`.
         api_key: The bearer token of all of them.
     """
-    ledgers = [RolloutLedger(url.rstrip("/").removesuffix("/v1"), api_key) for url in base_urls.split(",")]
+    ledgers = [RolloutLedger(root_url(url), api_key) for url in server_urls(base_urls)]
     return ledgers[0] if len(ledgers) == 1 else FleetLedger(ledgers)
 
 

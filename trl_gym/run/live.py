@@ -155,7 +155,7 @@ class LiveSource:
         """Return the rows of the model card about Gym, policy server and weight sync. Also after `close`."""
         return {
             "NeMo Gym": f"{self.gym_servers.gym_version} (`{self._args.gym_mode}`)",
-            "Policy server": f"{_vllm_version()} (`{self.policy_server.placement}`)",
+            "Policy server": f"{_vllm_version()} (`{self._placement}`)",
             "Weight sync": f"`{self._weights.transport_name}`",
         }
 
@@ -168,6 +168,11 @@ class LiveSource:
                 self._journal.close()
         finally:
             self._servers.stop()
+
+    @property
+    def _placement(self) -> str:
+        shares = self.policy_server.is_ours and self._args.gym_server_devices is None
+        return "colocate" if shares else "server"
 
     @property
     def _version(self) -> str:
@@ -184,7 +189,7 @@ class LiveSource:
             agents_down=gym.agents_down,
             on_environment_down=args.gym_on_environment_down,
             gym_log=gym.log_end,
-            ledger=ledger_for(policy.base_url, policy.client.api_key) if policy.keeps_records else None,
+            ledger=ledger_for(policy.base_urls, policy.client.api_key),
             stall_timeout_s=args.gym_stall_timeout,
         )
         return RecoveringCollector(
@@ -193,7 +198,7 @@ class LiveSource:
             version=lambda: self._version,
             before=self._servers.check_before_rollouts,
             after=self._check_version,
-            cancel=policy.client.cancel_rollouts if policy.keeps_records else lambda rollout_ids: None,
+            cancel=policy.client.cancel_rollouts,
         )
 
     def _finisher(self, journal: Journal, batch: BatchInfo, policy: Policy) -> Finisher:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_PAUSE_S = 60.0  # between two restarts
 _EXIT_TIMEOUT_S = 10.0  # for a process that does not answer, or answers badly, to end by itself
+_LOOK_TIMEOUT_S = 5.0
 _POLL_S = 0.5
 _MAX_POLL_S = 10.0  # for a server elsewhere
 _LOG_EVERY_S = 30.0
@@ -56,11 +57,12 @@ class PolicyRecovery:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._policy = policy
+        self._address = ", ".join(policy.base_urls)
         self._max_restarts, self._may_restart = max_restarts, may_restart
         self._reconnect_timeout_s = reconnect_timeout_s
         self._sleep = sleep
         self._reconnects: list[float] = []
-        self._instance = policy.look()
+        self._instance = answering_process(policy)
         self.num_restarts = 0
 
     def require_same(self) -> None:
@@ -69,10 +71,10 @@ class PolicyRecovery:
         Raises:
             PolicyServerLostError: Another process answers, or none.
         """
-        now = self._policy.look()
+        now = answering_process(self._policy)
         if now != self._instance and now is not None:
             raise PolicyServerLostError(
-                f"The policy server at {self._policy.base_url} was restarted: another process answers than before."
+                f"The policy server at {self._address} was restarted: another process answers than before."
             )
 
     def recover(self, error: Exception) -> None:
@@ -116,7 +118,7 @@ class PolicyRecovery:
             started = time.monotonic()
             try:
                 self._policy.restart()
-                self._instance = self._policy.look()
+                self._instance = answering_process(self._policy)
             except ConfigError as failed:
                 raise PolicyServerError(
                     f"The policy server died and cannot start again: {failed.problem}", failed.remedy
@@ -148,7 +150,7 @@ class PolicyRecovery:
             except PolicyServerLostError as death:
                 return death
             try:
-                self._policy.look()
+                answering_process(self._policy)
             except PolicyServerError as silence:
                 hangs = PolicyServerLostError(f"Its process runs and does not answer: {silence}")
             else:
@@ -165,13 +167,13 @@ class PolicyRecovery:
         next_line, pause_s = started, _POLL_S
         while True:
             try:
-                now = self._policy.look()
+                now = answering_process(self._policy)
                 break
             except PolicyServerError as silence:
                 at = time.monotonic()
                 if at >= deadline:
                     raise PolicyServerError(
-                        f"The policy server at {self._policy.base_url} did not come back within "
+                        f"The policy server at {self._address} did not come back within "
                         f"{self._reconnect_timeout_s:g} s (`gym_server_reconnect_timeout`). "
                         f"The last attempt: {silence}",
                         "Start it again there, and resume this run.",
@@ -180,7 +182,7 @@ class PolicyRecovery:
                     next_line = at + _LOG_EVERY_S
                     logger.warning(
                         "waiting for the policy server at %s, %.0f of %g s (`gym_server_reconnect_timeout`): %s",
-                        self._policy.base_url,
+                        self._address,
                         at - started,
                         self._reconnect_timeout_s,
                         silence,
@@ -191,7 +193,7 @@ class PolicyRecovery:
             self._count_reconnect(error)
         else:
             self._instance = now
-            logger.warning("the policy server at %s was restarted; it gets the weights again", self._policy.base_url)
+            logger.warning("the policy server at %s was restarted; it gets the weights again", self._address)
 
     def _count_reconnect(self, error: Exception) -> None:
         """Give up when a server is lost and found unchanged again and again. Raise what was not a loss at all."""
@@ -201,11 +203,38 @@ class PolicyRecovery:
         self._reconnects = [*(then for then in self._reconnects if now - then < _RECONNECT_WINDOW_S), now]
         if len(self._reconnects) > _MAX_RECONNECTS:
             raise PolicyServerError(
-                f"The policy server at {self._policy.base_url} runs and was lost {len(self._reconnects)} times within "
+                f"The policy server at {self._address} runs and was lost {len(self._reconnects)} times within "
                 f"{_RECONNECT_WINDOW_S:g} s.",
                 "Find out what drops connections between it and this process (a proxy, a firewall, the network).",
             ) from error
-        logger.warning("the policy server at %s answers again, unchanged: %s", self._policy.base_url, error)
+        logger.warning("the policy server at %s answers again, unchanged: %s", self._address, error)
+
+
+def answering_process(policy: PolicyBackend) -> str | None:
+    """Ask over the network which process serves the policy.
+
+    Args:
+        policy: The server, or several.
+
+    Returns:
+        What differs from process to process; None when a server does not say.
+
+    Raises:
+        PolicyServerError: No server answers within a few seconds, or one that does not serve the policy.
+        PolicyServerLostError: Our process has died.
+    """
+    policy.check()
+    instances = []
+    for base_url, info in zip(policy.base_urls, policy.client.patient(_LOOK_TIMEOUT_S).infos(), strict=True):
+        served = info.get("model_names", [policy.model_name])
+        if policy.model_name not in served:
+            raise PolicyServerError(
+                f"{base_url} serves {', '.join(served)} now, and not {policy.model_name}.",
+                "Start the policy there again.",
+            )
+        instances.append(info.get("instance"))
+    known = [name for name in instances if name is not None]
+    return "+".join(known) if len(known) == len(instances) else None
 
 
 def end_interrupted_update(client: PolicyClient) -> bool:

@@ -28,9 +28,9 @@ from trl_gym.errors import ConfigError, Problem
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.plan import this_device, try_estimate
 from trl_gym.policy_server.command import api_key_from_environment
-from trl_gym.policy_server.fleet import attach_policy
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
+from trl_gym.processes import ServerState
 from trl_gym.ranks import agreed, on_main
 from trl_gym.run.recovery import PolicyRecovery, end_interrupted_update
 from trl_gym.weight_sync.transports.plan import plan_transport
@@ -67,7 +67,7 @@ class RunServers:
         self._args = args
         self._servable = servable
         self._start_options = start_options
-        self._owns_policy = policy is None or policy.state == "new"
+        self._owns_policy = policy is None or policy.state is ServerState.NEW
         self._owns_gym = gym is None or gym.state.value == "new"
         self._process = PartialState()
         self._splice_checked = self._found_paused = False
@@ -91,27 +91,29 @@ class RunServers:
         Raises:
             ServerError: On every rank, when one rank could not get them.
         """
-        base_url, api_key, head_url = on_main(self._process, self._wait_ready)
+        base_urls, api_key, head_url = on_main(self._process, self._wait_ready)
         with agreed(self._process):
             if not self._process.is_main_process:
-                self.policy = attach_policy(base_url, api_key=api_key)
+                self.policy = PolicyServer.attach(base_urls, api_key=api_key)
                 self.gym = GymServers.attach(head_url).wait_ready()
 
     def _start(self) -> None:
         if self.policy is None:
             self.policy = self.new_policy()
-        if self.policy.state == "new":
+        if self.policy.state is ServerState.NEW:
             compat.check_versions(("vllm",))
             self.policy.start()
-        elif self.policy.state == "ready":  # refused before a model is loaded for nothing
+        elif self.policy.state is ServerState.READY:  # refused before a model is loaded for nothing
             self._check_splice_unless_paused()
         if self.gym is None:
             self.gym = self.new_gym()
-        self.gym.connect_policy(self.policy.base_url, self.policy.model_name, self.policy.client.api_key or "EMPTY")
+        self.gym.connect_policy(
+            ",".join(self.policy.base_urls), self.policy.model_name, self.policy.client.api_key or "EMPTY"
+        )
         if self.gym.state.value == "new":
             self.gym.start()
 
-    def _wait_ready(self) -> tuple[str, str | None, str]:
+    def _wait_ready(self) -> tuple[tuple[str, ...], str | None, str]:
         self.gym.wait_ready()
         self.policy.wait_ready()
         self._check_splice_unless_paused()
@@ -121,7 +123,7 @@ class RunServers:
             may_restart=self._owns_policy,
             reconnect_timeout_s=self._args.gym_server_reconnect_timeout,
         )
-        return self.policy.base_url, self.policy.client.api_key, self.gym.head_url
+        return self.policy.base_urls, self.policy.client.api_key, self.gym.head_url
 
     def check(self) -> None:
         """Raise when the policy server, or the whole Gym that we started, has died. A single environment that is down
@@ -203,7 +205,7 @@ class RunServers:
             logger.warning(
                 "the policy server at %s is paused, as a trainer leaves it that is killed while it sends weights; it "
                 "goes on with the first weights of this run",
-                self.policy.base_url,
+                self.policy.client.base_url,
             )
             self._found_paused = True
             return
@@ -215,7 +217,7 @@ class RunServers:
         args = self._args
         if args.vllm_mode == "server":
             key = api_key_from_environment()
-            return attach_policy(args.vllm_server_base_url, api_key=key, timeout_s=args.vllm_server_timeout)
+            return PolicyServer.attach(args.vllm_server_base_url, api_key=key, timeout_s=args.vllm_server_timeout)
         flags, environment = self._start_options()
         return PolicyServer(
             self._servable(),

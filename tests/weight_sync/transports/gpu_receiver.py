@@ -79,7 +79,7 @@ class ReceiverClient:
     """What transports ask of a `PolicyClient`, answered by the other process."""
 
     def __init__(self, connection: Connection, timeout_s: float) -> None:
-        self.root_url, self.base_url, self.api_key = "http://127.0.0.1:1", "http://127.0.0.1:1/v1", None
+        self.root_url, self.base_urls, self.api_key = "http://127.0.0.1:1", ("http://127.0.0.1:1/v1",), None
         self.timeout_s = timeout_s
         self._connection = connection
         self._lock = threading.Lock()

@@ -30,7 +30,7 @@ class Server:
     """The server's side of one transfer; `fail` makes a call raise, `hang` makes it wait until the test is over."""
 
     def __init__(self, *, fail: str = "", hang: str = "", timeout_s: float = 60.0) -> None:
-        self.root_url, self.base_url = "http://127.0.0.1:1", "http://127.0.0.1:1/v1"
+        self.root_url, self.base_urls = "http://127.0.0.1:1", ("http://127.0.0.1:1/v1",)
         self.api_key, self.timeout_s = None, timeout_s
         self.over = threading.Event()
         self.calls: list[tuple[str, Any]] = []

@@ -40,11 +40,10 @@ SERVED = {
 QUANTIZATION = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
 
 
-def server(*accepted: str, url: str = HERE, placement: str = "colocate", pickle: bool = True, **config: Any) -> Any:
+def server(*accepted: str, url: str = HERE, pickle: bool = True, **config: Any) -> Any:
     environment = {"VLLM_ALLOW_INSECURE_SERIALIZATION": pickle}
     return SimpleNamespace(
-        base_url=url,
-        placement=placement,
+        base_urls=tuple(url.split(",")),
         weight_transports=accepted,
         client=SimpleNamespace(server_environment=lambda: environment, server_config=lambda: SERVED | config),
     )
@@ -208,8 +207,8 @@ def test_ipc_is_for_loopback_and_for_servers_that_may_unpickle() -> None:
     with pytest.raises(ConfigError, match=r"192.0.2.7 is not a loopback address"):
         plan(on_cuda=True).connect(server("ipc", url=THERE))
     with pytest.raises(ConfigError, match="started without VLLM_ALLOW_INSECURE_SERIALIZATION=1"):
-        plan(on_cuda=True).connect(server("ipc", placement="server", pickle=False))
-    assert isinstance(plan(on_cuda=True).connect(server("ipc", placement="server")), IpcTransport)
+        plan(on_cuda=True).connect(server("ipc", pickle=False))
+    assert isinstance(plan(on_cuda=True).connect(server("ipc")), IpcTransport)
 
 
 def test_which_hosts_are_this_one() -> None:

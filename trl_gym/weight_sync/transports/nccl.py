@@ -286,7 +286,7 @@ def _device() -> int:
 
 def _own_client(client: PolicyClient) -> PolicyClient:
     """Make a client for another thread: connections are not shared between threads."""
-    return PolicyClient(client.base_url, api_key=client.api_key, timeout_s=client.timeout_s)
+    return PolicyClient(client.base_urls, api_key=client.api_key, timeout_s=client.timeout_s)
 
 
 def _named(threads: ThreadGroup, what: str) -> dict[str, Any]:

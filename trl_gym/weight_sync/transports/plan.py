@@ -251,21 +251,21 @@ def _backend_of(server: PolicyBackend, wanted: str) -> str:
     if not accepted:
         named = ", ".join(server.weight_transports) or "nothing"
         raise ConfigError(
-            f"The policy server at {server.base_url} takes weights by {named} only; trl-gym sends them by ipc, nccl "
-            "or file.",
+            f"The policy server at {', '.join(server.base_urls)} takes weights by {named} only; trl-gym sends them "
+            "by ipc, nccl or file.",
             f"Start the server with {_BACKEND_FLAG.format('file')}.",
         )
     if wanted != "auto" and wanted not in accepted:
         raise ConfigError(
-            f"`gym_weight_transport` is {wanted!r}, and the policy server at {server.base_url} was started for "
-            f"{', '.join(accepted)}.",
+            f"`gym_weight_transport` is {wanted!r}, and the policy server at {', '.join(server.base_urls)} was "
+            f"started for {', '.join(accepted)}.",
             f"Leave the option at 'auto', or start the server with {_BACKEND_FLAG.format(wanted)}.",
         )
     return wanted if wanted != "auto" else accepted[0]
 
 
 def _unshared_memory(server: PolicyBackend) -> Problem | None:
-    for url in server.base_url.split(","):
+    for url in server.base_urls:
         host = urlsplit(url).hostname or ""
         if not is_this_host(host):
             return Problem(
@@ -277,14 +277,14 @@ def _unshared_memory(server: PolicyBackend) -> Problem | None:
 
 
 def _ipc_problem(server: PolicyBackend) -> Problem | None:
-    host = urlsplit(server.base_url).hostname
+    host = urlsplit(server.base_urls[0]).hostname
     if not is_loopback(host):
         return Problem(
             f"{host} is not a loopback address: CUDA IPC needs shared GPUs, and its messages are unpickled.",
             f"Start the server with --host 127.0.0.1 here, or with {_BACKEND_FLAG.format('nccl')}.",
         )
     [(variable, value)] = ENVIRONMENT.items()
-    if server.placement == "server" and not server.client.server_environment().get(variable):
+    if not server.client.server_environment().get(variable):
         return Problem(
             f"it was started without {variable}={value}, which handles of CUDA IPC need over HTTP.",
             "Start it again with that in its environment.",
