@@ -203,7 +203,7 @@ def test_an_adapter_that_cannot_be_served_is_refused_and_the_server_lives(
         settings = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(settings | {"r": 16}))
 
-    refused(shutil.rmtree, "sees no folder")
+    refused(shutil.rmtree, "does not exist on the policy server")
     refused(cut, "its header says")
     refused(unknown_module, r"vLLM did not load policy@1 .*x_proj")  # found by vLLM, in its engine
     refused(rank, "LoRA rank 16 is greater than max_lora_rank 8")

@@ -32,12 +32,12 @@ def test_what_peft_writes_is_served(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     assert "must be an absolute path" in refusal("some/hub-id")
-    assert "sees no folder" in refusal(tmp_path / "missing")
+    assert "does not exist on the policy server" in refusal(tmp_path / "missing")
     assert "adapter_config.json cannot be read" in refusal(tmp_path)
     write_adapter(tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     os.mkfifo(tmp_path / "a" / "adapter_model.safetensors")  # reading it would never end
-    assert "it is no file" in refusal(tmp_path / "a")
+    assert "it is not a file" in refusal(tmp_path / "a")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"r": 4}', '{"r": 4, "lora_alpha": 8, "target_modules": []}'])
@@ -74,7 +74,7 @@ def test_what_a_plain_lora_config_says_is_no_problem() -> None:
     [
         ({}, "is empty"),
         ({f"base_model.model.{MODULES[0]}.lora_A.weight": torch.ones(4, 8)}, "only one matrix of model.layers.0"),
-        ({f"base_model.model.{MODULES[0]}.weight": torch.ones(4, 8)}, "is no matrix of a LoRA"),
+        ({f"base_model.model.{MODULES[0]}.weight": torch.ones(4, 8)}, "is not a matrix of a LoRA"),
         ({f"base_model.model.{MODULES[0]}.lora_A.weight": torch.ones(4)}, r"is F32\[4\]; its rank"),
         ({f"base_model.model.{MODULES[0]}.lora_A.weight": torch.ones(4, 8, dtype=torch.int8)}, "is I8"),
     ],
@@ -93,8 +93,8 @@ def test_a_head_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "is no safetensors file"),
-        ((2**60).to_bytes(8, "little") + b"{}", "is no safetensors file"),
+        (b"", "is not a safetensors file"),
+        ((2**60).to_bytes(8, "little") + b"{}", "is not a safetensors file"),
         ((2).to_bytes(8, "little") + b"[]", "cannot be read"),
         ((8).to_bytes(8, "little") + b'{"a": 1}', "cannot be read"),
     ],

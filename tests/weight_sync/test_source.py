@@ -181,7 +181,7 @@ def test_what_is_served_computes_what_is_trained() -> None:
         (lambda: with_adapter(model(), target_modules=["lm_head"]), "tied.*target_modules"),
         (lambda: with_adapter(model(), modules_to_save=["embed_tokens"]), "tied to lm_head.*ensure_weight_tying"),
         (lambda: with_adapter(model(), trainable_token_indices=[1, 2]), "trainable_token_indices"),
-        (lambda: get_peft_model(model(), PROMPT), "PROMPT_TUNING.*use LoRA"),
+        (lambda: get_peft_model(model(), PROMPT), "PROMPT_TUNING.*Use LoRA"),
     ],
 )
 def test_what_the_server_could_not_compute_is_refused(make: Any, message: str) -> None:

@@ -1,7 +1,7 @@
-"""The optimizer's state on the host while rollouts run (`gym_offload_optimizer`), and what was really used.
+"""Move the optimizer's state to the host while rollouts run (`gym_offload_optimizer`), and measure what was used.
 
 The tensors stay the same objects: their bytes go to a host buffer, which is kept and used again, and their storage is
-emptied. So whoever refers to them (FSDP2's DTensors, fused kernels) finds them as they were when the bytes are back.
+emptied. So references to them (FSDP2's DTensors, fused kernels) are valid again when the bytes are back.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class OptimizerOffload:
     Args:
         optimizer: The trainer's, wrapped by accelerate or not. Before a step, and before it is saved, the state comes
             back by itself.
-        device: What is on this device is moved.
+        device: State on this device is moved.
 
     Raises:
         ConfigError: The optimizer keeps its state elsewhere or in a form that cannot be moved.
@@ -40,10 +40,10 @@ class OptimizerOffload:
         self._optimizer.register_state_dict_pre_hook(lambda *_: self.restore())
 
     def offload(self) -> int:
-        """Free the device's memory. Nothing happens when it is free already.
+        """Free the device's memory, unless it is free already.
 
         Returns:
-            Bytes that were freed now.
+            Number of bytes that were freed now.
 
         Raises:
             ConfigError: A state tensor is of a kind that cannot be moved.
@@ -66,7 +66,7 @@ class OptimizerOffload:
         return sum(buffer.numel() for _, buffer in self._away)
 
     def restore(self) -> None:
-        """Put everything back where it was. Nothing happens when it is there."""
+        """Put everything back where it was, unless it is there."""
         for storage, buffer in self._away:
             storage.resize_(buffer.numel())
             _bytes_of(storage).copy_(buffer, non_blocking=True)
@@ -74,7 +74,7 @@ class OptimizerOffload:
         self._away = []
 
     def _storages(self) -> Iterator[torch.UntypedStorage]:
-        """What is on the device, each storage once: gradients may be views of one buffer."""
+        """Yield what is on the device, each storage once: gradients may be views of one buffer."""
         seen = set()
         for tensor in self._tensors():
             local = _local(tensor)
@@ -93,7 +93,7 @@ class OptimizerOffload:
             yield from (parameter.grad for parameter in group["params"] if parameter.grad is not None)
 
     def _buffer(self, place: int, num_bytes: int) -> torch.Tensor:
-        """Host memory for the storage at `place`; what was there before is used again when it has the size."""
+        """Return host memory for the storage at `place`: that of the last time, when it has the size."""
         import torch
 
         if place == len(self._buffers):
@@ -112,24 +112,25 @@ def check_offload(accelerator: Accelerator, optim: str) -> None:
         optim: The option of that name.
 
     Raises:
-        ConfigError: With what to use instead.
+        ConfigError: It cannot; names what to use instead.
     """
     if accelerator.state.deepspeed_plugin is not None:
         raise ConfigError(
-            "`gym_offload_optimizer` does not work with DeepSpeed, which keeps the optimizer's state itself; leave it "
-            "out and set `offload_optimizer: {device: cpu}` in `zero_optimization` of the DeepSpeed config."
+            "`gym_offload_optimizer` does not work with DeepSpeed, which keeps the optimizer's state itself.",
+            "Leave it out, and set `offload_optimizer: {device: cpu}` in `zero_optimization` of the DeepSpeed config.",
         )
     if optim.startswith("paged_"):
         raise ConfigError(
             f"`gym_offload_optimizer` does not work with `optim` {optim!r}, which moves its state to the host by "
-            "itself; leave one of the two out."
+            "itself.",
+            "Leave one of the two out.",
         )
 
 
 def measured_peak() -> dict[str, float]:
-    """What this process needed at most since it started, and what is used on its device by everybody, in GB (10⁹).
+    """Measure what this process needed at most since it started, and what all use on its device, in GB (10⁹).
 
-    Call it after the first optimizer step and log what it returns; without CUDA that is nothing.
+    Call it after the first optimizer step and log the result, which is empty without CUDA.
     """
     import torch
 
@@ -143,7 +144,7 @@ def measured_peak() -> dict[str, float]:
 
 
 def release_cached() -> None:
-    """Give memory that torch keeps for later back to the GPU, where the server can take it."""
+    """Give memory that torch keeps for later back to the GPU, from which the server can take it."""
     import gc
 
     import torch
@@ -164,24 +165,25 @@ def _refuse_foreign(optimizer: Any) -> None:
 
     if not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__module__.startswith("deepspeed"):
         raise ConfigError(
-            f"`gym_offload_optimizer` works with optimizers of torch and {type(optimizer).__name__} is none; leave it "
-            "out."
+            f"`gym_offload_optimizer` works with optimizers of torch, and {type(optimizer).__name__} is none.",
+            "Leave it out.",
         )
     if getattr(optimizer, "is_paged", False):
         raise ConfigError(
-            f"`gym_offload_optimizer`: {type(optimizer).__name__} moves its state to the host by itself; leave it out."
+            f"`gym_offload_optimizer`: {type(optimizer).__name__} moves its state to the host by itself.",
+            "Leave it out.",
         )
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of an FSDP2 DTensor that is here; any other tensor itself."""
+    """Return the part of an FSDP2 DTensor that is here; any other tensor itself."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if is_traceable_wrapper_subclass(local):
         raise ConfigError(
-            f"`gym_offload_optimizer` cannot move optimizer state of type {type(local).__name__}; leave it out, or "
-            "use `optim='adamw_torch'` or `'adamw_bnb_8bit'`."
+            f"`gym_offload_optimizer` cannot move optimizer state of type {type(local).__name__}.",
+            "Leave it out, or use `optim='adamw_torch'` or `'adamw_bnb_8bit'`.",
         )
     return local
 

@@ -1,4 +1,4 @@
-"""Is a folder a LoRA adapter that vLLM serves as it was trained? Found out before vLLM sees it.
+"""Check that a folder is a LoRA adapter that vLLM serves as it was trained, before vLLM sees it.
 
 vLLM takes `adapter_config.json` at its word and ignores what it does not know: magnitudes of DoRA, trained biases,
 ranks and scales of single modules. And it reads a file that it cannot load inside the engine. So everything is checked
@@ -20,8 +20,8 @@ TENSOR_FILE = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 2**20
 _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 
-# What makes a LoRA more than two matrices per linear layer with one scale for all. Any value but None, False and an
-# empty one says so.
+# Fields that make a LoRA more than two matrices per linear layer with one scale for all, with any value but None,
+# False and an empty one.
 _UNSERVABLE = {
     "use_dora": "DoRA's magnitudes have no place in vLLM's adapters",
     "modules_to_save": "modules that are trained whole are not part of an adapter",
@@ -40,7 +40,7 @@ _UNSERVABLE = {
     "monteclora_config": "MonteCLoRA is not served",
     "use_bdlora": "block-diagonal LoRA is not served as such",
 }
-# Of those that PEFT has, the ways to start that leave the base's weights as they are in the checkpoint.
+# PEFT's ways to initialize that leave the base's weights as they are in the checkpoint.
 _INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _HEADS_AND_EMBEDDINGS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "wpe", "score", "classifier")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -67,7 +67,7 @@ class AdapterFiles:
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
-    """Why vLLM would not compute with an adapter what its trainer does; empty if it would.
+    """List reasons why vLLM would not compute with an adapter what its trainer does; empty if it would.
 
     Args:
         config: The fields of `adapter_config.json`, or of `LoraConfig.to_dict()`.
@@ -87,8 +87,8 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def module_problems(modules: tuple[str, ...]) -> list[str]:
-    """Why vLLM would not apply an adapter to some modules as PEFT does. Heads and embeddings: with an adapter on the
-    head, vLLM 0.31 leaves its part out of prompt log-probabilities, or dies of them."""
+    """List reasons why vLLM would not apply an adapter to some modules as PEFT does. Heads and embeddings: with an
+    adapter on the head, vLLM 0.31 leaves its part out of prompt log-probabilities, or dies of them."""
     names = sorted({name.rsplit(".", 1)[-1] for name in modules}.intersection(_HEADS_AND_EMBEDDINGS))
     return [f"{name} has an adapter: vLLM serves those of linear layers in the blocks only" for name in names]
 
@@ -97,7 +97,7 @@ def read_adapter(folder: str) -> AdapterFiles:
     """Check a folder.
 
     Raises:
-        InvalidAdapterError: If it is not an absolute path of a folder with both files, or they are not those of an
+        InvalidAdapterError: It is not an absolute path of a folder with both files, or they are not those of an
             adapter that vLLM can serve.
     """
     path = Path(folder)
@@ -105,7 +105,8 @@ def read_adapter(folder: str) -> AdapterFiles:
         raise InvalidAdapterError(f"{folder!r} must be an absolute path")  # vLLM would look for it on the model hub
     if not path.is_dir():
         raise InvalidAdapterError(
-            f"the policy server sees no folder {folder}; set `gym_weight_dir` to one that it and the trainer see"
+            f"{folder} does not exist on the policy server; set `gym_weight_dir` to a folder that both it and the "
+            "trainer see"
         )
     config = _read_config(path / CONFIG_FILE)
     rank = config.get("r")
@@ -125,20 +126,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InvalidAdapterError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise InvalidAdapterError(f"{path.name} is no JSON object")
+        raise InvalidAdapterError(f"{path.name} is not a JSON object")
     if not isinstance(config.get("lora_alpha"), int | float) or not config.get("target_modules"):
         raise InvalidAdapterError(f"{path.name} lacks lora_alpha or target_modules")
     return config
 
 
 def _read_tensors(path: Path, rank: int) -> tuple[tuple[str, ...], int]:
-    """Module names and size of the file, from the header alone: 8 bytes of length, JSON, data."""
+    """Return module names and size of the file, from the header alone: 8 bytes of length, JSON, data."""
     try:
         num_bytes = _check_file(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER_BYTES, num_bytes - 8):
-                raise InvalidAdapterError(f"{path.name} is no safetensors file")
+                raise InvalidAdapterError(f"{path.name} is not a safetensors file")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -157,7 +158,7 @@ def _modules_of(shapes: Mapping[str, tuple[str, tuple[int, ...]]], rank: int) ->
     for name, (dtype, shape) in shapes.items():
         match = _TENSOR_NAME.fullmatch(name)
         if match is None:
-            raise InvalidAdapterError(f"{TENSOR_FILE}: {name} is no matrix of a LoRA")
+            raise InvalidAdapterError(f"{TENSOR_FILE}: {name} is not a matrix of a LoRA")
         if dtype not in _FLOATS or len(shape) != 2 or shape["AB".index(match["side"])] != rank:
             raise InvalidAdapterError(f"{TENSOR_FILE}: {name} is {dtype}{list(shape)}; its rank must be {rank}")
         sides.setdefault(match["module"], set()).add(match["side"])
@@ -169,10 +170,10 @@ def _modules_of(shapes: Mapping[str, tuple[str, tuple[int, ...]]], rank: int) ->
 
 
 def _check_file(path: Path, *, at_most: int | None = None) -> int:
-    """Size of a regular file: a pipe or a device would never end. Raises `OSError`, `ValueError`."""
+    """Return the size of a regular file: a pipe or a device would never end. Raises `OSError`, `ValueError`."""
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):
-        raise ValueError("it is no file")
+        raise ValueError("it is not a file")
     if at_most is not None and info.st_size > at_most:
         raise ValueError(f"it has {info.st_size} bytes")
     return info.st_size

@@ -1,7 +1,7 @@
 """A PEFT model seen as its base model with the adapters added in, without changing either.
 
 `merge_adapter` and `unmerge_adapter` add and subtract in place: in bfloat16 the base drifts a little with every sync,
-sharded weights cannot be added to, and whoever stops in between leaves the adapter merged. So the sum of plain LoRA
+sharded weights cannot be added to, and an interruption in between leaves the adapter merged. So the sum of plain LoRA
 layers is computed beside the model, `base + scaling * B @ A`, in the order and precision of PEFT's own `merge`. Other
 kinds of layers are merged by PEFT, one at a time, and put back from a copy before anything else happens.
 """
@@ -22,11 +22,11 @@ from trl_gym.weight_sync.sharding import Slot, bare, clean, find_slots
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One parameter of the base model, and what it is made of.
+    """One parameter of the base model, and the tensors that it is made of.
 
     Attributes:
-        name: In the base model.
-        slots: What must be gathered for it: the base's parameter, then adapters' matrices.
+        name: Name in the base model.
+        slots: Tensors that must be gathered for it: the base's parameter, then adapters' matrices.
         combine: Makes the parameter out of these.
         trained: Whether it changes in training, by itself or by an adapter.
     """
@@ -42,7 +42,7 @@ class Part:
 
 
 def base_parts(model: nn.Module, *, will_be_sharded: bool = False) -> list[Part]:
-    """Parameters and persistent buffers of the base model (of the model itself, where there is no adapter).
+    """List parameters and persistent buffers of the base model (of the model itself, where there is no adapter).
 
     Args:
         model: Wrapped or not; under FSDP1 the wrapped one.
@@ -71,16 +71,16 @@ def base_parts(model: nn.Module, *, will_be_sharded: bool = False) -> list[Part]
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model below wrappers and adapters."""
+    """Return the transformers model below wrappers and adapters."""
     inner = bare(model)
     return bare(inner.get_base_model()) if is_peft(inner) else inner
 
 
 def adapter_parts(model: nn.Module) -> tuple[Any, list[tuple[str, Slot]]]:
-    """The active LoRA adapter.
+    """Find the active LoRA adapter.
 
     Returns:
-        Its config (`peft.LoraConfig`), and where its parameters are, by their names in an adapter's checkpoint.
+        Its config (`peft.LoraConfig`), and its parameters with their names in an adapter's checkpoint.
 
     Raises:
         ConfigError: There is no adapter, it is not LoRA, or several are active.
@@ -88,20 +88,21 @@ def adapter_parts(model: nn.Module) -> tuple[Any, list[tuple[str, Slot]]]:
     inner = bare(model)
     if not is_peft(inner):
         raise ConfigError(
-            "`gym_weight_transport` is 'adapter' and the model has no adapter; pass `peft_config`, or use another "
-            "transport."
+            "`gym_weight_transport` is 'adapter' and the model has no adapter.",
+            "Pass `peft_config`, or use another transport.",
         )
     active = inner.active_adapters
     if len(active) != 1:
         raise ConfigError(
             f"`gym_weight_transport` is 'adapter' and {len(active)} adapters are active ({', '.join(active)}); the "
-            "server samples with one. Activate one, or use another transport, which merges them."
+            "server samples with one.",
+            "Activate one, or use another transport, which merges them.",
         )
     config = inner.peft_config[active[0]]
     if str(config.peft_type.value) != "LORA":
         raise ConfigError(
-            f"`gym_weight_transport` is 'adapter' and the adapter is {config.peft_type.value}; vLLM serves LoRA only. "
-            "Use another transport, which merges it."
+            f"`gym_weight_transport` is 'adapter' and the adapter is {config.peft_type.value}; vLLM serves LoRA only.",
+            "Use another transport, which merges it.",
         )
     adapters = _Adapters(model)
     named = ((adapters.adapter_name(slot.name, active[0]), slot) for slot in find_slots(model))
@@ -109,7 +110,7 @@ def adapter_parts(model: nn.Module) -> tuple[Any, list[tuple[str, Slot]]]:
 
 
 class _Adapters:
-    """Where adapters sit in a model: PEFT's layers and the modules that it trains as a whole, by their paths."""
+    """PEFT's layers in a model, and the modules that it trains as a whole, by their paths."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = bare(model)
@@ -131,7 +132,8 @@ class _Adapters:
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 raise ConfigError(
                     f"{clean(path)} is wrapped in PEFT's {type(module).__name__} (`trainable_token_indices`), which "
-                    "cannot be merged for weight sync; train the module as a whole with `modules_to_save`."
+                    "cannot be merged for weight sync.",
+                    "Train the module as a whole with `modules_to_save`.",
                 )
 
     def check_mergeable(self, sharded: bool) -> None:
@@ -140,18 +142,19 @@ class _Adapters:
         kinds = ", ".join(sorted({str(config.peft_type.value) for config in self._model.peft_config.values()}))
         if not isinstance(self._model.base_model, BaseTuner):
             raise ConfigError(
-                f"The adapter ({kinds}) is not a change of weights, so it can neither be merged nor served; use LoRA."
+                f"The adapter ({kinds}) is not a change of weights, so it can neither be merged nor served.",
+                "Use LoRA.",
             )
         odd = [path for path, layer in self.layers.items() if not _is_plain_lora(layer)]
         if sharded and odd:
             raise ConfigError(
                 f"{len(odd)} adapter layers ({type(self.layers[odd[0]]).__name__} at {odd[0]} …, {kinds}) can be "
-                "merged only by PEFT and in place, which is impossible while parameters are sharded (FSDP, ZeRO-3). "
-                "Use DDP or ZeRO-2, or plain LoRA (no `use_dora`, no `target_parameters`)."
+                "merged only by PEFT and in place, which is impossible while parameters are sharded (FSDP, ZeRO-3).",
+                "Use DDP or ZeRO-2, or plain LoRA (no `use_dora`, no `target_parameters`).",
             )
 
     def base_name(self, name: str) -> str | None:
-        """Name in the base model; None for what the adapters brought, and for what they replaced.
+        """Return the name in the base model; None for what the adapters brought, and for what they replaced.
 
         `"base_model.model.lm_head.base_layer.weight"` → `"lm_head.weight"`.
         """
@@ -174,7 +177,7 @@ class _Adapters:
         return ".".join(kept).removeprefix(self._prefix)
 
     def adapter_name(self, name: str, adapter: str) -> str | None:
-        """Name in the checkpoint of one adapter; None for what is not part of it.
+        """Return the name in the checkpoint of one adapter; None for what is not part of it.
 
         `"base_model.model.lm_head.lora_A.default.weight"` → `"base_model.model.lm_head.lora_A.weight"`.
         """
@@ -193,7 +196,7 @@ class _Adapters:
         return None
 
     def sums(self, slots: dict[str, Slot]) -> dict[str, tuple[tuple[Slot, ...], Callable[..., torch.Tensor]]]:
-        """Name of a base parameter that adapters change → what must be gathered beside it, and how they are added."""
+        """Map base parameters that adapters change to the tensors to gather beside them, and how they are added."""
         found: dict[str, tuple[tuple[Slot, ...], Callable[..., torch.Tensor]]] = {}
         odd: dict[str, list[Any]] = {}
         for path, layer in self.layers.items():
@@ -212,8 +215,8 @@ class _Adapters:
         if weight not in slots or slots[weight].aliases:
             raise ConfigError(
                 f"The adapter targets {path.removeprefix(self._prefix)}, whose weight is tied to another module's. "
-                "Merged, it would change both, which is not what is trained. Leave it out of `target_modules`, or use "
-                "a model with `tie_word_embeddings` false."
+                "Merged, it would change both, which is not what is trained.",
+                "Leave it out of `target_modules`, or use a model with `tie_word_embeddings` false.",
             )
         a, b = ("lora_embedding_A.{}", "lora_embedding_B.{}") if _is_embedding(layer) else (
             "lora_A.{}.weight", "lora_B.{}.weight"
@@ -239,10 +242,10 @@ def _first(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def _lora_weight(
     scalings: tuple[float, ...], transposed: bool, cast_first: bool, tensors: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """`base + Σ scaling * B @ A` (Hu et al. 2021), rounded after each adapter as PEFT's `merge` does.
+    """Compute `base + Σ scaling * B @ A` (Hu et al. 2021), rounded after each adapter as PEFT's `merge` does.
 
     Args:
-        scalings: One per adapter.
+        scalings: One factor per adapter.
         transposed: The base's weight is `[in, out]`: embeddings, `fan_in_fan_out`.
         cast_first: Round the product to the base's precision before it is added: embeddings.
         tensors: Base `[out, in]`, then A `[r, in]` and B `[out, r]` of each adapter.
@@ -269,12 +272,12 @@ def _lora_bias(scalings: tuple[float, ...], tensors: Sequence[torch.Tensor]) -> 
 
 
 def _merged_by_peft(layers: Sequence[Any], attribute: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One parameter of a base layer after PEFT's own `merge`; all is as before, bit for bit, when this returns.
+    """Compute one parameter of a base layer with PEFT's own `merge`; all is as before, bit for bit, when this returns.
 
     Args:
         layers: PEFT's layers around that base layer.
         attribute: Name of the parameter in the base layer.
-        tensors: Not needed: these layers are never sharded.
+        tensors: Ignored: these layers are never sharded.
     """
     base = layers[0].get_base_layer()
     parameters = dict(base.named_parameters())
@@ -294,7 +297,7 @@ def _merged_by_peft(layers: Sequence[Any], attribute: str, tensors: Sequence[tor
 
 
 def _is_plain_lora(layer: Any) -> bool:
-    """Whether merging the layer is nothing but adding B @ A (no DoRA and the like, no quantized base)."""
+    """Check that merging the layer is nothing but adding B @ A (no DoRA and the like, no quantized base)."""
     from peft.tuners import lora
 
     plain = type(layer) in (lora.Linear, lora.Embedding)
@@ -312,13 +315,14 @@ def _active_copy(wrapper: Any) -> str | None:
 
 
 def _check_untied(dropped: Slot, adapters: _Adapters) -> None:
-    """A parameter that an adapter replaces must not be in use elsewhere."""
+    """Refuse a parameter that an adapter replaces and that is in use elsewhere."""
     kept = [name for alias in dropped.aliases if (name := adapters.base_name(alias)) is not None]
     if kept:
         raise ConfigError(
             f"`modules_to_save` replaces {dropped.name}, which is tied to {kept[0]}: trained, the two differ, and the "
-            "policy server has one weight for both. Leave it out, set `ensure_weight_tying=True` in the adapter's "
-            "config, or use a model with `tie_word_embeddings` false."
+            "policy server has one weight for both.",
+            "Leave it out, set `ensure_weight_tying=True` in the adapter's config, or use a model with "
+            "`tie_word_embeddings` false.",
         )
 
 

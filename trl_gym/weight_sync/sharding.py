@@ -1,4 +1,4 @@
-"""Parameters of a wrapped model: where they are, what they are as a whole, and how a whole one is put together.
+"""Parameters of a wrapped model: find them, and put a whole one together.
 
 | wrapping           | what a rank holds                       | how a whole parameter is had                        |
 |--------------------|-----------------------------------------|-----------------------------------------------------|
@@ -39,11 +39,11 @@ class Slot:
     """A place of a model that holds a parameter (or a persistent buffer). Wrappers swap the tensor, the place stays.
 
     Attributes:
-        name: In the model without wrappers, e.g. `"model.norm.weight"`; tied parameters under their first name.
-        module: That holds it.
-        attribute: Under which it is there.
-        shape: Of the whole parameter.
-        dtype: As it is trained.
+        name: Name in the model without wrappers, e.g. `"model.norm.weight"`; the first one of a tied parameter.
+        module: Module that holds it.
+        attribute: Name under which the module holds it.
+        shape: Shape of the whole parameter.
+        dtype: Precision in which it is trained.
         trained: Whether it gets gradients.
         aliases: Further names of a tied parameter.
         unit: The FSDP1 unit that manages it.
@@ -62,7 +62,7 @@ class Slot:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """What is there now: whole, or what this rank holds of it."""
+        """The tensor that is there now: whole, or this rank's part of it."""
         return getattr(self.module, self.attribute)
 
     @property
@@ -73,7 +73,7 @@ class Slot:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model below DDP, DeepSpeed's engine and `torch.compile`. An FSDP1 unit stays: it holds parameters."""
+    """Return the model below DDP, DeepSpeed's engine and `torch.compile`. FSDP1 units stay: they hold parameters."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -84,7 +84,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model as its author wrote it, without any wrapper around the whole."""
+    """Return the model as its author wrote it, without any wrapper around the whole."""
     model = unwrap(model)
     while (inner := getattr(model, "_fsdp_wrapped_module", None)) is not None:
         model = unwrap(inner)
@@ -92,13 +92,13 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def find_slots(model: nn.Module, *, buffers: bool = False) -> list[Slot]:
-    """Every parameter of a model, in the order of `named_parameters`. Local: nothing is gathered.
+    """List every parameter of a model, in the order of `named_parameters`. Local: nothing is gathered.
 
-    Not to be called between a forward pass and its backward pass.
+    Do not call it between a forward pass and its backward pass.
 
     Args:
         model: Wrapped or not; under FSDP1 the wrapped one.
-        buffers: Also what `state_dict` has beside parameters.
+        buffers: Include what `state_dict` has beside parameters.
 
     Raises:
         WeightSyncError: The model was taken out of an FSDP1 unit that manages its parameters.
@@ -129,7 +129,7 @@ def find_slots(model: nn.Module, *, buffers: bool = False) -> list[Slot]:
 
 
 def clean(name: str) -> str:
-    """A name without the parts that wrappers add: `"model._orig_mod.norm.weight"` → `"model.norm.weight"`."""
+    """Remove the parts that wrappers add to a name: `"model._orig_mod.norm.weight"` → `"model.norm.weight"`."""
     return ".".join(part for part in name.split(".") if part and part not in _WRAPPERS)
 
 
@@ -139,7 +139,7 @@ def gather(jobs: Iterable[Sequence[Slot]], device: torch.device | None = None) -
     Args:
         jobs: Slots that are needed at the same time, ordered by `unit_by_unit`: a unit is gathered once for all of
             its jobs.
-        device: Where shards that are offloaded to the host are gathered; by default, that of their mesh.
+        device: Device on which shards that are offloaded to the host are gathered; by default, that of their mesh.
 
     Yields:
         The tensors of one job, detached. They may be gone when the next is asked for.
@@ -156,7 +156,7 @@ def gather(jobs: Iterable[Sequence[Slot]], device: torch.device | None = None) -
 
 
 def unit_by_unit(items: Sequence[T], slot: Callable[[T], Slot]) -> list[T]:
-    """Items ordered for `gather`: one FSDP1 unit after the other, else as they are. The same on every rank."""
+    """Order items for `gather`: one FSDP1 unit after the other, else as they are. The same on every rank."""
     places: dict[int, int] = {}
     for item in items:
         places.setdefault(id(slot(item).unit), len(places))
@@ -164,9 +164,9 @@ def unit_by_unit(items: Sequence[T], slot: Callable[[T], Slot]) -> list[T]:
 
 
 def local_part(slot: Slot) -> torch.Tensor | None:
-    """What this rank adds to a sum over a sharded model's parameters, so that every element is counted exactly once.
+    """Return this rank's part of a sum over a sharded model's parameters, so that every element counts exactly once.
 
-    Replicas (of a parameter, or of whole shards as in hybrid sharding) are counted by those who share a group with
+    Replicas (of a parameter, or of whole shards as in hybrid sharding) count on the ranks that share a group with
     rank 0; padding is left out.
 
     Returns:
@@ -186,7 +186,7 @@ def local_part(slot: Slot) -> torch.Tensor | None:
 
 
 def _is_engine(model: nn.Module) -> bool:
-    """Asked by name: importing DeepSpeed takes seconds."""
+    """Compare names, because importing DeepSpeed takes seconds."""
     return any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__)
 
 
@@ -199,7 +199,7 @@ def _is_partitioned(tensor: torch.Tensor) -> bool:
 
 
 def _fsdp1_places(units: Iterable[Any]) -> dict[nn.Module, dict[str, tuple[Any, int]]]:
-    """Module → attribute → unit and index in its flat parameter, for what FSDP1 manages."""
+    """Map module → attribute → unit and index in its flat parameter, for what FSDP1 manages."""
     places: dict[nn.Module, dict[str, tuple[Any, int]]] = {}
     for unit in units:
         flat = unit._handle.flat_param
@@ -212,7 +212,7 @@ def _fsdp1_places(units: Iterable[Any]) -> dict[nn.Module, dict[str, tuple[Any, 
 
 
 def _attributes(module: nn.Module, managed: Mapping[str, Any], buffers: bool) -> list[str]:
-    """Attributes of one module that hold parameters; FSDP1 may have taken them off `_parameters`."""
+    """List attributes of one module that hold parameters; FSDP1 may have taken them off `_parameters`."""
     own = [name for name, value in module._parameters.items() if value is not None and not _is_flat(value)]
     own += [name for name in managed if name not in own]
     if buffers:
@@ -241,8 +241,8 @@ def _slot(name: str, module: nn.Module, attribute: str, managed: tuple[Any, int]
 
 def _inside_a_unit(name: str) -> WeightSyncError:
     return WeightSyncError(
-        f"{name or 'The model'} is managed by an FSDP1 unit around the model that was passed; pass the wrapped model "
-        "(`trainer.model_wrapped`)."
+        f"{name or 'The model'} is managed by an FSDP1 unit around the model that was passed.",
+        "Pass the wrapped model (`trainer.model_wrapped`).",
     )
 
 

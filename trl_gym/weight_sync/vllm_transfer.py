@@ -34,7 +34,7 @@ _STORE_MARGIN_S = 60
 
 
 class _Control:
-    """vLLM's engine steers the server through this. We steer it ourselves, and only pass updates on."""
+    """A client for vLLM's engine, which would steer the server: the sync does that, and this passes updates on."""
 
     def __init__(self, post: Callable[[dict[str, Any]], None]) -> None:
         self._post = post
@@ -53,14 +53,14 @@ class _Control:
 
 
 def as_json(update_info: dict[str, Any]) -> dict[str, Any]:
-    """CUDA IPC handles are tuples with bytes in them; over HTTP vLLM takes them pickled, if it is allowed to."""
+    """Make an update JSON: handles are tuples with bytes in them; over HTTP vLLM takes them pickled, if allowed to."""
     fields = {name: value for name, value in update_info.items() if name != "ipc_handles"}
     fields["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def ipc_init_info() -> dict[str, Any]:
-    """What `/init_weight_transfer_engine` is told."""
+    """Return the body of `/init_weight_transfer_engine`."""
     return {"packed": True}
 
 
@@ -75,8 +75,8 @@ def send_ipc(
     """Walk the stream and share it, one packed buffer at a time. Every rank calls it in step.
 
     Args:
-        parameters: What the stream has.
-        weights: On this rank's GPU, or moved there one at a time.
+        parameters: Parameters of the stream.
+        weights: Tensors on this rank's GPU, or moved there one at a time.
         post: Hands one update to the server (`/update_weights`) and returns when it has been read; called on the
             sender only. It must not raise: other ranks would be left in a collective.
         is_sender: Whether this is rank 0.
@@ -108,7 +108,7 @@ class _Source:
 
 
 def on_the_wire(one: WeightMeta) -> WeightMeta:
-    """A tensor without dimensions cannot be packed (`view(uint8)` needs one). vLLM's loaders take it with one."""
+    """Give a tensor without dimensions one: else it cannot be packed (`view(uint8)`). vLLM's loaders take it so."""
     return one if one.shape else WeightMeta(one.name, one.dtype, (1,))
 
 
@@ -124,7 +124,7 @@ class NcclLink:
     """A communicator between this process and the server's workers.
 
     Attributes:
-        communicator: vLLM's.
+        communicator: vLLM's communicator.
         device: Index of our GPU.
     """
 
@@ -135,14 +135,14 @@ class NcclLink:
         """End collectives that hang and free the communicator. Returns at once."""
 
         def destroy() -> None:
-            with contextlib.suppress(Exception):  # a peer is gone: there is nothing to be done about what it says
+            with contextlib.suppress(Exception):  # a peer is gone, and no error of it can be acted on
                 self.communicator.destroy()  # `ncclCommAbort`, with a timeout
 
         threading.Thread(target=destroy, name="trl-gym: abort nccl", daemon=True).start()
 
 
 def nccl_init_info(*, address: str, port: int, world_size: int, buffer_bytes: int) -> dict[str, Any]:
-    """What `/init_weight_transfer_engine` is told. We are rank 0, the workers come after us."""
+    """Return the body of `/init_weight_transfer_engine`. We are rank 0, the workers come after us."""
     return {
         "master_address": address,
         "master_port": port,
@@ -155,7 +155,7 @@ def nccl_init_info(*, address: str, port: int, world_size: int, buffer_bytes: in
 
 
 def nccl_update_info(parameters: Iterable[WeightMeta]) -> dict[str, Any]:
-    """What `/update_weights` is told: what will be broadcast, in this order."""
+    """Return the body of `/update_weights`: the tensors that will be broadcast, in this order."""
     sent = [on_the_wire(one) for one in parameters]
     return {
         "names": [one.name for one in sent],
@@ -168,10 +168,10 @@ def join_nccl(listener: socket.socket, *, device: int, world_size: int, timeout_
     """Meet the server's workers, as rank 0. Blocks until all of them are there: run it in a thread.
 
     Args:
-        listener: A bound and listening socket; it becomes the rendezvous'.
+        listener: A bound and listening socket; the rendezvous takes it over.
         device: Index of our GPU.
-        world_size: We and the server's workers.
-        timeout_s: Of the rendezvous. NCCL's own start has none.
+        world_size: Number of the server's workers, and this process.
+        timeout_s: Limit of the rendezvous. NCCL's own start has none.
     """
     import torch
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
@@ -179,22 +179,25 @@ def join_nccl(listener: socket.socket, *, device: int, world_size: int, timeout_
 
     torch.cuda.set_device(device)
     address, port = listener.getsockname()[:2]
-    # When the store's time is up it reports a bad file descriptor (0.31): whoever waits for us shall be done by then.
+    # When the store's time is up it reports a bad file descriptor (0.31): our caller must have given up by then.
     store_timeout = int(timeout_s) + _STORE_MARGIN_S
     group = StatelessProcessGroup.create(
         address, port, rank=0, world_size=world_size, store_timeout=store_timeout, listen_socket=listener
     )
     communicator = PyNcclCommunicator(group, device=device)
     if not communicator.available:  # it says so in its log only
-        raise WeightSyncError("vLLM cannot load the NCCL library in the trainer's process, or was told not to.")
+        raise WeightSyncError(
+            "vLLM cannot load the NCCL library in the trainer's process, or was told not to.",
+            "Use `gym_weight_transport: file`, or correct the environment (`VLLM_NCCL_SO_PATH`).",
+        )
     return NcclLink(communicator, device)
 
 
 def staged(tensor: torch.Tensor, device: int) -> tuple[torch.Tensor, torch.cuda.Event]:
-    """A copy on the GPU, for another thread: the stream may overwrite its tensor, and CUDA works in the background.
+    """Copy a tensor on the GPU for another thread: its stream may overwrite it, and CUDA works in the background.
 
     Returns:
-        The copy, and the moment at which it is complete.
+        The copy, and the event at which it is complete.
     """
     import torch
 
@@ -212,8 +215,8 @@ def broadcast(
     it in a thread.
 
     Args:
-        link: To the server's workers.
-        tensors: Name and what `staged` made.
+        link: Connection to the server's workers.
+        tensors: Names and results of `staged`.
         buffer_bytes: As in `nccl_init_info`: both sides cut the stream at the same places.
     """
     import torch

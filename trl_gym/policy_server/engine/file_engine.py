@@ -39,11 +39,11 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 @dataclass
 class FileInitInfo(WeightTransferInitInfo):
-    """A file that proves that the worker sees what the trainer writes; nothing is proven without.
+    """A file that proves that the worker sees what the trainer writes; an empty one proves nothing.
 
     Attributes:
-        probe: Its path.
-        secret: What it begins with.
+        probe: Path of the file.
+        secret: Text that it begins with.
     """
 
     probe: str = ""
@@ -75,10 +75,10 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         self._loaded: set[str] = set()
         self._received: set[str] = set()
         self._partial = False
-        self._mixed = False  # whether an update ended halfway, so that only a complete one can mend it
+        self._mixed = False  # whether an update ended halfway, so that only a complete one can fix it
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        """Look at the probe.
+        """Read the probe.
 
         Raises:
             OSError: It cannot be opened.
@@ -101,8 +101,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         """Load one file.
 
         Raises:
-            OSError, safetensors.SafetensorError: If the file cannot be read. Nothing is changed then.
-            ValueError, KeyError: For names that the model does not have.
+            OSError, safetensors.SafetensorError: The file cannot be read; nothing was changed.
+            ValueError, KeyError: The model does not have one of its names.
         """
         with safe_open(update_info.path, framework="pt", device="cpu") as file:
             names = list(file.keys())
@@ -127,7 +127,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         """Put the new weights into service.
 
         Raises:
-            ValueError: If parameters were in none of the files that had to be.
+            ValueError: Parameters that had to come were in none of the files.
         """
         required = _whole_modules(self._expected, self._loaded) if self._partial else self._expected
         missing = sorted(required - self._loaded)
@@ -140,7 +140,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         self._mixed = False
 
     def _end_halfway(self) -> None:
-        """Give every module parameters again, so that the next update does not go on where this one ended."""
+        """Give every module parameters again, so that the next update does not continue where this one ended."""
         if self._received:
             finalize_layerwise_reload(self.model, self.model_config)
             self._mixed = True
@@ -157,11 +157,11 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
                 module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: nothing is held open."""
 
 
 def missing_parts(received: Collection[str], packed_modules: Mapping[str, Sequence[str]]) -> list[str]:
-    """Checkpoint names that are missing from modules which vLLM packs into one.
+    """List checkpoint names that are missing from modules which vLLM packs into one.
 
     vLLM counts `qkv_proj` as loaded when only `q_proj` came, and computes with whatever memory held for the rest.
 
@@ -183,7 +183,7 @@ def missing_parts(received: Collection[str], packed_modules: Mapping[str, Sequen
 
 
 def _whole_modules(expected: Collection[str], loaded: Collection[str]) -> set[str]:
-    """Parameters of the modules of which something was loaded: a module is rebuilt from what came alone."""
+    """List parameters of the modules of which something was loaded: a module is rebuilt from what came alone."""
     touched = {name.rpartition(".")[0] for name in loaded}
     return {name for name in expected if name.rpartition(".")[0] in touched}
 

@@ -7,6 +7,13 @@ The nameless file stays, and stays mapped, from one sync to the next: writing to
 clear and map first takes several times as long (`benchmarks/weight_sync.py`). So one copy of what was sent last is
 held in shared memory. It cannot be left behind: it goes with this process, however that ends. A named file is removed
 after each sync.
+
+The file is in the safetensors format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of
+the header as a little-endian integer, the header (JSON, padded with spaces), the data without gaps. The sizes are
+known before the stream begins, so the file is allocated first, and each tensor is written to its place as it comes:
+every byte once, no copy of the model in between. The bytes go to a `Sink`: a memory map, which is as fast as `memcpy`
+once its pages exist (10 GB/s against 5 of `pwrite`, measured in shared memory), or a file, for disks and networks,
+where a failing write is an error and touching a map would end the process.
 """
 
 from __future__ import annotations
@@ -31,18 +38,6 @@ if TYPE_CHECKING:
     from trl_gym.weight_sync.protocol import WeightMeta, WeightStream
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Writes a stream of weights as a safetensors file: every byte once, no copy of the model in between.
-#
-# The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header as a
-# little-endian integer, the header (JSON, padded with spaces), the data without gaps. The sizes are known before the
-# stream begins, so the file is allocated first, and a tensor is written to its place as it comes.
-#
-# Where the bytes go is a `Sink`: a memory map, which is as fast as `memcpy` once its pages are there (10 GB/s against
-# 5
-# of `pwrite`, measured in shared memory), or a file, for disks and networks: there a failing write is an error, where
-# touching a map ends the process.
-
 _ALIGNMENT = 8
 
 _DTYPE_NAMES = {
@@ -66,7 +61,7 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything lies in the file.
+    """The places of everything in the file.
 
     Attributes:
         header: First bytes of the file, length included.
@@ -92,7 +87,7 @@ def layout(parameters: Sequence[WeightMeta]) -> Layout:
     end = 0
     for one in sorted(parameters, key=lambda one: -one.dtype.itemsize):
         if one.name in places:
-            raise WeightSyncError(f"The model's weights name {one.name} twice.")
+            raise WeightSyncError(f"The model's weights name {one.name} twice.", _REPORT)
         header[one.name] = {
             "dtype": _dtype_name(one),
             "shape": list(one.shape),
@@ -116,7 +111,7 @@ class Sink(Protocol):
         Args:
             offset: In bytes, a multiple of the dtype's size.
             data: One dimension, on any device.
-            dtype: In which it is written.
+            dtype: Precision in which it is written.
 
         Raises:
             OSError: E.g. no space left.
@@ -124,7 +119,7 @@ class Sink(Protocol):
 
 
 class MapSink:
-    """Shared memory that is mapped, and stays it from one file to the next of the same size.
+    """Shared memory that is mapped, and stays mapped from one file to the next of the same size.
 
     Args:
         fd: A file in shared memory; resized to `num_bytes`.
@@ -176,7 +171,7 @@ class FileSink:
 
 
 def allocate(fd: int, num_bytes: int) -> None:
-    """Make a file that big, with space for every byte. Raises `OSError` when there is not enough."""
+    """Resize a file, with space for every byte. Raises `OSError` when there is not enough."""
     os.ftruncate(fd, num_bytes)
     if hasattr(os, "posix_fallocate"):  # not on macOS, where a full disk is found while writing
         os.posix_fallocate(fd, 0, num_bytes)
@@ -193,9 +188,9 @@ def write(sink: Sink, plan: Layout, weights: Iterable[tuple[str, torch.Tensor]])
     """Fill a file with exactly the weights that were planned.
 
     Args:
-        sink: As big as the plan.
-        plan: From `layout`.
-        weights: Name and full tensor, on any device, each in the shape of the plan; cast to its dtype.
+        sink: Destination, as big as the plan.
+        plan: Result of `layout`.
+        weights: Names and full tensors, on any device, each in the shape of the plan; cast to its dtype.
 
     Raises:
         OSError: E.g. no space left; the file's content is undefined.
@@ -205,43 +200,47 @@ def write(sink: Sink, plan: Layout, weights: Iterable[tuple[str, torch.Tensor]])
     missing = set(plan.places)
     for name, tensor in weights:
         if name not in missing:
-            raise WeightSyncError(f"The weights have {name}, which was not announced, or comes twice.")
+            raise WeightSyncError(f"The weights have {name}, which was not announced, or comes twice.", _REPORT)
         missing.remove(name)
         one, offset = plan.places[name]
         if tuple(tensor.shape) != one.shape:
-            raise WeightSyncError(f"{name} was announced as {one.shape} and is {tuple(tensor.shape)}.")
+            raise WeightSyncError(f"{name} was announced as {one.shape} and is {tuple(tensor.shape)}.", _REPORT)
         sink.put(offset, tensor.detach().reshape(-1), one.dtype)
     if missing:
-        raise WeightSyncError(f"{len(missing)} announced weights did not come: {', '.join(sorted(missing)[:10])}.")
+        names = ", ".join(sorted(missing)[:10])
+        raise WeightSyncError(f"{len(missing)} announced weights did not come: {names}.", _REPORT)
 
 
 def _dtype_name(one: WeightMeta) -> str:
     name = str(one.dtype).removeprefix("torch.")
     if name not in _DTYPE_NAMES:
-        raise WeightSyncError(f"{one.name} is {name}, which a safetensors file cannot hold.")
+        raise WeightSyncError(
+            f"{one.name} is {name}, which a safetensors file cannot hold.", "Train in another dtype, or use `nccl`."
+        )
     return _DTYPE_NAMES[name]
 
 
 _SHARED_MEMORY = Path("/dev/shm")
+_REPORT = "Report it with the model: its parameters change names, or this is an error in trl-gym."
 
 
 class _Place(Protocol):
-    """Where a file is while it is written, and how the server finds it.
+    """A place for a file while it is written, at which the server finds it.
 
     Attributes:
-        folder: Named in messages; its file system is the one that fills up.
+        folder: Folder to name in messages; its file system is the one that fills up.
     """
 
     folder: Path
 
     def sink(self, num_bytes: int) -> Sink:
-        """Something of that size to write to. Raises `OSError`."""
+        """Open something of that size to write to. Raises `OSError`."""
 
     def publish(self, version: str) -> Path:
-        """The written file's path, from the server's point of view. Raises `OSError`."""
+        """Return the written file's path, from the server's point of view. Raises `OSError`."""
 
     def tidy(self) -> None:
-        """After each sync, and after one that failed. Idempotent."""
+        """Clean up after a sync, also after one that failed. Idempotent."""
 
     def close(self) -> None:
         """Give everything back. Idempotent; the place can be opened again."""
@@ -251,10 +250,10 @@ class FileTransport:
     """safetensors in shared memory or on a shared disk. Works everywhere, also without a GPU.
 
     Args:
-        folder: Where files are written; shared memory when not given, so that the bytes never touch a disk.
+        folder: Folder to write files to; shared memory when not given, so that the bytes never touch a disk.
 
     Raises:
-        ConfigError: There is no such folder, or no shared memory.
+        ConfigError: The folder does not exist, or there is no shared memory.
     """
 
     name = "file"
@@ -265,10 +264,10 @@ class FileTransport:
         self._num_complete = 0  # parameters in a complete update of the server that we are connected to
 
     def connect(self, client: PolicyClient) -> None:
-        """Prove that the server reads what we write.
+        """Prove that the server reads what this process writes.
 
         Raises:
-            WeightSyncError: It does not: another host, container or user.
+            WeightSyncError: It cannot: another host, container or user.
         """
         secret = secrets.token_hex(16)
         try:
@@ -280,15 +279,16 @@ class FileTransport:
         except PolicyServerError as error:
             raise WeightSyncError(
                 f"The policy server at {client.root_url} cannot read what the trainer wrote to {self._place.folder} "
-                f"({error}). Set `gym_weight_dir` to a folder that both see under this path and may read, e.g. on a "
-                "disk that both hosts mount."
+                f"({error}).",
+                "Set `gym_weight_dir` to a folder that both see under this path and may read, e.g. on a disk that "
+                "both hosts mount.",
             ) from error
         finally:
             self._place.close()
         self._num_complete = 0
 
     def disconnect(self) -> None:
-        # Another file from here on: the server that is gone may still be reading this one.
+        # The next file is another one: the server that is gone may still be reading this one.
         self._place.close()
         self._num_complete = 0
 
@@ -305,7 +305,7 @@ class FileTransport:
             _exhaust(stream)  # other ranks walk it to its end
             client.abandon_weight_update()  # it was told nothing: the weights that it holds are whole
             raise
-        # A stream that has fewer parameters than the first one is of those that are trained.
+        # A stream with fewer parameters than the first one has those that are trained.
         partial = len(parameters) < self._num_complete
         try:
             client.update_weights({"path": str(path), "partial": partial})
@@ -331,13 +331,13 @@ class FileTransport:
         state = os.statvfs(self._place.folder)
         return WeightSyncError(
             f"Weights could not be written to {self._place.folder} ({os.strerror(error.errno or errno.EIO)}): "
-            f"{num_bytes / 1e6:,.1f} MB are needed, {state.f_bavail * state.f_frsize / 1e6:,.1f} MB are free. Free "
-            "some space there, or set `gym_weight_dir` to a bigger folder that the policy server sees too."
+            f"{num_bytes / 1e6:,.1f} MB are needed, {state.f_bavail * state.f_frsize / 1e6:,.1f} MB are free.",
+            "Free some space there, or set `gym_weight_dir` to a bigger folder that the policy server sees too.",
         )
 
 
 class _SharedMemoryFile:
-    """One nameless file, used again and again. It exists as long as somebody has it open."""
+    """One nameless file, used again and again. It exists as long as a process has it open."""
 
     def __init__(self) -> None:
         self.folder = _SHARED_MEMORY
@@ -345,8 +345,8 @@ class _SharedMemoryFile:
         self._sink: MapSink | None = None
         if not (self.folder.is_dir() and hasattr(os, "O_TMPFILE")):
             raise ConfigError(
-                f"There is no shared memory at {self.folder} to hand weights over in; set `gym_weight_dir` to a "
-                "folder that the trainer can write and the policy server can read."
+                f"There is no shared memory at {self.folder} to hand weights over in.",
+                "Set `gym_weight_dir` to a folder that the trainer can write and the policy server can read.",
             )
 
     def sink(self, num_bytes: int) -> Sink:
@@ -363,7 +363,7 @@ class _SharedMemoryFile:
         return Path(f"/proc/{os.getpid()}/fd/{self._file.fileno()}")
 
     def tidy(self) -> None:
-        """Nothing: see the module's docstring."""
+        """Keep the file for the next sync: see the module's docstring."""
 
     def close(self) -> None:
         self._sink = None
@@ -378,8 +378,8 @@ class _FolderFile:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise ConfigError(
-                f"There is no folder {folder} to hand weights over in; set `gym_weight_dir` to one that the trainer "
-                "can write and the policy server can read."
+                f"The folder {folder}, to hand weights over in, does not exist.",
+                "Set `gym_weight_dir` to one that the trainer can write and the policy server can read.",
             )
         self.folder = folder.absolute()
         # Unguessable, so that two runs with one folder cannot mix up their weights.
@@ -398,8 +398,8 @@ class _FolderFile:
         return FileSink(fd, num_bytes)
 
     def publish(self, version: str) -> Path:
-        # Other hosts: on the disk before it has its name, and closed before anybody opens it, which is when an NFS
-        # client asks for the newest state.
+        # For other hosts it must be on the disk before it has its name, and closed before one of them opens it, which
+        # is when an NFS client asks for the newest state.
         assert self._file is not None
         os.fsync(self._file.fileno())
         self._file.close()

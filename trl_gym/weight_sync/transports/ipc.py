@@ -4,8 +4,8 @@ Weights are copied into a packed buffer on the GPU; the server gets its CUDA IPC
 there. Every rank takes part: a worker of the server can only open the memory of the GPU that it runs on, so rank 0
 sends the handles of all of them.
 
-vLLM takes such handles pickled, and unpickling runs what a message says. So this transport is for a server that only
-this machine can reach, and the server must have been started with VLLM_ALLOW_INSECURE_SERIALIZATION=1.
+vLLM takes such handles pickled, and unpickling runs code that a message names. So this transport is for a server that
+only this machine can reach, and the server must have been started with VLLM_ALLOW_INSECURE_SERIALIZATION=1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-"""What the server's process needs."""
+"""Environment that the server's process needs."""
 
 
 class IpcTransport:
@@ -57,7 +57,9 @@ class IpcTransport:
         except TrlGymError:
             raise
         except Exception as error:  # CUDA's and vLLM's own
-            outbox.error = WeightSyncError(f"Weights could not be sent by CUDA IPC: {error}")
+            outbox.error = WeightSyncError(
+                f"Weights could not be sent by CUDA IPC: {error}", "Look into the policy server's log."
+            )
             outbox.error.__cause__ = error
         finally:
             for _ in stream:  # other ranks walk it to its end
@@ -85,7 +87,7 @@ class IpcTransport:
 
 
 class _Outbox:
-    """Posts updates until one fails. After that it keeps quiet: the ranks walk the stream to its end together."""
+    """Posts updates until one fails, and none after that: the ranks walk the stream to its end together."""
 
     def __init__(self, client: PolicyClient | None) -> None:
         self._client = client
