@@ -82,7 +82,7 @@ class Accounting:
             rewards: `[B]`, checked (`batch.checked_rewards`).
             mode: `"train"` or `"eval"`.
             step: Optimizer step whose weights sampled them.
-            where: Tells the user where to read more about failures.
+            where: Tells the user where to read more about failures: a sentence that begins with a verb.
 
         Returns:
             `[B]`, the rewards to train on; None for a rollout that is not trained.

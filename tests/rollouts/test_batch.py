@@ -10,7 +10,7 @@ import pytest
 
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
-from trl_gym.rollouts.batch import describe_drift, describe_failures, table_columns, training_rows
+from trl_gym.rollouts.batch import as_problems, describe_drift, failure_causes, table_columns, training_rows
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, conversation, journal_record
 from trl_gym.rollouts.trajectory import DriftReport, from_gym
@@ -137,9 +137,10 @@ def test_success_is_the_full_reward_where_the_verifier_says_nothing() -> None:
 
 
 def test_failures_are_counted_by_cause() -> None:
-    text = describe_failures([bad(), bad(), bad(FailureKind.ENVIRONMENT, "verifier raised"), good()])
-    assert text.splitlines()[0] == "  2 × deadline (calculator /run): took 3 s"
-    assert "1 × environment" in text
+    rollouts = [bad(), bad(), bad(FailureKind.ENVIRONMENT, "verifier raised"), good()]
+    first, second = as_problems(failure_causes(rollouts))
+    assert first.text == "2 × deadline (calculator /run): took 3 s"
+    assert second.text.startswith("1 × environment")
 
 
 def test_drift_is_described_once_per_agent_and_cause() -> None:

@@ -186,7 +186,7 @@ def test_small_groups_and_small_batches() -> None:
     assert kept.num_valid == 0 and kept.own_rewards == [None, None]
     expected = (
         r"(?s)Only 0 of the 3 rollouts of step 1.*1 failed, 1 got no reward, 1 are in groups with too few.*"
-        r"1 × deadline \(x\): late\nSee there\."
+        r"See there\.\n  - 1 × deadline \(x\): late"
     )
     with pytest.raises(RolloutError, match=expected):
         kept.check(0.0, step=1, where="See there.")

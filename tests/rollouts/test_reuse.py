@@ -116,6 +116,11 @@ def test_failed_rollouts_are_tried_again_and_none_is_given_out_twice(tmp_path: P
     assert recall.take_all([request(0, 1)], POLICY) == {}
 
 
+def test_what_was_rewarded_as_the_policy_server_was_lost_is_run_again(tmp_path: Path) -> None:
+    write(tmp_path, [rollout(request(0, 0))], retried=True)
+    assert Recall(tmp_path).take_all([request(0, 0)], POLICY) == {}
+
+
 def test_evaluations_are_not_recalled(tmp_path: Path) -> None:
     write(tmp_path, [rollout(request())], mode="eval")
     assert Recall(tmp_path).take_all([request()], POLICY) == {}

@@ -65,6 +65,7 @@ def test_what_was_given_up_or_tried_again_is_no_rollout(tmp_path: Path) -> None:
     write(tmp_path, [*group(0, [0.1]), rollout(request(0, 1), failure=cancelled)], policy=given_up)
     write(tmp_path, [rollout(request(0, 0), failure=FAILURE)], retried=True)
     write(tmp_path, group(0, [0.3, 0.4]))
+    write(tmp_path, [rollout(request(0, 1), reward=0.9)], retried=True)  # as the policy server was lost
     assert replayed(tmp_path, task=0, number=0) == [0.3, 0.4]
 
 

@@ -1,4 +1,31 @@
-"""A generation batch of finished rollouts → what TRL trains on and shows, what is said when it failed. Pure."""
+"""Turn a generation batch of finished rollouts into what TRL trains on and shows. Pure functions.
+
+TRL's batch has one row per rollout, whatever became of it: groups are formed by row. A rollout without a reward keeps
+its row, with one masked token (`training_rows`), a NaN reward (out of its group's baseline) and advantage 0: it adds
+exactly 0 to every sum. What the sums are divided by is corrected here (`mark`, `weighted`). With V rows that have a
+reward out of N, in M micro-batches (over ranks and the micro-steps that share the generation batch), v of them in this
+one of B:
+
+    loss_type              TRL 1.16 computes, per micro-batch              should be          weight
+    grpo, sapo             sum over rows of a token mean / B               / (V/M)            N / V
+    luspo                  sum over rows of a token sum / B                / (V/M)            N / V
+    dr_grpo                sum over tokens / (B · max length)              / (V/M · …)        N / V
+    bnpo                   mean over the tokens that it has                a share of v / V   v · M / V
+    dapo, cispo, vespo     sum over tokens / (unmasked tokens of all / M)  right              1
+
+and takes the mean over the M micro-batches (accumulation, ranks). B = N/M. For `bnpo` "without the failed rollouts" is
+a matter of taste: its micro-batches are weighted by the rows that they have, which for one micro-batch is no change,
+and lets one that has none count for nothing instead of for 0 in the mean.
+
+All these losses are homogeneous in the advantages (what depends on their sign does not change), so the weight is put
+on the advantages, and on `beta`, whose KL term is divided alike. The entropy bonus and the router loss have divisors
+of their own and keep them. Rows cannot simply be dropped: ranks would disagree on shapes that TRL gathers. V counts
+the generation batch, as `num_items_in_batch` does: with several optimizer steps per generation batch, each has its
+share on average.
+
+Ranks roll out their own rows; groups may lie across ranks. One gather per batch (`share`) tells every rank the facts
+of every rollout, so that all come to the same decision: no rank trains, or raises, alone.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +38,12 @@ from typing import Any
 
 import torch
 
-from trl_gym.errors import ConfigError, RolloutError
+from trl_gym.errors import ConfigError, Problem, RolloutError
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of
 from trl_gym.rollouts.trajectory import Trajectory, finish_reason
 
 _NUM_CAUSES = 20  # that a rank tells the others; a cause may be 600 characters long
+_NUM_SHOWN = 5  # of them, in an error
 
 
 def training_rows(
@@ -27,9 +55,9 @@ def training_rows(
     mask_truncated: bool = False,
     with_logprobs: bool = True,
 ) -> dict[str, list[Any]]:
-    """The columns that TRL's `rollout_func` returns, one entry per rollout.
+    """Return the columns of TRL's `rollout_func`, one entry per rollout.
 
-    A rollout without a reward gets a single masked token: TRL needs one, and it trains nothing (`groups`).
+    A rollout without a reward gets a single masked token: TRL needs one, and it trains nothing.
 
     Args:
         rollouts: `[B]`.
@@ -62,7 +90,7 @@ def training_rows(
 
 
 def table_columns(rollouts: Sequence[Rollout]) -> dict[str, list[str]]:
-    """Columns for TRL's completions table, `[B]` each."""
+    """Return columns for TRL's completions table, `[B]` each."""
     return {
         "environment": [rollout.request.agent for rollout in rollouts],
         "rollout_id": [rollout.request.rollout_id for rollout in rollouts],
@@ -74,7 +102,7 @@ def table_columns(rollouts: Sequence[Rollout]) -> dict[str, list[str]]:
 
 
 def failure_causes(rollouts: Sequence[Rollout]) -> Counter[str]:
-    """The most frequent causes of failure, with their numbers."""
+    """Count the most frequent causes of failure."""
     causes = Counter(
         f"{rollout.failure.kind} ({rollout.failure.where}): {rollout.failure.text[:600]}"
         for rollout in rollouts
@@ -83,18 +111,13 @@ def failure_causes(rollouts: Sequence[Rollout]) -> Counter[str]:
     return Counter(dict(causes.most_common(_NUM_CAUSES)))
 
 
-def describe_causes(causes: Counter[str], *, num_shown: int = 5) -> str:
-    """One line each: `  12 × environment (my_agent /run): …`."""
-    return "\n".join(f"  {count} × {cause}" for cause, count in causes.most_common(num_shown))
-
-
-def describe_failures(rollouts: Sequence[Rollout], *, num_shown: int = 5) -> str:
-    """The most frequent causes of failure, one line each."""
-    return describe_causes(failure_causes(rollouts), num_shown=num_shown)
+def as_problems(causes: Counter[str]) -> list[Problem]:
+    """Return the most frequent causes for an error: `12 × environment (my_agent /run): …`."""
+    return [Problem(f"{count} × {cause}") for cause, count in causes.most_common(_NUM_SHOWN)]
 
 
 def describe_drift(rollouts: Sequence[Rollout]) -> list[str]:
-    """One line per agent and cause, most frequent first: how many rollouts drifted, and the first of them."""
+    """Return one line per agent and cause, most frequent first: how many rollouts drifted, and the first of them."""
     examples: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for rollout in rollouts:
         if rollout.drift is not None:
@@ -108,33 +131,7 @@ def describe_drift(rollouts: Sequence[Rollout]) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Which rollouts of a generation batch are trained, and how the loss forgets the others.
-#
-# TRL's batch has one row per rollout, whatever became of it: groups are formed by row. A rollout without a reward
-# keeps
-# its row, with one masked token (`batch.training_rows`), a NaN reward (out of its group's baseline) and advantage 0:
-# it
-# adds exactly 0 to every sum. What is left to mend is what the sums are divided by. With V rows that have a reward out
-# of N, in M micro-batches (over ranks and the micro-steps that share the generation batch), v of them in this one of
-# B:
-#
-#     loss_type              TRL 1.16 computes, per micro-batch              should be          weight
-#     grpo, sapo             sum over rows of a token mean / B               / (V/M)            N / V
-#     luspo                  sum over rows of a token sum / B                / (V/M)            N / V
-#     dr_grpo                sum over tokens / (B · max length)              / (V/M · …)        N / V
-#     bnpo                   mean over the tokens that it has                a share of v / V   v · M / V
-#     dapo, cispo, vespo     sum over tokens / (unmasked tokens of all / M)  right              1
-#
-# and takes the mean over the M micro-batches (accumulation, ranks). B = N/M. For `bnpo` "without the failed rollouts"
-# is
-# a matter of taste: its micro-batches are weighted by the rows that they have, which for one micro-batch is no change,
-# and lets one that has none count for nothing instead of for 0 in the mean.
-#
-# All these losses are homogeneous in the advantages (what depends on their sign does not change), so the weight is put
-# on the advantages, and on `beta`, whose KL term is divided alike. The entropy bonus and the router loss have divisors
-# of their own and keep them. Rows cannot simply be dropped: ranks would disagree on shapes that TRL gathers. V counts
-# the generation batch, as `num_items_in_batch` does: with several optimizer steps per generation batch, each has its
-# share on average.
+# What the loss is divided by.
 
 VALID = "rollout_is_valid"
 NUM_VALID = "num_valid_rollouts"
@@ -147,7 +144,7 @@ LOSS_TYPES = (*_MEAN_OVER_ROWS, *_MEAN_OVER_MICRO_BATCH, *_MEAN_OVER_ALL_TOKENS)
 
 
 def checked_rewards(rewards: Sequence[float | None], num_rollouts: int) -> list[float | None]:
-    """What `compute_rewards` returned; NaN, as TRL has it, is None.
+    """Check what `compute_rewards` returned, and return it with None for NaN, which TRL uses.
 
     Args:
         rewards: `[B]`.
@@ -158,19 +155,19 @@ def checked_rewards(rewards: Sequence[float | None], num_rollouts: int) -> list[
     """
     if len(rewards) != num_rollouts:
         raise RolloutError(
-            f"`compute_rewards` returned {len(rewards)} rewards for {num_rollouts} rollouts; return one each."
+            f"`compute_rewards` returned {len(rewards)} rewards for {num_rollouts} rollouts.", "Return one for each."
         )
     infinite = [index for index, reward in enumerate(rewards) if reward is not None and math.isinf(reward)]
     if infinite:
         raise RolloutError(
-            f"`compute_rewards` returned {rewards[infinite[0]]} for rollout {infinite[0]}; return a finite number, or "
-            "None to take a rollout out of the loss."
+            f"`compute_rewards` returned {rewards[infinite[0]]} for rollout {infinite[0]}.",
+            "Return a finite number, or None to take a rollout out of the loss.",
         )
     return [None if reward is None or math.isnan(reward) else float(reward) for reward in rewards]
 
 
 def undersized(groups: Sequence[Hashable], has_reward: Sequence[bool], min_size: int) -> set[Hashable]:
-    """Groups with too few rewards to make a baseline of; those without any are among them.
+    """Return the groups with too few rewards to make a baseline of, those without any included.
 
     Args:
         groups: `[N]`, group of each rollout over all ranks.
@@ -182,31 +179,32 @@ def undersized(groups: Sequence[Hashable], has_reward: Sequence[bool], min_size:
 
 
 def check_same_task(groups: Sequence[Hashable], tasks: Sequence[Hashable]) -> None:
-    """
+    """Check that a group has rollouts of one task only; else its baseline would mean nothing.
+
     Args:
         groups: `[N]`, group of each rollout over all ranks.
         tasks: `[N]`, task of each rollout.
 
     Raises:
-        RolloutError: A group holds rollouts of several tasks: its baseline would mean nothing.
+        RolloutError: A group has rollouts of several tasks.
     """
     task_of: dict[Hashable, Hashable] = {}
     for group, task in zip(groups, tasks, strict=True):
         if task_of.setdefault(group, task) != task:
             raise RolloutError(
-                f"Group {group} has rollouts of the tasks {task_of[group]} and {task}. TRL's sampler puts the "
-                "rollouts of a task next to each other; a sampler or data loader of your own must do so too."
+                f"Group {group} has rollouts of the tasks {task_of[group]} and {task}.",
+                "Put the rollouts of a task next to each other in your own sampler or data loader, as TRL's does.",
             )
 
 
 def mark(batch: dict[str, Any], valid: Sequence[bool], *, num_valid: int, num_micro_batches: int) -> dict[str, Any]:
-    """A generation batch that knows which of its rows count; TRL may shuffle and split it.
+    """Return a generation batch that knows which of its rows count; TRL may shuffle and split it.
 
     Args:
-        batch: What `GRPOTrainer._generate_and_score_completions` returns, `B` rows of this rank.
-        valid: `[B]`.
-        num_valid: Rows with a reward over all ranks.
-        num_micro_batches: Micro-batches that it makes, over all ranks.
+        batch: The result of `GRPOTrainer._generate_and_score_completions`, `B` rows of this rank.
+        valid: `[B]`, whether a row counts.
+        num_valid: Rows that count, over all ranks.
+        num_micro_batches: Micro-batches that the batch is split into, over all ranks.
     """
     return batch | {
         VALID: torch.tensor(valid, device=batch["completion_ids"].device),
@@ -216,14 +214,14 @@ def mark(batch: dict[str, Any], valid: Sequence[bool], *, num_valid: int, num_mi
 
 
 def weighted(batch: Mapping[str, Any], loss_type: str) -> tuple[dict[str, Any], float]:
-    """A micro-batch whose loss forgets the rows that do not count, and the weight that its KL term needs.
+    """Return a micro-batch whose loss leaves out the rows that do not count, and the weight that its KL term needs.
 
     Args:
-        batch: A piece of what `mark` returned, `B` rows; anything else is returned as it is, with weight 1.
+        batch: A part of what `mark` returned, `B` rows; anything else is returned as it is, with weight 1.
         loss_type: One of `LOSS_TYPES`.
 
     Raises:
-        ConfigError: What that loss divides by is not known.
+        ConfigError: `loss_type` is not one of them.
     """
     rows = dict(batch)
     valid, total, num_micro_batches = (rows.pop(name, None) for name in (VALID, NUM_VALID, NUM_MICRO_BATCHES))
@@ -238,8 +236,8 @@ def weighted(batch: Mapping[str, Any], loss_type: str) -> tuple[dict[str, Any], 
 def _weight(loss_type: str, num_rows: int, num_valid: int, total: int, num_micro_batches: int) -> float:
     if loss_type not in LOSS_TYPES:
         raise ConfigError(
-            f"`loss_type` is {loss_type!r}, and what it divides by is not known: failed rollouts would weigh in it. "
-            f"Choose one of {', '.join(LOSS_TYPES)}."
+            f"`loss_type` is {loss_type!r}, and what it divides by is not known: failed rollouts would weigh in it.",
+            f"Choose one of {', '.join(LOSS_TYPES)}.",
         )
     if num_valid == 0 or loss_type in _MEAN_OVER_ALL_TOKENS:
         return 1.0  # without a valid row there is only 0 to be weighted
@@ -248,19 +246,16 @@ def _weight(loss_type: str, num_rows: int, num_valid: int, total: int, num_micro
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What all ranks know about one generation batch, and what they decide from it together.
-#
-# Ranks roll out their own rows; groups may lie across ranks. One gather per batch tells every rank the facts of every
-# rollout, so that all come to the same decision: nobody trains, or raises, alone.
+# What ranks decide together.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """What one rank tells the others.
+    """A rank's part of a generation batch, as the other ranks see it.
 
     Attributes:
-        facts: `[B]`, of its rollouts, in the order of its rows.
-        causes: Of its failures, with their numbers.
+        facts: `[B]`, the facts of its rollouts, in the order of its rows.
+        causes: Causes of its failures, counted.
     """
 
     facts: list[RolloutFacts]
@@ -269,12 +264,12 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedBatch:
-    """A generation batch of all ranks.
+    """A generation batch on all ranks.
 
     Attributes:
         facts: `[N]`, by rank and row: the order of rows that `accelerate.utils.gather` makes.
-        own: Where this rank's rows are among them.
-        causes: Of failures, with their numbers.
+        own: This rank's rows among them.
+        causes: Causes of failures, counted.
     """
 
     facts: list[RolloutFacts]
@@ -296,10 +291,10 @@ class SharedBatch:
         return [fact.trained_reward if fact.is_valid else None for fact in self.facts[self.own]]
 
     def without_small_groups(self, min_group_size: int) -> SharedBatch:
-        """The same batch, in which no member of a group with too few rewards is trained.
+        """Return the same batch, in which no member of a group with too few rewards is trained.
 
         Raises:
-            RolloutError: A group holds rollouts of several tasks.
+            RolloutError: A group has rollouts of several tasks.
         """
         groups = [fact.group for fact in self.facts]
         check_same_task(groups, [(fact.agent, fact.task) for fact in self.facts])
@@ -308,11 +303,12 @@ class SharedBatch:
         return dataclasses.replace(self, facts=facts)
 
     def check(self, min_valid_fraction: float, *, step: int, where: str) -> None:
-        """
+        """Check that enough of the rollouts are trained.
+
         Args:
-            min_valid_fraction: Part of the rollouts that must be trained.
+            min_valid_fraction: Fraction of the rollouts that must be trained.
             step: Optimizer step whose weights sampled them.
-            where: Where to read more, a sentence.
+            where: Tells the user where to read more: a sentence that begins with a verb.
 
         Raises:
             RolloutError: Too few of the rollouts can be trained on.
@@ -331,8 +327,7 @@ class SharedBatch:
                 f"`gym_min_valid_fraction` is {min_valid_fraction:g}: {num_failed} failed, {num_without} got no "
                 f"reward, {num_dropped} are in groups with too few of the others (`gym_min_group_size`)"
             )
-        causes = f":\n{describe_causes(self.causes)}\n" if self.causes else ". "
-        raise RolloutError(f"{summary}{causes}{where}")
+        raise RolloutError(f"{summary}.", where, as_problems(self.causes))
 
 
 def share(
@@ -343,13 +338,13 @@ def share(
     rank: int,
     gather: Callable[[list[RankReport]], list[RankReport]],
 ) -> SharedBatch:
-    """Tell the other ranks and hear from them. Every rank calls it.
+    """Tell the other ranks about this rank's rollouts, and return what all have told. Every rank calls it in step.
 
     Args:
         rollouts: `[B]`, of this rank.
         rewards: `[B]`, the rewards to train on. Without a token there is nothing to train, whatever the reward.
         batch: Name of the batch, the same on every rank.
-        rank: Of this process.
+        rank: This rank.
         gather: From a list on every rank to the list of all, by rank (accelerate's `gather_object`).
     """
     facts = [

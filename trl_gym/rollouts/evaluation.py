@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import RolloutError
 from trl_gym.rollout_options import Sampling
-from trl_gym.rollouts.batch import describe_causes
+from trl_gym.rollouts.batch import as_problems
 
 if TYPE_CHECKING:
     from trl_gym.rollouts.batch import SharedBatch
@@ -143,9 +143,10 @@ class EvaluationProgress:
         if self.num_counted and (not self.num_valid or self.num_valid / self.num_counted < min_valid_fraction):
             of = f" of {self.name!r}" if self.name else ""
             raise RolloutError(
-                f"Only {self.num_valid} of the {self.num_counted} rollouts of the evaluation{of} have a reward "
-                f"(`gym_min_valid_fraction` is {min_valid_fraction:g}):\n{describe_causes(self.causes)}\n",
+                f"Only {self.num_valid} of the {self.num_counted} rollouts of the evaluation{of} have a reward, and "
+                f"`gym_min_valid_fraction` is {min_valid_fraction:g}.",
                 "Fix what made them fail, or lower `gym_min_valid_fraction`.",
+                as_problems(self.causes),
             )
 
 

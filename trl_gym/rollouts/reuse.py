@@ -31,7 +31,7 @@ from typing import Any, Protocol
 from trl_gym.errors import FailureKind
 from trl_gym.rollouts.call_records import weight_versions
 from trl_gym.rollouts.collection import RolloutResult
-from trl_gym.rollouts.journal import Line, journal_files, read_line, read_lines, step_of
+from trl_gym.rollouts.journal import Attempt, Line, journal_files, read_line, read_lines, step_of
 from trl_gym.rollouts.request import RolloutRequest, next_attempt, request_hash, task_hash
 from trl_gym.rollouts.rollout import Rollout, from_record
 
@@ -152,7 +152,7 @@ def _usable(lines: Iterable[Line], policy: Policy) -> tuple[dict[_Key, list[Line
     num_outdated = 0
     for line in lines:
         record = line.record
-        if record.get("run") != policy.run or record["failure"] is not None:
+        if record.get("run") != policy.run or not Attempt.of(record).has_reward:
             continue
         if record.get("weights") != policy.weights or record["weight_versions"] != [str(policy.step)]:
             num_outdated += 1

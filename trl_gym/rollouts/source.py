@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,7 +28,7 @@ from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutError, Roll
 from trl_gym.policy_server.middleware.calls import CallRecord
 from trl_gym.rollouts.call_records import match_records
 from trl_gym.rollouts.collection import CollectionStatus, RolloutResult
-from trl_gym.rollouts.journal import Line, Recorder, read_line, read_lines
+from trl_gym.rollouts.journal import Attempt, Line, LineState, Recorder, line_states, read_line, read_lines
 from trl_gym.rollouts.request import RolloutRequest, task_hash
 from trl_gym.rollouts.rollout import Rollout, from_record, journal_record
 from trl_gym.rollouts.trajectory import (
@@ -314,16 +314,16 @@ def check_replay(args: GymGRPOConfig, *, has_servers: bool) -> None:
 
 
 def _index(folder: Path) -> dict[str, list[_Group]]:
-    """Index the groups by task, in the order of recording; of a rollout that was recorded twice, the better line.
+    """Index the lines that count by task and group, in the order of recording.
 
     Groups of which members are missing (the run was interrupted) come last, so that they are used only where nothing
     else is there.
     """
-    groups: defaultdict[str, dict[tuple[Any, ...], _Group]] = defaultdict(dict)
-    num_lines = num_trainable = 0
+    groups: defaultdict[str, dict[Hashable, _Group]] = defaultdict(dict)
+    lines, attempts = [], []
     for line in read_lines(folder):
         record = line.record
-        if record["mode"] not in ("train", "rollout") or record.get("retried") or _is_cancelled(record):
+        if record["mode"] not in ("train", "rollout"):
             continue
         if missing := [name for name in _NEEDED if name not in record]:
             raise ConfigError(
@@ -331,38 +331,30 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
                 f"{', '.join(missing)}); it can be viewed and not trained on.",
                 "Roll the tasks out again with this version.",
             )
-        num_lines += 1
-        num_trainable += bool(record["completion_ids"]) and record["failure"] is None
-        group = groups[record["task_hash"]].setdefault(_group_key(record), _Group())
-        _keep_better(group, line)
-    if not num_trainable:
-        why = "none of its rollouts has token ids and a reward" if num_lines else "it has no rollouts of training"
+        group = record.get("run"), record.get("weights"), record["step"], record["group"], record.get("dataset")
+        place = record["task_hash"], group, record["member"]
+        attempts.append(Attempt.of(record, place))
+        kept = {
+            "weight_versions": record["weight_versions"],
+            "place": place,
+            "has_ids": bool(record["completion_ids"]),
+        }
+        lines.append(Line(line.path, line.offset, line.length, kept))
+    states = line_states(attempts)
+    if not any(line.record["has_ids"] and attempt.has_reward for line, attempt in zip(lines, attempts, strict=True)):
+        why = "none of its rollouts has token ids and a reward" if lines else "it has no rollouts of training"
         raise ConfigError(
             f"`gym_replay` is {str(folder)!r} and there is nothing to train on: {why}. Token ids are recorded when "
             "the policy is served by trl-gym.",
             "Serve it with `trl-gym serve` or `trl-gym gateway` while you roll out.",
         )
+    for line, state in zip(lines, states, strict=True):
+        if state is LineState.COUNTED:
+            task, group, member = line.record["place"]
+            groups[task].setdefault(group, _Group()).members[member] = line
     return {
         task: sorted(recorded.values(), key=lambda group: -len(group.members)) for task, recorded in groups.items()
     }
-
-
-def _is_cancelled(record: Mapping[str, Any]) -> bool:
-    """Tell whether it was given up with its batch, which was never trained on."""
-    return record["failure"] is not None and record["failure"]["kind"] == FailureKind.CANCELLED
-
-
-def _group_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return record.get("run"), record.get("weights"), record["step"], record["group"], record.get("dataset")
-
-
-def _keep_better(group: _Group, line: Line) -> None:
-    """Replace an earlier line by a later one, except a reward by a failure."""
-    record = line.record
-    before = group.members.get(record["member"])
-    if before is None or before.record["reward"] is None or record["reward"] is not None:
-        kept = {"reward": record["reward"], "weight_versions": record["weight_versions"]}
-        group.members[record["member"]] = Line(line.path, line.offset, line.length, kept)
 
 
 # --------------------------------------------------------------------------------------------------------------------
