@@ -19,7 +19,7 @@ from trl_gym.ranks import agree_on_loss, agreed
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.call_records import ledger_for
 from trl_gym.rollouts.collector import RolloutCollector
-from trl_gym.rollouts.journal import Journal
+from trl_gym.rollouts.journal import Journal, secrets_in
 from trl_gym.rollouts.reuse import Policy, Recall, RecoveringCollector, collect_missing
 from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, TrainerHooks
 from trl_gym.run.weights import PolicyWeights, check_model
@@ -89,7 +89,7 @@ class LiveSource:
             self.folder,
             rank=accelerator.process_index,
             max_bytes=self._args.gym_journal_max_mb * 1e6,
-            secrets=self._servers.secrets,
+            secrets=(*self._servers.secrets, *secrets_in(self._args.gym_overrides)),
         )
         self._weights = PolicyWeights(self._args, accelerator, self._servers, model)
         self._collector = self._new_collector()
