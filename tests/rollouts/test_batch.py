@@ -6,13 +6,11 @@ import dataclasses
 import json
 from typing import Any
 
-import pytest
-
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
 from trl_gym.rollouts.batch import as_problems, describe_drift, failure_causes, table_columns, training_rows
 from trl_gym.rollouts.request import RolloutRequest
-from trl_gym.rollouts.rollout import Rollout, conversation, journal_record
+from trl_gym.rollouts.rollout import Rollout, journal_record
 from trl_gym.rollouts.trajectory import DriftReport, from_gym
 
 OUTPUT = [
@@ -113,17 +111,6 @@ def test_unknown_logprobs_are_none_for_each_token() -> None:
     assert rows["logprobs"] == [[None, None, None], [None]]
 
 
-@pytest.mark.parametrize("arguments", ["not json", "[1]", "", None])
-def test_arguments_that_are_no_object_can_be_shown(arguments: str | None) -> None:
-    """TRL's table reads them as a JSON object, and would end training."""
-    call = {"type": "function_call", "name": "add", "arguments": arguments}
-    rollout = good(response={"output": [call, *OUTPUT]})
-    [first, second, *_] = conversation(rollout)
-    shown = json.loads(first["tool_calls"][0]["function"]["arguments"])
-    assert shown == {"unparsed": arguments or ""}
-    assert second["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1, "b": 2}'}
-
-
 def test_the_table_says_whose_row_it_is() -> None:
     assert table_columns([good(), bad()]) == {
         "environment": ["calculator", "calculator"],
@@ -205,12 +192,3 @@ def test_journal_record_has_the_agreed_keys() -> None:
     assert set(excluded["drift"]) == {"turn", "position", "cause", "seen_text", "prompt_text", "text"}
     assert excluded["reward"] is None
     json.dumps([record, failed, excluded], allow_nan=False)
-
-
-def test_the_conversation_is_what_happened() -> None:
-    messages = conversation(good())
-    assert [message["role"] for message in messages] == ["assistant", "tool", "assistant"]
-    assert messages[0]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1, "b": 2}'}
-    assert messages[1]["content"] == "3"
-    assert messages[2]["content"] == "It is 3."
-    assert conversation(bad()) == [{"role": "assistant", "content": ""}]

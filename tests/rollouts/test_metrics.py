@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tests.rollouts.test_batch import OUTPUT, bad, drifted, good, record, with_records
 from trl_gym.errors import FailureKind, RolloutError
 from trl_gym.policy_server.middleware.calls import DriftCause
-from trl_gym.responses import is_tool_error
 from trl_gym.rollouts.batch import RankReport, SharedBatch, failure_causes, share
 from trl_gym.rollouts.metrics import (
     GapSum,
@@ -86,23 +85,6 @@ def test_what_a_rollout_did() -> None:
     assert metrics["rollouts/model_seconds_p50"] == metrics["rollouts/model_seconds_p95"] == 5.0
     assert metrics["rollouts/queue_seconds_p50"] == 0.01
     assert metrics["rollouts/seconds"] == metrics["gym/calculator/rollouts/seconds_p95"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Internal Server Error", True),
-        ('{"error": "no such city"}', True),
-        ('{"detail": [{"msg": "field required"}]}', True),
-        ('{"error": null, "value": 3}', False),
-        ('{"detail": "a word", "value": 3}', False),
-        ("an error occurred to me", False),
-        ("3", False),
-        ('["error"]', False),
-    ],
-)
-def test_tool_errors_are_told_by_the_body(text: str, expected: bool) -> None:
-    assert is_tool_error(text) is expected
 
 
 def test_groups() -> None:

@@ -6,18 +6,26 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.splice import num_common
 from trl_gym.rollouts.trajectory import (
+    Drift,
     DriftError,
     ModelCall,
     TrajectoryError,
+    classify,
     contiguous_head,
     describe,
     finish_reason,
     from_gym,
+    make_decoder,
     model_calls,
+    report_drift,
 )
 
 token = st.integers(0, 1000)
@@ -143,3 +151,143 @@ def test_overflow_on_the_first_call_is_named() -> None:
         from_gym(cut)
     assert finish_reason(cut) == "max_output_tokens"
     assert finish_reason({"response": {}}) == "stop"
+
+
+# -- drift is reported: where, in which words, and for which reason ---------------------------------------------------
+
+
+PAIR = 256  # token PAIR + 256 * a + b spells the bytes a, b; below it a token is one byte
+
+
+def decode(ids: Any) -> str:
+    spelled = (bytes([i]) if i < PAIR else bytes(divmod(i - PAIR, 256)) for i in ids)
+    return b"".join(spelled).decode("utf-8", errors="replace")
+
+
+def encode(text: str, merges: list[bool] | None = None) -> list[int]:
+    """Tokens of one byte, or of two where the next of `merges` says so; characters may be torn apart."""
+    raw, ids, merges = text.encode(), [], list(merges or [])
+    while raw:
+        width = 2 if len(raw) > 1 and merges and merges.pop() else 1
+        ids.append(raw[0] if width == 1 else PAIR + 256 * raw[0] + raw[1])
+        raw = raw[width:]
+    return ids
+
+
+def drift_of(seen: list[int], sampled: list[int], prompt: list[int], turn: int = 1) -> Drift:
+    position = num_common(seen, prompt)
+    assert position < len(seen)
+    return Drift(turn, position, seen, sampled, prompt)
+
+
+def record(**changes: Any) -> CallRecord:
+    fields: dict[str, Any] = {
+        "status": 200, "prompt": "rendered", "prompt_tokens": 3, "completion_tokens": 1, "cached_tokens": 2,
+        "finish_reason": "stop", "weight_version": "4", "seconds": 0.1, "queue_s": 0.01, "prefill_s": 0.02,
+        "decode_s": 0.03, "drift": None,
+    }  # fmt: skip
+    return CallRecord(**(fields | changes))
+
+
+texts = st.text(alphabet="ab {é€😀", min_size=1, max_size=12)
+merges = st.lists(st.booleans(), max_size=24)
+
+
+@given(st.lists(st.tuples(texts, st.booleans(), merges, merges), min_size=1, max_size=4))
+def test_the_same_text_in_other_tokens_is_retokenized(parts: list[Any]) -> None:
+    seen = [token for text, _, first, _ in parts for token in encode(text, first)]
+    again = [token for text, _, _, second in parts for token in encode(text, second)]
+    assume(again != seen)
+    drift = drift_of(seen, [1] * len(seen), [*again, *encode("more")])
+    assert classify(drift, decode) is DriftCause.RETOKENIZED
+
+
+@given(st.lists(st.tuples(texts, st.booleans(), merges, merges), min_size=1, max_size=4), st.data())
+def test_the_cause_is_who_wrote_the_first_text_that_differs(parts: list[Any], data: st.DataObject) -> None:
+    """Whatever was retokenized before it."""
+    seen = [token for text, _, first, _ in parts for token in encode(text, first)]
+    sampled = [int(by_policy) for text, by_policy, first, _ in parts for _ in encode(text, first)]
+    index = data.draw(st.integers(0, len(parts) - 1))
+    text, by_policy, _, again = parts[index]
+    place = data.draw(st.integers(0, len(text) - 1))
+    left_out = data.draw(st.booleans())
+    changed = text[:place] + ("" if left_out else "#" + text[place:])
+    before = [token for text, _, _, second in parts[:index] for token in encode(text, second)]
+    prompt = [*before, *encode(changed, again), *encode("#tail")]
+    expected = DriftCause.RETEMPLATED if by_policy else DriftCause.HISTORY_REWRITTEN
+    assert classify(drift_of(seen, sampled, prompt), decode) is expected
+
+
+def test_a_turn_cut_inside_a_character_is_retokenized_when_it_comes_back_as_text() -> None:
+    seen = [*encode("ab"), *"€".encode()[:2]]
+    prompt = [*encode("ab", [True]), *encode("\ufffd and on")]
+    assert classify(drift_of(seen, [0, 0, 1, 1], prompt), decode) is DriftCause.RETOKENIZED
+
+
+@pytest.mark.parametrize(("sampled", "cause"), [(1, DriftCause.RETEMPLATED), (0, DriftCause.HISTORY_REWRITTEN)])
+def test_a_shorter_prompt_is_classified_by_what_it_leaves_out(sampled: int, cause: DriftCause) -> None:
+    assert classify(drift_of(encode("abc"), [0, 0, sampled], encode("ab")), decode) is cause
+
+
+def test_the_report_shows_both_sides() -> None:
+    seen, prompt = encode("system. user: 1+1? it is TWO"), encode("system. user: 1+1? it is 2, next")
+    report = report_drift(drift_of(seen, [0] * 19 + [1] * 9, prompt, turn=2), decode)
+    assert (report.turn, report.position, report.cause) == (2, 25, DriftCause.RETEMPLATED)
+    assert report.seen_text == " 1+1? it is TWO"
+    assert report.prompt_text == " 1+1? it is 2, next"
+    for words in (
+        "model call 2",
+        "retemplated",
+        "at token 25",
+        "' 1+1? it is '"[-8:],
+        "'2, next'",
+        "'TWO'",
+        "[50, 44",
+    ):
+        assert words in report.text
+    assert report.as_json()["cause"] == "retemplated"
+
+
+def test_the_servers_record_is_believed() -> None:
+    """Only it can know that the agent had sent no ids."""
+    known = {"cause": DriftCause.MESSAGE_WITHOUT_IDS, "text": "the agent sent no token ids"}
+    drift = drift_of(encode("abc"), [0, 1, 1], encode("aXc"))
+    assert report_drift(drift, decode, record(drift=known)).cause is DriftCause.MESSAGE_WITHOUT_IDS
+    assert "the agent sent no token ids" in report_drift(drift, decode, record(drift=known)).text
+    # As it comes over the wire.
+    assert report_drift(drift, decode, record(drift=known | {"cause": "no_boundary"})).cause is DriftCause.NO_BOUNDARY
+
+
+def test_a_record_that_knows_of_no_drift_leaves_it_to_the_tokens() -> None:
+    drift = drift_of(encode("abc"), [0, 1, 1], encode("aXc"))
+    assert report_drift(drift, decode, record()).cause is DriftCause.RETEMPLATED
+
+
+@given(st.binary(min_size=1, max_size=60), st.binary(max_size=60), st.binary(max_size=10))
+def test_bytes_that_are_no_text_can_be_explained(common: bytes, tail: bytes, other: bytes) -> None:
+    seen, prompt = [*common, *tail, 1], [*common, *other, 2, 3]
+    assume(num_common(seen, prompt) < len(seen))
+    report = report_drift(drift_of(seen, [0] * len(common) + [1] * (len(tail) + 1), prompt), decode)
+    assert report.cause in DriftCause
+    report.text.encode()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"eos_token": "<|end|>"})
+    return fast
+
+
+def test_a_decoder_takes_any_ids() -> None:
+    tokenizer = byte_tokenizer()
+    text = make_decoder(tokenizer)
+    euro = tokenizer("€")["input_ids"]
+    assert len(euro) == 3
+    assert text([*tokenizer("a b.")["input_ids"], tokenizer.eos_token_id, *euro]) == "a b.<|end|>€"
+    assert text([*euro[:2], 4711, 2**40, -1, *euro]) == "\ufffd<token 4711><token 1099511627776><token -1>€"
+    assert text([]) == ""
