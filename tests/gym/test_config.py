@@ -129,7 +129,7 @@ def test_impossible_overrides_are_refused(overrides: dict[str, object], message:
 
 
 def make_initial(
-    adds_model_server: bool, overrides: dict[str, object], policy: str = "http://p/v1"
+    adds_model_server: bool, overrides: dict[str, object], policy: tuple[str, ...] = ("http://p/v1",)
 ) -> dict[str, object]:
     configs = ResolvedConfigs([Path("/a.yaml")], [], adds_model_server)
     return initial_config(
@@ -137,7 +137,7 @@ def make_initial(
         expand_overrides(overrides),
         nonce="n",
         head_address=("127.0.0.1", 7),
-        policy_base_url=policy,
+        policy_base_urls=policy,
         policy_model_name="m",
     )
 
@@ -146,7 +146,7 @@ def test_initial_config_holds_addresses_and_no_key() -> None:
     config = make_initial(True, {})
     assert config[NONCE_KEY] == "n" and config["head_server"] == {"host": "127.0.0.1", "port": 7}
     assert config["policy_base_url"] == "http://p/v1" and config["policy_model_name"] == "m"
-    assert make_initial(True, {}, "http://p/v1,http://q/v1")["policy_base_url"] == ["http://p/v1", "http://q/v1"]
+    assert make_initial(True, {}, ("http://p/v1", "http://q/v1"))["policy_base_url"] == ["http://p/v1", "http://q/v1"]
     assert config["policy_api_key"] == "${oc.env:" + API_KEY_VARIABLE + "}"
     model = config["policy_model"]["responses_api_models"]["vllm_model"]
     assert model == {"uses_reasoning_parser": False, "replace_developer_role_with_system": True}

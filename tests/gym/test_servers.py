@@ -109,6 +109,7 @@ def test_several_policy_servers_have_to_be_the_same_ones(head: FakeHead) -> None
     head.describe({"policy_base_url": both}, [instance("free_agent", "responses_api_agents", "other_agent", head.url)])
     with GymServers.attach(head.url) as gym:
         gym.connect_policy("http://node7:8000/v1,http://localhost:8000/v1", "policy")
+        gym.connect_policy(("http://node7:8000/v1", "http://localhost:8000/v1"), "policy")
         for urls in ("http://node7:8000/v1", f"{both[0]},{both[1]},http://node8:8000/v1"):
             with pytest.raises(GymServerError, match=f"calls the policy at {both[0]} and {both[1]}, but"):
                 gym.connect_policy(urls, "policy")

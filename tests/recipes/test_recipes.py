@@ -210,7 +210,7 @@ def test_gym_resolves_the_configs_and_has_the_agents(installation: Path, monkeyp
             expand_overrides(args.gym_overrides or {}),
             nonce="nonce",
             head_address=("127.0.0.1", 1),
-            policy_base_url="http://127.0.0.1:2/v1",
+            policy_base_urls=["http://127.0.0.1:2/v1"],
             policy_model_name="policy",
         )
         roots = [str(root) for root in (*configs.search_roots, installation)]

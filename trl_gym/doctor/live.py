@@ -248,7 +248,7 @@ def gym_servers(context: Context) -> Iterator[Finding]:
         context.resources.callback(gym.stop)
         policy = getattr(context, "policy", None)
         if policy is not None and policy.state is ServerState.READY:
-            gym.connect_policy(",".join(policy.base_urls), policy.model_name, policy.client.api_key or "EMPTY")
+            gym.connect_policy(policy.base_urls, policy.model_name, policy.client.api_key or "EMPTY")
         else:
             gym.connect_policy(_NOBODY, "policy")
         gym.start()

@@ -196,7 +196,7 @@ def initial_config(
     *,
     nonce: str,
     head_address: tuple[str, int],
-    policy_base_url: str,
+    policy_base_urls: Sequence[str],
     policy_model_name: str,
 ) -> dict[str, Any]:
     """Return the dictionary that Gym merges last. `overrides` comes from `expand_overrides`.
@@ -209,7 +209,7 @@ def initial_config(
         NONCE_KEY: nonce,
         "config_paths": [str(path) for path in configs.paths],
         # Gym's model server also takes a list, and keeps a rollout on one server.
-        "policy_base_url": policy_base_url.split(",") if "," in policy_base_url else policy_base_url,
+        "policy_base_url": list(policy_base_urls) if len(policy_base_urls) > 1 else policy_base_urls[0],
         "policy_model_name": policy_model_name,
         "policy_api_key": f"${{oc.env:{API_KEY_VARIABLE}}}",
         # 0.7 is not ready until the policy server answers; ours may be started after Gym.

@@ -72,8 +72,8 @@ class GymServers:
             The training model server is added when none of them defines `policy_model`.
         mode: `"host"` runs all servers in one process, ready in seconds. `"upstream"` runs Gym's own launcher with Ray
             and one process per server, for environments that use Ray or need more than one core.
-        policy_base_url: OpenAI base URL of the policy server, ending in `/v1`; several are separated by commas. May be
-            given later, see `connect_policy`.
+        policy_base_url: OpenAI base URL of the policy server, ending in `/v1`; a list, or text with commas, for
+            several. May be given later, see `connect_policy`.
         policy_model_name: Model name that the policy server expects.
         policy_api_key: Bearer token for the policy server; passed in the environment only.
         python: Gym's interpreter; `install.find_installation` says where it is looked for.
@@ -91,7 +91,7 @@ class GymServers:
         config_paths: Sequence[str | Path] = (),
         *,
         mode: Mode = "host",
-        policy_base_url: str | None = None,
+        policy_base_url: str | Sequence[str] | None = None,
         policy_model_name: str = "policy",
         policy_api_key: str = "EMPTY",
         python: str | Path | None = None,
@@ -108,7 +108,7 @@ class GymServers:
         self.gym_version = "unknown"  # until `start`; an attached Gym does not say
         self._config_paths = list(config_paths)
         self._mode = mode
-        self._policy = (policy_base_url, policy_model_name, policy_api_key)
+        self._policy = (_urls(policy_base_url or ()), policy_model_name, policy_api_key)
         self._python = python
         self._overrides = expand_overrides(overrides or {})
         self._start_timeout_s = start_timeout_s
@@ -195,7 +195,7 @@ class GymServers:
 
     # --- Life cycle ---
 
-    def connect_policy(self, base_url: str, model_name: str, api_key: str = "EMPTY") -> None:
+    def connect_policy(self, base_url: str | Sequence[str], model_name: str, api_key: str = "EMPTY") -> None:
         """Set where the policy is served, before `start`; compare it with what Gym uses afterwards.
 
         Args:
@@ -207,15 +207,15 @@ class GymServers:
             GymServerError: If the running Gym sends its model calls to another URL.
         """
         if self._state is GymState.NEW:
-            self._policy = (base_url, model_name, api_key)
+            self._policy = (_urls(base_url), model_name, api_key)
             return
         if self._state is GymState.STOPPED:
             raise GymServerError("The NeMo Gym servers have been stopped.", "Make a new GymServers.")
-        configured = self._view.policy_base_urls() if self._view else str(self._policy[0]).split(",")
-        if set(map(_normalized, base_url.split(","))) != set(map(_normalized, configured)):
+        configured = self._view.policy_base_urls() if self._view else self._policy[0]
+        if set(map(_normalized, _urls(base_url))) != set(map(_normalized, configured)):
             raise GymServerError(
                 f"The NeMo Gym at {self.head_url} calls the policy at {' and '.join(configured) or 'no known URL'}, "
-                f"but the policy is served at {base_url}.",
+                f"but the policy is served at {' and '.join(_urls(base_url))}.",
                 "Start that Gym with this `policy_base_url`, or serve the policy at the URL that it calls.",
             )
 
@@ -230,8 +230,8 @@ class GymServers:
         installation = find_installation(self._python)
         configs = resolve_configs(self._config_paths, installation.root)
         assert self.log_path is not None
-        policy_base_url, policy_model_name, policy_api_key = self._policy
-        if policy_base_url is None:
+        policy_base_urls, policy_model_name, policy_api_key = self._policy
+        if not policy_base_urls:
             raise ConfigError(
                 "`policy_base_url` is not set.", "Pass it to GymServers, or call `connect_policy` before `start`."
             )
@@ -245,7 +245,7 @@ class GymServers:
                 self._overrides,
                 nonce=self._nonce,
                 head_address=(host, port),
-                policy_base_url=policy_base_url,
+                policy_base_urls=policy_base_urls,
                 policy_model_name=policy_model_name,
             )
             if self._mode == "upstream":
@@ -517,6 +517,10 @@ def _own_ray_cluster(work_dir: Path) -> dict[str, str | None]:
 def _write_private(path: Path, text: str) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
+
+
+def _urls(given: str | Sequence[str]) -> list[str]:
+    return given.split(",") if isinstance(given, str) else list(given)
 
 
 def _normalized(url: str) -> str:

@@ -107,9 +107,7 @@ class RunServers:
             self._check_splice_unless_paused()
         if self.gym is None:
             self.gym = self.new_gym()
-        self.gym.connect_policy(
-            ",".join(self.policy.base_urls), self.policy.model_name, self.policy.client.api_key or "EMPTY"
-        )
+        self.gym.connect_policy(self.policy.base_urls, self.policy.model_name, self.policy.client.api_key or "EMPTY")
         if self.gym.state.value == "new":
             self.gym.start()
 
