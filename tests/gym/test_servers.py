@@ -222,3 +222,10 @@ def test_bad_arguments() -> None:
         GymServers(mode="attach")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="list of paths"):
         GymServers("x.yaml")
+
+
+def test_the_head_port_of_gyms_own_launcher_is_none_that_ray_would_take(tmp_path: Path) -> None:
+    """It is free again for a while; Ray's servers, which start then, take what the operating system gives them."""
+    gym = GymServers(["x.yaml"], mode="upstream", log_dir=tmp_path)
+    with gym._bind_head("127.0.0.1", 0) as sock:
+        assert 20_000 < sock.getsockname()[1] < 32_768

@@ -18,6 +18,7 @@ import contextlib
 import difflib
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -53,6 +54,9 @@ LOCALHOST = "127.0.0.1"
 _HOST_SCRIPT = Path(__file__).with_name("host.py")
 _REQUEST_TIMEOUT_S = 2.0  # of one request to a server; while it starts, requests queue at its listening socket
 _POLL_S = 0.1
+# For the head server of Gym's own launcher, which binds the port again. Ray's servers, which start in between, take
+# the ports above, which the operating system gives away; Gym's other servers take those below.
+_RELEASED_PORTS = range(20_001, 32_768)
 
 
 class GymState(Enum):
@@ -368,6 +372,9 @@ class GymServers:
         return str(host), int(head.get("port") or 0)
 
     def _bind_head(self, host: str, port: int) -> socket.socket:
+        for likely in random.sample(_RELEASED_PORTS, 20) if self._mode == "upstream" and not port else ():
+            with contextlib.suppress(OSError):
+                return bind_socket(host, likely)
         try:
             return bind_socket(host, port)
         except OSError as error:
