@@ -13,7 +13,7 @@ from trl_gym.cli import main
 from trl_gym.doctor.checks import CHECKS
 from trl_gym.doctor.static import orphans, processes
 
-pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("alone", "warm")]
 
 
 def test_the_quickstart_is_well(
