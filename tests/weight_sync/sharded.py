@@ -179,7 +179,7 @@ def refuses_what_was_taken_out(wrapped: nn.Module) -> bool:
     try:
         WeightSource(wrapped.module)
     except WeightSyncError as error:
-        return "pass the wrapped model" in str(error)
+        return "Pass the wrapped model" in str(error)
     return False
 
 

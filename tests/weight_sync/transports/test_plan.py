@@ -206,6 +206,8 @@ def test_a_server_on_another_host_needs_a_shared_folder(tmp_path: Path) -> None:
 def test_ipc_is_for_loopback_and_for_servers_that_may_unpickle() -> None:
     with pytest.raises(ConfigError, match=r"192.0.2.7 is not a loopback address"):
         plan(on_cuda=True).connect(server("ipc", url=THERE))
+    with pytest.raises(ConfigError, match=r"192.0.2.7 is not a loopback address"):
+        plan(on_cuda=True).connect(server("ipc", url=f"{HERE},{THERE}"))  # several servers
     with pytest.raises(ConfigError, match="started without VLLM_ALLOW_INSECURE_SERIALIZATION=1"):
         plan(on_cuda=True).connect(server("ipc", pickle=False))
     assert isinstance(plan(on_cuda=True).connect(server("ipc")), IpcTransport)

@@ -277,10 +277,10 @@ def _unshared_memory(server: PolicyBackend) -> Problem | None:
 
 
 def _ipc_problem(server: PolicyBackend) -> Problem | None:
-    host = urlsplit(server.base_urls[0]).hostname
-    if not is_loopback(host):
+    others = [host for url in server.base_urls if not is_loopback(host := urlsplit(url).hostname)]
+    if others:
         return Problem(
-            f"{host} is not a loopback address: CUDA IPC needs shared GPUs, and its messages are unpickled.",
+            f"{others[0]} is not a loopback address: CUDA IPC needs shared GPUs, and its messages are unpickled.",
             f"Start the server with --host 127.0.0.1 here, or with {_BACKEND_FLAG.format('nccl')}.",
         )
     [(variable, value)] = ENVIRONMENT.items()
