@@ -1,4 +1,4 @@
-"""Every upstream name that is private or moves between releases, and the versions for which that was checked.
+"""Supported versions of other packages, and the private names of TRL and transformers that more than one module needs.
 
 | package      | range            | checked with            |
 |--------------|------------------|-------------------------|
@@ -74,7 +74,7 @@ def generation_backend(make: Callable[..., Any]) -> Iterator[None]:
     """While open, `GRPOTrainer.__init__` builds its generation backend with `make(**kwargs)`.
 
     TRL constructs `VLLMGeneration` inside `__init__`, from the name in its own module; there is no parameter for it.
-    The name is there in every release from 1.9 to 1.16, the keyword arguments grow with each.
+    The name exists in every release from 1.9 to 1.16; the keyword arguments grow with each.
     """
     import trl.trainer.grpo_trainer as grpo_trainer
 
@@ -87,7 +87,7 @@ def generation_backend(make: Callable[..., Any]) -> Iterator[None]:
 
 
 def model_id(model: PreTrainedModel) -> str:
-    """Hub id or folder a model was loaded from; empty when it was made from a config."""
+    """Return the hub id or folder that a model was loaded from; empty when it was made from a config."""
     config = getattr(model, "config", None)
     return getattr(config, "_name_or_path", "") or ""
 
@@ -122,7 +122,7 @@ def empty_model(
 
 
 def default_progress_callbacks() -> tuple[type[TrainerCallback], ...]:
-    """The callbacks with which `Trainer` draws its own progress; ours replace them.
+    """Return the callbacks with which `Trainer` draws its own progress; ours replace them.
 
     In a notebook, transformers' own draws a table with a column for every metric.
     """

@@ -27,6 +27,7 @@ for `nccl` needs other ranks for every replica and cannot be sent through here t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -196,7 +197,7 @@ def listed(said: Mapping[str, str]) -> str:
 
 def _open(
     session: aiohttp.ClientSession, url: str, request: ForwardedRequest
-) -> aiohttp.client._RequestContextManager:
+) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
     return session.request(
         request.method,
         URL(url + request.target, encoded=True),
