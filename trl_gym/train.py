@@ -98,19 +98,13 @@ def _train(argv: Sequence[str] | None, default_model: DefaultModel | None) -> No
     started = time.monotonic()
     from accelerate import PartialState
     from transformers.utils import logging as transformers_logging
-    from trl import ModelConfig, TrlParser, get_peft_config
+    from trl import get_peft_config
 
     from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
     from trl_gym.resume import last_complete_checkpoint
 
     transformers_logging.disable_progress_bar()
-    parser = TrlParser((ScriptArguments, GymGRPOConfig, ModelConfig))
-    try:
-        script, args, model = parser.parse_args_and_config(None if argv is None else list(argv))
-    except TrlGymError:
-        raise
-    except ValueError as error:  # options that nobody knows
-        raise ConfigError(f"{error}.", "Correct them; `trl-gym doctor` lists every mistake in options.") from error
+    script, args, model = parse_options(argv, GymGRPOConfig)
     state = PartialState()
 
     with state.main_process_first():
@@ -151,6 +145,29 @@ def _train(argv: Sequence[str] | None, default_model: DefaultModel | None) -> No
             trainer.evaluate()
     if state.is_main_process:
         summarize(args.output_dir, {"policy and data": ready - started, "servers and model": up - ready})
+
+
+def parse_options(
+    argv: Sequence[str] | None, config: type[GymGRPOConfig]
+) -> tuple[ScriptArguments, GymGRPOConfig, ModelConfig]:
+    """Read the options of a run with TRL's parser.
+
+    Args:
+        argv: As for `main`.
+        config: Class of the trainer's options.
+
+    Raises:
+        ConfigError: The file cannot be read, or options are unknown or wrong.
+    """
+    from trl import ModelConfig, TrlParser
+
+    parser = TrlParser((ScriptArguments, config, ModelConfig))
+    try:
+        return parser.parse_args_and_config(None if argv is None else list(argv))
+    except TrlGymError:
+        raise
+    except (OSError, ValueError) as error:  # a file that does not exist, options that nobody knows
+        raise ConfigError(f"{error}.", "Correct them; `trl-gym doctor` lists every mistake in options.") from error
 
 
 def quiet() -> None:

@@ -82,11 +82,9 @@ def _device(gib: float | None) -> DeviceMemory:
 
 def _parse(argv: Sequence[str], gpus: int) -> tuple[GymGRPOConfig, ModelConfig]:
     """Parse training options as a machine with so many GPUs would."""
-    from trl import ModelConfig, TrlParser
-
     from trl_gym.config import GymGRPOConfig
-    from trl_gym.errors import ConfigError, TrlGymError
-    from trl_gym.train import ScriptArguments
+    from trl_gym.errors import ConfigError
+    from trl_gym.train import parse_options
 
     @dataclass
     class PlannedConfig(GymGRPOConfig):
@@ -103,12 +101,7 @@ def _parse(argv: Sequence[str], gpus: int) -> tuple[GymGRPOConfig, ModelConfig]:
         def world_size(self) -> int:
             return gpus
 
-    try:
-        _, args, model = TrlParser((ScriptArguments, PlannedConfig, ModelConfig)).parse_args_and_config(list(argv))
-    except TrlGymError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{error}.", "Correct the options; `trl-gym doctor` lists every mistake in them.") from error
+    _, args, model = parse_options(argv, PlannedConfig)
     if model.model_name_or_path is None:
         raise ConfigError("`model_name_or_path` is not set.", "Set it to a model folder or a name on the Hub.")
     if args.vllm_mode == "server":

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 from rich.console import Console
@@ -30,13 +31,17 @@ class Check:
         name: Unique.
         run: Finds things; an error of ours that it raises is a finding too. Nothing where there is nothing to check.
         needs: Checks whose failure makes this one impossible.
+        when: Whether a run has what is checked.
     """
 
     name: str
     run: Callable[[Context], Iterable[Finding]]
     needs: tuple[str, ...] = ()
+    when: Callable[[Context], bool] = lambda context: True
 
 
+_serves, _starts_policy, _starts_gym = map(attrgetter, ("serves", "starts_policy", "starts_gym"))
+_attaches_policy, _attaches_gym = map(attrgetter, ("attaches_policy", "attaches_gym"))
 _FILE = "options file"
 
 CHECKS = (
@@ -44,33 +49,35 @@ CHECKS = (
     Check("versions", static.versions),
     Check(_FILE, options.options_file),
     Check("options", options.options, (_FILE,)),
-    Check("vllm", static.vllm_version, (_FILE,)),
+    Check("vllm", static.vllm_version, (_FILE,), _starts_policy),
     Check("processes", options.processes, (_FILE,)),
     Check("devices", static.devices),
     Check("ports", static.ports, (_FILE,)),
-    Check("gym interpreter", live.interpreter, (_FILE,)),
-    Check("gym configs", live.configs, (_FILE, "gym interpreter")),
-    Check("gym head server", live.head_server, (_FILE,)),
+    Check("gym interpreter", live.interpreter, (_FILE,), _starts_gym),
+    Check("gym configs", live.configs, (_FILE, "gym interpreter"), _starts_gym),
+    Check("gym head server", live.head_server, (_FILE,), _attaches_gym),
     Check("data script", inputs.data_script, (_FILE,)),
     Check("dataset rows", inputs.rows, (_FILE,)),
-    Check("agents", inputs.agents, (_FILE,)),
+    Check("agents", inputs.agents, (_FILE,), _serves),
     Check("model", inputs.model, (_FILE,)),
     Check("tokenizer", inputs.tokenizer, (_FILE, "model")),
     Check("chat template", inputs.chat_template, (_FILE, "tokenizer")),
     Check("context", inputs.context_length, (_FILE, "tokenizer")),
     Check("memory", static.memory_plan, (_FILE, "model")),
-    Check("shared memory", static.shared_memory, (_FILE, "model")),
-    Check("vllm flags", live.flags, (_FILE, "model")),
-    Check("remote server", live.remote, (_FILE,)),
+    Check("shared memory", static.shared_memory, (_FILE, "model"), _serves),
+    Check("vllm flags", live.flags, (_FILE, "model"), _starts_policy),
+    Check("remote server", live.remote, (_FILE,), _attaches_policy),
     Check("folders", static.folders, (_FILE,)),
     Check("space", static.space, (_FILE, "model")),
     Check("reporting", static.reporting, (_FILE,)),
     Check("leftovers", static.leftovers, (_FILE,)),
-    Check("policy server", live.policy_server, ("options", "model", "tokenizer", "vllm flags", "remote server")),
-    Check("gym servers", live.gym_servers, ("options", "gym configs", "gym head server")),
-    Check("token continuation", live.continuation, ("policy server", "gym servers")),
-    Check("weight sync", live.weight_sync, ("token continuation",)),
-    Check("rollouts", live.rollouts, ("token continuation", "agents")),
+    Check(
+        "policy server", live.policy_server, ("options", "model", "tokenizer", "vllm flags", "remote server"), _serves
+    ),
+    Check("gym servers", live.gym_servers, ("options", "gym configs", "gym head server"), _serves),
+    Check("token continuation", live.continuation, ("policy server", "gym servers"), _serves),
+    Check("weight sync", live.weight_sync, ("token continuation",), _serves),
+    Check("rollouts", live.rollouts, ("token continuation", "agents"), _serves),
 )
 
 
@@ -98,6 +105,8 @@ def run_checks(
     not_passed: set[str] = set()
     for check in checks:
         missing = [name for name in check.needs if name in not_passed]
+        if not missing and not check.when(context):
+            continue
         begin(check.name)
         started = time.monotonic()
         findings = [skipped(f"needs {', '.join(missing)}")] if missing else _find(check, context)

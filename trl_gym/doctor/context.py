@@ -140,6 +140,16 @@ class Context:
         """Whether the run starts its NeMo Gym itself."""
         return self.serves and self.args.gym_mode != "attach"
 
+    @property
+    def attaches_policy(self) -> bool:
+        """Whether the run uses a policy server that runs elsewhere."""
+        return self.serves and not self.starts_policy and bool(self.args.vllm_server_base_url)
+
+    @property
+    def attaches_gym(self) -> bool:
+        """Whether the run uses a NeMo Gym that runs elsewhere."""
+        return self.serves and not self.starts_gym and bool(self.args.gym_head_url)
+
     def work_dir(self) -> Path:
         """Return a folder for logs, a journal and data of this examination; the run's own is not touched."""
         if self._work_dir is None:

@@ -29,7 +29,7 @@ _LOAD_REMEDY = "Check the name, or fetch it with `hf download NAME` and give the
 
 
 def data_script(context: Context) -> Iterator[Finding]:
-    """The script that makes the data is there and makes it; what it makes is examined with the other files."""
+    """Run the script that makes the data; what it makes is examined with the other files."""
     script = context.script.data_script
     if script is None:
         return
@@ -48,7 +48,7 @@ def data_script(context: Context) -> Iterator[Finding]:
 
 
 def rows(context: Context) -> Iterator[Finding]:
-    """Every line of every file is a row that Gym understands."""
+    """Check that every line of every file is a row that Gym understands."""
     script = context.script
     if not script.train_files:
         yield failed(
@@ -70,16 +70,14 @@ def rows(context: Context) -> Iterator[Finding]:
 
 
 def shown(context: Context, file: str) -> str:
-    """A file as messages name it: one that the data script made is not there any more when they are read."""
+    """Name a file in a message: one that the data script made does not exist any more when it is read."""
     made = context.script.data_script is not None and Path(file).parent == context.work_dir() / "data"
     return f"{Path(file).name} of {context.script.data_script}" if made else file
 
 
 def agents(context: Context) -> Iterator[Finding]:
-    """The agents that rows name are there, and rows that name none have a single one to go to."""
+    """Check that the agents that rows name exist, and that rows without a name have a single one to go to."""
     known = context.agents
-    if not context.serves:
-        return
     if known is None or not context.train_rows:
         yield skipped("needs " + ("agents (gym configs, gym head server)" if known is None else "dataset rows"))
         return
@@ -124,7 +122,7 @@ def _choose(name: str, known: tuple[str, ...]) -> str:
 
 
 def _line_of(record: dict[str, Any]) -> int:
-    """A row whose agent was filled in is found by its request."""
+    """Find the line of a row; one whose agent was filled in is found by its request."""
     lines = Path(record[_FILE]).read_text(encoding="utf-8").split("\n")
     if record[ROW_COLUMN] in lines:
         return lines.index(record[ROW_COLUMN]) + 1
@@ -144,7 +142,7 @@ def _request(line: str) -> Any:
 
 
 def model(context: Context) -> Iterator[Finding]:
-    """The model's configuration can be loaded, and its parameters counted without loading them."""
+    """Load the model's configuration and count its parameters without loading them."""
     from transformers import AutoConfig
 
     from trl_gym.memory.plan import count_params
@@ -175,7 +173,7 @@ def model(context: Context) -> Iterator[Finding]:
 
 
 def tokenizer(context: Context) -> Iterator[Finding]:
-    """The tokenizer can be loaded and has a chat template."""
+    """Load the tokenizer and its chat template."""
     from transformers import AutoTokenizer
 
     given = context.args.gym_vllm_args if isinstance(context.args.gym_vllm_args, dict) else {}
@@ -205,7 +203,7 @@ def tokenizer(context: Context) -> Iterator[Finding]:
 
 
 def context_length(context: Context) -> Iterator[Finding]:
-    """Prompts, and the tokens after them, fit into the context that is served."""
+    """Check that prompts, and the tokens after them, fit into the context that is served."""
     args = context.args
     most = getattr(context.model_config.get_text_config(), "max_position_embeddings", None)
     length = args.vllm_max_model_length or most
@@ -241,7 +239,7 @@ def context_length(context: Context) -> Iterator[Finding]:
 
 
 def _prompt_length(context: Context, record: dict[str, Any]) -> int:
-    """Tokens of a row's first prompt as the template writes it; without what an agent adds to it by itself."""
+    """Count tokens of a row's first prompt as the template writes it, without what an agent adds to it by itself."""
     parameters = json.loads(record[ROW_COLUMN])["responses_create_params"]
     tools = [
         {
@@ -315,7 +313,7 @@ _REMEDY = (
 
 
 def chat_template(context: Context) -> Iterator[Finding]:
-    """What the middleware will make of this template."""
+    """Ask the template whether sampled turns can be continued exactly."""
     outcomes = classify(context.tokenizer, context.args.chat_template_kwargs or {})
     wrong = {case: reason for case, reason in outcomes.items() if reason is not None}
     is_fatal = context.args.gym_drift == "error"
@@ -328,7 +326,7 @@ def chat_template(context: Context) -> Iterator[Finding]:
 
 
 def classify(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> dict[str, str | None]:
-    """By case, why the next prompt cannot be made without a guess; None where it can.
+    """Return by case why the next prompt cannot be made without a guess; None where it can.
 
     Args:
         tokenizer: With a chat template.

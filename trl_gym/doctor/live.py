@@ -23,7 +23,7 @@ import yaml
 from trl_gym import compat
 from trl_gym.dataset import ROW_COLUMN
 from trl_gym.doctor.context import Context, Finding, failed, from_error, ok, skipped, warning
-from trl_gym.errors import FailureKind, PolicyServerError, ServerError, WeightSyncError
+from trl_gym.errors import FailureKind, PolicyServerError, ServerError
 from trl_gym.gym.config import expand_overrides, resolve_configs
 from trl_gym.gym.discovery import AGENTS, look_at_head, new_http_session
 from trl_gym.gym.install import SUPPORTED_GYM, find_installation
@@ -32,13 +32,13 @@ from trl_gym.policy_server.command import KEY_VARIABLE
 from trl_gym.policy_server.server import find_cause, remedy_for
 from trl_gym.policy_server.splice_probe import check_splice, unusable
 from trl_gym.processes import ServerState
+from trl_gym.train import load_as_told
 
 if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig
     from trl_gym.rollouts.collector import RolloutCollector
     from trl_gym.rollouts.request import RolloutRequest
     from trl_gym.rollouts.rollout import Rollout
-    from trl_gym.rollouts.source import Finisher
     from trl_gym.run.servers import RunServers
 
 _TIMEOUT_S = 10.0
@@ -55,7 +55,6 @@ _QUICK = "left out by --quick"
 _MAX_DEADLINE_S = 300.0  # of a single rollout on servers that do nothing else
 _RECONNECT_S = 5.0  # a server that is gone is not waited for
 _NOBODY = "http://127.0.0.1:9/v1"  # for a Gym that is started although there is no policy server
-_SEE_LOG = "Look into the log that is named."
 _ROLLOUT_REMEDIES = {
     FailureKind.INFRASTRUCTURE: "Look into the logs of NeMo Gym and of the policy server.",
     FailureKind.DEADLINE: "Raise `gym_deadline`, or look into the environment's log for what it waits for.",
@@ -68,18 +67,14 @@ _ROLLOUT_REMEDIES = {
 
 
 def interpreter(context: Context) -> Iterator[Finding]:
-    """An interpreter with a supported nemo-gym."""
-    if not context.starts_gym:
-        return
+    """Find an interpreter with a supported nemo-gym."""
     found = find_installation(context.args.gym_python)
     context.installation = found
     yield ok(f"nemo-gym {found.version} at {found.python} (supported: {SUPPORTED_GYM})")
 
 
 def configs(context: Context) -> Iterator[Finding]:
-    """Configs are found in the working directory or in the installed nemo-gym, with all that they include."""
-    if not context.starts_gym:
-        return
+    """Find configs in the working directory or in the installed nemo-gym, with all that they include."""
     if not context.args.gym_config_paths:
         yield failed("`gym_config_paths` is not set", "Name the YAML of at least one environment.")
         return
@@ -98,20 +93,18 @@ def configs(context: Context) -> Iterator[Finding]:
 
 
 def head_server(context: Context) -> Iterator[Finding]:
-    """A running Gym answers and has agents."""
-    if not context.serves or context.starts_gym or not context.args.gym_head_url:
-        return
+    """Ask a running Gym for its agents."""
+    url = str(context.args.gym_head_url).rstrip("/")
     with new_http_session() as session:
-        view = look_at_head(session, context.args.gym_head_url.rstrip("/"), timeout_s=_TIMEOUT_S)
-    context.agents = tuple(sorted(view.agents()))
+        context.agents = tuple(sorted(look_at_head(session, url, timeout_s=_TIMEOUT_S).agents()))
     if not context.agents:
-        yield failed(f"{context.args.gym_head_url} has no agents", "Start that Gym with the config of an agent.")
+        yield failed(f"{url} has no agents", "Start that Gym with the config of an agent.")
     else:
-        yield ok(f"{context.args.gym_head_url}: {_agents_text(context.agents)}")
+        yield ok(f"{url}: {_agents_text(context.agents)}")
 
 
 def declared_agents(paths: Iterable[Path], installation_root: Path) -> set[str]:
-    """Names of agents in configs and in those that they include; the files are known to be there."""
+    """Return names of agents in configs and in those that they include; the files are known to exist."""
     names: set[str] = set()
     queue, seen = list(paths), set[Path]()
     while queue:
@@ -136,11 +129,9 @@ def _agents_text(agents: tuple[str, ...]) -> str:
 
 
 def flags(context: Context) -> Iterator[Finding]:
-    """The installed vLLM takes the flags that the run would give it."""
+    """Let the installed vLLM parse the flags that the run would give it."""
     from trl_gym.policy_server.command import flags_from
 
-    if not context.starts_policy:
-        return
     given = flags_from(run_options(context)[0])
     command = [sys.executable, "-c", _PARSE, json.dumps([context.model, *given])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PARSE_TIMEOUT_S)
@@ -153,7 +144,7 @@ def flags(context: Context) -> Iterator[Finding]:
 
 
 def run_options(context: Context) -> tuple[dict[str, Any], Mapping[str, str]]:
-    """Flags and environment that the trainer starts the server with."""
+    """Return flags and environment that the trainer starts the server with."""
     from trl import get_peft_config
 
     from trl_gym.run.servers import server_options
@@ -163,11 +154,8 @@ def run_options(context: Context) -> tuple[dict[str, Any], Mapping[str, str]]:
 
 
 def remote(context: Context) -> Iterator[Finding]:
-    """A running server can be reached, takes our key, is one of ours, generates, and has a version that is known."""
-    args = context.args
-    if not context.serves or context.starts_policy or not args.vllm_server_base_url:
-        return
-    for url in server_urls(args.vllm_server_base_url):
+    """Check that a running server can be reached, takes our key, is one of ours and generates."""
+    for url in server_urls(context.args.vllm_server_base_url):
         yield from _look_at(context, url)
 
 
@@ -215,35 +203,24 @@ def _facts(context: Context, client: PolicyClient, info: dict[str, Any]) -> Iter
 
 
 def policy_server(context: Context) -> Iterator[Finding]:
-    """The policy server starts, or the running one is attached to."""
-    if not context.serves:
-        return
+    """Start the policy server, or attach to the running one."""
     if context.quick and context.starts_policy:
         yield skipped(f"{_QUICK}: no server is started")
         return
-    run = _new_run(context)
-    policy = run.new_policy()
-    context.policy = policy
+    policy = context.policy = _new_run(context).new_policy()
     if context.starts_policy:
         context.resources.callback(policy.stop)
         policy.start()
-    try:
-        policy.wait_ready()
-    except ServerError as error:
-        yield from from_error(error, _SEE_LOG)
-        return
+    policy.wait_ready()
     yield ok(f"{policy.client.base_url}, takes weights by {', '.join(policy.weight_transports) or 'nothing'}")
 
 
 def gym_servers(context: Context) -> Iterator[Finding]:
-    """NeMo Gym starts, with every server of the configs; or the running one is attached to."""
-    if not context.serves:
-        return
+    """Start NeMo Gym, with every server of the configs, or attach to the running one."""
     if context.quick and context.starts_gym:
         yield skipped(f"{_QUICK}: no server is started")
         return
-    gym = _new_run(context).new_gym()
-    context.gym = gym
+    gym = context.gym = _new_run(context).new_gym()
     if context.starts_gym:
         context.resources.callback(gym.stop)
         policy = getattr(context, "policy", None)
@@ -252,32 +229,23 @@ def gym_servers(context: Context) -> Iterator[Finding]:
         else:
             gym.connect_policy(_NOBODY, "policy")
         gym.start()
-    try:
-        gym.wait_ready()
-    except ServerError as error:
-        yield from from_error(error, _SEE_LOG)
-        return
+    gym.wait_ready()
     yield ok(f"{len(gym.servers)} servers, agents {', '.join(sorted(gym.agents))}")
 
 
 def continuation(context: Context) -> Iterator[Finding]:
-    """The server continues sampled tokens exactly; both servers know of each other."""
-    if not context.serves:
-        return
+    """Check that the policy server continues sampled tokens exactly and that Gym calls it."""
     from trl_gym.run.servers import RunServers
 
     context.servers = RunServers(_own_args(context), lambda: context.model, context.policy, context.gym)
     context.servers.start()
     context.servers.wait_ready()
-    yield ok(
-        "NeMo Gym calls this policy server" + ("" if context.logged else ", which continues sampled tokens exactly")
-    )
+    exactly = "" if context.logged else ", which continues sampled tokens exactly"
+    yield ok(f"NeMo Gym calls this policy server{exactly}")
 
 
 def weight_sync(context: Context) -> Iterator[Finding]:
-    """Weights (or the adapter) reach the server, which then computes what the trainer computes."""
-    if not context.serves:
-        return
+    """Send weights (or the adapter) to the server and compare its log-probabilities with the trainer's."""
     if context.quick:
         yield skipped(f"{_QUICK}: no weights are sent")
         return
@@ -298,9 +266,6 @@ def weight_sync(context: Context) -> Iterator[Finding]:
     weights = PolicyWeights(_own_args(context), accelerator, context.servers, model)
     try:
         report = weights.push(model, 0)
-    except WeightSyncError as error:
-        yield from from_error(error, "Try another `gym_weight_transport`.")
-        return
     finally:
         if not context.starts_policy:
             leave(client, weights.transport_name, held)
@@ -328,29 +293,36 @@ def leave(client: PolicyClient, transport: str, held: str) -> None:
 
 
 def rollouts(context: Context) -> Iterator[Finding]:
-    """One rollout for each agent: model calls, tools, verifier, reward."""
-    if not context.serves:
-        return
+    """Run one rollout for each agent: model calls, tools, verifier, reward."""
     if context.quick:
         yield skipped(f"{_QUICK}: no server is started")
         return
-    requests = list(_requests(context))
     from trl_gym.rollouts.journal import Journal
+    from trl_gym.rollouts.source import Finisher
+    from trl_gym.rollouts.trajectory import from_gym, make_decoder
 
+    requests = list(_requests(context))
     journal = Journal(context.work_dir() / "rollouts", secrets=context.servers.secrets)
+    finish = Finisher(
+        build=lambda answer, request: from_gym(answer),
+        decode=make_decoder(context.tokenizer),
+        journal=journal,
+        drift_policy="truncate",
+        step=0,
+        mode="doctor",
+        weight_version="0",
+    )
     with closing(journal), closing(_collector(context)) as collector:
         for request in requests:
             # One after another: what one environment does must not hide what another one does.
             try:
-                rollout = collector.collect([request], _finisher(context, journal))[0]
+                yield judge(collector.collect([request], finish)[0])
             except ServerError as error:
-                yield from from_error(error, _SEE_LOG)
-                continue
-            yield judge(rollout)
+                yield from from_error(error)
 
 
 def judge(rollout: Rollout) -> Finding:
-    """What a finished rollout says about its environment."""
+    """Turn a finished rollout into a finding about its environment."""
     agent = rollout.request.agent
     if rollout.failure is not None:
         kind = rollout.failure.kind
@@ -373,7 +345,7 @@ def judge(rollout: Rollout) -> Finding:
 
 
 def _own_args(context: Context) -> GymGRPOConfig:
-    """The run's options, with logs in our own folder."""
+    """Return the run's options, with logs in our own folder."""
     args = copy.copy(context.args)
     args.gym_log_dir = str(context.work_dir() / "logs")
     args.gym_server_reconnect_timeout = _RECONNECT_S
@@ -388,23 +360,16 @@ def _new_run(context: Context) -> RunServers:
 
 
 def _load_model(context: Context) -> Any:
-    """As the training script loads it."""
+    """Load the model as the training script does."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_peft_config
 
     transformers_logging.disable_progress_bar()
-    options = context.model_options
-    told = {
-        "dtype": options.dtype or "float32",
-        "attn_implementation": options.attn_implementation,
-        "quantization_config": get_quantization_config(options),
-    }
-    given = context.args.model_init_kwargs or {}
-    model = AutoModelForCausalLM.from_pretrained(
-        context.model, **{name: value for name, value in told.items() if value is not None} | dict(given)
-    )
-    if (adapter := get_peft_config(options)) is None:
+    args = copy.copy(context.args)
+    load_as_told(context.model_options, args)
+    model = AutoModelForCausalLM.from_pretrained(context.model, **{"dtype": "float32", **args.model_init_kwargs})
+    if (adapter := get_peft_config(context.model_options)) is None:
         return model
     from peft import get_peft_model
 
@@ -412,7 +377,7 @@ def _load_model(context: Context) -> Any:
 
 
 def _requests(context: Context) -> Iterator[RolloutRequest]:
-    """The first row of each agent."""
+    """Make a request from the first row of each agent."""
     from trl_gym.rollouts.request import RolloutRequest, stamp
 
     args, session = context.args, uuid.uuid4().hex[:8]
@@ -422,11 +387,7 @@ def _requests(context: Context) -> Iterator[RolloutRequest]:
         if agent is not None:
             first.setdefault(agent, record)
     for index, (agent, record) in enumerate(first.items()):
-        identity: dict[str, Any] = {
-            "rollout_id": f"{session}-doctor-t{index}-m0-a0",
-            "task_index": index,
-            "member": 0,
-        }
+        identity: dict[str, Any] = {"rollout_id": f"{session}-doctor-t{index}-m0-a0", "task_index": index, "member": 0}
         row = stamp(
             json.loads(record[ROW_COLUMN]),
             **identity,
@@ -453,19 +414,4 @@ def _collector(context: Context) -> RolloutCollector[Rollout]:
         agents_down=gym.agents_down,
         gym_log=gym.log_end,
         ledger=ledger_for(policy.base_urls, policy.client.api_key),
-    )
-
-
-def _finisher(context: Context, journal: Any) -> Finisher:
-    from trl_gym.rollouts.source import Finisher
-    from trl_gym.rollouts.trajectory import from_gym, make_decoder
-
-    return Finisher(
-        build=lambda answer, request: from_gym(answer),
-        decode=make_decoder(context.tokenizer),
-        journal=journal,
-        drift_policy="truncate",
-        step=0,
-        mode="doctor",
-        weight_version="0",
     )

@@ -51,13 +51,12 @@ def versions(_: Context) -> Iterator[Finding]:
 
 def vllm_version(context: Context) -> Iterator[Finding]:
     """vLLM, where the run starts its server itself."""
-    if context.starts_policy:
-        yield from _versions("vllm")
-        if importlib.util.find_spec("vllm") is None:
-            yield failed(
-                "vLLM is listed as installed and has no module", "`pip install --force-reinstall 'trl-gym[vllm]'`"
-            )
-        yield from _cpu_build()
+    yield from _versions("vllm")
+    if importlib.util.find_spec("vllm") is None:
+        yield failed(
+            "vLLM is listed as installed and has no module", "`pip install --force-reinstall 'trl-gym[vllm]'`"
+        )
+    yield from _cpu_build()
 
 
 def _versions(*packages: str) -> Iterator[Finding]:
@@ -135,7 +134,7 @@ def memory_plan(context: Context) -> Iterator[Finding]:
 def shared_memory(context: Context) -> Iterator[Finding]:
     """Room for one copy of the weights, which the transport `file` keeps in shared memory."""
     args = context.args
-    if not context.serves or args.gym_weight_dir is not None or not _sends_files(context):
+    if args.gym_weight_dir is not None or not _sends_files(context):
         return
     needed = context.num_params * _BYTES[args.serving_dtype]
     if not SHARED_MEMORY.is_dir():
