@@ -1,4 +1,4 @@
-"""What a notebook wants: rollouts from a cell, a rollout as a conversation, its tokens in colour.
+"""Notebook helpers: rollouts from a cell, a rollout as a conversation, its tokens in colour.
 
     records = roll_out("validation.jsonl", policy=policy, gym=gym, output_dir="runs/look", num_generations=4)
     show_conversation(records[0])
@@ -79,8 +79,8 @@ def roll_out(
         gym: A ready NeMo Gym that sends its model calls to `policy`.
         output_dir: Gets the journal.
         num_generations: Rollouts per row.
-        limit: At most so many rows.
-        temperature: Of every model call.
+        limit: Rows at most; None for all.
+        temperature: Temperature of every model call.
         max_tokens: Tokens that a rollout may have after its first prompt.
         deadline_s: Seconds that a rollout may take.
 
@@ -89,7 +89,7 @@ def roll_out(
 
     Raises:
         ConfigError: An option or the file is wrong, or `output_dir` holds rollouts of something else.
-        ServerError: A server is not there, or died.
+        ServerError: A server does not answer, or died.
         InterruptedCollectionError: The cell was interrupted; what has ended is in the journal.
     """
     path = Path(dataset)
@@ -122,7 +122,7 @@ def messages_of(record: Record) -> Iterator[tuple[str, str]]:
 
 
 def show_conversation(record: Record) -> HtmlView:
-    """One rollout as a conversation, with its reward, or why it has none.
+    """Show one rollout as a conversation, with its reward, or the reason why it has none.
 
     Args:
         record: A line of the journal.
@@ -142,14 +142,14 @@ def show_conversation(record: Record) -> HtmlView:
 
 
 def show_tokens(record: Record, tokenizer: Decoder) -> HtmlView:
-    """The token sequence that is trained on, coloured by the environment mask.
+    """Show the token sequence that is trained on, coloured by the environment mask.
 
     Green tokens were sampled by the policy and are trained, orange ones were put there by the environment, grey ones
     are the first prompt. The tooltip of a green one is its id and its sampling log-probability in nats.
 
     Args:
         record: A line of the journal. One that failed has no tokens.
-        tokenizer: The policy's.
+        tokenizer: The policy's tokenizer.
     """
     prompt, completion = record["prompt_ids"], record["completion_ids"]
     pieces = [_token(tokenizer.decode([token]), _PROMPT, f"{token}: prompt") for token in prompt]
