@@ -1,6 +1,6 @@
-"""A child process that is always cleaned up and that can explain its death.
+"""Processes, states and addresses of the two kinds of servers: the policy server and NeMo Gym.
 
-Used by the two owners of processes, `policy_server/server.py` and `gym/servers.py`, and by nothing else.
+`ChildProcess` is a process that is always cleaned up and that can explain its death.
 """
 
 from __future__ import annotations
@@ -69,6 +69,12 @@ def reachable(host: str) -> str:
     if host in ("0.0.0.0", "::", ""):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
+
+
+def split_urls(given: str | Sequence[str]) -> list[str]:
+    """Return the URLs of a list, which as one text is separated by commas."""
+    parts = given.split(",") if isinstance(given, str) else given
+    return [part.strip() for part in parts if part.strip()]
 
 
 class ChildProcess:

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from trl_gym.errors import ConfigError, GymServerError
-from trl_gym.gym.servers import AgentInfo, GymServers, GymState, error_path
-from trl_gym.processes import ChildProcess, bind_socket
+from trl_gym.gym.servers import AgentInfo, GymServers, error_path
+from trl_gym.processes import ChildProcess, ServerState, bind_socket
 
 SECRET = "sk-do-not-print"
 
@@ -81,7 +81,7 @@ def instance(name: str, kind: str, server: str, url: str) -> dict[str, Any]:
 
 def test_attach_discovers_agents(head: FakeHead) -> None:
     gym = GymServers.attach(head.url + "/")
-    assert gym.state is GymState.READY and gym.head_url == head.url and gym.log_path is None
+    assert gym.state is ServerState.READY and gym.head_url == head.url and gym.log_path is None
     assert gym.agents == {
         "math_agent": AgentInfo("math_agent", head.url, "math", "simple_agent"),
         "free_agent": AgentInfo("free_agent", head.url, None, "other_agent"),
@@ -93,7 +93,7 @@ def test_attach_discovers_agents(head: FakeHead) -> None:
     gym.check()
     gym.stop()
     gym.stop()
-    assert gym.state is GymState.STOPPED
+    assert gym.state is ServerState.STOPPED
 
 
 def test_connect_policy_compares_with_an_attached_gym(head: FakeHead) -> None:
@@ -108,7 +108,7 @@ def test_several_policy_servers_have_to_be_the_same_ones(head: FakeHead) -> None
     both = ["http://127.0.0.1:8000/v1", "http://node7:8000/v1"]
     head.describe({"policy_base_url": both}, [instance("free_agent", "responses_api_agents", "other_agent", head.url)])
     with GymServers.attach(head.url) as gym:
-        gym.connect_policy("http://node7:8000/v1,http://localhost:8000/v1", "policy")
+        gym.connect_policy("http://node7:8000/v1, http://localhost:8000/v1", "policy")
         gym.connect_policy(("http://node7:8000/v1", "http://localhost:8000/v1"), "policy")
         for urls in ("http://node7:8000/v1", f"{both[0]},{both[1]},http://node8:8000/v1"):
             with pytest.raises(GymServerError, match=f"calls the policy at {both[0]} and {both[1]}, but"):
@@ -170,9 +170,9 @@ def test_a_proxy_of_the_environment_is_not_used(head: FakeHead, monkeypatch: pyt
         GymServers.attach(head.url, timeout_s=5).stop()
 
 
-@pytest.mark.parametrize("state", [GymState.STARTING, GymState.READY])
+@pytest.mark.parametrize("state", [ServerState.STARTING, ServerState.READY])
 @pytest.mark.parametrize("reason", ["", "KeyError: 'score'"], ids=["killed", "with a reason"])
-def test_a_death_says_whether_gym_had_been_ready(tmp_path: Path, state: GymState, reason: str) -> None:
+def test_a_death_says_whether_gym_had_been_ready(tmp_path: Path, state: ServerState, reason: str) -> None:
     gym = GymServers(log_dir=tmp_path)
     gym._child = ChildProcess("NeMo Gym", [sys.executable, "-c", "exit('the last line')"], log_path=gym.log_path)
     gym._work_dir = tmp_path / "work"
@@ -184,7 +184,7 @@ def test_a_death_says_whether_gym_had_been_ready(tmp_path: Path, state: GymState
     with pytest.raises(GymServerError) as error:
         gym.check()
     text = str(error.value)
-    start = "did not start: it" if state is GymState.STARTING else "was ready and"
+    start = "did not start: it" if state is ServerState.STARTING else "was ready and"
     assert re.match(rf"NeMo Gym {start} ended within [0-9.]+ s of its start \(exit code 1\)\.", text)
     assert (reason or "the last line") in text and str(gym.log_path) in text
     gym.stop()
@@ -206,7 +206,7 @@ def test_secrets_do_not_show(head: FakeHead) -> None:
 
 def test_illegal_transitions(tmp_path: Path) -> None:
     gym = GymServers(["x.yaml"], log_dir=tmp_path)
-    assert gym.state is GymState.NEW
+    assert gym.state is ServerState.NEW
     for act in (gym.wait_ready, gym.check, lambda: gym.agents, lambda: gym.head_url):
         with pytest.raises(GymServerError):
             act()

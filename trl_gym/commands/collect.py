@@ -358,7 +358,7 @@ def without_tag(row: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _gym(options: CollectOptions, endpoint: Endpoint) -> Iterator[GymServers]:
-    base_url = ",".join(server_urls(options.base_url))
+    base_url = server_urls(options.base_url)
     if options.head_url is not None:
         gym = GymServers.attach(options.head_url)
         gym.connect_policy(base_url, options.model, options.api_key or "EMPTY")

@@ -26,7 +26,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
@@ -46,7 +45,7 @@ from trl_gym.gym.discovery import (
     new_http_session,
 )
 from trl_gym.gym.install import GymInstallation, find_installation
-from trl_gym.processes import ChildProcess, bind_socket, wait_until
+from trl_gym.processes import ChildProcess, ServerState, bind_socket, split_urls, wait_until
 
 Mode = Literal["host", "upstream"]
 
@@ -57,15 +56,6 @@ _POLL_S = 0.1
 # For the head server of Gym's own launcher, which binds the port again. Ray's servers, which start in between, take
 # the ports above, which the operating system gives away; Gym's other servers take those below.
 _RELEASED_PORTS = range(20_001, 32_768)
-
-
-class GymState(Enum):
-    """State of a `GymServers`."""
-
-    NEW = "new"
-    STARTING = "starting"
-    READY = "ready"
-    STOPPED = "stopped"
 
 
 class GymServers:
@@ -112,11 +102,11 @@ class GymServers:
         self.gym_version = "unknown"  # until `start`; an attached Gym does not say
         self._config_paths = list(config_paths)
         self._mode = mode
-        self._policy = (_urls(policy_base_url or ()), policy_model_name, policy_api_key)
+        self._policy = (split_urls(policy_base_url or ()), policy_model_name, policy_api_key)
         self._python = python
         self._overrides = expand_overrides(overrides or {})
         self._start_timeout_s = start_timeout_s
-        self._state = GymState.NEW
+        self._state = ServerState.NEW
         self._is_attached = False
         self._nonce = uuid.uuid4().hex
         self._head_url: str | None = None
@@ -150,13 +140,13 @@ class GymServers:
         servers._head_url = head_url.rstrip("/")
         servers._start_timeout_s = timeout_s
         servers._deadline = time.monotonic() + timeout_s
-        servers._state = GymState.STARTING
+        servers._state = ServerState.STARTING
         return servers.wait_ready()
 
     # --- Servers and agents ---
 
     @property
-    def state(self) -> GymState:
+    def state(self) -> ServerState:
         return self._state
 
     @property
@@ -169,13 +159,13 @@ class GymServers:
     @property
     def agents(self) -> dict[str, AgentInfo]:
         """Agents by name, once the servers are ready."""
-        self._require(GymState.READY, "list agents")
+        self._require(ServerState.READY, "list agents")
         return dict(self._agents)
 
     @property
     def servers(self) -> list[ServerInstance]:
         """All servers behind the head server, once they are ready."""
-        self._require(GymState.READY, "list servers")
+        self._require(ServerState.READY, "list servers")
         return list(self._view.instances) if self._view else []
 
     @property
@@ -210,16 +200,16 @@ class GymServers:
         Raises:
             GymServerError: If the running Gym sends its model calls to another URL.
         """
-        if self._state is GymState.NEW:
-            self._policy = (_urls(base_url), model_name, api_key)
+        if self._state is ServerState.NEW:
+            self._policy = (split_urls(base_url), model_name, api_key)
             return
-        if self._state is GymState.STOPPED:
+        if self._state is ServerState.STOPPED:
             raise GymServerError("The NeMo Gym servers have been stopped.", "Make a new GymServers.")
         configured = self._view.policy_base_urls() if self._view else self._policy[0]
-        if set(map(_normalized, _urls(base_url))) != set(map(_normalized, configured)):
+        if set(map(_normalized, split_urls(base_url))) != set(map(_normalized, configured)):
             raise GymServerError(
                 f"The NeMo Gym at {self.head_url} calls the policy at {' and '.join(configured) or 'no known URL'}, "
-                f"but the policy is served at {' and '.join(_urls(base_url))}.",
+                f"but the policy is served at {' and '.join(split_urls(base_url))}.",
                 "Start that Gym with this `policy_base_url`, or serve the policy at the URL that it calls.",
             )
 
@@ -230,7 +220,7 @@ class GymServers:
             ConfigError: If Gym or a config cannot be found, or the policy's URL is not set. Nothing was started.
             GymServerError: If the port of the head server is taken, or `start` was called before.
         """
-        self._require(GymState.NEW, "start")
+        self._require(ServerState.NEW, "start")
         installation = find_installation(self._python)
         configs = resolve_configs(self._config_paths, installation.root)
         assert self.log_path is not None
@@ -272,7 +262,7 @@ class GymServers:
         self._head_url = f"http://{LOCALHOST if host == '0.0.0.0' else host}:{port}"
         self.gym_version = installation.version
         self._deadline = time.monotonic() + self._start_timeout_s
-        self._state = GymState.STARTING
+        self._state = ServerState.STARTING
         return self
 
     def wait_ready(self) -> Self:
@@ -281,9 +271,9 @@ class GymServers:
         Raises:
             GymServerError: If a server died, something else answers, or time is up. The servers are stopped.
         """
-        if self._state is GymState.READY:
+        if self._state is ServerState.READY:
             return self
-        self._require(GymState.STARTING, "wait for")
+        self._require(ServerState.STARTING, "wait for")
         try:
             view = self._wait_for_head()
             self._wait_for_servers(view)
@@ -292,7 +282,7 @@ class GymServers:
             raise
         self._view = view
         self._agents = view.agents()
-        self._state = GymState.READY
+        self._state = ServerState.READY
         return self
 
     def check(self) -> None:
@@ -301,8 +291,8 @@ class GymServers:
         Raises:
             GymServerError: Names what died, with exit code, last log lines and log path if we started it.
         """
-        if self._state not in (GymState.STARTING, GymState.READY):
-            raise GymServerError(f"The NeMo Gym servers are {self._state.value}, not running.", "Start them first.")
+        if self._state not in (ServerState.STARTING, ServerState.READY):
+            raise GymServerError(f"The NeMo Gym servers are {self._state}, not running.", "Start them first.")
         if self._is_attached:
             look_at_head(self._http, self.head_url, timeout_s=_REQUEST_TIMEOUT_S)
             return
@@ -326,7 +316,7 @@ class GymServers:
 
         A server that refuses connections counts as gone in the third call in a row; call this about every second.
         """
-        if self._state is not GymState.READY or self._view is None:
+        if self._state is not ServerState.READY or self._view is None:
             return {}
         knows_processes = self._mode == "upstream" and not self._is_attached
         gone = self._probe.gone(self._view.instances, knows_processes=knows_processes)
@@ -344,7 +334,7 @@ class GymServers:
 
     def stop(self) -> None:
         """Stop the servers that we started; an attached Gym keeps running. Idempotent."""
-        self._state = GymState.STOPPED
+        self._state = ServerState.STOPPED
         child, self._child = self._child, None
         work_dir, self._work_dir = self._work_dir, None
         try:
@@ -356,7 +346,7 @@ class GymServers:
                 shutil.rmtree(work_dir, ignore_errors=True)  # links and Ray's temporary files
 
     def __enter__(self) -> Self:
-        if self._state is GymState.NEW:
+        if self._state is ServerState.NEW:
             self.start()
         return self.wait_ready()
 
@@ -419,9 +409,9 @@ class GymServers:
 
     # --- Errors ---
 
-    def _require(self, state: GymState, what: str) -> None:
+    def _require(self, state: ServerState, what: str) -> None:
         if self._state is not state:
-            now, needed = self._state.value, state.value
+            now, needed = self._state, state
             raise GymServerError(f"Cannot {what} NeMo Gym servers that are {now}: they have to be {needed}.")
 
     def _death(self, child: ChildProcess) -> GymServerError:
@@ -430,7 +420,7 @@ class GymServers:
         cause = self.log_end()
         if (path := error_path(self._work_dir)).is_file():
             cause = f"{path.read_text()}\n\nThe whole log: {self.log_path}"
-        if self._state is GymState.STARTING:
+        if self._state is ServerState.STARTING:
             return GymServerError(f"NeMo Gym did not start: it {child.describe_end()}. {cause}")
         return GymServerError(f"NeMo Gym was ready and {child.describe_end()}. {cause}")
 
@@ -524,10 +514,6 @@ def _own_ray_cluster(work_dir: Path) -> dict[str, str | None]:
 def _write_private(path: Path, text: str) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
-
-
-def _urls(given: str | Sequence[str]) -> list[str]:
-    return given.split(",") if isinstance(given, str) else list(given)
 
 
 def _normalized(url: str) -> str:

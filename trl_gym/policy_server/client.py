@@ -27,6 +27,7 @@ from trl_gym.errors import (
     error_body_text,
 )
 from trl_gym.policy_server.middleware.calls import CallRecord
+from trl_gym.processes import split_urls
 
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_QUOTED_CHARS = 2000
@@ -42,13 +43,12 @@ def server_urls(given: str | Sequence[str]) -> tuple[str, ...]:
     """Return OpenAI base URLs, ending in `/v1`.
 
     Args:
-        given: URLs with or without `/v1`; in one text they are separated by commas.
+        given: URLs with or without `/v1`, as for `split_urls`.
 
     Raises:
         ConfigError: No URL is given, or one of them twice.
     """
-    parts = given.split(",") if isinstance(given, str) else given
-    urls = tuple(f"{root_url(part)}/v1" for part in parts if part.strip())
+    urls = tuple(f"{root_url(url)}/v1" for url in split_urls(given))
     twice = next((url for url in urls if urls.count(url) > 1), None)
     if not urls or twice:
         raise ConfigError(

@@ -68,7 +68,7 @@ class RunServers:
         self._servable = servable
         self._start_options = start_options
         self._owns_policy = policy is None or policy.state is ServerState.NEW
-        self._owns_gym = gym is None or gym.state.value == "new"
+        self._owns_gym = gym is None or gym.state is ServerState.NEW
         self._process = PartialState()
         self._splice_checked = self._found_paused = False
         self._recovery: PolicyRecovery | None = None
@@ -108,7 +108,7 @@ class RunServers:
         if self.gym is None:
             self.gym = self.new_gym()
         self.gym.connect_policy(self.policy.base_urls, self.policy.model_name, self.policy.client.api_key or "EMPTY")
-        if self.gym.state.value == "new":
+        if self.gym.state is ServerState.NEW:
             self.gym.start()
 
     def _wait_ready(self) -> tuple[tuple[str, ...], str | None, str]:
