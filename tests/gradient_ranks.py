@@ -32,6 +32,14 @@ def cases() -> list[Case]:
     return found
 
 
+SEAMS = ("choose_task", "build_request", "compute_rewards")  # what a subclass may override, in the trainer's thread
+
+
+def broken(*_: Any) -> Any:
+    """An override with a mistake in it."""
+    raise ZeroDivisionError("in an override")
+
+
 def below_fraction() -> Case:
     """Too many fail on rank 0 alone, not too many on rank 1 alone, and too many on both."""
     return Case(name="below_fraction", failed=UNEQUAL | {(0, 0), (2, 0)}, options={"gym_min_valid_fraction": 0.6})
@@ -58,6 +66,14 @@ def found(model: Path, folder: Path) -> dict[str, Any]:
         gym_step(model, below_fraction(), folder / "run", num_ranks=2)
     except RolloutError as error:
         results["error"] = str(error)
+    for seam in SEAMS:
+        trainer = make_trainer(model, Case(name=seam, failed=()), folder / "run", num_ranks=2)
+        if os.environ["RANK"] == "1":
+            setattr(trainer, seam, broken)
+        try:
+            trainer.train()
+        except Exception as error:
+            results[seam] = f"{type(error).__name__}: {error}"
     case, evaluated = evaluation()
     trainer = make_trainer(model, case, folder / "run", num_ranks=2)
     results["evaluation"] = trainer.evaluate(tasks(evaluated))

