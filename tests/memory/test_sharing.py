@@ -186,7 +186,7 @@ def test_sampling_from_dropped_weights_is_refused() -> None:
 def test_the_first_weights_that_come_into_dropped_memory_are_to_be_verified() -> None:
     sharing = sharing_with(Recorder())
     assert not sharing.needs_probe
-    sharing.pushed()  # into memory that nobody had dropped
+    sharing.pushed()  # into memory that was not dropped
     for _ in range(2):  # as long as nothing has been verified
         sharing.after_sampling()
         assert sharing.needs_probe
@@ -252,7 +252,7 @@ def test_in_any_order_the_server_never_samples_without_its_memory(calls: list[st
     for call in calls:
         if call == "pushed":
             if sharing.state is Occupancy.ASLEEP:
-                continue  # nobody can push into memory that is not there
+                continue  # no one can push into memory that does not exist
             sharing.pushed()
             server.weights_valid = True
         elif call == "reset":

@@ -144,7 +144,7 @@ def test_without_a_number_of_steps_only_the_first_sync_is_probed(tmp_path: Path)
     assert [sync.push(other_policy(), step).probe is not None for step in (3, 400)] == [True, False]
 
 
-def test_a_reconnected_sync_agrees_anew(tmp_path: Path) -> None:
+def test_a_sync_connects_again_after_a_disconnect(tmp_path: Path) -> None:
     server = RecordingServer()
     sync = sync_with(server, tmp_path)
     sync.push(other_policy(), 0)

@@ -449,6 +449,7 @@ def estimate(
     device: DeviceMemory,
     *,
     peft_config: Any = None,
+    quantization_config: Any = None,
     environment: Mapping[str, str] = os.environ,
 ) -> MemoryPlan:
     """Plan for a server that the trainer starts itself.
@@ -459,6 +460,7 @@ def estimate(
         num_processes: Number of training processes.
         device: The GPU; see `this_device`.
         peft_config: The adapter that the trainer will add.
+        quantization_config: Configuration with which the trainer will quantize the model.
         environment: Variables by which `accelerate launch` says how the model is sharded.
 
     Raises:
@@ -483,7 +485,7 @@ def estimate(
         reference=bool(args.beta) and not is_adapter,
         grads_kept=args.gradient_accumulation_steps > args.steps_per_generation * args.num_iterations,
         offload_optimizer=args.gym_offload_optimizer,
-        **_sharding(args, environment, _stored_bytes(args, model, config, shape), is_adapter),
+        **_sharding(args, environment, _stored_bytes(args, model, config, shape, quantization_config), is_adapter),
     )
     return plan(shape, training, _serving(args, device, context or length, length, num_processes), device)
 
@@ -507,7 +509,9 @@ def count_params(
     return total, sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
-def _stored_bytes(args: GymGRPOConfig, model: str | PreTrainedModel, config: Any, shape: ModelShape) -> float:
+def _stored_bytes(
+    args: GymGRPOConfig, model: str | PreTrainedModel, config: Any, shape: ModelShape, asked: Any
+) -> float:
     """Return the bytes per parameter in the trainer, on average: linear layers of a quantized base are smaller."""
     options = args.model_init_kwargs or {}
     if isinstance(model, str):
@@ -517,7 +521,7 @@ def _stored_bytes(args: GymGRPOConfig, model: str | PreTrainedModel, config: Any
     else:
         dtype = model.dtype
     full = _BYTES.get(str(dtype).removeprefix("torch."), 4)
-    quantization = options.get("quantization_config") or getattr(config, "quantization_config", None)
+    quantization = asked or options.get("quantization_config") or getattr(config, "quantization_config", None)
     if isinstance(quantization, Mapping):
         four, eight = (quantization.get(f"load_in_{bits}bit") for bits in (4, 8))
     else:

@@ -73,8 +73,8 @@ class DeviceSharing:
 
     @property
     def needs_probe(self) -> bool:
-        """Whether the next sync must be verified: the first one into memory that was dropped. What a model keeps
-        beside its parameters and buffers does not survive that."""
+        """True before the first sync into memory that was dropped, which must be verified: what a model keeps beside
+        its parameters and buffers does not survive that."""
         return self.needs_push and not self._proven
 
     def before_sync(self) -> None:

@@ -325,7 +325,7 @@ def server_options(
     if args.trust_remote_code:
         flags["trust-remote-code"] = True
     if torch.cuda.is_available():
-        flags |= _gpu_flags(args, model, peft_config, num_processes)
+        flags |= _gpu_flags(args, model, peft_config, quantization_config, num_processes)
     else:
         flags["enforce-eager"] = True  # compiling for a CPU takes longer than it saves
     return flags | _own_flags(args), transport.server_environment()
@@ -336,7 +336,7 @@ def _own_flags(args: GymGRPOConfig) -> dict[str, Any]:
 
 
 def _gpu_flags(
-    args: GymGRPOConfig, model: str | PreTrainedModel, peft_config: Any, num_processes: int
+    args: GymGRPOConfig, model: str | PreTrainedModel, peft_config: Any, quantization_config: Any, num_processes: int
 ) -> dict[str, Any]:
     flags = {
         "tensor-parallel-size": args.vllm_tensor_parallel_size,
@@ -349,7 +349,9 @@ def _gpu_flags(
         flags["enable-sleep-mode"] = True
     device = this_device()
     assert device is not None  # there is CUDA
-    plan = try_estimate(args, model, num_processes, device, peft_config=peft_config)
+    plan = try_estimate(
+        args, model, num_processes, device, peft_config=peft_config, quantization_config=quantization_config
+    )
     if isinstance(plan, Problem):
         logger.warning("%s The policy server takes the given %g of it.", plan.text, args.vllm_gpu_memory_utilization)
         return flags

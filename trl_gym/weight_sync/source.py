@@ -61,7 +61,7 @@ class CheckpointForm:
         stand_ins = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         whole = self._revert(stand_ins)
         self.is_own = all(whole.get(name) is stand_in for name, stand_in in stand_ins.items())
-        """Whether names and values are those of the checkpoint already."""
+        """True when names and values are those of the checkpoint already."""
         if self.is_own:
             self.parts = {name: {name: shape} for name, shape in shapes.items()}
             return
@@ -185,7 +185,7 @@ class AdapterSource:
     def __init__(self, model: nn.Module, accelerator: Accelerator | None = None) -> None:
         config, named = adapter_parts(model)
         self.config: dict[str, Any] = {key: _jsonable(value) for key, value in config.to_dict().items()}
-        """What PEFT writes to `adapter_config.json`."""
+        """Content of `adapter_config.json`, as PEFT writes it."""
         self.config["inference_mode"] = True
         self._named = unit_by_unit(named, lambda item: item[1])
         self._device = None if accelerator is None else accelerator.device

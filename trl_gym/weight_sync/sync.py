@@ -10,7 +10,7 @@ batch of tokens; when they differ, training stops. A transport that does not tou
 no pause.
 
 An error on rank 0 is raised on every rank, and no rank is left in a collective: a transport walks its stream to the
-end even when nobody listens any more.
+end even when no one listens any more.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PROBE_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class SyncOptions:
-    """How weights are pushed; see the options of the same names in `GymGRPOConfig`.
+    """Options of a weight sync; see those of the same names in `GymGRPOConfig`.
 
     Attributes:
         dtype: Precision that weights are sent in, which is the one that the server computes in; None sends the

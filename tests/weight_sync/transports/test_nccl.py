@@ -74,7 +74,7 @@ def test_items_arrive_in_order_and_bytes_are_bounded(sizes: list[int], max_bytes
 def test_an_item_bigger_than_the_limit_is_alone() -> None:
     outgoing: BoundedQueue[str] = BoundedQueue(10)
     assert outgoing.put("big", 99, LONG_S)
-    assert not outgoing.put("small", 1, 0.01)  # no room, and nobody takes anything
+    assert not outgoing.put("small", 1, 0.01)  # no room, and no one takes anything
     assert next(iter(outgoing)) == "big"
     assert outgoing.put("small", 1, LONG_S)
 

@@ -14,8 +14,8 @@ missing ones in `finish_weight_update`, when weights have already changed. vLLM 
 Where its worker runs in the engine process (one CPU, 0.31) the server lives on with a mixture of weights and takes a
 complete update; elsewhere treat it as dead.
 
-The bytes are read once, from the mapped file into a layer's new tensor. From there vLLM's layerwise reload goes on: on
-a GPU it copies the tensor into the one that CUDA graphs refer to, on a CPU most layers are repacked for their kernels
+The bytes are read once, from the mapped file into a layer's new tensor. Then vLLM's layerwise reload continues: on a
+GPU it copies the tensor into the one that CUDA graphs refer to, on a CPU most layers are repacked for their kernels
 and the tensor is dropped. Both are needed there, and there is no public way around the tensor in between.
 """
 
