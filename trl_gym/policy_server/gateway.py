@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import uvicorn
 
-from trl_gym.errors import ConfigError, PolicyServerError
+from trl_gym.errors import ConfigError, PolicyServerError, Problem
 from trl_gym.policy_server import upstreams
 from trl_gym.policy_server.client import root_url
 from trl_gym.policy_server.command import is_loopback
@@ -100,11 +100,11 @@ async def check_upstreams(
     async with upstreams.open_session() as session:
         checks = [_Check(session, url, api_key, deadline, note) for url in urls]
         results = await asyncio.gather(*(check.run() for check in checks))
-    problems = [result for result in results if isinstance(result, str)]
+    problems = [result for result in results if isinstance(result, Problem)]
     facts = [result for result in results if isinstance(result, UpstreamFacts)]
     problems += _differences(facts)
     if problems:
-        raise PolicyServerError("the gateway cannot be started:\n" + "\n".join(f"  - {line}" for line in problems))
+        raise PolicyServerError("The gateway cannot be started:", problems=problems)
     for fact in facts:
         if fact.raw_logprobs is not False:
             note(_logprobs_warning(fact))
@@ -116,15 +116,17 @@ def takes_prompt_field(facts: Sequence[UpstreamFacts]) -> bool:
     return all(fact.has_prompt_field for fact in facts)
 
 
-def _differences(facts: Sequence[UpstreamFacts]) -> list[str]:
+def _differences(facts: Sequence[UpstreamFacts]) -> list[Problem]:
     problems = []
     served = {fact.url: f"{', '.join(fact.model_names)} (max_model_len {fact.max_model_len})" for fact in facts}
     if len(set(served.values())) > 1:
         text = upstreams.listed(served)
-        problems.append(f"the upstreams serve different models; they must be replicas of one: {text}")
+        problems.append(Problem(f"The upstreams serve different models: {text}.", "Name replicas of one model."))
     if not takes_prompt_field(facts) and not all(fact.has_transfer_params for fact in facts):
         versions = upstreams.listed({fact.url: f"vLLM {fact.vllm_version}" for fact in facts})
-        problems.append(f"the upstreams accept exact prompts in different ways; run one version of vLLM: {versions}")
+        problems.append(
+            Problem(f"The upstreams accept exact prompts in different ways: {versions}.", "Run one version of vLLM.")
+        )
     return problems
 
 
@@ -145,18 +147,18 @@ class _Check:
     deadline: float
     note: Note
 
-    async def run(self) -> UpstreamFacts | str:
-        """The facts, or what is wrong."""
+    async def run(self) -> UpstreamFacts | Problem:
+        """Return the facts, or what is wrong."""
         waiting = False
         while True:
             try:
                 return await self._look()
             except _UnusableError as problem:
-                return f"{self.url}: {problem}"
+                return Problem(f"{self.url}: {problem}")
             except (aiohttp.ClientError, TimeoutError) as error:
                 last = words(error)
             if time.monotonic() >= self.deadline:
-                return f"{self.url} cannot be reached: {last}. Is it running, and is the URL right?"
+                return Problem(f"{self.url} cannot be reached: {last}.", "Start it, or correct the URL.")
             if not waiting:
                 self.note(f"waiting for {self.url}: {last}")
                 waiting = True
@@ -271,6 +273,7 @@ class _Check:
 _KEEP_ALIVE_S = 600
 _GRACE_S = 2  # running requests are cut off at once; this is for what still does not end
 _LOOK_EVERY_S = 0.1
+_URL_REMEDY = "Write it as http://host:port or http://host:port/v1."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,8 +314,9 @@ def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable
     urls = upstream_urls(options.upstreams)
     if not is_loopback(options.host) and not options.api_key:
         raise ConfigError(
-            f"--host {options.host or '(every interface)'} can be reached from other machines, and the gateway passes "
-            "on routes that replace the policy's weights: give --api-key too, or set $VLLM_API_KEY"
+            f"`--host` {options.host or '(every interface)'} can be reached from other machines, and the gateway "
+            "passes on routes that replace the policy's weights.",
+            "Give `--api-key` too, or set VLLM_API_KEY.",
         )
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     with _bind(options.host, options.port) as sock:
@@ -326,12 +330,15 @@ def upstream_urls(given: Sequence[str]) -> list[str]:
         ConfigError: With every URL that cannot be one, and why.
     """
     roots = [root_url(url) for url in given]
-    problems = [f"{problem}" for url, root in zip(given, roots, strict=True) if (problem := _url_problem(url, root))]
-    problems += [f"--upstream {root} is given twice" for root in sorted({r for r in roots if roots.count(r) > 1})]
+    problems = [problem for url, root in zip(given, roots, strict=True) if (problem := _url_problem(url, root))]
+    problems += [
+        Problem(f"`--upstream` {root} is given twice.", "Name each once.")
+        for root in sorted({r for r in roots if roots.count(r) > 1})
+    ]
     if not roots:
-        problems.append("no --upstream is given; name the URL of at least one vLLM server")
+        problems.append(Problem("No `--upstream` is given.", "Name the URL of at least one vLLM server."))
     if problems:
-        raise ConfigError("the gateway cannot be started:\n" + "\n".join(f"  - {line}" for line in problems))
+        raise ConfigError("The gateway cannot be started:", problems=problems)
     return roots
 
 
@@ -405,16 +412,16 @@ async def _attend(server: uvicorn.Server, upstreams: UpstreamApp, ready: Callabl
     upstreams.cut_off()
 
 
-def _url_problem(url: str, root: str) -> str | None:
+def _url_problem(url: str, root: str) -> Problem | None:
     try:
         parts = urlsplit(root)
         has_host = bool(parts.hostname) and parts.port != 0
     except ValueError:
-        return f"--upstream {url!r} is no URL"
+        return Problem(f"`--upstream` {url!r} is not a URL.", _URL_REMEDY)
     if parts.username or parts.password:
-        return "an --upstream has a user name or password in its URL; use --upstream-api-key"
+        return Problem("An `--upstream` has a user name or password in its URL.", "Use `--upstream-api-key`.")
     if parts.scheme not in ("http", "https") or not has_host or parts.query or parts.fragment:
-        return f"--upstream {url!r} must look like http://host:port or http://host:port/v1"
+        return Problem(f"`--upstream` {url!r} is not the URL of a server.", _URL_REMEDY)
     return None
 
 
@@ -423,6 +430,6 @@ def _bind(host: str, port: int) -> socket.socket:
         return bind_socket(host, port)
     except OSError as error:
         raise PolicyServerError(
-            f"port {port} on {host} is in use, or the address is not this machine's ({error.strerror}); choose "
-            "another with --port, or --port 0 for a free one"
+            f"Port {port} on {host} is in use, or the address is not this machine's ({error.strerror}).",
+            "Choose another with `--port`, or `--port 0` for a free one.",
         ) from error

@@ -270,8 +270,8 @@ def servable(model: str | PreTrainedModel, processing_class: Any, args: GymGRPOC
         return name
     if processing_class is None:
         raise ConfigError(
-            "`model` was not loaded from a folder or hub id, so the policy server needs a tokenizer: pass "
-            "`processing_class`."
+            "`model` was not loaded from a folder or hub id, so the policy server needs a tokenizer.",
+            "Pass `processing_class`.",
         )
     folder = Path(args.output_dir) / _INITIAL_POLICY
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -283,13 +283,13 @@ def servable(model: str | PreTrainedModel, processing_class: Any, args: GymGRPOC
 def _check_sources(args: GymGRPOConfig, policy: PolicyBackend | None, gym: GymServers | None) -> None:
     if gym is None and args.gym_mode != "attach" and not args.gym_config_paths:
         raise ConfigError(
-            "No NeMo Gym: set `gym_config_paths` to start one, `gym_head_url` to attach to a running one, or pass "
-            "`gym_servers`."
+            "There is no NeMo Gym: neither `gym_config_paths` nor `gym_head_url` is set.",
+            "Set `gym_config_paths` to start one, `gym_head_url` to attach to a running one, or pass `gym_servers`.",
         )
     if policy is None and args.vllm_mode == "server" and args.vllm_server_base_url is None:
         raise ConfigError(
-            "`vllm_mode` is 'server' and `vllm_server_base_url` is not set: name the running server (start one with "
-            "`trl-gym serve MODEL`), or pass `policy_server`."
+            "`vllm_mode` is 'server' and `vllm_server_base_url` is not set.",
+            "Set it to a running server (start one with `trl-gym serve MODEL`), or pass `policy_server`.",
         )
 
 
