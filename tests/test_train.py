@@ -74,11 +74,20 @@ def test_a_run_is_summed_up_from_what_is_on_disk(tmp_path: Path, capsys: pytest.
     (tmp_path / "rollouts").mkdir()
     line = {"failure": None, "env_mask": [1, 0, 1], "prompt_ids": [1, 2], "completion_ids": [3, 4, 5]}
     (tmp_path / "rollouts" / "step-0.rank-0.jsonl").write_text(json.dumps(line) + "\n")
+    retried = {
+        "failure": {"kind": "deadline"},
+        "retried": True,
+        "env_mask": [],
+        "prompt_ids": [],
+        "completion_ids": [],
+    }
+    (tmp_path / "rollouts" / "step-1.rank-0.jsonl").write_text(json.dumps(retried) + "\n")
     rows = [
         {"step": 0, "eval_reward": 0.2, "eval_success": 0.1, "eval_seconds/rollouts": 1.0},
         {"step": 1, "reward": 0.5, "seconds/rollouts": 2.0, "eval_reward": 0.6, "eval_success": 0.4},
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torn = '{"step": 2, "rew'  # by a full disk
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-best"):
         (tmp_path / name).mkdir()
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"

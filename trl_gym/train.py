@@ -9,7 +9,6 @@ overridden on the command line. At the end it prints a table of what the run ach
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -244,8 +243,10 @@ def summarize(output_dir: str | Path, start_up: Mapping[str, float]) -> None:
     """
     from rich.console import Console
 
+    from trl_gym.rollouts.journal import read_objects
+
     folder = Path(output_dir)
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = list(read_objects(folder / "metrics.jsonl"))
     console = Console()
     console.print(_table(metrics, _count(folder / "rollouts"), start_up))
     picture = plot_reward(metrics, folder / "reward.png")
@@ -291,12 +292,13 @@ def plot_reward(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path | None
 
 
 def _count(rollouts: Path) -> Counter[str]:
-    from trl_gym.rollouts.journal import read_journal
+    from trl_gym.rollouts.journal import Attempt, LineState, read_journal
 
     counted: Counter[str] = Counter()
     for rollout in read_journal(rollouts):
-        counted["rollouts"] += 1
-        counted["failed"] += rollout["failure"] is not None
+        if Attempt.of(rollout).state is LineState.COUNTED:
+            counted["rollouts"] += 1
+            counted["failed"] += rollout["failure"] is not None
         counted["sampled tokens"] += sum(rollout["env_mask"])
         counted["tokens"] += len(rollout["prompt_ids"]) + len(rollout["completion_ids"])
     return counted

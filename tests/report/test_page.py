@@ -135,7 +135,7 @@ def test_the_command(viewed: Viewed, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["view", str(viewed.folder), "--output", str(target), "--max-rollouts", "50"]) == 0
     assert f"of {len(viewed.records)} rollouts" in capsys.readouterr().out and target.exists()
     assert main(["view", str(viewed.folder), "--output", str(tmp_path / "no" / "where.html")]) == 1
-    assert "Choose another file with --output" in capsys.readouterr().err
+    assert "Choose another file with `--output`" in capsys.readouterr().err
     assert main(["view", str(viewed.folder), "--max-rollouts", "-1"]) == 1
     assert "`--max-rollouts` is -1" in capsys.readouterr().err
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_gym.errors import ConfigError
-from trl_gym.rollouts.journal import TRAINING_LOGPROBS, journal_files
-
-logger = logging.getLogger(__name__)
+from trl_gym.rollouts.journal import TRAINING_LOGPROBS, journal_files, read_objects
 
 TOKENIZER_FILE = "tokenizer.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -77,7 +73,7 @@ def read_metrics(run: RecordedRun) -> list[dict[str, Any]]:
 
     Its last line is rewritten in place while the run goes on, and a full disk tears lines; these are left out.
     """
-    return [] if run.metrics is None else list(_json_objects(run.metrics))
+    return [] if run.metrics is None else list(read_objects(run.metrics))
 
 
 def read_training_logprobs(run: RecordedRun) -> Iterator[tuple[str, list[float | None]]]:
@@ -87,21 +83,8 @@ def read_training_logprobs(run: RecordedRun) -> Iterator[tuple[str, list[float |
     are is not looked at, and None stands where they were not finite. See `rollouts.logprobs`.
     """
     for path in sorted((run.folder / TRAINING_LOGPROBS).glob("*.jsonl")):
-        for record in _json_objects(path):
+        for record in read_objects(path):
             yield record["rollout_id"], record["logprobs"]
-
-
-def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a file's lines; lines that were torn (a full disk, a run that goes on) are left out."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                value = json.loads(line, parse_constant=lambda _: None)  # a browser reads no NaN
-            except ValueError as error:
-                logger.warning("%s, line %d is torn and left out: %s", path, number, error)
-                continue
-            if isinstance(value, dict):
-                yield value
 
 
 def _named_tokenizer(path: Path) -> Path:

@@ -316,6 +316,22 @@ def read_line(path: Path, offset: int, length: int) -> dict[str, Any]:
         return json.loads(file.read(length))
 
 
+def read_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects in the lines of a file beside the journal, with None for numbers that are not finite.
+
+    Lines that were torn (a full disk, a run that goes on) are left out, and logged.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                value = json.loads(line, parse_constant=lambda _: None)
+            except ValueError as error:
+                logger.warning("%s, line %d is torn and left out: %s", path, number, error)
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
 def journal_files(folder: str | Path, *, mode: str | None = None, step: int | None = None) -> list[Path]:
     """Return the files of a journal in the order in which they are read: by mode, step, rank, part."""
     found = []
