@@ -95,3 +95,11 @@ def test_a_vllm_of_another_version_starts_without_our_engine(tmp_path: Path, fac
     assert json.loads(foreign.stdout) == [], "loading the plugin imports nothing heavy"
     own = registered(tmp_path, "1")
     assert own.returncode != 0 and "Error" in own.stderr
+
+
+def test_a_server_that_we_start_marks_its_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl_gym.policy_server.engine import entry
+
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != ENV_OWN_SERVER})
+    entry._configure_environment(entry.parse_args(["some/model"]))
+    assert os.environ[ENV_OWN_SERVER] == "1"
