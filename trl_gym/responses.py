@@ -21,7 +21,7 @@ _TOKENS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs", "
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One item as somebody said it.
+    """One item in the words of its author.
 
     Attributes:
         role: `"system"`, `"user"`, `"assistant"`, `"tool"`, or what the item says.

@@ -1,4 +1,4 @@
-"""A journal in a few numbers per environment: as data, as a table in a terminal, as lines where output is piped."""
+"""Summarize a journal in a few numbers per environment: as data, as a table, as lines where output is piped."""
 
 from __future__ import annotations
 

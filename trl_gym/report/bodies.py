@@ -40,7 +40,7 @@ class Pieces:
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a tokenizer."""
+        """Tell whether there is a tokenizer."""
         return self._tokenizer is not None
 
     def add(self, ids: Sequence[int]) -> None:

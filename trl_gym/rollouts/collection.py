@@ -43,7 +43,7 @@ _PATIENCE = 3  # looks in a row before a server counts as gone
 _CAUSE_S = 2.0  # for a server that has just died to be seen as dead
 _GIVE_UP_TIMEOUT_S = 5.0  # for telling a policy server that may be the reason for giving up
 _MAX_LISTED = 16  # outstanding rollouts; more are grouped
-# Failures after which somebody behind the agent may go on with the rollout.
+# Failures after which a server behind the agent may go on with the rollout.
 _MAY_GO_ON = frozenset({FailureKind.DEADLINE, FailureKind.INFRASTRUCTURE})
 
 
@@ -65,10 +65,10 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutResult:
-    """How one attempt ended.
+    """The end of one attempt.
 
     Attributes:
-        request: What was asked.
+        request: The request.
         answer: Gym's answer; None when the attempt failed.
         failure: Why it failed; None when it did not.
         seconds: Wall time from dispatch (after waiting for a place) to the end.
@@ -138,7 +138,7 @@ class Collection(Generic[T]):
         self._last_end = self._last_warning = self._clock()
 
     async def run(self, requests: Sequence[RolloutRequest]) -> list[T]:
-        """The values of `finish`, in the order of the requests."""
+        """Run all requests; return the values of `finish` in their order."""
         self._tally = Tally(len(requests))
         self._current = list(requests)
         self._tasks = [asyncio.create_task(self._rollout(index)) for index in range(len(requests))]

@@ -55,7 +55,7 @@ _MAX_NAMED = 8  # places of numbers that are not finite, in one warning
 
 
 class Recorder(Protocol):
-    """Where a finished rollout is recorded."""
+    """Records finished rollouts."""
 
     def append(self, record: Mapping[str, Any]) -> None: ...
 
@@ -407,7 +407,7 @@ class Attempt:
 
     @property
     def state(self) -> LineState:
-        """The state as far as the line alone tells; only a `COUNTED` one may yet be superseded."""
+        """Return the state as far as the line alone tells; only a `COUNTED` one may yet be superseded."""
         if self.failure == FailureKind.CANCELLED:
             return LineState.CANCELLED
         if self.is_retried:
@@ -416,7 +416,7 @@ class Attempt:
 
     @property
     def has_reward(self) -> bool:
-        """Whether the rollout ended here with a reward, so that it need not be run again."""
+        """Tell whether the rollout ended here with a reward, so that it need not be run again."""
         return self.failure is None and self.state is LineState.COUNTED
 
 

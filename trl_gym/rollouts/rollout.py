@@ -31,10 +31,10 @@ class Rollout:
     """One rollout that has ended, well or badly.
 
     Attributes:
-        request: What was asked.
+        request: The request.
         answer: Gym's answer; None when there is none.
         failure: Why it has no reward; None when it has one.
-        trajectories: What is trained; empty for a failed rollout. They share the reward.
+        trajectories: The tokens that are trained; empty for a failed rollout. They share the reward.
         seconds: Wall time.
         drift: Where its history was rewritten first, and why; also for a rollout that failed because of it.
         records: The policy server's records of its model calls; None when the server keeps none.
@@ -61,7 +61,7 @@ class Rollout:
 
     @property
     def is_truncated(self) -> bool:
-        """Whether Gym reports that the rollout was cut (`incomplete_details`).
+        """Tell whether Gym reports that the rollout was cut (`incomplete_details`).
 
         The last token does not tell: a rollout may end on a tool result, or be cut by its budget right after the end
         of a turn.

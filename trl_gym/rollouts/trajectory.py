@@ -68,7 +68,7 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Where a rollout's history was rewritten for the first time.
+    """The first place where a rollout's history was rewritten.
 
     Attributes:
         turn: Index of the model call (0-based) whose prompt does not continue what was seen.
