@@ -458,16 +458,9 @@ def line_states(
 _MIN_SECRET_CHARS = 8
 
 # Long lists of numbers, and most of a journal line: not walked.
-_NUMBERS = frozenset(
-    (
-        "prompt_ids",
-        "completion_ids",
-        "env_mask",
-        "logprobs",
-        "prompt_token_ids",
-        "generation_token_ids",
-        "generation_log_probs",
-    )
+_NUMBERS = (
+    *("prompt_ids", "completion_ids", "env_mask", "logprobs"),
+    *("prompt_token_ids", "generation_token_ids", "generation_log_probs"),
 )
 _SECRET_KEYS = (
     *("api_key", "apikey", "access_token", "auth_token", "bearer_token", "refresh_token", "authorization"),
