@@ -477,7 +477,8 @@ class GymGRPOTrainer(GRPOTrainer):
                 num_ranks=self.accelerator.num_processes,
                 buffered=self._buffered_inputs if self._step % self._generate_every else None,
             )
-            save_state(Path(self.args.output_dir) / f"checkpoint-{step}", self.accelerator.process_index, state)
+            with agreed(self.accelerator):
+                save_state(Path(self.args.output_dir) / f"checkpoint-{step}", self.accelerator.process_index, state)
         with self._checkpoints.saving(step):
             super()._save_checkpoint(model, trial)
 

@@ -85,12 +85,13 @@ class LiveSource:
         check_model(self._args, accelerator, model)
         self._servers.wait_ready()
         self._accelerator, self._hooks = accelerator, hooks
-        self._journal = Journal(
-            self.folder,
-            rank=accelerator.process_index,
-            max_bytes=self._args.gym_journal_max_mb * 1e6,
-            secrets=(*self._servers.secrets, *secrets_in(self._args.gym_overrides)),
-        )
+        with agreed(accelerator):
+            self._journal = Journal(
+                self.folder,
+                rank=accelerator.process_index,
+                max_bytes=self._args.gym_journal_max_mb * 1e6,
+                secrets=(*self._servers.secrets, *secrets_in(self._args.gym_overrides)),
+            )
         self._weights = PolicyWeights(self._args, accelerator, self._servers, model)
         self._collector = self._new_collector()
 
