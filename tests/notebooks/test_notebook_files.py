@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -38,6 +40,16 @@ def test_cells_are_short_and_compile(path: Path) -> None:
         if cell["cell_type"] == "code":
             assert len(source.splitlines()) <= 60, cell["id"]
             compile(TransformerManager().transform_cell(source), cell["id"], "exec")
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_what_they_import_of_ours_exists(path: Path) -> None:
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    code = TransformerManager().transform_cell("\n".join("".join(cell["source"]) for cell in cells))
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    ours = [(node.module, name.name) for node in imports for name in node.names if str(node.module)[:7] == "trl_gym"]
+    assert ours
+    assert [(module, name) for module, name in ours if not hasattr(importlib.import_module(module), name)] == []
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
