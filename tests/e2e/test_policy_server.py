@@ -75,13 +75,13 @@ def test_a_busy_port_is_one_readable_error(random_policy: Path, tmp_path: Path) 
     with bind_socket() as taken:
         port = taken.getsockname()[1]
         error = failed_serve(serve_argv(random_policy, tmp_path / "logs", "--port", str(port)))
-    assert f"port {port} on 127.0.0.1 is in use" in error
+    assert f"Port {port} on 127.0.0.1 is in use" in error
 
 
 def test_an_unknown_flag_is_one_readable_error(random_policy: Path, tmp_path: Path) -> None:
     error = failed_serve(serve_argv(random_policy, tmp_path / "logs", "--port", "0", "--no-such-flag", "3"))
     assert "unrecognized arguments: --no-such-flag 3" in error
-    assert "Hint: this vLLM does not know that flag" in error
+    assert "Leave out the flag that this vLLM does not know" in error
     assert "exit code 2" in error and "policy_server-" in error
 
 

@@ -25,6 +25,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.shares("random")]
 SEQUENCES = [[5, 9, 300, 17, 44, 120, 8], [401, 33, 2, 3, 90]]
 
 
+def is_sleeping(client: PolicyClient) -> bool:
+    """Return whether anything sleeps, or the scheduler is paused."""
+    return bool(client._call("GET", "/is_sleeping")["is_sleeping"])
+
+
 def policy(seed: int) -> torch.nn.Module:
     return build_model(build_tokenizer(), tie=True, seed=seed)
 
@@ -33,19 +38,19 @@ def test_a_step_with_sleep_and_a_request_that_comes_too_early(served: Served, tm
     client, server = served.client, served.server
     sharing = DeviceSharing(Accelerator(cpu=True), server, timeout_s=120.0, drops_weights=True)
     sharing.after_sampling()
-    assert client.is_sleeping()
+    assert is_sleeping(client)
     with ThreadPoolExecutor(1) as pool:
         early = pool.submit(PolicyClient(server.base_url).prompt_logprobs, SEQUENCES[:1])
         sharing.before_sync()
-        assert client.is_sleeping() and sharing.state is Occupancy.WEIGHTS
+        assert is_sleeping(client) and sharing.state is Occupancy.WEIGHTS
         build_random_policy(tmp_path / "next", tie=True, seed=1)
         push_file(client, tmp_path / "next" / "model.safetensors", "1", resume=False)
         sharing.pushed()
         # Whatever is asked while something sleeps waits, and is computed with what was sent.
-        assert client.is_sleeping() and not early.done()
+        assert is_sleeping(client) and not early.done()
         sharing.before_sampling()
         held_back = early.result(timeout=60)
-    assert not client.is_sleeping() and not client.is_paused()
+    assert not is_sleeping(client) and not client.is_paused()
     expected = [trainer_logprobs(policy(seed=1), [ids])[0] for ids in SEQUENCES]
     assert held_back[0] == pytest.approx(expected[0], abs=1e-3)
     for found, wanted in zip(client.prompt_logprobs(SEQUENCES), expected, strict=True):
@@ -57,9 +62,9 @@ def test_weights_that_are_kept_need_no_push(served: Served) -> None:
     before = server.client.prompt_logprobs(SEQUENCES)
     sharing = DeviceSharing(Accelerator(cpu=True), server, timeout_s=120.0, drops_weights=False)
     sharing.after_sampling()
-    assert server.client.is_sleeping()
+    assert is_sleeping(server.client)
     sharing.before_sampling()
-    assert not server.client.is_sleeping()
+    assert not is_sleeping(server.client)
     assert server.client.prompt_logprobs(SEQUENCES) == before
 
 
