@@ -21,6 +21,7 @@ from trl_gym.errors import PolicyServerError, PolicyServerLostError, TrlGymError
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.processes import ServerState
+from trl_gym.run.live import LiveSource
 from trl_gym.run.servers import RunServers, close_previous, servers_for
 
 
@@ -200,6 +201,14 @@ def test_a_server_that_somebody_restarted_is_a_loss(tmp_path: Path, monkeypatch:
 # -- several ranks ----------------------------------------------------------------------------------------------------
 
 
+HERE = threading.local()
+
+
+def gather_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collectives are those of the rank that this thread plays."""
+    monkeypatch.setattr("trl_gym.ranks._gather", lambda items: HERE.gather(items))
+
+
 class Gym:
     """A NeMo Gym that fails on command. Each rank has its own."""
 
@@ -220,11 +229,10 @@ class Gym:
 
 def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, call: Callable[[RunServers], Any]) -> list[Any]:
     """What `call` returns or raises on each of several ranks, which are threads."""
-    here = threading.local()
-    monkeypatch.setattr("trl_gym.ranks._gather", lambda items: here.gather(items))
+    gather_here(monkeypatch)
 
     def on_rank(rank: int, gather: Any) -> Any:
-        here.gather = gather
+        HERE.gather = gather
         servers = run_servers("http://127.0.0.1:1/v1", tmp_path)
         servers._process = SimpleNamespace(process_index=rank, is_main_process=rank == 0)
         return call(servers)
@@ -300,6 +308,29 @@ def test_what_fails_on_another_rank_that_attaches_is_raised_on_every_rank(
     assert attached == [(Policy.base_urls, "key")] * 2
     assert OSError in (type(second), type(third))
     assert isinstance(first, TrlGymError) and "OSError: No route to host" in str(first)
+
+
+@pytest.mark.parametrize("step", ["Journal", "PolicyWeights"])
+def test_a_rank_that_cannot_connect_its_source_ends_all(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(*_: Any, **__: Any) -> None:
+        if HERE.rank == 1:
+            raise OSError("No space left on device")
+
+    def connect(rank: int, gather: Any) -> None:
+        HERE.rank, HERE.gather = rank, gather
+        servers = SimpleNamespace(wait_ready=lambda: None, secrets=())
+        source = LiveSource(SimpleNamespace(output_dir=tmp_path, gym_journal_max_mb=1, gym_overrides={}), servers)
+        source._new_collector = lambda: None  # type: ignore[method-assign]
+        source.connect(SimpleNamespace(process_index=rank), None, None)
+
+    gather_here(monkeypatch)
+    for name in ("check_model", "Journal", "PolicyWeights"):
+        monkeypatch.setattr(f"trl_gym.run.live.{name}", make if name == step else lambda *_, **__: None)
+    first, second = on_ranks(2, connect)
+    assert isinstance(second, OSError)
+    assert type(first) is TrlGymError and str(first) == "rank 1: OSError: No space left on device"
 
 
 def test_every_rank_hears_that_a_server_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

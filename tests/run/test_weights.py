@@ -41,7 +41,7 @@ def weights_with(recorder: Recorder, *, sharing: bool = True) -> PolicyWeights:
     weights = PolicyWeights.__new__(PolicyWeights)
     weights._sync = weights._servers = recorder  # type: ignore[assignment]
     weights._sharing = recorder if sharing else None  # type: ignore[assignment]
-    weights._accelerator, weights._offloads = SimpleNamespace(), False
+    weights._accelerator, weights._offloads = SimpleNamespace(process_index=0), False
     return weights
 
 

@@ -85,15 +85,15 @@ class LiveSource:
         check_model(self._args, accelerator, model)
         self._servers.wait_ready()
         self._accelerator, self._hooks = accelerator, hooks
-        with agreed(accelerator):
+        with agreed(accelerator):  # a full disk, or a server that does not answer this rank
             self._journal = Journal(
                 self.folder,
                 rank=accelerator.process_index,
                 max_bytes=self._args.gym_journal_max_mb * 1e6,
                 secrets=(*self._servers.secrets, *secrets_in(self._args.gym_overrides)),
             )
-        self._weights = PolicyWeights(self._args, accelerator, self._servers, model)
-        self._collector = self._new_collector()
+            self._weights = PolicyWeights(self._args, accelerator, self._servers, model)
+            self._collector = self._new_collector()
 
     def server_config(self) -> dict[str, Any]:
         """Return the policy server's resolved configuration."""

@@ -17,6 +17,7 @@ import torch
 from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
 from trl_gym.memory.offload import OptimizerOffload, check_offload
 from trl_gym.memory.sharing import DeviceSharing
+from trl_gym.ranks import agreed
 from trl_gym.weight_sync.source import check_supported
 from trl_gym.weight_sync.sync import SyncOptions, SyncReport, WeightSync
 from trl_gym.weight_sync.transports.plan import TransportPlan, plan_transport
@@ -94,7 +95,8 @@ class PolicyWeights:
             Exception: `error`, where another server would not help, or what went wrong with that.
         """
         if self._sharing is not None:
-            self._sharing.make_room()  # a server that starts needs its memory
+            with agreed(self._accelerator):
+                self._sharing.make_room()  # a server that starts needs its memory
         self._servers.recover(error)
         self._sync.disconnect()
         if self._sharing is not None:
