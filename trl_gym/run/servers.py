@@ -1,10 +1,10 @@
-"""The two servers of a run, started on rank 0 and known to every rank.
+"""Start the two servers of a run on rank 0, attach every other rank to them, and get the policy server back.
 
-    rank 0     start() ── both spawn and load side by side ── wait_ready() ── broadcast addresses
+    rank 0     start() ── both spawn and load side by side ── wait_ready() ── tell the addresses
     others                                                     wait_ready() ── attach to them
 
-Who starts a server stops it: one that was passed in running is borrowed and runs on, one that was passed in unstarted
-is started, and stopped, here.
+Whoever starts a server stops it: one that was passed in running is borrowed and keeps running, one that was passed in
+unstarted is started, and stopped, here. What fails on one rank is raised on all of them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,26 @@ logger = logging.getLogger(__name__)
 
 _API_KEY_BYTES = 32
 _INITIAL_POLICY = "initial_policy"  # folder for a model that was given as an object without a folder of its own
+
+
+def servers_for(
+    args: GymGRPOConfig,
+    model: str | PreTrainedModel,
+    *,
+    processing_class: Any = None,
+    policy: PolicyBackend | None = None,
+    gym: GymServers | None = None,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+) -> RunServers:
+    """Return the two servers of a run, not started yet. For the arguments see `RunServers`."""
+    return RunServers(
+        args,
+        lambda: servable(model, processing_class, args),
+        policy,
+        gym,
+        lambda: server_options(args, model, peft_config, quantization_config, PartialState().num_processes),
+    )
 
 
 class RunServers:
@@ -78,7 +98,7 @@ class RunServers:
         self.gym: GymServers = gym  # type: ignore[assignment]
 
     def start(self) -> None:
-        """Spawn both on rank 0; returns before they are ready. Every rank calls it in step.
+        """Spawn both on rank 0; return before they are ready. Every rank calls it in step.
 
         Raises:
             ConfigError, ServerError: On every rank, when rank 0 could not start them.
@@ -96,6 +116,109 @@ class RunServers:
             if not self._process.is_main_process:
                 self.policy = PolicyServer.attach(base_urls, api_key=api_key)
                 self.gym = GymServers.attach(head_url).wait_ready()
+
+    def check(self) -> None:
+        """Raise when the policy server, or the whole Gym that we started, has died. The collector deals with a single
+        environment that is down: it may be skipped."""
+        self.policy.check()
+        self.gym.check_process()
+
+    def check_before_rollouts(self) -> None:
+        """Check on rank 0, once weights were pushed, that the server is the one that got all of them, and that it
+        continues sampled tokens exactly where it was paused when that should have been checked.
+
+        Raises:
+            PolicyServerLostError: It was restarted, and may have a part of the weights; or it does not answer.
+            PolicyServerError: It cannot be used.
+        """
+        if not self._process.is_main_process:
+            return
+        self.require_same_policy()
+        if not self._splice_checked:
+            check_splice(self.policy.client, self.policy.model_name)
+            self._splice_checked = True
+
+    def require_same_policy(self) -> None:
+        """Check on rank 0 that the policy server is the process that got our weights, or that we restarted last.
+
+        Raises:
+            PolicyServerLostError: Another process answers, or none.
+        """
+        if self._recovery is not None:
+            self._recovery.require_same()
+
+    def recover(self, error: Exception) -> None:
+        """Get a policy server back that died or disappeared. Every rank calls it in step, and pushes the weights next.
+
+        Args:
+            error: What made this rank, or another one, think that it is lost.
+
+        Raises:
+            Exception: `error`, when the server is well and something else went wrong.
+            PolicyServerError: On every rank, when it does not come back; says why.
+        """
+
+        def on_rank_0() -> None:
+            assert self._recovery is not None, "made by `wait_ready`"
+            self._recovery.recover(error)
+
+        on_main(self._process, on_rank_0)
+        self.policy.client.close()  # what is left of connections to the old process
+
+    def stop(self) -> None:
+        """Stop what was started here. Idempotent."""
+        try:
+            if self._owns_gym and self.gym is not None:
+                self.gym.stop()
+        finally:
+            if self._owns_policy and self.policy is not None:
+                self.policy.stop()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The policy server's API key, which no file may contain, whoever writes it."""
+        key = self.policy.client.api_key
+        return (key,) if key else ()
+
+    @property
+    def num_restarts(self) -> int:
+        """How often the policy server was restarted; known on rank 0."""
+        return 0 if self._recovery is None else self._recovery.num_restarts
+
+    def server_config(self) -> dict[str, Any]:
+        """Return the policy server's resolved configuration."""
+        return self.policy.client.server_config()
+
+    def new_policy(self) -> PolicyBackend:
+        """Return the policy server that the configuration names: one to start, or one that runs."""
+        args = self._args
+        if args.vllm_mode == "server":
+            key = api_key_from_environment()
+            return PolicyServer.attach(args.vllm_server_base_url, api_key=key, timeout_s=args.vllm_server_timeout)
+        flags, environment = self._start_options()
+        return PolicyServer(
+            self._servable(),
+            vllm_args=flags,
+            env=environment,
+            log_dir=args.gym_log_dir,
+            start_timeout_s=args.gym_server_start_timeout,
+            api_key=api_key_from_environment() or secrets.token_urlsafe(_API_KEY_BYTES),
+            devices=args.gym_server_devices,
+        )
+
+    def new_gym(self) -> GymServers:
+        """Return the NeMo Gym that the configuration names: one to start, or one that runs."""
+        args = self._args
+        if args.gym_mode == "attach":
+            return GymServers.attach(args.gym_head_url, timeout_s=args.gym_start_timeout)
+        return GymServers(
+            args.gym_config_paths,
+            mode=args.gym_mode,
+            python=args.gym_python,
+            overrides=args.gym_overrides or {},
+            log_dir=args.gym_log_dir,
+            start_timeout_s=args.gym_start_timeout,
+        )
 
     def _start(self) -> None:
         if self.policy is None:
@@ -123,161 +246,20 @@ class RunServers:
         )
         return self.policy.base_urls, self.policy.client.api_key, self.gym.head_url
 
-    def check(self) -> None:
-        """Raise when the policy server, or the whole Gym that we started, has died. A single environment that is down
-        is for the collector: it may be skipped."""
-        self.policy.check()
-        self.gym.check_process()
-
-    def check_before_rollouts(self) -> None:
-        """On rank 0, when weights have been pushed: that the server is the one that had all of them, and, where that
-        could not be checked because it was found paused, that it continues sampled tokens exactly.
-
-        Raises:
-            PolicyServerLostError: Somebody restarted it since; what it has of us may be a part.
-            PolicyServerError: It cannot be used.
-        """
-        if not self._process.is_main_process:
-            return
-        self.require_same_policy()
-        if not self._splice_checked:
-            check_splice(self.policy.client, self.policy.model_name)
-            self._splice_checked = True
-
-    def require_same_policy(self) -> None:
-        """On rank 0: that the policy server is the process that got our weights, or that we restarted last.
-
-        Raises:
-            PolicyServerLostError: It is another one, or none.
-        """
-        if self._recovery is not None:
-            self._recovery.require_same()
-
-    @property
-    def secrets(self) -> tuple[str, ...]:
-        """What must not be written down, whoever says it: the policy server's API key."""
-        key = self.policy.client.api_key
-        return (key,) if key else ()
-
-    @property
-    def num_restarts(self) -> int:
-        """How often the policy server was started again; known on rank 0."""
-        return 0 if self._recovery is None else self._recovery.num_restarts
-
-    def recover(self, error: Exception) -> None:
-        """Get a policy server back that died or disappeared. Every rank calls it in step, and pushes the weights next.
-
-        Args:
-            error: What made this rank, or another one, think that it did.
-
-        Raises:
-            Exception: `error`, when the server is well and something else went wrong.
-            PolicyServerError: On every rank, when it does not come back; says why.
-        """
-
-        def on_rank_0() -> None:
-            assert self._recovery is not None, "made by `wait_ready`"
-            self._recovery.recover(error)
-
-        on_main(self._process, on_rank_0)
-        self.policy.client.close()  # what is left of connections to the old process
-
-    def server_config(self) -> dict[str, Any]:
-        """The policy server's resolved configuration."""
-        return self.policy.client.server_config()
-
-    def stop(self) -> None:
-        """Stop what was started here. Idempotent."""
-        try:
-            if self._owns_gym and self.gym is not None:
-                self.gym.stop()
-        finally:
-            if self._owns_policy and self.policy is not None:
-                self.policy.stop()
-
     def _check_splice_unless_paused(self) -> None:
-        """A server that a trainer left in the middle of a sync samples nothing; the first push sets it right."""
+        """A server that a trainer left in the middle of a sync samples nothing until the first push resumes it."""
         if self._splice_checked or self._found_paused:
             return
         if end_interrupted_update(self.policy.client):
             logger.warning(
-                "the policy server at %s is paused, as a trainer leaves it that is killed while it sends weights; it "
-                "goes on with the first weights of this run",
+                "The policy server at %s is paused: a trainer was probably killed during a weight sync. It resumes "
+                "with this run's first weight sync.",
                 self.policy.client.base_url,
             )
             self._found_paused = True
             return
         check_splice(self.policy.client, self.policy.model_name)
         self._splice_checked = True
-
-    def new_policy(self) -> PolicyBackend:
-        """What the configuration names: a server to start, or one that runs."""
-        args = self._args
-        if args.vllm_mode == "server":
-            key = api_key_from_environment()
-            return PolicyServer.attach(args.vllm_server_base_url, api_key=key, timeout_s=args.vllm_server_timeout)
-        flags, environment = self._start_options()
-        return PolicyServer(
-            self._servable(),
-            vllm_args=flags,
-            env=environment,
-            log_dir=args.gym_log_dir,
-            start_timeout_s=args.gym_server_start_timeout,
-            api_key=api_key_from_environment() or secrets.token_urlsafe(_API_KEY_BYTES),
-            devices=args.gym_server_devices,
-        )
-
-    def new_gym(self) -> GymServers:
-        """What the configuration names: a NeMo Gym to start, or one that runs."""
-        args = self._args
-        if args.gym_mode == "attach":
-            return GymServers.attach(args.gym_head_url, timeout_s=args.gym_start_timeout)
-        return GymServers(
-            args.gym_config_paths,
-            mode=args.gym_mode,
-            python=args.gym_python,
-            overrides=args.gym_overrides or {},
-            log_dir=args.gym_log_dir,
-            start_timeout_s=args.gym_start_timeout,
-        )
-
-
-def servers_for(
-    args: GymGRPOConfig,
-    model: str | PreTrainedModel,
-    *,
-    processing_class: Any = None,
-    policy: PolicyBackend | None = None,
-    gym: GymServers | None = None,
-    peft_config: Any = None,
-    quantization_config: Any = None,
-) -> RunServers:
-    """Return the two servers of a run, not started yet. For the arguments see `RunServers`."""
-    return RunServers(
-        args,
-        lambda: servable(model, processing_class, args),
-        policy,
-        gym,
-        lambda: server_options(args, model, peft_config, quantization_config, PartialState().num_processes),
-    )
-
-
-def servable(model: str | PreTrainedModel, processing_class: Any, args: GymGRPOConfig) -> str:
-    """Folder or hub id that the policy server loads. The trainer's weights are pushed before anything is sampled, so
-    it only has to be the same architecture and tokenizer; a model without a folder is saved to one."""
-    name = model if isinstance(model, str) else compat.model_id(model)
-    if name and (processing_class is None or isinstance(model, str)):
-        return name
-    if processing_class is None:
-        raise ConfigError(
-            "`model` was not loaded from a folder or hub id, so the policy server needs a tokenizer.",
-            "Pass `processing_class`.",
-        )
-    folder = Path(args.output_dir) / _INITIAL_POLICY
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.save_pretrained(folder)
-    processing_class.save_pretrained(folder)
-    return str(folder)
 
 
 def _check_sources(args: GymGRPOConfig, policy: PolicyBackend | None, gym: GymServers | None) -> None:
@@ -293,9 +275,25 @@ def _check_sources(args: GymGRPOConfig, policy: PolicyBackend | None, gym: GymSe
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Flags of `vllm serve` for the policy server that a trainer starts: what TRL's options say, what the placement and
-# the adapter demand, and what `gym_vllm_args` says, which comes last.
+# -- what a policy server is started with -----------------------------------------------------------------------------
+
+
+def servable(model: str | PreTrainedModel, processing_class: Any, args: GymGRPOConfig) -> str:
+    """Return the folder or hub id that the policy server loads. The trainer's weights are pushed before anything is
+    sampled, so only architecture and tokenizer have to be the same; a model without a folder is saved to one."""
+    name = model if isinstance(model, str) else compat.model_id(model)
+    if name and (processing_class is None or isinstance(model, str)):
+        return name
+    if processing_class is None:
+        raise ConfigError(
+            "`model` was not loaded from a folder or hub id, so the policy server needs a tokenizer.",
+            "Pass `processing_class`.",
+        )
+    folder = Path(args.output_dir) / _INITIAL_POLICY
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.save_pretrained(folder)
+    processing_class.save_pretrained(folder)
+    return str(folder)
 
 
 def server_options(
@@ -305,17 +303,18 @@ def server_options(
     quantization_config: Any = None,
     num_processes: int = 1,
 ) -> tuple[dict[str, Any], Mapping[str, str]]:
-    """Flags and environment that the server is started with. On GPUs it prints how their memory will be used.
+    """Return flags and environment of the server: what TRL's options say, what the placement and the adapter demand,
+    and what `gym_vllm_args` says, which comes last. On GPUs it prints how their memory will be used.
 
     Args:
         args: The trainer's configuration.
         model: As given to the trainer.
-        peft_config: Of the adapter that the trainer will put on it.
-        quantization_config: With which the trainer will load it.
-        num_processes: Of training.
+        peft_config: Adapter that the trainer will put on it.
+        quantization_config: Quantization with which the trainer will load it.
+        num_processes: Number of training processes.
 
     Raises:
-        ConfigError: Weights cannot reach such a server, or its memory cannot be had.
+        ConfigError: Weights cannot reach such a server, or `gym_gpu_memory` is 'auto' and leaves it too little.
     """
     on_cuda = torch.cuda.is_available() and not args.use_cpu
     transport = plan_transport(args, model, peft_config, quantization_config, on_cuda=on_cuda)
@@ -359,7 +358,7 @@ def _gpu_flags(
     if args.gym_gpu_memory == "auto":
         if plan.utilization is None:
             raise ConfigError(
-                "`gym_gpu_memory` is 'auto', and nothing useful is left for the policy server:", problems=plan.problems
+                "`gym_gpu_memory` is 'auto', and nothing useful is left for the policy server.", problems=plan.problems
             )
         flags["gpu-memory-utilization"] = plan.utilization
     return flags
@@ -378,9 +377,10 @@ def _warn_of_idle_gpus(args: GymGRPOConfig) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# One trainer per output folder of this process. A notebook cell that is run again makes a second trainer while the
-# first, still named by `trainer`, holds the device with its policy server; two trainers never write to one folder.
+# -- one trainer per output folder of this process --------------------------------------------------------------------
+#
+# A notebook cell that is run again makes a second trainer while the first, still named by `trainer`, holds the device
+# with its policy server. Two trainers never write to one folder.
 
 
 class Closable(Protocol):
