@@ -216,7 +216,7 @@ def test_a_killed_upstream_is_an_error_with_words_and_the_gateway_lives_on(gate:
     sample()
     assert time.monotonic() - started < 5.0
     assert [status for status, _ in failed] == [500, 500]
-    assert all("no upstream of the gateway can answer" in text and gate.stock_url in text for _, text in failed)
+    assert all("No upstream of the gateway can answer" in text and gate.stock_url in text for _, text in failed)
     assert requests.get(f"{gate.client.root_url}/health", timeout=5.0).status_code == 503
     assert gate.process.poll() is None
 

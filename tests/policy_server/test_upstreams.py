@@ -106,7 +106,7 @@ async def test_an_answer_that_breaks_off_is_never_completed() -> None:
     fake = FakeUpstream(breaks_off={CHAT})
     async with serving(fake) as app:
         call = Call(app, "POST", CHAT, body=BODY)
-        with pytest.raises(UpstreamLostError, match="broke its answer to POST /v1/chat/completions off"):
+        with pytest.raises(UpstreamLostError, match="broke off its answer to POST /v1/chat/completions"):
             await call.done()
         assert not call.is_complete and fake.asked(CHAT) == 1
 

@@ -1,4 +1,4 @@
-"""What `PolicyServer` runs, and the cheap checks that find a mistake before a process is started for it."""
+"""Build the command that `PolicyServer` runs, and find mistakes in it before a process is started."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 KEY_VARIABLE = "VLLM_API_KEY"  # the policy server's key: the server demands it, its clients send it
 _OLD_KEY_VARIABLES = ("TRL_GYM_API_KEY",)  # read by the clients of versions before 0.2
 
-# How the owner and this process set the middleware up, which vLLM builds.
+# How the owner and the server process configure the middleware, which vLLM builds.
 ENV_NONCE = "TRL_GYM_NONCE"
 ENV_API_KEYS = "TRL_GYM_SERVER_API_KEYS"  # one per line; set by the server process for itself
 ENV_PROMPT_FIELD = "TRL_GYM_PROMPT_FIELD"  # "1" if the server takes `prompt_token_ids` as a field of the request
@@ -67,7 +67,7 @@ def api_key_from_environment() -> str | None:
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether only this machine can reach `host`. Empty means every interface."""
+    """Return whether only this machine can reach `host`. Empty means every interface."""
     if not host:
         return False
     try:
@@ -76,7 +76,7 @@ def is_loopback(host: str | None) -> bool:
         return host == "localhost"
 
 
-# Flags of `vllm serve` that PolicyServer sets itself, with the argument to use instead.
+# Flags of `vllm serve` that `PolicyServer` sets itself, with the argument to use instead.
 _OWN_FLAGS = {
     "host": "host=",
     "port": "port=",
@@ -89,7 +89,7 @@ _OWN_FLAGS = {
 # Arguments that argparse takes several times with one value each; every other list is one flag with several values.
 _REPEATED_FLAGS = frozenset({"middleware"})
 
-# Switches without a `--no-…` form: False means not to give them.
+# Switches without a `--no-…` form: False leaves them out.
 _PLAIN_SWITCHES = frozenset({"headless", "grpc"})
 
 _INSECURE = "VLLM_ALLOW_INSECURE_SERIALIZATION"
@@ -106,7 +106,7 @@ _CONFIG_FILES = ("config.json", "params.json")  # the second is Mistral's own fo
 
 
 def flags_from(vllm_args: Mapping[str, Any] | Sequence[str] | None) -> list[str]:
-    """Command line flags of `vllm serve`.
+    """Return command line flags of `vllm serve`.
 
     Args:
         vllm_args: Flag names (dashes or underscores, no leading dashes) → values: `True` is the bare flag, `False` its
@@ -114,7 +114,7 @@ def flags_from(vllm_args: Mapping[str, Any] | Sequence[str] | None) -> list[str]
             command line, which are returned as they are.
 
     Raises:
-        ConfigError: For a flag that has an argument of its own in `PolicyServer`, with the name of that.
+        ConfigError: A flag has an argument of its own in `PolicyServer`; names that.
 
     Example:
         >>> flags_from({"max_model_len": 512, "enforce-eager": True, "enable-prefix-caching": False})
@@ -127,7 +127,7 @@ def flags_from(vllm_args: Mapping[str, Any] | Sequence[str] | None) -> list[str]
         _refuse_own_flags(flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--"))
         return flags
     if dashed := [name for name in vllm_args if name.startswith("-")]:
-        raise ConfigError(f"`vllm_args` has flags with leading dashes: {', '.join(dashed)}.", "Leave the dashes out.")
+        raise ConfigError(f"`vllm_args` has names with leading dashes: {', '.join(dashed)}.", "Leave out the dashes.")
     named = {name.replace("_", "-"): value for name, value in vllm_args.items()}
     _refuse_own_flags(named)
     return [part for name, value in named.items() for part in _flag(name, value)]
@@ -136,7 +136,7 @@ def flags_from(vllm_args: Mapping[str, Any] | Sequence[str] | None) -> list[str]
 def serve_command(
     model: str | Path, *, host: str, port: int, listen_fd: int, name: str, flags: list[str]
 ) -> list[str]:
-    """The command of the server process, without secrets: these are in its environment."""
+    """Return the command of the server process, without secrets: these are in its environment."""
     return [
         *(sys.executable, "-m", "trl_gym.policy_server", str(model)),
         *("--listen-fd", str(listen_fd), "--host", host, "--port", str(port)),
@@ -148,24 +148,25 @@ def serve_command(
 def check_before_start(
     model: str | Path, host: str, api_key: str | None, flags: list[str], env: Mapping[str, str] | None = None
 ) -> None:
-    """Find what would only fail after seconds of loading, or open the server to others.
+    """Find what would fail only after seconds of loading, or open the server to others.
 
     Args:
-        model: Model folder or name, as `PolicyServer` takes it.
-        host: Address to listen on.
-        api_key: Key that the server demands.
+        model: See `PolicyServer`.
+        host: See `PolicyServer`.
+        api_key: See `PolicyServer`.
         flags: Flags from `flags_from`.
-        env: The environment that the server will have; ours when not given.
+        env: Environment that the server will have; ours when not given.
 
     Raises:
-        ConfigError: With every problem found, each with its remedy.
+        ConfigError: The server cannot be started so; lists every problem, each with its remedy.
     """
     problems = [*_model_problems(model, flags), *_vllm_problems()]
     if not is_loopback(host) and not api_key:
         problems.append(
             Problem(
-                f"host={host!r} can be reached from other machines, and the server lets clients replace its weights.",
-                "Give api_key too.",
+                f"host={host!r} can be reached from other machines, and the server has routes that replace its "
+                "weights.",
+                "Give `api_key` too.",
             )
         )
     if not is_loopback(host):
@@ -175,11 +176,11 @@ def check_before_start(
 
 
 def _refuse_own_flags(names: Iterable[str]) -> None:
-    clashes = [name for name in names if name in _OWN_FLAGS]
+    clashes = [f"{name} (use {_OWN_FLAGS[name]})" for name in names if name in _OWN_FLAGS]
     if clashes:
         raise ConfigError(
-            f"PolicyServer has its own arguments for these vLLM flags: {', '.join(clashes)}.",
-            f"Use {', '.join(_OWN_FLAGS[name] for name in clashes)}.",
+            f"`PolicyServer` has arguments of its own for these flags of vLLM: {', '.join(clashes)}.",
+            "Give those instead of the flags.",
         )
 
 
@@ -210,7 +211,7 @@ def _model_problems(model: str | Path, flags: list[str]) -> list[Problem]:
         problems.append(
             Problem(
                 f"{folder} is not a model folder: it has none of {', '.join(_CONFIG_FILES)}.",
-                "Save the model with `model.save_pretrained(folder)`.",
+                "Save the model with model.save_pretrained(folder).",
             )
         )
     if not _has_any(folder, _TOKENIZER_FILES) and not _gives(flags, "--tokenizer", "--skip-tokenizer-init"):
@@ -224,7 +225,7 @@ def _model_problems(model: str | Path, flags: list[str]) -> list[Problem]:
 
 
 def _pickle_problems(host: str, flags: list[str], env: Mapping[str, str]) -> list[Problem]:
-    """Refuse a server that unpickles what it is sent beyond loopback: who has its key could run code in it."""
+    """Holders of the key can run code in a server that unpickles what it is sent, not only change its weights."""
     problems = []
     if env.get(_INSECURE, "0") not in ("", "0"):
         problems.append(
@@ -237,8 +238,8 @@ def _pickle_problems(host: str, flags: list[str], env: Mapping[str, str]) -> lis
     if _backend(flags) == "ipc":
         problems.append(
             Problem(
-                f"The weight transfer backend `ipc` needs {_INSECURE} and works on one machine only, and "
-                f"host={host!r} can be reached from others.",
+                f"The weight transfer backend `ipc` needs {_INSECURE} and works on one machine only, and host="
+                f"{host!r} can be reached from others.",
                 "Choose `nccl` or `file`, or listen on 127.0.0.1.",
             )
         )
@@ -246,7 +247,7 @@ def _pickle_problems(host: str, flags: list[str], env: Mapping[str, str]) -> lis
 
 
 def _backend(flags: list[str]) -> str | None:
-    """Of `--weight-transfer-config`, as JSON or with dots; None where it says nothing that can be read here."""
+    """Return the backend of `--weight-transfer-config`, as JSON or with dots; None if it names none."""
     words = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
     for name, value in pairwise(words):
         if name == "--weight-transfer-config.backend":

@@ -1,9 +1,13 @@
-"""`trl-gym gateway`: exact prompts in front of vLLM servers that somebody else runs.
+"""`trl-gym gateway`: exact prompts in front of vLLM servers that are not ours.
 
     Gym, trainer ──► gateway: OnPolicyMiddleware ──► UpstreamApp ──HTTP──► vLLM, vLLM, …
 
 The middleware is the one that `trl-gym serve` puts inside the server; here its inner application asks over the network
 (`upstreams.py`). Nothing of ours runs in the upstreams, and only their public routes are used.
+
+Before it serves, it finds out by behaviour what each upstream is: whether it answers (it waits for that), is an OpenAI
+server made by vLLM, is not one of ours already, renders chats and accepts an exact prompt, and which logprobs it
+reports. All upstreams must serve the same model; whether they hold the same weights cannot be seen from here.
 """
 
 from __future__ import annotations
@@ -31,16 +35,6 @@ from trl_gym.processes import bind_socket, reachable
 
 _logger = logging.getLogger("trl_gym.gateway")
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# What `trl-gym gateway` finds out about its upstreams before it serves: by what they do, not by what they are called.
-#
-# Asked of every upstream, in this order: does it answer (waited for), is it an OpenAI server made by vLLM, is it not
-# one
-# of ours already, does it render chats, does it accept an exact prompt, and which logprobs does it report. All
-# upstreams
-# must serve the same model; whether they hold the same weights cannot be seen from here.
-
 _ANSWER_TIMEOUT_S = 10.0
 _FIRST_ANSWER_TIMEOUT_S = 120.0  # the first chat request may compile kernels
 _RETRY_EVERY_S = 0.5
@@ -49,12 +43,16 @@ _NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, 
 _TOP = 5
 _MIN_GAP = 0.01  # between the most likely tokens, in nats; below it the two kinds of logprobs look alike
 
+_URL_FORM = "Give one that looks like http://host:port or http://host:port/v1."
+_GIVE_VLLM = "Give the URL of a `vllm serve`."
+_GIVE_TEMPLATE = "Start it with --chat-template FILE."
+
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamFacts:
-    """What one upstream is and does.
+    """One upstream: what it is, and how it behaves.
 
     Attributes:
         url: Root URL.
@@ -62,7 +60,7 @@ class UpstreamFacts:
         max_model_len: Tokens of prompt and completion together.
         vllm_version: As in `/version`.
         has_prompt_field: Whether it takes an exact prompt as the field `prompt_token_ids` of a chat request.
-        has_transfer_params: Whether it takes it in `kv_transfer_params`.
+        has_transfer_params: Whether it takes one in `kv_transfer_params`.
         raw_logprobs: Whether its logprobs are those before temperature; `None` if that could not be measured.
     """
 
@@ -75,26 +73,26 @@ class UpstreamFacts:
     raw_logprobs: bool | None
 
 
-class _UnusableError(Exception):
-    """This server cannot be an upstream, and waiting would not change that."""
+class _UnusableError(PolicyServerError):
+    """The server cannot be an upstream, and waiting would not change that."""
 
 
 async def check_upstreams(
     urls: Sequence[str], *, api_key: str | None, timeout_s: float, note: Note
 ) -> list[UpstreamFacts]:
-    """Wait for every upstream and look at it.
+    """Wait for every upstream and find out what it is.
 
     Args:
         urls: Root URLs, without `/v1`.
         api_key: Bearer token for all of them.
-        timeout_s: How long to wait until all have answered.
-        note: Gets one line for each upstream that is waited for, and one for each that reports raw logprobs.
+        timeout_s: How long to wait until all have answered, in seconds.
+        note: Called with one line for each upstream that is waited for, and for each that reports raw logprobs.
 
     Returns:
         One entry per URL.
 
     Raises:
-        PolicyServerError: With every problem found, each with its URL and remedy.
+        PolicyServerError: An upstream cannot be used; lists every problem, each with its URL and remedy.
     """
     deadline = time.monotonic() + timeout_s
     async with upstreams.open_session() as session:
@@ -112,7 +110,7 @@ async def check_upstreams(
 
 
 def takes_prompt_field(facts: Sequence[UpstreamFacts]) -> bool:
-    """Whether exact prompts go into `prompt_token_ids` (else into `kv_transfer_params`), the same way for all."""
+    """Return whether exact prompts go into `prompt_token_ids` (else into `kv_transfer_params`) for all upstreams."""
     return all(fact.has_prompt_field for fact in facts)
 
 
@@ -120,19 +118,23 @@ def _differences(facts: Sequence[UpstreamFacts]) -> list[Problem]:
     problems = []
     served = {fact.url: f"{', '.join(fact.model_names)} (max_model_len {fact.max_model_len})" for fact in facts}
     if len(set(served.values())) > 1:
-        text = upstreams.listed(served)
-        problems.append(Problem(f"The upstreams serve different models: {text}.", "Name replicas of one model."))
+        problems.append(
+            Problem(
+                f"The upstreams serve different models ({upstreams.listed(served)}).",
+                "Start all with the same model and context.",
+            )
+        )
     if not takes_prompt_field(facts) and not all(fact.has_transfer_params for fact in facts):
         versions = upstreams.listed({fact.url: f"vLLM {fact.vllm_version}" for fact in facts})
         problems.append(
-            Problem(f"The upstreams accept exact prompts in different ways: {versions}.", "Run one version of vLLM.")
+            Problem(f"The upstreams accept exact prompts in different ways ({versions}).", "Run one version of vLLM.")
         )
     return problems
 
 
 def _logprobs_warning(fact: UpstreamFacts) -> str:
     if fact.raw_logprobs is None:
-        return f"warning: {fact.url}: it could not be measured whether its logprobs are processed or raw"
+        return f"warning: {fact.url}: whether its logprobs are processed or raw could not be measured"
     return (
         f"warning: {fact.url} reports raw logprobs, those before temperature and top_p. Training is exact at "
         "temperature 1 and top_p 1 only; for others start it with --logprobs-mode processed_logprobs"
@@ -148,13 +150,13 @@ class _Check:
     note: Note
 
     async def run(self) -> UpstreamFacts | Problem:
-        """Return the facts, or what is wrong."""
+        """Return the facts, or why the server cannot be used."""
         waiting = False
         while True:
             try:
                 return await self._look()
-            except _UnusableError as problem:
-                return Problem(f"{self.url}: {problem}")
+            except _UnusableError as error:
+                return Problem(f"{self.url}: {error.problem}", error.remedy)
             except (aiohttp.ClientError, TimeoutError) as error:
                 last = words(error)
             if time.monotonic() >= self.deadline:
@@ -176,7 +178,8 @@ class _Check:
         if not has_field and not has_params:
             raise _UnusableError(
                 f"it takes exact prompts neither as prompt_token_ids nor in kv_transfer_params: asked for {len(ids)} "
-                f"given tokens, it (vLLM {version}) answered on its own render of {len(rendered)}. vLLM >= 0.27 does"
+                f"given tokens, it (vLLM {version}) answered on its own render of {len(rendered)}.",
+                "Run vLLM 0.27 or newer.",
             )
         raw = await self._has_raw_logprobs(names[0], by_field if has_field else by_params)
         return UpstreamFacts(self.url, names, max_model_len, version, has_field, has_params, raw)
@@ -184,10 +187,10 @@ class _Check:
     async def _models(self) -> tuple[tuple[str, ...], int]:
         reply = await self._call("GET", "/v1/models")
         if reply.status in (401, 403):
-            remedy = "the upstream key is wrong" if self.api_key else "it demands a key"
+            why = "the upstream key is wrong" if self.api_key else "it demands a key"
             raise _UnusableError(
-                f"authentication failed (HTTP {reply.status}): {remedy}; give --upstream-api-key or set "
-                "$TRL_GYM_UPSTREAM_API_KEY"
+                f"authentication failed (HTTP {reply.status}): {why}.",
+                "Give --upstream-api-key, or set $TRL_GYM_UPSTREAM_API_KEY.",
             )
         if reply.status == 429 or reply.status >= 500:  # a proxy whose server is still loading
             raise aiohttp.ClientError(f"GET /v1/models: HTTP {reply.status}: {quote(reply.body)}")
@@ -196,8 +199,9 @@ class _Check:
             return tuple(model["id"] for model in models), int(models[0]["max_model_len"])
         except (ValueError, LookupError, TypeError) as error:
             raise _UnusableError(
-                f"it is no OpenAI server made by vLLM: GET /v1/models answered HTTP {reply.status}: "
-                f"{quote(reply.body)}"
+                f"it is not an OpenAI server made by vLLM: GET /v1/models answered HTTP {reply.status}: "
+                f"{quote(reply.body)}.",
+                _GIVE_VLLM,
             ) from error
 
     async def _version(self) -> str:
@@ -207,13 +211,14 @@ class _Check:
         except (ValueError, LookupError, TypeError) as error:
             raise _UnusableError(
                 f"it is an OpenAI server, but not vLLM's: GET /version answered HTTP {reply.status}: "
-                f"{quote(reply.body)}"
+                f"{quote(reply.body)}.",
+                _GIVE_VLLM,
             ) from error
 
     async def _refuse_our_own(self) -> None:
         reply = await self._call("GET", "/trl_gym/info")
         if reply.ok and b'"package_version"' in reply.body:
-            raise _UnusableError("it is a trl-gym server already, which needs no gateway: use its URL directly")
+            raise _UnusableError("it is a trl-gym server already, which needs no gateway.", "Use its URL directly.")
 
     async def _render(self, model: str) -> list[int]:
         reply = await self._call("POST", "/tokenize", {"model": model, "messages": _CHAT})
@@ -223,9 +228,10 @@ class _Check:
         except (ValueError, LookupError, TypeError) as error:
             raise _UnusableError(
                 f"it does not render chats, which exact prompts need: POST /tokenize answered HTTP {reply.status}: "
-                f"{quote(reply.body)}"
+                f"{quote(reply.body)}.",
+                _GIVE_TEMPLATE,
             ) from error
-        raise _UnusableError("its chat template renders nothing")
+        raise _UnusableError("its chat template renders nothing.", _GIVE_TEMPLATE)
 
     async def _is_exact(self, model: str, how: dict[str, Any], ids: list[int]) -> bool:
         body = {**_NEUTRAL, **how, "model": model, "messages": _CHAT, "return_token_ids": True}
@@ -248,8 +254,8 @@ class _Check:
             try:
                 entries = reply.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             except (ValueError, LookupError, TypeError):
-                return None  # it has none to show, and the user is told that they could not be measured
-            # The sampled token comes first and may be none of the most likely: it takes the place of the last of them.
+                return None  # it shows none; the user is told that they could not be measured
+            # The sampled token comes first and may not be among the most likely: it takes the place of the last one.
             most_likely = sorted((entry["logprob"] for entry in entries), reverse=True)[: _TOP - 1]
             if not most_likely:
                 return None
@@ -273,7 +279,6 @@ class _Check:
 _KEEP_ALIVE_S = 600
 _GRACE_S = 2  # running requests are cut off at once; this is for what still does not end
 _LOOK_EVERY_S = 0.1
-_URL_REMEDY = "Write it as http://host:port or http://host:port/v1."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,23 +305,23 @@ class GatewayOptions:
 
 
 def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable[[str], None]) -> None:
-    """Serve until SIGINT (raises `KeyboardInterrupt`) or SIGTERM (ends the process), cutting off what is running.
+    """Serve until SIGINT (raises `KeyboardInterrupt`) or SIGTERM (ends the process), and cut off what is running.
 
     Args:
-        options: See there.
+        options: The arguments.
         ready: Called once with the base URL when the gateway answers.
         note: Called with lines for the user: what is waited for, and warnings.
 
     Raises:
-        ConfigError: If a URL or the address cannot work.
-        PolicyServerError: If the port is taken or an upstream cannot be used.
+        ConfigError: A URL or the address cannot work.
+        PolicyServerError: The port is taken, or an upstream cannot be used.
     """
     urls = upstream_urls(options.upstreams)
     if not is_loopback(options.host) and not options.api_key:
         raise ConfigError(
-            f"`--host` {options.host or '(every interface)'} can be reached from other machines, and the gateway "
-            "passes on routes that replace the policy's weights.",
-            "Give `--api-key` too, or set VLLM_API_KEY.",
+            f"--host {options.host or '(every interface)'} can be reached from other machines, and the gateway passes "
+            "on routes that replace the policy's weights.",
+            "Give --api-key too, or set $VLLM_API_KEY.",
         )
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     with _bind(options.host, options.port) as sock:
@@ -324,30 +329,28 @@ def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable
 
 
 def upstream_urls(given: Sequence[str]) -> list[str]:
-    """Root URLs without `/v1` and trailing slashes.
+    """Return root URLs, without `/v1` and trailing slashes.
 
     Raises:
-        ConfigError: With every URL that cannot be one, and why.
+        ConfigError: A URL cannot be one, or is given twice; lists all of them.
     """
     roots = [root_url(url) for url in given]
     problems = [problem for url, root in zip(given, roots, strict=True) if (problem := _url_problem(url, root))]
-    problems += [
-        Problem(f"`--upstream` {root} is given twice.", "Name each once.")
-        for root in sorted({r for r in roots if roots.count(r) > 1})
-    ]
+    twice = sorted({root for root in roots if roots.count(root) > 1})
+    problems += [Problem(f"--upstream {root} is given twice.", "Give it once.") for root in twice]
     if not roots:
-        problems.append(Problem("No `--upstream` is given.", "Name the URL of at least one vLLM server."))
+        problems.append(Problem("No --upstream is given.", "Name the URL of at least one vLLM server."))
     if problems:
         raise ConfigError("The gateway cannot be started:", problems=problems)
     return roots
 
 
 def build_app(upstreams: UpstreamApp, settings: Settings) -> App:
-    """The ASGI application of the gateway.
+    """Return the ASGI application of the gateway.
 
     Args:
         upstreams: The inner application.
-        settings: Of the middleware.
+        settings: Settings of the middleware.
     """
     inner = OnPolicyMiddleware(upstreams, settings)
 
@@ -402,7 +405,7 @@ async def _serve(
 
 
 async def _attend(server: uvicorn.Server, upstreams: UpstreamApp, ready: Callable[[], None]) -> None:
-    """Say when the server answers, and cut running requests off when it is to end: it would wait for them."""
+    """Call `ready` when the server answers, and cut running requests off when it is to end: it would wait for them."""
     while not (server.started or server.should_exit):
         await asyncio.sleep(_LOOK_EVERY_S)
     if server.started:
@@ -417,11 +420,11 @@ def _url_problem(url: str, root: str) -> Problem | None:
         parts = urlsplit(root)
         has_host = bool(parts.hostname) and parts.port != 0
     except ValueError:
-        return Problem(f"`--upstream` {url!r} is not a URL.", _URL_REMEDY)
+        return Problem(f"--upstream {url!r} is not a URL.", _URL_FORM)
     if parts.username or parts.password:
-        return Problem("An `--upstream` has a user name or password in its URL.", "Use `--upstream-api-key`.")
+        return Problem("An --upstream has a user name or password in its URL.", "Use --upstream-api-key.")
     if parts.scheme not in ("http", "https") or not has_host or parts.query or parts.fragment:
-        return Problem(f"`--upstream` {url!r} is not the URL of a server.", _URL_REMEDY)
+        return Problem(f"--upstream {url!r} cannot be the URL of a server.", _URL_FORM)
     return None
 
 
@@ -431,5 +434,5 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise PolicyServerError(
             f"Port {port} on {host} is in use, or the address is not this machine's ({error.strerror}).",
-            "Choose another with `--port`, or `--port 0` for a free one.",
+            "Choose another with --port, or --port 0 for a free one.",
         ) from error

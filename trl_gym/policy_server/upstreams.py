@@ -1,4 +1,4 @@
-"""An ASGI application that answers by asking OpenAI servers elsewhere: the inner half of `trl-gym gateway`.
+"""Answer ASGI requests by asking OpenAI servers elsewhere: the inner half of `trl-gym gateway`.
 
     request ──► control route?  ── yes ──► every upstream at once; all must answer 200
                     │ no
@@ -19,7 +19,7 @@ background and comes back by itself) or *excluded* (it may hold other weights th
 When every upstream refuses a control call alike (the same 4xx, e.g. a route that stock servers do not have), nothing
 has changed anywhere and nobody is excluded.
 
-No reply that is made up here has the status 429, 502, 503, 504 or 520, which Gym retries for ever, except that of
+No reply that is made up here has the status 429, 502, 503, 504 or 520, which Gym retries forever, except that of
 `/health`, which Gym does not ask. Bodies of control calls are passed on as they are; an `init_weight_transfer_engine`
 for `nccl` needs other ranks for every replica and cannot be sent through here to more than one.
 """
@@ -54,8 +54,7 @@ from trl_gym.policy_server.middleware.http import (
 _logger = logging.getLogger("trl_gym.gateway")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# One HTTP request on its way to an upstream, and its answer on the way back. No state, and no choice of upstream.
+# -- one request on its way to an upstream, and its answer on the way back --------------------------------------------
 
 # Of a connection, not of a message (RFC 9110, 7.6.1).
 _HOP_BY_HOP = frozenset(
@@ -74,19 +73,19 @@ _MAX_QUOTED_CHARS = 500
 
 
 class UpstreamLostError(PolicyServerError):
-    """The answer had begun and cannot be completed: whoever forwards it must break the client's connection off."""
+    """The answer had begun and cannot be completed: whoever forwards it must break off the client's connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardedRequest:
-    """What is sent to an upstream.
+    """A request as it is sent to an upstream.
 
     Attributes:
-        method: E.g. `"POST"`.
-        path: Decoded, below the application's root.
+        method: HTTP method, e.g. `"POST"`.
+        path: Path, decoded, below the application's root.
         target: Path and query as they stand in the request line, still encoded.
         headers: Names and values.
-        body: All of it, so that another upstream can be asked.
+        body: The whole body, so that another upstream can be asked.
     """
 
     method: str
@@ -97,7 +96,7 @@ class ForwardedRequest:
 
     @classmethod
     def from_scope(cls, scope: Scope, body: bytes, api_key: str | None) -> ForwardedRequest:
-        """The client's request, with its `Authorization` replaced by `api_key` (or removed)."""
+        """Return the client's request, with its `Authorization` replaced by `api_key` (or removed)."""
         raw_path = scope.get("raw_path") or scope["path"].encode()
         target = raw_path.decode("latin-1").removeprefix(scope.get("root_path", ""))
         if scope.get("query_string"):
@@ -110,7 +109,7 @@ class ForwardedRequest:
 
     @classmethod
     def of(cls, method: str, path: str, payload: dict[str, Any] | None = None) -> ForwardedRequest:
-        """A request of our own, with a JSON body if there is a `payload`."""
+        """Return a request of our own, with a JSON body if there is a `payload`."""
         if payload is None:
             return cls(method, path, path)
         headers = (("Content-Type", "application/json"),)
@@ -136,7 +135,7 @@ class Answering:
 
 
 def open_session() -> aiohttp.ClientSession:
-    """A connection pool for upstreams: unlimited, without cookies, proxies or a limit of time on answers."""
+    """Open a connection pool for upstreams: unlimited, without cookies, proxies or a timeout on answers."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_CONNECTION_S),
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -162,36 +161,36 @@ async def stream(session: aiohttp.ClientSession, url: str, request: ForwardedReq
         await answering({"type": "http.response.body", "body": b""})
     except aiohttp.ClientError as error:
         if answering.has_begun:
-            raise UpstreamLostError(f"{url} broke its answer to {request} off: {words(error)}") from error
+            raise UpstreamLostError(f"{url} broke off its answer to {request}: {words(error)}") from error
         raise
 
 
 async def ask(session: aiohttp.ClientSession, url: str, request: ForwardedRequest) -> Reply:
-    """One whole answer. Raises `aiohttp.ClientError`."""
+    """Return one whole answer. Raises `aiohttp.ClientError`."""
     async with _open(session, url, request) as answer:
         content_type = answer.headers.get("Content-Type", "application/json").encode("latin-1")
         return Reply(answer.status, await answer.read(), content_type)
 
 
 async def hang_up(receive: Receive) -> None:
-    """Returns when the client has closed its connection."""
+    """Return when the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def words(error: BaseException) -> str:
-    """An exception as part of a sentence; some of them have no text."""
+    """Return an exception as part of a sentence; some of them have no text."""
     return str(error) or type(error).__name__
 
 
 def quote(body: bytes) -> str:
-    """The beginning of an answer, for messages."""
+    """Return the beginning of an answer, for messages."""
     text = body.decode(errors="replace").strip()
     return text if len(text) <= _MAX_QUOTED_CHARS else f"{text[:_MAX_QUOTED_CHARS]} …"
 
 
 def listed(said: Mapping[str, str]) -> str:
-    """`"URL: what it said; URL: …"`."""
+    """Return `"URL: what it said; URL: …"`."""
     return "; ".join(f"{url}: {text}" for url, text in said.items())
 
 
@@ -219,7 +218,9 @@ def _hop_by_hop(headers: list[tuple[bytes, bytes]] | tuple[tuple[bytes, bytes], 
     return _HOP_BY_HOP | {name.strip().lower() for name in named.split(b",")}
 
 
-# What changes the state of a server: every replica must do it, or they are no replicas any more.
+# -- the upstreams ----------------------------------------------------------------------------------------------------
+
+# Calls that change the state of a server: every replica must do them, or they are no longer replicas.
 CONTROL_PATHS = frozenset(
     {
         *("/pause", "/resume", "/sleep", "/wake_up", "/release_kv_cache_memory"),
@@ -242,15 +243,15 @@ _SHUTTING_DOWN = "the gateway is shutting down"
 
 @dataclass(slots=True)
 class Upstream:
-    """One server.
+    """One server behind the gateway.
 
     Attributes:
         url: Root URL, without `/v1`.
-        num_running: Requests that it is answering now.
-        num_sent: Requests that it was ever given.
+        num_running: Number of requests that it is answering now.
+        num_sent: Number of requests that it was ever given.
         down: Why it is not asked until a probe succeeds, or `None`.
         excluded: Why it must not answer although it may be up, or `None`.
-        weight_version: The version it held when it was last asked, `None` if it has no `/weight_info`.
+        weight_version: The version that it held when it was last asked, `None` if it has no `/weight_info`.
         updates_whole: Whether no control call has failed since its last `/start_weight_update`.
         is_half_updated: Whether such an update was begun and has not succeeded.
         has_newest_adapter: Whether no control call has failed since it loaded an adapter.
@@ -335,7 +336,7 @@ class UpstreamApp:
             work.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises `UpstreamLostError`, see there; every other failure is an answer."""
+        """Answer one request. Raises `UpstreamLostError`, see there; every other failure is an answer."""
         if scope["type"] == "lifespan":
             return await self._live(receive, send)
         if scope["type"] != "http":
@@ -345,7 +346,7 @@ class UpstreamApp:
         except ClientGoneError:
             return None
         if not request.target.startswith("/"):  # `OPTIONS *`: must not become part of the host name
-            return await Reply.error(400, f"{request.target!r} is no path").send(send)
+            return await Reply.error(400, f"{request.target!r} is not a path").send(send)
         if self._is_cut_off:
             return await Reply.error(500, _SHUTTING_DOWN).send(send)
         answering = Answering(send)
@@ -419,8 +420,9 @@ class UpstreamApp:
             finally:
                 upstream.num_running -= 1
         raise PolicyServerError(
-            f"the connection to {' and then to '.join(lost)} was lost before {request} was answered; it is not sent "
-            "once more, for it may be what ended them"
+            f"The connection to {' and then to '.join(lost)} was lost before {request} was answered. It is not sent "
+            "again, for it may be what ended them.",
+            "Read the logs of these servers.",
         )
 
     def _choose(self, request: ForwardedRequest, affinity: str | None, lost: Sequence[str]) -> Upstream:
@@ -435,7 +437,7 @@ class UpstreamApp:
         return min(candidates, key=lambda upstream: (upstream.num_running, upstream.num_sent))
 
     def _nobody_left(self) -> PolicyServerError:
-        return PolicyServerError(f"no upstream of the gateway can answer: {self._absences()}")
+        return PolicyServerError(f"No upstream of the gateway can answer: {self._absences()}.")
 
     def _absences(self) -> str:
         reasons = {u.url: f"excluded ({u.excluded})" if u.excluded else f"down ({u.down})" for u in self.upstreams}
@@ -447,13 +449,15 @@ class UpstreamApp:
     @property
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            raise PolicyServerError("the gateway was not started: its server must speak the lifespan protocol")
+            raise PolicyServerError(
+                "The gateway was not started: its server must speak the lifespan protocol.", "Use `trl-gym gateway`."
+            )
         return self._session
 
     # -- all upstreams ------------------------------------------------------------------------------------------------
 
     async def _fan_out(self, request: ForwardedRequest) -> Reply:
-        """A control call to every upstream, down or not: one that missed an update must not serve old weights."""
+        """Send a control call to every upstream, down or not: one that missed an update must not serve old weights."""
         before = [(upstream.excluded, upstream.updates_whole) for upstream in self.upstreams]
         replies = await asyncio.gather(*(self._control(upstream, request) for upstream in self.upstreams))
         statuses = {reply.status for reply in replies}
@@ -467,7 +471,7 @@ class UpstreamApp:
         return Reply.error(500, f"upstream {upstream.url} {how} to {request}: {quote(worst.body)}")
 
     async def _control(self, upstream: Upstream, request: ForwardedRequest) -> Reply:
-        """One upstream's part of a control call, never sent twice."""
+        """Send a control call to one upstream, never twice."""
         try:
             reply = await self._ask(upstream, request)
             if reply.ok and request.path in _VERSION_PATHS:
@@ -502,7 +506,9 @@ class UpstreamApp:
             raise self._nobody_left()
         versions = {url: quote(r.body) if r.ok else f"HTTP {r.status}" for url, r in replies.items()}
         if len(set(versions.values())) > 1:
-            raise PolicyServerError(f"the upstreams hold different weights: {listed(versions)}")
+            raise PolicyServerError(
+                f"The upstreams hold different weights: {listed(versions)}.", "Repeat the weight update."
+            )
         return next(iter(replies.values()))
 
     async def _ask_or_mark_down(self, upstream: Upstream, request: ForwardedRequest) -> Reply | None:
@@ -553,7 +559,7 @@ class UpstreamApp:
             upstream.mark_down(words(error))
 
     async def _read_version(self, upstream: Upstream) -> str | None:
-        """`None` from a server that does not say: it has no way to get other weights either."""
+        """Return None for a server that does not say: it has no way to get other weights either."""
         reply = await self._ask(upstream, self._get("/weight_info"))
         version = _object(reply).get("weight_version") if reply.ok else None
         return None if version is None else str(version)
