@@ -223,7 +223,7 @@ def test_a_port_that_is_taken(make: Make) -> None:
 
 
 def test_beyond_loopback_a_key_is_demanded(make: Make) -> None:
-    with pytest.raises(ConfigError, match="Give api_key"):
+    with pytest.raises(ConfigError, match="Give `api_key`"):
         make(STAND_IN, "right", host="0.0.0.0").start()
 
 
