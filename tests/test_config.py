@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,9 @@ def test_rollout_options_are_those_of_the_run() -> None:
         sampling=Sampling(temperature=0.7), max_completion_length=64, deadline=5,
         retries={"infrastructure": 1}, environments={"slow": {"retries": {"infrastructure": 3}}},
     )  # fmt: skip
+
+
+def test_the_help_of_an_option_is_its_text_in_the_docstring() -> None:
+    helps = {one.name: one.metadata.get("help", "") for one in dataclasses.fields(GymGRPOConfig)}
+    assert helps["gym_start_timeout"] == "Seconds until every Gym server must answer."
+    assert [name for name, text in helps.items() if name.startswith("gym_") and not text.endswith(".")] == []

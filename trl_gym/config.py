@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -188,169 +190,43 @@ class GymGRPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "Always true: rollouts are served by a vLLM server."},
     )
-    gym_config_paths: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "NeMo Gym configs, resolved as Gym does: absolute, relative to the working directory, or inside "
-            "the installed nemo-gym."
-        },
-    )
-    gym_mode: str = field(
-        default="host",
-        metadata={
-            "help": "'host': all Gym servers in one child process; 'upstream': Gym's own launcher, supervised; "
-            "'attach': a running Gym at gym_head_url.",
-            "choices": ["host", "upstream", "attach"],
-        },
-    )
-    gym_head_url: str | None = field(
-        default=None,
-        metadata={"help": "Head server of a running Gym, e.g. http://127.0.0.1:11000. Implies gym_mode='attach'."},
-    )
-    gym_python: str | None = field(
-        default=None,
-        metadata={"help": "Interpreter that has nemo-gym. Default: TRL_GYM_PYTHON, else .gym-venv/bin/python."},
-    )
-    gym_overrides: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Any NeMo Gym option, nested or with dotted keys (JSON on the command line)."},
-    )
-    gym_start_timeout: float = field(default=120.0, metadata={"help": "Seconds until every Gym server must answer."})
-    gym_vllm_args: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Flags passed to `vllm serve`, e.g. {'tool-call-parser': 'hermes'} (JSON on the command line)."
-        },
-    )
-    gym_server_start_timeout: float = field(
-        default=600.0, metadata={"help": "Seconds until the policy server that we start must be ready."}
-    )
-    gym_server_devices: str | None = field(
-        default=None, metadata={"help": "GPUs for the server that we start, e.g. '6,7', apart from training's."}
-    )
-    gym_server_restarts: int = field(
-        default=3, metadata={"help": "How often a server that we started is started again after it died."}
-    )
-    gym_server_reconnect_timeout: float = field(
-        default=600.0, metadata={"help": "Seconds to wait for a server that runs elsewhere and has disappeared."}
-    )
-    gym_gpu_memory: str = field(
-        default="given",
-        metadata={
-            "help": "'given': the server takes vllm_gpu_memory_utilization of each GPU; 'auto': what the planner "
-            "computes from model, batch and context.",
-            "choices": ["given", "auto"],
-        },
-    )
-    gym_offload_optimizer: bool = field(
-        default=False, metadata={"help": "Move the optimizer's state to the host during rollouts."}
-    )
-    gym_deadline: float = field(default=600.0, metadata={"help": "Seconds after which a rollout counts as failed."})
-    gym_max_inflight: int = field(default=256, metadata={"help": "Rollouts of one rank that run at the same time."})
-    gym_retries: dict[str, Any] | int | str | None = field(
-        default=None,
-        metadata={
-            "help": "How often a failed rollout is run again: a number (infrastructure failures), or JSON by failure "
-            "kind. Default: {'infrastructure': 2}."
-        },
-    )
-    gym_launch_rate: float | None = field(
-        default=None, metadata={"help": "Rollouts that are started per second and rank at most."}
-    )
-    gym_environments: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Other values for single agents (JSON on the command line): {agent: {'deadline': 30, "
-            "'max_inflight': 8, 'retries': 1, 'launch_rate': 2}}."
-        },
-    )
-    gym_on_environment_down: str = field(
-        default="fail",
-        metadata={
-            "help": "When an environment's servers do not answer any more: 'fail' stops training, 'skip' leaves its "
-            "rollouts out of the batch.",
-            "choices": ["fail", "skip"],
-        },
-    )
-    gym_stall_timeout: float = field(
-        default=60.0,
-        metadata={"help": "Seconds without a finished rollout after which every outstanding one is listed."},
-    )
-    gym_min_group_size: int = field(
-        default=2, metadata={"help": "A group with fewer rollouts that have a reward is left out of the loss."}
-    )
-    gym_min_valid_fraction: float = field(
-        default=0.1,
-        metadata={"help": "A generation batch in which a smaller part can be trained on stops training."},
-    )
-    gym_eval_sampling: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Sampling parameters of evaluation that differ from training, e.g. {'temperature': 0.0}."},
-    )
-    gym_replay: str | None = field(
-        default=None, metadata={"help": "Folder of a journal to train from instead of live rollouts."}
-    )
-    gym_journal_max_mb: float = field(
-        default=512.0, metadata={"help": "Size in MB at which a journal file is continued in a new one."}
-    )
-    gym_drift: str = field(
-        default="truncate",
-        metadata={
-            "help": "What to do with a rollout whose prompt does not start with the tokens already seen: 'truncate' "
-            "trains the part before, 'exclude' takes it out of loss and baseline, 'error' stops.",
-            # No `choices`: argparse would refuse 'split', which old configs have.
-            "metavar": f"{{{','.join(DRIFT_POLICIES)}}}",
-        },
-    )
-    gym_weight_transport: str = field(
-        default="auto",
-        metadata={
-            "help": "How weights reach the policy server: 'ipc' (shared GPUs), 'nccl' (other GPUs or hosts), 'file' "
-            "(everywhere), 'adapter' (LoRA only); 'auto' chooses from the placement.",
-            "choices": ["auto", "ipc", "nccl", "file", "adapter"],
-        },
-    )
-    gym_weight_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder through which 'file' and 'adapter' hand over weights. Default: shared memory."},
-    )
-    gym_weight_buffer_mb: int = field(
-        default=512, metadata={"help": "MB of packed weights that 'ipc' and 'nccl' send at a time."}
-    )
-    gym_sync_only_trainable: bool = field(
-        default=False, metadata={"help": "After the first sync, send only parameters that are trained."}
-    )
-    gym_pause_mode: str = field(
-        default="wait",
-        metadata={
-            "help": "What a sync does with requests that are being answered: 'wait' lets them finish, 'keep' freezes "
-            "them.",
-            "choices": ["wait", "keep"],
-        },
-    )
-    gym_sync_timeout: float = field(
-        default=600.0, metadata={"help": "Seconds for each step of a weight sync before it counts as failed."}
-    )
-    gym_verify_sync_steps: int = field(
-        default=50,
-        metadata={
-            "help": "Compare log-probabilities of trainer and server after every so many steps; 0: only after the "
-            "first sync and after restarts."
-        },
-    )
-    gym_max_adapters: int = field(
-        default=2, metadata={"help": "Versions of the adapter that the server keeps at the same time."}
-    )
-    gym_probe_tolerance: float | None = field(
-        default=None,
-        metadata={
-            "help": "Largest mean absolute difference in nats between trainer and server log-probabilities after the "
-            "first weight sync. Default: 0.02 in float32, else 0.1."
-        },
-    )
-    gym_log_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the server logs. Default: <output_dir>/logs."}
-    )
+    gym_config_paths: list[str] = field(default_factory=list)
+    gym_mode: str = field(default="host", metadata={"choices": ["host", "upstream", "attach"]})
+    gym_head_url: str | None = None
+    gym_python: str | None = None
+    gym_overrides: dict[str, Any] | str | None = None
+    gym_start_timeout: float = 120.0
+    gym_vllm_args: dict[str, Any] | str | None = None
+    gym_server_start_timeout: float = 600.0
+    gym_server_devices: str | None = None
+    gym_server_restarts: int = 3
+    gym_server_reconnect_timeout: float = 600.0
+    gym_gpu_memory: str = field(default="given", metadata={"choices": ["given", "auto"]})
+    gym_offload_optimizer: bool = False
+    gym_deadline: float = 600.0
+    gym_max_inflight: int = 256
+    gym_retries: dict[str, Any] | int | str | None = None
+    gym_launch_rate: float | None = None
+    gym_environments: dict[str, Any] | str | None = None
+    gym_on_environment_down: str = field(default="fail", metadata={"choices": ["fail", "skip"]})
+    gym_stall_timeout: float = 60.0
+    gym_min_group_size: int = 2
+    gym_min_valid_fraction: float = 0.1
+    gym_eval_sampling: dict[str, Any] | str | None = None
+    gym_replay: str | None = None
+    gym_journal_max_mb: float = 512.0
+    # No `choices`: argparse would refuse 'split', which old configs have.
+    gym_drift: str = field(default="truncate", metadata={"metavar": f"{{{','.join(DRIFT_POLICIES)}}}"})
+    gym_weight_transport: str = field(default="auto", metadata={"choices": ["auto", "ipc", "nccl", "file", "adapter"]})
+    gym_weight_dir: str | None = None
+    gym_weight_buffer_mb: int = 512
+    gym_sync_only_trainable: bool = False
+    gym_pause_mode: str = field(default="wait", metadata={"choices": ["wait", "keep"]})
+    gym_sync_timeout: float = 600.0
+    gym_verify_sync_steps: int = 50
+    gym_max_adapters: int = 2
+    gym_probe_tolerance: float | None = None
+    gym_log_dir: str | None = None
 
     def __post_init__(self) -> None:
         problems = [*self._parse_json_options(), *self._replace_wrong_types()]
@@ -450,6 +326,19 @@ class GymGRPOConfig(GRPOConfig):
                 else own
                 for agent, own in self.gym_environments.items()
             }
+
+
+def _describe_options(config: type[GymGRPOConfig]) -> None:
+    """Give each option its text in the docstring as the help of the command line: it is written once."""
+    parts = re.split(r"^ {4}(\w+) \(`.*\):$", inspect.getdoc(config) or "", flags=re.MULTILINE)  # none with -OO
+    texts = dict(zip(parts[1::2], parts[2::2], strict=True))
+    for one in fields(config):
+        if one.name in texts:
+            text = " ".join(texts[one.name].partition("\n\n")[0].split()).replace("%", "%%")
+            one.metadata = types.MappingProxyType({**one.metadata, "help": text})
+
+
+_describe_options(GymGRPOConfig)
 
 
 def checked_args(args: GymGRPOConfig | None, model: Any, kwargs: dict[str, Any]) -> GymGRPOConfig:

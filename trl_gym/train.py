@@ -36,42 +36,29 @@ DefaultModel = Callable[[str, int], Path]  # folder, seed → the folder with a 
 
 @dataclass
 class ScriptArguments:
-    """What this script needs beside the trainer's configuration.
-
-    Args:
-        train_files (`list[str]`, *optional*): Gym JSONL files to train on.
-        eval_files (`list[str]`, *optional*): Gym JSONL files to evaluate on.
-        data_script (`str`, *optional*): Script that makes both, called with `--output_dir <output_dir>/data`; it
-            writes `train.jsonl` and `validation.jsonl`.
-        train_weights (`list[float]`, *optional*): Share of each of the `train_files`, in any unit. Without it, their
-            rows are put after one another.
-        agent (`str`, *optional*): Agent for rows that name none.
-        resume (`bool`): Continue from the newest complete checkpoint in `output_dir`, if there is one: for jobs that
-            are put into a queue again.
-        small_policy_dir (`str`): Folder in which recipes/grpo.py builds a small policy when `model_name_or_path` is
-            not given.
-        small_policy_learning_rate (`float`): Learning rate for it: half a million parameters want a thousand times
-            that of a real model.
-    """
+    """What this script needs beside the trainer's configuration; the help of each option says what it does."""
 
     train_files: list[str] = field(default_factory=list, metadata={"help": "Gym JSONL files to train on."})
     eval_files: list[str] = field(default_factory=list, metadata={"help": "Gym JSONL files to evaluate on."})
     data_script: str | None = field(
-        default=None, metadata={"help": "Script that writes train.jsonl and validation.jsonl to --output_dir."}
+        default=None,
+        metadata={"help": "Script that writes train.jsonl and validation.jsonl to --output_dir <output_dir>/data."},
     )
     train_weights: list[float] | None = field(
-        default=None, metadata={"help": "Share of each of the train_files; without it, all rows of all."}
+        default=None, metadata={"help": "Share of each of the train_files, in any unit; without it, all rows of all."}
     )
     agent: str | None = field(default=None, metadata={"help": "Agent for rows that name none."})
     resume: bool = field(
         default=False,
-        metadata={"help": "Continue from the newest complete checkpoint in output_dir, if any."},
+        metadata={"help": "Continue from the newest complete checkpoint in output_dir, if any (for requeued jobs)."},
     )
     small_policy_dir: str = field(
         default="runs/small_policy",
         metadata={"help": "Where recipes/grpo.py builds a small policy when no model is given."},
     )
-    small_policy_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of that small policy."})
+    small_policy_learning_rate: float = field(  # half a million parameters want a thousand times a real model's
+        default=1e-3, metadata={"help": "Learning rate of that small policy."}
+    )
 
 
 def main(argv: Sequence[str] | None = None, default_model: DefaultModel | None = None) -> int:
