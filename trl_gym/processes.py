@@ -23,7 +23,7 @@ _GRACE_S = 5.0  # from SIGINT to SIGKILL; "Ctrl-C ends all within 10 s" leaves r
 
 
 class ServerState(StrEnum):
-    """Where a server is in its life, the policy server as well as NeMo Gym."""
+    """State of a policy server or of a NeMo Gym."""
 
     NEW = "new"
     STARTING = "starting"
@@ -31,13 +31,13 @@ class ServerState(StrEnum):
     STOPPED = "stopped"
 
 
-# Last line of defence for children whose owner forgot them: `stop` at interpreter exit. Weak, so that it keeps nobody
-# alive. A trainer that is killed with SIGKILL does not get here; the supervisor's pipe covers that.
+# Children whose owner forgot them are stopped at interpreter exit. Weak, so that it keeps none alive. A trainer that
+# is killed with SIGKILL does not get here; the supervisor's pipe covers that.
 _running: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
 
 
 def bind_socket(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
-    """Bind a TCP socket and listen: from here on nobody else can take the port, and early callers queue.
+    """Bind a TCP socket and listen: from here on no other process can take the port, and early callers queue.
 
     Listening is part of it: with `SO_REUSEADDR`, which a restart on the same port needs, Linux lets a second process
     bind a port that is bound but not listening.
@@ -47,7 +47,7 @@ def bind_socket(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
         port: Port, or 0 to let the operating system choose a free one.
 
     Raises:
-        OSError: If the port is taken or the address is not ours.
+        OSError: The port is taken, or the address is not ours.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -81,7 +81,7 @@ class ChildProcess:
     """One server process in a session of its own, with its output in a log file.
 
     Args:
-        name: What messages call it, e.g. `"policy server"`.
+        name: Its name in messages, e.g. `"policy server"`.
         command: Program and arguments.
         log_path: File that receives stdout and stderr (truncated at start; parent folders are made).
         env: Variables added to (or, when `None`, removed from) our own environment.
@@ -125,7 +125,7 @@ class ChildProcess:
         finally:
             os.close(death_read)
         _running.add(self)
-        # A server that nobody refers to any more ends too: a cell with `policy = PolicyServer(…)` that is run again.
+        # A server without references ends too: a notebook cell with `policy = PolicyServer(…)` may be run again.
         self._let_go = weakref.finalize(self, os.close, death_write)  # once, whoever calls it
         self._let_go.atexit = False  # `_stop_forgotten_children` does more
 
@@ -135,11 +135,11 @@ class ChildProcess:
         return self._supervisor.pid
 
     def poll(self) -> int | None:
-        """Exit code, or `None` while it runs."""
+        """Return the exit code, or `None` while it runs."""
         return self._supervisor.poll()
 
     def log_tail(self, num_lines: int = 15) -> str:
-        """The last lines of the log, for error messages."""
+        """Return the last lines of the log, for error messages."""
         with contextlib.suppress(OSError), open(self.log_path, "rb") as log:
             log.seek(0, os.SEEK_END)
             log.seek(max(0, log.tell() - 64 * 1024))
@@ -168,7 +168,7 @@ class ChildProcess:
         return None
 
     def stop(self) -> None:
-        """SIGINT, a few seconds of grace, then SIGKILL to everything below. Idempotent; safe in `atexit`."""
+        """Send SIGINT, and SIGKILL to all that is left a few seconds later. Idempotent; safe in `atexit`."""
         self._let_go()
         if self.wait(_GRACE_S + 5.0) is None:  # the supervisor itself hangs: cannot happen, must not leak
             with contextlib.suppress(ProcessLookupError):
@@ -200,7 +200,7 @@ def _indent(text: str) -> str:
 
 
 def wait_until(deadline: float, pause_s: float = 0.1) -> bool:
-    """Sleep a little; False once `time.monotonic()` has passed `deadline`. For readiness loops."""
+    """Sleep a little; return False once `time.monotonic()` has passed `deadline`. For readiness loops."""
     if time.monotonic() >= deadline:
         return False
     time.sleep(pause_s)

@@ -1,4 +1,4 @@
-"""Stands between us and one server so that the server cannot outlive us. Standard library only; run as a script.
+"""Stand between us and one server, so that the server cannot outlive us. Standard library only; run as a script.
 
     trainer ──pipe──► supervisor ──► server (own session) ──► its own children
 
@@ -28,7 +28,7 @@ POLL_S = 1.0  # how often the parent's pid is looked at, for a pipe end that lea
 
 
 def prctl(option: int, value: int) -> None:
-    """Linux only; elsewhere the pipe and the process group have to do."""
+    """Call `prctl`. Linux only; elsewhere the pipe and the process group have to suffice."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
@@ -41,7 +41,7 @@ def prepare_child() -> None:
 
 
 def descendants(root: int) -> list[int]:
-    """Pids of all live processes below `root`, from /proc; empty where there is no /proc."""
+    """Return the pids of all live processes below `root`, from /proc; none where /proc does not exist."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
         if entry.isdigit():

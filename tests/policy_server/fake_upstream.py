@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from tests.policy_server.fake_vllm import END, render
@@ -21,6 +22,14 @@ from trl_gym.processes import bind_socket
 PROBE_EVERY_S = 0.05
 
 Json = dict[str, Any]
+
+
+def without_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set proxies at which nothing answers, as a cluster does for the outer world."""
+    for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @dataclass

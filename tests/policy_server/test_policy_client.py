@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.policy_server.fake_upstream import without_way_out
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 
@@ -95,6 +96,15 @@ def test_an_update_of_a_dead_trainer_is_ended(server: Any, finish: int, complete
     assert seen[0][2] == {}, "no version: what the server holds keeps its own"
     with pytest.raises(PolicyServerLostError, match="cannot be reached"):
         PolicyClient("http://127.0.0.1:9/v1").abandon_weight_update()
+
+
+def test_a_proxy_of_the_environment_is_not_asked(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _, seen = server
+    without_way_out(monkeypatch)
+    client.info()
+    PolicyClient(client.base_urls).resume()
+    assert client.health()
+    assert [path for _, path, _ in seen] == ["/trl_gym/info", "/resume", "/health"]
 
 
 def test_sleep_and_wake_up(server: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import until
 from tests.policy_server.adapter_folder import write_adapter
-from tests.policy_server.fake_upstream import Call, FakeUpstream, ask, serving
+from tests.policy_server.fake_upstream import Call, FakeUpstream, ask, serving, without_way_out
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.upstreams import CONTROL_PATHS, UpstreamApp, UpstreamLostError
 
@@ -44,6 +44,13 @@ async def test_a_request_and_its_answer_pass_unchanged() -> None:
         assert not {"x-hop", "te", "authorization", "user-agent"} & set(seen)
         assert call.status == 200 and served_by(call) == fake.port
         assert not {b"x-private", b"connection"} & {name.lower() for name in call.headers}
+
+
+async def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_way_out(monkeypatch)
+    fake = FakeUpstream()
+    async with serving(fake) as app:
+        assert (await ask(app, "POST", CHAT, body=BODY)).status == 200 and fake.asked(CHAT) == 1
 
 
 @pytest.mark.parametrize("status", [400, 404, 418, 429, 500, 502, 503, 504])

@@ -1,4 +1,4 @@
-"""The server process: vLLM's OpenAI server plus our defaults.
+"""Run the server process: vLLM's OpenAI server plus our defaults.
 
     python -m trl_gym.policy_server MODEL [--host H] [--port P] [--listen-fd N] [any flag of `vllm serve`]
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         The exit status.
 
     Raises:
-        SystemExit: For a flag that is wrong, with status 2 or a message.
+        SystemExit: A flag is wrong; with status 2 or a message.
     """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--listen-fd", type=int)

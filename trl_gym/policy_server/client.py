@@ -215,14 +215,14 @@ class PolicyClient:
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def init_weight_transfer(self, init_info: dict[str, Any], *, timeout_s: float | None = None) -> None:
-        """Once per training run; `init_info` is the engine's (empty for `file`)."""
+        """Prepare the transfer, once per training run; `init_info` is the engine's (empty for `file`)."""
         self._tell("/init_weight_transfer_engine", json={"init_info": init_info}, timeout_s=timeout_s)
 
     def start_weight_update(self) -> None:
         self._tell("/start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any], *, timeout_s: float | None = None) -> None:
-        """One chunk of weights; `{"path": …}` for `file`. After an error the server must be considered dead."""
+        """Load one chunk of weights; `{"path": …}` for `file`. After an error the server must be considered dead."""
         self._tell("/update_weights", json={"update_info": update_info}, timeout_s=timeout_s)
 
     def finish_weight_update(self, version: str, *, timeout_s: float | None = None) -> None:

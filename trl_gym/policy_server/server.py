@@ -112,7 +112,7 @@ class PolicyServer:
         devices: GPUs of its own, as for `CUDA_VISIBLE_DEVICES`; it shares ours when not given.
 
     Raises:
-        ConfigError: If `vllm_args` cannot be turned into flags.
+        ConfigError: `vllm_args` cannot be turned into flags.
     """
 
     def __init__(
@@ -204,8 +204,8 @@ class PolicyServer:
         """Bind the port and start loading; returns at once.
 
         Raises:
-            ConfigError: If the model folder, vLLM or the address cannot work; nothing is started then.
-            PolicyServerError: If the port is taken.
+            ConfigError: The model folder, vLLM or the address cannot work; nothing is started then.
+            PolicyServerError: The port is taken.
         """
         self._demand("start", ServerState.NEW)
         command.check_before_start(self.model, self._host, self._api_key, self._flags, {**os.environ, **self._env})
@@ -262,7 +262,7 @@ class PolicyServer:
 
     @property
     def is_ours(self) -> bool:
-        """Whether its process was started here."""
+        """Whether its process was started here (a server that was attached to has none)."""
         return self._process is not None
 
     def restart(self) -> None:

@@ -62,7 +62,7 @@ def servers_for(
 
 
 class RunServers:
-    """Policy server and NeMo Gym of one trainer.
+    """Policy server and NeMo Gym of one trainer. Every rank has one and calls its methods in step.
 
     Args:
         args: The trainer's configuration.
@@ -73,7 +73,7 @@ class RunServers:
             `server_options`.
 
     Raises:
-        ConfigError: There is no way to get one of the two.
+        ConfigError: The configuration names no policy server, or no NeMo Gym.
     """
 
     def __init__(
