@@ -45,8 +45,9 @@ class Checked(RecordingTrainer):
         super()._push_weights()
         step = self.state.global_step
         tokenizer = AutoTokenizer.from_pretrained(self.model.config._name_or_path)
-        prompts = [tokenizer(text).input_ids for text in HELD_OUT]
-        batch = probe_batch(len(tokenizer), prompts, seed=7)
+        probe = probe_batch(len(tokenizer), seed=7)
+        length = len(probe[0])
+        batch = [*probe, *((tokenizer(text).input_ids * length)[:length] for text in HELD_OUT)]
         ours = trainer_logprobs(self.model_wrapped, batch)  # every rank: FSDP gathers
         if not self.accelerator.is_main_process:
             return
