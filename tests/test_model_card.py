@@ -13,7 +13,7 @@ import pytest
 from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.recorded import request, rollout, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, __version__, load_gym_dataset
-from trl_gym.model_card import RunFacts, describe, environments_of, settings_of, with_section
+from trl_gym.model_card import describe, environments_of, settings_of, with_section
 from trl_gym.run.live import LiveSource
 
 HISTORY = [
@@ -26,7 +26,7 @@ HISTORY = [
 
 
 def test_the_section_has_first_and_last_numbers_of_what_tells_how_it_went() -> None:
-    section = describe(RunFacts(settings={"Optimizer steps": "2"}, history=HISTORY))
+    section = describe({"Optimizer steps": "2"}, HISTORY)
     assert "| Environments | `calculator`, `search` |" in section
     assert "| Optimizer steps | 2 |" in section
     results = section.split("| metric |")[1].splitlines()[2:]
@@ -39,7 +39,7 @@ def test_the_section_has_first_and_last_numbers_of_what_tells_how_it_went() -> N
 
 
 def test_a_run_that_logged_nothing_says_so() -> None:
-    section = describe(RunFacts(settings={}, history=[]))
+    section = describe({}, [])
     assert "| Environments | none logged |" in section and "| metric |" not in section
     assert environments_of([]) == []
 

@@ -34,8 +34,7 @@ class WeightSyncCallback(TrainerCallback):
     """
 
     def __init__(self, push: Callable[[], None], generates_next: Callable[[], bool]) -> None:
-        self._push = push
-        self._generates_next = generates_next
+        self._push, self._generates_next = push, generates_next
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -43,22 +42,6 @@ class WeightSyncCallback(TrainerCallback):
         ends = control.should_training_stop or state.global_step >= state.max_steps
         if ends or control.should_evaluate or self._generates_next():
             self._push()
-
-
-class OptimizerCallback(TrainerCallback):
-    """Hands over the optimizer, which exists only when training begins.
-
-    Args:
-        take: Called with the optimizer, as wrapped by accelerate.
-    """
-
-    def __init__(self, take: Callable[[Any], None]) -> None:
-        self._take = take
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._take(kwargs["optimizer"])
 
 
 class PhaseCallback(TrainerCallback):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,26 +24,18 @@ _RESULTS = ("reward", "success", "rollouts/failed_fraction", "rollouts/drift_fra
 _RESULT = re.compile(r"(?:eval_(?:\w+_)?)?(?:gym/[^/]+/)?(?:reward|success|pass@\d+|mean@\d+)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunFacts:
-    """The content of the section.
+def describe(settings: Mapping[str, str], history: Sequence[Mapping[str, Any]]) -> str:
+    """Return the section as Markdown, ending with an empty line.
 
-    Attributes:
+    Args:
         settings: Rows of the first table, in order.
         history: Logged objects with `step`, in order, as `TrainerState.log_history`.
     """
-
-    settings: Mapping[str, str]
-    history: Sequence[Mapping[str, Any]]
-
-
-def describe(facts: RunFacts) -> str:
-    """Return the section as Markdown, ending with an empty line."""
-    environments = ", ".join(f"`{name}`" for name in environments_of(facts.history))
-    rows = {"Environments": environments or "none logged", **facts.settings}
+    environments = ", ".join(f"`{name}`" for name in environments_of(history))
+    rows = {"Environments": environments or "none logged", **settings}
     lines = ["### Environments and rollouts", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
-    if results := list(_results(facts.history)):
+    if results := list(_results(history)):
         lines += ["", "| metric | first | last | at step |", "|---|---|---|---|"]
         lines += [f"| `{name}` | {first:.4g} | {last:.4g} | {step} |" for name, first, last, step in results]
     return "\n".join([*lines, "", ""])
@@ -67,11 +58,8 @@ def _results(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float,
     series: dict[str, list[tuple[float, int]]] = {}
     for logged in history:
         for name, value in logged.items():
-            if (
-                (name in _RESULTS or _RESULT.fullmatch(name))
-                and isinstance(value, int | float)
-                and math.isfinite(value)
-            ):
+            is_shown = name in _RESULTS or _RESULT.fullmatch(name)
+            if is_shown and isinstance(value, int | float) and math.isfinite(value):
                 series.setdefault(name, []).append((float(value), int(logged.get("step", 0))))
     for name in sorted(series, key=lambda name: (name.startswith("eval_"), name)):
         values = series[name]

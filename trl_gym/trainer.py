@@ -27,12 +27,12 @@ from trl import GRPOTrainer
 from trl_gym import compat
 from trl_gym import ranks as rank_agreement
 from trl_gym.accounting import Accounting
-from trl_gym.callbacks import MetricsCallback, OptimizerCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
+from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig, checked_args
 from trl_gym.dataset import gym_row
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.offload import measured_peak
-from trl_gym.model_card import RunFacts, add_section, describe, settings_of
+from trl_gym.model_card import add_section, describe, settings_of
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.progress import PhaseClock, make_progress
 from trl_gym.ranks import agreed
@@ -290,14 +290,13 @@ class GymGRPOTrainer(GRPOTrainer):
         for callback in compat.default_progress_callbacks():
             self.remove_callback(callback)
         self._checkpoints = CheckpointCallback(
-            self._restore, lambda: self._save_checkpoint(self.model, None), lambda: self._step
+            self._begin, lambda: self._save_checkpoint(self.model, None), lambda: self._step
         )
         # Order matters: the state is put back first. A checkpoint is on disk before weights are pushed, which takes
         # time that a process that was told to end may not have. The clock stops before that push counts its own time.
         self.add_callback(self._checkpoints)
         self.add_callback(PhaseCallback(self._clocks["train"]))
         self.add_callback(WeightSyncCallback(self._push_weights, lambda: self._step % self._generate_every == 0))
-        self.add_callback(OptimizerCallback(self._source.take_optimizer))
         self.add_callback(MetricsCallback(Path(self.args.output_dir) / "metrics.jsonl"))
         self.add_callback(ProgressCallback(self._progress))
 
@@ -452,7 +451,7 @@ class GymGRPOTrainer(GRPOTrainer):
         if self.is_world_process_zero():
             source = self._source.describe()
             settings = settings_of(self.args, num_steps=self.state.global_step, source=source)
-            section = describe(RunFacts(settings=settings, history=self.state.log_history))
+            section = describe(settings, self.state.log_history)
             add_section(Path(self.args.output_dir) / "README.md", section)
 
     def _show_progress(self, status: CollectionStatus) -> None:
@@ -481,6 +480,10 @@ class GymGRPOTrainer(GRPOTrainer):
                 save_state(Path(self.args.output_dir) / f"checkpoint-{step}", self.accelerator.process_index, state)
         with self._checkpoints.saving(step):
             super()._save_checkpoint(model, trial)
+
+    def _begin(self) -> None:
+        self._source.take_optimizer(self.optimizer)  # as wrapped by accelerate; there is none before training begins
+        self._restore()
 
     def _restore(self) -> None:
         """Put back what transformers does not restore, before anything is sampled. Does nothing in a new run."""

@@ -54,7 +54,7 @@ def rollout(asked: RolloutRequest, reward: float = 1.0, failure: RolloutFailure 
 def write(folder: Path, rollouts: list[Rollout], policy: Policy = POLICY, rank: int = 0, **changes: Any) -> None:
     """As the trainer does."""
     journal = Journal(folder, rank=rank)
-    tagged = journal.tagged(**policy.tags(), **changes)
     for one in rollouts:
-        tagged.append(journal_record(one, step=policy.step, mode="train", weight_version=str(policy.step)))
+        line = journal_record(one, step=policy.step, mode="train", weight_version=str(policy.step))
+        journal.append({**line, **policy.tags(), **changes})
     journal.close()

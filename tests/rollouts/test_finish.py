@@ -58,6 +58,7 @@ def finisher(tmp_path: Path, policy: Any) -> Finisher:
         step=3,
         mode="train",
         weight_version="3",
+        tags={"run": "r1", "weights": "w"},
     )
 
 
@@ -69,6 +70,7 @@ def test_the_head_is_trained_and_the_first_drift_explained(tmp_path: Path, polic
     assert (rollout.drift.turn, rollout.drift.position, rollout.drift.cause) == (2, 1, DriftCause.RETEMPLATED)
     [line] = read_journal(tmp_path)
     assert line["failure"] is None
+    assert (line["run"], line["weights"]) == ("r1", "w")
     assert line["drift"] == rollout.drift.as_json()
     assert (line["drift"]["seen_text"], line["drift"]["prompt_text"]) == ("qAB?C", "qXB?C!")
     assert line["completion_ids"] == [ord(char) for char in "AB?C"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import ConfigError, RolloutError
-from trl_gym.rollouts.batch import LOSS_TYPES, check_same_task, checked_rewards, mark, undersized, weighted
+from trl_gym.rollouts.batch import LOSS_TYPES, SharedBatch, checked_rewards, mark, weighted
+from trl_gym.rollouts.rollout import RolloutFacts
 
 MEAN_OVER_ROWS = ("grpo", "sapo", "luspo", "dr_grpo")
 
@@ -34,16 +37,27 @@ def test_wrong_rewards_are_named() -> None:
         checked_rewards([1.0, math.inf], 2)
 
 
+def shared(groups: list[str], tasks: list[int], valid: list[bool]) -> SharedBatch:
+    unused: dict[str, Any] = dict.fromkeys(("trained_reward", "reward", "success", "failure", "drift"))
+    numbers: dict[str, Any] = {"has_tokens": True, "attempts": 1, "seconds": 0.0}
+    facts = [
+        RolloutFacts(agent="a", group=group, task=task, is_valid=is_valid, **unused, **numbers)
+        for group, task, is_valid in zip(groups, tasks, valid, strict=True)
+    ]
+    return SharedBatch(facts=facts, own=slice(None), causes=Counter())
+
+
 def test_groups_are_told_by_name_not_by_place() -> None:
     groups = ["b", "a", "b", "a", "c", "c"]
-    assert undersized(groups, [True, True, True, False, False, False], 2) == {"a", "c"}
-    assert undersized(groups, [True] * 6, 2) == set()
+    kept = shared(groups, [0] * 6, [True, True, True, False, False, False]).without_small_groups(2)
+    assert kept.own_valid == [True, False, True, False, False, False]
+    assert shared(groups, [0] * 6, [True] * 6).without_small_groups(2).own_valid == [True] * 6
 
 
 def test_a_group_of_several_tasks_is_refused() -> None:
-    check_same_task([0, 0, 1, 1], ["x", "x", "x", "x"])  # the same task may make two groups
-    with pytest.raises(RolloutError, match="Group 1 has rollouts of the tasks y and z"):
-        check_same_task([0, 1, 1], ["x", "y", "z"])
+    shared(["b-g0", "b-g0", "b-g1", "b-g1"], [0] * 4, [True] * 4).without_small_groups(2)  # one task, two groups
+    with pytest.raises(RolloutError, match=r"Group b-g1 has rollouts of the tasks \('a', 1\) and \('a', 2\)"):
+        shared(["b-g0", "b-g1", "b-g1"], [0, 1, 2], [True] * 3).without_small_groups(2)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

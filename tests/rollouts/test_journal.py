@@ -156,15 +156,14 @@ def test_a_line_can_be_read_again_from_its_place(tmp_path: Path) -> None:
         assert read_line(line.path, line.offset, line.length) == line.record
 
 
-def test_tags_are_on_every_line_and_secrets_on_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_on_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "value-of-a-variable")
     journal = Journal(tmp_path, secrets=("key-of-the-server",))
-    journal.tagged(run="r1", weights="w").append(
+    journal.append(
         record(row={"text": "value-of-a-variable"}, response={"policy_api_key": "x"}, failure="key-of-the-server!")
     )
     journal.close()
     [line] = read_journal(tmp_path)
-    assert (line["run"], line["weights"]) == ("r1", "w")
     assert (line["row"], line["response"]) == ({"text": "[redacted]"}, {"policy_api_key": "[redacted]"})
     assert line["failure"] == "[redacted]!"
 

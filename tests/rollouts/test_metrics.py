@@ -187,6 +187,6 @@ def _share(pieces: list[list[Rollout]]) -> list[SharedBatch]:
         return share(pieces[index], rewards, batch="b", rank=index, gather=gather)
 
     for index in range(len(pieces)):
-        rank_is_alone = [RankReport(facts=[], causes=Counter())] * index
+        rank_is_alone = [([], Counter())] * index
         rank(index, lambda own, before=rank_is_alone: [*before, *tell(own)])
     return [rank(index, lambda own: reports) for index in range(len(pieces))]

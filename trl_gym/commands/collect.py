@@ -288,7 +288,8 @@ def _run_chunk(
         finisher = Finisher(
             build=(lambda answer, request: from_gym(answer)) if has_tokens else (lambda answer, request: []),
             decode=lambda ids: str(list(ids)),  # there is no tokenizer here; drift is shown in ids
-            journal=journal.tagged(dataset=job.task.dataset, task_hash=job.task.hash, model=options.model),
+            journal=journal,
+            tags={"dataset": job.task.dataset, "task_hash": job.task.hash, "model": options.model},
             drift_policy="truncate",
             step=0,
             mode=options.mode,

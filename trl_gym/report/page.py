@@ -23,11 +23,11 @@ import importlib.resources
 import io
 import json
 import math
-import operator
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -208,20 +208,17 @@ def _index(
     places: Sequence[tuple[int, int]],
 ) -> dict[str, Any]:
     own = [rows[i] for i in shown]
-    groups: dict[tuple[Any, ...], int] = {}
-    previews: list[str] = []
-    of_group = []
+    previews: dict[tuple[Any, ...], str] = {}  # of each group, in the order of the groups' numbers
     for row in own:
-        if row.group_key not in groups:
-            groups[row.group_key] = len(groups)
-            previews.append(row.preview)
-        of_group.append(groups[row.group_key])
+        previews.setdefault(row.group_key, row.preview)
+    group_ids = {key: index for index, key in enumerate(previews)}
     columns = {name: [getattr(row, name) for row in own] for name in _PLAIN}
     names: dict[str, list[str | None]] = {}
     for name in _NAMED:
-        names[name], columns[name] = _numbered(own, operator.attrgetter(name))
-    names["state"], columns["state"] = _numbered([str(found[i]) for i in shown], lambda state: state)
-    columns |= {"group_id": of_group, "chunk": [chunk for chunk, _ in places], "place": [at for _, at in places]}
+        names[name], columns[name] = _numbered([getattr(row, name) for row in own])
+    names["state"], columns["state"] = _numbered([str(found[i]) for i in shown])
+    columns |= {"group_id": [group_ids[row.group_key] for row in own]}
+    columns |= {"chunk": [chunk for chunk, _ in places], "place": [at for _, at in places]}
     return {
         "schema": SCHEMA,
         "run": run.name,
@@ -229,7 +226,7 @@ def _index(
         "recorded": len(rows),
         "columns": columns,
         "names": names,
-        "previews": previews,
+        "previews": list(previews.values()),
         "steps": [asdict(stats) for stats in step_stats(rows, found)],
         "causes": _causes(rows, found),
         "drift": _drift_counts(rows, found),
@@ -244,19 +241,19 @@ def _causes(rows: Sequence[Row], found: Sequence[LineState]) -> dict[str, Any]:
 
 def _drift_counts(rows: Sequence[Row], found: Sequence[LineState]) -> list[dict[str, Any]]:
     """Count the counted rollouts that drifted, by environment and cause."""
-    counts: dict[tuple[str, str], int] = {}
-    for row, state in zip(rows, found, strict=True):
-        if row.drift is not None and state is LineState.COUNTED:
-            counts[row.agent, row.drift] = counts.get((row.agent, row.drift), 0) + 1
+    counts = Counter(
+        (row.agent, row.drift)
+        for row, state in zip(rows, found, strict=True)
+        if row.drift is not None and state is LineState.COUNTED
+    )
     return [{"agent": agent, "cause": cause, "count": count} for (agent, cause), count in sorted(counts.items())]
 
 
-def _numbered(values: Sequence[Any], name_of: Callable[[Any], str | None]) -> tuple[list[str | None], list[int]]:
-    """Return the different names, sorted with None first, and for each value the place of its own."""
-    own = [name_of(value) for value in values]
-    names = sorted(set(own), key=lambda name: (name is not None, name or ""))
+def _numbered(values: Sequence[str | None]) -> tuple[list[str | None], list[int]]:
+    """Return the different values, sorted with None first, and for each value its place among them."""
+    names = sorted(set(values), key=lambda name: (name is not None, name or ""))
     place = {name: index for index, name in enumerate(names)}
-    return names, [place[name] for name in own]
+    return names, [place[name] for name in values]
 
 
 def _write_blob(file: IO[bytes], name: str, value: Any) -> None:

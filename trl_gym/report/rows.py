@@ -32,23 +32,14 @@ class Row:
         group, member: Its place in the batch.
         attempt: 0 for the first try.
         time: Seconds since 1970 when it ended; 0.0 where that is not recorded.
-        reward: None when it failed.
-        success: 0 to 1; None when it failed.
-        failure: Kind of failure, or None.
         cause: The failure in words, or None.
         where: The stage at which it failed.
-        drift: Cause of drift, or None.
         finish: `"stop"`, or why Gym cut it; None when there is no answer.
         is_retried: The line says that another attempt follows.
         version: The weights' version, or several with commas.
-        turns: Model calls.
-        prompt_tokens: Tokens of the first prompt.
-        environment_tokens: Tokens that the environment put after it.
-        sampled_tokens: Tokens that the policy sampled.
-        tool_calls: Tool calls in Gym's answer.
-        tool_errors: Tool results that say that the call failed.
-        seconds: Wall time.
         preview: Beginning of the task's text.
+
+    The others are those of `rollouts.rollout.RolloutFacts`.
     """
 
     rollout_id: str

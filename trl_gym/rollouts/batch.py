@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,8 +130,7 @@ def describe_drift(rollouts: Sequence[Rollout]) -> list[str]:
     ]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What the loss is divided by.
+# -- what the loss is divided by --------------------------------------------------------------------------------------
 
 VALID = "rollout_is_valid"
 NUM_VALID = "num_valid_rollouts"
@@ -164,37 +163,6 @@ def checked_rewards(rewards: Sequence[float | None], num_rollouts: int) -> list[
             "Return a finite number, or None to take a rollout out of the loss.",
         )
     return [None if reward is None or math.isnan(reward) else float(reward) for reward in rewards]
-
-
-def undersized(groups: Sequence[Hashable], has_reward: Sequence[bool], min_size: int) -> set[Hashable]:
-    """Return the groups with too few rewards to make a baseline of, those without any included.
-
-    Args:
-        groups: `[N]`, group of each rollout over all ranks.
-        has_reward: `[N]`.
-        min_size: Rewards that a group needs.
-    """
-    sizes = Counter(group for group, is_valid in zip(groups, has_reward, strict=True) if is_valid)
-    return {group for group in groups if sizes[group] < min_size}
-
-
-def check_same_task(groups: Sequence[Hashable], tasks: Sequence[Hashable]) -> None:
-    """Check that a group has rollouts of one task only; else its baseline would mean nothing.
-
-    Args:
-        groups: `[N]`, group of each rollout over all ranks.
-        tasks: `[N]`, task of each rollout.
-
-    Raises:
-        RolloutError: A group has rollouts of several tasks.
-    """
-    task_of: dict[Hashable, Hashable] = {}
-    for group, task in zip(groups, tasks, strict=True):
-        if task_of.setdefault(group, task) != task:
-            raise RolloutError(
-                f"Group {group} has rollouts of the tasks {task_of[group]} and {task}.",
-                "Put the rollouts of a task next to each other in your own sampler or data loader, as TRL's does.",
-            )
 
 
 def mark(batch: dict[str, Any], valid: Sequence[bool], *, num_valid: int, num_micro_batches: int) -> dict[str, Any]:
@@ -245,21 +213,11 @@ def _weight(loss_type: str, num_rows: int, num_valid: int, total: int, num_micro
     return counted * num_micro_batches / total
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What ranks decide together.
+# -- what ranks decide together ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankReport:
-    """A rank's part of a generation batch, as the other ranks see it.
-
-    Attributes:
-        facts: `[B]`, the facts of its rollouts, in the order of its rows.
-        causes: Causes of its failures, counted.
-    """
-
-    facts: list[RolloutFacts]
-    causes: Counter[str]
+RankReport = tuple[list[RolloutFacts], Counter[str]]
+"""What a rank tells the others: the facts of its rollouts, `[B]` by row, and the causes of its failures, counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,11 +252,18 @@ class SharedBatch:
         """Return the same batch, in which no member of a group with too few rewards is trained.
 
         Raises:
-            RolloutError: A group has rollouts of several tasks.
+            RolloutError: A group has rollouts of several tasks: its baseline would mean nothing.
         """
-        groups = [fact.group for fact in self.facts]
-        check_same_task(groups, [(fact.agent, fact.task) for fact in self.facts])
-        small = undersized(groups, [fact.is_valid for fact in self.facts], min_group_size)
+        task_of: dict[str, tuple[str, int]] = {}
+        for fact in self.facts:
+            task = fact.agent, fact.task
+            if task_of.setdefault(fact.group, task) != task:
+                raise RolloutError(
+                    f"Group {fact.group} has rollouts of the tasks {task_of[fact.group]} and {task}.",
+                    "Put the rollouts of a task next to each other in your own sampler or data loader, as TRL's does.",
+                )
+        sizes = Counter(fact.group for fact in self.facts if fact.is_valid)
+        small = {group for group in task_of if sizes[group] < min_group_size}
         facts = [dataclasses.replace(f, is_valid=False) if f.group in small else f for f in self.facts]
         return dataclasses.replace(self, facts=facts)
 
@@ -351,10 +316,10 @@ def share(
         facts_of(rollout, reward if rollout.trajectories else None, batch)
         for rollout, reward in zip(rollouts, rewards, strict=True)
     ]
-    reports = gather([RankReport(facts=facts, causes=failure_causes(rollouts))])
-    first = sum(len(report.facts) for report in reports[:rank])
+    reports = gather([(facts, failure_causes(rollouts))])
+    first = sum(len(own) for own, _ in reports[:rank])
     return SharedBatch(
-        facts=[fact for report in reports for fact in report.facts],
+        facts=[fact for own, _ in reports for fact in own],
         own=slice(first, first + len(facts)),
-        causes=sum((report.causes for report in reports), Counter()),
+        causes=sum((causes for _, causes in reports), Counter()),
     )

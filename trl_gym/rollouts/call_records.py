@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 
@@ -37,24 +37,6 @@ class CallState:
 
     num_answered: int
     num_running: int | None
-
-
-class Ledger(Protocol):
-    """The questions of a collection to a policy server, or to several; see `RolloutLedger`."""
-
-    async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> list[CallRecord]: ...
-
-    async def peek(
-        self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = ...
-    ) -> dict[str, CallState]: ...
-
-    async def ping(self, session: aiohttp.ClientSession, *, timeout_s: float = ...) -> str | None: ...
-
-    def describe_silence(self) -> str: ...
-
-    async def cancel(
-        self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = ...
-    ) -> None: ...
 
 
 def ledger_for(base_urls: str | Sequence[str], api_key: str | None = None) -> Ledger:
@@ -89,16 +71,14 @@ class RolloutLedger:
         body = {"rollouts": [rollout_id], "forget": True}
         return (await self._post(session, RECORDS_PATH, body, _TIMEOUT_S))["records"][rollout_id]
 
-    async def peek(
-        self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = _PEEK_TIMEOUT_S
-    ) -> dict[str, CallState]:
+    async def peek(self, session: aiohttp.ClientSession, rollout_ids: Sequence[str]) -> dict[str, CallState]:
         """Return the state of rollouts that have not ended, one entry per id. Nothing is forgotten.
 
         Raises:
             PolicyServerError: See `take`.
         """
         body = {"rollouts": list(rollout_ids), "forget": False}
-        answer = await self._post(session, RECORDS_PATH, body, timeout_s)
+        answer = await self._post(session, RECORDS_PATH, body, _PEEK_TIMEOUT_S)
         running = answer.get("running", {})  # a gateway of an older trl-gym does not say
         return {
             name: CallState(num_answered=len(answer["records"][name]), num_running=running.get(name))
@@ -186,17 +166,13 @@ class FleetLedger:
         parts = await asyncio.gather(*(ledger.take(session, rollout_id) for ledger in self._ledgers))
         return [record for part in parts for record in part]
 
-    async def peek(
-        self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = _PEEK_TIMEOUT_S
-    ) -> dict[str, CallState]:
-        parts = await asyncio.gather(
-            *(ledger.peek(session, rollout_ids, timeout_s=timeout_s) for ledger in self._ledgers)
-        )
+    async def peek(self, session: aiohttp.ClientSession, rollout_ids: Sequence[str]) -> dict[str, CallState]:
+        parts = await asyncio.gather(*(ledger.peek(session, rollout_ids) for ledger in self._ledgers))
         return {name: _sum_of([part[name] for part in parts]) for name in rollout_ids}
 
-    async def ping(self, session: aiohttp.ClientSession, *, timeout_s: float = _PEEK_TIMEOUT_S) -> str | None:
+    async def ping(self, session: aiohttp.ClientSession) -> str | None:
         """Return None when any of them is gone: its rollouts cannot go on."""
-        who = await asyncio.gather(*(ledger.ping(session, timeout_s=timeout_s) for ledger in self._ledgers))
+        who = await asyncio.gather(*(ledger.ping(session) for ledger in self._ledgers))
         self._silent = tuple(one for one, answer in zip(self._ledgers, who, strict=True) if answer is None)
         if self._silent:
             return None
@@ -210,6 +186,9 @@ class FleetLedger:
         self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = _TIMEOUT_S
     ) -> None:
         await asyncio.gather(*(ledger.cancel(session, rollout_ids, timeout_s=timeout_s) for ledger in self._ledgers))
+
+
+Ledger = RolloutLedger | FleetLedger
 
 
 def _sum_of(states: Sequence[CallState]) -> CallState:

@@ -36,7 +36,6 @@ from trl_gym.rollouts.request import RolloutRequest, next_attempt
 
 logger = logging.getLogger(__name__)
 
-
 _LOOK_EVERY_S = 1.0
 _HURRIED_LOOK_S = 0.1  # while a rollout waits to hear whether its servers are gone
 _PATIENCE = 3  # looks in a row before a server counts as gone
@@ -57,10 +56,8 @@ class Ended(Protocol):
 T = TypeVar("T", bound=Ended)
 
 
-class Progress(Protocol):
-    """Called in the collector's thread whenever a rollout ends, and about every second."""
-
-    def __call__(self, status: CollectionStatus) -> None: ...
+Progress = Callable[["CollectionStatus"], None]
+"""Called in the collector's thread whenever a rollout ends, and about every second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +106,7 @@ class Collection(Generic[T]):
         context: The servers that it works with, and the limits.
         session: For all requests.
         admission: Shared with other collections of the rank.
-        finish: See `RolloutCollector.submit`.
-        progress: See `RolloutCollector.submit`.
+        finish, progress: See `RolloutCollector.submit`.
     """
 
     def __init__(
@@ -345,11 +341,8 @@ class Collection(Generic[T]):
 
     async def _give_up(self) -> None:
         """Record what was running and tell the policy server; why the collection ends is on its way to the caller."""
-        given_up = [
-            (index, one)
-            for index, one in self._tally.outstanding.items()
-            if one.phase in (Phase.RUNNING, Phase.RECORDING)
-        ]
+        at_servers = (Phase.RUNNING, Phase.RECORDING)
+        given_up = [(index, one) for index, one in self._tally.outstanding.items() if one.phase in at_servers]
         now = self._clock()
         for index, one in given_up:
             if one.phase is Phase.RUNNING:

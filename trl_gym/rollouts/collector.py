@@ -137,7 +137,7 @@ class _Worker:
         self._thread.start()
         self._collections: set[asyncio.Task[Any]] = set()
         self.admission = Admission(budgets)
-        self.session = self.run(_in_loop(new_session, budgets.max_inflight)).result()
+        self.session = self.run(_new_session(budgets.max_inflight)).result()
 
     def run(self, coroutine: Coroutine[Any, Any, R]) -> concurrent.futures.Future[R]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -171,5 +171,5 @@ class _Worker:
         await self._loop.shutdown_default_executor()
 
 
-async def _in_loop(make: Callable[[int], aiohttp.ClientSession], max_inflight: int) -> aiohttp.ClientSession:
-    return make(max_inflight)
+async def _new_session(max_inflight: int) -> aiohttp.ClientSession:
+    return new_session(max_inflight)

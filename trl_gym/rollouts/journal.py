@@ -34,10 +34,10 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from trl_gym.errors import FailureKind, RolloutError
 
@@ -52,12 +52,6 @@ _MAX_NAMED = 8  # places of numbers that are not finite, in one warning
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
-
-
-class Recorder(Protocol):
-    """Records finished rollouts."""
-
-    def append(self, record: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -99,10 +93,6 @@ class Journal:
         prefix = "step" if mode == "train" else f"{mode}-step"
         suffix = f".part-{part}" if part else ""
         return self.folder / f"{prefix}-{step}.rank-{self.rank}{suffix}.jsonl"
-
-    def tagged(self, **fields: Any) -> Recorder:
-        """Return a recorder that adds these fields to every line."""
-        return _Tagged(self, fields)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one rollout; it is safe from a crash of this process at once, and from one of the machine after
@@ -230,15 +220,6 @@ class Journal:
             "intact and nothing is trained on that is not recorded.",
             "Make room, or choose another `output_dir`, and resume from the last checkpoint.",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tagged:
-    journal: Journal
-    fields: dict[str, Any] = field(default_factory=dict)
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        self.journal.append({**record, **self.fields})
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

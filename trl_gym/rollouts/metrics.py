@@ -60,17 +60,11 @@ class MetricsBuffer:
         self._gaps: deque[Mapping[str, GapSum]] = deque(maxlen=newest)
 
     def add(self, facts: Sequence[RolloutFacts]) -> None:
-        """
-        Args:
-            facts: Facts of one batch, of all ranks.
-        """
+        """Add the facts of one batch, of all ranks."""
         self._facts += facts
 
     def add_gaps(self, gaps: Sequence[Mapping[str, GapSum]]) -> None:
-        """
-        Args:
-            gaps: The values of `logprobs.batch_gaps` on each rank.
-        """
+        """Add the values of `logprobs.batch_gaps` on each rank."""
         self._gaps += gaps
 
     def take(self, summarize: Callable[[Sequence[RolloutFacts]], dict[str, float]]) -> dict[str, float]:

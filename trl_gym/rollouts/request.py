@@ -46,12 +46,7 @@ class RolloutRequest:
     @property
     def identity(self) -> dict[str, Any]:
         """The arguments of `RolloutFailure.of`."""
-        return {
-            "agent": self.agent,
-            "task_index": self.task_index,
-            "rollout_id": self.rollout_id,
-            "attempt": self.attempt,
-        }
+        return {name: getattr(self, name) for name in ("agent", "task_index", "rollout_id", "attempt")}
 
 
 def stamp(
@@ -68,9 +63,7 @@ def stamp(
 
     Args:
         row: The dataset row.
-        rollout_id: See `RolloutRequest`.
-        task_index: See `RolloutRequest`.
-        member: See `RolloutRequest`.
+        rollout_id, task_index, member: See `RolloutRequest`.
         sampling: Sampling parameters of every model call.
         completion_budget: Tokens that the whole rollout may have after its first prompt. A single model call gets at
             most this many, or what the row asks for when that is less.

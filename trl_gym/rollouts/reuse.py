@@ -162,8 +162,7 @@ def _usable(lines: Iterable[Line], policy: Policy) -> tuple[dict[_Key, list[Line
     return found, num_outdated
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# A batch that outlives its policy server.
+# -- a batch that outlives its policy server --------------------------------------------------------------------------
 
 _LOSABLE = frozenset({FailureKind.INFRASTRUCTURE, FailureKind.CANCELLED})
 

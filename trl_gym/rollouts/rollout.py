@@ -155,7 +155,9 @@ def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
     Raises:
         KeyError: The line was written before journals could be read back (it has no `verify`).
     """
-    failure, verify = record["failure"], record["verify"]
+    failure, drift, verify = record["failure"], record["drift"], record["verify"]
+    recorded = {name: record[name] for name in ("prompt_ids", "completion_ids", "env_mask", "logprobs", "turn_ends")}
+    trajectory = Trajectory(**recorded, num_turns=len(record["turn_ends"]))
     answer = None
     if record["response"] is not None:
         parameters = record["row"].get("responses_create_params")
@@ -164,25 +166,10 @@ def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
         request=request,
         answer=answer,
         failure=None if failure is None else _failure_from(failure),
-        trajectories=[_trajectory_from(record)] if record["completion_ids"] else [],
+        trajectories=[trajectory] if record["completion_ids"] else [],
         seconds=record["seconds"],
-        drift=None if record["drift"] is None else _drift_from(record["drift"]),
+        drift=None if drift is None else DriftReport(**{**drift, "cause": DriftCause(drift["cause"])}),
     )
-
-
-def _trajectory_from(record: Mapping[str, Any]) -> Trajectory:
-    return Trajectory(
-        prompt_ids=record["prompt_ids"],
-        completion_ids=record["completion_ids"],
-        env_mask=record["env_mask"],
-        logprobs=record["logprobs"],
-        num_turns=len(record["turn_ends"]),
-        turn_ends=record["turn_ends"],
-    )
-
-
-def _drift_from(drift: Mapping[str, Any]) -> DriftReport:
-    return DriftReport(**{**drift, "cause": DriftCause(drift["cause"])})
 
 
 def _failure_from(failure: Mapping[str, Any]) -> RolloutFailure:

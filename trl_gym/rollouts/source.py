@@ -28,7 +28,7 @@ from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutError, Roll
 from trl_gym.policy_server.middleware.calls import CallRecord
 from trl_gym.rollouts.call_records import match_records
 from trl_gym.rollouts.collection import CollectionStatus, RolloutResult
-from trl_gym.rollouts.journal import Attempt, Line, LineState, Recorder, line_states, read_line, read_lines
+from trl_gym.rollouts.journal import Attempt, Journal, Line, LineState, line_states, read_line, read_lines
 from trl_gym.rollouts.request import RolloutRequest, task_hash
 from trl_gym.rollouts.rollout import Rollout, from_record, journal_record
 from trl_gym.rollouts.trajectory import (
@@ -174,17 +174,12 @@ class RolloutSource(Protocol):
         """Stop what was started. Idempotent."""
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Recorded rollouts.
+# -- recorded rollouts ------------------------------------------------------------------------------------------------
 
 _NEEDED = ("task_hash", "member", "verify", "turn_ends")  # a journal of an earlier trl-gym has none of them
 
 
-@dataclass(slots=True)
-class _Group:
-    """The rollouts of one recorded group: where the line of each member stands."""
-
-    members: dict[int, Line] = field(default_factory=dict)
+_Group = dict[int, Line]  # the rollouts of a recorded group: where the line of each member stands
 
 
 class JournalSource:
@@ -272,9 +267,9 @@ class JournalSource:
                 f"{request.task_index} ({question}).",
                 "Train on the dataset that was rolled out, or roll this one out: `trl-gym rollout --dataset FILE …`.",
             )
-        members = groups[epoch % len(groups)].members
+        members = groups[epoch % len(groups)]
         if request.member not in members:
-            largest = max(len(group.members) for group in groups)
+            largest = max(map(len, groups))
             raise ConfigError(
                 f"`gym_replay` is {str(self.folder)!r}, and its rollouts of the task with index {request.task_index} "
                 f"are in groups of at most {largest}; `num_generations` is above that.",
@@ -334,11 +329,8 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
         group = record.get("run"), record.get("weights"), record["step"], record["group"], record.get("dataset")
         place = record["task_hash"], group, record["member"]
         attempts.append(Attempt.of(record, place))
-        kept = {
-            "weight_versions": record["weight_versions"],
-            "place": place,
-            "has_ids": bool(record["completion_ids"]),
-        }
+        has_ids = bool(record["completion_ids"])
+        kept = {"weight_versions": record["weight_versions"], "place": place, "has_ids": has_ids}
         lines.append(Line(line.path, line.offset, line.length, kept))
     states = line_states(attempts)
     if not any(line.record["has_ids"] and attempt.has_reward for line, attempt in zip(lines, attempts, strict=True)):
@@ -351,14 +343,11 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
     for line, state in zip(lines, states, strict=True):
         if state is LineState.COUNTED:
             task, group, member = line.record["place"]
-            groups[task].setdefault(group, _Group()).members[member] = line
-    return {
-        task: sorted(recorded.values(), key=lambda group: -len(group.members)) for task, recorded in groups.items()
-    }
+            groups[task].setdefault(group, {})[member] = line
+    return {task: sorted(recorded.values(), key=len, reverse=True) for task, recorded in groups.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What happens to each rollout as it ends.
+# -- what happens to each rollout as it ends --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,15 +362,17 @@ class Finisher:
         step: Optimizer step whose weights sample this batch.
         mode: `"train"` or `"eval"`.
         weight_version: The version that the policy server holds.
+        tags: Fields that are added to every line.
     """
 
     build: Build
     decode: Decode
-    journal: Recorder
+    journal: Journal
     drift_policy: DriftPolicy
     step: int
     mode: str
     weight_version: str
+    tags: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, result: RolloutResult) -> Rollout:
         """Return the rollout, which is in the journal then.
@@ -394,7 +385,7 @@ class Finisher:
         # The line of an attempt that is not the last says so: whoever counts rollouts leaves it out.
         failed_for = None if rollout.failure is None else rollout.failure.kind
         record["retried"] = result.was_lost or failed_for in result.retried_kinds
-        self.journal.append(record)
+        self.journal.append({**record, **self.tags})
         if rollout.drift is not None and self.drift_policy == "error":
             raise RolloutError(
                 f"Rollout {result.request.rollout_id} of {result.request.agent} drifted, and `gym_drift` is 'error': "

@@ -25,7 +25,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
@@ -252,14 +252,7 @@ class DriftReport:
     text: str
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "turn": self.turn,
-            "position": self.position,
-            "cause": str(self.cause),
-            "seen_text": self.seen_text,
-            "prompt_text": self.prompt_text,
-            "text": self.text,
-        }
+        return asdict(self) | {"cause": str(self.cause)}
 
 
 def report_drift(drift: Drift, decode: Decode, record: CallRecord | None = None) -> DriftReport:

@@ -207,7 +207,8 @@ class LiveSource:
         return Finisher(
             build=self._hooks.build,
             decode=self._hooks.decode,
-            journal=journal.tagged(**policy.tags(), **dataset),
+            journal=journal,
+            tags=policy.tags() | dataset,
             drift_policy=self._args.gym_drift,
             step=batch.step,
             mode=batch.mode,
