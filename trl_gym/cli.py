@@ -26,14 +26,44 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the whole command line."""
+    from trl_gym.commands import doctor, new_environment, options, plan, rollout, view
+
     parser = argparse.ArgumentParser(
         prog="trl-gym", description="Train language models with TRL's GRPO on NVIDIA NeMo Gym environments."
     )
     parser.add_argument("--version", action="version", version=f"trl-gym {trl_gym.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    parser.set_defaults(takes_run_options=False)
-    for add in _COMMANDS:
-        add(commands)
+
+    def add(
+        name: str,
+        help_text: str,
+        description: str,
+        add_arguments: Callable[[argparse.ArgumentParser], None],
+        run: Callable[[argparse.Namespace], int],
+        usage: str | None = None,  # of a command that takes training options too
+    ) -> None:
+        told = None if usage is None else f"trl-gym {name} {usage} [any training option]"
+        command = commands.add_parser(
+            name, help=help_text, description=description, usage=told, allow_abbrev=usage is None
+        )
+        add_arguments(command)
+        command.set_defaults(run=run, takes_run_options=usage is not None, mode=name)
+
+    text = "train with GRPO; the same as `accelerate launch -m trl_gym.train`, in one process"
+    add("train", text, _TRAIN_DESCRIPTION, _add_train_options, _train, "--config YAML")
+    _add_serve(commands)
+    _add_gateway(commands)
+    text = "collect rollouts without training, from any OpenAI endpoint"
+    add("rollout", text, rollout.DESCRIPTION, options.add_arguments, rollout.run)
+    text = "mean@k and pass@k on named sets, from any OpenAI endpoint"
+    add("eval", text, rollout.EVAL_DESCRIPTION, options.add_arguments, rollout.run)
+    text = "make a NeMo Gym environment to start from: tools, state, verifier, data, tests"
+    add("new-environment", text, new_environment.DESCRIPTION, new_environment.add_arguments, new_environment.run)
+    add("view", "a run as one HTML file, from its journal", view.DESCRIPTION, view.add_arguments, view.run)
+    text = "examine everything that a run needs, before the run; each failure with its remedy"
+    add("doctor", text, doctor.DESCRIPTION, doctor.add_arguments, doctor.run, "[--config YAML] [--json] [--quick]")
+    text, usage = "estimate the GPU memory of a run, for this machine or another one", "[--gpus N] [--gpu-memory GIB]"
+    add("plan", text, plan.DESCRIPTION, plan.add_arguments, plan.run, f"--config YAML {usage}")
     return parser
 
 
@@ -97,7 +127,7 @@ def _add_serve(commands: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="model folder or name; comes first")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     _add_serve_options(parser)
-    parser.set_defaults(run=_serve, parser=parser)
+    parser.set_defaults(run=_serve, parser=parser, takes_run_options=False)
 
 
 def _add_serve_options(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +219,7 @@ def _add_gateway(commands: Commands) -> None:
         default="warning",
         help="what is logged to stderr; debug logs every request (default: %(default)s)",
     )
-    parser.set_defaults(run=_gateway)
+    parser.set_defaults(run=_gateway, takes_run_options=False)
 
 
 def _gateway(options: argparse.Namespace) -> int:
@@ -212,65 +242,18 @@ def _gateway(options: argparse.Namespace) -> int:
     return 0
 
 
-# -- rollout, eval ----------------------------------------------------------------------------------------------------
+# -- train ------------------------------------------------------------------------------------------------------------
+
+_TRAIN_DESCRIPTION = (
+    "Train in this process, on what the YAML names; options given here win over it. Options are those of "
+    "GymGRPOConfig, of TRL's ModelConfig and of the script (train_files, eval_files, data_script, train_weights, "
+    "agent, resume). For several processes: `accelerate launch --config_file ACCELERATE_YAML -m trl_gym.train "
+    "--config YAML`, with the same options."
+)
 
 
-def _add_rollout(commands: Commands) -> None:
-    from trl_gym.commands import options, rollout
-
-    parser = commands.add_parser(
-        "rollout", help="collect rollouts without training, from any OpenAI endpoint", description=rollout.DESCRIPTION
-    )
-    options.add_arguments(parser)
-    parser.set_defaults(run=rollout.run)
-
-
-def _add_eval(commands: Commands) -> None:
-    from trl_gym.commands import eval as evaluation
-    from trl_gym.commands import options
-
-    parser = commands.add_parser(
-        "eval", help="mean@k and pass@k on named sets, from any OpenAI endpoint", description=evaluation.DESCRIPTION
-    )
-    options.add_arguments(parser)
-    parser.set_defaults(run=evaluation.run)
-
-
-def _add_new_environment(commands: Commands) -> None:
-    from trl_gym.commands import new_environment
-
-    parser = commands.add_parser(
-        "new-environment",
-        help="make a NeMo Gym environment to start from: tools, state, verifier, data, tests",
-        description=new_environment.DESCRIPTION,
-    )
-    new_environment.add_arguments(parser)
-    parser.set_defaults(run=new_environment.run)
-
-
-def _add_view(commands: Commands) -> None:
-    from trl_gym.commands import view
-
-    parser = commands.add_parser("view", help="a run as one HTML file, from its journal", description=view.DESCRIPTION)
-    view.add_arguments(parser)
-    parser.set_defaults(run=view.run)
-
-
-def _add_train(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train with GRPO; the same as `accelerate launch -m trl_gym.train`, in one process",
-        usage="trl-gym train --config YAML [any training option]",
-        description=(
-            "Train in this process, on what the YAML names; options given here win over it. Options are those of "
-            "GymGRPOConfig, of TRL's ModelConfig and of the script (train_files, eval_files, data_script, "
-            "train_weights, agent, resume). For several processes: `accelerate launch --config_file ACCELERATE_YAML "
-            "-m trl_gym.train --config YAML`, with the same options."
-        ),
-        allow_abbrev=False,
-    )
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="YAML", help="options of the run")
-    parser.set_defaults(run=_train, takes_run_options=True)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -278,46 +261,6 @@ def _train(options: argparse.Namespace) -> int:
 
     return train([*(("--config", options.config) if options.config else ()), *options.run_options])
 
-
-def _add_doctor(commands: Commands) -> None:
-    from trl_gym.commands import doctor
-
-    parser = commands.add_parser(
-        "doctor",
-        help="examine everything that a run needs, before the run; each failure with its remedy",
-        usage="trl-gym doctor [--config YAML] [--json] [--quick] [any training option]",
-        description=doctor.DESCRIPTION,
-        allow_abbrev=False,
-    )
-    doctor.add_arguments(parser)
-    parser.set_defaults(run=doctor.run, takes_run_options=True)
-
-
-def _add_plan(commands: Commands) -> None:
-    from trl_gym.commands import plan
-
-    parser = commands.add_parser(
-        "plan",
-        help="estimate the GPU memory of a run, for this machine or another one",
-        usage="trl-gym plan --config YAML [--gpus N] [--gpu-memory GIB] [any training option]",
-        description=plan.DESCRIPTION,
-        allow_abbrev=False,
-    )
-    plan.add_arguments(parser)
-    parser.set_defaults(run=plan.run, takes_run_options=True)
-
-
-_COMMANDS: list[Callable[[Commands], None]] = [
-    _add_train,
-    _add_serve,
-    _add_gateway,
-    _add_rollout,
-    _add_eval,
-    _add_new_environment,
-    _add_view,
-    _add_doctor,
-    _add_plan,
-]
 
 if __name__ == "__main__":
     sys.exit(main())

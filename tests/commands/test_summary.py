@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 
 from trl_gym.commands.collect import Job, Task
-from trl_gym.commands.eval import evaluate, table
-from trl_gym.commands.summary import Outcome, as_json, outcomes, show_summary, summarize
+from trl_gym.commands.summary import Outcome, as_json, evaluate, outcomes, show_summary, summarize, table
 
 TASK = Task("easy", 0, "t0", {})
 

@@ -11,14 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pytest
-import yaml
-
 from tests.conftest import RECIPES
 from tests.policy_server.tiny_model import build_tokenizer
 from trl_gym.doctor.context import Status
 from trl_gym.doctor.inputs import classify
-from trl_gym.doctor.live import EXAMINED, declared_agents, judge, leave
+from trl_gym.doctor.live import EXAMINED, judge, leave
 from trl_gym.doctor.static import SUPPORTED_PYTHON, Process, left_files, orphans, processes, why_not_writable
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.policy_server.client import PolicyClient
@@ -81,16 +78,6 @@ def test_supported_python_is_that_of_the_package() -> None:
 
     project = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == SUPPORTED_PYTHON
-
-
-def test_agents_of_included_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    agent = {"responses_api_agents": {"simple_agent": {}}}
-    (tmp_path / "inner.yaml").write_text(yaml.safe_dump({"inner_agent": agent, "config_paths": ["outer.yaml"]}))
-    (tmp_path / "outer.yaml").write_text(
-        yaml.safe_dump({"outer_agent": agent, "server": {"resources_servers": {}}, "config_paths": ["inner.yaml"]})
-    )
-    assert declared_agents([tmp_path / "outer.yaml"], tmp_path / "gym") == {"inner_agent", "outer_agent"}
 
 
 def test_templates_are_told_apart() -> None:

@@ -160,3 +160,13 @@ def test_overrides_win_over_our_defaults_and_leave_the_rest() -> None:
 
 def test_a_model_server_of_the_users_is_not_touched() -> None:
     assert "policy_model" not in make_initial(False, {})
+
+
+def test_agents_of_included_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    agent = {"responses_api_agents": {"simple_agent": {}}}
+    (tmp_path / "inner.yaml").write_text(yaml.safe_dump({"inner_agent": agent, "config_paths": ["outer.yaml"]}))
+    (tmp_path / "outer.yaml").write_text(
+        yaml.safe_dump({"outer_agent": agent, "server": {"resources_servers": {}}, "config_paths": ["inner.yaml"]})
+    )
+    assert resolve_configs(["outer.yaml"], tmp_path / "gym").agents == ("inner_agent", "outer_agent")

@@ -11,6 +11,7 @@ import os
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -185,17 +186,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class InterruptedCollectionError(Exception):
-    """Ctrl-C ended a collection; what has ended is on disk.
-
-    Attributes:
-        num_done: Rollouts with a reward, those of earlier runs included.
-        num_planned: Rollouts that were asked for.
-    """
-
-    def __init__(self, num_done: int, num_planned: int) -> None:
-        super().__init__(f"{num_done} of {num_planned} rollouts")
-        self.num_done = num_done
-        self.num_planned = num_planned
+    """Ctrl-C ended a collection. The text counts the rollouts with a reward, which are on disk: "3 of 8 rollouts"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,32 +245,27 @@ def _run(
     endpoint = look_at(options.base_url, options.model, options.api_key)
     if endpoint.note is not None:
         say(endpoint.note)
+    secrets = (*filter(None, [options.api_key]), *secrets_in(options.overrides))
     try:
         with (
             _gym(options, endpoint) as gym,
-            contextlib.closing(Journal(options.journal_dir, secrets=_secrets(options))) as journal,
+            contextlib.closing(Journal(options.journal_dir, secrets=secrets)) as journal,
             contextlib.closing(_collector(options, endpoint, gym)) as collector,
         ):
-            requests = _Requests(options, endpoint, gym)
+            session = uuid.uuid4().hex[:8]
             for start in range(0, len(todo), _CHUNK):
                 chunk = todo[start : start + _CHUNK]
-                _run_chunk(
-                    collector, journal, [requests.make(job) for job in chunk], chunk, endpoint, options, progress
-                )
+                requests = [_request(job, options, endpoint, gym, session) for job in chunk]
+                finish = _finisher(chunk, journal, endpoint, options)
+                _wait(collector.submit(requests, finish, progress), journal)
     except KeyboardInterrupt:
         done_now = len(jobs) - len(missing(jobs, done(read_journal(options.journal_dir))))
-        raise InterruptedCollectionError(done_now, len(jobs)) from None
+        raise InterruptedCollectionError(f"{done_now} of {len(jobs)} rollouts") from None
 
 
-def _run_chunk(
-    collector: RolloutCollector[_Outcome],
-    journal: Journal,
-    requests: list[RolloutRequest],
-    jobs: Sequence[Job],
-    endpoint: Endpoint,
-    options: CollectOptions,
-    progress: CollectionProgress,
-) -> None:
+def _finisher(
+    jobs: Sequence[Job], journal: Journal, endpoint: Endpoint, options: CollectOptions
+) -> Callable[[RolloutResult], _Outcome]:
     has_tokens = endpoint.kind is not EndpointKind.PLAIN
     job_of = {(job.task.index, job.member): job for job in jobs}
 
@@ -297,7 +283,11 @@ def _run_chunk(
         )
         return _Outcome(finisher(result).failure)
 
-    future = collector.submit(requests, finish, progress)
+    return finish
+
+
+def _wait(future: Future[Any], journal: Journal) -> None:
+    """Wait until a chunk has ended; what ends meanwhile is committed to disk."""
     try:
         while not future.done():
             with contextlib.suppress(TimeoutError):
@@ -309,40 +299,28 @@ def _run_chunk(
         raise
 
 
-class _Requests:
-    """Makes requests of jobs."""
-
-    def __init__(self, options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> None:
-        self._options = options
-        self._endpoint = endpoint
-        self._gym = gym
-        self._session = uuid.uuid4().hex[:8]
-
-    def make(self, job: Job) -> RolloutRequest:
-        options, task = self._options, job.task
-        identity: dict[str, Any] = {
-            "rollout_id": f"{self._session}-{options.mode}-t{task.index}-m{job.member}-a0",
-            "task_index": task.index,
-            "member": job.member,
-        }
-        row = stamp(
-            task.row,
-            **identity,
-            sampling=options.rollouts.sampling,
-            completion_budget=options.rollouts.max_completion_length,
+def _request(job: Job, options: CollectOptions, endpoint: Endpoint, gym: GymServers, session: str) -> RolloutRequest:
+    task = job.task
+    agent = (task.row.get("agent_ref") or {}).get("name") or gym.sole_agent
+    if agent is None:
+        raise ConfigError(
+            f"A row names no agent and the NeMo Gym has several: {', '.join(sorted(gym.agents))}.",
+            "Choose one with `--agent`.",
         )
-        if self._endpoint.kind is not EndpointKind.OURS:
-            row = without_tag(row)
-        return RolloutRequest(**identity, group=task.index, attempt=0, agent=self._agent(task.row), row=row)
-
-    def _agent(self, row: dict[str, Any]) -> str:
-        named = (row.get("agent_ref") or {}).get("name") or self._gym.sole_agent
-        if named is None:
-            agents = ", ".join(sorted(self._gym.agents))
-            raise ConfigError(
-                f"A row names no agent and the NeMo Gym has several: {agents}.", "Choose one with `--agent`."
-            )
-        return named
+    identity: dict[str, Any] = {
+        "rollout_id": f"{session}-{options.mode}-t{task.index}-m{job.member}-a0",
+        "task_index": task.index,
+        "member": job.member,
+    }
+    row = stamp(
+        task.row,
+        **identity,
+        sampling=options.rollouts.sampling,
+        completion_budget=options.rollouts.max_completion_length,
+    )
+    if endpoint.kind is not EndpointKind.OURS:
+        row = without_tag(row)
+    return RolloutRequest(**identity, group=task.index, attempt=0, agent=agent, row=row)
 
 
 def without_tag(row: dict[str, Any]) -> dict[str, Any]:
@@ -357,24 +335,21 @@ def without_tag(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "responses_create_params": {**kept, "metadata": metadata} if metadata else kept}
 
 
-@contextlib.contextmanager
-def _gym(options: CollectOptions, endpoint: Endpoint) -> Iterator[GymServers]:
+def _gym(options: CollectOptions, endpoint: Endpoint) -> GymServers:
     base_url = server_urls(options.base_url)
     if options.head_url is not None:
         gym = GymServers.attach(options.head_url)
         gym.connect_policy(base_url, options.model, options.api_key or "EMPTY")
-    else:
-        gym = GymServers(
-            options.config_paths,
-            policy_base_url=base_url,
-            policy_model_name=options.model,
-            policy_api_key=options.api_key or "EMPTY",
-            python=options.gym_python,
-            overrides=_overrides(options, endpoint),
-            log_dir=options.output_dir / "logs",
-        )
-    with gym:
-        yield gym
+        return gym
+    return GymServers(
+        options.config_paths,
+        policy_base_url=base_url,
+        policy_model_name=options.model,
+        policy_api_key=options.api_key or "EMPTY",
+        python=options.gym_python,
+        overrides=_overrides(options, endpoint),
+        log_dir=options.output_dir / "logs",
+    )
 
 
 def _overrides(options: CollectOptions, endpoint: Endpoint) -> dict[str, Any]:
@@ -399,10 +374,6 @@ def _collector(options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> 
     )
 
 
-def _secrets(options: CollectOptions) -> tuple[str, ...]:
-    return (*((options.api_key,) if options.api_key else ()), *secrets_in(options.overrides))
-
-
 # -- what a person sees -----------------------------------------------------------------------------------------------
 
 
@@ -421,10 +392,7 @@ def run_collection(options: CollectOptions, errors: Console) -> Collected | None
         with shown_progress(errors) as progress:
             return collect(options, say=say, progress=progress)
     except InterruptedCollectionError as stopped:
-        say(
-            f"interrupted: {stopped.num_done} of {stopped.num_planned} rollouts are in {options.journal_dir}. The "
-            "same command again runs the rest."
-        )
+        say(f"interrupted: {stopped} are in {options.journal_dir}. The same command again runs the rest.")
         return None
     except (ServerError, RolloutError):
         if options.journal_dir.exists():

@@ -1,4 +1,4 @@
-"""Summarize a journal in a few numbers per environment: as data, as a table, as lines where output is piped."""
+"""Summarize a journal per environment (`trl-gym rollout`) or set (`trl-gym eval`): data, tables, piped lines."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from trl_gym.commands.collect import Job, counted
 from trl_gym.responses import model_call_indices, output_items
+from trl_gym.rollouts.evaluation import attempt_metrics
 from trl_gym.rollouts.metrics import mean, percentile
 from trl_gym.rollouts.rollout import success_of
 
@@ -74,14 +75,17 @@ def outcomes(records: Iterable[Mapping[str, Any]], jobs: Sequence[Job]) -> list[
 
 def summarize(ended: Iterable[Outcome]) -> dict[str, Summary]:
     """Summarize by environment, in the order of their names."""
+    return {agent: _summary_of(own) for agent, own in _by_agent(ended)}
+
+
+def _by_agent(ended: Iterable[Outcome]) -> list[tuple[str, list[Outcome]]]:
     by_agent: defaultdict[str, list[Outcome]] = defaultdict(list)
     for outcome in ended:
         by_agent[outcome.agent].append(outcome)
-    return {agent: summary_of(own) for agent, own in sorted(by_agent.items())}
+    return sorted(by_agent.items())
 
 
-def summary_of(ended: Sequence[Outcome]) -> Summary:
-    """Compute the numbers of some rollouts."""
+def _summary_of(ended: Sequence[Outcome]) -> Summary:
     good = [outcome for outcome in ended if outcome.failure is None]
     rewards = [outcome.reward for outcome in good if outcome.reward is not None]
     seconds = [outcome.seconds for outcome in good]
@@ -104,7 +108,7 @@ def show_summary(summaries: Mapping[str, Summary], console: Console) -> None:
         [
             agent,
             str(one.rollouts),
-            ", ".join(f"{number} {kind}" for kind, number in one.failed.items()) or "0",
+            _failures(one.failed),
             "–" if one.reward_mean is None else f"{one.reward_mean:.3f} ± {one.reward_std:.3f}",
             _shown(one.success),
             _shown(one.turns, 1),
@@ -113,6 +117,56 @@ def show_summary(summaries: Mapping[str, Summary], console: Console) -> None:
         for agent, one in summaries.items()
     ]
     show_table(header, rows, console)
+
+
+def evaluate(names: Sequence[str], ended: Sequence[Outcome], num_generations: int) -> dict[str, dict[str, Any]]:
+    """Compute per set the numbers of `Summary`, `mean@k`, `pass@k` and the latter's number of tasks, and all of it by
+    environment.
+
+    Args:
+        names: Names of the sets, in the order in which they are shown.
+        ended: Rollouts of all sets.
+        num_generations: Attempts that were asked for.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        own = [outcome for outcome in ended if outcome.dataset == name]
+        environments = {agent: _metrics(part, num_generations) for agent, part in _by_agent(own)}
+        results[name] = {**_metrics(own, num_generations), "environments": environments}
+    return results
+
+
+def _metrics(ended: Sequence[Outcome], num_generations: int) -> dict[str, Any]:
+    tasks: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for outcome in ended:
+        if outcome.success is not None:
+            tasks[outcome.agent, outcome.task].append(outcome.success)
+    return asdict(_summary_of(ended)) | attempt_metrics(tasks.values(), num_generations)
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of an evaluation; a set with several environments has a row for each below its own."""
+    rows = []
+    for name, result in results.items():
+        rows.append((name, result))
+        if len(result["environments"]) > 1:
+            rows += [(f"{name} · {agent}", own) for agent, own in result["environments"].items()]
+    metrics = dict.fromkeys(
+        key
+        for _, result in rows
+        for key in result
+        if key.startswith("mean@") or (key.startswith("pass@") and "/" not in key)
+    )
+    return ["set", "rollouts", "failed", "reward", *metrics], [
+        [
+            name,
+            str(result["rollouts"]),
+            _failures(result["failed"]),
+            _shown(result["reward_mean"]),
+            *(_shown(result.get(metric)) for metric in metrics),
+        ]
+        for name, result in rows
+    ]
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
@@ -141,15 +195,15 @@ def _outcome(record: Mapping[str, Any]) -> Outcome:
         failure=None if failure is None else failure["kind"],
         reward=reward,
         success=None if failure is not None else success_of(record["verify"], reward),
-        turns=_num_model_calls(record),
+        # As recorded; without token ids, as the output shows them.
+        turns=sum(turn["kind"] == "model" for turn in record["turns"])
+        or len(set(model_call_indices(output_items(record))) - {None}),
         seconds=record["seconds"],
     )
 
 
-def _num_model_calls(record: Mapping[str, Any]) -> int:
-    """Return the number of model calls as recorded; without token ids, as the output shows them."""
-    recorded = sum(turn["kind"] == "model" for turn in record["turns"])
-    return recorded or len(set(model_call_indices(output_items(record))) - {None})
+def _failures(failed: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {kind}" for kind, number in failed.items()) or "0"
 
 
 def _shown(value: float | None, digits: int = 3) -> str:

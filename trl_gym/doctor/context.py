@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import Problem, TrlGymError
-from trl_gym.policy_server.client import PolicyClient
-from trl_gym.policy_server.command import api_key_from_environment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
     from trl import ModelConfig
 
     from trl_gym.config import GymGRPOConfig
-    from trl_gym.gym.config import ResolvedConfigs
     from trl_gym.gym.install import GymInstallation
     from trl_gym.gym.servers import GymServers
     from trl_gym.policy_server.server import PolicyBackend
@@ -86,7 +83,6 @@ class Context:
         model_options: Options of TRL's `ModelConfig`.
         problems: Options that are unknown, of a wrong type or of a wrong value.
         installation: NeMo Gym's; after "gym interpreter".
-        configs: NeMo Gym's; after "gym configs".
         agents: Names that the configs, or a running Gym, know; after "gym configs".
         train_rows: Examples of the datasets that can be read; after "dataset rows".
         model: Folder or hub id; after "model", like the next two.
@@ -107,7 +103,6 @@ class Context:
     model_options: ModelConfig = field(init=False)
     problems: list[Problem] = field(default_factory=list)
     installation: GymInstallation = field(init=False)
-    configs: ResolvedConfigs | None = None
     agents: tuple[str, ...] | None = None
     train_rows: list[dict[str, Any]] = field(default_factory=list)
     model: str = field(init=False)
@@ -155,12 +150,6 @@ class Context:
         if self._work_dir is None:
             self._work_dir = Path(tempfile.mkdtemp(prefix="trl-gym-doctor-"))
         return self._work_dir
-
-    def remote_client(self, url: str) -> PolicyClient:
-        """Return the control plane of a server that runs elsewhere."""
-        client = PolicyClient(url, api_key=api_key_from_environment(), timeout_s=30.0)
-        self.resources.callback(client.close)
-        return client
 
     def forget(self) -> None:
         """Remove that folder, when no message names a log in it."""

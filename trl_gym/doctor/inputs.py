@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,11 @@ from trl_gym.train import make_data
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Message = dict[str, Any]
+
 _MAX_REPORTED = 10  # wrong lines of a file
 _MAX_RENDERED = 2000  # prompts whose length is measured
 _FILE = "doctor_file"  # column with the file of a row
-_LOAD_REMEDY = "Check the name, or fetch it with `hf download NAME` and give the folder."
 
 
 # -- datasets ---------------------------------------------------------------------------------------------------------
@@ -156,14 +158,18 @@ def model(context: Context) -> Iterator[Finding]:
             )
             return
         named = str(folder)
-    if _is_path(named) and not (Path(named) / "config.json").is_file():
+    is_path = Path(named).exists() or named.startswith((".", "/", "~"))
+    if is_path and not (Path(named) / "config.json").is_file():
         what = "has no config.json" if Path(named).is_dir() else "does not exist"
         yield failed(f"the model folder {named} {what}", "Set `model_name_or_path` to a folder that has one.")
         return
     try:
         config = AutoConfig.from_pretrained(named, trust_remote_code=context.args.trust_remote_code)
     except (OSError, ValueError) as error:
-        yield failed(f"the model {named} cannot be loaded: {_first_line(error)}", _LOAD_REMEDY)
+        yield failed(
+            f"the model {named} cannot be loaded: {_first_line(error)}",
+            "Check the name, or fetch it with `hf download NAME` and give the folder.",
+        )
         return
     context.model, context.model_config = named, config
     context.num_params = count_params(config, named, trust_remote_code=context.args.trust_remote_code)[0]
@@ -178,16 +184,14 @@ def tokenizer(context: Context) -> Iterator[Finding]:
 
     given = context.args.gym_vllm_args if isinstance(context.args.gym_vllm_args, dict) else {}
     name = given.get("tokenizer") or context.model
+    save = "Save it into the folder with `tokenizer.save_pretrained(folder)`."
     if Path(name).is_dir() and not list(Path(name).glob("*token*")):  # of which transformers makes an empty one
-        yield failed(f"{name} has no tokenizer", "Save it into the folder with `tokenizer.save_pretrained(folder)`.")
+        yield failed(f"{name} has no tokenizer", save)
         return
     try:
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=context.args.trust_remote_code)
     except (OSError, ValueError) as error:
-        yield failed(
-            f"the tokenizer of {name} cannot be loaded: {_first_line(error)}",
-            "Save it into the folder with `tokenizer.save_pretrained(folder)`.",
-        )
+        yield failed(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}", save)
         return
     file = next((value for flag, value in given.items() if flag.replace("_", "-") == "chat-template"), None)
     if file is not None:
@@ -263,10 +267,6 @@ def _prompt_length(context: Context, record: dict[str, Any]) -> int:
     return len(context.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
-def _is_path(name: str) -> bool:
-    return Path(name).exists() or name.startswith((".", "/", "~"))
-
-
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
@@ -274,8 +274,6 @@ def _first_line(error: Exception) -> str:
 # -- chat template ----------------------------------------------------------------------------------------------------
 # Can a sampled turn be continued exactly? The template itself is asked, as the policy server's middleware does, with
 # short chats; docs/token_fidelity.md has what comes out for well-known models.
-
-Message = dict[str, Any]
 
 _USER: Message = {"role": "user", "content": "What is 2 + 3?"}
 _CALL: Message = {"id": "callabcd0", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 3}'}}
@@ -332,40 +330,24 @@ def classify(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> dic
         tokenizer: With a chat template.
         options: `chat_template_kwargs`.
     """
-    return asyncio.run(_classify(_Renderer(tokenizer), options))
+    return asyncio.run(_classify(tokenizer, options))
 
 
-class _Renderer:
-    """`POST /tokenize`, as vLLM answers it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-
-    def text_of(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids))
-
-    async def __call__(self, body: dict[str, Any]) -> dict[str, Any]:
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [_with_parsed_calls(message) for message in body["messages"]],
-                tools=body.get("tools"),
-                add_generation_prompt=body["add_generation_prompt"],
-                continue_final_message=body.get("continue_final_message", False),
-                tokenize=False,
-                **body.get("chat_template_kwargs", {}),
-            )
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise RenderRefusedError(f"{type(error).__name__}: {error}") from error
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return {"tokens": ids, "token_strs": self._tokenizer.convert_ids_to_tokens(ids)}
-
-
-def _problem(prompt: list[int], seen: list[int], tail: str, following: list[Message]) -> str | None:
-    if prompt[: len(seen)] != seen:
-        return "the prompt does not start with the tokens seen"
-    if any(message["content"] not in tail for message in following):
-        return "the template does not write what follows a turn behind it"
-    return None
+async def _render(tokenizer: PreTrainedTokenizerBase, body: dict[str, Any]) -> dict[str, Any]:
+    """Answer `POST /tokenize` as vLLM does."""
+    try:
+        text = tokenizer.apply_chat_template(
+            [_with_parsed_calls(message) for message in body["messages"]],
+            tools=body.get("tools"),
+            add_generation_prompt=body["add_generation_prompt"],
+            continue_final_message=body.get("continue_final_message", False),
+            tokenize=False,
+            **body.get("chat_template_kwargs", {}),
+        )
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise RenderRefusedError(f"{type(error).__name__}: {error}") from error
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return {"tokens": ids, "token_strs": tokenizer.convert_ids_to_tokens(ids)}
 
 
 def _with_parsed_calls(message: Message) -> Message:
@@ -379,8 +361,8 @@ def _with_parsed_calls(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-async def _classify(renderer: _Renderer, options: dict[str, Any]) -> dict[str, str | None]:
-    templates, outcomes = Templates(), dict[str, str | None]()
+async def _classify(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> dict[str, str | None]:
+    templates, render, outcomes = Templates(), partial(_render, tokenizer), dict[str, str | None]()
     for case, (turn, following, tools) in _CASES.items():
         chat_options: dict[str, Any] = {"chat_template_kwargs": options} if options else {}
         if tools:
@@ -388,13 +370,19 @@ async def _classify(renderer: _Renderer, options: dict[str, Any]) -> dict[str, s
         ending = {"add_generation_prompt": True, "continue_final_message": False}
         chat = Chat([_USER, turn, *following], 1, chat_options, ending, json.dumps(chat_options).encode())
         try:
-            first = await renderer({**chat_options, "messages": [_USER], **ending})
+            first = await render({**chat_options, "messages": [_USER], **ending})
             seen = [*first["tokens"], *first["tokens"][-4:][::-1]]  # no tokenizer would write the turn like that
-            prompt = await templates.next_prompt(renderer, chat, seen)
+            prompt = await templates.next_prompt(render, chat, seen)
         except NoBoundaryError as error:
             outcomes[case] = str(error)
         except RenderRefusedError as error:
             outcomes[case] = f"the template refuses it ({error})"
         else:
-            outcomes[case] = _problem(prompt, seen, renderer.text_of(prompt[len(seen) :]), following)
+            tail = str(tokenizer.decode(prompt[len(seen) :]))
+            if prompt[: len(seen)] != seen:
+                outcomes[case] = "the prompt does not start with the tokens seen"
+            elif any(message["content"] not in tail for message in following):
+                outcomes[case] = "the template does not write what follows a turn behind it"
+            else:
+                outcomes[case] = None
     return outcomes

@@ -13,22 +13,19 @@ import math
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from trl_gym import compat
 from trl_gym.dataset import ROW_COLUMN
 from trl_gym.doctor.context import Context, Finding, failed, from_error, ok, skipped, warning
 from trl_gym.errors import FailureKind, PolicyServerError, ServerError
 from trl_gym.gym.config import expand_overrides, resolve_configs
-from trl_gym.gym.discovery import AGENTS, look_at_head, new_http_session
+from trl_gym.gym.discovery import look_at_head, new_http_session
 from trl_gym.gym.install import SUPPORTED_GYM, find_installation
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, server_urls
-from trl_gym.policy_server.command import KEY_VARIABLE
+from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
 from trl_gym.policy_server.server import find_cause, remedy_for
 from trl_gym.policy_server.splice_probe import check_splice, unusable
 from trl_gym.processes import ServerState
@@ -78,11 +75,9 @@ def configs(context: Context) -> Iterator[Finding]:
     if not context.args.gym_config_paths:
         yield failed("`gym_config_paths` is not set", "Name the YAML of at least one environment.")
         return
-    context.configs = resolve_configs(context.args.gym_config_paths, context.installation.root)
+    context.agents = agents = resolve_configs(context.args.gym_config_paths, context.installation.root).agents
     if isinstance(context.args.gym_overrides, dict):
         expand_overrides(context.args.gym_overrides)
-    agents = tuple(sorted(declared_agents(context.configs.paths, context.installation.root)))
-    context.agents = agents
     if not agents:
         yield failed(
             "the configs define no agent (a server of the kind `responses_api_agents`)",
@@ -101,24 +96,6 @@ def head_server(context: Context) -> Iterator[Finding]:
         yield failed(f"{url} has no agents", "Start that Gym with the config of an agent.")
     else:
         yield ok(f"{url}: {_agents_text(context.agents)}")
-
-
-def declared_agents(paths: Iterable[Path], installation_root: Path) -> set[str]:
-    """Return names of agents in configs and in those that they include; the files are known to exist."""
-    names: set[str] = set()
-    queue, seen = list(paths), set[Path]()
-    while queue:
-        path = queue.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        names |= {name for name, value in content.items() if isinstance(value, dict) and AGENTS in value}
-        for entry in content.get("config_paths") or []:
-            places = (Path(), Path.cwd(), installation_root)
-            found = (place / Path(entry).expanduser() for place in places)
-            queue += [next(one for one in found if one.is_file()).absolute()]
-    return names
 
 
 def _agents_text(agents: tuple[str, ...]) -> str:
@@ -156,24 +133,19 @@ def run_options(context: Context) -> tuple[dict[str, Any], Mapping[str, str]]:
 def remote(context: Context) -> Iterator[Finding]:
     """Check that a running server can be reached, takes our key, is one of ours and generates."""
     for url in server_urls(context.args.vllm_server_base_url):
-        yield from _look_at(context, url)
-
-
-def _look_at(context: Context, url: str) -> Iterator[Finding]:
-    client = context.remote_client(url)
-    try:
-        info = client.info()
-    except PolicyResponseError as error:
-        told = unusable(client, error)
-        key = f"`export {KEY_VARIABLE}=KEY` with the key that the server was started with."
-        yield failed(told.problem, key if error.status in (401, 403) else told.remedy)
-    except PolicyServerError as error:
-        served = context.model_options.model_name_or_path or "MODEL"
-        yield from from_error(
-            error, f"Start it with `trl-gym serve {served} --host HOST --port PORT`, or check the URL."
-        )
-    else:
-        yield from _facts(context, client, info)
+        with closing(PolicyClient(url, api_key=api_key_from_environment(), timeout_s=30.0)) as client:
+            try:
+                info = client.info()
+            except PolicyResponseError as error:
+                told = unusable(client, error)
+                key = f"`export {KEY_VARIABLE}=KEY` with the key that the server was started with."
+                yield failed(told.problem, key if error.status in (401, 403) else told.remedy)
+            except PolicyServerError as error:
+                served = context.model_options.model_name_or_path or "MODEL"
+                start = f"Start it with `trl-gym serve {served} --host HOST --port PORT`, or check the URL."
+                yield from from_error(error, start)
+            else:
+                yield from _facts(context, client, info)
 
 
 def _facts(context: Context, client: PolicyClient, info: dict[str, Any]) -> Iterator[Finding]:
@@ -253,7 +225,7 @@ def weight_sync(context: Context) -> Iterator[Finding]:
     held = client.weight_version()
     if not context.starts_policy and held not in (UNTOUCHED, EXAMINED):
         yield skipped(
-            f"{context.policy.client.base_url} holds weights of a run (version {held}), which would be replaced",
+            f"{client.base_url} holds weights of a run (version {held}), which would be replaced",
             "Restart that server if no run uses it.",
         )
         return

