@@ -22,10 +22,7 @@ _MAX_REPORTED = 10
 
 
 def load_gym_dataset(
-    paths: str | Path | Sequence[str | Path],
-    *,
-    agent: str | None = None,
-    limit: int | None = None,
+    paths: str | Path | Sequence[str | Path], *, agent: str | None = None, limit: int | None = None
 ) -> Dataset:
     """Load one or several Gym JSONL files.
 

@@ -78,8 +78,7 @@ def _find_python(python: str | Path | None) -> Path:
             return _executable(candidate, "The search for Gym's interpreter")
     paths = ", ".join(map(str, candidates))
     raise ConfigError(
-        f"No Python with NeMo Gym was found: {PYTHON_VARIABLE} is not set, and none of these exists: {paths}.",
-        _REMEDY,
+        f"No Python with NeMo Gym was found: {PYTHON_VARIABLE} is not set, and none of these exists: {paths}.", _REMEDY
     )
 
 

@@ -224,10 +224,7 @@ class _Adapters:
         matrices = [slots[f"{path}.{form.format(name)}"] for name in adapters for form in (a, b)]
         scalings = tuple(layer.scaling[name] for name in adapters)
         transposed = _is_embedding(layer) or layer.fan_in_fan_out
-        found[weight] = (
-            tuple(matrices),
-            functools.partial(_lora_weight, scalings, transposed, _is_embedding(layer)),
-        )
+        found[weight] = (tuple(matrices), functools.partial(_lora_weight, scalings, transposed, _is_embedding(layer)))
         biased = [name for name in adapters if layer.lora_bias.get(name)]
         if biased:
             biases = tuple(slots[f"{path}.lora_B.{name}.bias"] for name in biased)

@@ -124,10 +124,7 @@ def combine(workers: Sequence[Mapping[str, Any]]) -> HeldWeights:
 
 
 def explain_mismatch(
-    sent: Mapping[str, int],
-    held: Mapping[str, int],
-    packed: Mapping[str, Sequence[str]],
-    unseen: Iterable[str] = (),
+    sent: Mapping[str, int], held: Mapping[str, int], packed: Mapping[str, Sequence[str]], unseen: Iterable[str] = ()
 ) -> list[str]:
     """List the parameters that differ, and those about which nothing can be said. Pure.
 
