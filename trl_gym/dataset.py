@@ -89,7 +89,7 @@ def mix_gym_datasets(datasets: Sequence[Dataset], weights: Sequence[float] | Non
     dataset = mix_gym_datasets([load_gym_dataset("math.jsonl"), load_gym_dataset("tools.jsonl")], weights=[3, 1])
     ```
     """
-    from datasets import interleave_datasets
+    from datasets import Value, interleave_datasets
 
     if not datasets:
         raise DatasetError("No Gym dataset to mix was given.", "Give at least one.")
@@ -100,18 +100,12 @@ def mix_gym_datasets(datasets: Sequence[Dataset], weights: Sequence[float] | Non
         )
     offset, parts = 0, []
     for dataset in datasets:
-        parts.append(_renumbered(dataset, offset))
+        numbers = list(range(offset, offset + len(dataset)))
+        part = dataset.remove_columns("task_index").add_column("task_index", numbers)
+        parts.append(part.cast_column("agent", Value("string")))  # also where all agents of a part are None
         offset += len(dataset)
     shares = [weight / sum(weights) for weight in weights]
     return interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
-
-
-def _renumbered(dataset: Dataset, offset: int) -> Dataset:
-    numbers = [offset + index for index in range(len(dataset))]
-    from datasets import Value
-
-    dataset = dataset.remove_columns("task_index").add_column("task_index", numbers)
-    return dataset.cast_column("agent", Value("string"))  # also where all agents of a part are None
 
 
 def gym_row(example: dict[str, Any]) -> dict[str, Any]:
@@ -177,9 +171,7 @@ def _parse(line: str) -> tuple[str, dict[str, Any] | None]:
     if not isinstance(params, dict):
         return "no object `responses_create_params` (the request that Gym's agents send)", None
     given = params.get("input")
-    if not isinstance(given, str | list) or not given:
-        if given == []:
-            return "", row
+    if not isinstance(given, str | list) or given == "":
         return "`responses_create_params.input` must be a string or a list of messages", None
     if isinstance(given, list) and not all(isinstance(item, dict) for item in given):
         return "`responses_create_params.input` holds an item that is not an object", None

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -85,7 +86,6 @@ class ChildProcess:
         command: Program and arguments.
         log_path: File that receives stdout and stderr (truncated at start; parent folders are made).
         env: Variables added to (or, when `None`, removed from) our own environment.
-        cwd: Working directory; ours when not given.
         pass_fds: File descriptors that the process inherits, e.g. a socket that was bound for it.
     """
 
@@ -96,12 +96,10 @@ class ChildProcess:
         *,
         log_path: Path,
         env: Mapping[str, str | None] | None = None,
-        cwd: Path | None = None,
         pass_fds: Sequence[int] = (),
     ) -> None:
         self.name = name
         self.log_path = Path(log_path)
-        self._command = [os.fspath(part) for part in command]
         self._started_at = time.monotonic()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         death_read, death_write = os.pipe()
@@ -109,12 +107,11 @@ class ChildProcess:
         try:
             with open(self.log_path, "wb") as log:
                 self._supervisor = subprocess.Popen(
-                    [*supervise, *self._command],
+                    [*supervise, *(os.fspath(part) for part in command)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=_merged_environment(env),
-                    cwd=cwd,
+                    env={key: value for key, value in {**os.environ, **(env or {})}.items() if value is not None},
                     pass_fds=[death_read, *pass_fds],
                     # A session of its own: Ctrl-C in the terminal reaches us, and we stop the children in order.
                     start_new_session=True,
@@ -157,8 +154,8 @@ class ChildProcess:
     def describe_death(self) -> str:
         """Return what `describe_end` says, the last log lines and the log path."""
         return (
-            f"{self.name} {self.describe_end()}. Last lines of its log:\n\n{_indent(self.log_tail())}\n\n"
-            f"The whole log: {self.log_path}"
+            f"{self.name} {self.describe_end()}. Last lines of its log:\n\n"
+            f"{textwrap.indent(self.log_tail(), '    ')}\n\nThe whole log: {self.log_path}"
         )
 
     def wait(self, timeout_s: float) -> int | None:
@@ -177,28 +174,6 @@ class ChildProcess:
         _running.discard(self)
 
 
-def stop_all(children: Sequence[ChildProcess]) -> None:
-    """Stop several children side by side, so that their grace periods overlap."""
-    for child in children:
-        child._let_go()
-    for child in children:
-        child.stop()
-
-
-def _merged_environment(changes: Mapping[str, str | None] | None) -> dict[str, str]:
-    env = dict(os.environ)
-    for key, value in (changes or {}).items():
-        if value is None:
-            env.pop(key, None)
-        else:
-            env[key] = value
-    return env
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
 def wait_until(deadline: float, pause_s: float = 0.1) -> bool:
     """Sleep a little; return False once `time.monotonic()` has passed `deadline`. For readiness loops."""
     if time.monotonic() >= deadline:
@@ -209,4 +184,8 @@ def wait_until(deadline: float, pause_s: float = 0.1) -> bool:
 
 @atexit.register
 def _stop_forgotten_children() -> None:
-    stop_all(list(_running))
+    children = list(_running)
+    for child in children:
+        child._let_go()  # all of them first, so that their grace periods overlap
+    for child in children:
+        child.stop()

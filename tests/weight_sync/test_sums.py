@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyResponseError
 from trl_gym.policy_server.engine.worker import WeightSums, sums_of, value_sum
-from trl_gym.weight_sync.sums import combine, explain, explain_mismatch, held_sums, sent_sums
+from trl_gym.weight_sync.sums import HeldWeights, combine, explain, explain_mismatch, held_sums, sent_sums
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 SENT = {"embed.weight": 10, "l.q_proj.weight": 1, "l.k_proj.weight": 2, "l.v_proj.weight": 4, "norm.weight": 7}
@@ -39,40 +39,40 @@ def test_one_bit_is_noticed_and_the_sign_of_zero_is_not(dtype: torch.dtype) -> N
 
 
 def test_equal_weights_point_to_the_computation() -> None:
-    (line,) = explain_mismatch(SENT, HELD, PACKED)
+    (line,) = explain_mismatch(SENT, HeldWeights(HELD, PACKED))
     assert "All 4 parameters that can be compared are bit for bit what was sent" in line
 
 
 def test_what_differs_is_named() -> None:
-    (line,) = explain_mismatch(SENT, HELD | {"l.qkv_proj.weight": 8, "norm.weight": 0}, PACKED)
+    (line,) = explain_mismatch(SENT, HeldWeights(HELD | {"l.qkv_proj.weight": 8, "norm.weight": 0}, PACKED))
     assert line == "Not what was sent (2 of 4): l.qkv_proj.weight, norm.weight."
 
 
 def test_a_stale_copy_is_told_from_a_parameter_that_did_not_arrive() -> None:
-    (stale,) = explain_mismatch(SENT, HELD | {"embed.weight in lm_head": 3}, PACKED)
+    (stale,) = explain_mismatch(SENT, HeldWeights(HELD | {"embed.weight in lm_head": 3}, PACKED))
     assert stale == "Arrived, but a layer computes with an old copy of it: embed.weight in lm_head."
-    lines = explain_mismatch(SENT, HELD | {"embed.weight": 3, "embed.weight in lm_head": 3}, PACKED)
+    lines = explain_mismatch(SENT, HeldWeights(HELD | {"embed.weight": 3, "embed.weight in lm_head": 3}, PACKED))
     assert lines == ["Not what was sent (2 of 4): embed.weight, embed.weight in lm_head."]
 
 
 def test_what_cannot_be_seen_is_said() -> None:
     held = {name: value for name, value in HELD.items() if name != "l.qkv_proj.weight"}
-    equal, unseen = explain_mismatch(SENT, held, PACKED, ["l.qkv_proj.weight"])
+    equal, unseen = explain_mismatch(SENT, HeldWeights(held, PACKED, frozenset(["l.qkv_proj.weight"])))
     assert equal.startswith("All 3 parameters")
     assert unseen.startswith("Unknown for 3 of 5 parameters (the server keeps them in a form")
     assert "l.q_proj.weight" in unseen
-    (other_names,) = explain_mismatch(SENT, {"model.embed": 1}, PACKED)
+    (other_names,) = explain_mismatch(SENT, HeldWeights({"model.embed": 1}, PACKED))
     assert "for 5 of 5 parameters (the server names them otherwise)" in other_names
 
 
 def test_what_was_never_sent_is_named() -> None:
-    lines = explain_mismatch(SENT, HELD | {"lm_head.weight": 5}, PACKED)
+    lines = explain_mismatch(SENT, HeldWeights(HELD | {"lm_head.weight": 5}, PACKED))
     assert "Held by the server and never sent: lm_head.weight." in lines
 
 
 def test_many_names_are_cut() -> None:
     sent = {f"p{i}": i for i in range(20)}
-    (line,) = explain_mismatch(sent, dict.fromkeys(sent, -1), {})
+    (line,) = explain_mismatch(sent, HeldWeights(dict.fromkeys(sent, -1)))
     assert line.startswith("Not what was sent (20 of 20): p0, ") and line.endswith(" and 12 more.")
 
 
@@ -80,7 +80,7 @@ def test_many_names_are_cut() -> None:
 @given(change=st.integers(-100, 100).filter(bool))
 @settings(max_examples=10)
 def test_every_difference_is_found_where_it_is(name: str, change: int) -> None:
-    lines = explain_mismatch(SENT, HELD | {name: HELD[name] + change}, PACKED)
+    lines = explain_mismatch(SENT, HeldWeights(HELD | {name: HELD[name] + change}, PACKED))
     assert name in lines[0] and "bit for bit" not in lines[0]
 
 
@@ -132,7 +132,7 @@ def test_shards_of_several_workers_add_up_to_what_was_sent() -> None:
     assert held.sums == sent and held.unseen == frozenset()
     broken = worker(1)
     broken["whole"]["norm.weight"] += 1  # the copies of a whole parameter have diverged
-    (line,) = explain_mismatch(sent, combine([worker(0), broken]).sums, {})
+    (line,) = explain_mismatch(sent, HeldWeights(combine([worker(0), broken]).sums))
     assert line == "Not what was sent (1 of 4): norm.weight."
 
 
@@ -145,7 +145,7 @@ def test_repeated_heads_count_once() -> None:
         layer = Linear(torch.cat([q.chunk(4)[rank], k, v]), tp_size=4)
         layer.num_kv_head_replicas, layer.tp_rank, layer.num_heads, layer.head_size = 4, rank, 1, 2
         workers.append(sums_of(torch.nn.ModuleDict({"qkv_proj": layer}), torch.float32) | {"packed": PACKED})
-    assert "bit for bit" in explain_mismatch(sent, combine(workers).sums, PACKED)[0]
+    assert "bit for bit" in explain_mismatch(sent, HeldWeights(combine(workers).sums, PACKED))[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

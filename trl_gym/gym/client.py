@@ -49,16 +49,12 @@ _NO_CAUSE = frozenset({"", "Internal Server Error"})
 
 @dataclass(frozen=True, slots=True)
 class GymAnswer:
-    """A finished rollout.
+    """A finished rollout."""
 
-    Attributes:
-        result: Gym's answer to `/run`: `responses_create_params`, `response`, `reward` (finite) and whatever the
-            environment adds.
-        seconds: Time from sending the row to having read the answer.
-    """
-
+    # Gym's answer to `/run`: `responses_create_params`, `response`, `reward` (finite) and whatever the environment
+    # adds.
     result: dict[str, Any]
-    seconds: float
+    seconds: float  # time from sending the row to having read the answer
 
 
 def new_session(max_inflight: int) -> aiohttp.ClientSession:

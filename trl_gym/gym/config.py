@@ -45,19 +45,12 @@ _RESERVED = {
 
 @dataclass(frozen=True, slots=True)
 class ResolvedConfigs:
-    """Config files as absolute paths.
+    """Config files as absolute paths."""
 
-    Attributes:
-        paths: The files for Gym, with the training model server when no file defines one.
-        search_roots: Folders to look for the code of servers in, before the installation.
-        adds_model_server: Whether the training model server was added.
-        agents: Names of the agents that the files define, sorted.
-    """
-
-    paths: list[Path]
-    search_roots: list[Path]
-    adds_model_server: bool
-    agents: tuple[str, ...] = ()
+    paths: list[Path]  # the files for Gym, with the training model server when no file defines one
+    search_roots: list[Path]  # folders to look for the code of servers in, before the installation
+    adds_model_server: bool  # the training one
+    agents: tuple[str, ...] = ()  # names of the agents that the files define, sorted
 
 
 def resolve_configs(config_paths: Sequence[str | Path], installation_root: Path) -> ResolvedConfigs:

@@ -31,19 +31,12 @@ _REFUSALS_IN_A_ROW = 3  # until a server counts as gone
 
 @dataclass(frozen=True, slots=True)
 class AgentInfo:
-    """An agent server, which runs rollouts.
+    """An agent server, which runs rollouts."""
 
-    Attributes:
-        name: Name in the config, which rows give as `agent_ref.name`.
-        url: Base URL without a slash at the end.
-        resources_server: Name of its environment; None for agents without one.
-        kind: Name of its implementation, e.g. `"simple_agent"`.
-    """
-
-    name: str
-    url: str
-    resources_server: str | None
-    kind: str
+    name: str  # name in the config, which rows give as `agent_ref.name`
+    url: str  # base URL without a slash at the end
+    resources_server: str | None  # name of its environment; None for agents without one
+    kind: str  # name of its implementation, e.g. `"simple_agent"`
 
 
 @dataclass(frozen=True, slots=True)

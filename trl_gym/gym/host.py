@@ -94,9 +94,6 @@ class Instance:
         }
 
 
-# --- Configuration ---------------------------------------------------------------------------------------------------
-
-
 def parse_config(initial: Mapping[str, Any]) -> DictConfig:
     """Return Gym's merged config; `initial` wins over every file, as the command line does.
 
@@ -154,9 +151,6 @@ def _first_item(node: Any) -> tuple[Any, Any]:
         return None, None
     key = next(iter(node))
     return key, node[key]
-
-
-# --- Loading servers -------------------------------------------------------------------------------------------------
 
 
 def load_applications(instances: Sequence[Instance]) -> list[dict[str, Any]]:
@@ -268,8 +262,6 @@ def needs_ray(server_class: type, folder: Path) -> bool:
     return any(_RAY_IMPORT.search(path.read_text(errors="replace")) for path in sources)
 
 
-# --- Gym's middleware without a task per request --------------------------------------------------------------------
-
 _GYM_FUNCTIONS = frozenset({"add_session_id", "exception_handling_middleware"})
 
 Dispatch = Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]
@@ -332,9 +324,6 @@ def replace_middleware(app: Starlette) -> None:
 def _is_of_gym(dispatch: Any) -> bool:
     module, name = getattr(dispatch, "__module__", ""), getattr(dispatch, "__name__", "")
     return module == "nemo_gym.server_utils" and name in _GYM_FUNCTIONS
-
-
-# --- Serving ---------------------------------------------------------------------------------------------------------
 
 
 def bind_all(instances: Sequence[Instance]) -> list[socket.socket]:
@@ -400,9 +389,6 @@ def _raise_if_ended(servers: Sequence[_Server], tasks: Sequence[asyncio.Task[Non
         if task.done() and not server.should_exit:
             cause = task.exception()
             raise HostError(f"The web server of {server.config.app} ended by itself.") from cause
-
-
-# --- The two modes ---------------------------------------------------------------------------------------------------
 
 
 def run_host(settings: Mapping[str, Any]) -> None:

@@ -40,17 +40,11 @@ print(json.dumps(found))
 
 @dataclass(frozen=True, slots=True)
 class GymInstallation:
-    """A usable NeMo Gym.
+    """A usable NeMo Gym."""
 
-    Attributes:
-        python: Its interpreter, not resolved: the link in a virtual environment selects that environment.
-        version: Version of nemo-gym, e.g. `"0.4.0"`.
-        root: The folder that holds `nemo_gym/`, `resources_servers/`, `responses_api_models/`, …
-    """
-
-    python: Path
-    version: str
-    root: Path
+    python: Path  # its interpreter, not resolved: the link in a virtual environment selects that environment
+    version: str  # version of nemo-gym, e.g. `"0.4.0"`
+    root: Path  # the folder that holds `nemo_gym/`, `resources_servers/`, `responses_api_models/`, …
 
 
 def find_installation(python: str | Path | None = None) -> GymInstallation:

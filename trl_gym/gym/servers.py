@@ -52,7 +52,6 @@ Mode = Literal["host", "upstream"]
 LOCALHOST = "127.0.0.1"
 _HOST_SCRIPT = Path(__file__).with_name("host.py")
 _REQUEST_TIMEOUT_S = 2.0  # of one request to a server; while it starts, requests queue at its listening socket
-_POLL_S = 0.1
 # For the head server of Gym's own launcher, which binds the port again. Ray's servers, which start in between, take
 # the ports above, which the operating system gives away; Gym's other servers take those below.
 _RELEASED_PORTS = range(20_001, 32_768)
@@ -143,8 +142,6 @@ class GymServers:
         servers._state = ServerState.STARTING
         return servers.wait_ready()
 
-    # --- Servers and agents ---
-
     @property
     def state(self) -> ServerState:
         return self._state
@@ -187,8 +184,6 @@ class GymServers:
         hint = f"Did you mean `{closest[0]}`?" if closest else "Correct the name, or add the config of that agent."
         raise ConfigError(f"This NeMo Gym has no agent `{name}`; it has {known}.", hint)
 
-    # --- Life cycle ---
-
     def connect_policy(self, base_url: str | Sequence[str], model_name: str, api_key: str = "EMPTY") -> None:
         """Set where the policy is served, before `start`; compare it with what Gym uses afterwards.
 
@@ -223,8 +218,7 @@ class GymServers:
         self._require(ServerState.NEW, "start")
         installation = find_installation(self._python)
         configs = resolve_configs(self._config_paths, installation.root)
-        assert self.log_path is not None
-        policy_base_urls, policy_model_name, policy_api_key = self._policy
+        policy_base_urls, policy_model_name, _ = self._policy
         if not policy_base_urls:
             raise ConfigError(
                 "`policy_base_url` is not set.", "Pass it to GymServers, or call `connect_policy` before `start`."
@@ -242,18 +236,7 @@ class GymServers:
                 policy_base_urls=policy_base_urls,
                 policy_model_name=policy_model_name,
             )
-            if self._mode == "upstream":
-                head_socket.close()  # Gym binds the port again. The nonce tells whether another process was faster.
-            self._child = spawn(
-                installation,
-                self._mode,
-                config,
-                search_roots=configs.search_roots,
-                head_fd=head_socket.fileno() if self._mode == "host" else None,
-                work_dir=self._work_dir,
-                log_path=self.log_path,
-                policy_api_key=policy_api_key,
-            )
+            self._child = self._spawn(installation, config, configs.search_roots, head_socket)
         except BaseException:
             self.stop()
             raise
@@ -353,8 +336,6 @@ class GymServers:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # --- Starting ---
-
     def _head_address(self) -> tuple[str, int]:
         """Return host and port of the head server; the port is 0 unless an override fixes it."""
         head = self._overrides.get("head_server") or {}
@@ -377,13 +358,45 @@ class GymServers:
                 f"The head server of NeMo Gym cannot listen on {host}:{port}: {error.strerror}.{neighbour}", remedy
             ) from error
 
+    def _spawn(
+        self, installation: GymInstallation, config: dict[str, Any], roots: list[Path], head: socket.socket
+    ) -> ChildProcess:
+        """Run `host.py` with Gym's interpreter; `config` is the dictionary that Gym merges last."""
+        assert self.log_path is not None and self._work_dir is not None
+        work_dir, head_fd = self._work_dir, None
+        if self._mode == "host":
+            head_fd = head.fileno()
+        else:
+            head.close()  # Gym binds the port again. The nonce tells whether another process was faster.
+            # Every server gets a link to Gym's own environment instead of one that `uv` builds.
+            config["skip_venv_if_present"] = True
+            config["uv_venv_dir"] = str(work_dir / "environments")
+            config["uv_cache_dir"] = str(work_dir / "uv-cache")
+        settings = {
+            "mode": self._mode,
+            "config": config,
+            "search_roots": [str(root) for root in roots],
+            "head_fd": head_fd,
+            "error_path": str(error_path(work_dir)),
+            "work_dir": str(work_dir),
+        }
+        settings_path = work_dir / "settings.json"
+        _write_private(settings_path, json.dumps(settings))
+        return ChildProcess(
+            "NeMo Gym",
+            [installation.python, "-P", _HOST_SCRIPT, settings_path],
+            log_path=self.log_path,
+            env=_environment(installation, self._mode, config, work_dir, self._policy[2]),
+            pass_fds=[] if head_fd is None else [head_fd],
+        )
+
     def _wait_for_head(self) -> HeadView:
         while True:
             self.check_process()
             try:
                 view = look_at_head(self._http, self.head_url, timeout_s=_REQUEST_TIMEOUT_S)
             except HeadUnreachable as error:
-                if not wait_until(self._deadline, _POLL_S):
+                if not wait_until(self._deadline):
                     raise self._too_late(error.problem) from error
                 continue
             if not self._is_attached and view.config.get(NONCE_KEY) != self._nonce:
@@ -393,7 +406,7 @@ class GymServers:
                 )
             if view.instances:
                 return view
-            if not wait_until(self._deadline, _POLL_S):
+            if not wait_until(self._deadline):
                 raise self._too_late("The head server names no servers.")
 
     def _wait_for_servers(self, view: HeadView) -> None:
@@ -403,11 +416,9 @@ class GymServers:
             waiting = [one for one in waiting if not answers(self._http, one.url, timeout_s=_REQUEST_TIMEOUT_S)]
             if not waiting:
                 return
-            if not wait_until(self._deadline, _POLL_S):
+            if not wait_until(self._deadline):
                 names = ", ".join(f"`{one.name}` at {one.url}" for one in waiting)
                 raise self._too_late(f"No answer comes from {names}.")
-
-    # --- Errors ---
 
     def _require(self, state: ServerState, what: str) -> None:
         if self._state is not state:
@@ -426,55 +437,6 @@ class GymServers:
 
     def _too_late(self, what: str) -> GymServerError:
         return GymServerError(f"NeMo Gym is not ready after {self._start_timeout_s:g} s. {what} {self.log_end()}")
-
-
-def spawn(
-    installation: GymInstallation,
-    mode: Mode,
-    config: Mapping[str, Any],
-    *,
-    search_roots: list[Path],
-    head_fd: int | None,
-    work_dir: Path,
-    log_path: Path,
-    policy_api_key: str,
-) -> ChildProcess:
-    """Run `host.py` with Gym's interpreter.
-
-    Args:
-        installation: The Gym to start.
-        mode: See `host.py`.
-        config: The dictionary that Gym merges last.
-        search_roots: Folders to look for the code of servers in, before the installation.
-        head_fd: The listening socket of the head server; None if Gym binds it itself.
-        work_dir: A private folder that outlives the process; the cause of a failure is written to
-            `error_path(work_dir)`.
-        log_path: File for the output.
-        policy_api_key: Bearer token for the policy server.
-    """
-    config = dict(config)
-    if mode == "upstream":
-        # Every server gets a link to Gym's own environment instead of one that `uv` builds.
-        config["skip_venv_if_present"] = True
-        config["uv_venv_dir"] = str(work_dir / "environments")
-        config["uv_cache_dir"] = str(work_dir / "uv-cache")
-    settings = {
-        "mode": mode,
-        "config": config,
-        "search_roots": [str(root) for root in search_roots],
-        "head_fd": head_fd,
-        "error_path": str(error_path(work_dir)),
-        "work_dir": str(work_dir),
-    }
-    settings_path = work_dir / "settings.json"
-    _write_private(settings_path, json.dumps(settings))
-    return ChildProcess(
-        "NeMo Gym",
-        [installation.python, "-P", _HOST_SCRIPT, settings_path],
-        log_path=log_path,
-        env=_environment(installation, mode, config, work_dir, policy_api_key),
-        pass_fds=[] if head_fd is None else [head_fd],
-    )
 
 
 def error_path(work_dir: Path) -> Path:
@@ -500,15 +462,11 @@ def _environment(
         env["UV_PYTHON_DOWNLOADS"] = "never"
         env["RAY_USAGE_STATS_ENABLED"] = "0"
         if not config.get("ray_head_node_address"):
-            env |= _own_ray_cluster(work_dir)
+            # Ray's files stay in our folder; by default it writes a token to the home folder and files to /tmp/ray.
+            token_path = work_dir / "ray-token"
+            _write_private(token_path, secrets.token_hex(32))
+            env |= {"RAY_TMPDIR": str(work_dir), "RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_AUTH_TOKEN": None}
     return env
-
-
-def _own_ray_cluster(work_dir: Path) -> dict[str, str | None]:
-    """Keep Ray's files in our folder; by default it writes a token to the home folder and files to /tmp/ray."""
-    token_path = work_dir / "ray-token"
-    _write_private(token_path, secrets.token_hex(32))
-    return {"RAY_TMPDIR": str(work_dir), "RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_AUTH_TOKEN": None}
 
 
 def _write_private(path: Path, text: str) -> None:

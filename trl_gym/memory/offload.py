@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from trl_gym.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
 _SMALLEST = 4096  # bytes; step counters and the like stay where they are
@@ -48,8 +49,6 @@ class OptimizerOffload:
         Raises:
             ConfigError: A state tensor is of a kind that cannot be moved.
         """
-        import torch
-
         if self._away:
             return 0
         storages = list(self._storages())
@@ -85,8 +84,6 @@ class OptimizerOffload:
                 yield storage
 
     def _tensors(self) -> Iterator[torch.Tensor]:
-        import torch
-
         for state in self._optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
         for group in self._optimizer.param_groups:
@@ -94,8 +91,6 @@ class OptimizerOffload:
 
     def _buffer(self, place: int, num_bytes: int) -> torch.Tensor:
         """Return host memory for the storage at `place`: that of the last time, when it has the size."""
-        import torch
-
         if place == len(self._buffers):
             self._buffers.append(torch.empty(0, dtype=torch.uint8))
         if self._buffers[place].numel() != num_bytes:
@@ -132,8 +127,6 @@ def measured_peak() -> dict[str, float]:
 
     Call it after the first optimizer step and log the result, which is empty without CUDA.
     """
-    import torch
-
     if not torch.cuda.is_available():
         return {}
     free, total = torch.cuda.mem_get_info()
@@ -147,8 +140,6 @@ def release_cached() -> None:
     """Give memory that torch keeps for later back to the GPU, from which the server can take it."""
     import gc
 
-    import torch
-
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
@@ -161,8 +152,6 @@ def _unwrapped(optimizer: Any) -> Any:
 
 
 def _refuse_foreign(optimizer: Any) -> None:
-    import torch
-
     if not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__module__.startswith("deepspeed"):
         raise ConfigError(
             f"`gym_offload_optimizer` works with optimizers of torch, and {type(optimizer).__name__} is none.",
@@ -189,13 +178,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    import torch
-
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _synchronize(device: torch.device) -> None:
-    import torch
-
     if device.type == "cuda":
         torch.cuda.synchronize(device)

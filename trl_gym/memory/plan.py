@@ -252,9 +252,6 @@ def plan(model: ModelShape, training: TrainingShape, serving: ServingShape, devi
     return replace(result, problems=tuple(_problems(result, _remedies(training, serving), kv_moments)))
 
 
-# -- items ------------------------------------------------------------------------------------------------------------
-
-
 def _device_items(serving: ServingShape, device: DeviceMemory) -> list[Item]:
     processes, reserve = 2 if serving.shares_device else 1, int(_RESERVE * device.total_bytes)
     contexts = f"{processes} × {_CONTEXT_BYTES // MIB} MiB assumed"
@@ -413,9 +410,6 @@ def _cell(num_bytes: int) -> str:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f} G" if number >= 1e8 else f"{number / 1e6:.1f} M"
-
-
-# -- from a trainer's configuration -----------------------------------------------------------------------------------
 
 
 def this_device() -> DeviceMemory | None:

@@ -53,17 +53,11 @@ class InvalidAdapterError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter on disk.
+    """An adapter on disk."""
 
-    Attributes:
-        rank: `r` of its config.
-        modules: Names of the adapted modules, e.g. `"model.layers.0.mlp.up_proj"`.
-        num_bytes: Size of the tensor file.
-    """
-
-    rank: int
-    modules: tuple[str, ...]
-    num_bytes: int
+    rank: int  # `r` of its config
+    modules: tuple[str, ...]  # names of the adapted modules, e.g. `"model.layers.0.mlp.up_proj"`
+    num_bytes: int  # size of the tensor file
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:

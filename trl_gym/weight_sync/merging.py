@@ -9,6 +9,7 @@ kinds of layers are merged by PEFT, one at a time, and put back from a copy befo
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,22 +20,17 @@ from torch import nn
 from trl_gym.errors import ConfigError
 from trl_gym.weight_sync.sharding import Slot, bare, clean, find_slots
 
+_BASE_ALONE = operator.itemgetter(0)
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One parameter of the base model, and the tensors that it is made of.
+    """One parameter of the base model, and the tensors that it is made of."""
 
-    Attributes:
-        name: Name in the base model.
-        slots: Tensors that must be gathered for it: the base's parameter, then adapters' matrices.
-        combine: Makes the parameter out of these.
-        trained: Whether it changes in training, by itself or by an adapter.
-    """
-
-    name: str
-    slots: tuple[Slot, ...]
-    combine: Callable[[Sequence[torch.Tensor]], torch.Tensor]
-    trained: bool
+    name: str  # name in the base model
+    slots: tuple[Slot, ...]  # tensors that must be gathered for it: the base's parameter, then adapters' matrices
+    combine: Callable[[Sequence[torch.Tensor]], torch.Tensor]  # makes the parameter out of these
+    trained: bool  # whether it changes in training, by itself or by an adapter
 
     @property
     def base(self) -> Slot:
@@ -54,7 +50,7 @@ def base_parts(model: nn.Module, *, will_be_sharded: bool = False) -> list[Part]
     slots = find_slots(model, buffers=True)
     adapters = _Adapters(model)
     if not adapters.any:
-        return [Part(slot.name, (slot,), _first, slot.trained) for slot in slots]
+        return [Part(slot.name, (slot,), _BASE_ALONE, slot.trained) for slot in slots]
     adapters.check_mergeable(will_be_sharded or any(slot.is_sharded for slot in slots))
     by_name = {slot.name: slot for slot in slots}
     sums = adapters.sums(by_name)
@@ -66,7 +62,7 @@ def base_parts(model: nn.Module, *, will_be_sharded: bool = False) -> list[Part]
         elif slot.name in sums:
             parts.append(Part(name, (slot, *sums[slot.name][0]), sums[slot.name][1], trained=True))
         else:
-            parts.append(Part(name, (slot,), _first, slot.trained))
+            parts.append(Part(name, (slot,), _BASE_ALONE, slot.trained))
     return parts
 
 
@@ -230,10 +226,6 @@ class _Adapters:
             biases = tuple(slots[f"{path}.lora_B.{name}.bias"] for name in biased)
             scalings = tuple(layer.scaling[name] for name in biased)
             found[f"{path}.base_layer.bias"] = (biases, functools.partial(_lora_bias, scalings))
-
-
-def _first(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tensors[0]
 
 
 def _lora_weight(

@@ -19,17 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WeightMeta:
-    """One parameter as it will be sent.
+    """One parameter as it will be sent."""
 
-    Attributes:
-        name: As in the model's checkpoint, e.g. `"model.layers.0.mlp.up_proj.weight"`.
-        dtype: Precision in which it is sent.
-        shape: Shape of the whole tensor, also where it is sharded.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    name: str  # as in the model's checkpoint, e.g. `"model.layers.0.mlp.up_proj.weight"`
+    dtype: torch.dtype  # precision in which it is sent
+    shape: tuple[int, ...]  # shape of the whole tensor, also where it is sharded
 
     @property
     def num_bytes(self) -> int:

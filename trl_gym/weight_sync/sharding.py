@@ -36,29 +36,17 @@ _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_o
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
-    """A place of a model that holds a parameter (or a persistent buffer). Wrappers swap the tensor, the place stays.
+    """A place of a model that holds a parameter or persistent buffer. Wrappers swap the tensor, the place stays."""
 
-    Attributes:
-        name: Name in the model without wrappers, e.g. `"model.norm.weight"`; the first one of a tied parameter.
-        module: Module that holds it.
-        attribute: Name under which the module holds it.
-        shape: Shape of the whole parameter.
-        dtype: Precision in which it is trained.
-        trained: Whether it gets gradients.
-        aliases: Further names of a tied parameter.
-        unit: The FSDP1 unit that manages it.
-        place: Its index in that unit's flat parameter.
-    """
-
-    name: str
-    module: nn.Module
-    attribute: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    trained: bool
-    aliases: tuple[str, ...] = ()
-    unit: Any = None
-    place: int = 0
+    name: str  # name in the model without wrappers, e.g. `"model.norm.weight"`; the first one of a tied parameter
+    module: nn.Module  # module that holds it
+    attribute: str  # name under which the module holds it
+    shape: tuple[int, ...]  # shape of the whole parameter
+    dtype: torch.dtype  # precision in which it is trained
+    trained: bool  # whether it gets gradients
+    aliases: tuple[str, ...] = ()  # further names of a tied parameter
+    unit: Any = None  # the FSDP1 unit that manages it
+    place: int = 0  # its index in that unit's flat parameter
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -180,9 +168,6 @@ def local_part(slot: Slot) -> torch.Tensor | None:
     if _is_partitioned(tensor := slot.tensor):
         return _part_of_partition(tensor)
     return tensor.detach() if dist.get_rank() == 0 else None
-
-
-# ------------------------------------------------------------------------------------------------------------ details
 
 
 def _is_engine(model: nn.Module) -> bool:

@@ -58,17 +58,12 @@ def fingerprint(model: torch.nn.Module, accelerator: Accelerator) -> str:
 
 @dataclass(frozen=True, slots=True)
 class HeldWeights:
-    """The answers of the server's workers, put together.
+    """The answers of the server's workers, put together."""
 
-    Attributes:
-        sums: Name → sum of bits. `"a in b"` is a copy of `a` that layer `b` computes with.
-        packed: Module → the modules packed into it, e.g. `{"qkv_proj": ["q_proj", "k_proj", "v_proj"]}`.
-        unseen: Names of parameters that cannot be read.
-    """
-
-    sums: dict[str, int]
+    sums: dict[str, int]  # name → sum of bits. `"a in b"` is a copy of `a` that layer `b` computes with.
+    # Module → the modules packed into it, e.g. `{"qkv_proj": ["q_proj", "k_proj", "v_proj"]}`.
     packed: dict[str, list[str]] = field(default_factory=dict)
-    unseen: frozenset[str] = frozenset()
+    unseen: frozenset[str] = frozenset()  # names of parameters that cannot be read
 
 
 def sent_sums(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
@@ -123,29 +118,25 @@ def combine(workers: Sequence[Mapping[str, Any]]) -> HeldWeights:
     return HeldWeights(sums, packed, frozenset(unseen))
 
 
-def explain_mismatch(
-    sent: Mapping[str, int], held: Mapping[str, int], packed: Mapping[str, Sequence[str]], unseen: Iterable[str] = ()
-) -> list[str]:
+def explain_mismatch(sent: Mapping[str, int], held: HeldWeights) -> list[str]:
     """List the parameters that differ, and those about which nothing can be said. Pure.
 
     Args:
         sent: Checkpoint name → sum of bits.
-        held: The server's name → sum of bits; see `HeldWeights`.
-        packed: See `HeldWeights`.
-        unseen: See `HeldWeights`.
+        held: The server's sums.
 
     Returns:
         Sentences, the most telling first; none only if nothing was sent or held.
     """
     expected, unsent = {}, []
-    for name in held:
-        parts = _parts(name.partition(" in ")[0], packed)
+    for name in held.sums:
+        parts = _parts(name.partition(" in ")[0], held.packed)
         if missing := [part for part in parts if part not in sent]:
             unsent += missing
         else:
             expected[name] = sum(sent[part] for part in parts)
-    differing = [name for name, value in expected.items() if held[name] != value]
-    covered = {part for name in expected for part in _parts(name.partition(" in ")[0], packed)}
+    differing = [name for name, value in expected.items() if held.sums[name] != value]
+    covered = {part for name in expected for part in _parts(name.partition(" in ")[0], held.packed)}
     untold = sorted(set(sent) - covered)
     lines = []
     if copies := [name for name in differing if " in " in name and name.partition(" in ")[0] not in differing]:
@@ -160,10 +151,8 @@ def explain_mismatch(
             "compute differently (precision, kernels), or the difference is in what cannot be seen."
         )
     if untold:
-        why = (
-            "the server keeps them in a form that cannot be read" if set(unseen) else "the server names them otherwise"
-        )
-        lines.append(f"Unknown for {len(untold)} of {len(sent)} parameters ({why}): {_named(untold)}.")
+        why = "keeps them in a form that cannot be read" if held.unseen else "names them otherwise"
+        lines.append(f"Unknown for {len(untold)} of {len(sent)} parameters (the server {why}): {_named(untold)}.")
     return lines
 
 
@@ -179,7 +168,7 @@ def explain(client: PolicyClient, sent: Mapping[str, int], dtype: torch.dtype) -
     if held is None:
         remedy = "Start it with `--worker-extension-cls trl_gym.policy_server.engine.worker.WeightSums`."
         return [Problem("The server cannot say which parameters differ.", remedy)]
-    return [Problem(line) for line in explain_mismatch(sent, held.sums, held.packed, held.unseen)]
+    return [Problem(line) for line in explain_mismatch(sent, held)]
 
 
 def _parts(name: str, packed: Mapping[str, Sequence[str]]) -> list[str]:

@@ -45,56 +45,36 @@ _PROBE_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class SyncOptions:
-    """Options of a weight sync; see those of the same names in `GymGRPOConfig`.
+    """Options of a weight sync; see those of the same names in `GymGRPOConfig`."""
 
-    Attributes:
-        dtype: Precision that weights are sent in, which is the one that the server computes in; None sends the
-            trainer's.
-        pause_mode: `"wait"` lets requests that are being answered finish, `"keep"` freezes them.
-        only_trainable: Whether syncs after a complete one send only what is trained.
-        timeout_s: For each call to the server.
-        verify_every: Steps after which a probe is made again; 0 for never.
-        probe_tolerance: Mean absolute gap in nats that a probe may find.
-    """
-
+    # Precision that weights are sent in, which is the one that the server computes in; None sends the trainer's.
     dtype: torch.dtype | None = None
+    # `"wait"` lets requests that are being answered finish, `"keep"` freezes them.
     pause_mode: Literal["wait", "keep"] = "wait"
-    only_trainable: bool = False
-    timeout_s: float = 600.0
-    verify_every: int = 0
-    probe_tolerance: float = 0.02
+    only_trainable: bool = False  # whether syncs after a complete one send only what is trained
+    timeout_s: float = 600.0  # for each call to the server
+    verify_every: int = 0  # steps after which a probe is made again; 0 for never
+    probe_tolerance: float = 0.02  # mean absolute gap in nats that a probe may find
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """Result of one comparison.
+    """Result of one comparison."""
 
-    Attributes:
-        mean_gap: Mean absolute difference of log-probabilities, in nats.
-        max_gap: Largest absolute difference, in nats.
-        num_tokens: Tokens compared.
-    """
-
-    mean_gap: float
-    max_gap: float
-    num_tokens: int
+    mean_gap: float  # mean absolute difference of log-probabilities, in nats
+    max_gap: float  # largest absolute difference, in nats
+    num_tokens: int  # tokens compared
 
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """Cost and outcome of one sync.
+    """Cost and outcome of one sync."""
 
-    Attributes:
-        version: Weight version that the server holds now.
-        seconds: By phase: `pause`, `transfer`, `finish` (with the caches' reset and the resume), `probe`.
-        num_bytes: Bytes handed over.
-        probe: Comparison of log-probabilities; None when none was made.
-    """
-
-    version: str
+    version: str  # weight version that the server holds now
+    # By phase: `pause`, `transfer`, `finish` (with the caches' reset and the resume), `probe`.
     seconds: dict[str, float]
-    num_bytes: int
-    probe: ProbeReport | None
+    num_bytes: int  # bytes handed over
+    probe: ProbeReport | None  # comparison of log-probabilities; None when none was made
 
 
 class WeightSync:
@@ -154,13 +134,14 @@ class WeightSync:
             self._on_main(self._begin)
         try:
             with self._phase("transfer", seconds):
-                num_bytes = self._transfer(weights, version)
+                num_bytes = on_all(self._accelerator, lambda: self.transport.send(weights, self._client, version))
             with self._phase("finish", seconds):
                 self._on_main(lambda client: self._install(client, version))
                 if self._sharing is not None:
                     self._sharing.pushed()
                     self._sharing.before_sampling()
-                self._on_main(self._resume)
+                if self.transport.replaces:
+                    self._on_main(lambda client: client.resume())
         finally:
             self.transport.release()
         self._complete = True
@@ -186,9 +167,6 @@ class WeightSync:
             client.pause(self._options.pause_mode)
             client.start_weight_update()
 
-    def _transfer(self, weights: WeightStream, version: str) -> int:
-        return on_all(self._accelerator, lambda: self.transport.send(weights, self._client, version))
-
     def _install(self, client: PolicyClient, version: str) -> None:
         if self.transport.replaces:
             client.finish_weight_update(version)
@@ -200,10 +178,6 @@ class WeightSync:
                 "Look into its log: the update did not end as it should"
                 + ("; the server stays paused." if self.transport.replaces else "."),
             )
-
-    def _resume(self, client: PolicyClient) -> None:
-        if self.transport.replaces:
-            client.resume()
 
     def _is_due(self, step: int) -> bool:
         if self._sharing is not None and self._sharing.needs_probe:
@@ -234,8 +208,6 @@ class WeightSync:
         sums = sent_sums(WeightSource(model, self._accelerator, dtype=dtype))
         return [] if self._client is None else explain(self._client, sums, dtype)
 
-    # -- ranks --------------------------------------------------------------------------------------------------------
-
     @property
     def _client(self) -> PolicyClient | None:
         """The control plane with the sync's timeout on rank 0, None on others."""
@@ -252,9 +224,6 @@ class WeightSync:
         started = time.monotonic()
         yield
         seconds[name] = time.monotonic() - started
-
-
-# -- the probe --------------------------------------------------------------------------------------------------------
 
 
 def probe_batch(vocab_size: int, seed: int = 0) -> list[list[int]]:

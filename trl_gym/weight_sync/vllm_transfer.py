@@ -18,19 +18,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from trl_gym.errors import WeightSyncError
 from trl_gym.weight_sync.protocol import WeightMeta
 
-if TYPE_CHECKING:
-    import torch
-
 _NUM_BUFFERS = 2  # one is filled while the other one is sent
 _STORE_MARGIN_S = 60
-
-
-# -- CUDA IPC ---------------------------------------------------------------------------------------------------------
 
 
 class _Control:
@@ -116,20 +112,12 @@ def _with_dimensions(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dim() else tensor.reshape(1)
 
 
-# -- NCCL -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class NcclLink:
-    """A communicator between this process and the server's workers.
+    """A communicator between this process and the server's workers."""
 
-    Attributes:
-        communicator: vLLM's communicator.
-        device: Index of our GPU.
-    """
-
-    communicator: Any
-    device: int
+    communicator: Any  # vLLM's
+    device: int  # index of our GPU
 
     def abort(self) -> None:
         """End collectives that hang and free the communicator. Returns at once."""
@@ -173,7 +161,6 @@ def join_nccl(listener: socket.socket, *, device: int, world_size: int, timeout_
         world_size: Number of the server's workers, and this process.
         timeout_s: Limit of the rendezvous. NCCL's own start has none.
     """
-    import torch
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.distributed.utils import StatelessProcessGroup
 
@@ -199,8 +186,6 @@ def staged(tensor: torch.Tensor, device: int) -> tuple[torch.Tensor, torch.cuda.
     Returns:
         The copy, and the event at which it is complete.
     """
-    import torch
-
     with torch.cuda.device(device):
         copy = _with_dimensions(tensor.detach()).to(device="cuda", copy=True, memory_format=torch.contiguous_format)
         event = torch.cuda.Event()
@@ -219,7 +204,6 @@ def broadcast(
         tensors: Names and results of `staged`.
         buffer_bytes: As in `nccl_init_info`: both sides cut the stream at the same places.
     """
-    import torch
     from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
     def ready() -> Iterator[tuple[str, torch.Tensor]]:

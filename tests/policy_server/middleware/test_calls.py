@@ -8,11 +8,11 @@ import pytest
 
 from trl_gym.policy_server.middleware import calls
 from trl_gym.policy_server.middleware.calls import Digest, Histories, RolloutBook, digest, record_of
+from trl_gym.policy_server.middleware.http import Reply
 
 
-def record(**more: object) -> calls.CallRecord:
-    given = {"status": 200, "exact": True, "seconds": 0.5, "weight_version": "1", "drift": None, **more}
-    return record_of(given.pop("answer", None), **given)
+def record(answer: dict[str, Any] | None = None, reply: Reply | None = None) -> calls.CallRecord:
+    return record_of(reply or Reply.from_json(200, answer), answer, exact=True, seconds=0.5, drift=None)
 
 
 def test_a_record_is_null_where_the_server_says_nothing() -> None:
@@ -20,7 +20,7 @@ def test_a_record_is_null_where_the_server_says_nothing() -> None:
     assert (bare["prompt_tokens"], bare["completion_tokens"], bare["cached_tokens"]) == (5, None, None)
     assert (bare["queue_s"], bare["finish_reason"]) == (None, "length")
     assert "error" not in bare
-    assert record(status=400, error="full")["error"] == "full"
+    assert record(reply=Reply.error(400, "full"))["error"] == "full"
 
 
 def test_records_are_kept_while_calls_run_and_forgotten_on_demand() -> None:

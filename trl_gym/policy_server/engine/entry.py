@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 import uvloop
 import vllm.logger
@@ -61,7 +60,7 @@ def serve(argv: Sequence[str], *, listen_fd: int | None) -> None:
     sock = _listen(args, listen_fd)
     set_ulimit()
     decorate_logs("APIServer")
-    signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn has its own handlers
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until uvicorn has its own handlers
     host, port = sock.getsockname()[:2]
     uvloop.run(run_server_worker(f"http://{host}:{port}", sock, args))
 
@@ -158,7 +157,3 @@ def _listen(args: argparse.Namespace, listen_fd: int | None) -> socket.socket:
     args.port = sock.getsockname()[1]
     sys.stderr.write(f"listening on {args.host}:{args.port}; the model is loaded next\n")
     return sock
-
-
-def _interrupt(_signum: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -39,28 +39,18 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 @dataclass
 class FileInitInfo(WeightTransferInitInfo):
-    """A file that proves that the worker sees what the trainer writes; an empty one proves nothing.
+    """A file that proves that the worker sees what the trainer writes; an empty one proves nothing."""
 
-    Attributes:
-        probe: Path of the file.
-        secret: Text that it begins with.
-    """
-
-    probe: str = ""
-    secret: str = ""
+    probe: str = ""  # path of the file
+    secret: str = ""  # text that it begins with
 
 
 @dataclass
 class FileUpdateInfo(WeightTransferUpdateInfo):
-    """One file of weights.
+    """One file of weights."""
 
-    Attributes:
-        path: Safetensors file, e.g. `"/proc/4711/fd/9"`.
-        partial: Whether the update leaves parameters out on purpose.
-    """
-
-    path: str
-    partial: bool = False
+    path: str  # safetensors file, e.g. `"/proc/4711/fd/9"`
+    partial: bool = False  # whether the update leaves parameters out on purpose
 
 
 class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):

@@ -52,24 +52,16 @@ _NAMED_HOLDERS = 3
 
 @dataclass(slots=True)
 class Adapter:
-    """One loaded version of the policy's adapter.
+    """One loaded version of the policy's adapter."""
 
-    Attributes:
-        name: The trainer's name for it, e.g. `"policy@12"`.
-        served: vLLM's name for it. It is always new: vLLM's prefix cache and cache of adapters go by names, and a
-            resumed trainer sends a version again.
-        version: Weight version, e.g. `"12"`.
-        path: Its folder; vLLM may read it again as long as the adapter is loaded.
-        num_rollouts: Number of rollouts that hold it.
-        num_running: Number of calls that it is answering.
-    """
-
-    name: str
+    name: str  # the trainer's name for it, e.g. `"policy@12"`
+    # vLLM's name for it. It is always new: vLLM's prefix cache and cache of adapters go by names, and a resumed
+    # trainer sends a version again.
     served: str
-    version: str
-    path: str
-    num_rollouts: int = 0
-    num_running: int = 0
+    version: str  # weight version, e.g. `"12"`
+    path: str  # its folder; vLLM may read it again as long as the adapter is loaded
+    num_rollouts: int = 0  # number of rollouts that hold it
+    num_running: int = 0  # number of calls that it is answering
 
     def describe(self) -> dict[str, Any]:
         """Return it as JSON, for `/trl_gym/info`."""

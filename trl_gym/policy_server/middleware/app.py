@@ -62,17 +62,12 @@ _RETRIED_FOREVER = (429, 502, 503, 504, 520)  # by Gym, every half second; a 500
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Settings of one middleware.
+    """Settings of one middleware."""
 
-    Attributes:
-        nonce: Returned by `/trl_gym/info`, which proves who answers.
-        api_keys: Accepted bearer tokens, needed on every route but `/health`; none are needed if it is empty.
-        has_prompt_field: Whether the server takes `prompt_token_ids` as a field of a chat request.
-    """
-
-    nonce: str | None = None
+    nonce: str | None = None  # returned by `/trl_gym/info`, which proves who answers
+    # Accepted bearer tokens, needed on every route but `/health`; none are needed if it is empty.
     api_keys: tuple[str, ...] = ()
-    has_prompt_field: bool = False
+    has_prompt_field: bool = False  # whether the server takes `prompt_token_ids` as a field of a chat request
 
     @classmethod
     def from_env(cls) -> Settings:
@@ -148,8 +143,6 @@ class OnPolicyMiddleware:
         matches = [hmac.compare_digest(key, known) for known in self._api_keys]
         return scheme.lower() == b"bearer" and any(matches)
 
-    # -- chat ---------------------------------------------------------------------------------------------------------
-
     async def _complete_chat(self, server: WrappedServer, send: Send) -> Reply | None:
         body = await read_body(server.receive)
         turn = Turn.from_json(body)
@@ -178,8 +171,6 @@ class OnPolicyMiddleware:
         policy_names = await self._adapters.policy_names(server)
         with self._adapters.rerouted(server.scope, body, send, policy_names) as (scope, body, send):
             await self.app(scope, replay(body, server.receive), send)
-
-    # -- control ------------------------------------------------------------------------------------------------------
 
     async def _info(self, server: WrappedServer, _send: Send) -> Reply:
         server_info = await self._server_info.all(server)

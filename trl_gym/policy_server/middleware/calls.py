@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, NotRequired, TypedDict
 
+from trl_gym.policy_server.middleware.http import Reply
 from trl_gym.policy_server.middleware.turn import Turn
 
 _MAX_ANSWERS = 65_536  # about 200 bytes each
@@ -82,33 +83,21 @@ class CallRecord(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class EmptyTurn:
-    """An answer without text or calls.
+    """An answer without text or calls."""
 
-    Attributes:
-        seen: Its prompt plus the sampled tokens.
-        place: Its index among the messages, with earlier empty turns in place.
-    """
-
-    seen: list[int]
-    place: int
+    seen: list[int]  # its prompt plus the sampled tokens
+    place: int  # its index among the messages, with earlier empty turns in place
 
 
 @dataclass(slots=True)
 class RolloutCalls:
-    """The calls of one rollout.
+    """The calls of one rollout."""
 
-    Attributes:
-        records: Records of answered calls, in the order of their answers.
-        num_first_prompt: Tokens of the first prompt; None before the first answer.
-        newest_answer: Key of the newest answer (`Histories.key`).
-        empty_turns: Answers without text or calls, oldest first.
-        aborts: One event per running call; setting it hangs up on the engine.
-    """
-
-    records: list[CallRecord] = field(default_factory=list)
-    num_first_prompt: int | None = None
-    newest_answer: bytes | None = None
-    empty_turns: list[EmptyTurn] = field(default_factory=list)
+    records: list[CallRecord] = field(default_factory=list)  # records of answered calls, in the order of their answers
+    num_first_prompt: int | None = None  # tokens of the first prompt; None before the first answer
+    newest_answer: bytes | None = None  # key of the newest answer (`Histories.key`)
+    empty_turns: list[EmptyTurn] = field(default_factory=list)  # answers without text or calls, oldest first
+    # One event per running call; setting it hangs up on the engine.
     aborts: list[asyncio.Event] = field(default_factory=list)
 
     @property
@@ -171,44 +160,28 @@ class RolloutBook:
 
 
 def record_of(
-    answer: dict[str, Any] | None,
-    *,
-    status: int,
-    exact: bool,
-    seconds: float,
-    weight_version: str | None,
-    drift: CallDrift | None,
-    error: str | None = None,
+    reply: Reply, answer: dict[str, Any] | None, *, exact: bool, seconds: float, drift: CallDrift | None
 ) -> CallRecord:
-    """Make the record of a call.
-
-    Args:
-        answer: The chat completion; None after an error.
-        status: HTTP status that the client got.
-        exact: Whether the prompt was forced.
-        seconds: Time from reading the request to having the answer.
-        weight_version: Version that the server held when it answered, if it says so.
-        drift: The cause why the prompt is not exact, if it should have been.
-        error: Text of an error.
-    """
+    """Make the record of a call: its reply, the chat completion in it (None after an error), whether the prompt was
+    forced, the seconds that it took, and the cause why the prompt is not exact, if it should have been."""
     answer = answer or {}
     usage, metrics = answer.get("usage") or {}, answer.get("metrics") or {}
     record = CallRecord(
-        status=status,
+        status=reply.status,
         prompt="exact" if exact else "rendered",
         prompt_tokens=usage.get("prompt_tokens"),
         completion_tokens=usage.get("completion_tokens"),
         cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
         finish_reason=(answer.get("choices") or [{}])[0].get("finish_reason"),
-        weight_version=weight_version,
+        weight_version=answer.get("weight_version"),
         seconds=round(seconds, 6),
         queue_s=_seconds(metrics.get("queue_time_ms")),
         prefill_s=_seconds(metrics.get("time_to_first_token_ms")),
         decode_s=_seconds(metrics.get("generation_time_ms")),
         drift=drift,
     )
-    if error is not None:
-        record["error"] = error
+    if not reply.ok:
+        record["error"] = reply.error_text()
     return record
 
 
@@ -218,17 +191,11 @@ def _seconds(milliseconds: float | None) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """Hashes of the request of a model call.
+    """Hashes of the request of a model call."""
 
-    Attributes:
-        messages: Hash of all messages.
-        before_answer: Hash without assistant messages at the end: agents merge what they get into the last one.
-        tools: Hash of tools and template options.
-    """
-
-    messages: bytes
-    before_answer: bytes
-    tools: bytes
+    messages: bytes  # hash of all messages
+    before_answer: bytes  # hash without assistant messages at the end: agents merge what they get into the last one
+    tools: bytes  # hash of tools and template options
 
 
 class Histories:

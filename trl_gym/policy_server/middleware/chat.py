@@ -42,36 +42,22 @@ _NO_MEDIA = "a prompt of token ids cannot carry images, audio or video"
 
 @dataclass(slots=True)
 class Counters:
-    """Counts since the server's start.
+    """Counts since the server's start."""
 
-    Attributes:
-        requests: Chat completions that were not passed through.
-        spliced: Prompts that were forced.
-        served_as_rendered: Prompts that should have been forced and could not.
-        overflows: Requests refused because no room was left.
-        cancelled: Requests refused or aborted because their rollout was cancelled.
-    """
-
-    requests: int = 0
-    spliced: int = 0
-    served_as_rendered: int = 0
-    overflows: int = 0
-    cancelled: int = 0
+    requests: int = 0  # chat completions that were not passed through
+    spliced: int = 0  # prompts that were forced
+    served_as_rendered: int = 0  # prompts that should have been forced and could not
+    overflows: int = 0  # requests refused because no room was left
+    cancelled: int = 0  # requests refused or aborted because their rollout was cancelled
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The prompt of one call.
+    """The prompt of one call."""
 
-    Attributes:
-        forced: The exact ids, or None to let the server render.
-        num_tokens: Its length; None while only the server knows it.
-        drift: The cause why it may not start with the tokens already seen.
-    """
-
-    forced: list[int] | None = None
-    num_tokens: int | None = None
-    drift: CallDrift | None = None
+    forced: list[int] | None = None  # the exact ids, or None to let the server render
+    num_tokens: int | None = None  # its length; None while only the server knows it
+    drift: CallDrift | None = None  # the cause why it may not start with the tokens already seen
 
 
 class ChatTurns:
@@ -121,17 +107,8 @@ class ChatTurns:
         calls = self.book.calls(rollout)
         if answer is not None and calls.num_first_prompt is None:
             calls.num_first_prompt = answer["usage"]["prompt_tokens"]
-        calls.records.append(
-            record_of(
-                answer,
-                status=reply.status,
-                exact=prompt.forced is not None,
-                seconds=time.monotonic() - started,
-                weight_version=(answer or {}).get("weight_version"),
-                drift=prompt.drift,
-                error=None if reply.ok else reply.error_text(),
-            )
-        )
+        exact, seconds = prompt.forced is not None, time.monotonic() - started
+        calls.records.append(record_of(reply, answer, exact=exact, seconds=seconds, drift=prompt.drift))
         return reply
 
     async def _serve_routed(
@@ -162,8 +139,6 @@ class ChatTurns:
             return Reply.from_json(200, answer), answer, prompt
         include_usage = bool((turn.body.get("stream_options") or {}).get("include_usage"))
         return Reply(200, openai.events(answer, include_usage=include_usage), openai.CONTENT_TYPE), answer, prompt
-
-    # -- which prompt -------------------------------------------------------------------------------------------------
 
     async def _prompt(self, server: WrappedServer, turn: Turn) -> Prompt:
         if turn.seen is None or turn.newest is None:
@@ -214,8 +189,6 @@ class ChatTurns:
             text=f"the agent sent no token ids with a turn sampled after message {newest}",
         )
 
-    # -- how many tokens ----------------------------------------------------------------------------------------------
-
     async def _limit(self, server: WrappedServer, turn: Turn, prompt: Prompt) -> None:
         """Limit the tokens to the room that is left. Raises `AnsweredError` if there is none."""
         max_model_len = await self._server_info.max_model_len(server)
@@ -241,8 +214,6 @@ class ChatTurns:
             )
             raise AnsweredError(Reply.error(400, message))
         turn.limit_tokens(room)
-
-    # -- sampling -----------------------------------------------------------------------------------------------------
 
     async def _ask(self, server: WrappedServer, turn: Turn, prompt: Prompt, abort: asyncio.Event | None) -> Reply:
         reply = await self._send(server, turn, prompt, abort)

@@ -133,17 +133,11 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 @dataclass(frozen=True, slots=True)
 class WrappedServer:
-    """The application behind the middleware, for the time of one request of a client.
+    """The application behind the middleware, for the time of one request of a client."""
 
-    Attributes:
-        app: The wrapped application.
-        scope: The client's scope: its headers go along.
-        receive: The client's `receive`: its hang-up cancels our requests too.
-    """
-
-    app: App
-    scope: Scope
-    receive: Receive
+    app: App  # the wrapped application
+    scope: Scope  # the client's scope: its headers go along
+    receive: Receive  # the client's `receive`: its hang-up cancels our requests too
 
     async def ask(self, method: str, path: str, payload: dict[str, Any] | bytes = b"") -> Reply:
         """Send a request of our own to the application.

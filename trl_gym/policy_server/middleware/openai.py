@@ -10,7 +10,7 @@ as server-sent events in one piece, with the bundle on the delta.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 from trl_gym.policy_server.middleware.http import compact_json
@@ -89,10 +89,6 @@ def events(answer: dict[str, Any], *, include_usage: bool) -> bytes:
         answer: A chat completion with one choice.
         include_usage: The request's `stream_options.include_usage`.
     """
-    return b"".join(b"data: " + data + b"\n\n" for data in _events(answer, include_usage))
-
-
-def _events(answer: dict[str, Any], include_usage: bool) -> Iterator[bytes]:
     head = {key: answer.get(key) for key in ("id", "created", "model", "system_fingerprint")}
     head["object"] = "chat.completion.chunk"
     own: dict[str, Any] = {key: answer[key] for key in ("weight_version", "trl_gym") if key in answer}
@@ -106,8 +102,7 @@ def _events(answer: dict[str, Any], include_usage: bool) -> Iterator[bytes]:
     last = {"index": 0, "delta": {}, "finish_reason": choice.get("finish_reason")}
     if choice.get("stop_reason") is not None:
         last["stop_reason"] = choice["stop_reason"]
-    yield compact_json({**head, **own, "choices": [piece]})
-    yield compact_json({**head, "choices": [last]})
+    chunks = [{**head, **own, "choices": [piece]}, {**head, "choices": [last]}]
     if include_usage:
-        yield compact_json({**head, "choices": [], "usage": answer.get("usage")})
-    yield b"[DONE]"
+        chunks.append({**head, "choices": [], "usage": answer.get("usage")})
+    return b"".join(b"data: " + data + b"\n\n" for data in [*map(compact_json, chunks), b"[DONE]"])

@@ -29,15 +29,10 @@ class NoMarkerError(NoBoundaryError):
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Token ids with their strings, as a tokenizer's vocabulary spells them.
+    """Token ids with their strings, as a tokenizer's vocabulary spells them."""
 
-    Attributes:
-        ids: `[T]`.
-        strings: `[T]`; byte-level alphabets and sentencepiece underscores are fine.
-    """
-
-    ids: list[int]
-    strings: list[str]
+    ids: list[int]  # `[T]`
+    strings: list[str]  # `[T]`; byte-level alphabets and sentencepiece underscores are fine
 
     def after(self, marker: str) -> Rendered:
         """Return what follows the last occurrence of a text.
@@ -61,18 +56,12 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """Tokens that the template writes between the text of an assistant turn and what comes next.
+    """Tokens that the template writes between the text of an assistant turn and what comes next."""
 
-    Attributes:
-        ids: `[C]`; empty if the template writes nothing (GLM: the next turn's opening token ends this one).
-        end: Index of the turn end in `ids`; None if no token can be one.
-        begin: Index of the first token that is not white space, `<= end` (Cohere ends a turn with two tokens).
-        has_markup: Whether it starts with the end of a tool call, which the policy has sampled in its own tokens.
-    """
-
-    ids: list[int]
-    end: int | None
-    begin: int = 0
+    ids: list[int]  # `[C]`; empty if the template writes nothing (GLM: the next turn's opening token ends this one)
+    end: int | None  # index of the turn end in `ids`; None if no token can be one
+    begin: int = 0  # index of the first token that is not white space, `<= end` (Cohere ends a turn with two tokens)
+    # Whether it starts with the end of a tool call, which the policy has sampled in its own tokens.
     has_markup: bool = False
 
     @property

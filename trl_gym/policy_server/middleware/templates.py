@@ -42,21 +42,14 @@ class RenderRefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A chat whose message `newest` is the sampled turn to be continued.
+    """A chat whose message `newest` is the sampled turn to be continued."""
 
-    Attributes:
-        messages: Messages without token ids.
-        newest: Index of the sampled turn.
-        options: Other fields of `/tokenize` that decide the render: tools, template, its arguments, model.
-        ending: `add_generation_prompt` and `continue_final_message`.
-        options_key: Hash of `options`, which may hold many tools; computed once per turn.
-    """
-
-    messages: list[dict[str, Any]]
-    newest: int
+    messages: list[dict[str, Any]]  # messages without token ids
+    newest: int  # index of the sampled turn
+    # Other fields of `/tokenize` that decide the render: tools, template, its arguments, model.
     options: dict[str, Any]
-    ending: dict[str, bool]
-    options_key: bytes
+    ending: dict[str, bool]  # `add_generation_prompt` and `continue_final_message`
+    options_key: bytes  # hash of `options`, which may hold many tools; computed once per turn
 
     @property
     def turn(self) -> dict[str, Any]:
@@ -123,17 +116,11 @@ class _Comparisons:
 
 @dataclass(slots=True)
 class Templates:
-    """The chat templates that were asked for so far.
+    """The chat templates that were asked for so far."""
 
-    Attributes:
-        stop_ids: Tokens at which generation has stopped; the middleware adds them.
-        num_whole: Number of chats that were rendered whole.
-        num_extended: Number of chats of which only the extension was rendered.
-    """
-
-    stop_ids: set[int] = field(default_factory=set)
-    num_whole: int = 0
-    num_extended: int = 0
+    stop_ids: set[int] = field(default_factory=set)  # tokens at which generation has stopped; the middleware adds them
+    num_whole: int = 0  # number of chats that were rendered whole
+    num_extended: int = 0  # number of chats of which only the extension was rendered
     _probes: dict[str, _Probes] = field(default_factory=dict)
     _comparisons: dict[bytes, _Comparisons] = field(default_factory=dict)
     _whole_only: set[bytes] = field(default_factory=set)
@@ -188,16 +175,13 @@ class Templates:
 
     async def _tail(self, tokenize: Tokenize, chat: Chat, place: Place) -> list[int]:
         """Return the tokens that the template writes after the newest turn."""
-        if chat.options_key not in self._whole_only:
-            past = self._comparisons_of(chat.shape_key(place))
-            past.used += 1
-            if past.agreed >= _NUM_AGREEMENTS and past.used % _CHECK_EVERY:
-                self.num_extended += 1
-                return (await _rendered_tail(tokenize, chat.extension(), place)).ids
-            return await self._compare(tokenize, chat, place, past)
-        return await self._whole(tokenize, chat, place)
-
-    async def _compare(self, tokenize: Tokenize, chat: Chat, place: Place, past: _Comparisons) -> list[int]:
+        if chat.options_key in self._whole_only:
+            return await self._whole(tokenize, chat, place)
+        past = self._comparisons_of(chat.shape_key(place))
+        past.used += 1
+        if past.agreed >= _NUM_AGREEMENTS and past.used % _CHECK_EVERY:
+            self.num_extended += 1
+            return (await _rendered_tail(tokenize, chat.extension(), place)).ids
         whole = await self._whole(tokenize, chat, place)
         try:
             extended = (await _rendered_tail(tokenize, chat.extension(), place)).ids

@@ -36,37 +36,23 @@ class InvalidTurnError(ValueError):
 
 @dataclass(slots=True)
 class Turn:
-    """One model call.
+    """One model call."""
 
-    Attributes:
-        body: The request without `trl_gym` and messages, sampling pinned; `limit_tokens` changes it.
-        messages: Its messages, without token ids.
-        sampled: Sampled ids of each message as JSON, or None.
-        rollout: Id of the rollout; None for a request without a tag.
-        sampling: Sampling parameters that the tag pins; None if it pins none.
-        completion_budget: Tokens that the rollout may have after its first prompt.
-        newest: Index of the newest message with sampled ids, or None.
-        seen: Prompt and sampled ids of that message, or None.
-        num_first_prompt: Length of the prompt of the first message with sampled ids, or None.
-        asked: Fields of the answer that the client asked for, among those that the middleware always asks for.
-        render_options: Options of the render other than messages and ending, as /tokenize takes them.
-        options_key: Hash of `render_options`.
-        served_model: Model to sample from if it is not the request's (an adapter), else None.
-    """
-
-    body: dict[str, Any]
-    messages: list[dict[str, Any]]
-    sampled: list[bytes | None] = field(default_factory=list)
-    rollout: str | None = None
-    sampling: dict[str, Any] | None = None
-    completion_budget: int | None = None
-    newest: int | None = None
-    seen: list[int] | None = None
-    num_first_prompt: int | None = None
+    body: dict[str, Any]  # the request without `trl_gym` and messages, sampling pinned; `limit_tokens` changes it
+    messages: list[dict[str, Any]]  # its messages, without token ids
+    sampled: list[bytes | None] = field(default_factory=list)  # sampled ids of each message as JSON, or None
+    rollout: str | None = None  # id of the rollout; None for a request without a tag
+    sampling: dict[str, Any] | None = None  # sampling parameters that the tag pins; None if it pins none
+    completion_budget: int | None = None  # tokens that the rollout may have after its first prompt
+    newest: int | None = None  # index of the newest message with sampled ids, or None
+    seen: list[int] | None = None  # prompt and sampled ids of that message, or None
+    num_first_prompt: int | None = None  # length of the prompt of the first message with sampled ids, or None
+    # Fields of the answer that the client asked for, among those that the middleware always asks for.
     asked: frozenset[str] = field(default_factory=frozenset)
+    # Options of the render other than messages and ending, as /tokenize takes them.
     render_options: dict[str, Any] = field(default_factory=dict)
-    options_key: bytes = b""
-    served_model: str | None = None
+    options_key: bytes = b""  # hash of `render_options`
+    served_model: str | None = None  # model to sample from if it is not the request's (an adapter), else None
 
     @classmethod
     def from_json(cls, raw: bytes) -> Turn | None:

@@ -29,17 +29,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
+import torch
+
 from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
 
 if TYPE_CHECKING:
-    import torch
-
     from trl_gym.policy_server.client import PolicyClient
     from trl_gym.weight_sync.protocol import WeightMeta, WeightStream
 
-
+_SHARED_MEMORY = Path("/dev/shm")
+_REPORT = "Report it with the model: its parameters change names, or this is an error in trl-gym."
 _ALIGNMENT = 8
-
 _DTYPE_NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -61,17 +61,12 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The places of everything in the file.
+    """The places of everything in the file."""
 
-    Attributes:
-        header: First bytes of the file, length included.
-        places: Name → the parameter and its offset in bytes from the start of the file.
-        num_bytes: Size of the file.
-    """
-
-    header: bytes
+    header: bytes  # first bytes of the file, length included
+    # Name → the parameter and its offset in bytes from the start of the file.
     places: dict[str, tuple[WeightMeta, int]]
-    num_bytes: int
+    num_bytes: int  # size of the file
 
 
 def layout(parameters: Sequence[WeightMeta]) -> Layout:
@@ -130,8 +125,6 @@ class MapSink:
     """
 
     def __init__(self, fd: int, num_bytes: int) -> None:
-        import torch
-
         allocate(fd, num_bytes)
         self.num_bytes = num_bytes
         self._bytes = torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)  # unmapped with the tensor
@@ -160,8 +153,6 @@ class FileSink:
         self._fd = fd
 
     def put(self, offset: int, data: torch.Tensor, dtype: torch.dtype) -> None:
-        import torch
-
         for piece in data.split(max(1, self.piece_bytes // dtype.itemsize)):
             on_host = piece.to(device="cpu", dtype=dtype).contiguous()
             left = memoryview(on_host.view(torch.uint8).numpy())
@@ -179,8 +170,6 @@ def allocate(fd: int, num_bytes: int) -> None:
 
 def put_text(sink: Sink, text: bytes) -> None:
     """Write bytes at the start."""
-    import torch
-
     sink.put(0, torch.frombuffer(bytearray(text), dtype=torch.uint8), torch.uint8)
 
 
@@ -218,10 +207,6 @@ def _dtype_name(one: WeightMeta) -> str:
             f"{one.name} is {name}, which a safetensors file cannot hold.", "Train in another dtype, or use `nccl`."
         )
     return _DTYPE_NAMES[name]
-
-
-_SHARED_MEMORY = Path("/dev/shm")
-_REPORT = "Report it with the model: its parameters change names, or this is an error in trl-gym."
 
 
 class _Place(Protocol):

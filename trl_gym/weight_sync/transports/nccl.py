@@ -12,7 +12,6 @@ aborts the communicator.
 
 from __future__ import annotations
 
-import ipaddress
 import queue
 import socket
 import threading
@@ -22,8 +21,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+import torch
+
 from trl_gym.errors import TrlGymError, WeightSyncError
 from trl_gym.policy_server.client import PolicyClient
+from trl_gym.processes import bind_socket
 from trl_gym.weight_sync import vllm_transfer
 
 if TYPE_CHECKING:
@@ -183,7 +185,7 @@ class NcclTransport:
         device = _device()
         world_size = client.world_size() + 1
         address = local_address(client.root_url)
-        listener = socket.create_server((address, 0), family=_family(address))
+        listener = bind_socket(address)
         port = listener.getsockname()[1]
         info = vllm_transfer.nccl_init_info(
             address=address, port=port, world_size=world_size, buffer_bytes=self._buffer_bytes
@@ -269,13 +271,7 @@ def local_address(url: str) -> str:
         ) from error
 
 
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
-
-
 def _device() -> int:
-    import torch
-
     try:
         return int(torch.cuda.current_device())
     except (AssertionError, RuntimeError) as error:

@@ -49,38 +49,25 @@ _BACKEND_FLAG = """--weight-transfer-config '{{"backend": "{}"}}'"""
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """An adapter that will be trained, as far as a server must know it.
+    """An adapter that will be trained, as far as a server must know it."""
 
-    Attributes:
-        rank: `r` of its config.
-        targets: Last parts of the names of the adapted modules, sorted, e.g. `("down_proj", "q_proj")`.
-        problem: Reason why vLLM cannot serve it as an adapter, or None.
-    """
-
-    rank: int
-    targets: tuple[str, ...]
-    problem: str | None
+    rank: int  # `r` of its config
+    targets: tuple[str, ...]  # last parts of the names of the adapted modules, sorted, e.g. `("down_proj", "q_proj")`
+    problem: str | None  # reason why vLLM cannot serve it as an adapter, or None
 
 
 @dataclass(frozen=True, slots=True)
 class TransportPlan:
-    """A decision about the transport; see `plan_transport`.
+    """A decision about the transport; see `plan_transport`."""
 
-    Attributes:
-        args: The trainer's configuration.
-        on_cuda: Whether the trainer computes on CUDA devices.
-        adapter: The adapter that is trained, if any. Of a model by name only known if the adapter is sent alone.
-        quantized: Kind of quantization of the base that is trained, e.g. `"bitsandbytes"`; None for an ordinary one.
-        stored_quantized: Whether the checkpoint itself is quantized.
-        sends_adapter: Whether the adapter is sent alone.
-    """
-
-    args: GymGRPOConfig
-    on_cuda: bool
+    args: GymGRPOConfig  # the trainer's configuration
+    on_cuda: bool  # whether the trainer computes on CUDA devices
+    # The adapter that is trained, if any. Of a model by name only known if the adapter is sent alone.
     adapter: AdapterPlan | None
+    # Kind of quantization of the base that is trained, e.g. `"bitsandbytes"`; None for an ordinary one.
     quantized: str | None
-    stored_quantized: bool
-    sends_adapter: bool
+    stored_quantized: bool  # whether the checkpoint itself is quantized
+    sends_adapter: bool  # whether the adapter is sent alone
 
     @property
     def backend(self) -> str:
@@ -223,9 +210,6 @@ def lora_flags(adapter: AdapterPlan, max_adapters: int) -> dict[str, Any]:
     }
 
 
-# -- whole weights ----------------------------------------------------------------------------------------------------
-
-
 def _whole_weights(args: GymGRPOConfig, on_cuda: bool, server: PolicyBackend) -> WeightTransport:
     name = _backend_of(server, args.gym_weight_transport)
     if name != "file" and not on_cuda:
@@ -303,9 +287,6 @@ def is_this_host(host: str) -> bool:
     except OSError:
         return False
     return True
-
-
-# -- adapters ---------------------------------------------------------------------------------------------------------
 
 
 def plan_adapter(
