@@ -135,12 +135,12 @@ class ChildProcess:
         """Return the exit code, or `None` while it runs."""
         return self._supervisor.poll()
 
-    def log_tail(self, num_lines: int = 15) -> str:
+    def log_tail(self) -> str:
         """Return the last lines of the log, for error messages."""
         with contextlib.suppress(OSError), open(self.log_path, "rb") as log:
             log.seek(0, os.SEEK_END)
             log.seek(max(0, log.tell() - 64 * 1024))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-num_lines:])
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-15:])
         return ""
 
     def describe_end(self) -> str:
@@ -174,11 +174,11 @@ class ChildProcess:
         _running.discard(self)
 
 
-def wait_until(deadline: float, pause_s: float = 0.1) -> bool:
+def wait_until(deadline: float) -> bool:
     """Sleep a little; return False once `time.monotonic()` has passed `deadline`. For readiness loops."""
     if time.monotonic() >= deadline:
         return False
-    time.sleep(pause_s)
+    time.sleep(0.1)
     return True
 
 

@@ -169,14 +169,9 @@ class LineProgress:
 
 class NotebookProgress:
     """Show one line in a notebook, drawn again in place: rich's own live display needs ipywidgets and shows nothing
-    without. IPython is imported only here.
+    without. IPython is imported only here."""
 
-    Args:
-        clock: Returns seconds; only differences count.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._handle: Any = None
         self._step = self._num_steps = 0
@@ -186,7 +181,7 @@ class NotebookProgress:
     def start(self, num_steps: int, first_step: int) -> None:
         self._step, self._num_steps = first_step, num_steps
         self._reward = self._phase = ""
-        self._started = self._clock()
+        self._started = time.monotonic()
         from IPython.display import HTML, display
 
         self._handle = display(HTML(self._document()), display_id=True)  # in the output of the cell that trains
@@ -214,15 +209,15 @@ class NotebookProgress:
 
     def _draw(self, now: bool = False) -> None:
         with self._lock:
-            if self._handle is None or (not now and self._clock() - self._drawn < _DRAW_EVERY_S):
+            if self._handle is None or (not now and time.monotonic() - self._drawn < _DRAW_EVERY_S):
                 return
-            self._drawn = self._clock()
+            self._drawn = time.monotonic()
             from IPython.display import HTML
 
             self._handle.update(HTML(self._document()))
 
     def _document(self) -> str:
-        minutes, seconds = divmod(int(self._clock() - self._started), 60)
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
         text = f"step {self._step}/{self._num_steps} · {minutes}:{seconds:02d}"
         text = " · ".join(filter(None, [text, self._reward, self._phase]))
         return (
