@@ -23,7 +23,7 @@ from tests.conftest import load
 from trl_gym import GymGRPOConfig, compat
 from trl_gym.cli import build_parser
 from trl_gym.rollouts.evaluation import evaluation_metrics
-from trl_gym.rollouts.metrics import GapSum, completion_metrics, merge_gaps, rollout_metrics, training_metrics
+from trl_gym.rollouts.metrics import ValueSum, completion_metrics, merge_gaps, rollout_metrics, training_metrics
 from trl_gym.rollouts.rollout import RolloutFacts
 from trl_gym.rollouts.trajectory import DriftCause
 from trl_gym.train import ScriptArguments
@@ -123,11 +123,11 @@ def fact_that_drifted(cause: str | None) -> RolloutFacts:
 
 def test_every_metric_that_is_put_together_has_a_row(names: ModuleType) -> None:
     many = [fact_that_drifted(cause) for cause in (None, *map(str, DriftCause))]
-    gaps = {name: GapSum(0.1, 2, 0.1) for name in ("logprob_gap", "logprob_gap/turn_0", "logprob_gap/turn_8+")}
+    gaps = {name: ValueSum(0.1, 2, 0.1, 0.1) for name in ("logprob_gap", "logprob_gap/turn_0", "logprob_gap/turn_8+")}
     logged = {
         *training_metrics(many),
         *completion_metrics(many),
-        *merge_gaps([gaps | {"gym/calculator/logprob_gap": GapSum(0.1, 2, 0.1)}]),
+        *merge_gaps([gaps | {"gym/calculator/logprob_gap": ValueSum(0.1, 2, 0.1, 0.1)}]),
         *(f"eval_{name}" for name in rollout_metrics(many) | evaluation_metrics(many, 4)),
         *(f"eval_hard_ones_{name}" for name in evaluation_metrics(many, 4)),
     }

@@ -242,10 +242,8 @@ class CheckpointCallback(TrainerCallback):
 
 def _remove_if_empty(checkpoint: Path) -> None:
     """Remove the folder that transformers made before it asked for the checkpoint."""
-    try:
+    with contextlib.suppress(OSError):  # it holds a checkpoint, or another rank was quicker
         checkpoint.rmdir()
-    except OSError:  # it holds a checkpoint, or another rank was quicker
-        return
 
 
 def _path(folder: str | Path, rank: int) -> Path:

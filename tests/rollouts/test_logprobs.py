@@ -14,8 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import RolloutError
-from trl_gym.rollouts.logprobs import batch_gaps, gap_sums, record
-from trl_gym.rollouts.metrics import GapSum, merge_gaps
+from trl_gym.rollouts.logprobs import batch_gaps, record
+from trl_gym.rollouts.metrics import ValueSum, merge_gaps
+
+
+def gap_sums(
+    sampling: torch.Tensor, training: torch.Tensor, mask: torch.Tensor, turn_ends: list[list[int]], agents: list[str]
+) -> dict[str, ValueSum]:
+    sides = {"sampling_per_token_logps": sampling, "old_per_token_logps": training}
+    return batch_gaps({**sides, "completion_mask": mask}, turn_ends, agents)
 
 
 def test_an_example() -> None:
@@ -50,13 +57,13 @@ def test_without_one_side_there_is_no_gap(missing: str) -> None:
 def test_late_turns_are_counted_together() -> None:
     ends = [list(range(1, 12))]
     gaps = gap_sums(torch.zeros(1, 11), torch.arange(11.0)[None], torch.ones(1, 11), ends, ["a"])
-    assert gaps["logprob_gap/turn_7"] == GapSum(7.0, 1, 7.0)
-    assert gaps["logprob_gap/turn_8+"] == GapSum(27.0, 3, 10.0)
+    assert gaps["logprob_gap/turn_7"] == ValueSum(7.0, 1, 7.0, 7.0)
+    assert gaps["logprob_gap/turn_8+"] == ValueSum(27.0, 3, 8.0, 10.0)
 
 
 def test_nan_is_not_hidden() -> None:
     gaps = gap_sums(torch.zeros(1, 2), torch.tensor([[math.nan, 0.0]]), torch.ones(1, 2), [[2]], ["a"])
-    metrics = merge_gaps([{"logprob_gap": GapSum(1.0, 1, 1.0)}, gaps])
+    metrics = merge_gaps([{"logprob_gap": ValueSum(1.0, 1, 1.0, 1.0)}, gaps])
     assert math.isnan(metrics["logprob_gap/mean"]) and math.isnan(metrics["logprob_gap/max"])
 
 
@@ -90,7 +97,7 @@ def test_ranks_together_say_what_one_would(batch: list, split: int) -> None:
         turn_ends.append(ends)
     agents = [agent for *_, agent in batch]
 
-    def rank(rows: slice) -> dict[str, GapSum]:
+    def rank(rows: slice) -> dict[str, ValueSum]:
         return gap_sums(torch.zeros_like(training)[rows], training[rows], mask[rows], turn_ends[rows], agents[rows])
 
     split = min(split, len(batch))

@@ -17,8 +17,8 @@ from trl_gym.errors import FailureKind, RolloutError
 from trl_gym.policy_server.middleware.calls import DriftCause
 from trl_gym.rollouts.batch import RankReport, SharedBatch, failure_causes, share
 from trl_gym.rollouts.metrics import (
-    GapSum,
     MetricsBuffer,
+    ValueSum,
     completion_metrics,
     percentile,
     rollout_metrics,
@@ -125,9 +125,9 @@ def test_metrics_go_on_until_they_are_taken() -> None:
     """Two batches of different sizes: every rollout weighs the same, and every token of the gap."""
     metrics = MetricsBuffer()
     metrics.add(facts(good(1.0), good(1.0), good(1.0)))
-    metrics.add_gaps([{"logprob_gap": GapSum(3.0, 3, 1.0)}])
+    metrics.add_gaps([{"logprob_gap": ValueSum(3.0, 3, 1.0, 1.0)}])
     metrics.add(facts(good(0.0)))
-    metrics.add_gaps([{"logprob_gap": GapSum(9.0, 1, 9.0)}, {}])
+    metrics.add_gaps([{"logprob_gap": ValueSum(9.0, 1, 9.0, 9.0)}, {}])
     taken = metrics.take(training_metrics)
     assert taken["rollouts/reward"] == 0.75
     assert taken["logprob_gap/mean"] == 3.0

@@ -26,7 +26,7 @@ import torch
 
 from trl_gym.errors import RolloutError
 from trl_gym.rollouts.journal import TRAINING_LOGPROBS
-from trl_gym.rollouts.metrics import GapSum, RatioSum
+from trl_gym.rollouts.metrics import ValueSum
 
 if TYPE_CHECKING:
     from trl_gym.rollouts.rollout import Rollout
@@ -36,16 +36,18 @@ _NUM_TURNS = 8  # from here on turns are counted together
 
 def batch_gaps(
     batch: Mapping[str, Any], turn_ends: Sequence[Sequence[int]], agents: Sequence[str]
-) -> dict[str, GapSum]:
-    """Compute the gaps in a batch of `GRPOTrainer._generate_and_score_completions`, by metric name without the ending.
+) -> dict[str, ValueSum]:
+    """Return the gaps over the sampled tokens of trained rollouts: over all, by turn and by agent.
 
     Args:
-        batch: `old_per_token_logps`, `sampling_per_token_logps`, `completion_mask` and `tool_mask`, each `[B, T]`.
+        batch: Of `GRPOTrainer._generate_and_score_completions`: `old_per_token_logps`, `sampling_per_token_logps` in
+            nats, `completion_mask` and `tool_mask`, each `[B, T]`.
         turn_ends: `[B]`, see `Trajectory.turn_ends`; empty for a rollout that is not trained.
         agents: `[B]`, names of agents.
 
     Returns:
-        Empty when one of the two log-probabilities is missing.
+        `logprob_gap`, `logprob_gap/turn_<i>` and `gym/<agent>/logprob_gap`; nothing for what has no token. Empty when
+        one of the two log-probabilities is missing.
     """
     training, sampling = batch.get("old_per_token_logps"), batch.get("sampling_per_token_logps")
     if training is None or sampling is None:
@@ -53,28 +55,6 @@ def batch_gaps(
     mask = batch["completion_mask"]
     if (tool_mask := batch.get("tool_mask")) is not None:
         mask = mask * tool_mask
-    return gap_sums(sampling, training, mask, turn_ends, agents)
-
-
-def gap_sums(
-    sampling: torch.Tensor,
-    training: torch.Tensor,
-    mask: torch.Tensor,
-    turn_ends: Sequence[Sequence[int]],
-    agents: Sequence[str],
-) -> dict[str, GapSum]:
-    """Return the gaps over the sampled tokens of trained rollouts: over all (`""`), by turn and by agent.
-
-    Args:
-        sampling: `[B, T]`, in nats.
-        training: `[B, T]`, in nats.
-        mask: `[B, T]`, nonzero where the policy sampled a token that is trained.
-        turn_ends: `[B]`, index just after the last sampled token of each turn.
-        agents: `[B]`.
-
-    Returns:
-        Nothing for what has no token. Keys: `logprob_gap`, `logprob_gap/turn_<i>`, `gym/<agent>/logprob_gap`.
-    """
     selected = mask.bool()
     gaps = (training.float() - sampling.float()).abs()[selected].cpu()
     row_of, turn_of = (index[selected.cpu()] for index in _row_and_turn(turn_ends, mask.shape[1]))
@@ -84,7 +64,7 @@ def gap_sums(
     for agent in sorted(set(agents)):
         is_agents = torch.tensor([name == agent for name in agents])
         sums[f"gym/{agent}/logprob_gap"] = _sum(gaps[is_agents[row_of]])
-    return {name: gap for name, gap in sums.items() if gap.num_tokens}
+    return {name: gap for name, gap in sums.items() if gap.count}
 
 
 def _row_and_turn(turn_ends: Sequence[Sequence[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,16 +75,16 @@ def _row_and_turn(turn_ends: Sequence[Sequence[int]], length: int) -> tuple[torc
     return rows, torch.stack(turns).clamp(max=_NUM_TURNS)
 
 
-def _sum(gaps: torch.Tensor) -> GapSum:
-    if not gaps.numel():
-        return GapSum(0.0, 0, 0.0)
-    return GapSum(gaps.double().sum().item(), gaps.numel(), gaps.max().item())
+def _sum(values: torch.Tensor) -> ValueSum:
+    if not values.numel():
+        return ValueSum(0.0, 0, math.inf, -math.inf)
+    return ValueSum(values.double().sum().item(), values.numel(), values.min().item(), values.max().item())
 
 
 # -- importance sampling ratios ---------------------------------------------------------------------------------------
 
 
-def ratio_sum(batch: Mapping[str, Any], valid: Sequence[bool]) -> RatioSum | None:
+def ratio_sum(batch: Mapping[str, Any], valid: Sequence[bool]) -> ValueSum | None:
     """Return the sum of ratios of what `GRPOTrainer._generate_and_score_completions` returns; None when it has none.
 
     Args:
@@ -116,10 +96,7 @@ def ratio_sum(batch: Mapping[str, Any], valid: Sequence[bool]) -> RatioSum | Non
         return None
     rows = torch.tensor(valid, device=ratios.device)
     mask = batch["completion_mask"] * batch["tool_mask"]
-    chosen = ratios[rows].flatten() if ratios.shape[1] == 1 else ratios[mask.bool() & rows[:, None]]
-    if not chosen.numel():
-        return RatioSum(0.0, 0, math.inf, -math.inf)
-    return RatioSum(chosen.double().sum().item(), chosen.numel(), chosen.min().item(), chosen.max().item())
+    return _sum(ratios[rows].flatten() if ratios.shape[1] == 1 else ratios[mask.bool() & rows[:, None]])
 
 
 # -- on disk ----------------------------------------------------------------------------------------------------------

@@ -57,13 +57,13 @@ class MetricsBuffer:
 
     def __init__(self, newest: int | None = None) -> None:
         self._facts: deque[RolloutFacts] = deque(maxlen=newest)
-        self._gaps: deque[Mapping[str, GapSum]] = deque(maxlen=newest)
+        self._gaps: deque[Mapping[str, ValueSum]] = deque(maxlen=newest)
 
     def add(self, facts: Sequence[RolloutFacts]) -> None:
         """Add the facts of one batch, of all ranks."""
         self._facts += facts
 
-    def add_gaps(self, gaps: Sequence[Mapping[str, GapSum]]) -> None:
+    def add_gaps(self, gaps: Sequence[Mapping[str, ValueSum]]) -> None:
         """Add the values of `logprobs.batch_gaps` on each rank."""
         self._gaps += gaps
 
@@ -227,23 +227,8 @@ def _put(metrics: dict[str, float], name: str, value: float | None) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class GapSum:
-    """Absolute differences of log-probabilities in nats, summed up so that ranks can be added.
-
-    Attributes:
-        total: Their sum.
-        num_tokens: How many.
-        largest: The largest.
-    """
-
-    total: float
-    num_tokens: int
-    largest: float
-
-
-@dataclass(frozen=True, slots=True)
-class RatioSum:
-    """Importance sampling ratios, summed up so that ranks can be added.
+class ValueSum:
+    """Values of tokens or sequences (gaps in nats, importance sampling ratios), summed up so that ranks can be added.
 
     Attributes:
         total: Their sum.
@@ -258,20 +243,18 @@ class RatioSum:
     largest: float
 
 
-def merge_gaps(ranks: Sequence[Mapping[str, GapSum]]) -> dict[str, float]:
+def merge_gaps(ranks: Sequence[Mapping[str, ValueSum]]) -> dict[str, float]:
     """Return the gap over all ranks, every token with the same weight: `logprob_gap/mean`, `logprob_gap/max`, and the
     mean for each turn and agent.
 
     Args:
-        ranks: The values of `logprobs.gap_sums` on each.
+        ranks: The values of `logprobs.batch_gaps` on each.
     """
-    by_name: defaultdict[str, list[GapSum]] = defaultdict(list)
+    by_name: defaultdict[str, list[ValueSum]] = defaultdict(list)
     for sums in ranks:
         for name, gap in sums.items():
             by_name[name].append(gap)
-    metrics = {
-        name: sum(gap.total for gap in gaps) / sum(gap.num_tokens for gap in gaps) for name, gaps in by_name.items()
-    }
+    metrics = {name: sum(gap.total for gap in gaps) / sum(gap.count for gap in gaps) for name, gaps in by_name.items()}
     if (overall := metrics.pop("logprob_gap", None)) is None:
         return {}
     largest = [gap.largest for gap in by_name["logprob_gap"]]
@@ -279,7 +262,7 @@ def merge_gaps(ranks: Sequence[Mapping[str, GapSum]]) -> dict[str, float]:
     return {"logprob_gap/mean": overall, "logprob_gap/max": highest, **metrics}
 
 
-def merge_ratios(ranks: Sequence[RatioSum | None]) -> dict[str, float]:
+def merge_ratios(ranks: Sequence[ValueSum | None]) -> dict[str, float]:
     """Return TRL's `sampling/importance_sampling_ratio/…` over the rollouts that are trained, on all ranks.
 
     Every token or sequence has the same weight. TRL takes means of ranks' means, and counts rows that are not trained.

@@ -26,28 +26,17 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from trl_gym.errors import FailureKind
 from trl_gym.rollouts.call_records import weight_versions
-from trl_gym.rollouts.collection import RolloutResult
+from trl_gym.rollouts.collection import Progress, RolloutResult
+from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.journal import Attempt, Line, journal_files, read_line, read_lines, step_of
 from trl_gym.rollouts.request import RolloutRequest, next_attempt, request_hash, task_hash
 from trl_gym.rollouts.rollout import Rollout, from_record
 
 logger = logging.getLogger(__name__)
-
-
-class Collector(Protocol):
-    """Turns requests into rollouts."""
-
-    def collect(
-        self, requests: Sequence[RolloutRequest], finish: Callable[[Any], Rollout], progress: Any = None
-    ) -> list[Rollout]:
-        """Return one rollout per request, in their order."""
-
-    def close(self) -> None:
-        """Give up what still runs. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +110,11 @@ def _key(request: RolloutRequest) -> _Key:
 
 
 def collect_missing(
-    collector: Collector,
+    collector: RecoveringCollector,
     requests: Sequence[RolloutRequest],
     recalled: Mapping[int, Rollout],
-    finish: Callable[[Any], Rollout],
-    progress: Any = None,
+    finish: Callable[[RolloutResult], Rollout],
+    progress: Progress | None = None,
 ) -> list[Rollout]:
     """Collect what was not recalled.
 
@@ -133,8 +122,7 @@ def collect_missing(
         collector: Collects.
         requests: `[B]`.
         recalled: Rollouts that need not be collected, by index of the request.
-        finish: See `Collector.collect`.
-        progress: Counts those that are collected.
+        finish, progress: See `RolloutCollector.submit`; of those that are collected.
 
     Returns:
         `[B]`, in the order of the requests.
@@ -172,7 +160,7 @@ again. May raise instead. Called on every rank, once per collection."""
 
 
 class RecoveringCollector:
-    """A `Collector` that continues after the loss of the policy server, as long as `recover` gets it back.
+    """Collects, and continues after the loss of the policy server, as long as `recover` gets it back.
 
     Args:
         collector: Collects.
@@ -185,7 +173,7 @@ class RecoveringCollector:
 
     def __init__(
         self,
-        collector: Collector,
+        collector: RolloutCollector[Rollout],
         recover: Recover,
         *,
         version: Callable[[], str],
@@ -197,7 +185,10 @@ class RecoveringCollector:
         self._version, self._before, self._after, self._cancel = version, before, after, cancel
 
     def collect(
-        self, requests: Sequence[RolloutRequest], finish: Callable[[Any], Rollout], progress: Any = None
+        self,
+        requests: Sequence[RolloutRequest],
+        finish: Callable[[RolloutResult], Rollout],
+        progress: Progress | None = None,
     ) -> list[Rollout]:
         """Return one rollout per request, in their order. `finish` has recorded the attempts that were lost, too.
         Without requests this only takes part in what all ranks agree on."""
@@ -211,7 +202,9 @@ class RecoveringCollector:
     def close(self) -> None:
         self._collector.close()
 
-    def _attempt(self, batch: _Batch, finish: Callable[[Any], Rollout], progress: Any) -> Exception | None:
+    def _attempt(
+        self, batch: _Batch, finish: Callable[[RolloutResult], Rollout], progress: Progress | None
+    ) -> Exception | None:
         """Collect what is missing. An error is returned, not raised: the other ranks have to hear of it first."""
         place = batch.places()
 

@@ -154,9 +154,10 @@ class LiveSource:
 
     def describe(self) -> dict[str, str]:
         """Return the rows of the model card about Gym, policy server and weight sync. Also after `close`."""
+        shares = self.policy_server.is_ours and self._args.gym_server_devices is None
         return {
             "NeMo Gym": f"{self.gym_servers.gym_version} (`{self._args.gym_mode}`)",
-            "Policy server": f"{_vllm_version()} (`{self._placement}`)",
+            "Policy server": f"{_vllm_version()} (`{'colocate' if shares else 'server'}`)",
             "Weight sync": f"`{self._weights.transport_name}`",
         }
 
@@ -169,11 +170,6 @@ class LiveSource:
                 self._journal.close()
         finally:
             self._servers.stop()
-
-    @property
-    def _placement(self) -> str:
-        shares = self.policy_server.is_ours and self._args.gym_server_devices is None
-        return "colocate" if shares else "server"
 
     @property
     def _version(self) -> str:
