@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeAlias
 
 import trl_gym
 from trl_gym.errors import TrlGymError
@@ -20,8 +19,6 @@ from trl_gym.errors import TrlGymError
 _CHECK_EVERY_S = 0.5
 _FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
 _KEY_HELP = "bearer token to demand on every route but /health; needed beyond loopback (default: $VLLM_API_KEY)"
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,19 +37,22 @@ def build_parser() -> argparse.ArgumentParser:
         description: str,
         add_arguments: Callable[[argparse.ArgumentParser], None],
         run: Callable[[argparse.Namespace], int],
-        usage: str | None = None,  # of a command that takes training options too
+        usage: str | None = None,
+        trains: bool = False,  # takes every training option too
     ) -> None:
-        told = None if usage is None else f"trl-gym {name} {usage} [any training option]"
+        usage = usage and f"trl-gym {name} {usage}{' [any training option]' if trains else ''}"
         command = commands.add_parser(
-            name, help=help_text, description=description, usage=told, allow_abbrev=usage is None
+            name, help=help_text, description=description, usage=usage, allow_abbrev=not trains
         )
         add_arguments(command)
-        command.set_defaults(run=run, takes_run_options=usage is not None, mode=name)
+        command.set_defaults(run=run, takes_run_options=trains, mode=name, parser=command)
 
     text = "train with GRPO; the same as `accelerate launch -m trl_gym.train`, in one process"
-    add("train", text, _TRAIN_DESCRIPTION, _add_train_options, _train, "--config YAML")
-    _add_serve(commands)
-    _add_gateway(commands)
+    add("train", text, _TRAIN_DESCRIPTION, _add_train_options, _train, "--config YAML", True)
+    text, usage = "serve a policy: vLLM's OpenAI server with token-exact prompts and weight updates", "MODEL [options]"
+    add("serve", text, _SERVE_DESCRIPTION, _add_serve, _serve, f"{usage} [any flag of `vllm serve`]")
+    text = "token-exact prompts in front of vLLM servers that somebody else started"
+    add("gateway", text, _GATEWAY_DESCRIPTION, _add_gateway, _gateway)
     text = "collect rollouts without training, from any OpenAI endpoint"
     add("rollout", text, rollout.DESCRIPTION, options.add_arguments, rollout.run)
     text = "mean@k and pass@k on named sets, from any OpenAI endpoint"
@@ -61,9 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("new-environment", text, new_environment.DESCRIPTION, new_environment.add_arguments, new_environment.run)
     add("view", "a run as one HTML file, from its journal", view.DESCRIPTION, view.add_arguments, view.run)
     text = "examine everything that a run needs, before the run; each failure with its remedy"
-    add("doctor", text, doctor.DESCRIPTION, doctor.add_arguments, doctor.run, "[--config YAML] [--json] [--quick]")
-    text, usage = "estimate the GPU memory of a run, for this machine or another one", "[--gpus N] [--gpu-memory GIB]"
-    add("plan", text, plan.DESCRIPTION, plan.add_arguments, plan.run, f"--config YAML {usage}")
+    usage = "[--config YAML] [--json] [--quick]"
+    add("doctor", text, doctor.DESCRIPTION, doctor.add_arguments, doctor.run, usage, True)
+    text = "estimate the GPU memory of a run, for this machine or another one"
+    usage = "--config YAML [--gpus N] [--gpu-memory GIB]"
+    add("plan", text, plan.DESCRIPTION, plan.add_arguments, plan.run, usage, True)
     return parser
 
 
@@ -114,20 +116,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 # -- serve ------------------------------------------------------------------------------------------------------------
 
 
-def _add_serve(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "serve",
-        help="serve a policy: vLLM's OpenAI server with token-exact prompts and weight updates",
-        usage="trl-gym serve MODEL [options] [any flag of `vllm serve`]",
-        description=(
-            "Serve a policy in the foreground. Prints `ready URL` once it answers; everything that vLLM says goes to "
-            "a log file. Ctrl-C ends it."
-        ),
-    )
+_SERVE_DESCRIPTION = (
+    "Serve a policy in the foreground. Prints `ready URL` once it answers; everything that vLLM says goes to a log "
+    "file. Ctrl-C ends it."
+)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model folder or name; comes first")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     _add_serve_options(parser)
-    parser.set_defaults(run=_serve, parser=parser, takes_run_options=False)
 
 
 def _add_serve_options(parser: argparse.ArgumentParser) -> None:
@@ -182,16 +180,14 @@ def _serve(options: argparse.Namespace) -> int:
 # -- gateway ----------------------------------------------------------------------------------------------------------
 
 
-def _add_gateway(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "gateway",
-        help="token-exact prompts in front of vLLM servers that somebody else started",
-        description=(
-            "Serve one URL for one or more vLLM OpenAI servers that hold the same model, and add to them what "
-            "`trl-gym serve` has: token-exact prompts and the tokens of every answer. Turns of a rollout stay on one "
-            "upstream; when it is lost, the others take over. Prints `ready URL` once it answers. Ctrl-C ends it."
-        ),
-    )
+_GATEWAY_DESCRIPTION = (
+    "Serve one URL for one or more vLLM OpenAI servers that hold the same model, and add to them what `trl-gym serve` "
+    "has: token-exact prompts and the tokens of every answer. Turns of a rollout stay on one upstream; when it is "
+    "lost, the others take over. Prints `ready URL` once it answers. Ctrl-C ends it."
+)
+
+
+def _add_gateway(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upstream",
         action="append",
@@ -203,8 +199,7 @@ def _add_gateway(commands: Commands) -> None:
     parser.add_argument("--port", type=int, default=8001, help="port, or 0 for a free one (default: %(default)s)")
     parser.add_argument("--api-key", help=_KEY_HELP)
     parser.add_argument(
-        "--upstream-api-key",
-        help="bearer token to send to the upstreams (default: $TRL_GYM_UPSTREAM_API_KEY)",
+        "--upstream-api-key", help="bearer token to send to the upstreams (default: $TRL_GYM_UPSTREAM_API_KEY)"
     )
     parser.add_argument(
         "--start-timeout",
@@ -219,7 +214,6 @@ def _add_gateway(commands: Commands) -> None:
         default="warning",
         help="what is logged to stderr; debug logs every request (default: %(default)s)",
     )
-    parser.set_defaults(run=_gateway, takes_run_options=False)
 
 
 def _gateway(options: argparse.Namespace) -> int:

@@ -1,18 +1,5 @@
 """Every error that trl-gym raises on purpose, named by the boundary that was crossed.
 
-    TrlGymError
-    ├── ConfigError                 an option, a file or a dataset is wrong; nothing was started
-    │   ├── UnsupportedVersionError     an installed package is outside the supported range
-    │   └── DatasetError                a row or a file of a Gym dataset cannot be used
-    ├── ServerError                 a server could not be started, died, or does not answer
-    │   ├── PolicyServerError           the vLLM server that serves the policy
-    │   │   └── PolicyServerLostError           it died or does not answer: it may come back
-    │   └── GymServerError              one of NeMo Gym's servers
-    ├── WeightSyncError             weights did not reach the policy server
-    │   └── WeightMismatchError         they arrived, and the server computes something else with them
-    ├── RolloutError                a batch of rollouts cannot be trained on
-    └── RankLostError               another training process has ended or hangs
-
 A single rollout that fails is not an exception for its siblings: it is a `RolloutFailure`, recorded in the journal,
 and leaves both the loss and the group baseline. `RolloutError` is for what concerns a whole batch.
 """
@@ -69,7 +56,7 @@ class TrlGymError(Exception):
 
 
 class ConfigError(TrlGymError, ValueError):
-    """An option or a file is wrong. The message lists every problem found, not only the first one."""
+    """An option or a file is wrong, and nothing was started. Lists every problem found, not only the first one."""
 
 
 class UnsupportedVersionError(ConfigError):
@@ -175,13 +162,4 @@ class RolloutFailure:
         )
 
     def as_json(self) -> dict[str, str | int | float | None]:
-        return {
-            "kind": str(self.kind),
-            "text": self.text,
-            "where": self.where,
-            "agent": self.agent,
-            "task_index": self.task_index,
-            "rollout_id": self.rollout_id,
-            "attempt": self.attempt,
-            "seconds": round(self.seconds, 4),
-        }
+        return dataclasses.asdict(self) | {"kind": str(self.kind), "seconds": round(self.seconds, 4)}

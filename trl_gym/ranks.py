@@ -16,10 +16,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from trl_gym import errors
-from trl_gym.errors import PolicyServerLostError, Problem, RankLostError, TrlGymError
+from trl_gym.errors import PolicyServerLostError, RankLostError, TrlGymError
 
 T = TypeVar("T")
 Gather = Callable[[list[Any]], list[Any]]
@@ -49,12 +49,12 @@ def agree(error: Exception | None, rank: int, gather: Gather, value: Any = None)
         Exception: `error` itself where there is one; elsewhere the first failing rank's, as the same kind of
             `TrlGymError` with its problem and remedy, and with the rank in its message.
     """
-    outcomes = gather([(None if error is None else _Failure.of(error, rank), value)])
+    outcomes = gather([(None if error is None else _as_told(error, rank), value)])
     if error is not None:
         raise error
     failed = [failure for failure, _ in outcomes if failure is not None]
     if failed:
-        raise failed[0].as_error()
+        raise failed[0]
     return [value for _, value in outcomes]
 
 
@@ -121,39 +121,18 @@ def agree_on_loss(
         Exception: On all ranks, when something else went wrong on one of them; see `agree`.
     """
     loss = error if isinstance(error, PolicyServerLostError) else None
-    told = None if loss is None else (loss.problem, loss.remedy, loss.problems)
+    told = None if loss is None else PolicyServerLostError(loss.problem, loss.remedy, loss.problems)
     others = agree(None if loss is not None else error, process.process_index, gather or _gather, told)
-    losses = [other for other in others if other is not None]
-    return PolicyServerLostError(*losses[0]) if loss is None and losses else loss
+    return loss or next(filter(None, others), None)
 
 
-class _Failure(NamedTuple):
-    """An error as it is told to other ranks: not itself, for it may hold what cannot be pickled.
-
-    Attributes:
-        rank: Where it was raised.
-        kind: The class under which the others raise it.
-        problem: See `TrlGymError`.
-        remedy: See `TrlGymError`.
-        problems: See `TrlGymError`.
-    """
-
-    rank: int
-    kind: type[TrlGymError]
-    problem: str
-    remedy: str = ""
-    problems: tuple[Problem, ...] = ()
-
-    @classmethod
-    def of(cls, error: Exception, rank: int) -> _Failure:
-        if not isinstance(error, TrlGymError):
-            return cls(rank, TrlGymError, ": ".join(filter(None, [type(error).__name__, str(error)])))
-        # Subclasses that are defined elsewhere take other arguments.
-        kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
-        return cls(rank, kind, error.problem, error.remedy, error.problems)
-
-    def as_error(self) -> TrlGymError:
-        return self.kind(f"rank {self.rank}: {self.problem}", self.remedy, self.problems)
+def _as_told(error: Exception, rank: int) -> TrlGymError:
+    """Return the error that the other ranks raise: texts only, for `error` may hold what cannot be pickled."""
+    if not isinstance(error, TrlGymError):
+        return TrlGymError(": ".join(filter(None, [f"rank {rank}", type(error).__name__, str(error)])))
+    # Subclasses that are defined elsewhere take other arguments.
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+    return kind(f"rank {rank}: {error.problem}", error.remedy, error.problems)
 
 
 def _gather(items: list[Any]) -> list[Any]:

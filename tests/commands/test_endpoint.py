@@ -6,8 +6,7 @@ import pytest
 
 from tests.commands.plain_endpoint import KEY, MODEL, plain_endpoint
 from tests.rollouts.recorded import request
-from trl_gym.commands.collect import without_tag
-from trl_gym.commands.endpoint import EndpointKind, look_at
+from trl_gym.commands.collect import EndpointKind, look_at, without_tag
 from trl_gym.errors import ConfigError, PolicyServerError
 
 

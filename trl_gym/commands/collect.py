@@ -13,20 +13,28 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trl_gym.commands.endpoint import Endpoint, EndpointKind, look_at
 from trl_gym.commands.options import CollectOptions, NamedFile
 from trl_gym.dataset import gym_row, load_gym_dataset
-from trl_gym.errors import ConfigError, RolloutError, RolloutFailure, ServerError
+from trl_gym.errors import (
+    ConfigError,
+    PolicyServerError,
+    PolicyServerLostError,
+    RolloutError,
+    RolloutFailure,
+    ServerError,
+)
 from trl_gym.gym.config import POLICY_MODEL, resolve_configs
 from trl_gym.gym.install import find_installation
 from trl_gym.gym.servers import GymServers
-from trl_gym.policy_server.client import server_urls
+from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, server_urls
+from trl_gym.policy_server.command import KEY_VARIABLE
 from trl_gym.progress import rollouts_text
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.call_records import ledger_for
@@ -180,6 +188,97 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} cannot be read ({error}).", "Choose another `--output-dir`, or remove this one."
         ) from error
+
+
+# -- the endpoint -----------------------------------------------------------------------------------------------------
+
+
+class EndpointKind(StrEnum):
+    """What an OpenAI endpoint can do for a rollout."""
+
+    OURS = "ours"
+    """`trl-gym serve`, `trl-gym gateway`: exact prompts, the tokens of every answer, records, cancellation."""
+
+    VLLM = "vllm"
+    """Stock vLLM: tokens, though NeMo Gym has to tokenize the prompts once more."""
+
+    PLAIN = "plain"
+    """Anything else: text only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An endpoint that has answered.
+
+    Attributes:
+        kind: What it can do.
+        weight_version: Version of the policy's weights; empty when the endpoint does not say.
+    """
+
+    kind: EndpointKind
+    weight_version: str = ""
+
+    @property
+    def note(self) -> str | None:
+        """What a user should know about the tokens that will be recorded."""
+        if self.kind is EndpointKind.OURS:
+            return None
+        remedy = "`trl-gym gateway --upstream URL` in front of a vLLM server gives exact ones."
+        if self.kind is EndpointKind.VLLM:
+            return f"token ids are recorded, with prompts that NeMo Gym tokenizes itself: rollouts may drift. {remedy}"
+        return f"the endpoint gives no token ids; rollouts are recorded without. {remedy}"
+
+
+def look_at(base_url: str, model: str, api_key: str | None) -> Endpoint:
+    """Find out what answers.
+
+    Args:
+        base_url: OpenAI base URL, with or without `/v1`.
+        model: Name of the model.
+        api_key: Bearer token.
+
+    Raises:
+        PolicyServerError: Nothing answers.
+        ConfigError: The endpoint wants another key, or does not serve the model.
+    """
+    client = PolicyClient(base_url, api_key=api_key, timeout_s=30.0)
+    try:
+        _check_model(client, model)
+        try:
+            client.rollout_records([], forget=False)
+        except PolicyResponseError:
+            return Endpoint(EndpointKind.VLLM if _tokenizes(client) else EndpointKind.PLAIN)
+        return Endpoint(EndpointKind.OURS, str(client.info().get("weight_version") or ""))
+    finally:
+        client.close()
+
+
+def _check_model(client: PolicyClient, model: str) -> None:
+    try:
+        served = [entry["id"] for entry in client.models()]
+    except PolicyResponseError as error:
+        if error.status in (401, 403):
+            raise ConfigError(
+                f"{client.base_url} wants another key ({error.problem}).", f"Set `--api-key`, or {KEY_VARIABLE}."
+            ) from error
+        if error.status == 404:  # an endpoint need not list its models
+            return
+        raise
+    if model not in served:
+        raise ConfigError(
+            f"`--model` is {model!r} and {client.base_url} serves {', '.join(map(repr, served)) or 'nothing'}.",
+            "Set `--model` to a name that is served.",
+        )
+
+
+def _tokenizes(client: PolicyClient) -> bool:
+    """Whether it has vLLM's `/tokenize`."""
+    try:
+        return bool(client.render([{"role": "user", "content": "a"}]))
+    except PolicyServerLostError:
+        raise
+    except (PolicyServerError, KeyError, TypeError):  # an error, or something else than tokens
+        return False
 
 
 # -- collecting -------------------------------------------------------------------------------------------------------

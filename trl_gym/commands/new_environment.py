@@ -58,13 +58,8 @@ class NewEnvironment:
     @property
     def commands(self) -> str:
         """Commands to run next, in order, ready for a shell."""
-        test, data, config, tasks, rows = (
-            shlex.quote(str(self.folder / file))
-            for file in (
-                *(f"test_{self.name}.py", "generate_data.py", "train.yaml"),
-                *("data", "data/validation.jsonl"),
-            )
-        )
+        files = (f"test_{self.name}.py", "generate_data.py", "train.yaml", "data", "data/validation.jsonl")
+        test, data, config, tasks, rows = (shlex.quote(str(self.folder / file)) for file in files)
         return f"""\
 # test it
 {shlex.quote(self.gym_python)} {test}

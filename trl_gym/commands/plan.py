@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_gym.errors import ConfigError, Problem
+
 if TYPE_CHECKING:
     from trl import ModelConfig
 
@@ -28,10 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="YAML", help="options of the run; options given here win over it")
     parser.add_argument("--gpus", type=int, metavar="N", help="training processes, one per GPU (default: 1)")
     parser.add_argument(
-        "--gpu-memory",
-        type=float,
-        metavar="GIB",
-        help="memory of one GPU in GiB (default: that of this machine's)",
+        "--gpu-memory", type=float, metavar="GIB", help="memory of one GPU in GiB (default: that of this machine's)"
     )
     parser.add_argument(
         "--accelerate-config",
@@ -48,7 +47,6 @@ def run(options: argparse.Namespace) -> int:
     """
     from trl import get_peft_config
 
-    from trl_gym.errors import ConfigError, Problem
     from trl_gym.memory.plan import try_estimate
     from trl_gym.train import load_as_told
 
@@ -71,7 +69,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _device(gib: float | None) -> DeviceMemory:
-    from trl_gym.errors import ConfigError
     from trl_gym.memory.plan import GIB, DeviceMemory, this_device
 
     device = this_device() if gib is None else DeviceMemory(total_bytes=int(gib * GIB))
@@ -83,7 +80,6 @@ def _device(gib: float | None) -> DeviceMemory:
 def _parse(argv: Sequence[str], gpus: int) -> tuple[GymGRPOConfig, ModelConfig]:
     """Parse training options as a machine with so many GPUs would."""
     from trl_gym.config import GymGRPOConfig
-    from trl_gym.errors import ConfigError
     from trl_gym.train import parse_options
 
     @dataclass
@@ -117,8 +113,6 @@ def _sharding(path: str | None) -> tuple[dict[str, str], int]:
     if path is None:
         return {}, 1
     import yaml
-
-    from trl_gym.errors import ConfigError
 
     try:
         config: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -199,7 +199,6 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 # -- leftovers: named, never removed ---------------------------------------------------------------------------------
 
 _SERVER = re.compile(r"-m trl_gym\.policy_server .*--listen-fd|trl_gym/gym/host\.py ")
-_ENGINE = re.compile(r"^VLLM::")
 _SUPERVISOR = "trl_gym/supervisor.py"
 _INIT = 1  # adopts processes whose parent has ended
 _ADAPTERS = re.compile(r"trl-gym-adapters-(\d+)-")
@@ -234,10 +233,10 @@ def leftovers(context: Context) -> Iterator[Finding]:
         yield ok("none")
 
 
-def processes(root: Path = Path("/proc")) -> dict[int, Process]:
+def processes() -> dict[int, Process]:
     """Return the processes of this user, by pid."""
     table = {}
-    for entry in root.iterdir():
+    for entry in Path("/proc").iterdir():
         # Processes end while they are looked at.
         with contextlib.suppress(OSError, ValueError, IndexError):
             if entry.name.isdigit() and entry.stat().st_uid == os.getuid():
@@ -253,7 +252,7 @@ def orphans(table: Mapping[int, Process]) -> list[Process]:
     return [
         process
         for process in table.values()
-        if (_ENGINE.search(process.command) and process.parent == _INIT)
+        if (process.command.startswith("VLLM::") and process.parent == _INIT)
         or (
             _SERVER.search(process.command)
             and _SUPERVISOR not in process.command
