@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -166,8 +167,10 @@ class PreparedSource:
         self._failed = failed
         self.folder = folder
         self.requests: list[RolloutRequest] = []
+        self.optimizer: Any = None
 
     def collect(self, requests: Sequence[RolloutRequest], batch: BatchInfo) -> Collected:
+        assert batch.mode != "train" or isinstance(self.optimizer, AcceleratedOptimizer)
         self.requests += requests
         return Collected(rollouts=[rollout_of(request, self._failed) for request in requests])
 
@@ -187,7 +190,8 @@ class PreparedSource:
 
     def connect(self, accelerator: Any, model: Any, hooks: Any) -> None: ...
 
-    def take_optimizer(self, optimizer: Any) -> None: ...
+    def take_optimizer(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
 
     def resumed(self) -> None: ...
 

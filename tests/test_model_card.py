@@ -13,7 +13,7 @@ import pytest
 from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.recorded import request, rollout, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, __version__, load_gym_dataset
-from trl_gym.model_card import describe, environments_of, settings_of, with_section
+from trl_gym.model_card import add_section, describe, environments_of, settings_of
 from trl_gym.run.live import LiveSource
 
 HISTORY = [
@@ -44,9 +44,14 @@ def test_a_run_that_logged_nothing_says_so() -> None:
     assert environments_of([]) == []
 
 
-def test_the_section_stands_before_trls_versions_or_at_the_end() -> None:
-    assert with_section("# a\n\n### Framework versions\n\n- x", "S\n\n") == "# a\n\nS\n\n### Framework versions\n\n- x"
-    assert with_section("# a\n", "S\n\n") == "# a\n\nS\n\n"
+def test_the_section_stands_before_trls_versions_or_at_the_end(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("# a\n\n### Framework versions\n\n- x")
+    add_section(card, "S\n\n")
+    assert card.read_text() == "# a\n\nS\n\n### Framework versions\n\n- x"
+    card.write_text("# a\n")
+    add_section(card, "S\n\n")
+    assert card.read_text() == "# a\n\nS\n\n"
 
 
 def test_a_live_run_names_gym_policy_server_and_transport(tmp_path: Path) -> None:

@@ -41,10 +41,12 @@ def describe(settings: Mapping[str, str], history: Sequence[Mapping[str, Any]]) 
     return "\n".join([*lines, "", ""])
 
 
-def with_section(card: str, section: str) -> str:
-    """Return the card with the section in front of TRL's versions, or at the end of a card that has none."""
+def add_section(path: Path, section: str) -> None:
+    """Put the section into a card of TRL: in front of the versions, or at the end of a card that has none."""
+    card = path.read_text(encoding="utf-8")
     before, heading, after = card.partition(_BEFORE)
-    return f"{before}{section}{heading}{after}" if heading else f"{card.rstrip()}\n\n{section}"
+    card = f"{before}{section}{heading}{after}" if heading else f"{card.rstrip()}\n\n{section}"
+    path.write_text(card, encoding="utf-8")
 
 
 def environments_of(history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -83,11 +85,6 @@ def settings_of(args: GymGRPOConfig, *, num_steps: int, source: Mapping[str, str
         **source,
         "trl-gym": trl_gym.__version__,
     }
-
-
-def add_section(path: Path, section: str) -> None:
-    """Put the section into a card that TRL has written."""
-    path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")
 
 
 def _cell(text: str) -> str:
