@@ -32,11 +32,10 @@ class OptimizerOffload:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self._optimizer = _unwrapped(optimizer)
+        self._optimizer = _torch_optimizer(optimizer)
         self._device = device
         self._buffers: list[torch.Tensor] = []
         self._away: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
-        _refuse_foreign(self._optimizer)
         self._optimizer.register_step_pre_hook(lambda *_: self.restore())
         self._optimizer.register_state_dict_pre_hook(lambda *_: self.restore())
 
@@ -145,13 +144,12 @@ def release_cached() -> None:
         torch.cuda.empty_cache()
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer without accelerate's wrapper; refuse one whose state cannot be moved."""
     from accelerate.optimizer import AcceleratedOptimizer
 
-    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-
-
-def _refuse_foreign(optimizer: Any) -> None:
+    if isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__module__.startswith("deepspeed"):
         raise ConfigError(
             f"`gym_offload_optimizer` works with optimizers of torch, and {type(optimizer).__name__} is none.",
@@ -162,6 +160,7 @@ def _refuse_foreign(optimizer: Any) -> None:
             f"`gym_offload_optimizer`: {type(optimizer).__name__} moves its state to the host by itself.",
             "Leave it out.",
         )
+    return optimizer
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -161,7 +161,8 @@ class _Adapters:
             if here in self.layers and part != "base_layer":
                 return None
             if here in self._copies:
-                active = _active_copy(self._copies[here])
+                copy = self._copies[here]
+                active = next((name for name in copy.active_adapters if name in copy.modules_to_save), None)
                 if part == "modules_to_save" and path[index + 1] == active:
                     index += 2
                     continue
@@ -207,6 +208,8 @@ class _Adapters:
         return found
 
     def _add_lora(self, found: Any, slots: dict[str, Slot], path: str, layer: Any, adapters: list[str]) -> None:
+        from peft.tuners import lora
+
         weight = f"{path}.base_layer.weight"
         if weight not in slots or slots[weight].aliases:
             raise ConfigError(
@@ -214,13 +217,14 @@ class _Adapters:
                 "Merged, it would change both, which is not what is trained.",
                 "Leave it out of `target_modules`, or use a model with `tie_word_embeddings` false.",
             )
-        a, b = ("lora_embedding_A.{}", "lora_embedding_B.{}") if _is_embedding(layer) else (
-            "lora_A.{}.weight", "lora_B.{}.weight"
-        )  # fmt: skip
+        is_embedding = isinstance(layer, lora.Embedding)
+        a, b = "lora_A.{}.weight", "lora_B.{}.weight"
+        if is_embedding:
+            a, b = "lora_embedding_A.{}", "lora_embedding_B.{}"
         matrices = [slots[f"{path}.{form.format(name)}"] for name in adapters for form in (a, b)]
         scalings = tuple(layer.scaling[name] for name in adapters)
-        transposed = _is_embedding(layer) or layer.fan_in_fan_out
-        found[weight] = (tuple(matrices), functools.partial(_lora_weight, scalings, transposed, _is_embedding(layer)))
+        transposed = is_embedding or layer.fan_in_fan_out
+        found[weight] = (tuple(matrices), functools.partial(_lora_weight, scalings, transposed, is_embedding))
         biased = [name for name in adapters if layer.lora_bias.get(name)]
         if biased:
             biases = tuple(slots[f"{path}.lora_B.{name}.bias"] for name in biased)
@@ -291,16 +295,6 @@ def _is_plain_lora(layer: Any) -> bool:
 
     plain = type(layer) in (lora.Linear, lora.Embedding)
     return plain and not any(name in layer.lora_variant for name in layer.active_adapters)
-
-
-def _is_embedding(layer: Any) -> bool:
-    from peft.tuners import lora
-
-    return isinstance(layer, lora.Embedding)
-
-
-def _active_copy(wrapper: Any) -> str | None:
-    return next((name for name in wrapper.active_adapters if name in wrapper.modules_to_save), None)
 
 
 def _check_untied(dropped: Slot, adapters: _Adapters) -> None:
