@@ -52,7 +52,7 @@ def load_gym_dataset(
     if not files:
         raise DatasetError("No Gym dataset was given.", "Name at least one JSONL file.")
     problems: list[Problem] = []
-    records = [record for file in files for record in read_records(file, agent, limit, problems)]
+    records = [record for file in files for _, record in read_records(file, agent, limit, problems)]
     for index, record in enumerate(records):
         record["task_index"] = index
     if problems:
@@ -125,8 +125,8 @@ def gym_row(example: dict[str, Any]) -> dict[str, Any]:
 
 def read_records(
     file: Path, agent: str | None, limit: int | None, problems: list[Problem]
-) -> Iterable[dict[str, Any]]:
-    """Yield the rows of one Gym JSONL file, without wrong ones.
+) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Yield the rows of one Gym JSONL file with the numbers of their lines, without wrong ones.
 
     Args:
         file: The file.
@@ -157,7 +157,7 @@ def read_records(
         if named is None and agent is not None:
             row["agent_ref"] = {"type": "responses_api_agents", "name": agent}
             line = json.dumps(row, ensure_ascii=False)
-        yield {"prompt": prompt_messages(row), "agent": named or agent, ROW_COLUMN: line}
+        yield number, {"prompt": prompt_messages(row), "agent": named or agent, ROW_COLUMN: line}
 
 
 def _parse(line: str) -> tuple[str, dict[str, Any] | None]:

@@ -61,14 +61,8 @@ def agree(error: Exception | None, rank: int, gather: Gather, value: Any = None)
 @contextlib.contextmanager
 def agreed(process: Process, gather: Gather | None = None) -> Iterator[None]:
     """Raise on every rank what the body raises on one. Every rank enters it in step; the body takes part in no
-    collective that other ranks might not reach.
-
-    Args:
-        process: This process.
-        gather: Collective; accelerate's unless given.
-
-    Raises:
-        Exception: See `agree`.
+    collective that other ranks might not reach. Raises as `agree` does; `gather` is accelerate's unless given, here as
+    below.
     """
     error = None
     try:
@@ -88,9 +82,7 @@ def on_main(process: Process, work: Callable[[], T], gather: Gather | None = Non
     """Call `work` on rank 0, and return what it returns on every rank. Every rank calls it in step.
 
     Args:
-        process: This process.
         work: Called on rank 0 only; its result can be pickled.
-        gather: Collective; accelerate's unless given.
 
     Raises:
         Exception: See `agree`.
@@ -110,9 +102,7 @@ def agree_on_loss(
     """Tell every rank whether this one has lost the policy server. Every rank calls it in step.
 
     Args:
-        process: This process.
         error: What ended this rank's rollouts; None when nothing did.
-        gather: Collective; accelerate's unless given.
 
     Returns:
         This rank's loss, or another's; None when no rank has lost it.

@@ -24,7 +24,7 @@ Message = dict[str, Any]
 
 _MAX_REPORTED = 10  # wrong lines of a file
 _MAX_RENDERED = 2000  # prompts whose length is measured
-_FILE = "doctor_file"  # column with the file of a row
+_FILE, _LINE = "doctor_file", "doctor_line"  # columns that say where a row is from
 
 
 # -- datasets ---------------------------------------------------------------------------------------------------------
@@ -58,7 +58,8 @@ def rows(context: Context) -> Iterator[Finding]:
         )
     for file in dict.fromkeys([*script.train_files, *script.eval_files]):
         problems: list[Problem] = []
-        found = [record | {_FILE: file} for record in read_records(Path(file), script.agent, None, problems)]
+        lines = read_records(Path(file), script.agent, None, problems)
+        found = [record | {_FILE: file, _LINE: number} for number, record in lines]
         context.train_rows += found
         name = shown(context, file)
         for problem in problems[:_MAX_REPORTED]:
@@ -108,7 +109,7 @@ def agents(context: Context) -> Iterator[Finding]:
 
 def _unknown_agent(name: str | None, records: list[dict[str, Any]], known: tuple[str, ...]) -> Finding:
     more = f" and {len(records) - 1} more" if len(records) > 1 else ""
-    where = f"{records[0][_FILE]}, line {_line_of(records[0])}{more}"
+    where = f"{records[0][_FILE]}, line {records[0][_LINE]}{more}"
     if name is None:
         return failed(
             f"{where}: the row names no agent and there are {', '.join(known)}",
@@ -121,23 +122,6 @@ def _choose(name: str, known: tuple[str, ...]) -> str:
     closest = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {closest[0]}? " if closest else ""
     return f"{hint}There is {', '.join(known)}; add the config of another one to `gym_config_paths`."
-
-
-def _line_of(record: dict[str, Any]) -> int:
-    """Find the line of a row; one whose agent was filled in is found by its request."""
-    lines = Path(record[_FILE]).read_text(encoding="utf-8").split("\n")
-    if record[ROW_COLUMN] in lines:
-        return lines.index(record[ROW_COLUMN]) + 1
-    request = _request(record[ROW_COLUMN])
-    return next(number for number, line in enumerate(lines, start=1) if _request(line) == request)
-
-
-def _request(line: str) -> Any:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:  # told by `dataset rows`
-        return None
-    return row.get("responses_create_params") if isinstance(row, dict) else None
 
 
 # -- model ------------------------------------------------------------------------------------------------------------
