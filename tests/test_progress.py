@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from trl_gym.progress import BarProgress, LineProgress, PhaseClock, rollouts_text
-from trl_gym.rollouts.collection import CollectionStatus
+from trl_gym.rollouts.attempts import CollectionStatus
 
 METRICS = {"reward": 0.5, "success": 0.25, "seconds/rollouts": 3.1, "seconds/weight_sync": 0.06, "loss": 1.0}
 

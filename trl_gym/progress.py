@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from trl_gym.rollouts.collection import CollectionStatus
+    from trl_gym.rollouts.attempts import CollectionStatus
 
 _LINE_EVERY_S = 30.0  # between two lines about one batch of rollouts
 _DRAW_EVERY_S = 0.25  # between two drawings in a notebook of what changes often; steps are always drawn

@@ -46,6 +46,7 @@ from trl_gym.resume import (
     save_state,
 )
 from trl_gym.rollout_options import Sampling
+from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.batch import (
     checked_rewards,
     describe_drift,
@@ -53,7 +54,6 @@ from trl_gym.rollouts.batch import (
     training_rows,
     weighted,
 )
-from trl_gym.rollouts.collection import CollectionStatus
 from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
 from trl_gym.rollouts.request import RolloutRequest, stamp
 from trl_gym.rollouts.rollout import Rollout, conversation

@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 
 from trl_gym.errors import ConfigError, FailureKind
 from trl_gym.rollout_options import RolloutOptions
-from trl_gym.rollouts.admission import (
-    BACKOFF_S,
-    MAX_BACKOFF_S,
-    Admission,
-    Budget,
-    Budgets,
-    backoff_s,
-    budgets_from_options,
-)
+from trl_gym.rollouts.admission import Admission, Budget, Budgets, budgets_from_options
+from trl_gym.rollouts.attempts import BACKOFF_S, MAX_BACKOFF_S, backoff_s
 
 
 def budgets(max_inflight: int, **options: Any) -> Budgets:

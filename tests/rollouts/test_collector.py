@@ -13,7 +13,7 @@ from tests.conftest import until
 from tests.rollouts.fake_agent import Ledger, collect, make, requests
 from trl_gym.errors import FailureKind, PolicyServerError, ServerError
 from trl_gym.gym.servers import AgentInfo
-from trl_gym.rollouts.collection import CollectionStatus
+from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.collector import RolloutResult
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.rollouts.recorded import request, rollout
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerLostError, RolloutFailure
-from trl_gym.rollouts.collection import RolloutResult
+from trl_gym.rollouts.attempts import RolloutResult
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.reuse import RecoveringCollector
 from trl_gym.rollouts.rollout import Rollout

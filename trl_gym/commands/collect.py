@@ -37,9 +37,9 @@ from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, serv
 from trl_gym.policy_server.command import KEY_VARIABLE
 from trl_gym.progress import rollouts_text
 from trl_gym.rollouts.admission import budgets_from_options
+from trl_gym.rollouts.attempts import CollectionStatus
+from trl_gym.rollouts.attempts import Progress as CollectionProgress
 from trl_gym.rollouts.call_records import ledger_for
-from trl_gym.rollouts.collection import CollectionStatus
-from trl_gym.rollouts.collection import Progress as CollectionProgress
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.journal import Attempt, Journal, LineState, journal_files, line_states, read_journal, secrets_in
 from trl_gym.rollouts.request import RolloutRequest, stamp, task_hash

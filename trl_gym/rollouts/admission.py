@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import difflib
-import random
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
@@ -19,10 +18,6 @@ from typing import Any
 
 from trl_gym.errors import ConfigError, FailureKind
 from trl_gym.rollout_options import RolloutOptions, by_kind
-
-BACKOFF_S = 0.5  # before the second attempt, on average three quarters of it
-MAX_BACKOFF_S = 30.0
-
 
 # -- budgets: seconds, places, starts per second and further attempts of each environment -----------------------------
 
@@ -110,21 +105,6 @@ def _own_budget(changes: Mapping[str, Any], default: Budget) -> Budget:
 
 def _by_kind(retries: Mapping[str, int]) -> dict[FailureKind, int]:
     return {FailureKind(kind): number for kind, number in retries.items()}
-
-
-def backoff_s(num_failed: int, rng: random.Random) -> float:
-    """Return the seconds to wait before the next attempt: doubling, capped, and spread, so that rollouts which failed
-    together do not come back together.
-
-    Args:
-        num_failed: Attempts that have failed so far, at least 1.
-        rng: A generator of its own: training draws from the global one.
-
-    Returns:
-        Between half and all of `min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (num_failed - 1))`.
-    """
-    longest = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(num_failed - 1, 16))
-    return longest * rng.uniform(0.5, 1.0)
 
 
 # -- places -----------------------------------------------------------------------------------------------------------

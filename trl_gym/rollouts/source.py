@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutError, RolloutFailure
 from trl_gym.policy_server.middleware.calls import CallRecord
+from trl_gym.rollouts.attempts import CollectionStatus, RolloutResult
 from trl_gym.rollouts.call_records import match_records
-from trl_gym.rollouts.collection import CollectionStatus, RolloutResult
 from trl_gym.rollouts.journal import Attempt, Journal, Line, LineState, line_states, read_line, read_lines
 from trl_gym.rollouts.request import RolloutRequest, task_hash
 from trl_gym.rollouts.rollout import Rollout, from_record, journal_record

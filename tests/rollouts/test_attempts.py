@@ -15,8 +15,8 @@ from tests.rollouts.fake_agent import Ledger, collect, make, requests
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, PolicyServerLostError, RolloutFailure
 from trl_gym.gym.discovery import ServerProbe
 from trl_gym.gym.servers import AgentInfo, ServerInstance
+from trl_gym.rollouts.attempts import CollectionStatus, Outstanding, Phase, Tally, describe_stall, waits_for
 from trl_gym.rollouts.call_records import CallState
-from trl_gym.rollouts.collection import CollectionStatus, Outstanding, Phase, Tally, describe_stall, waits_for
 from trl_gym.rollouts.collector import RolloutResult
 
 # -- attempts ---------------------------------------------------------------------------------------------------------

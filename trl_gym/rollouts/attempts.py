@@ -30,12 +30,14 @@ from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, Polic
 from trl_gym.gym.client import GymAnswer, run_rollout
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.policy_server.middleware.calls import CallRecord
-from trl_gym.rollouts.admission import Admission, Budgets, backoff_s
+from trl_gym.rollouts.admission import Admission, Budgets
 from trl_gym.rollouts.call_records import CallState, Ledger
 from trl_gym.rollouts.request import RolloutRequest, next_attempt
 
 logger = logging.getLogger(__name__)
 
+BACKOFF_S = 0.5  # before the second attempt, on average three quarters of it
+MAX_BACKOFF_S = 30.0
 _LOOK_EVERY_S = 1.0
 _HURRIED_LOOK_S = 0.1  # while a rollout waits to hear whether its servers are gone
 _PATIENCE = 3  # looks in a row before a server counts as gone
@@ -519,3 +521,18 @@ class Tally:
             num_total=self.num_total,
             slowest=None if oldest is None else (oldest.agent, now - oldest.since),
         )
+
+
+def backoff_s(num_failed: int, rng: random.Random) -> float:
+    """Return the seconds to wait before the next attempt: doubling, capped, and spread, so that rollouts which failed
+    together do not come back together.
+
+    Args:
+        num_failed: Attempts that have failed so far, at least 1.
+        rng: A generator of its own: training draws from the global one.
+
+    Returns:
+        Between half and all of `min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (num_failed - 1))`.
+    """
+    longest = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(num_failed - 1, 16))
+    return longest * rng.uniform(0.5, 1.0)
