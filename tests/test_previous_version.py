@@ -17,8 +17,8 @@ from trl import ModelConfig, TrlParser
 
 from trl_gym.cli import main, parse_args
 from trl_gym.commands.collect import all_jobs, claim, done, load_tasks, missing
-from trl_gym.commands.options import CollectOptions, NamedFile
-from trl_gym.commands.options import parse as parse_options
+from trl_gym.commands.rollout_flags import CollectOptions, NamedFile
+from trl_gym.commands.rollout_flags import parse as parse_options
 from trl_gym.commands.summary import outcomes, summarize
 from trl_gym.config import GymGRPOConfig
 from trl_gym.resume import last_complete_checkpoint, load_state

@@ -23,7 +23,7 @@ _KEY_HELP = "bearer token to demand on every route but /health; needed beyond lo
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the whole command line."""
-    from trl_gym.commands import doctor, new_environment, options, plan, rollout, view
+    from trl_gym.commands import doctor, new_environment, plan, rollout, rollout_flags, view
 
     parser = argparse.ArgumentParser(
         prog="trl-gym", description="Train language models with TRL's GRPO on NVIDIA NeMo Gym environments."
@@ -54,9 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     text = "token-exact prompts in front of vLLM servers that somebody else started"
     add("gateway", text, _GATEWAY_DESCRIPTION, _add_gateway, _gateway)
     text = "collect rollouts without training, from any OpenAI endpoint"
-    add("rollout", text, rollout.DESCRIPTION, options.add_arguments, rollout.run)
+    add("rollout", text, rollout.DESCRIPTION, rollout_flags.add_arguments, rollout.run)
     text = "mean@k and pass@k on named sets, from any OpenAI endpoint"
-    add("eval", text, rollout.EVAL_DESCRIPTION, options.add_arguments, rollout.run)
+    add("eval", text, rollout.EVAL_DESCRIPTION, rollout_flags.add_arguments, rollout.run)
     text = "make a NeMo Gym environment to start from: tools, state, verifier, data, tests"
     add("new-environment", text, new_environment.DESCRIPTION, new_environment.add_arguments, new_environment.run)
     add("view", "a run as one HTML file, from its journal", view.DESCRIPTION, view.add_arguments, view.run)
@@ -78,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Returns:
         The options, with `run_options`: those that are left to TRL's parser (`train`, `doctor`), as it spells them.
     """
-    from trl_gym.commands.options import OLD_FLAGS
+    from trl_gym.commands.rollout_flags import OLD_FLAGS
 
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] != ["serve"]:  # whose flags are vLLM's, which takes both spellings

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from trl_gym.commands.collect import collect, counted, shown_progress, speaker
-from trl_gym.commands.options import CollectOptions, NamedFile
+from trl_gym.commands.rollout_flags import CollectOptions, NamedFile
 from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.responses import input_items, output_items, read_item

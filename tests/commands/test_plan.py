@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.commands.test_options import options
 from trl_gym.commands.collect import Task, all_jobs, claim, done, load_tasks, missing
-from trl_gym.commands.options import NamedFile
+from trl_gym.commands.rollout_flags import NamedFile
 from trl_gym.errors import ConfigError
 from trl_gym.rollout_options import RolloutOptions, Sampling
 

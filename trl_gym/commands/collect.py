@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trl_gym.commands.options import CollectOptions, NamedFile
+from trl_gym.commands.rollout_flags import CollectOptions, NamedFile
 from trl_gym.dataset import gym_row, load_gym_dataset
 from trl_gym.errors import (
     ConfigError,

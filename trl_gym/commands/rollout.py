@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from trl_gym.commands.collect import run_collection, write_json
-    from trl_gym.commands.options import parse
+    from trl_gym.commands.rollout_flags import parse
     from trl_gym.commands.summary import as_json, evaluate, outcomes, show_summary, show_table, summarize, table
     from trl_gym.rollouts.journal import read_journal
 

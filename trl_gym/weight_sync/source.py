@@ -1,7 +1,7 @@
 """The trainer's weights as a stream of (name, tensor): which are sent, under which names, in which shape and dtype.
 
 Names and shapes are those of the model's checkpoint, by which vLLM loads it. The dtype is `WeightSource(dtype=)`: a
-run sets it to the precision of the policy server (`SyncOptions.dtype`); integers keep their own. Every rank must walk
+run takes `GymGRPOConfig.serving_dtype` (`run/weights.py`); integers keep their own. Every rank must walk
 a stream to its end: putting a sharded parameter together is a collective.
 
 transformers 5 may hold a model in another form than its checkpoint: the experts of a mixture as one fused parameter, a

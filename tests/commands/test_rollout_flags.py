@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trl_gym.cli import main, parse_args
-from trl_gym.commands.options import CollectOptions, NamedFile, named_file, parse
+from trl_gym.commands.rollout_flags import CollectOptions, NamedFile, named_file, parse
 from trl_gym.errors import ConfigError
 from trl_gym.rollout_options import RolloutOptions, Sampling
 
