@@ -154,7 +154,7 @@ def test_other_ways_to_sample_get_the_newest(
     whole = client.chat(**greedy)
     assert (whole["model"], whole["weight_version"]) == ("policy", "0")
     assert sampling_gap(models[0], whole) < 1e-3
-    response = client._session.post(f"{client.base_url}/chat/completions", json={**greedy, "stream": True})
+    response = client._sessions[0].post(f"{client.base_url}/chat/completions", json={**greedy, "stream": True})
     events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
     assert {event["model"] for event in events} == {"policy"}
     entries = [
