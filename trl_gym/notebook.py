@@ -42,15 +42,10 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HtmlView:
-    """A notebook displays it as the last value of a cell.
+    """A notebook displays it as the last value of a cell."""
 
-    Attributes:
-        document: A fragment of HTML without scripts.
-        text: The same for a terminal.
-    """
-
-    document: str
-    text: str
+    document: str  # a fragment of HTML without scripts
+    text: str  # the same for a terminal
 
     def _repr_html_(self) -> str:
         return self.document

@@ -21,21 +21,13 @@ _TOKENS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs", "
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One item in the words of its author.
+    """One item in the words of its author."""
 
-    Attributes:
-        role: `"system"`, `"user"`, `"assistant"`, `"tool"`, or what the item says.
-        kind: `"message"`, `"reasoning"`, `"call"` of a tool, its `"result"`, or `"other"`.
-        text: Its text; the arguments of a call as the policy wrote them; JSON for another kind of item.
-        name: Name of the called tool; the item's type for another kind of item.
-        id: Tells which result is of which call.
-    """
-
-    role: str
-    kind: str
-    text: str
-    name: str = ""
-    id: str = ""
+    role: str  # `"system"`, `"user"`, `"assistant"`, `"tool"`, or what the item says
+    kind: str  # `"message"`, `"reasoning"`, `"call"` of a tool, its `"result"`, or `"other"`
+    text: str  # its text; the arguments of a call as the policy wrote them; JSON for another kind of item
+    name: str = ""  # name of the called tool; the item's type for another kind of item
+    id: str = ""  # tells which result is of which call
 
 
 def read_item(item: Item) -> Said:

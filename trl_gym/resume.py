@@ -44,18 +44,12 @@ _INCOMPLETE = "checkpoint-is-incomplete.txt"  # stands in the folder while trans
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a checkpoint needs beside what transformers writes.
+    """What a checkpoint needs beside what transformers writes."""
 
-    Attributes:
-        run: Id of the run; the same after it was resumed.
-        num_micro_steps: Micro-steps done.
-        num_ranks: Ranks of the run.
-        buffered: The rest of the generation batch: one entry per micro-step; None between two batches.
-    """
-
-    run: str
-    num_micro_steps: int
-    num_ranks: int
+    run: str  # id of the run; the same after it was resumed
+    num_micro_steps: int  # micro-steps done
+    num_ranks: int  # ranks of the run
+    # The rest of the generation batch: one entry per micro-step; None between two batches.
     buffered: list[dict[str, Any]] | None
 
 

@@ -297,7 +297,9 @@ def test_a_bundle_on_only_some_messages_is_continued_from_the_newest(served: Ser
 
 def test_an_untagged_request_is_the_stock_answer_and_the_bundle(served: Served) -> None:
     body = {"messages": [USER], "temperature": 0.0, "max_tokens": 12}
-    response = served.client._sessions[0].post(f"{served.client.base_url}/chat/completions", json={**body, "stream": True})
+    response = served.client._sessions[0].post(
+        f"{served.client.base_url}/chat/completions", json={**body, "stream": True}
+    )
     assert response.headers["content-type"].startswith("text/event-stream")
     assert "token_ids" not in response.text or '"token_ids":null' in response.text
     choice = served.client.chat(**body)["choices"][0]

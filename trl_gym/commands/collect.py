@@ -60,19 +60,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One dataset row.
+    """One dataset row."""
 
-    Attributes:
-        dataset: Name of its file.
-        index: The row's number over all files.
-        hash: See `request.task_hash`.
-        row: The row.
-    """
-
-    dataset: str
-    index: int
-    hash: str
-    row: dict[str, Any]
+    dataset: str  # name of its file
+    index: int  # the row's number over all files
+    hash: str  # see `request.task_hash`
+    row: dict[str, Any]  # the row
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,15 +201,10 @@ class EndpointKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An endpoint that has answered.
+    """An endpoint that has answered."""
 
-    Attributes:
-        kind: What it can do.
-        weight_version: Version of the policy's weights; empty when the endpoint does not say.
-    """
-
-    kind: EndpointKind
-    weight_version: str = ""
+    kind: EndpointKind  # what it can do
+    weight_version: str = ""  # version of the policy's weights; empty when the endpoint does not say
 
     @property
     def note(self) -> str | None:
@@ -290,15 +278,10 @@ class InterruptedCollectionError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """The output folder after a collection.
+    """The output folder after a collection."""
 
-    Attributes:
-        jobs: The rollouts that were asked for.
-        num_found: Number of them that an earlier run had finished.
-    """
-
-    jobs: list[Job]
-    num_found: int
+    jobs: list[Job]  # the rollouts that were asked for
+    num_found: int  # number of them that an earlier run had finished
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,17 +43,11 @@ _GYM_KEYS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class NewEnvironment:
-    """Say what is made, and where.
+    """Say what is made, and where."""
 
-    Attributes:
-        name: Name that `check_name` accepts.
-        folder: `DIR/NAME`, relative when DIR was.
-        gym_python: Interpreter with nemo-gym, as the commands name it.
-    """
-
-    name: str
-    folder: Path
-    gym_python: str
+    name: str  # name that `check_name` accepts
+    folder: Path  # `DIR/NAME`, relative when DIR was
+    gym_python: str  # interpreter with nemo-gym, as the commands name it
 
     @property
     def commands(self) -> str:

@@ -20,52 +20,30 @@ from trl_gym.rollouts.rollout import success_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The end of one rollout: the part of a journal's line that summaries need.
+    """The end of one rollout: the part of a journal's line that summaries need."""
 
-    Attributes:
-        dataset: Name of its file.
-        task: Task hash.
-        agent: Environment.
-        failure: Kind of failure; None when it has a reward.
-        reward: Its reward; None when it failed.
-        success: 0 to 1; None when it failed.
-        turns: Model calls.
-        seconds: Wall time.
-    """
-
-    dataset: str
-    task: str
-    agent: str
-    failure: str | None
-    reward: float | None
-    success: float | None
-    turns: int
-    seconds: float
+    dataset: str  # name of its file
+    task: str  # task hash
+    agent: str  # environment
+    failure: str | None  # kind of failure; None when it has a reward
+    reward: float | None  # its reward; None when it failed
+    success: float | None  # 0 to 1; None when it failed
+    turns: int  # model calls
+    seconds: float  # wall time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Rollouts of one environment. Numbers that need a reward leave failed rollouts out; None where there is none.
+    """Rollouts of one environment. Numbers that need a reward leave failed rollouts out; None where there is none."""
 
-    Attributes:
-        rollouts: Number of rollouts, failed ones included.
-        failed: Number of failed ones by kind of failure.
-        reward_mean: Mean reward.
-        reward_std: Sample standard deviation of the reward; 0.0 for a single rollout.
-        success: Mean success.
-        turns: Mean number of model calls.
-        seconds_p50: Median of wall times.
-        seconds_p95: 95th percentile of wall times.
-    """
-
-    rollouts: int
-    failed: dict[str, int]
-    reward_mean: float | None
-    reward_std: float | None
-    success: float | None
-    turns: float | None
-    seconds_p50: float | None
-    seconds_p95: float | None
+    rollouts: int  # number of rollouts, failed ones included
+    failed: dict[str, int]  # number of failed ones by kind of failure
+    reward_mean: float | None  # mean reward
+    reward_std: float | None  # sample standard deviation of the reward; 0.0 for a single rollout
+    success: float | None  # mean success
+    turns: float | None  # mean number of model calls
+    seconds_p50: float | None  # median of wall times
+    seconds_p95: float | None  # 95th percentile of wall times
 
 
 def outcomes(records: Iterable[Mapping[str, Any]], jobs: Sequence[Job]) -> list[Outcome]:

@@ -25,19 +25,13 @@ from trl_gym.errors import TrlGymError
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check.
+    """One check."""
 
-    Attributes:
-        name: Unique.
-        run: Finds things; an error of ours that it raises is a finding too. Nothing where there is nothing to check.
-        needs: Checks whose failure makes this one impossible.
-        when: Whether a run has what is checked.
-    """
-
-    name: str
+    name: str  # unique
+    # Finds things; an error of ours that it raises is a finding too. Nothing where there is nothing to check.
     run: Callable[[Context], Iterable[Finding]]
-    needs: tuple[str, ...] = ()
-    when: Callable[[Context], bool] = lambda context: True
+    needs: tuple[str, ...] = ()  # checks whose failure makes this one impossible
+    when: Callable[[Context], bool] = lambda context: True  # whether a run has what is checked
 
 
 _serves, _starts_policy, _starts_gym = map(attrgetter, ("serves", "starts_policy", "starts_gym"))

@@ -72,47 +72,30 @@ def from_error(error: TrlGymError, remedy: str = "See docs/reference/failures.md
 
 @dataclass(slots=True, kw_only=True)
 class Context:
-    """The run that is examined. A context manager: servers that checks have started end with it.
+    """The run that is examined. A context manager: servers that checks have started end with it."""
 
-    Attributes:
-        argv: Options as the training script takes them.
-        quick: Whether no server is started.
-        accelerate_config: File for `accelerate launch --config_file`; accelerate's own default when None.
-        script: Options of the training script; valid once "options file" has passed, like the next two.
-        args: Options of the trainer; may hold values that "options" complains of.
-        model_options: Options of TRL's `ModelConfig`.
-        problems: Options that are unknown, of a wrong type or of a wrong value.
-        installation: NeMo Gym's; after "gym interpreter".
-        agents: Names that the configs, or a running Gym, know; after "gym configs".
-        train_rows: Examples of the datasets that can be read; after "dataset rows".
-        model: Folder or hub id; after "model", like the next two.
-        model_config: Architecture of the model.
-        num_params: Number of parameters of the model.
-        tokenizer: After "tokenizer".
-        policy: After "policy server".
-        gym: After "gym servers".
-        servers: Both of them; after "token continuation".
-        logged: Warnings that trl-gym has logged during the check that runs now.
-    """
-
-    argv: Sequence[str]
-    quick: bool = False
+    argv: Sequence[str]  # options as the training script takes them
+    quick: bool = False  # whether no server is started
+    # File for `accelerate launch --config_file`; accelerate's own default when None.
     accelerate_config: Path | None = None
+    # Options of the training script; valid once "options file" has passed, like the next two.
     script: ScriptArguments = field(init=False)
-    args: GymGRPOConfig = field(init=False)
-    model_options: ModelConfig = field(init=False)
+    args: GymGRPOConfig = field(init=False)  # options of the trainer; may hold values that "options" complains of
+    model_options: ModelConfig = field(init=False)  # options of TRL's `ModelConfig`
+    # Options that are unknown, of a wrong type or of a wrong value.
     problems: list[Problem] = field(default_factory=list)
-    installation: GymInstallation = field(init=False)
-    agents: tuple[str, ...] | None = None
+    installation: GymInstallation = field(init=False)  # neMo Gym's; after "gym interpreter"
+    agents: tuple[str, ...] | None = None  # names that the configs, or a running Gym, know; after "gym configs"
+    # Examples of the datasets that can be read; after "dataset rows".
     train_rows: list[dict[str, Any]] = field(default_factory=list)
-    model: str = field(init=False)
-    model_config: PretrainedConfig = field(init=False)
-    num_params: int = field(init=False)
-    tokenizer: PreTrainedTokenizerBase = field(init=False)
-    policy: PolicyBackend = field(init=False)
-    gym: GymServers = field(init=False)
-    servers: RunServers = field(init=False)
-    logged: list[str] = field(default_factory=list)
+    model: str = field(init=False)  # folder or hub id; after "model", like the next two
+    model_config: PretrainedConfig = field(init=False)  # architecture of the model
+    num_params: int = field(init=False)  # number of parameters of the model
+    tokenizer: PreTrainedTokenizerBase = field(init=False)  # after "tokenizer"
+    policy: PolicyBackend = field(init=False)  # after "policy server"
+    gym: GymServers = field(init=False)  # after "gym servers"
+    servers: RunServers = field(init=False)  # both of them; after "token continuation"
+    logged: list[str] = field(default_factory=list)  # warnings that trl-gym has logged during the check that runs now
     resources: ExitStack = field(default_factory=ExitStack)
     _work_dir: Path | None = None
 

@@ -52,24 +52,15 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class UpstreamFacts:
-    """One upstream: what it is, and how it behaves.
+    """One upstream: what it is, and how it behaves."""
 
-    Attributes:
-        url: Root URL.
-        model_names: As in `/v1/models`; the first is the policy.
-        max_model_len: Tokens of prompt and completion together.
-        vllm_version: As in `/version`.
-        has_prompt_field: Whether it takes an exact prompt as the field `prompt_token_ids` of a chat request.
-        has_transfer_params: Whether it takes one in `kv_transfer_params`.
-        raw_logprobs: Whether its logprobs are those before temperature; `None` if that could not be measured.
-    """
-
-    url: str
-    model_names: tuple[str, ...]
-    max_model_len: int
-    vllm_version: str
-    has_prompt_field: bool
-    has_transfer_params: bool
+    url: str  # root URL
+    model_names: tuple[str, ...]  # as in `/v1/models`; the first is the policy
+    max_model_len: int  # tokens of prompt and completion together
+    vllm_version: str  # as in `/version`
+    has_prompt_field: bool  # whether it takes an exact prompt as the field `prompt_token_ids` of a chat request
+    has_transfer_params: bool  # whether it takes one in `kv_transfer_params`
+    # Whether its logprobs are those before temperature; `None` if that could not be measured.
     raw_logprobs: bool | None
 
 
@@ -283,25 +274,15 @@ _LOOK_EVERY_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayOptions:
-    """The arguments of `trl-gym gateway`.
+    """The arguments of `trl-gym gateway`."""
 
-    Attributes:
-        upstreams: URLs of vLLM's OpenAI servers, with or without `/v1`; all must serve the same model.
-        host: Address to listen on. One that other machines can reach demands `api_key`.
-        port: Port to listen on; 0 lets the operating system choose.
-        api_key: Bearer token that the gateway demands on every route but `/health`.
-        upstream_api_key: Bearer token that it sends to the upstreams.
-        start_timeout_s: How long to wait for the upstreams to answer.
-        log_level: One of logging's names, lower case; `debug` logs every request.
-    """
-
-    upstreams: Sequence[str]
-    host: str = "127.0.0.1"
-    port: int = 0
-    api_key: str | None = None
-    upstream_api_key: str | None = None
-    start_timeout_s: float = 600.0
-    log_level: str = "warning"
+    upstreams: Sequence[str]  # URLs of vLLM's OpenAI servers, with or without `/v1`; all must serve the same model
+    host: str = "127.0.0.1"  # address to listen on. One that other machines can reach demands `api_key`.
+    port: int = 0  # port to listen on; 0 lets the operating system choose
+    api_key: str | None = None  # bearer token that the gateway demands on every route but `/health`
+    upstream_api_key: str | None = None  # bearer token that it sends to the upstreams
+    start_timeout_s: float = 600.0  # how long to wait for the upstreams to answer
+    log_level: str = "warning"  # one of logging's names, lower case; `debug` logs every request
 
 
 def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable[[str], None]) -> None:

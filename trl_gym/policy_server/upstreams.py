@@ -78,21 +78,13 @@ class UpstreamLostError(PolicyServerError):
 
 @dataclass(frozen=True, slots=True)
 class ForwardedRequest:
-    """A request as it is sent to an upstream.
+    """A request as it is sent to an upstream."""
 
-    Attributes:
-        method: HTTP method, e.g. `"POST"`.
-        path: Path, decoded, below the application's root.
-        target: Path and query as they stand in the request line, still encoded.
-        headers: Names and values.
-        body: The whole body, so that another upstream can be asked.
-    """
-
-    method: str
-    path: str
-    target: str
-    headers: tuple[tuple[str, str], ...] = ()
-    body: bytes = b""
+    method: str  # HTTP method, e.g. `"POST"`
+    path: str  # path, decoded, below the application's root
+    target: str  # path and query as they stand in the request line, still encoded
+    headers: tuple[tuple[str, str], ...] = ()  # names and values
+    body: bytes = b""  # the whole body, so that another upstream can be asked
 
     @classmethod
     def from_scope(cls, scope: Scope, body: bytes, api_key: str | None) -> ForwardedRequest:
@@ -243,29 +235,18 @@ _SHUTTING_DOWN = "the gateway is shutting down"
 
 @dataclass(slots=True)
 class Upstream:
-    """One server behind the gateway.
+    """One server behind the gateway."""
 
-    Attributes:
-        url: Root URL, without `/v1`.
-        num_running: Number of requests that it is answering now.
-        num_sent: Number of requests that it was ever given.
-        down: Why it is not asked until a probe succeeds, or `None`.
-        excluded: Why it must not answer although it may be up, or `None`.
-        weight_version: The version that it held when it was last asked, `None` if it has no `/weight_info`.
-        updates_whole: Whether no control call has failed since its last `/start_weight_update`.
-        is_half_updated: Whether such an update was begun and has not succeeded.
-        has_newest_adapter: Whether no control call has failed since it loaded an adapter.
-    """
-
-    url: str
-    num_running: int = 0
-    num_sent: int = 0
-    down: str | None = None
-    excluded: str | None = None
+    url: str  # root URL, without `/v1`
+    num_running: int = 0  # number of requests that it is answering now
+    num_sent: int = 0  # number of requests that it was ever given
+    down: str | None = None  # why it is not asked until a probe succeeds, or `None`
+    excluded: str | None = None  # why it must not answer although it may be up, or `None`
+    # The version that it held when it was last asked, `None` if it has no `/weight_info`.
     weight_version: str | None = None
-    updates_whole: bool = False
-    is_half_updated: bool = False
-    has_newest_adapter: bool = False
+    updates_whole: bool = False  # whether no control call has failed since its last `/start_weight_update`
+    is_half_updated: bool = False  # whether such an update was begun and has not succeeded
+    has_newest_adapter: bool = False  # whether no control call has failed since it loaded an adapter
 
     @property
     def in_rotation(self) -> bool:

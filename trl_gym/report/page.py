@@ -59,33 +59,22 @@ _PLAIN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageOptions:
-    """Limits of the page's content.
+    """Limits of the page's content."""
 
-    Attributes:
-        max_rollouts: Rollouts whose conversation and tokens are in the page; None for all. Curves, steps and failures
-            are of all in any case.
-        with_tokens: Whether token ids and log-probabilities are in it; the page is smaller without.
-    """
-
+    # Rollouts whose conversation and tokens are in the page; None for all. Curves, steps and failures are of all in
+    # any case.
     max_rollouts: int | None = None
-    with_tokens: bool = True
+    with_tokens: bool = True  # whether token ids and log-probabilities are in it; the page is smaller without
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenPage:
-    """A page that was written.
+    """A page that was written."""
 
-    Attributes:
-        path: The file.
-        size: Its size in bytes.
-        recorded: Lines in the journal.
-        shown: Those of them that are in the page.
-    """
-
-    path: Path
-    size: int
-    recorded: int
-    shown: int
+    path: Path  # the file
+    size: int  # its size in bytes
+    recorded: int  # lines in the journal
+    shown: int  # those of them that are in the page
 
 
 def write_page(run: RecordedRun, path: str | Path, options: PageOptions | None = None) -> WrittenPage:
@@ -278,15 +267,10 @@ DEFAULT_MAX_ROLLOUTS = 500  # a notebook keeps its outputs, and so every megabyt
 
 @dataclass(frozen=True, slots=True)
 class NotebookPage:
-    """The value of `show`. A notebook displays it as the last value of a cell.
+    """The value of `show`. A notebook displays it as the last value of a cell."""
 
-    Attributes:
-        document: The page.
-        height: Height of the frame in pixels.
-    """
-
-    document: str
-    height: int
+    document: str  # the page
+    height: int  # height of the frame in pixels
 
     def _repr_html_(self) -> str:
         # Scripts only: with an origin of its own the frame can read nothing of the notebook, nor start anything in it.

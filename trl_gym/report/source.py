@@ -17,21 +17,13 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class RecordedRun:
-    """A run that has something to show.
+    """A run that has something to show."""
 
-    Attributes:
-        name: Name of its folder.
-        folder: The run's folder.
-        journal: Folder of its rollouts.
-        metrics: `metrics.jsonl`; None when there is none (`trl-gym rollout` writes none).
-        tokenizer: A `tokenizer.json`; None when none was found.
-    """
-
-    name: str
-    folder: Path
-    journal: Path
-    metrics: Path | None
-    tokenizer: Path | None
+    name: str  # name of its folder
+    folder: Path  # the run's folder
+    journal: Path  # folder of its rollouts
+    metrics: Path | None  # `metrics.jsonl`; None when there is none (`trl-gym rollout` writes none)
+    tokenizer: Path | None  # a `tokenizer.json`; None when none was found
 
 
 def open_run(path: str | Path, tokenizer: str | Path | None = None) -> RecordedRun:

@@ -24,18 +24,13 @@ from trl_gym.rollout_options import RolloutOptions, by_kind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """The limits of one agent's rollouts.
+    """The limits of one agent's rollouts."""
 
-    Attributes:
-        deadline_s: Seconds from dispatch to the answer.
-        max_inflight: Rollouts of this agent at the same time; None leaves it to the cap of the rank.
-        launch_rate: Rollouts of this agent started per second; None leaves it to the rate of the rank.
-        retries: Further attempts by kind of failure; a kind that is missing has none.
-    """
-
-    deadline_s: float
-    max_inflight: int | None = None
+    deadline_s: float  # seconds from dispatch to the answer
+    max_inflight: int | None = None  # rollouts of this agent at the same time; None leaves it to the cap of the rank
+    # Rollouts of this agent started per second; None leaves it to the rate of the rank.
     launch_rate: float | None = None
+    # Further attempts by kind of failure; a kind that is missing has none.
     retries: Mapping[FailureKind, int] = field(default_factory=dict)
 
     def retried_kinds(self, failed: Mapping[FailureKind, int]) -> frozenset[FailureKind]:
@@ -49,19 +44,12 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
-    """The budgets of a rank.
+    """The budgets of a rank."""
 
-    Attributes:
-        default: The budget of an agent without one of its own.
-        max_inflight: Rollouts at the same time, over all agents.
-        launch_rate: Rollouts started per second, over all agents; None for no limit.
-        own: Budgets of single agents.
-    """
-
-    default: Budget
-    max_inflight: int
-    launch_rate: float | None = None
-    own: Mapping[str, Budget] = field(default_factory=dict)
+    default: Budget  # the budget of an agent without one of its own
+    max_inflight: int  # rollouts at the same time, over all agents
+    launch_rate: float | None = None  # rollouts started per second, over all agents; None for no limit
+    own: Mapping[str, Budget] = field(default_factory=dict)  # budgets of single agents
 
     def budget_for(self, agent: str) -> Budget:
         return self.own.get(agent, self.default)

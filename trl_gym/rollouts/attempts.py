@@ -390,41 +390,25 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outstanding:
-    """One rollout that has not ended.
+    """One rollout that has not ended."""
 
-    Attributes:
-        agent: Name of its agent.
-        rollout_id: Id of the current attempt.
-        attempt: 0 for the first try.
-        phase: The phase that it is in.
-        since: When that phase began, in seconds on the event loop's clock.
-    """
-
-    agent: str
-    rollout_id: str
-    attempt: int
-    phase: Phase
-    since: float
+    agent: str  # name of its agent
+    rollout_id: str  # id of the current attempt
+    attempt: int  # 0 for the first try
+    phase: Phase  # the phase that it is in
+    since: float  # when that phase began, in seconds on the event loop's clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectionStatus:
-    """The progress of a collection.
+    """The progress of a collection."""
 
-    Attributes:
-        num_done: Rollouts that have ended, failed ones included.
-        num_failed: Those without a reward.
-        num_running: Sent to their agents and not answered.
-        num_retried: Attempts that failed and were, or will be, followed by another.
-        num_total: Rollouts asked for.
-        slowest: Agent and seconds of the rollout that has been running longest; None when none runs.
-    """
-
-    num_done: int
-    num_failed: int
-    num_running: int
-    num_retried: int
-    num_total: int
+    num_done: int  # rollouts that have ended, failed ones included
+    num_failed: int  # those without a reward
+    num_running: int  # sent to their agents and not answered
+    num_retried: int  # attempts that failed and were, or will be, followed by another
+    num_total: int  # rollouts asked for
+    # Agent and seconds of the rollout that has been running longest; None when none runs.
     slowest: tuple[str, float] | None = None
 
 

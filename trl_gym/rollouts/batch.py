@@ -222,17 +222,11 @@ RankReport = tuple[list[RolloutFacts], Counter[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedBatch:
-    """A generation batch on all ranks.
+    """A generation batch on all ranks."""
 
-    Attributes:
-        facts: `[N]`, by rank and row: the order of rows that `accelerate.utils.gather` makes.
-        own: This rank's rows among them.
-        causes: Causes of failures, counted.
-    """
-
-    facts: list[RolloutFacts]
-    own: slice
-    causes: Counter[str]
+    facts: list[RolloutFacts]  # `[N]`, by rank and row: the order of rows that `accelerate.utils.gather` makes
+    own: slice  # this rank's rows among them
+    causes: Counter[str]  # causes of failures, counted
 
     @property
     def num_valid(self) -> int:

@@ -28,15 +28,10 @@ _PAUSES_S = (0.1, 0.3)  # after a broken connection
 
 @dataclass(frozen=True, slots=True)
 class CallState:
-    """The model calls of a rollout that has not ended.
+    """The model calls of a rollout that has not ended."""
 
-    Attributes:
-        num_answered: Calls that were answered.
-        num_running: Calls that are being answered; None where the server does not say.
-    """
-
-    num_answered: int
-    num_running: int | None
+    num_answered: int  # calls that were answered
+    num_running: int | None  # calls that are being answered; None where the server does not say
 
 
 def ledger_for(base_urls: str | Sequence[str], api_key: str | None = None) -> Ledger:

@@ -102,23 +102,14 @@ def evaluation_sampling(training: Sampling, changes: Mapping[str, Any] | None) -
 
 @dataclass(slots=True)
 class EvaluationProgress:
-    """The counts of one call of `evaluate` on one dataset.
+    """The counts of one call of `evaluate` on one dataset."""
 
-    Attributes:
-        name: Name of the evaluation set; empty when there is one without a name.
-        num_rollouts: Rollouts that the dataset asks for; None when it does not tell its length.
-        num_seen: Rows that came by so far, on all ranks.
-        num_counted: Rollouts that count.
-        num_valid: Rollouts that count and have a reward.
-        causes: Causes of failures, with their numbers.
-    """
-
-    name: str
-    num_rollouts: int | None
-    num_seen: int = 0
-    num_valid: int = 0
-    num_counted: int = 0
-    causes: Counter[str] = field(default_factory=Counter)
+    name: str  # name of the evaluation set; empty when there is one without a name
+    num_rollouts: int | None  # rollouts that the dataset asks for; None when it does not tell its length
+    num_seen: int = 0  # rows that came by so far, on all ranks
+    num_valid: int = 0  # rollouts that count and have a reward
+    num_counted: int = 0  # rollouts that count
+    causes: Counter[str] = field(default_factory=Counter)  # causes of failures, with their numbers
 
     def counted(self, batch: SharedBatch) -> list[RolloutFacts]:
         """Return the rollouts of one batch that count.

@@ -247,19 +247,12 @@ def _without_non_finite(value: Any, place: str, places: list[str]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a journal, and where it stands.
+    """One line of a journal, and where it stands."""
 
-    Attributes:
-        path: The file.
-        offset: Place of its first byte in the file.
-        length: Number of its bytes, without the newline.
-        record: The parsed line.
-    """
-
-    path: Path
-    offset: int
-    length: int
-    record: dict[str, Any]
+    path: Path  # the file
+    offset: int  # place of its first byte in the file
+    length: int  # number of its bytes, without the newline
+    record: dict[str, Any]  # the parsed line
 
 
 def read_journal(folder: str | Path) -> Iterator[dict[str, Any]]:
@@ -368,17 +361,11 @@ class LineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The part of a line that decides whether it counts.
+    """The part of a line that decides whether it counts."""
 
-    Attributes:
-        rollout: Equal for all attempts at one rollout, those of later processes included.
-        failure: Kind of failure; None for an attempt with a reward.
-        is_retried: The line says that another attempt follows.
-    """
-
-    rollout: Hashable
-    failure: str | None
-    is_retried: bool
+    rollout: Hashable  # equal for all attempts at one rollout, those of later processes included
+    failure: str | None  # kind of failure; None for an attempt with a reward
+    is_retried: bool  # the line says that another attempt follows
 
     @classmethod
     def of(cls, record: Mapping[str, Any], rollout: Hashable = None) -> Attempt:

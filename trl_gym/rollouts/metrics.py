@@ -228,19 +228,12 @@ def _put(metrics: dict[str, float], name: str, value: float | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ValueSum:
-    """Values of tokens or sequences (gaps in nats, importance sampling ratios), summed up so that ranks can be added.
+    """Values of tokens or sequences (gaps in nats, importance ratios), summed up so that ranks can be added."""
 
-    Attributes:
-        total: Their sum.
-        count: How many.
-        smallest: The smallest; infinite when there is none.
-        largest: The largest; minus infinite when there is none.
-    """
-
-    total: float
-    count: int
-    smallest: float
-    largest: float
+    total: float  # their sum
+    count: int  # how many
+    smallest: float  # the smallest; infinite when there is none
+    largest: float  # the largest; minus infinite when there is none
 
 
 def merge_gaps(ranks: Sequence[Mapping[str, ValueSum]]) -> dict[str, float]:

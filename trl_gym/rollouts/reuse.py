@@ -41,17 +41,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The policy that samples a generation batch.
+    """The policy that samples a generation batch."""
 
-    Attributes:
-        run: Id of the training run; a resumed run continues that of its checkpoint.
-        step: Optimizer steps that went into the weights.
-        weights: Fingerprint of the weights.
-    """
-
-    run: str
-    step: int
-    weights: str
+    run: str  # id of the training run; a resumed run continues that of its checkpoint
+    step: int  # optimizer steps that went into the weights
+    weights: str  # fingerprint of the weights
 
     def tags(self) -> dict[str, str]:
         """Return the fields that are added to the journal's lines."""

@@ -217,57 +217,34 @@ def _known_calls(answer: Mapping[str, Any]) -> list[ModelCall]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutFacts:
-    """One rollout in numbers.
+    """One rollout in numbers."""
 
-    Attributes:
-        agent: Name of the Gym agent.
-        group: Its group, unique over all batches: `"<batch>-g<index>"`.
-        task: Index of the dataset row.
-        is_valid: Whether it is trained: it has a reward to train on, and its group was not left out.
-        trained_reward: The reward to train on, see `GymGRPOTrainer.compute_rewards`; None when there is none.
-        reward: The environment's; None when the rollout failed.
-        success: 0 to 1; None when it failed.
-        failure: Kind of failure; None when it did not fail.
-        drift: Cause of drift; None when it did not drift.
-        has_tokens: Whether its model calls are known, so that drift would have been seen.
-        attempts: Number of times that it was run.
-        seconds: Wall time.
-        model_seconds: Seconds in model calls, waiting included; None when the policy server keeps no records.
-        queue_seconds: Seconds of these in the engine's queue; None where the server does not measure it.
-        turns: Model calls that are trained.
-        prompt_tokens: Tokens of the first prompt.
-        environment_tokens: Tokens that the environment put after it.
-        sampled_tokens: Tokens that the policy sampled.
-        tool_calls: Tool calls in Gym's answer.
-        tool_errors: Tool results that say that the call failed.
-        is_truncated: Whether Gym reports that the rollout was cut.
-        fields: Finite numbers of the verify response by name.
-        components: Finite numbers of its `reward_components` by name.
-    """
-
-    agent: str
-    group: str
-    task: int
-    is_valid: bool
+    agent: str  # name of the Gym agent
+    group: str  # its group, unique over all batches: `"<batch>-g<index>"`
+    task: int  # index of the dataset row
+    is_valid: bool  # whether it is trained: it has a reward to train on, and its group was not left out
+    # The reward to train on, see `GymGRPOTrainer.compute_rewards`; None when there is none.
     trained_reward: float | None
-    reward: float | None
-    success: float | None
-    failure: str | None
-    drift: str | None
-    has_tokens: bool
-    attempts: int
-    seconds: float
+    reward: float | None  # the environment's; None when the rollout failed
+    success: float | None  # 0 to 1; None when it failed
+    failure: str | None  # kind of failure; None when it did not fail
+    drift: str | None  # cause of drift; None when it did not drift
+    has_tokens: bool  # whether its model calls are known, so that drift would have been seen
+    attempts: int  # number of times that it was run
+    seconds: float  # wall time
+    # Seconds in model calls, waiting included; None when the policy server keeps no records.
     model_seconds: float | None = None
+    # Seconds of these in the engine's queue; None where the server does not measure it.
     queue_seconds: float | None = None
-    turns: int = 0
-    prompt_tokens: int = 0
-    environment_tokens: int = 0
-    sampled_tokens: int = 0
-    tool_calls: int = 0
-    tool_errors: int = 0
-    is_truncated: bool = False
-    fields: dict[str, float] = field(default_factory=dict)
-    components: dict[str, float] = field(default_factory=dict)
+    turns: int = 0  # model calls that are trained
+    prompt_tokens: int = 0  # tokens of the first prompt
+    environment_tokens: int = 0  # tokens that the environment put after it
+    sampled_tokens: int = 0  # tokens that the policy sampled
+    tool_calls: int = 0  # tool calls in Gym's answer
+    tool_errors: int = 0  # tool results that say that the call failed
+    is_truncated: bool = False  # whether Gym reports that the rollout was cut
+    fields: dict[str, float] = field(default_factory=dict)  # finite numbers of the verify response by name
+    components: dict[str, float] = field(default_factory=dict)  # finite numbers of its `reward_components` by name
 
 
 def facts_of(rollout: Rollout, reward: float | None, batch: str) -> RolloutFacts:

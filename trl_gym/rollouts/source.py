@@ -57,50 +57,31 @@ Build = Callable[[dict[str, Any], RolloutRequest], list[Trajectory]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchInfo:
-    """The generation batch that rollouts are for.
+    """The generation batch that rollouts are for."""
 
-    Attributes:
-        run: Id of the training run; a resumed run continues that of its checkpoint.
-        step: Optimizer steps made so far.
-        mode: `"train"` or `"eval"`.
-        epoch: Passes over the dataset made so far.
-        dataset: Name of the evaluation set where there are several, else empty.
-    """
-
-    run: str
-    step: int
-    mode: str
-    epoch: int = 0
-    dataset: str = ""
+    run: str  # id of the training run; a resumed run continues that of its checkpoint
+    step: int  # optimizer steps made so far
+    mode: str  # `"train"` or `"eval"`
+    epoch: int = 0  # passes over the dataset made so far
+    dataset: str = ""  # name of the evaluation set where there are several, else empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerHooks:
-    """What a source may ask of the trainer.
+    """What a source may ask of the trainer."""
 
-    Attributes:
-        build: Makes trajectories of Gym's answer.
-        decode: Text of token ids.
-        push: Sends the current weights to the policy server. Every rank calls it in step.
-        progress: Told how far a batch is, from any thread.
-    """
-
-    build: Build
-    decode: Decode
-    push: Callable[[], None]
-    progress: Callable[[CollectionStatus], None]
+    build: Build  # makes trajectories of Gym's answer
+    decode: Decode  # text of token ids
+    push: Callable[[], None]  # sends the current weights to the policy server. Every rank calls it in step.
+    progress: Callable[[CollectionStatus], None]  # told how far a batch is, from any thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """The rollouts of one rank's requests.
+    """The rollouts of one rank's requests."""
 
-    Attributes:
-        rollouts: In the order of the requests, failures included.
-        metrics: Values to log with this batch, by name; a name that several ranks have is averaged over all values.
-    """
-
-    rollouts: list[Rollout]
+    rollouts: list[Rollout]  # in the order of the requests, failures included
+    # Values to log with this batch, by name; a name that several ranks have is averaged over all values.
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -352,27 +333,16 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finisher:
-    """Turns an attempt that has ended into a rollout. Called once per attempt, in the collector's thread.
+    """Turns an attempt that has ended into a rollout. Called once per attempt, in the collector's thread."""
 
-    Attributes:
-        build: Makes trajectories of Gym's answer.
-        decode: Text of token ids.
-        journal: Gets a line per attempt.
-        drift_policy: With `"error"`, drift raises.
-        step: Optimizer step whose weights sample this batch.
-        mode: `"train"` or `"eval"`.
-        weight_version: The version that the policy server holds.
-        tags: Fields that are added to every line.
-    """
-
-    build: Build
-    decode: Decode
-    journal: Journal
-    drift_policy: DriftPolicy
-    step: int
-    mode: str
-    weight_version: str
-    tags: Mapping[str, Any] = field(default_factory=dict)
+    build: Build  # makes trajectories of Gym's answer
+    decode: Decode  # text of token ids
+    journal: Journal  # gets a line per attempt
+    drift_policy: DriftPolicy  # with `"error"`, drift raises
+    step: int  # optimizer step whose weights sample this batch
+    mode: str  # `"train"` or `"eval"`
+    weight_version: str  # the version that the policy server holds
+    tags: Mapping[str, Any] = field(default_factory=dict)  # fields that are added to every line
 
     def __call__(self, result: RolloutResult) -> Rollout:
         """Return the rollout, which is in the journal then.

@@ -53,36 +53,23 @@ class DriftError(TrajectoryError):
 
 @dataclass(frozen=True, slots=True)
 class ModelCall:
-    """Token bundle of one model call.
+    """Token bundle of one model call."""
 
-    Attributes:
-        prompt_ids: `[P]`, the exact prompt.
-        generation_ids: `[T]`, the sampled tokens.
-        logprobs: `[T]`, log-probability of each sampled token under the distribution it was drawn from, in nats.
-    """
-
-    prompt_ids: list[int]
-    generation_ids: list[int]
+    prompt_ids: list[int]  # `[P]`, the exact prompt
+    generation_ids: list[int]  # `[T]`, the sampled tokens
+    # `[T]`, log-probability of each sampled token under the distribution it was drawn from, in nats.
     logprobs: list[float]
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """The first place where a rollout's history was rewritten.
+    """The first place where a rollout's history was rewritten."""
 
-    Attributes:
-        turn: Index of the model call (0-based) whose prompt does not continue what was seen.
-        position: First index at which prompt and seen tokens differ; below `S`.
-        seen: `[S]`, prompt and sampled ids of the model call before.
-        sampled: `[S]`, 1 where the policy sampled the token, 0 where it was put there.
-        prompt: `[P]`, the prompt of that model call.
-    """
-
-    turn: int
-    position: int
-    seen: list[int]
-    sampled: list[int]
-    prompt: list[int]
+    turn: int  # index of the model call (0-based) whose prompt does not continue what was seen
+    position: int  # first index at which prompt and seen tokens differ; below `S`
+    seen: list[int]  # `[S]`, prompt and sampled ids of the model call before
+    sampled: list[int]  # `[S]`, 1 where the policy sampled the token, 0 where it was put there
+    prompt: list[int]  # `[P]`, the prompt of that model call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,23 +220,14 @@ _GLOSSES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriftReport:
-    """A drift and its cause, in words that help to fix it.
+    """A drift and its cause, in words that help to fix it."""
 
-    Attributes:
-        turn: Index of the model call (0-based) whose prompt does not continue what was seen.
-        position: First index at which prompt and seen tokens differ.
-        cause: The cause.
-        seen_text: The seen text around `position`.
-        prompt_text: The prompt's text around `position`.
-        text: All of it in one sentence.
-    """
-
-    turn: int
-    position: int
-    cause: DriftCause
-    seen_text: str
-    prompt_text: str
-    text: str
+    turn: int  # index of the model call (0-based) whose prompt does not continue what was seen
+    position: int  # first index at which prompt and seen tokens differ
+    cause: DriftCause  # the cause
+    seen_text: str  # the seen text around `position`
+    prompt_text: str  # the prompt's text around `position`
+    text: str  # all of it in one sentence
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"cause": str(self.cause)}
