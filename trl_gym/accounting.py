@@ -1,4 +1,4 @@
-"""What is trained of a generation batch in which some rows are not samples, and what is logged of it.
+"""Decide what is trained of a generation batch in which some rows are not samples, and what is logged of it.
 
 `GymGRPOTrainer` asks `Accounting` at these places of TRL's loop:
 
@@ -53,7 +53,7 @@ class Accounting:
 
     Args:
         args: The trainer's configuration.
-        accelerator: The trainer's.
+        accelerator: The trainer's accelerator.
 
     Attributes:
         rollouts: `[B]`, this rank's newest batch.

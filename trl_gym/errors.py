@@ -141,7 +141,7 @@ class RolloutFailure:
         where: URL, agent or stage in which it happened, e.g. `"calculator_simple_agent /run"`.
         agent: Name of the Gym agent that ran it.
         task_index: Index of the dataset row; None before `of`.
-        rollout_id: Of the attempt that failed.
+        rollout_id: Id of the attempt that failed.
         attempt: 0 for the first try.
         seconds: From dispatch to failure; 0.0 when it was never dispatched.
     """

@@ -44,7 +44,7 @@ _INCOMPLETE = "checkpoint-is-incomplete.txt"  # stands in the folder while trans
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a checkpoint needs beside what transformers writes."""
+    """The state that a checkpoint needs beside what transformers writes."""
 
     run: str  # id of the run; the same after it was resumed
     num_micro_steps: int  # micro-steps done

@@ -88,7 +88,7 @@ def number_problems(
     """Compare a number with its range.
 
     Args:
-        name: Of the option.
+        name: The option, as the message names it.
         value: As given, of any type.
         least: Smallest value.
         above: What the value must exceed.

@@ -139,7 +139,7 @@ def parse_options(
     """Read the options of a run with TRL's parser.
 
     Args:
-        argv: As for `main`.
+        argv: Options, as for `main`.
         config: Class of the trainer's options.
 
     Raises:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.commands.test_options import options
+from tests.commands.test_rollout_flags import options
 from trl_gym.commands.collect import Task, all_jobs, claim, done, load_tasks, missing
 from trl_gym.commands.rollout_flags import NamedFile
 from trl_gym.errors import ConfigError

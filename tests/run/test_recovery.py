@@ -29,8 +29,10 @@ class Client:
     def __init__(self, *, paused: bool = False, has_pause: bool = True, healthy: bool = True) -> None:
         self.paused, self.has_pause, self.healthy = paused, has_pause, healthy
         self.num_abandoned = 0
+        self.timeout_s = 60.0
 
     def patient(self, timeout_s: float) -> Client:
+        self.timeout_s = timeout_s
         return self
 
     def health(self) -> bool:
@@ -94,7 +96,12 @@ class Server:
         return seen
 
     def recovery(self, **options: Any) -> PolicyRecovery:
-        limits: dict[str, Any] = {"max_restarts": 3, "may_restart": True, "reconnect_timeout_s": 600.0}
+        limits: dict[str, Any] = {
+            "max_restarts": 3,
+            "may_restart": True,
+            "reconnect_timeout_s": 600.0,
+            "sync_timeout_s": 500.0,
+        }
         self.client.server = self
         death, self.death = self.death, None
         made = PolicyRecovery(self, **limits | options, sleep=self.pauses.append)  # looks at it before it dies
@@ -251,10 +258,11 @@ def test_a_network_that_drops_connections_again_and_again_ends_it() -> None:
 
 
 def test_an_interrupted_update_is_ended_before_the_next_one() -> None:
-    assert not end_interrupted_update(Client())
-    assert not end_interrupted_update(Client(has_pause=False))
+    assert not end_interrupted_update(Client(), 500.0)
+    assert not end_interrupted_update(Client(has_pause=False), 500.0)
     paused = Client(paused=True)
-    assert end_interrupted_update(paused) and paused.num_abandoned == 1
+    assert end_interrupted_update(paused, 500.0) and paused.num_abandoned == 1
+    assert paused.timeout_s == 500.0  # as long as any other step of a weight sync
     server = Server(is_ours=False)
     server.client = Client(paused=True)
     server.recovery().recover(LOSS)

@@ -187,7 +187,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class EndpointKind(StrEnum):
-    """What an OpenAI endpoint can do for a rollout."""
+    """The abilities of an OpenAI endpoint that matter to a rollout."""
 
     OURS = "ours"
     """`trl-gym serve`, `trl-gym gateway`: exact prompts, the tokens of every answer, records, cancellation."""
@@ -208,7 +208,7 @@ class Endpoint:
 
     @property
     def note(self) -> str | None:
-        """What a user should know about the tokens that will be recorded."""
+        """Tell what a user should know about the tokens that will be recorded."""
         if self.kind is EndpointKind.OURS:
             return None
         remedy = "`trl-gym gateway --upstream URL` in front of a vLLM server gives exact ones."
@@ -260,7 +260,7 @@ def _check_model(client: PolicyClient, model: str) -> None:
 
 
 def _tokenizes(client: PolicyClient) -> bool:
-    """Whether it has vLLM's `/tokenize`."""
+    """Ask whether it has vLLM's `/tokenize`."""
     try:
         return bool(client.render([{"role": "user", "content": "a"}]))
     except PolicyServerLostError:

@@ -151,7 +151,7 @@ _COUNTED = {Status.FAILED: "failed", Status.WARNING: "warnings", Status.SKIPPED:
 
 
 def passed(entries: Sequence[Entry]) -> bool:
-    """Whether nothing failed; what is only warned of, or could not be checked, does not count."""
+    """Return whether nothing failed; what is only warned of, or could not be checked, does not count."""
     return all(entry.status is not Status.FAILED for entry in entries)
 
 

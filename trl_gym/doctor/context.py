@@ -1,4 +1,4 @@
-"""What a check gets and gives: the run that is examined, with what earlier checks have found out, and findings."""
+"""The input and output of a check: the run that is examined, what earlier checks have found out, and findings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Status(StrEnum):
-    """How a check ended."""
+    """The outcome of a check."""
 
     OK = "ok"
     WARNING = "warning"
@@ -105,27 +105,27 @@ class Context:
 
     @property
     def serves(self) -> bool:
-        """Whether the run has servers: training from a journal has none."""
+        """True if the run has servers: training from a journal has none."""
         return self.args.gym_replay is None
 
     @property
     def starts_policy(self) -> bool:
-        """Whether the run starts its policy server itself."""
+        """True if the run starts its policy server itself."""
         return self.serves and self.args.vllm_mode != "server"
 
     @property
     def starts_gym(self) -> bool:
-        """Whether the run starts its NeMo Gym itself."""
+        """True if the run starts its NeMo Gym itself."""
         return self.serves and self.args.gym_mode != "attach"
 
     @property
     def attaches_policy(self) -> bool:
-        """Whether the run uses a policy server that runs elsewhere."""
+        """True if the run uses a policy server that runs elsewhere."""
         return self.serves and not self.starts_policy and bool(self.args.vllm_server_base_url)
 
     @property
     def attaches_gym(self) -> bool:
-        """Whether the run uses a NeMo Gym that runs elsewhere."""
+        """True if the run uses a NeMo Gym that runs elsewhere."""
         return self.serves and not self.starts_gym and bool(self.args.gym_head_url)
 
     def work_dir(self) -> Path:

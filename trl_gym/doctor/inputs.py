@@ -1,4 +1,4 @@
-"""What a run reads: datasets, model, tokenizer, chat template."""
+"""Check what a run reads: datasets, model, tokenizer, chat template."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def parse(argv: Sequence[str]) -> tuple[Namespace, list[Problem]]:
     """Read options.
 
     Args:
-        argv: As for the script; `--config FILE` names a YAML whose `env` is set, as TRL does.
+        argv: Options of the script; `--config FILE` names a YAML whose `env` is set, as TRL does.
 
     Returns:
         The options of `_KINDS`, and those that are unknown or of a wrong type, which have their defaults.

@@ -46,7 +46,7 @@ class DeviceSharing:
     """Every rank has one and calls its methods in step; the server is asked on rank 0. All are idempotent.
 
     Args:
-        accelerator: The trainer's.
+        accelerator: The trainer's accelerator.
         server: The policy server on the same devices; its client is used on rank 0 only.
         timeout_s: For each call: a first sleep copies all weights to the host (`gym_sync_timeout`).
         drops_weights: Whether the server's weights may be dropped, because a sync brings all of them.

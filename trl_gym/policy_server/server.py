@@ -49,7 +49,7 @@ _WITHOUT_RENDEZVOUS = ("file", "adapter")  # a process group over several server
 
 
 class PolicyBackend(Protocol):
-    """What a run needs of a policy server, whatever engine is behind it.
+    """The part of a policy server that a run needs, whatever engine is behind it.
 
     Attributes:
         base_urls: OpenAI base URLs, given to Gym; several are replicas of one policy.
@@ -262,7 +262,7 @@ class PolicyServer:
 
     @property
     def is_ours(self) -> bool:
-        """Whether its process was started here (a server that was attached to has none)."""
+        """True if its process was started here (a server that was attached to has none)."""
         return self._process is not None
 
     def restart(self) -> None:

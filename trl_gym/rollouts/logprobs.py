@@ -40,7 +40,7 @@ def batch_gaps(
     """Return the gaps over the sampled tokens of trained rollouts: over all, by turn and by agent.
 
     Args:
-        batch: Of `GRPOTrainer._generate_and_score_completions`: `old_per_token_logps`, `sampling_per_token_logps` in
+        batch: From `GRPOTrainer._generate_and_score_completions`: `old_per_token_logps`, `sampling_per_token_logps` in
             nats, `completion_mask` and `tool_mask`, each `[B, T]`.
         turn_ends: `[B]`, see `Trajectory.turn_ends`; empty for a rollout that is not trained.
         agents: `[B]`, names of agents.

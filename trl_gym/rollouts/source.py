@@ -1,4 +1,4 @@
-"""Where the rollouts of a run come from: the seam between the trainer and whatever makes them.
+"""The source of a run's rollouts: the seam between the trainer and whatever makes them.
 
     dataset rows ──► requests ──► RolloutSource.collect ──► one rollout per request
 
@@ -68,7 +68,7 @@ class BatchInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerHooks:
-    """What a source may ask of the trainer."""
+    """Calls that a source may make to the trainer."""
 
     build: Build  # makes trajectories of Gym's answer
     decode: Decode  # text of token ids
@@ -86,7 +86,7 @@ class Collected:
 
 
 class RolloutSource(Protocol):
-    """Where rollouts come from. Every rank has one and calls its methods in step: `start` once, `connect` once, then
+    """A source of rollouts. Every rank has one and calls its methods in step: `start` once, `connect` once, then
     the others; `close` at any time.
 
     Attributes:
@@ -111,7 +111,7 @@ class RolloutSource(Protocol):
         """Wait until rollouts can be had.
 
         Args:
-            accelerator: The trainer's.
+            accelerator: The trainer's accelerator.
             model: The trainer's, wrapped.
             hooks: What the source may ask of the trainer.
 

@@ -38,6 +38,7 @@ class PolicyRecovery:
         max_restarts: How often its process may be restarted, if it is ours.
         may_restart: Whether this run may restart it; a server that was passed in belongs to the caller.
         reconnect_timeout_s: How long a server elsewhere is waited for, each time.
+        sync_timeout_s: Seconds that ending an interrupted weight update may take.
         sleep: For tests.
 
     Attributes:
@@ -54,12 +55,13 @@ class PolicyRecovery:
         max_restarts: int,
         may_restart: bool,
         reconnect_timeout_s: float,
+        sync_timeout_s: float,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._policy = policy
         self._address = ", ".join(policy.base_urls)
         self._max_restarts, self._may_restart = max_restarts, may_restart
-        self._reconnect_timeout_s = reconnect_timeout_s
+        self._reconnect_timeout_s, self._sync_timeout_s = reconnect_timeout_s, sync_timeout_s
         self._sleep = sleep
         self._reconnects: list[float] = []
         self._instance = answering_process(policy)
@@ -96,7 +98,7 @@ class PolicyRecovery:
             else:
                 self._wait_for_return(error)
             try:
-                end_interrupted_update(self._policy.client)
+                end_interrupted_update(self._policy.client, self._sync_timeout_s)
             except PolicyServerLostError as lost_again:
                 error = lost_again
             else:
@@ -237,7 +239,7 @@ def answering_process(policy: PolicyBackend) -> str | None:
     return "+".join(known) if len(known) == len(instances) else None
 
 
-def end_interrupted_update(client: PolicyClient) -> bool:
+def end_interrupted_update(client: PolicyClient, timeout_s: float) -> bool:
     """End the weight update that a trainer left behind when it died, so that another one can begin.
 
     Returns:
@@ -251,5 +253,5 @@ def end_interrupted_update(client: PolicyClient) -> bool:
     except PolicyResponseError:  # outside of vLLM's development mode there is no pause
         return False
     if paused:
-        client.abandon_weight_update()
+        client.patient(timeout_s).abandon_weight_update()  # may repack weights, as the end of a sync does
     return paused

@@ -243,6 +243,7 @@ class RunServers:
             max_restarts=self._args.gym_server_restarts,
             may_restart=self._owns_policy,
             reconnect_timeout_s=self._args.gym_server_reconnect_timeout,
+            sync_timeout_s=self._args.gym_sync_timeout,
         )
         return self.policy.base_urls, self.policy.client.api_key, self.gym.head_url
 
@@ -250,7 +251,7 @@ class RunServers:
         """A server that a trainer left in the middle of a sync samples nothing until the first push resumes it."""
         if self._splice_checked or self._found_paused:
             return
-        if end_interrupted_update(self.policy.client):
+        if end_interrupted_update(self.policy.client, self._args.gym_sync_timeout):
             logger.warning(
                 "The policy server at %s is paused: a trainer was probably killed during a weight sync. It resumes "
                 "with this run's first weight sync.",

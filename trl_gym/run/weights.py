@@ -39,7 +39,7 @@ class PolicyWeights:
 
     Args:
         args: The trainer's configuration.
-        accelerator: The trainer's.
+        accelerator: The trainer's accelerator.
         servers: The run's servers, ready.
         model: The trainer's model, wrapped.
 
@@ -150,7 +150,7 @@ def check_model(args: GymGRPOConfig, accelerator: Accelerator, model: torch.nn.M
 
     Args:
         args: The trainer's configuration.
-        accelerator: The trainer's.
+        accelerator: The trainer's accelerator.
         model: The trainer's model, wrapped.
 
     Raises:

@@ -126,7 +126,7 @@ class WeightSource:
     base. The model is not changed, also if the stream is abandoned.
 
     Args:
-        model: The trainer's. Under FSDP1 it must be the wrapped one; else it may be wrapped or not.
+        model: The trainer's model. Under FSDP1 it must be the wrapped one; else it may be wrapped or not.
         accelerator: The trainer's; names the device on which shards that are offloaded to the host are gathered.
         dtype: Precision in which floating-point weights are sent; their own by default.
         only_trainable: Send only what training changes, and what vLLM keeps in the same module as that.
@@ -175,8 +175,8 @@ class AdapterSource:
     """The tensors of the active LoRA adapter as a `WeightStream`, named as in PEFT's checkpoints, and its config.
 
     Args:
-        model: As for `WeightSource`; the base may be quantized.
-        accelerator: The trainer's.
+        model: The model of a `WeightSource`; the base may be quantized.
+        accelerator: The trainer's accelerator.
 
     Raises:
         ConfigError: There is no adapter, it is not LoRA, or several are active.
@@ -204,7 +204,7 @@ def check_supported(model: nn.Module, accelerator: Accelerator, *, sends_adapter
 
     Args:
         model: The trainer's model, wrapped.
-        accelerator: The trainer's.
+        accelerator: The trainer's accelerator.
         sends_adapter: Whether only its adapter is sent.
 
     Raises:

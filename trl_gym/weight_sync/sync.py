@@ -81,7 +81,7 @@ class WeightSync:
     """Pushes the trainer's weights to the policy server. Every rank has one and calls `push` in step.
 
     Args:
-        accelerator: The trainer's.
+        accelerator: The trainer's accelerator.
         server: The policy server; its control plane is used on rank 0 only.
         transport: Carries the weights.
         options: How weights are pushed.
