@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -299,22 +300,24 @@ def test_a_batch_without_any_success_stops_and_says_why(
 def test_a_dead_policy_server_ends_training_at_once(
     data: tuple[Path, Path], gym: GymServers, tmp_path: Path, small_policy: Path
 ) -> None:
-    """The server is paused, so that no rollout can end by itself, and reported dead by its stand-in."""
+    """The server is paused, so that no rollout can end by itself, and from then on reported dead by its stand-in."""
     from trl_gym.errors import PolicyServerError
 
-    server = _policy_of(gym)
+    server, is_dead = _policy_of(gym), threading.Event()
 
     class Dying:
         def __getattr__(self, name: str) -> Any:
             return getattr(server, name)
 
         def check(self) -> None:
-            raise PolicyServerError("policy server ended (exit code 9)")
+            if is_dead.is_set():
+                raise PolicyServerError("policy server ended (exit code 9)")
 
     class Paused(GymGRPOTrainer):
         def build_request(self, row: dict[str, Any], request: Any) -> dict[str, Any]:
             if request.group == request.member == 0:
                 server.client.pause("keep")
+                is_dead.set()
             return request.row
 
     trainer = Paused(
