@@ -39,7 +39,7 @@ def test_a_stock_server_drifts(stock: str, small_policy: Path, folder: Path, opt
     outcome = token_fidelity.collect(stock, small_policy, folder, options)
     assert outcome.failures == []
     assert outcome.num_multi_turn >= 100 and len(outcome.agents) == 3
-    assert outcome.num_drifting > outcome.num_multi_turn // 4
+    assert outcome.num_drifting > outcome.num_multi_turn // 10
     assert max(outcome.gaps) > 1.0
 
 
@@ -50,6 +50,6 @@ def test_the_gateway_in_front_of_it_does_not(
         outcome = token_fidelity.collect(url, small_policy, folder, options)
     assert outcome.failures == []
     assert outcome.num_multi_turn >= 100 and len(outcome.agents) == 3
-    assert outcome.num_odd > outcome.num_multi_turn // 4, "the tokens are canonical: this test shows nothing"
+    assert outcome.num_odd > outcome.num_multi_turn // 10, "the tokens are canonical: this test shows nothing"
     assert outcome.num_drifting == 0, outcome.causes
     assert sum(outcome.gaps) / len(outcome.gaps) < MAX_MEAN_GAP
