@@ -112,8 +112,8 @@ class Bench:
     def collector(self, *, with_records: bool) -> Any:
         from trl_gym.rollout_options import RolloutOptions
         from trl_gym.rollouts.admission import budgets_from_options
-        from trl_gym.rollouts.call_records import RolloutLedger
         from trl_gym.rollouts.collector import RolloutCollector
+        from trl_gym.rollouts.ledger import RolloutLedger
 
         return RolloutCollector(
             self.gym.agent,

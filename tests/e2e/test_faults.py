@@ -22,9 +22,9 @@ from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import FailureKind, PolicyServerError
 from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import budgets_from_options
-from trl_gym.rollouts.call_records import RolloutLedger
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.journal import Journal, read_journal
+from trl_gym.rollouts.ledger import RolloutLedger
 from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.source import Finisher

@@ -22,7 +22,7 @@ from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
 from trl_gym.processes import bind_socket
-from trl_gym.rollouts.call_records import FleetLedger, RolloutLedger, ledger_for
+from trl_gym.rollouts.ledger import FleetLedger, RolloutLedger, ledger_for
 from trl_gym.run.recovery import answering_process
 
 KEY = "secret"

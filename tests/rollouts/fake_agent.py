@@ -13,8 +13,8 @@ from trl_gym.errors import PolicyServerError
 from trl_gym.gym.servers import AgentInfo
 from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import budgets_from_options
-from trl_gym.rollouts.call_records import CallState
 from trl_gym.rollouts.collector import RolloutCollector
+from trl_gym.rollouts.ledger import CallState
 from trl_gym.rollouts.request import RolloutRequest
 
 

@@ -16,8 +16,8 @@ from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, Polic
 from trl_gym.gym.discovery import ServerProbe
 from trl_gym.gym.servers import AgentInfo, ServerInstance
 from trl_gym.rollouts.attempts import CollectionStatus, Outstanding, Phase, Tally, describe_stall, waits_for
-from trl_gym.rollouts.call_records import CallState
 from trl_gym.rollouts.collector import RolloutResult
+from trl_gym.rollouts.ledger import CallState
 
 # -- attempts ---------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from trl_gym.errors import FailureKind, RolloutFailure
-from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
 from trl_gym.rollouts.batch import as_problems, describe_drift, failure_causes, table_columns, training_rows
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, journal_record

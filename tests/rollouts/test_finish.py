@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trl_gym.errors import FailureKind, RolloutError, RolloutFailure
-from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
 from trl_gym.rollouts.batch import training_rows
 from trl_gym.rollouts.collector import RolloutResult
 from trl_gym.rollouts.journal import Journal, read_journal

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.rollouts.test_batch import OUTPUT, bad, drifted, good, record, with_records
 from trl_gym.errors import FailureKind, RolloutError
-from trl_gym.policy_server.middleware.calls import DriftCause
+from trl_gym.policy_server.middleware.ledger import DriftCause
 from trl_gym.rollouts.batch import RankReport, SharedBatch, failure_causes, share
 from trl_gym.rollouts.metrics import (
     MetricsBuffer,

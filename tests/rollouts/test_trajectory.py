@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
 from trl_gym.policy_server.middleware.splice import num_common
 from trl_gym.rollouts.trajectory import (
     Drift,

@@ -39,9 +39,9 @@ from trl_gym.progress import rollouts_text
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.attempts import Progress as CollectionProgress
-from trl_gym.rollouts.call_records import ledger_for
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.journal import Attempt, Journal, LineState, journal_files, line_states, read_journal, secrets_in
+from trl_gym.rollouts.ledger import ledger_for
 from trl_gym.rollouts.request import RolloutRequest, stamp, task_hash
 from trl_gym.rollouts.source import Finisher
 from trl_gym.rollouts.trajectory import from_gym

@@ -373,8 +373,8 @@ def _requests(context: Context) -> Iterator[RolloutRequest]:
 def _collector(context: Context) -> RolloutCollector[Rollout]:
     from trl_gym.rollout_options import RolloutOptions
     from trl_gym.rollouts.admission import budgets_from_options
-    from trl_gym.rollouts.call_records import ledger_for
     from trl_gym.rollouts.collector import RolloutCollector
+    from trl_gym.rollouts.ledger import ledger_for
 
     policy, gym = context.policy, context.gym
     return RolloutCollector(

@@ -26,7 +26,7 @@ from trl_gym.errors import (
     WeightMismatchError,
     error_body_text,
 )
-from trl_gym.policy_server.middleware.calls import CallRecord
+from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.processes import split_urls
 
 _CONNECT_TIMEOUT_S = 10.0

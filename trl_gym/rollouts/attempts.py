@@ -29,9 +29,9 @@ import aiohttp
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, PolicyServerLostError, RolloutFailure
 from trl_gym.gym.client import GymAnswer, run_rollout
 from trl_gym.gym.discovery import AgentInfo
-from trl_gym.policy_server.middleware.calls import CallRecord
+from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.rollouts.admission import Admission, Budgets
-from trl_gym.rollouts.call_records import CallState, Ledger
+from trl_gym.rollouts.ledger import CallState, Ledger
 from trl_gym.rollouts.request import RolloutRequest, next_attempt
 
 logger = logging.getLogger(__name__)

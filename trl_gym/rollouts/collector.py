@@ -22,7 +22,7 @@ from trl_gym.gym.client import new_session
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.rollouts.admission import Admission, Budgets
 from trl_gym.rollouts.attempts import Collection, CollectionContext, Ended, Progress, RolloutResult
-from trl_gym.rollouts.call_records import Ledger
+from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.request import RolloutRequest
 
 __all__ = ["Ended", "Progress", "RolloutCollector", "RolloutResult"]

@@ -30,9 +30,9 @@ from typing import Any
 
 from trl_gym.errors import FailureKind
 from trl_gym.rollouts.attempts import Progress, RolloutResult
-from trl_gym.rollouts.call_records import weight_versions
 from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.journal import Attempt, Line, journal_files, read_line, read_lines, step_of
+from trl_gym.rollouts.ledger import weight_versions
 from trl_gym.rollouts.request import RolloutRequest, next_attempt, request_hash, task_hash
 from trl_gym.rollouts.rollout import Rollout, from_record
 

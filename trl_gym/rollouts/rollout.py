@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from trl_gym.errors import FailureKind, RolloutFailure
-from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
 from trl_gym.responses import completion_messages, count_tool_calls, output_items
-from trl_gym.rollouts.call_records import match_records, weight_versions
+from trl_gym.rollouts.ledger import match_records, weight_versions
 from trl_gym.rollouts.request import RolloutRequest, request_hash, task_hash
 from trl_gym.rollouts.trajectory import DriftReport, ModelCall, Trajectory, TrajectoryError, finish_reason, model_calls
 

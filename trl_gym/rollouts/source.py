@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutError, RolloutFailure
-from trl_gym.policy_server.middleware.calls import CallRecord
+from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.rollouts.attempts import CollectionStatus, RolloutResult
-from trl_gym.rollouts.call_records import match_records
 from trl_gym.rollouts.journal import Attempt, Journal, Line, LineState, line_states, read_line, read_lines
+from trl_gym.rollouts.ledger import match_records
 from trl_gym.rollouts.request import RolloutRequest, task_hash
 from trl_gym.rollouts.rollout import Rollout, from_record, journal_record
 from trl_gym.rollouts.trajectory import (

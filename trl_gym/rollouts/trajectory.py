@@ -10,7 +10,7 @@ must hold. Where a prompt does not start with `seen`, the history was rewritten:
 it were sampled in a context other than the one that would be trained. It is never repaired by guessing.
 
 Drift is reported with its cause. The policy server knows why it could not put the sampled tokens back
-(`calls.CallDrift`), and is believed where its records match the rollout's model calls. Without a record the tokens
+(`ledger.CallDrift`), and is believed where its records match the rollout's model calls. Without a record the tokens
 themselves are asked:
 
     the seen text is all there               retokenized         nobody put the sampled ids back
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from trl_gym.policy_server.middleware.calls import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
 from trl_gym.policy_server.middleware.splice import num_common
 from trl_gym.responses import output_items
 

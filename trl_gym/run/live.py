@@ -17,9 +17,9 @@ from trl_gym.compat import installed_version
 from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.ranks import agree_on_loss, agreed
 from trl_gym.rollouts.admission import budgets_from_options
-from trl_gym.rollouts.call_records import ledger_for
 from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.journal import Journal, secrets_in
+from trl_gym.rollouts.ledger import ledger_for
 from trl_gym.rollouts.reuse import Policy, Recall, RecoveringCollector, collect_missing
 from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, TrainerHooks
 from trl_gym.run.weights import PolicyWeights, check_model

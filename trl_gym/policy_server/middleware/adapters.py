@@ -44,7 +44,7 @@ from trl_gym.policy_server.middleware.turn import InvalidTurnError
 
 _logger = logging.getLogger("trl_gym.adapters")
 
-_MAX_ROLLOUTS = 16_384  # as many as have records (`calls.RolloutBook`)
+_MAX_ROLLOUTS = 16_384  # as many as have records (`ledger.RolloutBook`)
 _FORGOTTEN_AFTER_S = 3600.0  # a rollout without calls for so long has lost its trainer
 _LOOK_EVERY_S = 0.05  # while a new adapter waits for an old one to be released
 _NAMED_HOLDERS = 3

@@ -2,7 +2,7 @@
 
 newest message with `generation_token_ids`?  ── no ──► the prompt is what the server renders
   │ yes: seen = prompt_token_ids + generation_token_ids
-  │ has the agent changed the messages in front of it?                              `calls.Histories`
+  │ has the agent changed the messages in front of it?                              `ledger.Histories`
   │ what does the template write after it?                                          `templates.Templates`
   ▼
 prompt = seen + that, minus what the policy has sampled of it                       `splice.splice`
@@ -20,7 +20,8 @@ from typing import Any
 
 from trl_gym.policy_server.middleware import openai, splice
 from trl_gym.policy_server.middleware.adapters import Adapter, AdapterControl
-from trl_gym.policy_server.middleware.calls import (
+from trl_gym.policy_server.middleware.http import AbortedError, AnsweredError, Reply, ServerInfo, WrappedServer
+from trl_gym.policy_server.middleware.ledger import (
     CallDrift,
     DriftCause,
     EmptyTurn,
@@ -31,7 +32,6 @@ from trl_gym.policy_server.middleware.calls import (
     record_of,
     restore,
 )
-from trl_gym.policy_server.middleware.http import AbortedError, AnsweredError, Reply, ServerInfo, WrappedServer
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
 from trl_gym.policy_server.middleware.turn import Turn
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
-from trl_gym.rollouts.call_records import CallState, RolloutLedger, match_records, weight_versions
+from trl_gym.rollouts.ledger import CallState, RolloutLedger, match_records, weight_versions
 from trl_gym.rollouts.trajectory import ModelCall
 
 

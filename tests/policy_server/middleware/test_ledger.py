@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from trl_gym.policy_server.middleware import calls
-from trl_gym.policy_server.middleware.calls import Digest, Histories, RolloutBook, digest, record_of
+from trl_gym.policy_server.middleware import ledger as calls
 from trl_gym.policy_server.middleware.http import Reply
+from trl_gym.policy_server.middleware.ledger import Digest, Histories, RolloutBook, digest, record_of
 
 
 def record(answer: dict[str, Any] | None = None, reply: Reply | None = None) -> calls.CallRecord:

@@ -16,7 +16,7 @@ import aiohttp
 
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import root_url, server_urls
-from trl_gym.policy_server.middleware.calls import CallRecord
+from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.rollouts.trajectory import ModelCall
 
 RECORDS_PATH = "/trl_gym/rollouts/records"
