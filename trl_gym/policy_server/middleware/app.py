@@ -11,9 +11,9 @@ returns the tokens of each answer; `chat.py` says how.
     POST /trl_gym/sampling           pin sampling parameters for rollouts whose calls pin none
     POST /trl_gym/adapters           load a new version of the LoRA adapter that is the policy (`adapters.py`)
 
-A request with `trl_gym = {"rollout": …, "sampling": {…}, "completion_budget": …}` is a turn of that rollout, sampled
-with exactly these parameters. Without it (and without token ids in its messages) a request gets the stock answer plus
-the bundle, and a stream is the stock stream.
+A request with `trl_gym = {"rollout": …, "sampling": {…}, "completion_budget": …}` in its body, or in a key
+(`identity.py`), is a turn of that rollout, sampled with exactly these parameters. Without it (and without token ids in
+its messages) a request gets the stock answer plus the bundle, and a stream is the stock stream.
 
 Only the server's HTTP surface is used, so nothing here depends on vLLM's internals.
 """
@@ -21,7 +21,6 @@ Only the server's HTTP surface is used, so nothing here depends on vLLM's intern
 from __future__ import annotations
 
 import hashlib
-import hmac
 import os
 import secrets
 from array import array
@@ -42,12 +41,12 @@ from trl_gym.policy_server.middleware.http import (
     Send,
     ServerInfo,
     WrappedServer,
-    header,
     json_object,
     path_of,
     read_body,
     replay,
 )
+from trl_gym.policy_server.middleware.identity import Gate, RefusedError, UntaggedCalls, identity_of
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import RenderRefusedError
 from trl_gym.policy_server.middleware.turn import InvalidTurnError, Turn, checked_sampling
@@ -56,7 +55,7 @@ AFFINITY = "trl_gym.affinity"  # key in the scope: requests with the same value 
 INFO_PATH = "/trl_gym/info"
 _FINISH_PATH = "/finish_weight_update"
 _VERSION_PATHS = (_FINISH_PATH, "/update_weight_version")
-_OTHER_CHAT_PATHS = ("/v1/responses", "/v1/messages")
+_OTHER_PATHS = ("/v1/completions", "/v1/responses", "/v1/messages")
 _RETRIED_FOREVER = (429, 502, 503, 504, 520)  # by Gym, every half second; a 500 three times
 
 
@@ -94,7 +93,8 @@ class OnPolicyMiddleware:
         settings = settings or Settings.from_env()
         self._nonce = settings.nonce
         self._instance = secrets.token_hex(8)
-        self._api_keys = [key.encode() for key in settings.api_keys]
+        self._gate = Gate(settings.api_keys)
+        self._untagged = UntaggedCalls()
         self._server_info = ServerInfo()
         self._adapters = AdapterControl(self._server_info)
         self._chat = ChatTurns(self._server_info, self._adapters, has_prompt_field=settings.has_prompt_field)
@@ -106,18 +106,18 @@ class OnPolicyMiddleware:
             ("POST", "/trl_gym/sampling"): self._pin_sampling,
             ("POST", "/trl_gym/adapters"): self._load_adapter,
             ("POST", "/trl_gym/adapters/clear"): self._clear_adapters,
-            ("POST", "/v1/completions"): self._pass_on,
             **{("POST", path): self._change_version for path in _VERSION_PATHS},
-            **{("POST", path): self._refuse_turns for path in _OTHER_CHAT_PATHS},
+            **{("POST", path): self._refuse_turns for path in _OTHER_PATHS},
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
-        path = path_of(scope)
-        if not self._may_enter(scope, path):
-            return await _refuse(scope, send)
-        handler = self._handlers.get((scope.get("method", ""), path))
+        try:
+            self._gate.admit(scope)
+        except RefusedError as error:
+            return await _refuse(scope, send, error)
+        handler = self._handlers.get((scope.get("method", ""), path_of(scope)))
         if handler is None:
             return await self.app(scope, receive, send)
         try:
@@ -126,6 +126,8 @@ class OnPolicyMiddleware:
             reply = answered.reply
         except InvalidTurnError as error:
             reply = Reply.error(400, str(error))
+        except RefusedError as error:
+            reply = Reply.error(error.status, str(error))
         except ClientGoneError:
             return None
         if reply is None:
@@ -135,19 +137,14 @@ class OnPolicyMiddleware:
         await reply.send(send)
         return None
 
-    def _may_enter(self, scope: Scope, path: str) -> bool:
-        if not self._api_keys or path == "/health":
-            return True
-        scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
-        # Every key is compared in constant time: the timing of the answer says nothing about any key.
-        matches = [hmac.compare_digest(key, known) for known in self._api_keys]
-        return scheme.lower() == b"bearer" and any(matches)
-
     async def _complete_chat(self, server: WrappedServer, send: Send) -> Reply | None:
         body = await read_body(server.receive)
-        turn = Turn.from_json(body)
-        if turn is None and _is_tagged(body):
+        identity = identity_of(server.scope)
+        turn = Turn.from_json(body, identity)
+        if turn is None and (identity.turn_tag is not None or _is_tagged(body)):
             raise InvalidTurnError("a turn of a rollout must be a JSON object (no NaN) with a list of `messages`")
+        if identity.rollout is None and (turn is None or not turn.is_tagged):
+            self._untagged.count(identity)
         if turn is None or (turn.is_streamed and not turn.is_ours):
             await self._forward(server, body, send)  # vLLM's own answer, or its own complaint
             return None
@@ -156,15 +153,15 @@ class OnPolicyMiddleware:
         return await self._chat.answer(server, turn)
 
     async def _refuse_turns(self, server: WrappedServer, send: Send) -> Reply | None:
-        """Refuse rollouts on the other chat routes, whose schemas have no place for a token bundle."""
+        """Refuse rollouts on the other routes that sample, whose schemas have no place for a token bundle."""
         body = await read_body(server.receive)
-        if _is_tagged(body):
+        identity = identity_of(server.scope)
+        if identity.turn_tag is not None or _is_tagged(body):
             raise InvalidTurnError(f"a turn of a rollout must be sent to {CHAT_PATH}: only it answers with token ids")
+        if identity.rollout is None:
+            self._untagged.count(identity)
         await self._forward(server, body, send)
         return None
-
-    async def _pass_on(self, server: WrappedServer, send: Send) -> None:
-        await self._forward(server, await read_body(server.receive), send)
 
     async def _forward(self, server: WrappedServer, body: bytes, send: Send) -> None:
         """Pass a request on; the newest adapter answers it if the policy is an adapter."""
@@ -190,6 +187,7 @@ class OnPolicyMiddleware:
                 "weight_version": await self._server_info.weight_version(server),
                 "turn_end_token_id": turn_end,
                 "adapters": self._adapters.describe(),
+                "untagged_calls": self._untagged.describe(),
                 "counters": {
                     **asdict(self._chat.counters),
                     "rendered_whole": templates.num_whole,
@@ -236,11 +234,11 @@ class OnPolicyMiddleware:
         return Reply.from_json(200, {"sampling": self._chat.sampling})
 
 
-async def _refuse(scope: Scope, send: Send) -> None:
+async def _refuse(scope: Scope, send: Send, error: RefusedError) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    await Reply.error(401, "this server demands its API key as a bearer token on every route but /health").send(send)
+    await Reply.error(error.status, str(error)).send(send)
 
 
 def _required_object(body: bytes) -> dict[str, Any]:

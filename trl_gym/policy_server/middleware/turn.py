@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from trl_gym.policy_server.middleware.identity import NOBODY, Identity, agreed_rollout
+
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKEN_KEYS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
 _TEXT_PARTS = ("text", "refusal", "thinking")
@@ -52,17 +54,23 @@ class Turn:
     # Options of the render other than messages and ending, as /tokenize takes them.
     render_options: dict[str, Any] = field(default_factory=dict)
     options_key: bytes = b""  # hash of `render_options`
+    caller: str | None = None  # `kind/name` of the Gym server that called, if it says so
     served_model: str | None = None  # model to sample from if it is not the request's (an adapter), else None
 
     @classmethod
-    def from_json(cls, raw: bytes) -> Turn | None:
+    def from_json(cls, raw: bytes, identity: Identity = NOBODY) -> Turn | None:
         """Parse a request body.
+
+        Args:
+            raw: The body.
+            identity: What the request's keys say of its sender.
 
         Returns:
             None unless it is a JSON object with a list of message objects: the server has its own error for that.
 
         Raises:
             InvalidTurnError: If the tag or the token ids are malformed, or a rollout asks for `n` > 1.
+            RefusedError: If the body names another rollout than the request's keys.
         """
         try:
             fields = _fields.decode(raw)
@@ -73,12 +81,16 @@ class Turn:
             return None
         body = {key: _any.decode(value) for key, value in fields.items()}
         tag = body.pop("trl_gym", None)
-        turn = cls(body, [_without_token_ids(message) for message in messages], asked=_asked(body))
+        plain = [_without_token_ids(message) for message in messages]
+        turn = cls(body, plain, asked=_asked(body), caller=identity.caller)
         turn.render_options = _render_options(body)
         options = json.dumps(turn.render_options, sort_keys=True).encode()
         turn.options_key = hashlib.blake2b(options, digest_size=16).digest()
         if tag is not None:
             turn._apply_tag(tag)
+        agreed_rollout(identity.rollout, turn.rollout)
+        if identity.turn_tag is not None:
+            turn._apply_tag(identity.turn_tag)
         turn._read_history(messages)
         if turn.is_ours and body.get("n") not in (None, 1):
             raise InvalidTurnError(f"n must be 1 for a turn of a rollout, not {body['n']!r}")
@@ -154,7 +166,7 @@ class Turn:
         return body
 
     def _apply_tag(self, tag: Any) -> None:
-        if not isinstance(tag, dict) or not isinstance(tag.get("rollout"), str):
+        if not isinstance(tag, Mapping) or not isinstance(tag.get("rollout"), str):
             raise InvalidTurnError("trl_gym must be an object with the string `rollout`")
         if unknown := sorted(set(tag) - set(_TAG_KEYS)):
             raise InvalidTurnError(f"trl_gym has unknown keys: {', '.join(unknown)}")
