@@ -30,6 +30,7 @@ _WORDS_THAT_ARE_SHOWN = {
     "InvalidTurnError",
     "NoBoundaryError",
     "Problem",
+    "RefusedError",
     "RolloutFailure",
     "SystemExit",
     "TrajectoryError",

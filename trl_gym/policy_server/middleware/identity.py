@@ -63,11 +63,11 @@ class RefusedError(Exception):
     """A request may not enter.
 
     Args:
-        status: HTTP status of the answer.
         text: For its sender; it quotes no key.
+        status: HTTP status of the answer.
     """
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, text: str, status: int = 401) -> None:
         super().__init__(text)
         self.status = status
 
@@ -155,7 +155,7 @@ def agreed_rollout(one: str | None, other: str | None) -> str | None:
         RefusedError: They name different ones.
     """
     if one is not None and other is not None and one != other:
-        raise RefusedError(403, f"this request belongs to two rollouts, {one} and {other}: a key opens one rollout")
+        raise RefusedError(f"this request belongs to two rollouts, {one} and {other}: a key opens one rollout", 403)
     return one if one is not None else other
 
 
@@ -211,19 +211,19 @@ class Gate:
         payload, _, signature = text.removeprefix("trlgym_").partition(".")
         matches = [hmac.compare_digest(signature, _signature(known, payload)) for known in self._api_keys]
         if self._api_keys and not any(matches):
-            raise RefusedError(401, "a key of this request was not made with an API key of this server")
+            raise RefusedError("a key of this request was not made with an API key of this server")
         try:
             claims = _claims.decode(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
         except (ValueError, msgspec.MsgspecError):
-            raise RefusedError(401, "a key of this request says nothing that this server understands") from None
+            raise RefusedError("a key of this request says nothing that this server understands") from None
         if (claims.rollout is None) == (claims.gym is None):
-            raise RefusedError(401, "a key of this request is neither that of a rollout nor that of a NeMo Gym")
+            raise RefusedError("a key of this request is neither that of a rollout nor that of a NeMo Gym")
         return claims
 
     def _rollout_claims(self, key: bytes, where: str) -> _Claims:
         claims = self._claims(key)
         if claims is None or claims.rollout is None:
-            raise RefusedError(401, f"a request has no rollout key in {where}")
+            raise RefusedError(f"a request has no rollout key in {where}")
         return claims
 
     def _check_route(self, scope: Scope, claims: _Claims | None) -> None:
@@ -232,12 +232,12 @@ class Gate:
             return
         if claims is None:
             if self._api_keys:
-                raise RefusedError(401, "this server demands its API key as a bearer token on every route but /health")
+                raise RefusedError("this server demands its API key as a bearer token on every route but /health")
             return
         routes = _ROLLOUT_ROUTES if claims.gym is None else _GYM_ROUTES
         if (scope.get("method"), path) not in routes:
             whose = "a rollout" if claims.gym is None else "a NeMo Gym"
-            raise RefusedError(403, f"the key of {whose} does not open {scope.get('method', 'a websocket at')} {path}")
+            raise RefusedError(f"the key of {whose} does not open {scope.get('method', 'a websocket at')} {path}", 403)
 
     def _clean(self, scope: Scope, *, is_ours: bool) -> None:
         dropped = _OWN_HEADERS | {b"authorization"} if is_ours else _OWN_HEADERS
@@ -288,10 +288,10 @@ class UntaggedCalls:
         if identity.untagged == "error":
             who = f"{caller} of NeMo Gym" if caller else "a server or agent of NeMo Gym"
             raise RefusedError(
-                400,
                 f"{who} made a model call that belongs to no rollout: it would be sampled with parameters of its own, "
                 "without a budget, and not be trained. Let the agent keep `metadata.extra_body`, or send the header "
                 f"{ROLLOUT_HEADER}; or set `gym_untagged_calls` to 'warn' to serve such calls",
+                400,
             )
 
     def describe(self) -> dict[str, Any]:
