@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.policy_server.tiny_model import build_model, build_tokenizer
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, compat
 from trl_gym.errors import FailureKind, RolloutFailure
-from trl_gym.rollouts.batch import LOSS_TYPES as LOSS_TYPES
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.rows import LOSS_TYPES as LOSS_TYPES
 from trl_gym.rollouts.source import BatchInfo, Collected
 from trl_gym.rollouts.trajectory import Trajectory, from_gym
 
@@ -42,6 +42,7 @@ class Case:
         name: Unique.
         failed: Rollouts that fail, as (task, member).
         num_tasks: Groups.
+        max_rows: Most rows of a rollout; they have one to so many, see `num_rows_of`.
         options: Of the configuration, beyond what all cases have.
         parts: For the reference: rows of each micro-batch that TRL shall take its means over, where that is not all.
     """
@@ -49,6 +50,7 @@ class Case:
     name: str
     failed: Failed
     num_tasks: int = 3
+    max_rows: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     parts: Sequence[int] | None = None
 
@@ -96,7 +98,31 @@ def trajectory_of(task: int, member: int) -> tuple[Trajectory, float, bool]:
     return trajectory, round(draw.uniform(0, 1), 3), draw.random() < 0.4
 
 
-def rollout_of(request: RolloutRequest, failed: Failed) -> Rollout:
+def num_rows_of(task: int, member: int, max_rows: int) -> int:
+    return 1 + (task + member) % max_rows
+
+
+def in_rows(whole: Trajectory, num_rows: int) -> list[Trajectory]:
+    """The same tokens in several rows. Each begins with all tokens before it as its prompt: every sampled token is
+    trained once, in the context that it was sampled in. Two rows are the two turns; a third is the last token."""
+    first, last = whole.turn_ends[0], whole.turn_ends[1]
+    second = whole.env_mask.index(1, whole.env_mask.index(0))
+    starts = [0, second, last - 1][:num_rows]
+    ends = [first, last - 1 if num_rows == 3 else last, last] if num_rows > 1 else [last]
+    return [
+        Trajectory(
+            prompt_ids=whole.prompt_ids + whole.completion_ids[:start],
+            completion_ids=whole.completion_ids[start:end],
+            env_mask=whole.env_mask[start:end],
+            logprobs=whole.logprobs[start:end],
+            num_turns=1 if num_rows > 1 else 2,
+            turn_ends=[end - start] if num_rows > 1 else whole.turn_ends,
+        )
+        for start, end in zip(starts, ends, strict=False)
+    ]
+
+
+def rollout_of(request: RolloutRequest, failed: Failed, max_rows: int = 1) -> Rollout:
     """The rollout that Gym would have answered with."""
     if (request.task_index, request.member) in failed:
         failure = RolloutFailure(kind=FailureKind.DEADLINE, text="took too long", where=f"{AGENT} /run")
@@ -112,7 +138,9 @@ def rollout_of(request: RolloutRequest, failed: Failed) -> Rollout:
         _item(second_prompt, trajectory.completion_ids[first + 3 : last], trajectory.logprobs[first + 3 :]),
     ]
     answer = {"reward": reward, "steps": 2 + request.member, "response": {"output": output, **cut}}
-    return Rollout(request=request, answer=answer, failure=None, trajectories=from_gym(answer), seconds=1.0)
+    [whole] = from_gym(answer)
+    rows = in_rows(whole, num_rows_of(request.task_index, request.member, max_rows))
+    return Rollout(request=request, answer=answer, failure=None, trajectories=rows, seconds=1.0)
 
 
 def save_model(folder: Path) -> Path:
@@ -128,10 +156,12 @@ def gym_step(model: Path, case: Case, output_dir: Path, *, num_ranks: int = 1) -
     return _step(make_trainer(model, case, output_dir, num_ranks=num_ranks))
 
 
-def make_trainer(model: Path, case: Case, output_dir: Path, *, num_ranks: int = 1) -> PreparedTrainer:
+def make_trainer(model: Path, case: Case, output_dir: Path, *, num_ranks: int = 1, **kwargs: Any) -> PreparedTrainer:
     """`GymGRPOTrainer` on prepared rollouts."""
     args = gym_config(output_dir, case, num_ranks)
-    return PreparedTrainer(case.failed, model=str(model), args=args, train_dataset=tasks(range(case.num_tasks)))
+    return _with_other_reference(
+        PreparedTrainer(case, model=str(model), args=args, train_dataset=tasks(range(case.num_tasks)), **kwargs)
+    )
 
 
 def reference_step(model: Path, case: Case, output_dir: Path) -> Step:
@@ -140,7 +170,7 @@ def reference_step(model: Path, case: Case, output_dir: Path) -> Step:
     assert len(sizes) == 1, "TRL's groups are of one size"
     num_members = sizes.pop()
     num_rows = num_members * len(case.surviving)
-    taken = {"gym_min_group_size", "gym_min_valid_fraction"}
+    taken = {"gym_min_group_size", "gym_min_valid_fraction", "gym_max_rows_factor"}
     args = GRPOConfig(
         **_common(output_dir, num_rows, num_members)
         | {name: value for name, value in case.options.items() if name not in taken}
@@ -150,7 +180,43 @@ def reference_step(model: Path, case: Case, output_dir: Path) -> Step:
         trainer = ReferenceTrainer(
             case, model=str(model), args=args, train_dataset=tasks(case.surviving), reward_funcs=prepared_reward
         )
-    return _step(trainer)
+    return _step(_with_other_reference(trainer))
+
+
+def gradient_by_hand(
+    model: Path, case: Case, dropped: Mapping[tuple[int, int], int] | None = None
+) -> dict[str, torch.Tensor]:
+    """The gradient of `dapo` or `grpo` in one batch, from the log-probabilities of each row alone.
+
+    Args:
+        model: The policy.
+        case: The loss is `dapo`, if its options name none.
+        dropped: Rows that a rollout, by (task, member), has lost.
+    """
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    rewards = {task: [trajectory_of(task, own)[1] for own in members] for task, members in case.surviving.items()}
+    rollouts = []
+    for task, members in case.surviving.items():
+        group = torch.tensor(rewards[task])
+        for member, reward in zip(members, group, strict=True):
+            rows = in_rows(trajectory_of(task, member)[0], num_rows_of(task, member, case.max_rows))
+            advantage = (reward - group.mean()) / (group.std() + 1e-4)
+            rollouts.append((advantage, rows[(dropped or {}).get((task, member), 0) :]))
+    num_tokens = sum(sum(row.env_mask) for _, rows in rollouts for row in rows)
+    loss = torch.zeros(())
+    for advantage, rows in rollouts:
+        own_tokens = sum(sum(row.env_mask) for row in rows)
+        is_dapo = case.options.get("loss_type", "dapo") == "dapo"
+        divisor = num_tokens if is_dapo else own_tokens * len(rollouts)
+        for row in rows:
+            ids = torch.tensor([row.prompt_ids + row.completion_ids])
+            said = policy(ids).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
+            logprobs = said.gather(-1, torch.tensor(row.completion_ids)[:, None])[:, 0]
+            mask = torch.tensor(row.env_mask)
+            ratio = ((logprobs.detach() - torch.tensor(row.logprobs)) * mask).sum().exp()  # of the row
+            loss = loss - advantage * (ratio if ratio <= 3 else 0) * (logprobs * mask).sum() / divisor
+    loss.backward()
+    return {name: own.grad for name, own in policy.named_parameters() if own.grad is not None}
 
 
 def num_trained(batch: dict[str, torch.Tensor]) -> int:
@@ -163,8 +229,8 @@ class PreparedSource:
 
     policy_server = gym_servers = None
 
-    def __init__(self, failed: Failed, folder: Path) -> None:
-        self._failed = failed
+    def __init__(self, case: Case, folder: Path) -> None:
+        self._case = case
         self.folder = folder
         self.requests: list[RolloutRequest] = []
         self.optimizer: Any = None
@@ -172,7 +238,8 @@ class PreparedSource:
     def collect(self, requests: Sequence[RolloutRequest], batch: BatchInfo) -> Collected:
         assert batch.mode != "train" or isinstance(self.optimizer, AcceleratedOptimizer)
         self.requests += requests
-        return Collected(rollouts=[rollout_of(request, self._failed) for request in requests])
+        case = self._case
+        return Collected(rollouts=[rollout_of(request, case.failed, case.max_rows) for request in requests])
 
     def agent_of(self, row: Mapping[str, Any]) -> str:
         return AGENT
@@ -203,8 +270,8 @@ class PreparedSource:
 class PreparedTrainer(GymGRPOTrainer):
     """`GymGRPOTrainer` whose rollouts are there already."""
 
-    def __init__(self, failed: Failed, **kwargs: Any) -> None:
-        self._failed = failed
+    def __init__(self, case: Case, **kwargs: Any) -> None:
+        self._case = case
         self.batches: list[dict[str, Any]] = []
         super().__init__(**kwargs)
 
@@ -213,7 +280,7 @@ class PreparedTrainer(GymGRPOTrainer):
         return self._source.requests
 
     def _new_source(self, args: GymGRPOConfig, *_: Any) -> PreparedSource:
-        return PreparedSource(self._failed, Path(args.output_dir))
+        return PreparedSource(self._case, Path(args.output_dir))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self.batches.append(inputs)
@@ -321,6 +388,15 @@ class _KeepGradient(TrainerCallback):
             for name, parameter in model.named_parameters()
             if parameter.grad is not None
         }
+
+
+def _with_other_reference(trainer: Any) -> Any:
+    """A KL term whose gradient is not 0, as it is where the reference is the policy itself."""
+    if trainer.ref_model is not None:
+        with torch.no_grad():
+            for parameter in trainer.ref_model.parameters():
+                parameter *= 1.1
+    return trainer
 
 
 def _step(trainer: Any) -> Step:

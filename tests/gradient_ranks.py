@@ -20,6 +20,14 @@ EMPTY_RANK = {(1, member) for member in range(4)}
 VESPO = {"vllm_importance_sampling_mode": "token_truncate"}
 
 
+def by_token(loss_type: str) -> dict[str, Any]:
+    """Options with which rows of a rollout are exactly what one row with all of its tokens is: nothing by sequence."""
+    off = {"vllm_importance_sampling_correction": False}
+    return {"loss_type": loss_type} | (
+        off if loss_type == "vespo" else {"vllm_importance_sampling_mode": "token_mask"}
+    )
+
+
 def cases() -> list[Case]:
     """Those that are compared with a reference."""
     found = []
@@ -29,6 +37,9 @@ def cases() -> list[Case]:
         parts = (4, 5) if loss_type == "bnpo" else None
         found.append(Case(name=f"unequal-{loss_type}", failed=UNEQUAL, options=options, parts=parts))
         found.append(Case(name=f"empty_rank-{loss_type}", failed=EMPTY_RANK, num_tasks=2, options=options))
+        for max_rows in (2, 3):
+            name, own = f"{max_rows}_rows-{loss_type}", by_token(loss_type)
+            found.append(Case(name=name, failed=UNEQUAL, max_rows=max_rows, options=own, parts=parts))
     return found
 
 

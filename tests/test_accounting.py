@@ -27,7 +27,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def prepared(model: Path, folder: Path, *failed: tuple[int, int], **options: Any) -> PreparedTrainer:
-    return make_trainer(model, Case(name="x", failed=set(failed), options=EVALUATION | options), folder)
+    """Rollouts have one to three rows."""
+    return make_trainer(model, Case(name="x", failed=set(failed), max_rows=3, options=EVALUATION | options), folder)
 
 
 def test_evaluation_sets_have_metrics_of_their_own(model: Path, tmp_path: Path) -> None:
@@ -108,6 +109,42 @@ def test_the_completions_table_shows_the_conversation(model: Path, tmp_path: Pat
     ] * 11
     assert table["rollout_id"].is_unique and set(table["environment"]) == {"arithmetic"}
     assert len(pandas.read_parquet(tmp_path / "completions" / "eval_00001.parquet")) == 4
+
+
+def test_reward_functions_get_rollouts(model: Path, tmp_path: Path) -> None:
+    """However many rows these have: one conversation each, with the tokens of all rows."""
+    seen: dict[str, Any] = {}
+
+    def length(prompts: Any, completions: Any, completion_ids: Any, gym_reward: Any, gym_result: Any, **_: Any) -> Any:
+        seen.update(completions=completions, ids=completion_ids, rewards=gym_reward, results=gym_result)
+        return [len(ids) / 10 for ids in completion_ids]
+
+    case = Case(name="x", failed={(1, 2)}, max_rows=3)
+    trainer = make_trainer(model, case, tmp_path, reward_funcs=length)
+    trainer.train()
+    assert {len(values) for values in seen.values()} == {3 * NUM_MEMBERS}
+    expected = [trajectory_of(task, member)[0] for task in range(3) for member in range(NUM_MEMBERS)]
+    sampled = [
+        sum(ids in whole.completion_ids for ids in own) for own, whole in zip(seen["ids"], expected, strict=True)
+    ]
+    assert sampled == [len(ids) for ids in seen["ids"][:6]] + [0] + [len(ids) for ids in seen["ids"][7:]]
+    assert seen["rewards"][6] is None and seen["results"][6] is None and len(seen["ids"][6]) == 1
+    assert trainer.state.log_history[0]["rewards/length/mean"] == pytest.approx(
+        sum(len(ids) for own, ids in enumerate(seen["ids"]) if own != 6) / 110
+    )
+
+
+def test_the_trainers_logprobs_are_written_for_every_row(model: Path, tmp_path: Path) -> None:
+    trainer = prepared(model, tmp_path, (1, 2))
+    trainer.train()
+    lines = (tmp_path / "training_logprobs" / "step-0.rank-0.jsonl").read_text().splitlines()
+    found = {line["rollout_id"]: [line["logprobs"], *line.get("further_rows", [])] for line in map(json.loads, lines)}
+    rollouts = {rollout.request.rollout_id: rollout for rollout in trainer._accounting.rollouts}
+    assert len(found) == 11
+    for name, rows in found.items():
+        expected = [len(trajectory.completion_ids) for trajectory in rollouts[name].trajectories]
+        assert [len(row) for row in rows] == expected
+        assert all(-12 < value < -2 for row in rows for value in row)  # of that token, not of padding
 
 
 @pytest.mark.parametrize(("rewards", "message"), [([1.0], "returned 1 rewards for 12"), ([float("inf")] * 12, "inf")])

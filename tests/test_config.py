@@ -32,6 +32,8 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
                 "gym_deadline": -1,
                 "gym_max_inflight": 0,
                 "gym_drift": "ignore",
+                "gym_train_calls": "some",
+                "gym_max_rows_factor": 0.5,
                 "gym_vllm_args": {"port": 80, "max_model_len": 10},
                 "gym_weight_dir": str(tmp_path / "missing"),
                 "max_completion_length": 512,
@@ -40,10 +42,11 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
             }
         )
     message = str(caught.value)
-    assert "10 problem(s)" in message
+    assert "12 problem(s)" in message
     for name in (
-        "gym_mode", "gym_deadline", "gym_max_inflight", "gym_drift", "'port'", "`vllm_max_model_length`",
-        "gym_weight_dir", "max_completion_length", "vllm_mode", "num_generations",
+        "gym_mode", "gym_deadline", "gym_max_inflight", "gym_drift", "gym_train_calls", "'port'",
+        "`vllm_max_model_length`", "gym_max_rows_factor", "gym_weight_dir", "max_completion_length", "vllm_mode",
+        "num_generations",
     ):  # fmt: skip
         assert name in message, name
 
@@ -205,15 +208,13 @@ def test_null_in_yaml_is_one_readable_error(tmp_path: Path) -> None:
         TrlParser([GymGRPOConfig]).parse_args_and_config(["--config", str(config)])
 
 
-def test_split_was_never_split_and_is_now_called_truncate(caplog: pytest.LogCaptureFixture) -> None:
-    assert GymGRPOConfig(**BASE, gym_drift="split").gym_drift == "truncate"
-    assert "behaves as 'truncate'" in caplog.text
-    parser = TrlParser([GymGRPOConfig])
-    (args,) = parser.parse_args_and_config(
-        ["--gym_drift", "split", "--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
-    )
-    assert args.gym_drift == "truncate"
-    assert "--gym_drift {truncate,exclude,error}" in parser.format_help()
+@pytest.mark.parametrize("several", [{"gym_drift": "split"}, {"gym_train_calls": "all"}])
+def test_several_rows_and_a_kl_term_that_would_count_them_are_refused(several: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"1 problem.*\n.*`beta` 0.1.*would count each row of a rollout"):
+        GymGRPOConfig(**BASE, **several, loss_type="grpo", beta=0.1)
+    for other in ({"loss_type": "dr_grpo", "beta": 0.1}, {"loss_type": "grpo"}):
+        assert GymGRPOConfig(**BASE, **several, **other)
+    assert GymGRPOConfig(**BASE, loss_type="grpo", beta=0.1)
 
 
 def test_rollout_options_are_those_of_the_run() -> None:

@@ -21,22 +21,28 @@ from trl import GRPOTrainer
 
 from tests.gradient import (
     LOSS_TYPES,
+    NUM_MEMBERS,
     Case,
     Step,
+    gradient_by_hand,
     gym_step,
     lean,
     make_trainer,
+    num_rows_of,
     num_trained,
     reference_step,
     save_model,
     tasks,
 )
-from tests.gradient_ranks import EMPTY_RANK, SEAMS, UNEQUAL, VESPO, below_fraction, cases, evaluation
-from trl_gym.errors import RolloutError
+from tests.gradient_ranks import EMPTY_RANK, SEAMS, UNEQUAL, VESPO, below_fraction, by_token, cases, evaluation
+from trl_gym.config import TOKEN_MEAN_LOSSES
+from trl_gym.errors import ConfigError, RolloutError
 
 TOLERANCE = 1e-6  # of a parameter's gradient, relative to its norm
 ROOT = Path(__file__).resolve().parents[1]
 
+ONE_EACH = {(0, 1), (1, 0), (2, 0)}  # of every task one
+BY_TOKEN = ("entropy bonus", "high entropy tokens", "batch std", "no std", "normalize first", "truncated masked")
 VARIANTS: dict[str, dict[str, Any]] = {
     "no importance sampling correction": {"vllm_importance_sampling_correction": False},
     "ratios by sequence": {"importance_sampling_level": "sequence", "loss_type": "luspo"},
@@ -118,6 +124,80 @@ def test_micro_batches_with_unequal_numbers(model: Path, tmp_path: Path, loss_ty
     assert difference(step, reference_step(model, case, tmp_path / "trl")) < TOLERANCE
 
 
+@pytest.mark.parametrize("max_rows", [2, 3])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_rollout_weighs_the_same_in_any_number_of_rows(
+    model: Path, tmp_path: Path, loss_type: str, max_rows: int
+) -> None:
+    """Rollouts have one to three rows, and some have failed; TRL has each of them in one."""
+    case = Case(name="rows", failed=UNEQUAL, max_rows=max_rows, options=by_token(loss_type))
+    step, reference = gym_step(model, case, tmp_path / "gym"), reference_step(model, case, tmp_path / "trl")
+    assert difference(step, reference) < TOLERANCE
+    counts = [
+        num_rows_of(task, member, max_rows) for task in range(3) for member in range(NUM_MEMBERS)
+        if (task, member) not in UNEQUAL
+    ]  # fmt: skip
+    [batch] = step.batches
+    assert (num_trained(batch), len(batch["advantages"])) == (sum(counts), max(sum(counts), 3 * NUM_MEMBERS))
+    for name in ("reward", "reward_std", "frac_reward_zero_std", "rewards/gym/mean", "entropy"):
+        theirs = "rewards/prepared_reward/mean" if name == "rewards/gym/mean" else name
+        assert step.logs[name] == pytest.approx(reference.logs[theirs], abs=1e-6), name
+    assert step.logs["rollouts/rows"] == pytest.approx(sum(counts) / len(counts))
+    assert step.logs["rollouts/dropped_rows_fraction"] == 0
+
+
+@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "bnpo"])
+def test_rows_of_a_rollout_in_different_micro_batches(model: Path, tmp_path: Path, loss_type: str) -> None:
+    """Two micro-batches per generation batch, into which TRL shuffles 17 rows and one that fills up."""
+    options = by_token(loss_type) | {"gradient_accumulation_steps": 2}
+    case = Case(name=loss_type, failed=ONE_EACH, max_rows=3, options=options)
+    step = gym_step(model, case, tmp_path / "gym")
+    assert [len(batch["advantages"]) for batch in step.batches] == [9, 9]
+    check_weights(step.batches, num_valid=17)
+    assert difference(step, reference_step(model, case, tmp_path / "trl")) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", BY_TOKEN)
+def test_rows_with_other_options(model: Path, tmp_path: Path, variant: str) -> None:
+    options = {"vllm_importance_sampling_mode": "token_mask"} | VARIANTS[variant]
+    case = Case(name=variant, failed=ONE_EACH, max_rows=3, options=options)
+    assert (
+        difference(gym_step(model, case, tmp_path / "gym"), reference_step(model, case, tmp_path / "trl")) < TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_kl_term_counts_rollouts_or_is_refused(model: Path, tmp_path: Path, loss_type: str) -> None:
+    case = Case(name=loss_type, failed=ONE_EACH, max_rows=3, options=by_token(loss_type) | {"beta": 0.1})
+    if loss_type in TOKEN_MEAN_LOSSES:
+        with pytest.raises(ConfigError, match=r"5 rollouts have several trajectories.*`beta` 0.1"):
+            gym_step(model, case, tmp_path)
+    else:
+        reference = reference_step(model, case, tmp_path / "trl")
+        assert difference(gym_step(model, case, tmp_path / "gym"), reference) < TOLERANCE
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_a_row_has_an_importance_ratio_of_its_own(model: Path, tmp_path: Path, loss_type: str) -> None:
+    case = Case(name="rows", failed=ONE_EACH, max_rows=3, options={"loss_type": loss_type})
+    expected = Step(gradient_by_hand(model, case), {}, [])
+    assert difference(gym_step(model, case, tmp_path / "gym"), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_rows_beyond_the_cap_are_dropped_and_counted(model: Path, tmp_path: Path, loss_type: str) -> None:
+    """17 rows, and 1.25 times the 12 rollouts are 15: of those with three rows, the first two lose the oldest."""
+    options = {"loss_type": loss_type, "gym_max_rows_factor": 1.25}
+    case = Case(name="rows", failed=ONE_EACH, max_rows=3, options=options)
+    step = gym_step(model, case, tmp_path / "gym")
+    assert [len(batch["advantages"]) for batch in step.batches] == [15]
+    expected = gradient_by_hand(model, case, dropped={(0, 2): 1, (1, 1): 1})
+    assert difference(step, Step(expected, {}, [])) < TOLERANCE
+    assert step.logs["rollouts/dropped_rows_fraction"] == pytest.approx(2 / 17)
+    mask = step.batches[0]["completion_mask"] * step.batches[0]["tool_mask"]
+    assert step.logs["num_tokens"] == (step.batches[0]["prompt_mask"].sum() + mask.sum()).item()
+
+
 def test_a_group_that_is_too_small_is_left_out_whole(model: Path, tmp_path: Path) -> None:
     """Of task 1 one rollout is left: no baseline can be made of it."""
     almost = {(1, 0), (1, 1), (1, 2)}
@@ -171,10 +251,12 @@ def test_two_ranks_with_unequal_failures(
     for rank in two_ranks:
         assert difference(Step(rank[case.name]["gradient"], {}, []), reference) < TOLERANCE
     trained = [rank[case.name]["trained"] for rank in two_ranks]
-    assert trained == ([[4], [5]] if case.failed == UNEQUAL else [[4], [0]])
+    places = [(task, member) for task in range(case.num_tasks) for member in range(NUM_MEMBERS)]
+    own = [0 if place in case.failed else num_rows_of(*place, case.max_rows) for place in places]
+    assert trained == [[sum(own[: len(own) // 2])], [sum(own[len(own) // 2 :])]]
 
 
-@pytest.mark.parametrize("name", ["unequal-dapo", "empty_rank-grpo"])
+@pytest.mark.parametrize("name", ["unequal-dapo", "empty_rank-grpo", "3_rows-dapo", "2_rows-grpo"])
 def test_two_ranks_log_what_one_would(name: str, two_ranks: list[dict[str, Any]], model: Path, tmp_path: Path) -> None:
     case = next(case for case in cases() if case.name == name)
     expected = gym_step(model, case, tmp_path).logs

@@ -47,7 +47,7 @@ def test_its_options_file_is_read() -> None:
     assert args.gym_retries == {"infrastructure": 1}
     assert args.gym_environments["calculator_simple_agent"]["retries"] == {"infrastructure": 3}
     assert (args.gym_mode, args.gym_pause_mode, args.gym_launch_rate) == ("upstream", "keep", 20)
-    assert args.gym_drift == "truncate"  # as 'split' behaved
+    assert args.gym_drift == "split"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

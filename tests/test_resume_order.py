@@ -19,6 +19,7 @@ from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.recorded import POLICY, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
 from trl_gym.errors import ConfigError, RolloutError
+from trl_gym.resume import load_state
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.trajectory import Trajectory
@@ -48,22 +49,25 @@ class Watched(GymGRPOTrainer):
 
 
 def sampled(task: int, member: int) -> Rollout:
+    """Of one row, or of two or three: buffered micro-batches have more rows than rollouts."""
     rng = random.Random(10 * task + member)
-    ids = [rng.randrange(20) for _ in range(6)]
-    trajectory = Trajectory(
-        prompt_ids=[1, task],
-        completion_ids=ids,
-        env_mask=[1] * 6,
-        logprobs=[-3.0] * 6,
-        num_turns=1,
-        turn_ends=[6],
-    )
+    trajectories = [
+        Trajectory(
+            prompt_ids=[1, task],
+            completion_ids=[rng.randrange(20) for _ in range(6)],
+            env_mask=[1] * 6,
+            logprobs=[-3.0] * 6,
+            num_turns=1,
+            turn_ends=[6],
+        )
+        for _ in range(1 + (task + member) % 3)
+    ]
     answer = {"response": {"output": []}, "reward": rng.random()}
     row = {"responses_create_params": {"input": f"{task}?"}}
     asked = RolloutRequest(
         rollout_id=f"{task}-{member}", task_index=task, group=task, member=member, attempt=0, agent="a", row=row
     )
-    return Rollout(request=asked, answer=answer, failure=None, trajectories=[trajectory], seconds=0.1)
+    return Rollout(request=asked, answer=answer, failure=None, trajectories=trajectories, seconds=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +127,9 @@ def test_resumed_from_checkpoints(
     # Three batches of two tasks per epoch: at least one epoch ends within the run.
     assert len(whole.batches) > 3
     assert len({task for _, tasks in whole.batches for task in tasks}) == NUM_TASKS
+    if schedule["gradient_accumulation_steps"] == 1:
+        [_, rest] = load_state(tmp_path / "whole" / "checkpoint-1", 0).buffered
+        assert len(rest["advantages"]) > 2  # more rows than rollouts
     # Step 1 is within a batch where one lasts for two steps, 4 and 6 are in or before the second epoch.
     for step in (1, 4, 6):
         resumed = trainer(recorded, tokenizer, tmp_path / f"from-{step}", **schedule, save_only_model=True)

@@ -1,14 +1,14 @@
-"""Decide what is trained of a generation batch in which some rows are not samples, and what is logged of it.
+"""Decide what is trained of a generation batch in which some rollouts are not samples, and what is logged of it.
 
 `GymGRPOTrainer` asks `Accounting` at these places of TRL's loop:
 
-    rollout_func            which rollouts are trained, decided by all ranks together
+    before _generate        which rollouts are trained, and in which rows, decided by all ranks together
     after _generate         lengths and truncation of the rollouts that are trained, as Gym reports them
-    after scoring           marks on the rows that count; the gap between sampling and training
-    rewards                 NaN for a row that is not a sample, for every reward function: out of the baseline
+    after scoring           advantages and weights of the rows; the gap between sampling and training
+    rewards                 NaN for a rollout that is not a sample, for every reward function: out of the baseline
     log, evaluate           metrics of rollouts, named evaluation sets, a random state left as it was
 
-What the loss divides by is in `trl_gym.rollouts.batch`.
+What the loss divides by is in `trl_gym.rollouts.rows`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
+from trl_gym.config import TOKEN_MEAN_LOSSES
+from trl_gym.errors import ConfigError
 from trl_gym.ranks import agreed
-from trl_gym.rollouts import batch as batches
 from trl_gym.rollouts import logprobs
+from trl_gym.rollouts import rows as batch_rows
 from trl_gym.rollouts.batch import SharedBatch, share
 from trl_gym.rollouts.evaluation import EvaluationProgress, evaluation_metrics, preserved_rng, set_name, table_beside
 from trl_gym.rollouts.logprobs import ratio_sum
@@ -38,6 +40,7 @@ from trl_gym.rollouts.metrics import (
     training_metrics,
 )
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts
+from trl_gym.rollouts.rows import Row
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,6 +60,7 @@ class Accounting:
 
     Attributes:
         rollouts: `[B]`, this rank's newest batch.
+        rows: `[R]`, the rows that are trained of it.
         shared: That batch on all ranks.
         evaluation: The evaluation that runs; None in training.
     """
@@ -68,14 +72,23 @@ class Accounting:
         self._run_metrics = {"train": MetricsBuffer(NEWEST), "eval": MetricsBuffer()}
         self._num_settled = 0
         self.rollouts: Sequence[Rollout] = ()
+        self.rows: list[Row] = []
         self.evaluation: EvaluationProgress | None = None
 
     # ---------------------------------------------------------------------------------------------- one batch of rows
 
     def settle(
-        self, rollouts: Sequence[Rollout], rewards: Sequence[float | None], *, mode: str, step: int, where: str
+        self,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[float | None],
+        *,
+        mode: str,
+        step: int,
+        where: str,
+        pad_id: int,
+        eos_id: int,
     ) -> list[float | None]:
-        """Decide with all ranks which of the rollouts are trained.
+        """Decide with all ranks which of the rollouts are trained, and in which rows.
 
         Args:
             rollouts: `[B]`, of this rank.
@@ -83,12 +96,15 @@ class Accounting:
             mode: `"train"` or `"eval"`.
             step: Optimizer step whose weights sampled them.
             where: Tells the user where to read more about failures: a sentence that begins with a verb.
+            pad_id: See `rows.rows_of`.
+            eos_id: See `rows.rows_of`.
 
         Returns:
             `[B]`, the rewards to train on; None for a rollout that is not trained.
 
         Raises:
             RolloutError: On every rank, when too few of them can be trained on.
+            ConfigError: On every rank, when a rollout has several rows and the loss cannot weigh them exactly.
         """
         self.rollouts = rollouts
         self._num_settled += 1
@@ -99,15 +115,37 @@ class Accounting:
             rank=self._accelerator.process_index,
             gather=gather_object,
         )
-        counted: Sequence[RolloutFacts] = self.shared.facts
         if mode == "train":
             self.shared = self.shared.without_small_groups(self._args.gym_min_group_size)
             self.shared.check(self._args.gym_min_valid_fraction, step=step, where=where)
-            counted = self.shared.facts
-        elif self.evaluation is not None:
+        self._fit_rows(self._num_micro_steps(mode), pad_id=pad_id, eos_id=eos_id)
+        counted: Sequence[RolloutFacts] = self.shared.facts
+        if mode != "train" and self.evaluation is not None:
             counted = self.evaluation.counted(self.shared)
         self._run_metrics[mode].add(counted)
         return self.shared.own_rewards
+
+    def _fit_rows(self, num_micro_steps: int, *, pad_id: int, eos_id: int) -> None:
+        self.shared, num_rows = self.shared.fitted(
+            num_ranks=self._accelerator.num_processes,
+            multiple=num_micro_steps,
+            factor=self._args.gym_max_rows_factor,
+        )
+        several = [
+            fact for fact in self.shared.facts if fact.is_valid and len(fact.row_tokens) - fact.dropped_rows > 1
+        ]
+        if several and self._args.beta and self._args.loss_type in TOKEN_MEAN_LOSSES:
+            raise ConfigError(
+                f"{len(several)} rollouts have several trajectories, `loss_type` is {self._args.loss_type!r} and "
+                f"`beta` {self._args.beta:g}: the KL term would count each trajectory as a rollout.",
+                f"Set `beta` to 0, or `loss_type` to another one than {' and '.join(TOKEN_MEAN_LOSSES)}.",
+            )
+        dropped = self.shared.own_dropped
+        self.rows = batch_rows.rows_of(self.rollouts, dropped, num_rows, pad_id=pad_id, eos_id=eos_id)
+
+    def _num_micro_steps(self, mode: str) -> int:
+        """Micro-batches into which TRL splits a rank's part of a generation batch."""
+        return self._args.steps_per_generation if mode == "train" else 1
 
     def correct_lengths(self, metrics: Metrics) -> int:
         """Replace TRL's metrics of completions by those of the rollouts that are trained.
@@ -121,26 +159,25 @@ class Accounting:
         for name, value in completion_metrics(self.shared.facts).items():
             metrics[name][-1] = value
         trained = [fact for fact in self.shared.facts if fact.is_valid]
-        return sum(fact.prompt_tokens + fact.sampled_tokens for fact in trained)
+        return sum(sum(fact.row_tokens[fact.dropped_rows :]) for fact in trained)
 
     def exclude_failures(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Take the rows that are not samples out of every baseline.
+        """Take the rollouts that are not samples out of every baseline.
 
         Args:
-            rewards: `[N, F]`, by row of all ranks and reward function; changed in place.
+            rewards: `[N, F]`, by rollout of all ranks and reward function; changed in place.
         """
         failed = [not fact.is_valid for fact in self.shared.facts]
         rewards[torch.tensor(failed, device=rewards.device)] = torch.nan
         return rewards
 
     def mark(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
-        """Return a scored batch with marks on the rows that count, for `batch.weighted`."""
-        steps = self._args.steps_per_generation if mode == "train" else 1
-        return batches.mark(
+        """Return a scored batch whose rows have the advantages of their rollouts, and shares for `rows.weighted`."""
+        return batch_rows.mark(
             batch,
-            self.shared.own_valid,
+            self.rows,
             num_valid=self.shared.num_valid,
-            num_micro_batches=self._accelerator.num_processes * steps,
+            num_micro_batches=self._accelerator.num_processes * self._num_micro_steps(mode),
         )
 
     def compare_logprobs(self, batch: dict[str, Any], metrics: Metrics, *, mode: str, step: int, same: bool) -> None:
@@ -149,7 +186,7 @@ class Accounting:
         TRL's own metrics of it are means of ranks' means and count rows that are not trained; they are corrected.
 
         Args:
-            batch: A scored batch, `B` rows.
+            batch: A scored batch, `R` rows.
             metrics: TRL's, with this batch's values last.
             mode: `"train"` or `"eval"`.
             step: Optimizer steps that went into the weights.
@@ -158,19 +195,21 @@ class Accounting:
         Raises:
             RolloutError: On every rank, when they cannot be written.
         """
-        turn_ends = [rollout.trajectories[0].turn_ends if rollout.trajectories else [] for rollout in self.rollouts]
-        agents = [rollout.request.agent for rollout in self.rollouts]
+        turn_ends = [row.trajectory.turn_ends for row in self.rows]
+        agents = ["" if row.rollout is None else self.rollouts[row.rollout].request.agent for row in self.rows]
         gaps = logprobs.batch_gaps(batch, turn_ends, agents) if same else {}
         with agreed(self._accelerator):
             if gaps and mode == "train":
                 logprobs.record(
                     self._args.output_dir,
                     batch["old_per_token_logps"],
+                    self.rows,
                     self.rollouts,
                     step=step,
                     rank=self._accelerator.process_index,
                 )
-        ranks = gather_object([(gaps, ratio_sum(batch, self.shared.own_valid))])
+        is_trained = [row.rollout is not None for row in self.rows]
+        ranks = gather_object([(gaps, ratio_sum(batch, is_trained))])
         self._run_metrics[mode].add_gaps([gaps for gaps, _ in ranks])
         corrected = merge_ratios([ratios for _, ratios in ranks])
         if corrected:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import re
 import types
@@ -30,9 +29,6 @@ from trl_gym.rollout_options import (
     number_problems,
 )
 
-logger = logging.getLogger(__name__)
-
-DRIFT_POLICIES = ("truncate", "exclude", "error")
 # Flags of the policy server that belong to us; each names the option that sets it, or why it cannot be set.
 OWNED_VLLM_FLAGS = {
     "host": "the managed server is reachable from this machine only",
@@ -45,6 +41,9 @@ OWNED_VLLM_FLAGS = {
     "gpu-memory-utilization": "set `vllm_gpu_memory_utilization`",
     "tensor-parallel-size": "set `vllm_tensor_parallel_size`",
 }
+# Values of `loss_type` with a mean over each row's tokens. The rows of a rollout weigh by their tokens there, which a
+# single `beta` for all of them cannot express.
+TOKEN_MEAN_LOSSES = ("grpo", "sapo")
 _JSON_OPTIONS = ("gym_overrides", "gym_vllm_args", "gym_retries", "gym_environments", "gym_eval_sampling")
 _SECONDS = (
     "gym_start_timeout",
@@ -143,9 +142,15 @@ class GymGRPOConfig(GRPOConfig):
             `repetition_penalty`.
         gym_drift (`str`, *optional*, defaults to `"truncate"`):
             What to do with a rollout that drifts: one of its prompts does not start with the tokens already seen.
-            `"truncate"` trains the tokens before, `"exclude"` takes the rollout out of the loss and of its group's
-            baseline, `"error"` stops training. Every drift is counted, logged with its cause and explained in the
-            journal.
+            `"truncate"` trains the tokens before, `"split"` trains those after it too, in a further row that begins
+            with the whole new prompt, `"exclude"` takes the rollout out of the loss and of its group's baseline,
+            `"error"` stops training. Every drift is counted, logged with its cause and explained in the journal.
+        gym_train_calls (`str`, *optional*, defaults to `"answer"`):
+            Which model calls of a rollout are trained. `"answer"`: those that Gym's answer contains. `"all"`: also the
+            others that it made, as further rows: sub-agents, discarded samples, calls that were tried again.
+        gym_max_rows_factor (`float`, *optional*, defaults to `2.0`):
+            How many times as many rows as rollouts a rank trains at most; micro-batches grow by as much. Of the
+            rollouts with most rows, the oldest rows beyond it are dropped and counted.
 
         > Parameters that control weight sync
 
@@ -215,8 +220,9 @@ class GymGRPOConfig(GRPOConfig):
     gym_eval_sampling: dict[str, Any] | str | None = None
     gym_replay: str | None = None
     gym_journal_max_mb: float = 512.0
-    # No `choices`: argparse would refuse 'split', which old configs have.
-    gym_drift: str = field(default="truncate", metadata={"metavar": f"{{{','.join(DRIFT_POLICIES)}}}"})
+    gym_drift: str = field(default="truncate", metadata={"choices": ["truncate", "split", "exclude", "error"]})
+    gym_train_calls: str = field(default="answer", metadata={"choices": ["answer", "all"]})
+    gym_max_rows_factor: float = 2.0
     gym_weight_transport: str = field(default="auto", metadata={"choices": ["auto", "ipc", "nccl", "file", "adapter"]})
     gym_weight_dir: str | None = None
     gym_weight_buffer_mb: int = 512
@@ -231,11 +237,6 @@ class GymGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         problems = [*self._parse_json_options(), *self._replace_wrong_types()]
         self._spell_out_retries()
-        if self.gym_drift == "split":
-            logger.warning(
-                "`gym_drift` is 'split', which never did what it says and behaves as 'truncate'. Set it to 'truncate'."
-            )
-            self.gym_drift = "truncate"
         if self.bf16 is None and (self.use_cpu or not _has_accelerator()):
             # TRL turns bf16 on by default. On a CPU, autocast is slower than float32 and widens the gap to the server.
             self.bf16 = False
@@ -426,6 +427,7 @@ def find_problems(config: GymGRPOConfig) -> list[Problem]:
         *_number_problems(config),
         *config.rollout_options.problems(lambda name: f"gym_{name}"),
         *_eval_sampling_problems(config),
+        *_row_problems(config),
         *_shared_gpu_problems(config),
         *_unused_option_problems(config),
     ]
@@ -437,7 +439,7 @@ def _choice_problems(config: GymGRPOConfig) -> Iterator[Problem]:
         for one in fields(config)
         if one.name.startswith("gym_") and "choices" in one.metadata
     }
-    for name, allowed in {**choices, "gym_drift": DRIFT_POLICIES, "vllm_mode": ("colocate", "server")}.items():
+    for name, allowed in {**choices, "vllm_mode": ("colocate", "server")}.items():
         if getattr(config, name) not in allowed:
             yield Problem(f"`{name}` is {getattr(config, name)!r}.", f"Choose one of {', '.join(allowed)}.")
 
@@ -507,6 +509,7 @@ def _number_problems(config: GymGRPOConfig) -> Iterator[Problem]:
     for name, least in _AT_LEAST.items():
         yield from number_problems(name, getattr(config, name), least=least, whole=True)
     yield from number_problems("gym_min_valid_fraction", config.gym_min_valid_fraction, least=0, most=1)
+    yield from number_problems("gym_max_rows_factor", config.gym_max_rows_factor, least=1)
     yield from number_problems("gym_journal_max_mb", config.gym_journal_max_mb, above=0, unit="MB")
     if config.gym_probe_tolerance is not None:
         yield from number_problems("gym_probe_tolerance", config.gym_probe_tolerance, above=0, unit="nats")
@@ -524,6 +527,17 @@ def _eval_sampling_problems(config: GymGRPOConfig) -> Iterator[Problem]:
             )
         else:
             yield from number_problems(f"gym_eval_sampling[{name!r}]", value, least=-1)
+
+
+def _row_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    several = {"gym_drift": "split", "gym_train_calls": "all"}
+    for name, value in several.items():
+        if getattr(config, name) == value and config.beta and config.loss_type in TOKEN_MEAN_LOSSES:
+            yield Problem(
+                f"`{name}` is {value!r}, `loss_type` {config.loss_type!r} and `beta` {config.beta:g}: the KL term "
+                "would count each row of a rollout as a rollout.",
+                f"Set `beta` to 0, or `loss_type` to another one than {' and '.join(TOKEN_MEAN_LOSSES)}.",
+            )
 
 
 def _shared_gpu_problems(config: GymGRPOConfig) -> Iterator[Problem]:

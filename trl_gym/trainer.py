@@ -47,16 +47,11 @@ from trl_gym.resume import (
 )
 from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.attempts import CollectionStatus
-from trl_gym.rollouts.batch import (
-    checked_rewards,
-    describe_drift,
-    table_columns,
-    training_rows,
-    weighted,
-)
+from trl_gym.rollouts.batch import checked_rewards, describe_drift, table_columns
 from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
 from trl_gym.rollouts.request import RolloutRequest, stamp
 from trl_gym.rollouts.rollout import Rollout, conversation
+from trl_gym.rollouts.rows import joined, training_rows, weighted
 from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_replay
 from trl_gym.rollouts.trajectory import Trajectory, from_gym, make_decoder
 from trl_gym.run import servers
@@ -142,6 +137,7 @@ class GymGRPOTrainer(GRPOTrainer):
         self._run_id = uuid.uuid4().hex[:8]
         self._requests: list[RolloutRequest] = []
         self._completions: list[list[dict[str, Any]]] = []
+        self._columns: dict[str, list[Any]] = {}
         self._num_batches = 0
         self._progress = make_progress(live=not args.disable_tqdm)
         self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
@@ -156,7 +152,7 @@ class GymGRPOTrainer(GRPOTrainer):
                     args=args,
                     train_dataset=train_dataset,
                     eval_dataset=eval_dataset,
-                    rollout_func=self._roll_out,
+                    rollout_func=lambda *_: self._columns,
                     **kwargs,
                 )
             # TRL would look at the last token. `training_rows` masks what Gym reports as cut.
@@ -205,7 +201,9 @@ class GymGRPOTrainer(GRPOTrainer):
             request: The request that it answers.
 
         Returns:
-            One trajectory (several, sharing one reward, are a seam for rewritten histories and not trained yet).
+            One trajectory, or several for a history that was rewritten and for sub-agents. Each becomes a row of the
+            batch; they share the rollout's reward and advantage, and the rollout weighs what it would in one row.
+            Mask (`env_mask`) a sampled token in all of them but one: what is in several is trained several times.
 
         Raises:
             TrajectoryError: There is nothing to train on; the rollout counts as failed.
@@ -274,8 +272,7 @@ class GymGRPOTrainer(GRPOTrainer):
         return LiveSource(args, servers.servers_for(args, model, policy=policy_server, gym=gym_servers, **own))
 
     def _generation_backend(self, **_: Any) -> compat.ServedGeneration:
-        """TRL's own weight sync is reached when weights changed and no callback has pushed them: at the start, on
-        resume."""
+        """Its weight sync is reached when weights changed and no callback has pushed them: at the start, on resume."""
         return compat.ServedGeneration(self._push_weights, self._source.server_config)
 
     def _hooks(self) -> TrainerHooks:
@@ -320,8 +317,8 @@ class GymGRPOTrainer(GRPOTrainer):
             self._accounting.compare_logprobs(batch, metrics, mode=self._mode, step=step, same=same)
             return self._accounting.mark(batch, self._mode)
 
-    def _roll_out(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
-        """Roll out the planned requests, as TRL's `rollout_func`."""
+    def _roll_out(self) -> dict[str, list[Any]]:
+        """Roll out the planned requests, and return what TRL asks its `rollout_func` for."""
         with self._clock.phase("rollouts"):
             collected = self._source.collect(self._requests, self._batch_info())
         for name, values in collected.metrics.items():
@@ -333,19 +330,30 @@ class GymGRPOTrainer(GRPOTrainer):
             self._completions = [conversation(rollout) for rollout in rollouts]
             rewards = checked_rewards(self.compute_rewards(rollouts), len(rollouts))
         logs = f"Read the rollouts in {self._source.folder} and the servers' logs in {self.args.gym_log_dir}."
-        rewards = self._accounting.settle(rollouts, rewards, mode=self._mode, step=self.state.global_step, where=logs)
-        return training_rows(
+        rewards = self._accounting.settle(
             rollouts,
             rewards,
+            mode=self._mode,
+            step=self.state.global_step,
+            where=logs,
             pad_id=self._tokenizer.pad_token_id,
             eos_id=self._tokenizer.eos_token_id,
+        )
+        return training_rows(
+            self._accounting.rows,
+            rollouts,
+            rewards,
             mask_truncated=self.args.mask_truncated_completions,
             with_logprobs=self._sampling == self._trained_sampling,
         )
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        num_tokens = self.state.num_input_tokens_seen
-        prompt_ids, completion_ids, tool_mask, _, *rest = super()._generate(prompts)
+        # TRL wants as many prompts as completions, and how many rows there are is known after the rollouts.
+        if self.state.global_step != self._last_loaded_step:
+            self.vllm_generation.sync_weights()
+        self._columns = self._roll_out()
+        num_tokens, num_rows = self.state.num_input_tokens_seen, len(self._accounting.rows)
+        prompt_ids, completion_ids, tool_mask, _, *rest = super()._generate(prompts[:1] * num_rows)
         num_tokens += self._accounting.correct_lengths(self._metrics[self._mode])
         if self._mode == "train":
             self.state.num_input_tokens_seen = num_tokens
@@ -355,8 +363,13 @@ class GymGRPOTrainer(GRPOTrainer):
         # TRL decodes the merged token sequence as if it were one assistant turn; Gym has the real conversation.
         return prompt_ids, completion_ids, tool_mask, self._completions, *rest
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._accounting.exclude_failures(super()._calculate_rewards(*args, **kwargs))
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> torch.Tensor:
+        # TRL has `[R]` completions here, and `[B]` of all else: one reward per rollout, and so one advantage.
+        completion_ids_list = joined(self._accounting.rows, len(prompts), eos_id=self._tokenizer.eos_token_id)
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._accounting.exclude_failures(rewards)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

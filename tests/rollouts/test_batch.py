@@ -8,7 +8,7 @@ from typing import Any
 
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
-from trl_gym.rollouts.batch import as_problems, describe_drift, failure_causes, table_columns, training_rows
+from trl_gym.rollouts.batch import as_problems, describe_drift, failure_causes, table_columns
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, journal_record
 from trl_gym.rollouts.trajectory import DriftReport, from_gym
@@ -84,33 +84,6 @@ def with_records(rollout: Rollout, *records: CallRecord) -> Rollout:
     return dataclasses.replace(rollout, records=list(records))
 
 
-def test_a_failed_rollout_trains_nothing() -> None:
-    rows = training_rows([good(), bad()], [1.0, None], pad_id=0, eos_id=9)
-    assert rows["prompt_ids"] == [[1, 2], [0]]
-    assert rows["completion_ids"] == [[3, 4, 5], [9]]
-    assert rows["env_mask"] == [[1, 0, 1], [0]]
-    assert rows["logprobs"] == [[-0.1, 0.0, -0.2], [0.0]]
-    assert rows["gym_reward"] == [1.0, None]
-    assert rows["gym_result"][1] is None
-
-
-def test_a_reward_taken_away_by_a_subclass_takes_the_tokens_away_too() -> None:
-    assert training_rows([good()], [None], pad_id=0, eos_id=9)["env_mask"] == [[0]]
-
-
-def test_truncated_rollouts_are_masked_where_gym_says_so() -> None:
-    cut = good(response={"output": OUTPUT, "incomplete_details": {"reason": "max_output_tokens"}})
-    rows = training_rows([good(), cut, bad()], [1.0, 0.5, None], pad_id=0, eos_id=9, mask_truncated=True)
-    assert rows["env_mask"] == [[1, 0, 1], [0, 0, 0], [0]]
-    assert rows["gym_reward"] == [1.0, 0.5, None]  # its reward stays in the baseline
-    assert training_rows([cut], [0.5], pad_id=0, eos_id=9)["env_mask"] == [[1, 0, 1]]
-
-
-def test_unknown_logprobs_are_none_for_each_token() -> None:
-    rows = training_rows([good(), bad()], [1.0, None], pad_id=0, eos_id=9, with_logprobs=False)
-    assert rows["logprobs"] == [[None, None, None], [None]]
-
-
 def test_the_table_says_whose_row_it_is() -> None:
     assert table_columns([good(), bad()]) == {
         "environment": ["calculator", "calculator"],
@@ -177,7 +150,8 @@ def test_journal_record_has_the_agreed_keys() -> None:
     assert set(record) == {
         "step", "mode", "task_index", "task_hash", "request_hash", "group", "member", "rollout_id", "attempt",
         "agent", "weight_versions", "reward", "reward_components", "failure", "drift", "finish_reason", "prompt_ids",
-        "completion_ids", "env_mask", "logprobs", "turn_ends", "turns", "seconds", "row", "response", "verify",
+        "completion_ids", "env_mask", "logprobs", "turn_ends", "further_rows", "turns", "seconds", "row", "response",
+        "verify",
     }  # fmt: skip
     assert [(turn["kind"], turn.get("name")) for turn in record["turns"]] == [
         ("model", None),

@@ -9,7 +9,6 @@ import pytest
 
 from trl_gym.errors import FailureKind, RolloutError, RolloutFailure
 from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
-from trl_gym.rollouts.batch import training_rows
 from trl_gym.rollouts.collector import RolloutResult
 from trl_gym.rollouts.journal import Journal, read_journal
 from trl_gym.rollouts.request import RolloutRequest
@@ -82,8 +81,7 @@ def test_an_excluded_rollout_has_no_reward_and_says_why(tmp_path: Path) -> None:
     assert rollout.failure.text.startswith("excluded for drift: the prompt of model call 2")
     assert rollout.reward is None and rollout.success is None and rollout.metrics() == {}
     assert rollout.drift.cause is DriftCause.RETEMPLATED
-    rows = training_rows([rollout], [rollout.reward], pad_id=0, eos_id=9)
-    assert rows["env_mask"] == [[0]] and rows["gym_reward"] == [None]
+    assert rollout.trajectories == []
     [line] = read_journal(tmp_path)
     assert line["drift"]["cause"] == "retemplated"
     assert line["reward"] is None and line["response"] is not None

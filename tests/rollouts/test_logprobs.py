@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from trl_gym.errors import RolloutError
 from trl_gym.rollouts.logprobs import batch_gaps, record
 from trl_gym.rollouts.metrics import ValueSum, merge_gaps
+from trl_gym.rollouts.rows import rows_of
 
 
 def gap_sums(
@@ -113,23 +114,31 @@ def test_ranks_together_say_what_one_would(batch: list, split: int) -> None:
 # -- the trainer's log-probabilities on disk --------------------------------------------------------------------------
 
 
-def rollout(name: str, num_tokens: int | None) -> Any:
-    """One with a trajectory of so many completion tokens, or a failed one."""
-    trajectories = [] if num_tokens is None else [SimpleNamespace(completion_ids=list(range(num_tokens)))]
+def rollout(name: str, *num_tokens: int) -> Any:
+    """One whose trajectories have so many completion tokens."""
+    trajectories = [SimpleNamespace(completion_ids=[5] * number, env_mask=[1] * number) for number in num_tokens]
     return SimpleNamespace(request=SimpleNamespace(rollout_id=name), trajectories=trajectories)
 
 
-def test_each_rollout_has_one_for_each_of_its_tokens_and_failed_ones_have_none(tmp_path: Path) -> None:
-    logprobs = torch.tensor([[-0.5, -1.25, 0.0], [-9.0, -9.0, -9.0], [-0.125, -2.0, -3.0]])
-    rollouts = [rollout("a", 2), rollout("failed", None), rollout("b", 3)]
-    record(tmp_path, logprobs, rollouts, step=4, rank=1)
-    record(tmp_path, logprobs[:1], [rollout("c", 1)], step=4, rank=1)  # a second batch of that step
+def write(folder: Path, logprobs: list[list[float]], *rollouts: tuple[Any, int | None], **where: int) -> None:
+    """Write down those of rollouts that have lost so many rows, or are not trained (None)."""
+    own, dropped = zip(*rollouts, strict=True)
+    rows = rows_of(own, dropped, len(logprobs), pad_id=0, eos_id=9)
+    record(folder, torch.tensor(logprobs), rows, own, **where)
+
+
+def test_each_row_has_one_for_each_of_its_tokens(tmp_path: Path) -> None:
+    """Untrained rollouts have none, and dropped rows empty lists."""
+    logprobs = [[-0.5, -1.25, 0.0], [-0.125, -2.0, -3.0], [-1.0, -1.5, 0.0], [-9.0, -9.0, -9.0]]
+    batch = (rollout("a", 2), 0), (rollout("untrained", 3), None), (rollout("b", 1, 3, 2), 1)
+    write(tmp_path, logprobs, *batch, step=4, rank=1)
+    write(tmp_path, logprobs[:1], (rollout("c", 1), 0), step=4, rank=1)  # a second batch of that step
     lines = (tmp_path / "training_logprobs" / "step-4.rank-1.jsonl").read_text().splitlines()
-    assert {line["rollout_id"]: line["logprobs"] for line in map(json.loads, lines)} == {
-        "a": [-0.5, -1.25],
-        "b": [-0.125, -2.0, -3.0],
-        "c": [-0.5],
-    }
+    assert list(map(json.loads, lines)) == [
+        {"rollout_id": "a", "logprobs": [-0.5, -1.25]},
+        {"rollout_id": "b", "logprobs": [], "further_rows": [[-0.125, -2.0, -3.0], [-1.0, -1.5]]},
+        {"rollout_id": "c", "logprobs": [-0.5]},
+    ]
 
 
 def test_a_torn_line_does_not_swallow_the_next_and_nan_is_null(tmp_path: Path) -> None:
@@ -137,7 +146,7 @@ def test_a_torn_line_does_not_swallow_the_next_and_nan_is_null(tmp_path: Path) -
     file.parent.mkdir()
     file.write_text('{"rollout_id": "torn", "logp')  # by a full disk; the run went on
     for name in "ab":
-        record(tmp_path, torch.tensor([[math.nan, -math.inf, -0.5]]), [rollout(name, 3)], step=0, rank=0)
+        write(tmp_path, [[math.nan, -math.inf, -0.5]], (rollout(name, 3), 0), step=0, rank=0)
     torn, *whole = file.read_text().splitlines()
     assert torn == '{"rollout_id": "torn", "logp'
     assert [json.loads(line) for line in whole] == [
@@ -147,10 +156,10 @@ def test_a_torn_line_does_not_swallow_the_next_and_nan_is_null(tmp_path: Path) -
 
 def test_rows_and_rollouts_must_be_of_one_batch(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shorter"):
-        record(tmp_path, torch.zeros(2, 3), [rollout("a", 3)], step=0, rank=0)
+        record(tmp_path, torch.zeros(2, 3), [], [], step=0, rank=0)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "training_logprobs").write_text("in the way")
     with pytest.raises(RolloutError, match=f"could not be written to {tmp_path}/training_logprobs"):
-        record(tmp_path, torch.zeros(1, 3), [rollout("a", 3)], step=0, rank=0)
+        write(tmp_path, [[0.0] * 3], (rollout("a", 3), 0), step=0, rank=0)

@@ -47,6 +47,16 @@ def test_tokens_are_as_recorded_and_failures_stay_failures(tmp_path: Path) -> No
     assert (second.reward, second.failure, second.trajectories) == (None, FAILURE, [])
 
 
+def test_all_rows_of_a_recorded_rollout_are_replayed(tmp_path: Path) -> None:
+    recorded = rollout(request(0, 0))
+    [first] = recorded.trajectories
+    recorded = dataclasses.replace(recorded, trajectories=[first, dataclasses.replace(first, prompt_ids=[7, 8])])
+    write(tmp_path, [recorded, rollout(request(0, 1))])
+    replayed = JournalSource(tmp_path).collect([request(0, 0), request(0, 1)], batch()).rollouts
+    assert [len(one.trajectories) for one in replayed] == [2, 1]
+    assert replayed[0].trajectories == recorded.trajectories
+
+
 def test_a_rollout_that_was_run_again_counts_as_it_ended_last(tmp_path: Path) -> None:
     write(tmp_path, [rollout(request(0, 0), failure=FAILURE), rollout(request(0, 1), reward=0.25)])
     write(tmp_path, [rollout(request(0, 0), reward=0.5), rollout(request(0, 1), failure=FAILURE)])

@@ -1,30 +1,11 @@
-"""Turn a generation batch of finished rollouts into what TRL trains on and shows. Pure functions.
+"""Judge a generation batch of finished rollouts: what is trained of it, decided by all ranks, and what is shown. Pure
+functions.
 
-TRL's batch has one row per rollout, whatever became of it: groups are formed by row. A rollout without a reward keeps
-its row, with one masked token (`training_rows`), a NaN reward (out of its group's baseline) and advantage 0: it adds
-exactly 0 to every sum. What the sums are divided by is corrected here (`mark`, `weighted`). With V rows that have a
-reward out of N, in M micro-batches (over ranks and the micro-steps that share the generation batch), v of them in this
-one of B:
+A rollout without a reward keeps its place, with a NaN reward (out of its group's baseline) and advantage 0. What TRL
+trains on of the others, and what the loss divides by, is in `rows.py`.
 
-    loss_type              TRL 1.16 computes, per micro-batch              should be          weight
-    grpo, sapo             sum over rows of a token mean / B               / (V/M)            N / V
-    luspo                  sum over rows of a token sum / B                / (V/M)            N / V
-    dr_grpo                sum over tokens / (B · max length)              / (V/M · …)        N / V
-    bnpo                   mean over the tokens that it has                a share of v / V   v · M / V
-    dapo, cispo, vespo     sum over tokens / (unmasked tokens of all / M)  right              1
-
-and takes the mean over the M micro-batches (accumulation, ranks). B = N/M. For `bnpo` "without the failed rollouts" is
-a matter of taste: its micro-batches are weighted by the rows that they have, which for one micro-batch is no change,
-and lets one that has none count for nothing instead of for 0 in the mean.
-
-All these losses are homogeneous in the advantages (what depends on their sign does not change), so the weight is put
-on the advantages, and on `beta`, whose KL term is divided alike. The entropy bonus and the router loss have divisors
-of their own and keep them. Rows cannot simply be dropped: ranks would disagree on shapes that TRL gathers. V counts
-the generation batch, as `num_items_in_batch` does: with several optimizer steps per generation batch, each has its
-share on average.
-
-Ranks roll out their own rows; groups may lie across ranks. One gather per batch (`share`) tells every rank the facts
-of every rollout, so that all come to the same decision: no rank trains, or raises, alone.
+Ranks roll out their own rollouts; groups may lie across ranks. One gather per batch (`share`) tells every rank the
+facts of every rollout, so that all come to the same decision: no rank trains, or raises, alone.
 """
 
 from __future__ import annotations
@@ -32,61 +13,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from trl_gym.errors import ConfigError, Problem, RolloutError
+from trl_gym.errors import Problem, RolloutError
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of
-from trl_gym.rollouts.trajectory import Trajectory, finish_reason
+from trl_gym.rollouts.rows import fit
+from trl_gym.rollouts.trajectory import finish_reason
 
 _NUM_CAUSES = 20  # that a rank tells the others; a cause may be 600 characters long
 _NUM_SHOWN = 5  # of them, in an error
-
-
-def training_rows(
-    rollouts: Sequence[Rollout],
-    rewards: Sequence[float | None],
-    *,
-    pad_id: int,
-    eos_id: int,
-    mask_truncated: bool = False,
-    with_logprobs: bool = True,
-) -> dict[str, list[Any]]:
-    """Return the columns of TRL's `rollout_func`, one entry per rollout.
-
-    A rollout without a reward gets a single masked token: TRL needs one, and it trains nothing.
-
-    Args:
-        rollouts: `[B]`.
-        rewards: `[B]`; None takes a rollout out.
-        pad_id: Stands for the prompt of a rollout without a reward.
-        eos_id: Stands for its completion.
-        mask_truncated: Mask the tokens of rollouts that Gym reports as cut. As in TRL, their rewards stay in the
-            baseline and their rows in what the loss divides by.
-        with_logprobs: Otherwise the log-probabilities are None, which TRL reads as unknown: those of evaluation, when
-            it samples from another distribution than the one that is trained, are no measure of anything.
-
-    Returns:
-        `prompt_ids` `[B][P]`, `completion_ids`, `logprobs` and `env_mask` `[B][T]`, and for the reward functions
-        `gym_reward` `[B]` and `gym_result` `[B]`.
-    """
-    nothing = Trajectory(prompt_ids=[pad_id], completion_ids=[eos_id], env_mask=[0], logprobs=[0.0], num_turns=0)
-    trained = [
-        rollout.trajectories[0] if rollout.trajectories and reward is not None else nothing
-        for rollout, reward in zip(rollouts, rewards, strict=True)
-    ]
-    masked = [mask_truncated and rollout.is_truncated for rollout in rollouts]
-    return {
-        "prompt_ids": [trajectory.prompt_ids for trajectory in trained],
-        "completion_ids": [trajectory.completion_ids for trajectory in trained],
-        "logprobs": [t.logprobs if with_logprobs else [None] * len(t.logprobs) for t in trained],
-        "env_mask": [[0] * len(t.env_mask) if cut else t.env_mask for t, cut in zip(trained, masked, strict=True)],
-        "gym_reward": list(rewards),
-        "gym_result": [rollout.answer for rollout in rollouts],
-    }
 
 
 def table_columns(rollouts: Sequence[Rollout]) -> dict[str, list[str]]:
@@ -130,18 +66,6 @@ def describe_drift(rollouts: Sequence[Rollout]) -> list[str]:
     ]
 
 
-# -- what the loss is divided by --------------------------------------------------------------------------------------
-
-VALID = "rollout_is_valid"
-NUM_VALID = "num_valid_rollouts"
-NUM_MICRO_BATCHES = "num_micro_batches"
-
-_MEAN_OVER_ROWS = ("grpo", "sapo", "luspo", "dr_grpo")
-_MEAN_OVER_MICRO_BATCH = ("bnpo",)
-_MEAN_OVER_ALL_TOKENS = ("dapo", "cispo", "vespo")
-LOSS_TYPES = (*_MEAN_OVER_ROWS, *_MEAN_OVER_MICRO_BATCH, *_MEAN_OVER_ALL_TOKENS)
-
-
 def checked_rewards(rewards: Sequence[float | None], num_rollouts: int) -> list[float | None]:
     """Check what `compute_rewards` returned, and return it with None for NaN, which TRL uses.
 
@@ -165,67 +89,19 @@ def checked_rewards(rewards: Sequence[float | None], num_rollouts: int) -> list[
     return [None if reward is None or math.isnan(reward) else float(reward) for reward in rewards]
 
 
-def mark(batch: dict[str, Any], valid: Sequence[bool], *, num_valid: int, num_micro_batches: int) -> dict[str, Any]:
-    """Return a generation batch that knows which of its rows count; TRL may shuffle and split it.
-
-    Args:
-        batch: The result of `GRPOTrainer._generate_and_score_completions`, `B` rows of this rank.
-        valid: `[B]`, whether a row counts.
-        num_valid: Rows that count, over all ranks.
-        num_micro_batches: Micro-batches that the batch is split into, over all ranks.
-    """
-    return batch | {
-        VALID: torch.tensor(valid, device=batch["completion_ids"].device),
-        NUM_VALID: torch.tensor(num_valid),
-        NUM_MICRO_BATCHES: torch.tensor(num_micro_batches),
-    }
-
-
-def weighted(batch: Mapping[str, Any], loss_type: str) -> tuple[dict[str, Any], float]:
-    """Return a micro-batch whose loss leaves out the rows that do not count, and the weight that its KL term needs.
-
-    Args:
-        batch: A part of what `mark` returned, `B` rows; anything else is returned as it is, with weight 1.
-        loss_type: One of `LOSS_TYPES`.
-
-    Raises:
-        ConfigError: `loss_type` is not one of them.
-    """
-    rows = dict(batch)
-    valid, total, num_micro_batches = (rows.pop(name, None) for name in (VALID, NUM_VALID, NUM_MICRO_BATCHES))
-    if valid is None:
-        return rows, 1.0
-    weight = _weight(loss_type, len(valid), int(valid.sum()), int(total), int(num_micro_batches))
-    if weight != 1.0:
-        rows["advantages"] = rows["advantages"] * weight
-    return rows, weight
-
-
-def _weight(loss_type: str, num_rows: int, num_valid: int, total: int, num_micro_batches: int) -> float:
-    if loss_type not in LOSS_TYPES:
-        raise ConfigError(
-            f"`loss_type` is {loss_type!r}, and what it divides by is not known: failed rollouts would weigh in it.",
-            f"Choose one of {', '.join(LOSS_TYPES)}.",
-        )
-    if num_valid == 0 or loss_type in _MEAN_OVER_ALL_TOKENS:
-        return 1.0  # without a valid row there is only 0 to be weighted
-    counted = num_valid if loss_type in _MEAN_OVER_MICRO_BATCH else num_rows
-    return counted * num_micro_batches / total
-
-
 # -- what ranks decide together ---------------------------------------------------------------------------------------
 
 
 RankReport = tuple[list[RolloutFacts], Counter[str]]
-"""What a rank tells the others: the facts of its rollouts, `[B]` by row, and the causes of its failures, counted."""
+"""What a rank tells the others: the facts of its rollouts, `[B]` by place, and the causes of its failures, counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedBatch:
     """A generation batch on all ranks."""
 
-    facts: list[RolloutFacts]  # `[N]`, by rank and row: the order of rows that `accelerate.utils.gather` makes
-    own: slice  # this rank's rows among them
+    facts: list[RolloutFacts]  # `[N]`, by rank and place: the order that `accelerate.utils.gather` makes
+    own: slice  # this rank's rollouts among them
     causes: Counter[str]  # causes of failures, counted
 
     @property
@@ -233,9 +109,9 @@ class SharedBatch:
         return sum(fact.is_valid for fact in self.facts)
 
     @property
-    def own_valid(self) -> list[bool]:
-        """`[B]`, which rows of this rank are trained."""
-        return [fact.is_valid for fact in self.facts[self.own]]
+    def own_dropped(self) -> list[int | None]:
+        """`[B]`, how many of its rows a rollout of this rank loses; None for one that is not trained."""
+        return [fact.dropped_rows if fact.is_valid else None for fact in self.facts[self.own]]
 
     @property
     def own_rewards(self) -> list[float | None]:
@@ -260,6 +136,16 @@ class SharedBatch:
         small = {group for group in task_of if sizes[group] < min_group_size}
         facts = [dataclasses.replace(f, is_valid=False) if f.group in small else f for f in self.facts]
         return dataclasses.replace(self, facts=facts)
+
+    def fitted(self, *, num_ranks: int, multiple: int, factor: float) -> tuple[SharedBatch, int]:
+        """Return the same batch, in which no rank has too many rows, and the rows of each rank; see `rows.fit`."""
+        counts = [len(fact.row_tokens) if fact.is_valid else 0 for fact in self.facts]
+        num_rows, dropped = fit(counts, num_ranks=num_ranks, multiple=multiple, factor=factor)
+        facts = [
+            dataclasses.replace(fact, dropped_rows=lost) if lost else fact
+            for fact, lost in zip(self.facts, dropped, strict=True)
+        ]
+        return dataclasses.replace(self, facts=facts), num_rows
 
     def check(self, min_valid_fraction: float, *, step: int, where: str) -> None:
         """Check that enough of the rollouts are trained.

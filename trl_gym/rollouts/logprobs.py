@@ -9,8 +9,10 @@ is on (the default), or when generation is not aligned with optimizer steps. Oth
 no gap is logged: it would cost a forward pass of its own.
 
 On disk the trainer's log-probabilities stand beside the journal, in `<output_dir>/training_logprobs/*.jsonl`: a
-rollout is journaled before it is trained on, and these are known later. One object per rollout: `{"rollout_id": …,
-"logprobs": [T]}`, in nats, one for each of the journal's `completion_ids`; null for one that is not finite.
+rollout is journaled before it is trained on, and these are known later. One object per trained rollout:
+`{"rollout_id": …, "logprobs": [T]}`, in nats, one for each of the journal's `completion_ids`; null for one that is not
+finite. With several rows, `further_rows` has `[T]` of each of the journal's `further_rows`. A row that was dropped
+(`gym_max_rows_factor`) has an empty list.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from trl_gym.rollouts.metrics import ValueSum
 
 if TYPE_CHECKING:
     from trl_gym.rollouts.rollout import Rollout
+    from trl_gym.rollouts.rows import Row
 
 _NUM_TURNS = 8  # from here on turns are counted together
 
@@ -42,8 +45,8 @@ def batch_gaps(
     Args:
         batch: From `GRPOTrainer._generate_and_score_completions`: `old_per_token_logps`, `sampling_per_token_logps` in
             nats, `completion_mask` and `tool_mask`, each `[B, T]`.
-        turn_ends: `[B]`, see `Trajectory.turn_ends`; empty for a rollout that is not trained.
-        agents: `[B]`, names of agents.
+        turn_ends: `[B]`, see `Trajectory.turn_ends`; empty for a row without a trained token.
+        agents: `[B]`, names of agents; empty for a row that fills up.
 
     Returns:
         `logprob_gap`, `logprob_gap/turn_<i>` and `gym/<agent>/logprob_gap`; nothing for what has no token. Empty when
@@ -105,14 +108,21 @@ _DIGITS = 5
 
 
 def record(
-    output_dir: str | Path, logprobs: torch.Tensor, rollouts: Sequence[Rollout], *, step: int, rank: int
+    output_dir: str | Path,
+    logprobs: torch.Tensor,
+    rows: Sequence[Row],
+    rollouts: Sequence[Rollout],
+    *,
+    step: int,
+    rank: int,
 ) -> None:
     """Append the trainer's log-probabilities of one generation batch.
 
     Args:
         output_dir: The run's folder.
-        logprobs: `[B, T]`, in nats, as the trainer computed them before the update.
-        rollouts: `[B]`; failed ones are left out.
+        logprobs: `[R, T]`, in nats, as the trainer computed them before the update.
+        rows: `[R]`; rollouts that have none are left out.
+        rollouts: `[B]`.
         step: Optimizer steps that went into the weights.
         rank: This process's rank.
 
@@ -120,13 +130,17 @@ def record(
         RolloutError: They cannot be written.
     """
     folder = Path(output_dir) / TRAINING_LOGPROBS
+    found: dict[int, dict[int, list[float | None]]] = {}  # by rollout and by its row
+    for values, row in zip(logprobs.float().cpu(), rows, strict=True):
+        if row.rollout is not None:
+            own = values[: len(row.trajectory.completion_ids)].tolist()
+            rounded = [round(value, _DIGITS) if math.isfinite(value) else None for value in own]
+            found.setdefault(row.rollout, {})[row.index] = rounded
     lines = []
-    for row, rollout in zip(logprobs.float().cpu(), rollouts, strict=True):
-        if not rollout.trajectories:
-            continue
-        values = row[: len(rollout.trajectories[0].completion_ids)].tolist()
-        rounded = [round(value, _DIGITS) if math.isfinite(value) else None for value in values]
-        line = {"rollout_id": rollout.request.rollout_id, "logprobs": rounded}
+    for place, by_row in found.items():
+        first, *further = (by_row.get(index, []) for index in range(len(rollouts[place].trajectories)))
+        line: dict[str, Any] = {"rollout_id": rollouts[place].request.rollout_id, "logprobs": first}
+        line |= {"further_rows": further} if further else {}
         lines.append(json.dumps(line, separators=(",", ":")) + "\n")
     try:
         folder.mkdir(parents=True, exist_ok=True)

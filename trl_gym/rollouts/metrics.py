@@ -14,7 +14,9 @@ as `gym/<agent>/<name>`, beside the numbers of its verify response:
 | `drift_fraction`* | of those with tokens, the ones that drifted; also those excluded for it |
 | `reward`*, `reward_std`* | the environment's reward |
 | `truncated_fraction` | cut, as Gym reports it |
-| `turns`, `tokens_in`, `tokens_out` | model calls; tokens that were put there (prompt included) and sampled |
+| `turns`, `tokens_in`, `tokens_out` | model calls; tokens that were put there (prompts included) and sampled |
+| `rows` | token sequences per rollout, see `rows.py` |
+| `dropped_rows_fraction` | of the rows, the ones that `gym_max_rows_factor` has no room for |
 | `tool_calls`, `tool_errors` | per rollout, see `responses.is_tool_error` |
 | `seconds`, `seconds_p50`, `seconds_p95` | wall time |
 | `model_seconds_p50`, `…_p95`, `queue_seconds_…` | per rollout in model calls, and of that in the engine's queue |
@@ -164,6 +166,8 @@ def _lengths(facts: Sequence[RolloutFacts]) -> dict[str, float]:
         "turns": fmean(fact.turns for fact in done),
         "tokens_in": fmean(fact.prompt_tokens + fact.environment_tokens for fact in done),
         "tokens_out": fmean(fact.sampled_tokens for fact in done),
+        "rows": fmean(len(fact.row_tokens) for fact in done),
+        "dropped_rows_fraction": sum(f.dropped_rows for f in done) / max(sum(len(f.row_tokens) for f in done), 1),
         "tool_calls": fmean(fact.tool_calls for fact in done),
         "tool_errors": fmean(fact.tool_errors for fact in done),
         "seconds": fmean(fact.seconds for fact in done),

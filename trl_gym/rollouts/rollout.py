@@ -110,7 +110,7 @@ def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: st
         weight_version: The version that the policy server held, for a rollout without records of its model calls.
     """
     request, answer = rollout.request, rollout.answer or {}
-    trained = rollout.trajectories[0] if rollout.trajectories else None
+    first, *further = map(_tokens, rollout.trajectories or [_NOTHING])
     components = answer.get("reward_components")
     return {
         "step": step,
@@ -129,11 +129,8 @@ def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: st
         "failure": rollout.failure.as_json() if rollout.failure else None,
         "drift": rollout.drift.as_json() if rollout.drift else None,
         "finish_reason": finish_reason(answer) if answer else None,
-        "prompt_ids": trained.prompt_ids if trained else [],
-        "completion_ids": trained.completion_ids if trained else [],
-        "env_mask": trained.env_mask if trained else [],
-        "logprobs": trained.logprobs if trained else [],
-        "turn_ends": trained.turn_ends if trained else [],
+        **first,
+        "further_rows": further,
         "turns": list(_turns(answer, rollout.records or [])),
         "seconds": round(rollout.seconds, 4),
         "row": request.row,
@@ -142,11 +139,23 @@ def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: st
     }
 
 
+_TOKENS = ("prompt_ids", "completion_ids", "env_mask", "logprobs", "turn_ends")
+_NOTHING = Trajectory(prompt_ids=[], completion_ids=[], env_mask=[], logprobs=[], num_turns=0)
+
+
+def _tokens(trajectory: Trajectory) -> dict[str, list[Any]]:
+    return {name: getattr(trajectory, name) for name in _TOKENS}
+
+
+def _trajectory_from(tokens: Mapping[str, Any]) -> Trajectory:
+    return Trajectory(**{name: tokens[name] for name in _TOKENS}, num_turns=len(tokens["turn_ends"]))
+
+
 def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
     """Return a recorded rollout as the answer to a request for the same task.
 
-    The trajectory is the recorded one, to the token. Of Gym's answer only `responses_create_params` is not recorded:
-    it is taken from the row that was sent.
+    The trajectories are the recorded ones, to the token. Of Gym's answer only `responses_create_params` is not
+    recorded: it is taken from the row that was sent.
 
     Args:
         record: The journal's line.
@@ -156,8 +165,8 @@ def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
         KeyError: The line was written before journals could be read back (it has no `verify`).
     """
     failure, drift, verify = record["failure"], record["drift"], record["verify"]
-    recorded = {name: record[name] for name in ("prompt_ids", "completion_ids", "env_mask", "logprobs", "turn_ends")}
-    trajectory = Trajectory(**recorded, num_turns=len(record["turn_ends"]))
+    # Lines from when a rollout had one row have no `further_rows`.
+    trajectories = [_trajectory_from(tokens) for tokens in (record, *record.get("further_rows", ()))]
     answer = None
     if record["response"] is not None:
         parameters = record["row"].get("responses_create_params")
@@ -166,7 +175,7 @@ def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
         request=request,
         answer=answer,
         failure=None if failure is None else _failure_from(failure),
-        trajectories=[trajectory] if record["completion_ids"] else [],
+        trajectories=trajectories if record["completion_ids"] else [],
         seconds=record["seconds"],
         drift=None if drift is None else DriftReport(**{**drift, "cause": DriftCause(drift["cause"])}),
     )
@@ -237,9 +246,11 @@ class RolloutFacts:
     # Seconds of these in the engine's queue; None where the server does not measure it.
     queue_seconds: float | None = None
     turns: int = 0  # model calls that are trained
-    prompt_tokens: int = 0  # tokens of the first prompt
-    environment_tokens: int = 0  # tokens that the environment put after it
+    prompt_tokens: int = 0  # tokens of the prompts, one of each row
+    environment_tokens: int = 0  # tokens that the environment put after them
     sampled_tokens: int = 0  # tokens that the policy sampled
+    row_tokens: tuple[int, ...] = ()  # of each row, tokens of its prompt and sampled ones
+    dropped_rows: int = 0  # of these rows, the oldest ones, which are not trained because a rank has too many
     tool_calls: int = 0  # tool calls in Gym's answer
     tool_errors: int = 0  # tool results that say that the call failed
     is_truncated: bool = False  # whether Gym reports that the rollout was cut
@@ -256,7 +267,8 @@ def facts_of(rollout: Rollout, reward: float | None, batch: str) -> RolloutFacts
         batch: The name of its generation batch, the same on every rank.
     """
     answer = rollout.answer if rollout.failure is None else None
-    trained = rollout.trajectories[0] if rollout.trajectories else None
+    prompts = [len(trajectory.prompt_ids) for trajectory in rollout.trajectories]
+    sampled = [trajectory.env_mask.count(1) for trajectory in rollout.trajectories]
     components = (answer or {}).get("reward_components")
     calls, errors = count_tool_calls(output_items(answer))
     return RolloutFacts(
@@ -275,9 +287,10 @@ def facts_of(rollout: Rollout, reward: float | None, batch: str) -> RolloutFacts
         model_seconds=_total(rollout, "seconds"),
         queue_seconds=_total(rollout, "queue_s"),
         turns=sum(trajectory.num_turns for trajectory in rollout.trajectories),
-        prompt_tokens=len(trained.prompt_ids) if trained else 0,
-        environment_tokens=trained.env_mask.count(0) if trained else 0,
-        sampled_tokens=trained.env_mask.count(1) if trained else 0,
+        prompt_tokens=sum(prompts),
+        environment_tokens=sum(trajectory.env_mask.count(0) for trajectory in rollout.trajectories),
+        sampled_tokens=sum(sampled),
+        row_tokens=tuple(map(sum, zip(prompts, sampled, strict=True))),
         tool_calls=calls,
         tool_errors=errors,
         is_truncated=rollout.is_truncated,
