@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from trl_gym.config import GymGRPOConfig
+
+logger = logging.getLogger(__name__)
 
 Metrics = MutableMapping[str, list[float]]
 """Values by name since the last log, as TRL keeps them."""
@@ -139,6 +142,13 @@ class Accounting:
                 f"{len(several)} rollouts have several trajectories, `loss_type` is {self._args.loss_type!r} and "
                 f"`beta` {self._args.beta:g}: the KL term would count each trajectory as a rollout.",
                 f"Set `beta` to 0, or `loss_type` to another one than {' and '.join(TOKEN_MEAN_LOSSES)}.",
+            )
+        num_dropped = sum(fact.dropped_rows for fact in self.shared.facts)
+        if num_dropped and self._accelerator.is_main_process:
+            logger.warning(
+                "%d rows have no room and are not trained: `gym_max_rows_factor` is %g",
+                num_dropped,
+                self._args.gym_max_rows_factor,
             )
         dropped = self.shared.own_dropped
         self.rows = batch_rows.rows_of(self.rollouts, dropped, num_rows, pad_id=pad_id, eos_id=eos_id)

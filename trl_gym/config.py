@@ -272,6 +272,11 @@ class GymGRPOConfig(GRPOConfig):
         )
 
     @property
+    def has_further_rows(self) -> bool:
+        """Whether rollouts may have several rows; with `build_trajectories` overridden they may in any case."""
+        return self.gym_drift == "split" or self.gym_train_calls == "all"
+
+    @property
     def serving_dtype(self) -> str:
         """Precision in which the trainer computes, and the policy server that we start too."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
@@ -530,14 +535,13 @@ def _eval_sampling_problems(config: GymGRPOConfig) -> Iterator[Problem]:
 
 
 def _row_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    several = {"gym_drift": "split", "gym_train_calls": "all"}
-    for name, value in several.items():
-        if getattr(config, name) == value and config.beta and config.loss_type in TOKEN_MEAN_LOSSES:
-            yield Problem(
-                f"`{name}` is {value!r}, `loss_type` {config.loss_type!r} and `beta` {config.beta:g}: the KL term "
-                "would count each row of a rollout as a rollout.",
-                f"Set `beta` to 0, or `loss_type` to another one than {' and '.join(TOKEN_MEAN_LOSSES)}.",
-            )
+    if config.has_further_rows and config.beta and config.loss_type in TOKEN_MEAN_LOSSES:
+        name = "gym_drift" if config.gym_drift == "split" else "gym_train_calls"
+        yield Problem(
+            f"`{name}` is {getattr(config, name)!r}, `loss_type` {config.loss_type!r} and `beta` {config.beta:g}: the "
+            "KL term would count each row of a rollout as a rollout.",
+            f"Set `beta` to 0, or `loss_type` to another one than {' and '.join(TOKEN_MEAN_LOSSES)}.",
+        )
 
 
 def _shared_gpu_problems(config: GymGRPOConfig) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.report.synthetic import make_tokenizer
-from trl_gym.report.bodies import Pieces, Shared, conversation_body, run_lengths, token_body
+from trl_gym.report.bodies import Pieces, Shared, conversation_body, run_lengths, token_bodies
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +90,23 @@ def test_only_log_probabilities_of_sampled_tokens_are_kept(pieces: Pieces) -> No
         "env_mask": [1, 0, 1],
         "logprobs": [-0.123456, 0.0, -2e-7],
     }
-    body = token_body(record, Shared(), pieces, [-0.123457, 9.0, -3e-7])
-    assert body is not None
+    [body] = token_bodies(record, Shared(), pieces, [[-0.123457, 9.0, -3e-7]])
     assert (body["mask"], body["logprobs"], body["gaps"]) == ([0, 1, 1, 1], [-0.1235, -2e-7], [-1e-6, -1e-7])
 
 
 def test_a_rollout_without_tokens_has_no_token_body(pieces: Pieces) -> None:
-    assert token_body({"prompt_ids": [], "completion_ids": []}, Shared(), pieces, None) is None
+    assert token_bodies({"prompt_ids": [], "completion_ids": []}, Shared(), pieces) == []
+
+
+def test_each_row_has_its_own_tokens(pieces: Pieces) -> None:
+    """Of the second the trainer's side is not recorded: it was dropped."""
+    tokens = {"prompt_ids": [1], "completion_ids": [2], "env_mask": [1], "logprobs": [-0.5], "turn_ends": [1]}
+    record = tokens | {"further_rows": [tokens | {"prompt_ids": [3, 4]}, tokens | {"completion_ids": [9]}]}
+    shared = Shared()
+    bodies = token_bodies(record, shared, pieces, [[-0.6], [], [-0.4]])
+    assert [shared.values[body["prompt"]] for body in bodies] == [[1], [3, 4], [1]]
+    assert [body["ids"] for body in bodies] == [[2], [2], [9]]
+    assert [body["gaps"] for body in bodies] == [[-0.1], None, [0.1]]
 
 
 @given(text=st.text(max_size=40))

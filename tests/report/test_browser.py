@@ -161,6 +161,31 @@ def test_tokens_are_the_recorded_ones_with_their_mask_and_log_probabilities(chro
     assert spelled.replace("⏎", "") == text and "图书馆 📚" in text
 
 
+def test_every_row_of_a_rollout_is_shown(chromium: Browser, tmp_path: Path) -> None:
+    records = write_run(tmp_path / "run", Plan(steps=1))
+    drifted = next(r for r in records if r["drift"] and r["mode"] == "train")
+    tokens = ("prompt_ids", "completion_ids", "env_mask", "logprobs", "turn_ends")
+    further = {name: drifted[name] for name in tokens} | {"prompt_ids": drifted["prompt_ids"] + [7, 8]}
+    path = next((tmp_path / "run" / "rollouts").glob("step-0.*"))
+    lines = map(json.loads, path.read_text().splitlines())
+    known = {"further_rows": [further]}
+    path.write_text(
+        "".join(json.dumps(r | (known if r["rollout_id"] == drifted["rollout_id"] else {})) + "\n" for r in lines)
+    )
+    page = tmp_path / "view.html"
+    write_page(open_run(tmp_path / "run"), page)
+    chromium.open(page, f"{link(drifted)}&tab=tokens")
+    chromium.wait("document.querySelectorAll('.tokens').length === 2")
+    assert chromium.texts(".tab-body h3") == ["row 1 of 2", "row 2 of 2"]
+    shown = chromium.run("[...document.querySelectorAll('.tokens')].map((n) => n.querySelectorAll('.tk').length)")
+    length = len(drifted["prompt_ids"]) + len(drifted["completion_ids"])
+    assert shown == [length, length + 2]
+    assert "the next one begins" in chromium.text(".tokens > :last-child")
+    assert chromium.run("document.querySelectorAll('.tokens .incident').length") == 1
+    facts = dict(zip(chromium.texts(".side dt"), chromium.texts(".side dd"), strict=True))
+    assert facts["rows"] == "2" and facts["sampled"] == f"{2 * drifted['env_mask'].count(1):,} tokens"
+
+
 def test_colours_follow_the_gap_to_the_trainer(chromium: Browser, viewed: Viewed) -> None:
     record = next(r for r in viewed.records if r["mode"] == "train" and r["completion_ids"])
     lines = (viewed.folder / "training_logprobs" / "step-0.rank-0.jsonl").read_text().splitlines()

@@ -111,7 +111,7 @@ class TrainingShape:
     compute_bytes: int = 2  # per element of activations: 2 under autocast to bfloat16
     world_size: int = 1
     stage: int = 0  # processes share: 0 nothing (DDP), 1 optimizer state, 2 and gradients, 3 and weights (FSDP)
-    sequences: int = 1  # completions in one forward and backward pass (`per_device_train_batch_size`)
+    sequences: int = 1  # rows in one forward and backward pass (`per_device_train_batch_size`)
     sequence_length: int = 1024  # tokens of prompt and completion at most
     checkpointing: bool = True  # activations are recomputed in the backward pass
     reference: bool = False  # a second, frozen copy of the weights is kept (`beta` ≠ 0, no adapter)
@@ -469,12 +469,15 @@ def estimate(
     context = args.vllm_max_model_length or getattr(config.get_text_config(), "max_position_embeddings", None)
     length = args.vllm_max_model_length or (args.max_completion_length or 0) + _ASSUMED_PROMPT
     is_adapter = trainable < num_params
+    factor, padding = 1.0, 0
+    if args.has_further_rows:  # the prompt of one may fill the context, and all are padded to the longest completion
+        factor, padding = args.gym_max_rows_factor, args.max_completion_length or 0
     training = TrainingShape(
         trainable_params=trainable,
         compute_bytes=_BYTES[args.serving_dtype],
         world_size=num_processes,
-        sequences=args.per_device_train_batch_size,
-        sequence_length=length,
+        sequences=math.ceil(args.per_device_train_batch_size * factor),
+        sequence_length=length + padding,
         checkpointing=bool(args.gradient_checkpointing),
         reference=bool(args.beta) and not is_adapter,
         grads_kept=args.gradient_accumulation_steps > args.steps_per_generation * args.num_iterations,

@@ -145,29 +145,33 @@ def conversation_body(record: Mapping[str, Any], shared: Shared) -> dict[str, An
     }
 
 
-def token_body(
-    record: Mapping[str, Any], shared: Shared, pieces: Pieces, training: Sequence[float] | None
-) -> dict[str, Any] | None:
-    """Return what was trained, as JSON; None for a rollout without tokens.
+def token_bodies(
+    record: Mapping[str, Any], shared: Shared, pieces: Pieces, training: Sequence[Sequence[float]] = ()
+) -> list[dict[str, Any]]:
+    """Return what was trained, as JSON, row by row; nothing for a rollout without tokens.
 
     Args:
         record: A journal's line.
-        shared: Gets the prompt.
+        shared: Gets the prompts.
         pieces: Gets the tokens.
-        training: `[T]`, the trainer's log-probabilities; None where they are not recorded.
+        training: `[T]` of each row, the trainer's log-probabilities; shorter or empty where they are not recorded.
 
     Returns:
-        `prompt`: index into `shared` of `[P]` ids. `ids` `[T]`. `mask`: lengths of runs, the first of tokens that the
-        environment put there, then alternating. `logprobs` `[S]`, of the sampled tokens alone, and `gaps`, by how much
-        the trainer's are higher (null where they are not finite), or null. `ends`: see `Trajectory.turn_ends`.
-        `glyphs`, `prompt_glyphs`: text by index where tokens are parts of characters.
+        For each row `prompt`: index into `shared` of `[P]` ids. `ids` `[T]`. `mask`: lengths of runs, the first of
+        tokens that the environment put there, then alternating. `logprobs` `[S]`, of the sampled tokens alone, and
+        `gaps`, by how much the trainer's are higher (null where they are not finite), or null. `ends`: see
+        `Trajectory.turn_ends`. `glyphs`, `prompt_glyphs`: text by index where tokens are parts of characters.
     """
-    ids, mask = record.get("completion_ids") or [], record.get("env_mask") or []
-    if not ids:
-        return None
-    prompt, logprobs = record.get("prompt_ids") or [], record.get("logprobs") or []
+    rows = [record, *(record.get("further_rows") or [])] if record.get("completion_ids") else []
+    known = itertools.chain(training, itertools.repeat(()))
+    return [_token_body(row, shared, pieces, own) for row, own in zip(rows, known, strict=False)]
+
+
+def _token_body(row: Mapping[str, Any], shared: Shared, pieces: Pieces, training: Sequence[float]) -> dict[str, Any]:
+    ids, mask = row["completion_ids"], row.get("env_mask") or []
+    prompt, logprobs = row.get("prompt_ids") or [], row.get("logprobs") or []
     gaps = None
-    if training is not None and len(training) == len(logprobs):
+    if training and len(training) == len(logprobs):
         gaps = _sampled([ours - theirs for ours, theirs in zip(training, logprobs, strict=True)], mask, _GAP_DIGITS)
     pieces.add(prompt)
     pieces.add(ids)
@@ -177,7 +181,7 @@ def token_body(
         "mask": run_lengths(mask),
         "logprobs": _sampled(logprobs, mask, _DIGITS),
         "gaps": gaps,
-        "ends": record.get("turn_ends") or [],
+        "ends": row.get("turn_ends") or [],
         "glyphs": pieces.glyphs(ids),
         "prompt_glyphs": pieces.glyphs(prompt),
     }

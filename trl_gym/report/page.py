@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trl_gym.errors import ConfigError
-from trl_gym.report.bodies import Pieces, Shared, conversation_body, token_body
+from trl_gym.report.bodies import Pieces, Shared, conversation_body, token_bodies
 from trl_gym.report.index import causes, ordered, sample, states, step_stats
 from trl_gym.report.rows import Row, row_of
 from trl_gym.report.source import RecordedRun, open_run, read_metrics, read_training_logprobs
@@ -52,8 +52,8 @@ _STYLES = ("base.css", "views.css", "rollout.css")
 # Columns of the index that hold one of few texts: as numbers into a list.
 _NAMED = ("mode", "dataset", "agent", "failure", "drift", "finish", "version")
 _PLAIN = (
-    *("rollout_id", "step", "group", "member", "attempt", "time", "reward", "success", "turns", "prompt_tokens"),
-    *("environment_tokens", "sampled_tokens", "tool_calls", "tool_errors", "seconds"),
+    *("rollout_id", "step", "group", "member", "attempt", "time", "reward", "success", "turns", "rows"),
+    *("prompt_tokens", "environment_tokens", "sampled_tokens", "tool_calls", "tool_errors", "seconds"),
 )
 
 
@@ -146,17 +146,17 @@ def _read(run: RecordedRun) -> tuple[list[Line], list[Row]]:
     return lines, rows
 
 
-def _training_logprobs(run: RecordedRun, wanted: set[str]) -> dict[str, array[float]]:
+def _training_logprobs(run: RecordedRun, wanted: set[str]) -> dict[str, list[array[float]]]:
     """Return the trainer's log-probabilities by rollout id, NaN where they are not finite, of rollouts in the page."""
     return {
-        name: array("d", (math.nan if value is None else value for value in values))
-        for name, values in read_training_logprobs(run)
+        name: [array("d", (math.nan if value is None else value for value in values)) for values in rows]
+        for name, rows in read_training_logprobs(run)
         if name in wanted
     }
 
 
 def _write_chunks(
-    file: IO[bytes], lines: Sequence[Line], pieces: Pieces, training: dict[str, array[float]], with_tokens: bool
+    file: IO[bytes], lines: Sequence[Line], pieces: Pieces, training: dict[str, list[array[float]]], with_tokens: bool
 ) -> list[tuple[int, int]]:
     """Write conversations and tokens; return for each rollout the number of its chunk and its place in it."""
     places: list[tuple[int, int]] = []
@@ -168,7 +168,7 @@ def _write_chunks(
             record = read_line(line.path, line.offset, line.length)
             said.append(conversation_body(record, conversations))
             if with_tokens:
-                trained.append(token_body(record, tokens, pieces, training.get(str(record.get("rollout_id")))))
+                trained.append(token_bodies(record, tokens, pieces, training.get(str(record.get("rollout_id")), ())))
             places.append((number, len(said) - 1))
         _write_blob(file, f"c{number}", {"shared": conversations.values, "rollouts": said})
         if with_tokens:

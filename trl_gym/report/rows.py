@@ -37,6 +37,7 @@ class Row:
         finish: `"stop"`, or why Gym cut it; None when there is no answer.
         is_retried: The line says that another attempt follows.
         version: The weights' version, or several with commas.
+        rows: Token sequences that are trained of it; 0 without tokens.
         preview: Beginning of the task's text.
 
     The others are those of `rollouts.rollout.RolloutFacts`.
@@ -63,6 +64,7 @@ class Row:
     is_retried: bool
     version: str
     turns: int
+    rows: int
     prompt_tokens: int
     environment_tokens: int
     sampled_tokens: int
@@ -89,7 +91,9 @@ class Row:
 def row_of(record: Mapping[str, Any]) -> Row:
     """Read the row of a journal's line."""
     failure, drift = record.get("failure"), record.get("drift")
-    reward, mask = record.get("reward"), record.get("env_mask") or []
+    reward = record.get("reward")
+    rows = [record, *(record.get("further_rows") or [])] if record.get("completion_ids") else []
+    masks = [row.get("env_mask") or [] for row in rows]
     calls, errors = count_tool_calls(output_items(record))
     return Row(
         rollout_id=str(record.get("rollout_id")),
@@ -113,9 +117,10 @@ def row_of(record: Mapping[str, Any]) -> Row:
         is_retried=bool(record.get("retried")),
         version=", ".join(map(str, record.get("weight_versions") or [])),
         turns=sum(turn.get("kind") == "model" for turn in record.get("turns") or []),
-        prompt_tokens=len(record.get("prompt_ids") or []),
-        environment_tokens=mask.count(0),
-        sampled_tokens=mask.count(1),
+        rows=len(rows),
+        prompt_tokens=sum(len(row.get("prompt_ids") or []) for row in rows),
+        environment_tokens=sum(mask.count(0) for mask in masks),
+        sampled_tokens=sum(mask.count(1) for mask in masks),
         tool_calls=calls,
         tool_errors=errors,
         seconds=record.get("seconds"),

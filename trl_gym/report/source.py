@@ -68,15 +68,16 @@ def read_metrics(run: RecordedRun) -> list[dict[str, Any]]:
     return [] if run.metrics is None else list(read_objects(run.metrics))
 
 
-def read_training_logprobs(run: RecordedRun) -> Iterator[tuple[str, list[float | None]]]:
+def read_training_logprobs(run: RecordedRun) -> Iterator[tuple[str, list[list[float | None]]]]:
     """Yield the trainer's log-probabilities of sampled tokens, by rollout id, where a run has recorded them.
 
-    Each is `[T]`, in nats, `T` as in the journal line's `completion_ids`; what stands where the environment's tokens
-    are is not looked at, and None stands where they were not finite. See `rollouts.logprobs`.
+    Those of each row are `[T]`, in nats, `T` as in the journal line's `completion_ids` or `further_rows`, or empty;
+    what stands where the environment's tokens are is not looked at, and None stands where they were not finite. See
+    `rollouts.logprobs`.
     """
     for path in sorted((run.folder / TRAINING_LOGPROBS).glob("*.jsonl")):
         for record in read_objects(path):
-            yield record["rollout_id"], record["logprobs"]
+            yield record["rollout_id"], [record["logprobs"], *record.get("further_rows", [])]
 
 
 def _named_tokenizer(path: Path) -> Path:

@@ -85,11 +85,11 @@ function resolveConversation(chunk, place) {
   return { ...own, input: chunk.shared[own.input], tools: chunk.shared[own.tools], task: chunk.shared[own.task] };
 }
 
-/** The tokens of a rollout; null when it has none, or the page was made without. */
-async function tokenBodyOf(i) {
+/** The tokens of a rollout's rows; none when it has none, or the page was made without. */
+async function tokenBodiesOf(i) {
   const chunk = await tokensOf(`t${run.columns.chunk[i]}`);
-  const own = chunk && chunk.rollouts[run.columns.place[i]];
-  return own ? { ...own, prompt: chunk.shared[own.prompt] } : null;
+  const own = chunk ? chunk.rollouts[run.columns.place[i]] : [];
+  return own.map((body) => ({ ...body, prompt: chunk.shared[body.prompt] }));
 }
 
 function setName(mode, dataset) {

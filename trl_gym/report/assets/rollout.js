@@ -120,6 +120,7 @@ function sidebar(i) {
     ["prompt", total && plural(get("prompt_tokens"), "token")],
     ["environment", total && plural(get("environment_tokens"), "token")],
     ["sampled", total && plural(get("sampled_tokens"), "token")],
+    ["rows", get("rows") > 1 ? num(get("rows")) : null],
     ["model calls", num(get("turns"))],
     [
       "tool calls",

@@ -7,8 +7,8 @@ const SHORT_PROMPT = 400;
 const tokenMode = { name: "mask" };
 
 async function tokensTab(i, content) {
-  const [body, pieces, said] = [await tokenBodyOf(i), await whole("pieces"), await conversationOf(i)];
-  if (!body) {
+  const [rows, pieces, said] = [await tokenBodiesOf(i), await whole("pieces"), await conversationOf(i)];
+  if (!rows.length) {
     const why = !run.tokens(i)
       ? run.get("failure", i)
         ? "It failed, so nothing of it was trained."
@@ -16,10 +16,12 @@ async function tokensTab(i, content) {
       : "The page was made with --no-tokens.";
     return content.replaceChildren(el("p", { class: "notice" }, `No tokens are shown. ${why}`));
   }
-  if (tokenMode.name === "gap" && !body.gaps) tokenMode.name = "logprob";
+  const hasGaps = rows.some((body) => body.gaps);
+  if (tokenMode.name === "gap" && !hasGaps) tokenMode.name = "logprob";
+  const broken = said.drift ? driftedRow(rows, said.drift) : -1;
   const draw = () =>
     content.replaceChildren(
-      modeSwitch(body, draw),
+      modeSwitch(hasGaps, draw),
       legend(),
       ...(run.tokenizer
         ? []
@@ -31,16 +33,28 @@ async function tokensTab(i, content) {
               "Name one: trl-gym view RUN --tokenizer PATH.",
             ),
           ]),
-      sequence(body, pieces, said.drift),
+      ...rows.flatMap((body, k) => [
+        rows.length > 1 && el("h3", {}, `row ${k + 1} of ${rows.length}`),
+        sequence(body, pieces, k === broken ? said.drift : null, k + 1 < rows.length),
+      ]).filter(Boolean),
     );
   draw();
 }
 
-function modeSwitch(body, draw) {
+/** The row that ends before the model call that drifted: calls are counted through all rows. */
+function driftedRow(rows, drift) {
+  let calls = 0;
+  return Math.max(
+    rows.findIndex((body) => (calls += body.ends.length) >= drift.turn),
+    0,
+  );
+}
+
+function modeSwitch(hasGaps, draw) {
   const modes = [
     ["mask", "mask", false],
     ["logprob", "sampling logprob", false],
-    ["gap", "logprob gap", !body.gaps],
+    ["gap", "logprob gap", !hasGaps],
   ];
   return el(
     "div",
@@ -62,7 +76,7 @@ function modeSwitch(body, draw) {
         label,
       ),
     ),
-    !body.gaps &&
+    !hasGaps &&
       el(
         "span",
         { class: "quiet note" },
@@ -79,7 +93,7 @@ function legend() {
       { class: "legend tokens-legend" },
       item("sampled", "sampled by the policy: trained"),
       item("environment", "put there by the environment: not trained"),
-      item("prompt", "first prompt"),
+      item("prompt", "prompt"),
     );
   const bins = tokenMode.name === "logprob" ? LOGPROB_BINS : GAP_BINS;
   const edges = bins
@@ -95,12 +109,12 @@ function legend() {
 }
 
 /** Segments in order: the prompt, then by turns what was sampled and what the environment put there. */
-function sequence(body, pieces, drift) {
+function sequence(body, pieces, drift, isContinued) {
   const host = el("div", { class: `tokens by-${tokenMode.name}` });
   const all = tokenList(body);
   host.append(
     segment(
-      "first prompt",
+      "prompt",
       "prompt",
       body.prompt.map((id, at) => ({ id, at: at - body.prompt.length, glyph: body.prompt_glyphs[at] })),
       pieces,
@@ -120,18 +134,18 @@ function sequence(body, pieces, drift) {
     );
     start = end;
   }
-  if (drift) host.append(driftMark(drift, Boolean(differs)));
+  if (drift) host.append(driftMark(drift, Boolean(differs), isContinued));
   tokenTips(host, pieces);
   return host;
 }
 
-/** What is recorded is what is trained: it ends before the model call that drifted. */
-function driftMark(drift, isMarked) {
+/** What is recorded is what is trained: the row ends before the model call that drifted. */
+function driftMark(drift, isMarked, isContinued) {
   return el(
     "p",
     { class: "incident warn" },
     el("b", {}, `Drift (${drift.cause})`),
-    `: trained up to here. The prompt of model call ${drift.turn + 1} does not start with these tokens; the first `,
+    `: ${isContinued ? "the row ends here, and the next one begins" : "trained up to here"}. The prompt of model call ${drift.turn + 1} does not start with these tokens; the first `,
     `one that differs is number ${num(drift.position)}, counted from the beginning of the prompt`,
     isMarked ? " (underlined)." : ".",
   );
