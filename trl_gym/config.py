@@ -151,6 +151,10 @@ class GymGRPOConfig(GRPOConfig):
         gym_max_rows_factor (`float`, *optional*, defaults to `2.0`):
             How many times as many rows as rollouts a rank trains at most; micro-batches grow by as much. Of the
             rollouts with most rows, the oldest rows beyond it are dropped and counted.
+        gym_untagged_calls (`str`, *optional*, defaults to `"error"`):
+            What the policy server does with a model call of NeMo Gym that belongs to no rollout, since its agent lost
+            the identity: such a call has its own sampling parameters, no budget, and is not trained. `"error"` refuses
+            it, which fails the rollout; `"warn"` serves it. Either way they are counted, and their agents named.
 
         > Parameters that control weight sync
 
@@ -223,6 +227,7 @@ class GymGRPOConfig(GRPOConfig):
     gym_drift: str = field(default="truncate", metadata={"choices": ["truncate", "split", "exclude", "error"]})
     gym_train_calls: str = field(default="answer", metadata={"choices": ["answer", "all"]})
     gym_max_rows_factor: float = 2.0
+    gym_untagged_calls: str = field(default="error", metadata={"choices": ["error", "warn"]})
     gym_weight_transport: str = field(default="auto", metadata={"choices": ["auto", "ipc", "nccl", "file", "adapter"]})
     gym_weight_dir: str | None = None
     gym_weight_buffer_mb: int = 512

@@ -35,6 +35,7 @@ from trl_gym.gym.install import find_installation
 from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, server_urls
 from trl_gym.policy_server.command import KEY_VARIABLE
+from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.progress import rollouts_text
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.attempts import CollectionStatus
@@ -42,7 +43,7 @@ from trl_gym.rollouts.attempts import Progress as CollectionProgress
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.journal import Attempt, Journal, LineState, journal_files, line_states, read_journal, secrets_in
 from trl_gym.rollouts.ledger import ledger_for
-from trl_gym.rollouts.request import RolloutRequest, stamp, task_hash
+from trl_gym.rollouts.request import PolicyAccess, RolloutRequest, stamp, task_hash
 from trl_gym.rollouts.source import Finisher
 from trl_gym.rollouts.trajectory import from_gym
 
@@ -427,11 +428,16 @@ def _gym(options: CollectOptions, endpoint: Endpoint) -> GymServers:
         options.config_paths,
         policy_base_url=base_url,
         policy_model_name=options.model,
-        policy_api_key=options.api_key or "EMPTY",
+        policy_api_key=_gym_key(options, endpoint),
         python=options.gym_python,
         overrides=_overrides(options, endpoint),
         log_dir=options.output_dir / "logs",
     )
+
+
+def _gym_key(options: CollectOptions, endpoint: Endpoint) -> str:
+    """Return the key for NeMo Gym: one by which our server knows its calls, and serves also those of no rollout."""
+    return gym_key(options.api_key, "warn") if endpoint.kind is EndpointKind.OURS else options.api_key or "EMPTY"
 
 
 def _overrides(options: CollectOptions, endpoint: Endpoint) -> dict[str, Any]:
@@ -453,6 +459,7 @@ def _collector(options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> 
         agents_down=gym.agents_down,
         gym_log=gym.log_end,
         ledger=ledger_for(options.base_url, options.api_key) if endpoint.kind is EndpointKind.OURS else None,
+        access=PolicyAccess(server_urls(options.base_url), options.api_key),
     )
 
 

@@ -26,6 +26,7 @@ from trl_gym.gym.discovery import look_at_head, new_http_session
 from trl_gym.gym.install import SUPPORTED_GYM, find_installation
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, server_urls
 from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
+from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.server import find_cause, remedy_for
 from trl_gym.policy_server.splice_probe import check_splice, unusable
 from trl_gym.processes import ServerState
@@ -197,7 +198,8 @@ def gym_servers(context: Context) -> Iterator[Finding]:
         context.resources.callback(gym.stop)
         policy = getattr(context, "policy", None)
         if policy is not None and policy.state is ServerState.READY:
-            gym.connect_policy(policy.base_urls, policy.model_name, policy.client.api_key or "EMPTY")
+            key = gym_key(policy.client.api_key, context.args.gym_untagged_calls)
+            gym.connect_policy(policy.base_urls, policy.model_name, key)
         else:
             gym.connect_policy(_NOBODY, "policy")
         gym.start()
@@ -375,6 +377,7 @@ def _collector(context: Context) -> RolloutCollector[Rollout]:
     from trl_gym.rollouts.admission import budgets_from_options
     from trl_gym.rollouts.collector import RolloutCollector
     from trl_gym.rollouts.ledger import ledger_for
+    from trl_gym.rollouts.request import PolicyAccess
 
     policy, gym = context.policy, context.gym
     return RolloutCollector(
@@ -386,4 +389,5 @@ def _collector(context: Context) -> RolloutCollector[Rollout]:
         agents_down=gym.agents_down,
         gym_log=gym.log_end,
         ledger=ledger_for(policy.base_urls, policy.client.api_key),
+        access=PolicyAccess(policy.base_urls, policy.client.api_key),
     )

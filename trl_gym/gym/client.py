@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -73,7 +74,12 @@ def new_session(max_inflight: int) -> aiohttp.ClientSession:
 
 
 async def run_rollout(
-    session: aiohttp.ClientSession, agent: AgentInfo, row: Mapping[str, Any], *, deadline_s: float
+    session: aiohttp.ClientSession,
+    agent: AgentInfo,
+    row: Mapping[str, Any],
+    *,
+    deadline_s: float,
+    headers: Mapping[str, str] = MappingProxyType({}),
 ) -> GymAnswer | RolloutFailure:
     """Run one dataset row to its end.
 
@@ -82,6 +88,7 @@ async def run_rollout(
         agent: The agent server that runs it.
         row: Everything that Gym gets: `responses_create_params`, the verifier's fields, `_ng_*` ids.
         deadline_s: Seconds until the rollout is given up. Gym itself never gives up.
+        headers: Further headers, by which a Gym that we started knows the rollout in every request made for it.
 
     Returns:
         The answer, or the failure. HTTP errors, broken connections, answers without a usable reward and samples that
@@ -96,7 +103,7 @@ async def run_rollout(
     start = time.monotonic()
     try:
         async with asyncio.timeout(deadline_s) as deadline:
-            headers = {"Content-Type": "application/json"}
+            headers = {"Content-Type": "application/json", **headers}
             async with session.post(f"{agent.url}/run", data=body, headers=headers) as response:
                 answer = await response.read()
                 status = response.status

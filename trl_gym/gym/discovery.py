@@ -10,10 +10,11 @@ and never says why. `ServerProbe` therefore looks at every server directly.
 from __future__ import annotations
 
 import json
+import logging
 import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,8 +24,11 @@ import yaml
 
 from trl_gym.errors import GymServerError
 
+logger = logging.getLogger(__name__)
+
 AGENTS = "responses_api_agents"
 _SERVER_KINDS = frozenset({"resources_servers", AGENTS, "responses_api_models", "environment_servers"})
+_POLICY_FIELDS = frozenset({"policy_base_url", "policy_api_key"})
 _CONNECT_TIMEOUT_S = 1.0
 _REFUSALS_IN_A_ROW = 3  # until a server counts as gone
 
@@ -37,6 +41,8 @@ class AgentInfo:
     url: str  # base URL without a slash at the end
     resources_server: str | None  # name of its environment; None for agents without one
     kind: str  # name of its implementation, e.g. `"simple_agent"`
+    # Those of `policy_base_url` and `policy_api_key` that its `/run` takes.
+    run_fields: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,7 @@ class ServerInstance:
     server: str  # name of the implementation
     url: str
     pid: int | None
+    run_fields: frozenset[str] | None = None  # see `AgentInfo`; None where the head server does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,7 @@ class HeadView:
                 url=instance.url,
                 resources_server=_resources_server(self.config, instance),
                 kind=instance.server,
+                run_fields=instance.run_fields or frozenset(),
             )
             for instance in self.instances
             if instance.kind == AGENTS
@@ -114,6 +122,32 @@ def answers(session: requests.Session, url: str, *, timeout_s: float) -> bool:
         return False
 
 
+def with_run_fields(session: requests.Session, instance: ServerInstance, *, timeout_s: float) -> ServerInstance:
+    """Ask an agent which policy fields its `/run` takes, unless that is known; one that does not say takes none.
+
+    Args:
+        session: For the request.
+        instance: The server.
+        timeout_s: Seconds to wait: a server writes its schema when it is asked for the first time.
+    """
+    if instance.kind != AGENTS or instance.run_fields is not None:
+        return instance
+    try:
+        schema = session.get(f"{instance.url}/openapi.json", timeout=timeout_s).json()
+        fields = _run_properties(schema)
+    except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+        logger.info("%s does not say which fields its /run takes: %s", instance.name, type(error).__name__)
+        fields = set()
+    return replace(instance, run_fields=_POLICY_FIELDS & fields)
+
+
+def _run_properties(schema: Any) -> set[str]:
+    body = schema["paths"]["/run"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    while "$ref" in body:
+        body = schema["components"]["schemas"][body["$ref"].rpartition("/")[2]]
+    return set(body.get("properties", ()))
+
+
 def _get_json(session: requests.Session, url: str, timeout_s: float) -> Any:
     head_url = url.rpartition("/")[0]
     try:
@@ -148,6 +182,7 @@ def _instance(head_url: str, entry: Any) -> ServerInstance:
             server=entry["name"],
             url=entry["url"].rstrip("/"),
             pid=entry.get("pid"),
+            run_fields=None if entry.get("run_fields") is None else _POLICY_FIELDS & set(entry["run_fields"]),
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise _not_a_head(head_url, f"an entry of /server_instances is incomplete: {error!r}") from error

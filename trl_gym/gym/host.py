@@ -2,14 +2,16 @@
 
     gym-python -P host.py SETTINGS.json
 
-It imports the standard library, nemo_gym and what nemo_gym needs: the trainer's packages do not exist here, and with
-`-P` neither do its neighbours in this folder, whose names (`client`, `config`) environments use for their own modules.
+It imports the standard library, nemo_gym, what nemo_gym needs, and `carrier.py` by its path: the trainer's packages do
+not exist here, and with `-P` neither do its neighbours in this folder, whose names (`client`, `config`) environments
+use for their own modules.
 `servers.py` writes the settings, a file that only its owner can read, and reads what this script leaves behind.
 
 * `mode: host` runs the head server and all servers of the configs on one event loop, without Ray and without an
   environment per server. Gym's own `run_webserver` builds every application, so sessions, error handling and
   cancellation are the real ones; only its last step, `uvicorn.run`, is recorded instead of executed. Every socket is
   bound and listening before its port is written into the config. The head server answers only when all others do.
+  Every model call carries the rollout that it is made for (`carrier.py`).
 * `mode: upstream` does what `gym env start` does (Ray, one process per server), with prepared virtual environments.
 
 When the script fails, before or after the servers are ready, it writes one readable text to the file `error_path` and
@@ -21,6 +23,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -33,7 +37,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,6 +73,7 @@ class Instance:
     server: str
     config: DictConfig
     folder: Path
+    run_fields: list[str] = field(default_factory=list)  # names of the fields that its `/run` declares
 
     @property
     def label(self) -> str:
@@ -91,6 +96,7 @@ class Instance:
             "start_time": time.time(),
             "status": None,
             "uptime_seconds": None,
+            "run_fields": self.run_fields,  # ours: its `/openapi.json` takes a second to be made
         }
 
 
@@ -175,6 +181,7 @@ def load_applications(instances: Sequence[Instance]) -> list[dict[str, Any]]:
             if len(recorded) != 1:
                 raise HostError(f"{instance.label} started {len(recorded)} web servers, expected 1.")
             replace_middleware(recorded[0]["app"])
+            instance.run_fields.extend(run_fields(recorded[0]["app"]))
             applications.append(recorded[0])
     finally:
         uvicorn.run = original_run
@@ -326,6 +333,16 @@ def _is_of_gym(dispatch: Any) -> bool:
     return module == "nemo_gym.server_utils" and name in _GYM_FUNCTIONS
 
 
+def run_fields(app: Starlette) -> list[str]:
+    """Return the fields that the body of `/run` declares; none for a server without that route."""
+    names: set[str] = set()
+    for route in app.routes:
+        if getattr(route, "path", "") == "/run":
+            parameters = inspect.signature(route.endpoint, eval_str=True).parameters.values()
+            names.update(*(getattr(parameter.annotation, "model_fields", ()) for parameter in parameters))
+    return sorted(names)
+
+
 def bind_all(instances: Sequence[Instance]) -> list[socket.socket]:
     """Bind and listen for every server; write the real ports into the config."""
     sockets: list[socket.socket] = []
@@ -396,9 +413,12 @@ def run_host(settings: Mapping[str, Any]) -> None:
     instances = find_instances(config, [*map(Path, settings["search_roots"]), PARENT_DIR])
     sockets = bind_all(instances)
     adapt_server_class(instances)
+    carrier = _load_carrier(instances, settings["policy_urls"])
     for root in settings["search_roots"]:
         sys.path.append(root)  # `import resources_servers.<name>` for servers outside of the installation
     applications = load_applications(instances)
+    for instance, kwargs in zip(instances, applications, strict=True):
+        kwargs["app"] = carrier.around(kwargs["app"], instance.kind, instance.name)
 
     head = server_utils.HeadServer(config=server_utils.ServerClient.load_head_server_config())
     head.set_server_instances([instance.announcement() for instance in instances])
@@ -410,6 +430,22 @@ def run_host(settings: Mapping[str, Any]) -> None:
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         served = serve(list(zip(applications, sockets, strict=True)), (head.setup_webserver(), head_socket))
         runner.run(served)
+
+
+def _load_carrier(instances: Sequence[Instance], policy_urls: Sequence[str]) -> Any:
+    """Make what carries rollouts from server to server, and install it before any server makes an HTTP client.
+
+    It is loaded from its file: neighbours of this script cannot be imported.
+    """
+    path = Path(__file__).with_name("carrier.py")
+    spec = importlib.util.spec_from_file_location("trl_gym_carrier", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    servers = [(instance.kind, str(instance.config.host), int(instance.config.port)) for instance in instances]
+    carrier = module.Carrier(servers, policy_urls)
+    carrier.install()
+    return carrier
 
 
 def _loop_factory() -> Any:

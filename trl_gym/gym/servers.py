@@ -26,6 +26,8 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
@@ -43,6 +45,7 @@ from trl_gym.gym.discovery import (
     look_at_head,
     needed_servers,
     new_http_session,
+    with_run_fields,
 )
 from trl_gym.gym.install import GymInstallation, find_installation
 from trl_gym.processes import ChildProcess, ServerState, bind_socket, split_urls, wait_until
@@ -51,6 +54,8 @@ Mode = Literal["host", "upstream"]
 
 LOCALHOST = "127.0.0.1"
 _HOST_SCRIPT = Path(__file__).with_name("host.py")
+_SCHEMA_TIMEOUT_S = 30.0
+_MAX_ASKED = 8  # servers at a time
 _REQUEST_TIMEOUT_S = 2.0  # of one request to a server; while it starts, requests queue at its listening socket
 # For the head server of Gym's own launcher, which binds the port again. Ray's servers, which start in between, take
 # the ports above, which the operating system gives away; Gym's other servers take those below.
@@ -264,6 +269,9 @@ class GymServers:
             self.stop()
             raise
         self._view = view
+        with ThreadPoolExecutor(_MAX_ASKED) as pool:
+            ask = partial(with_run_fields, self._http, timeout_s=_SCHEMA_TIMEOUT_S)
+            view.instances[:] = pool.map(ask, view.instances)
         self._agents = view.agents()
         self._state = ServerState.READY
         return self
@@ -379,6 +387,7 @@ class GymServers:
             "head_fd": head_fd,
             "error_path": str(error_path(work_dir)),
             "work_dir": str(work_dir),
+            "policy_urls": list(self._policy[0]),
         }
         settings_path = work_dir / "settings.json"
         _write_private(settings_path, json.dumps(settings))

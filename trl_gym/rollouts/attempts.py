@@ -32,7 +32,7 @@ from trl_gym.gym.discovery import AgentInfo
 from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.rollouts.admission import Admission, Budgets
 from trl_gym.rollouts.ledger import CallState, Ledger
-from trl_gym.rollouts.request import RolloutRequest, next_attempt
+from trl_gym.rollouts.request import PolicyAccess, RolloutRequest, next_attempt
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ class CollectionContext:
     on_environment_down: Literal["fail", "skip"]
     gym_log: Callable[[], str]
     ledger: Ledger | None
+    access: PolicyAccess | None
     stall_timeout_s: float
 
 
@@ -184,8 +185,7 @@ class Collection(Generic[T]):
             async with self._admission.place(request.agent):
                 self._enter(index, Phase.RUNNING)
                 started = self._clock()
-                agent = self._context.agent(request.agent)
-                outcome = await run_rollout(self._session, agent, request.row, deadline_s=budget.deadline_s)
+                outcome = await self._run(request, budget.deadline_s)
             seconds = self._clock() - started
             if isinstance(outcome, RolloutFailure) and outcome.kind is FailureKind.INFRASTRUCTURE:
                 await self._look_closely()
@@ -197,6 +197,12 @@ class Collection(Generic[T]):
             self._interrupted.discard(index)
             seconds = 0.0 if started is None else self._clock() - started
             return self._result(request, self._down_failure(request), seconds)
+
+    async def _run(self, request: RolloutRequest, deadline_s: float) -> GymAnswer | RolloutFailure:
+        agent, access = self._context.agent(request.agent), self._context.access
+        headers, own = ({}, {}) if access is None else access.of(request, agent)
+        row = {**request.row, **own}  # not into the request, which is recorded: `own` has a key
+        return await run_rollout(self._session, agent, row, deadline_s=deadline_s, headers=headers)
 
     def _result(
         self,

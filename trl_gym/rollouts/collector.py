@@ -23,7 +23,7 @@ from trl_gym.gym.discovery import AgentInfo
 from trl_gym.rollouts.admission import Admission, Budgets
 from trl_gym.rollouts.attempts import Collection, CollectionContext, Ended, Progress, RolloutResult
 from trl_gym.rollouts.ledger import Ledger
-from trl_gym.rollouts.request import RolloutRequest
+from trl_gym.rollouts.request import PolicyAccess, RolloutRequest
 
 __all__ = ["Ended", "Progress", "RolloutCollector", "RolloutResult"]
 
@@ -47,6 +47,8 @@ class RolloutCollector(Generic[T]):
             these fail at once.
         gym_log: Returns the end of the Gym's log, for messages.
         ledger: Records and cancellation at the policy server; None for a server that has neither.
+        access: Makes the keys with which agents call the policy as their rollout; None for a server that has no such
+            keys.
         stall_timeout_s: Seconds without a rollout that ends, after which all outstanding ones are listed.
     """
 
@@ -60,6 +62,7 @@ class RolloutCollector(Generic[T]):
         on_environment_down: Literal["fail", "skip"] = "fail",
         gym_log: Callable[[], str] = str,
         ledger: Ledger | None = None,
+        access: PolicyAccess | None = None,
         stall_timeout_s: float = 60.0,
     ) -> None:
         self._context = CollectionContext(
@@ -70,6 +73,7 @@ class RolloutCollector(Generic[T]):
             on_environment_down=on_environment_down,
             gym_log=gym_log,
             ledger=ledger,
+            access=access,
             stall_timeout_s=stall_timeout_s,
         )
         self._worker: _Worker | None = None

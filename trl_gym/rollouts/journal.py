@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_gym.errors import FailureKind, RolloutError
+from trl_gym.policy_server.middleware.identity import KEY_PATTERN
 
 logger = logging.getLogger(__name__)
 
@@ -441,7 +442,7 @@ def make_redactor(secrets: Iterable[str] = ()) -> Callable[[Any], Any]:
     """Return a function that takes secrets out of a JSON value.
 
     A value is redacted whole where its key says that it is a secret (`{"policy_api_key": …}`). Everywhere else, keys
-    included, only what is in `secrets` is, wherever it stands in a text.
+    included, only what is in `secrets` is, wherever it stands in a text, and every rollout key.
 
     Args:
         secrets: Secret values; short ones (below 8 characters) are ignored, since they would take ordinary words
@@ -458,7 +459,7 @@ def make_redactor(secrets: Iterable[str] = ()) -> Callable[[Any], Any]:
         texts: list[str] = []
         has_secret_key = _collect_texts(value, texts)
         text = "\n".join(texts)
-        if has_secret_key or any(secret in text for secret in known):
+        if has_secret_key or any(secret in text for secret in known) or KEY_PATTERN.search(text):
             return _redact(value, known)
         return value
 
@@ -508,7 +509,7 @@ def _redact_item(key: Any, item: Any, known: list[str]) -> Any:
 def _redact_text(text: str, known: list[str]) -> str:
     for secret in known:
         text = text.replace(secret, REDACTED)
-    return text
+    return KEY_PATTERN.sub(REDACTED, text)
 
 
 def _collect_texts(value: Any, texts: list[str]) -> bool:

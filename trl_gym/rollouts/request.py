@@ -3,6 +3,9 @@
 The sampling parameters travel twice: in the places of the Responses API that Gym knows, and under
 `metadata.extra_body`, which Gym's `vllm_model` merges into the body of every model call of the rollout. The second is
 what the policy server's middleware pins: an agent that sets its own temperature cannot take the rollout off policy.
+
+Agents that drop `metadata` are reached by `PolicyAccess`: the same tag as a key, in a header of the request and, where
+an agent takes a policy of its own per `/run`, in its body.
 """
 
 from __future__ import annotations
@@ -12,10 +15,14 @@ import dataclasses
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from trl_gym.gym.discovery import AgentInfo
+from trl_gym.policy_server.client import root_url
+from trl_gym.policy_server.middleware.identity import PREFIX, ROLLOUT_HEADER, rollout_key
 from trl_gym.rollout_options import Sampling
 
 _ATTEMPT = re.compile(r"-a\d+$")
@@ -47,6 +54,38 @@ class RolloutRequest:
     def identity(self) -> dict[str, Any]:
         """The arguments of `RolloutFailure.of`."""
         return {name: getattr(self, name) for name in ("agent", "task_index", "rollout_id", "attempt")}
+
+    @property
+    def tag(self) -> dict[str, Any] | None:
+        """The tag that `stamp` wrote; None for a row without one, whose model calls are nobody's."""
+        metadata = (self.row.get("responses_create_params") or {}).get("metadata") or {}
+        return _json_object(metadata.get("extra_body"), "extra_body").get("trl_gym")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyAccess:
+    """Makes the key of a rollout, which lets its agent call the policy as that rollout and nothing else."""
+
+    base_urls: tuple[str, ...]  # OpenAI base URLs of the policy, as NeMo Gym calls them
+    api_key: str | None = field(default=None, repr=False)  # of the policy server
+
+    def of(self, request: RolloutRequest, agent: AgentInfo) -> tuple[dict[str, str], dict[str, str]]:
+        """Return headers for `/run`, and fields for its body, which no file may contain.
+
+        An agent that declares `policy_base_url` for its `/run` calls the policy there, past Gym's model server. A row
+        that names another policy keeps it.
+        """
+        if (tag := request.tag) is None:
+            return {}, {}
+        key = rollout_key(self.api_key, tag)
+        base_url = self.base_urls[zlib.crc32(request.rollout_id.encode()) % len(self.base_urls)]
+        fields = {}
+        if "policy_api_key" in agent.run_fields:
+            fields = {"policy_base_url": base_url, "policy_api_key": key}
+        elif "policy_base_url" in agent.run_fields:
+            fields = {"policy_base_url": f"{root_url(base_url)}{PREFIX}{key}/v1"}
+        has_own = request.row.get("policy_base_url") is not None or "policy_base_url" not in agent.run_fields
+        return {ROLLOUT_HEADER: key}, {} if has_own else fields
 
 
 def stamp(

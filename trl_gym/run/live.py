@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from trl_gym.compat import installed_version
 from trl_gym.errors import ConfigError, RolloutError
+from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.ranks import agree_on_loss, agreed
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.journal import Journal, secrets_in
 from trl_gym.rollouts.ledger import ledger_for
+from trl_gym.rollouts.request import PolicyAccess
 from trl_gym.rollouts.reuse import Policy, Recall, RecoveringCollector, collect_missing
 from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, TrainerHooks
 from trl_gym.run.weights import PolicyWeights, check_model
@@ -137,12 +139,29 @@ class LiveSource:
                 recall = self._recall if batch.mode == "train" else None
                 recalled = {} if recall is None else recall.take_all(requests, policy)
             finish = self._finisher(self._journal, batch, policy)
+            untagged = self._untagged_calls()
             rollouts = collect_missing(self._collector, requests, recalled, finish, self._hooks.progress)
             with agreed(self._accelerator):
                 self._journal.commit()
-        # Rank 0 counts restarts.
-        restarts = [float(self._servers.num_restarts)] if self._accelerator.is_main_process else []
-        return Collected(rollouts=rollouts, metrics={"policy_server/restarts": restarts} if restarts else {})
+            metrics = self._untagged_metrics(untagged)
+        if self._accelerator.is_main_process:  # which counts restarts
+            metrics["policy_server/restarts"] = [float(self._servers.num_restarts)]
+        return Collected(rollouts=rollouts, metrics=metrics)
+
+    def _untagged_calls(self) -> UntaggedCalls:
+        """Return those so far, on rank 0, in whose server log they are one count."""
+        with agreed(self._accelerator):
+            return self._servers.untagged_calls() if self._accelerator.is_main_process else UntaggedCalls()
+
+    def _untagged_metrics(self, before: UntaggedCalls) -> dict[str, list[float]]:
+        """Count the batch's model calls that belong to no rollout, and say whose they are."""
+        found = self._untagged_calls().since(before)
+        # A Gym that others started has the server's own key, as other clients may.
+        number = found.gym.total() + (found.others if self._args.gym_mode == "attach" else 0)
+        if not number:
+            return {}
+        logger.warning("%s", describe_untagged(found, number, self._args.gym_untagged_calls))
+        return {"rollouts/untagged_calls": [float(number)]}
 
     def resumed(self) -> None:
         """Recall from now on what the interrupted run has recorded."""
@@ -187,6 +206,7 @@ class LiveSource:
             on_environment_down=args.gym_on_environment_down,
             gym_log=gym.log_end,
             ledger=ledger_for(policy.base_urls, policy.client.api_key),
+            access=PolicyAccess(policy.base_urls, policy.client.api_key),
             stall_timeout_s=args.gym_stall_timeout,
         )
         return RecoveringCollector(
@@ -231,6 +251,24 @@ class LiveSource:
                 f"The policy server's weights changed from version {self._version} to {now} during rollouts.",
                 "Let nobody else push weights to this server while it is trained with.",
             )
+
+
+def describe_untagged(found: UntaggedCalls, number: int, policy: str) -> str:
+    """Return a warning about model calls of NeMo Gym that belong to no rollout.
+
+    Args:
+        found: Their counts.
+        number: How many of them are Gym's.
+        policy: The value of `gym_untagged_calls`.
+    """
+    names = ", ".join(f"{name or 'a server that is not known'}: {count}" for name, count in found.gym.most_common())
+    whose = names or "a NeMo Gym with the policy server's own API key, or another client of that server"
+    served = "served, with sampling parameters of their own" if policy == "warn" or not found.gym else "refused"
+    return (
+        f"{number} model calls of this batch belong to no rollout ({whose}). They were {served}, and are not trained. "
+        "Let the agent keep `metadata.extra_body`, or call the policy with a client that `gym_mode: host` reaches. "
+        f"`gym_untagged_calls` is {policy!r}."
+    )
 
 
 def _vllm_version() -> str:

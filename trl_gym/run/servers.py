@@ -28,6 +28,7 @@ from trl_gym.errors import ConfigError, Problem
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.plan import this_device, try_estimate
 from trl_gym.policy_server.command import api_key_from_environment
+from trl_gym.policy_server.middleware.identity import UntaggedCalls, gym_key
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
 from trl_gym.processes import ServerState
@@ -180,6 +181,15 @@ class RunServers:
         key = self.policy.client.api_key
         return (key,) if key else ()
 
+    def untagged_calls(self) -> UntaggedCalls:
+        """Return the model calls, since the policy servers' start, that belong to no rollout."""
+        counts = UntaggedCalls()
+        for info in self.policy.client.infos():
+            found = info.get("untagged_calls") or {}  # a server of an older trl-gym does not count
+            counts.gym.update(found.get("gym", {}))
+            counts.others += found.get("others", 0)
+        return counts
+
     @property
     def num_restarts(self) -> int:
         """How often the policy server was restarted; known on rank 0."""
@@ -230,7 +240,8 @@ class RunServers:
             self._check_splice_unless_paused()
         if self.gym is None:
             self.gym = self.new_gym()
-        self.gym.connect_policy(self.policy.base_urls, self.policy.model_name, self.policy.client.api_key or "EMPTY")
+        key = gym_key(self.policy.client.api_key, self._args.gym_untagged_calls)
+        self.gym.connect_policy(self.policy.base_urls, self.policy.model_name, key)
         if self.gym.state is ServerState.NEW:
             self.gym.start()
 

@@ -94,7 +94,7 @@ def rollout_key(api_key: str | None, tag: Mapping[str, Any]) -> str:
     return _signed(api_key, {"rollout": tag["rollout"], **tag})
 
 
-def gym_key(api_key: str | None, untagged: UntaggedPolicy) -> str:
+def gym_key(api_key: str | None, untagged: str) -> str:
     """Return the key of the NeMo Gym of a run.
 
     Args:
@@ -293,6 +293,11 @@ class UntaggedCalls:
                 f"{ROLLOUT_HEADER}; or set `gym_untagged_calls` to 'warn' to serve such calls",
                 400,
             )
+
+    def since(self, before: UntaggedCalls) -> UntaggedCalls:
+        """Return what was counted after `before`; a server that has restarted meanwhile counts from zero."""
+        restarted = self.others < before.others or bool(before.gym - self.gym)
+        return self if restarted else UntaggedCalls(self.gym - before.gym, self.others - before.others)
 
     def describe(self) -> dict[str, Any]:
         return {"gym": dict(self.gym), "others": self.others}
