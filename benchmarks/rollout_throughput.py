@@ -113,23 +113,23 @@ class Bench:
         from trl_gym.rollout_options import RolloutOptions
         from trl_gym.rollouts.admission import budgets_from_options
         from trl_gym.rollouts.collector import RolloutCollector
-        from trl_gym.rollouts.ledger import RolloutLedger
+        from trl_gym.rollouts.ledger import Ledger
 
         return RolloutCollector(
             self.gym.agent,
             budgets=budgets_from_options(RolloutOptions(deadline=600, max_inflight=self.options.max_inflight)),
             check=self.gym.check_process,
             agents_down=self.gym.agents_down,
-            ledger=RolloutLedger(self.control_url) if with_records else None,
+            ledger=Ledger(self.control_url) if with_records else None,
         )
 
     def finisher(self) -> Any:
         from trl_gym.rollouts.journal import Journal
         from trl_gym.rollouts.source import Finisher
-        from trl_gym.rollouts.trajectory import from_gym
+        from trl_gym.rollouts.trajectory import from_calls
 
         return Finisher(
-            build=lambda answer, _: from_gym(answer),
+            build=lambda answer, request, calls: from_calls(calls),
             decode=str,
             journal=Journal(self.folder / "journal"),
             drift_policy="truncate",

@@ -17,7 +17,7 @@ from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
 from trl_gym.dataset import gym_row
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
-from trl_gym.rollouts.trajectory import Trajectory
+from trl_gym.rollouts.trajectory import ModelCall, Trajectory
 
 
 @dataclass
@@ -47,9 +47,11 @@ class CustomTrainer(GymGRPOTrainer):
         limit = min(params["max_output_tokens"], self.args.turn_tokens)
         return {**sent, "responses_create_params": {**params, "max_output_tokens": limit}}
 
-    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest) -> list[Trajectory]:
+    def build_trajectories(
+        self, answer: dict[str, Any], request: RolloutRequest, calls: Sequence[ModelCall]
+    ) -> list[Trajectory]:
         """Per-turn credit: when the call was wrong, the turns after it decided nothing and are not trained."""
-        trajectories = super().build_trajectories(answer, request)
+        trajectories = super().build_trajectories(answer, request, calls)
         if answer["call_correct"]:
             return trajectories
         return [train_turns(trajectory, 1) for trajectory in trajectories]

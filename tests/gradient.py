@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.policy_server.tiny_model import build_model, build_tokenizer
+from tests.rollouts.sampled import calls_in
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, compat
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.rows import LOSS_TYPES as LOSS_TYPES
 from trl_gym.rollouts.source import BatchInfo, Collected
-from trl_gym.rollouts.trajectory import Trajectory, from_gym
+from trl_gym.rollouts.trajectory import Trajectory, from_calls
 
 NUM_MEMBERS = 4
 AGENT = "arithmetic"
@@ -138,7 +139,7 @@ def rollout_of(request: RolloutRequest, failed: Failed, max_rows: int = 1) -> Ro
         _item(second_prompt, trajectory.completion_ids[first + 3 : last], trajectory.logprobs[first + 3 :]),
     ]
     answer = {"reward": reward, "steps": 2 + request.member, "response": {"output": output, **cut}}
-    [whole] = from_gym(answer)
+    [whole] = from_calls(calls_in(answer))
     rows = in_rows(whole, num_rows_of(request.task_index, request.member, max_rows))
     return Rollout(request=request, answer=answer, failure=None, trajectories=rows, seconds=1.0)
 

@@ -7,7 +7,9 @@ table, in a notebook and in the viewer.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ Item = Mapping[str, Any]
 _SERVER_ERROR_TEXT = "Internal Server Error"
 # Long lists of numbers in an item of the answer; nothing to read.
 _TOKENS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs", "routed_experts")
+_THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,3 +171,49 @@ def _object_text(arguments: str) -> str:
     except ValueError:
         is_object = False
     return arguments if is_object else json.dumps({"unparsed": arguments})
+
+
+# -- what was said, compared ------------------------------------------------------------------------------------------
+
+
+def said_in_message(message: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """Return a digest of the text of an assistant's chat message, if it has any, and one of each of its tool calls.
+
+    Thinking, blanks around the text, the ids of calls and the spelling of their arguments do not count: agents and
+    NeMo Gym's converters change them. The digests are equal to those of the same answer in `said_in_item`.
+    """
+    text = _text_said(text_of(message.get("content")))
+    calls = [call for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+    said = [_call_said(call.get("function")) for call in calls]
+    return (*said,) if text is None else (text, *said)
+
+
+def said_in_item(item: Item) -> bytes | None:
+    """Return the digest of an item of Gym's answer that the assistant said; None for any other item, and for thinking
+    and empty messages, which say nothing."""
+    said = read_item(item)
+    if said.role != "assistant" or said.kind not in ("message", "call"):
+        return None
+    return _text_said(said.text) if said.kind == "message" else _call_said(item)
+
+
+def _text_said(text: str) -> bytes | None:
+    text = _THINKING.sub("", text).strip()
+    return _digest("text", text) if text else None
+
+
+def _call_said(function: Any) -> bytes:
+    function = function if isinstance(function, Mapping) else {}
+    arguments = function.get("arguments")
+    try:
+        value = json.loads(arguments) if isinstance(arguments, str) else arguments
+        spelled = json.dumps(value, sort_keys=True)
+    except (ValueError, TypeError, RecursionError):  # what a policy writes need not be JSON
+        spelled = text_of(arguments)
+    return _digest("call", str(function.get("name")), spelled)
+
+
+def _digest(*parts: str) -> bytes:
+    state = hashlib.blake2b(digest_size=16)
+    state.update(json.dumps(parts).encode())  # escapes lone surrogates
+    return state.digest()

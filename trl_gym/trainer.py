@@ -53,7 +53,7 @@ from trl_gym.rollouts.request import RolloutRequest, stamp
 from trl_gym.rollouts.rollout import Rollout, conversation
 from trl_gym.rollouts.rows import joined, training_rows, weighted
 from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_replay
-from trl_gym.rollouts.trajectory import Trajectory, from_gym, make_decoder
+from trl_gym.rollouts.trajectory import ModelCall, Trajectory, from_calls, make_decoder
 from trl_gym.run import servers
 from trl_gym.run.live import LiveSource
 
@@ -193,12 +193,15 @@ class GymGRPOTrainer(GRPOTrainer):
         """
         return request.row
 
-    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest) -> list[Trajectory]:
-        """Return the token sequences in Gym's answer.
+    def build_trajectories(
+        self, answer: dict[str, Any], request: RolloutRequest, calls: Sequence[ModelCall]
+    ) -> list[Trajectory]:
+        """Return the token sequences that are trained of a rollout.
 
         Args:
-            answer: Gym's answer to `/run`.
+            answer: Gym's answer to `/run`. It has handles in place of token ids.
             request: The request that it answers.
+            calls: The model calls that count, with their tokens, each behind the one that it continues.
 
         Returns:
             One trajectory, or several for a history that was rewritten and for sub-agents. Each becomes a row of the
@@ -208,7 +211,7 @@ class GymGRPOTrainer(GRPOTrainer):
         Raises:
             TrajectoryError: There is nothing to train on; the rollout counts as failed.
         """
-        return from_gym(answer, drift=self.args.gym_drift)
+        return from_calls(calls, drift=self.args.gym_drift)
 
     def compute_rewards(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return one reward per rollout; None takes a rollout out of the loss and of the group baseline.

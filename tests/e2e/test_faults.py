@@ -24,11 +24,11 @@ from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.journal import Journal, read_journal
-from trl_gym.rollouts.ledger import RolloutLedger
+from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.source import Finisher
-from trl_gym.rollouts.trajectory import from_gym
+from trl_gym.rollouts.trajectory import from_calls
 
 pytestmark = [pytest.mark.e2e, pytest.mark.shares("small, killed at the end")]
 
@@ -86,7 +86,7 @@ class Batch:
 
     def collect(self, name: str, rows: list[dict[str, Any]], **limits: Any) -> list[Rollout]:
         finisher = Finisher(
-            build=lambda answer, _: from_gym(answer),
+            build=lambda answer, request, calls: from_calls(calls),
             decode=str,
             journal=Journal(self.folder),
             drift_policy="truncate",
@@ -109,7 +109,7 @@ class Batch:
                 "check": self.check,
                 "agents_down": self.gym.agents_down,
                 "gym_log": self.gym.log_end,
-                "ledger": RolloutLedger(self.policy.client.root_url),
+                "ledger": Ledger(self.policy.client.root_url),
             }
             | self.options
         )

@@ -6,9 +6,12 @@ Characters are tokens (code points below 0x1000), `END` closes a turn. It sample
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from trl_gym.policy_server.middleware.ledger import sampled_ids, token_ids
 
 END = 2
 Json = dict[str, Any]
@@ -140,3 +143,18 @@ class FakeVllm:
         }
         self.change_answer(answer)
         return self.chat_status, answer
+
+
+def with_tokens(middleware: Any, rollout: str, answer: Json) -> Json:
+    """A tagged answer with the tokens that the ledger has in place of its handle, as untagged clients get them."""
+    (choice,) = answer["choices"]
+    records = middleware._chat.book.calls(rollout).records
+    (handle,) = choice["message"]["generation_token_ids"]
+    (index,) = [place for place, one in enumerate(records) if one.tokens and one.tokens.handle == handle]
+    ids = sampled_ids(records[index].tokens)
+    bundle = {
+        "prompt_token_ids": token_ids(records, index)[: -len(ids)],
+        "generation_token_ids": ids,
+        "generation_log_probs": array("d", records[index].tokens.logprobs).tolist(),
+    }
+    return {**answer, "choices": [{**choice, "message": {**choice["message"], **bundle}}]}

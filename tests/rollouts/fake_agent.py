@@ -66,10 +66,10 @@ class Ledger:
         self._refuse()
         return {name: self.calls.get(name, CallState(0, 0)) for name in rollout_ids}
 
-    async def take(self, session: Any, rollout_id: str) -> list[Any]:
+    async def take(self, session: Any, rollout_id: str) -> tuple[list[Any], str]:
         self._refuse()
         self.taken.append(rollout_id)
-        return [{"status": 200, "of": rollout_id}]
+        return [{"status": 200, "of": rollout_id}], self.instance
 
     async def cancel(self, session: Any, rollout_ids: Any, *, timeout_s: float = 60.0) -> None:
         assert not session.closed

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.rollouts.sampled import calls_in
 from trl_gym.errors import RolloutFailure
 from trl_gym.rollouts.journal import Journal
 from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.rollout import Rollout, journal_record
-from trl_gym.rollouts.trajectory import from_gym
+from trl_gym.rollouts.trajectory import from_calls
 
 POLICY = Policy(run="run", step=3, weights="abc")
 
@@ -46,7 +47,7 @@ def rollout(asked: RolloutRequest, reward: float = 1.0, failure: RolloutFailure 
         request=asked,
         answer=None if failure else answer,
         failure=failure,
-        trajectories=[] if failure else from_gym(answer),
+        trajectories=[] if failure else from_calls(calls_in(answer)),
         seconds=0.5,
     )
 

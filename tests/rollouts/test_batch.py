@@ -6,12 +6,13 @@ import dataclasses
 import json
 from typing import Any
 
+from tests.rollouts.sampled import calls_in
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
 from trl_gym.rollouts.batch import as_problems, describe_drift, failure_causes, table_columns
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, journal_record
-from trl_gym.rollouts.trajectory import DriftReport, from_gym
+from trl_gym.rollouts.trajectory import DriftReport, from_calls
 
 OUTPUT = [
     {
@@ -49,7 +50,9 @@ def request(**changes: Any) -> RolloutRequest:
 
 def good(reward: float = 1.0, **answer: Any) -> Rollout:
     result = {"response": {"output": OUTPUT}, "reward": reward, **answer}
-    return Rollout(request=request(), answer=result, failure=None, trajectories=from_gym(result), seconds=0.5)
+    return Rollout(
+        request=request(), answer=result, failure=None, trajectories=from_calls(calls_in(result)), seconds=0.5
+    )
 
 
 def bad(kind: FailureKind = FailureKind.DEADLINE, text: str = "took 3 s") -> Rollout:

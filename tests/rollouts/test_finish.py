@@ -7,28 +7,20 @@ from typing import Any
 
 import pytest
 
+from tests.rollouts.sampled import record, records_of
 from trl_gym.errors import FailureKind, RolloutError, RolloutFailure
-from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.ledger import CallDrift, DriftCause
 from trl_gym.rollouts.collector import RolloutResult
 from trl_gym.rollouts.journal import Journal, read_journal
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.source import Finisher
-from trl_gym.rollouts.trajectory import from_gym
+from trl_gym.rollouts.trajectory import from_calls
 
 
 def request() -> RolloutRequest:
     row = {"responses_create_params": {"input": "1 + 2?"}, "a": 1}
     identity = {"rollout_id": "r", "task_index": 4, "member": 0}
     return RolloutRequest(**identity, group=1, attempt=0, agent="calculator", row=row)
-
-
-def record(prompt_tokens: int | None, completion_tokens: int | None, **changes: Any) -> CallRecord:
-    fields: dict[str, Any] = {
-        "status": 200, "prompt": "exact", "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-        "cached_tokens": 1, "finish_reason": "stop", "weight_version": "3", "seconds": 0.1, "queue_s": 0.01,
-        "prefill_s": 0.02, "decode_s": 0.03, "drift": None,
-    }  # fmt: skip
-    return CallRecord(**(fields | changes))
 
 
 def message(prompt: str, sampled: str) -> dict[str, Any]:
@@ -45,12 +37,13 @@ DRIFTED = [message("q", "AB"), message("qAB?", "C"), message("qXB?C!", "D"), mes
 
 def result(output: list[dict[str, Any]] | None = None, **changes: Any) -> RolloutResult:
     answer = {"reward": 1.0, "response": {"output": DRIFTED if output is None else output}}
-    return RolloutResult(**({"request": request(), "answer": answer, "failure": None, "seconds": 0.1} | changes))
+    fields = {"request": request(), "answer": answer, "failure": None, "seconds": 0.1, "records": records_of(answer)}
+    return RolloutResult(**(fields | changes))
 
 
 def finisher(tmp_path: Path, policy: Any) -> Finisher:
     return Finisher(
-        build=lambda answer, _: from_gym(answer, drift=policy),
+        build=lambda answer, request, calls: from_calls(calls, drift=policy),
         decode=lambda ids: "".join(map(chr, ids)),
         journal=Journal(tmp_path),
         drift_policy=policy,
@@ -61,9 +54,8 @@ def finisher(tmp_path: Path, policy: Any) -> Finisher:
     )
 
 
-@pytest.mark.parametrize("policy", ["truncate", "split"])
-def test_the_head_is_trained_and_the_first_drift_explained(tmp_path: Path, policy: str) -> None:
-    rollout = finisher(tmp_path, policy)(result())
+def test_the_head_is_trained_and_the_first_drift_explained(tmp_path: Path) -> None:
+    rollout = finisher(tmp_path, "truncate")(result())
     assert rollout.reward == 1.0
     assert rollout.trajectories[0].num_turns == 2
     assert (rollout.drift.turn, rollout.drift.position, rollout.drift.cause) == (2, 1, DriftCause.RETEMPLATED)
@@ -94,14 +86,12 @@ def test_an_error_stops_and_the_rollout_is_in_the_journal(tmp_path: Path) -> Non
     assert line["drift"]["turn"] == 2
 
 
-def test_the_cause_is_the_servers_where_its_records_match(tmp_path: Path) -> None:
-    drift = {"cause": "message_without_ids", "text": "no ids came"}
-    records = [record(1, 2), record(4, 1), record(None, None, status=400), record(6, 1, drift=drift), record(5, 1)]
+def test_the_cause_is_the_servers_where_it_says_one(tmp_path: Path) -> None:
+    drift = {2: CallDrift(DriftCause.MESSAGE_WITHOUT_IDS, "no ids came")}
+    records = records_of({"response": {"output": DRIFTED}}, drift)
     rollout = finisher(tmp_path, "truncate")(result(records=records))
     assert rollout.drift.cause is DriftCause.MESSAGE_WITHOUT_IDS
     assert "no ids came" in rollout.drift.text
-    unmatched = finisher(tmp_path, "truncate")(result(records=records[1:]))
-    assert unmatched.drift.cause is DriftCause.RETEMPLATED
 
 
 @pytest.mark.parametrize("policy", ["truncate", "exclude", "error"])
@@ -113,23 +103,23 @@ def test_without_drift_every_policy_does_the_same(tmp_path: Path, policy: str) -
 
 def test_a_failure_of_gyms_is_passed_on(tmp_path: Path) -> None:
     failure = RolloutFailure(kind=FailureKind.DEADLINE, text="took too long", where="calculator /run")
-    rollout = finisher(tmp_path, "error")(result(answer=None, failure=failure, records=[record(2, 1)]))
+    rollout = finisher(tmp_path, "error")(result(answer=None, failure=failure, records=[record([], [1, 2], [3])]))
     assert rollout.failure is failure
     [line] = read_journal(tmp_path)
     assert line["failure"]["kind"] == "deadline"
     assert len(line["turns"]) == 1
 
 
-def test_a_broken_bundle_is_a_failure(tmp_path: Path) -> None:
-    broken = [message("q", "AB") | {"generation_log_probs": [-0.5]}]
-    rollout = finisher(tmp_path, "truncate")(result(broken, records=[record(1, 2)]))
+def test_an_answer_without_model_calls_is_a_failure(tmp_path: Path) -> None:
+    rollout = finisher(tmp_path, "truncate")(result([]))
     assert rollout.failure.kind is FailureKind.POLICY and rollout.drift is None
-    assert "2 generated tokens and 1 log-prob" in rollout.failure.text
+    assert "no trainable token" in rollout.failure.text
+    answer = {"reward": 0.0, "response": {"output": [], "incomplete_details": {"reason": "max_output_tokens"}}}
+    assert "already cut (max_output" in finisher(tmp_path, "truncate")(result(answer=answer, records=[])).failure.text
 
 
 def test_a_failure_that_only_the_finisher_sees_knows_its_rollout(tmp_path: Path) -> None:
-    broken = [message("q", "AB") | {"generation_log_probs": [-0.5]}]
-    rollout = finisher(tmp_path, "truncate")(result(broken))
+    rollout = finisher(tmp_path, "truncate")(result([]))
     asked = request()
     assert rollout.failure.rollout_id == asked.rollout_id and rollout.failure.agent == asked.agent
     assert (rollout.failure.task_index, rollout.failure.seconds) == (asked.task_index, 0.1)
@@ -137,9 +127,8 @@ def test_a_failure_that_only_the_finisher_sees_knows_its_rollout(tmp_path: Path)
 
 def test_the_line_of_an_attempt_that_is_tried_again_says_so(tmp_path: Path) -> None:
     finish = finisher(tmp_path, "truncate")
-    broken = [message("q", "AB") | {"generation_log_probs": [-0.5]}]
-    finish(result(broken, retried_kinds=frozenset({FailureKind.POLICY})))
-    finish(result(broken, retried_kinds=frozenset({FailureKind.DEADLINE})))
+    finish(result([], retried_kinds=frozenset({FailureKind.POLICY})))
+    finish(result([], retried_kinds=frozenset({FailureKind.DEADLINE})))
     finish(result(DRIFTED[:2], retried_kinds=frozenset({FailureKind.POLICY})))
     finish(result(was_lost=True))
     assert [line["retried"] for line in read_journal(tmp_path)] == [True, False, False, True]

@@ -1,4 +1,4 @@
-"""Records of model calls: asked for over HTTP, matched to the calls of a rollout or not at all."""
+"""The trainer's side of the ledger: asked for over HTTP, of one server or several."""
 
 from __future__ import annotations
 
@@ -7,69 +7,33 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from hypothesis import given
-from hypothesis import strategies as st
 
+from tests.rollouts.sampled import record
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
-from trl_gym.rollouts.ledger import CallState, RolloutLedger, match_records, weight_versions
-from trl_gym.rollouts.trajectory import ModelCall
+from trl_gym.policy_server.middleware.ledger import CallRecord, Taken, token_ids
+from trl_gym.rollouts.ledger import CallState, Ledger, weight_versions
 
 
-def record(num_prompt: int | None, num_sampled: int | None, status: int = 200, version: str | None = "1") -> Any:
-    return {
-        "status": status,
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_sampled,
-        "weight_version": version,
-        "drift": None,
-    }
-
-
-def call(num_prompt: int, num_sampled: int) -> ModelCall:
-    return ModelCall([1] * num_prompt, [2] * num_sampled, [0.0] * num_sampled)
-
-
-sizes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), max_size=5)
-
-
-@given(sizes, st.lists(st.tuples(st.integers(0, 5), st.sampled_from([(400, None), (500, None), (200, 0)]))))
-def test_calls_without_tokens_are_left_out(pairs: list[tuple[int, int]], others: list[Any]) -> None:
-    answered = [record(*pair) for pair in pairs]
-    records = list(answered)
-    for place, (status, num_sampled) in others:
-        records.insert(place, record(3, num_sampled, status))
-    assert match_records([call(*pair) for pair in pairs], records) == answered
-
-
-@given(sizes, sizes)
-def test_what_does_not_agree_is_not_matched(calls: list[tuple[int, int]], records: list[tuple[int, int]]) -> None:
-    matched = match_records([call(*pair) for pair in calls], [record(*pair) for pair in records])
-    assert (matched is not None) == (calls == records)
-
-
-def test_unknown_counts_are_not_matched() -> None:
-    assert match_records([call(3, 1)], [record(None, None)]) is None
+def answered(version: str | None = "1", status: int = 200) -> CallRecord:
+    return CallRecord(status=status, prompt="exact", seconds=0.1, weight_version=version)
 
 
 def test_versions_are_those_that_answered_in_order_of_use() -> None:
-    records = [
-        record(1, 1, version="9"),
-        record(1, None, 400, "3"),
-        record(1, 1, version="10"),
-        record(1, 1, version="9"),
-    ]
+    records = [answered("9"), answered("3", 400), answered("10"), answered("9")]
     assert weight_versions(records) == ["9", "10"]
-    assert weight_versions([record(1, 1, version=None)]) == []
+    assert weight_versions([answered(None)]) == []
 
 
 class Server:
     """Keeps records as the policy server does."""
 
     def __init__(self) -> None:
-        self.records: dict[str, list[Any]] = {}
+        self.records: dict[str, list[CallRecord] | None] = {}
+        self.body: bytes | None = None
         self.extra: dict[str, Any] = {}
         self.asked: list[tuple[str, Any, str | None]] = []
         self.status, self.delay_s, self.num_dropped = 200, 0.0, 0
@@ -85,9 +49,11 @@ class Server:
             return web.json_response({"detail": "Not Found"}, status=self.status)
         if request.path.endswith("/cancel"):
             return web.json_response({"aborted": 1})
-        take = self.records.pop if body["forget"] else self.records.get
-        records = {name: take(name, []) for name in body["rollouts"]}
-        return web.json_response({"records": records, **self.extra})
+        if request.path.endswith("/take"):
+            taken = Taken("first", {name: self.records.get(name, []) for name in body["rollouts"]})
+            return web.Response(body=self.body or msgspec.msgpack.encode(taken))
+        known = {name: [{"status": 200}] * len(self.records.get(name) or ()) for name in body["rollouts"]}
+        return web.json_response({"records": known, **self.extra})
 
 
 @pytest.fixture
@@ -99,30 +65,53 @@ async def server() -> AsyncIterator[tuple[Server, str]]:
         yield behaviour, str(running.make_url("")).rstrip("/")
 
 
-async def test_records_are_taken_and_rollouts_cancelled(server: Any) -> None:
+async def test_calls_are_taken_and_rollouts_cancelled(server: Any) -> None:
     behaviour, url = server
-    behaviour.records["r1"] = [record(1, 1)]
-    ledger = RolloutLedger(url, "secret")
+    behaviour.records["r1"] = [record([], [1, 2], [3])]
+    ledger = Ledger(url, "secret")
     async with aiohttp.ClientSession() as session:
-        assert await ledger.take(session, "r1") == [record(1, 1)]
-        assert await ledger.take(session, "r1") == []
+        assert await ledger.take(session, "r1") == (behaviour.records["r1"], "first")
+        assert await ledger.take(session, "r2") == ([], "first")
         await ledger.cancel(session, ["r1", "r2"])
     assert behaviour.asked == [
-        ("/trl_gym/rollouts/records", {"rollouts": ["r1"], "forget": True}, "Bearer secret"),
-        ("/trl_gym/rollouts/records", {"rollouts": ["r1"], "forget": True}, "Bearer secret"),
+        ("/trl_gym/rollouts/take", {"rollouts": ["r1"]}, "Bearer secret"),
+        ("/trl_gym/rollouts/take", {"rollouts": ["r2"]}, "Bearer secret"),
         ("/trl_gym/rollouts/cancel", {"rollouts": ["r1", "r2"]}, "Bearer secret"),
     ]
+
+
+async def test_calls_of_several_servers_keep_their_parents(server: Any) -> None:
+    behaviour, url = server
+    first = record([], [1, 2], [3])
+    behaviour.records["r1"] = [first, record([first], [1, 2, 3, 4], [5])]
+    async with aiohttp.ClientSession() as session:
+        records, names = await Ledger([url, url.replace("127.0.0.1", "localhost")]).take(session, "r1")
+    assert names == "first+first"
+    assert [one.tokens and one.tokens.parent for one in records] == [None, 0, None, 2]
+    assert [token_ids(records, index) for index in (1, 3)] == [[1, 2, 3, 4, 5]] * 2
+
+
+async def test_an_odd_answer_is_an_error_of_the_server(server: Any) -> None:
+    behaviour, url = server
+    async with aiohttp.ClientSession() as session:
+        for body in (b"nonsense", msgspec.msgpack.encode({"instance": "a"}), msgspec.msgpack.encode(Taken("a", {}))):
+            behaviour.body = body
+            with pytest.raises(PolicyServerError, match=r"rollouts/take: the answer is no ledger"):
+                await Ledger(url).take(session, "r1")
+        behaviour.body = msgspec.msgpack.encode(Taken("a", {"r1": None}))
+        with pytest.raises(PolicyServerError, match=r"no room for the tokens.*gym_max_inflight"):
+            await Ledger(url).take(session, "r1")
 
 
 async def test_a_server_without_these_routes_names_the_remedy(server: Any) -> None:
     behaviour, url = server
     behaviour.status = 404
     async with aiohttp.ClientSession() as session:
-        with pytest.raises(PolicyServerError, match=r"rollouts/records: HTTP 404: .*Not Found.*trl-gym serve MODEL"):
-            await RolloutLedger(url).take(session, "r1")
+        with pytest.raises(PolicyServerError, match=r"rollouts/take: HTTP 404: .*Not Found.*trl-gym serve MODEL"):
+            await Ledger(url).take(session, "r1")
         behaviour.status = 401
         with pytest.raises(PolicyServerError, match="HTTP 401") as caught:
-            await RolloutLedger(url).take(session, "r1")
+            await Ledger(url).take(session, "r1")
         assert "serve" not in str(caught.value) and not isinstance(caught.value, PolicyServerLostError)
 
 
@@ -131,17 +120,17 @@ async def test_no_answer_is_an_error_that_names_the_url(server: Any) -> None:
     behaviour.delay_s = 5.0
     async with aiohttp.ClientSession() as session:
         with pytest.raises(PolicyServerLostError, match=r"rollouts/cancel: no answer within 0\.05 s"):
-            await RolloutLedger(url).cancel(session, ["r1"], timeout_s=0.05)
-        with pytest.raises(PolicyServerLostError, match=r"127\.0\.0\.1:9/trl_gym/rollouts/records: Client"):
-            await RolloutLedger("http://127.0.0.1:9").take(session, "r1")
+            await Ledger(url).cancel(session, ["r1"], timeout_s=0.05)
+        with pytest.raises(PolicyServerLostError, match=r"127\.0\.0\.1:9/trl_gym/rollouts/take: Client"):
+            await Ledger("http://127.0.0.1:9").take(session, "r1")
 
 
 async def test_peeking_forgets_nothing_and_says_what_runs(server: Any) -> None:
     behaviour, url = server
-    behaviour.records["r1"] = [record(1, 1), record(2, 1)]
+    behaviour.records["r1"] = [answered(), answered()]
     async with aiohttp.ClientSession() as session:
-        ledger = RolloutLedger(url)
-        assert await ledger.peek(session, ["r1"]) == {"r1": CallState(2, None)}
+        ledger = Ledger(url)
+        assert await ledger.peek(session, ["r1"]) == {"r1": CallState(2, 0)}
         behaviour.extra = {"running": {"r1": 0, "r2": 1}}
         assert await ledger.peek(session, ["r1", "r2"]) == {"r1": CallState(2, 0), "r2": CallState(0, 1)}
 
@@ -151,20 +140,20 @@ async def test_a_connection_that_breaks_now_and_then_is_survived(
     server: Any, num_dropped: int, survives: bool
 ) -> None:
     behaviour, url = server
-    behaviour.records["r1"], behaviour.num_dropped = [record(1, 1)], num_dropped
+    behaviour.num_dropped = num_dropped
     async with aiohttp.ClientSession() as session:
         if survives:
-            await RolloutLedger(url).cancel(session, ["r1"])
+            await Ledger(url).cancel(session, ["r1"])
         else:
             with pytest.raises(PolicyServerError, match="ServerDisconnectedError"):
-                await RolloutLedger(url).cancel(session, ["r1"])
+                await Ledger(url).cancel(session, ["r1"])
     assert len(behaviour.asked) == 3
 
 
 async def test_a_server_that_is_slow_or_complains_is_there(server: Any) -> None:
     behaviour, url = server
     async with aiohttp.ClientSession() as session:
-        ledger = RolloutLedger(url)
+        ledger = Ledger(url)
         assert await ledger.ping(session) == ""
         behaviour.extra = {"instance": "first"}
         assert await ledger.ping(session) == "first"
@@ -172,4 +161,4 @@ async def test_a_server_that_is_slow_or_complains_is_there(server: Any) -> None:
         assert await ledger.ping(session) == ""
         behaviour.delay_s = 5.0
         assert await ledger.ping(session, timeout_s=0.05) == ""
-        assert await RolloutLedger("http://127.0.0.1:9").ping(session) is None
+        assert await Ledger("http://127.0.0.1:9").ping(session) is None

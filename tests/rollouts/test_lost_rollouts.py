@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.rollouts.recorded import request, rollout
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerLostError, RolloutFailure
+from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.rollouts.attempts import RolloutResult
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.reuse import RecoveringCollector
@@ -53,7 +54,8 @@ def result_of(one: RolloutRequest, outcome: str) -> RolloutResult:
     if outcome == "unsettled":
         return RolloutResult(request=one, answer={}, failure=None, seconds=1.0, was_lost=True)
     if outcome in ("ok", "stale"):
-        records: Any = [{"status": 200, "weight_version": "7" if outcome == "ok" else "default"}]
+        version = "7" if outcome == "ok" else "default"
+        records = [CallRecord(status=200, prompt="exact", seconds=0.1, weight_version=version)]
         return RolloutResult(request=one, answer={}, failure=None, seconds=1.0, records=records)
     kind = FailureKind.CANCELLED if outcome == "running" else FailureKind(outcome)
     failure = RolloutFailure(kind=kind, text="x", where="a /run").of(**one.identity, seconds=1.0)

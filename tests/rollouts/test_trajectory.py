@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
+from tests.rollouts.sampled import calls_in
+from trl_gym.policy_server.middleware.ledger import CallDrift, DriftCause
 from trl_gym.policy_server.middleware.splice import num_common
 from trl_gym.rollouts.trajectory import (
     Drift,
@@ -22,9 +23,8 @@ from trl_gym.rollouts.trajectory import (
     contiguous_head,
     describe,
     finish_reason,
-    from_gym,
+    from_calls,
     make_decoder,
-    model_calls,
     report_drift,
 )
 
@@ -47,6 +47,10 @@ def bundle(prompt: list[int], generation: list[int], logprobs: list[float] | Non
     }
 
 
+def call(prompt: list[int], generation: list[int], logprobs: list[float]) -> ModelCall:
+    return ModelCall(prompt_ids=prompt, generation_ids=generation, logprobs=logprobs)
+
+
 @st.composite
 def contiguous_calls(draw: st.DrawFn) -> list[ModelCall]:
     seen = draw(st.lists(token, min_size=1, max_size=8))
@@ -54,13 +58,15 @@ def contiguous_calls(draw: st.DrawFn) -> list[ModelCall]:
     for _ in range(draw(st.integers(1, 5))):
         generation = draw(st.lists(token, min_size=1, max_size=6))
         logprobs = draw(st.lists(st.floats(-20, 0), min_size=len(generation), max_size=len(generation)))
-        calls.append(ModelCall(list(seen), generation, logprobs))
+        calls.append(call(list(seen), generation, logprobs))
         seen = seen + generation + draw(st.lists(token, max_size=5))
     return calls
 
 
 def test_the_documented_example() -> None:
-    [trajectory] = from_gym(answer(bundle([1, 2], [3], [-1.0]), bundle([1, 2, 3, 4, 5], [6, 7], [-2.0, -3.0])))
+    [trajectory] = from_calls(
+        calls_in(answer(bundle([1, 2], [3], [-1.0]), bundle([1, 2, 3, 4, 5], [6, 7], [-2.0, -3.0])))
+    )
     assert trajectory.prompt_ids == [1, 2]
     assert trajectory.completion_ids == [3, 4, 5, 6, 7]
     assert trajectory.env_mask == [1, 0, 0, 1, 1]
@@ -92,7 +98,7 @@ def test_one_changed_token_of_the_history_is_drift_at_that_token(calls: list[Mod
     position = data.draw(st.integers(0, len(seen_before) - 1))
     changed = list(calls[turn].prompt_ids)
     changed[position] += 1
-    drifted = [*calls[:turn], ModelCall(changed, calls[turn].generation_ids, calls[turn].logprobs), *calls[turn + 1 :]]
+    drifted = [*calls[:turn], call(changed, calls[turn].generation_ids, calls[turn].logprobs), *calls[turn + 1 :]]
     trajectory = contiguous_head(drifted)
     assert trajectory.drift is not None
     assert (trajectory.drift.turn, trajectory.drift.position) == (turn, position)
@@ -104,52 +110,41 @@ def test_one_changed_token_of_the_history_is_drift_at_that_token(calls: list[Mod
 
 def test_a_shorter_prompt_is_drift() -> None:
     """A template that strips history makes the prompt shorter; TRL's removed example appended it in silence."""
-    trajectory = contiguous_head([ModelCall([1, 2], [3, 4], [0.0, 0.0]), ModelCall([1, 2, 3], [9], [0.0])])
+    trajectory = contiguous_head([call([1, 2], [3, 4], [0.0, 0.0]), call([1, 2, 3], [9], [0.0])])
     assert trajectory.drift is not None
     assert trajectory.completion_ids == [3, 4]
     assert "model call 1" in describe(trajectory.drift)
 
 
-@pytest.mark.parametrize("policy", ["truncate", "split"])
-def test_drift_keeps_the_head(policy: Any) -> None:
-    [trajectory] = from_gym(answer(bundle([1], [2]), bundle([9, 9, 9], [4])), drift=policy)
-    assert trajectory.completion_ids == [2]
+def test_drift_keeps_the_head() -> None:
+    [trajectory] = from_calls(calls_in(answer(bundle([1], [2]), bundle([9, 9, 9], [4]))), drift="truncate")
+    assert trajectory.completion_ids == [2] and trajectory.drift is not None
+
+
+def test_a_split_history_is_trained_in_further_rows() -> None:
+    first, second = from_calls(calls_in(answer(bundle([1], [2]), bundle([9, 9, 9], [4]))), drift="split")
+    assert (first.prompt_ids, first.completion_ids, first.drift) == ([1], [2], None)
+    assert (second.prompt_ids, second.completion_ids, second.env_mask) == ([9, 9, 9], [4], [1])
+
+
+def test_a_call_that_two_others_continue_is_trained_once() -> None:
+    given = answer(bundle([1], [2]), bundle([1, 2, 3], [4]), bundle([1, 2, 5], [6]))
+    first, second = from_calls(calls_in(given), drift="split")
+    assert (first.completion_ids, first.env_mask) == ([2, 3, 4], [1, 0, 1])
+    assert (second.prompt_ids, second.completion_ids) == ([1, 2, 5], [6])
 
 
 @pytest.mark.parametrize("policy", ["exclude", "error"])
 def test_drift_can_be_refused(policy: Any) -> None:
     with pytest.raises(DriftError, match="model call 1") as caught:
-        from_gym(answer(bundle([1], [2]), bundle([9, 9, 9], [4])), drift=policy)
+        from_calls(calls_in(answer(bundle([1], [2]), bundle([9, 9, 9], [4]))), drift=policy)
     assert (caught.value.drift.turn, caught.value.drift.position) == (1, 0)
 
 
-@pytest.mark.parametrize("value", [math.nan, -math.inf, None, "-1"])
-def test_a_logprob_that_is_no_number_never_passes(value: Any) -> None:
-    with pytest.raises(TrajectoryError, match="not a finite number"):
-        model_calls(answer(bundle([1], [2], [value])))
-
-
-def test_lengths_must_agree() -> None:
-    with pytest.raises(TrajectoryError, match="2 generated tokens and 1 log-prob"):
-        model_calls(answer(bundle([1], [2, 3], [-1.0])))
-
-
-def test_a_bundle_without_prompt_is_refused() -> None:
-    with pytest.raises(TrajectoryError, match="without their prompt"):
-        model_calls(answer({"generation_token_ids": [1], "generation_log_probs": [0.0]}))
-
-
-@pytest.mark.parametrize("result", [{}, {"response": {}}, {"response": {"output": None}}, answer()])
-def test_nothing_to_train_says_what_was_there(result: dict[str, Any]) -> None:
+def test_without_a_call_there_is_nothing_to_train() -> None:
     with pytest.raises(TrajectoryError, match="no trainable token"):
-        from_gym(result)
-
-
-def test_overflow_on_the_first_call_is_named() -> None:
-    cut = {"response": {"output": [{"type": "message"}], "incomplete_details": {"reason": "max_output_tokens"}}}
-    with pytest.raises(TrajectoryError, match="first model call was already cut"):
-        from_gym(cut)
-    assert finish_reason(cut) == "max_output_tokens"
+        from_calls([])
+    assert finish_reason({"response": {"incomplete_details": {"reason": "max_output_tokens"}}}) == "max_output_tokens"
     assert finish_reason({"response": {}}) == "stop"
 
 
@@ -178,15 +173,6 @@ def drift_of(seen: list[int], sampled: list[int], prompt: list[int], turn: int =
     position = num_common(seen, prompt)
     assert position < len(seen)
     return Drift(turn, position, seen, sampled, prompt)
-
-
-def record(**changes: Any) -> CallRecord:
-    fields: dict[str, Any] = {
-        "status": 200, "prompt": "rendered", "prompt_tokens": 3, "completion_tokens": 1, "cached_tokens": 2,
-        "finish_reason": "stop", "weight_version": "4", "seconds": 0.1, "queue_s": 0.01, "prefill_s": 0.02,
-        "decode_s": 0.03, "drift": None,
-    }  # fmt: skip
-    return CallRecord(**(fields | changes))
 
 
 texts = st.text(alphabet="ab {é€😀", min_size=1, max_size=12)
@@ -248,19 +234,14 @@ def test_the_report_shows_both_sides() -> None:
     assert report.as_json()["cause"] == "retemplated"
 
 
-def test_the_servers_record_is_believed() -> None:
+def test_the_server_is_believed_where_it_says_a_cause() -> None:
     """Only it can know that the agent had sent no ids."""
-    known = {"cause": DriftCause.MESSAGE_WITHOUT_IDS, "text": "the agent sent no token ids"}
     drift = drift_of(encode("abc"), [0, 1, 1], encode("aXc"))
-    assert report_drift(drift, decode, record(drift=known)).cause is DriftCause.MESSAGE_WITHOUT_IDS
-    assert "the agent sent no token ids" in report_drift(drift, decode, record(drift=known)).text
-    # As it comes over the wire.
-    assert report_drift(drift, decode, record(drift=known | {"cause": "no_boundary"})).cause is DriftCause.NO_BOUNDARY
-
-
-def test_a_record_that_knows_of_no_drift_leaves_it_to_the_tokens() -> None:
-    drift = drift_of(encode("abc"), [0, 1, 1], encode("aXc"))
-    assert report_drift(drift, decode, record()).cause is DriftCause.RETEMPLATED
+    assert report_drift(drift, decode).cause is DriftCause.RETEMPLATED
+    known = CallDrift(DriftCause.MESSAGE_WITHOUT_IDS, "the agent sent no token ids")
+    report = report_drift(replace(drift, known=known), decode)
+    assert report.cause is DriftCause.MESSAGE_WITHOUT_IDS
+    assert "the agent sent no token ids" in report.text
 
 
 @given(st.binary(min_size=1, max_size=60), st.binary(max_size=60), st.binary(max_size=10))

@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +23,6 @@ from trl_gym.commands.rollout_flags import CollectOptions, NamedFile
 from trl_gym.dataset import gym_row, load_gym_dataset
 from trl_gym.errors import (
     ConfigError,
-    PolicyServerError,
-    PolicyServerLostError,
     RolloutError,
     RolloutFailure,
     ServerError,
@@ -42,10 +39,10 @@ from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.attempts import Progress as CollectionProgress
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.journal import Attempt, Journal, LineState, journal_files, line_states, read_journal, secrets_in
-from trl_gym.rollouts.ledger import ledger_for
+from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.request import PolicyAccess, RolloutRequest, stamp, task_hash
 from trl_gym.rollouts.source import Finisher
-from trl_gym.rollouts.trajectory import from_gym
+from trl_gym.rollouts.trajectory import from_calls
 
 MANIFEST = "collection.json"
 _COMMIT_EVERY_S = 1.0
@@ -187,35 +184,24 @@ def _read(path: Path) -> dict[str, Any]:
 # -- the endpoint -----------------------------------------------------------------------------------------------------
 
 
-class EndpointKind(StrEnum):
-    """The abilities of an OpenAI endpoint that matter to a rollout."""
-
-    OURS = "ours"
-    """`trl-gym serve`, `trl-gym gateway`: exact prompts, the tokens of every answer, records, cancellation."""
-
-    VLLM = "vllm"
-    """Stock vLLM: tokens, though NeMo Gym has to tokenize the prompts once more."""
-
-    PLAIN = "plain"
-    """Anything else: text only."""
-
-
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An endpoint that has answered."""
+    """An OpenAI endpoint that has answered."""
 
-    kind: EndpointKind  # what it can do
+    # `trl-gym serve`, `trl-gym gateway`: exact prompts, a ledger of model calls, cancellation. Any other has text
+    # only: the token ids that NeMo Gym would make of it are not known to be those that were sampled.
+    is_ours: bool
     weight_version: str = ""  # version of the policy's weights; empty when the endpoint does not say
 
     @property
     def note(self) -> str | None:
         """Tell what a user should know about the tokens that will be recorded."""
-        if self.kind is EndpointKind.OURS:
+        if self.is_ours:
             return None
-        remedy = "`trl-gym gateway --upstream URL` in front of a vLLM server gives exact ones."
-        if self.kind is EndpointKind.VLLM:
-            return f"token ids are recorded, with prompts that NeMo Gym tokenizes itself: rollouts may drift. {remedy}"
-        return f"the endpoint gives no token ids; rollouts are recorded without. {remedy}"
+        return (
+            "rollouts are recorded without token ids: the endpoint does not say which tokens it sampled. "
+            "`trl-gym gateway --upstream URL` in front of a vLLM server does."
+        )
 
 
 def look_at(base_url: str, model: str, api_key: str | None) -> Endpoint:
@@ -234,10 +220,10 @@ def look_at(base_url: str, model: str, api_key: str | None) -> Endpoint:
     try:
         _check_model(client, model)
         try:
-            client.rollout_records([], forget=False)
+            client.rollout_records([])
         except PolicyResponseError:
-            return Endpoint(EndpointKind.VLLM if _tokenizes(client) else EndpointKind.PLAIN)
-        return Endpoint(EndpointKind.OURS, str(client.info().get("weight_version") or ""))
+            return Endpoint(is_ours=False)
+        return Endpoint(is_ours=True, weight_version=str(client.info().get("weight_version") or ""))
     finally:
         client.close()
 
@@ -258,16 +244,6 @@ def _check_model(client: PolicyClient, model: str) -> None:
             f"`--model` is {model!r} and {client.base_url} serves {', '.join(map(repr, served)) or 'nothing'}.",
             "Set `--model` to a name that is served.",
         )
-
-
-def _tokenizes(client: PolicyClient) -> bool:
-    """Ask whether it has vLLM's `/tokenize`."""
-    try:
-        return bool(client.render([{"role": "user", "content": "a"}]))
-    except PolicyServerLostError:
-        raise
-    except (PolicyServerError, KeyError, TypeError):  # an error, or something else than tokens
-        return False
 
 
 # -- collecting -------------------------------------------------------------------------------------------------------
@@ -349,13 +325,12 @@ def _run(
 def _finisher(
     jobs: Sequence[Job], journal: Journal, endpoint: Endpoint, options: CollectOptions
 ) -> Callable[[RolloutResult], _Outcome]:
-    has_tokens = endpoint.kind is not EndpointKind.PLAIN
     job_of = {(job.task.index, job.member): job for job in jobs}
 
     def finish(result: RolloutResult) -> _Outcome:
         job = job_of[result.request.task_index, result.request.member]
         finisher = Finisher(
-            build=(lambda answer, request: from_gym(answer)) if has_tokens else (lambda answer, request: []),
+            build=lambda answer, request, calls: from_calls(calls) if endpoint.is_ours else [],
             decode=lambda ids: str(list(ids)),  # there is no tokenizer here; drift is shown in ids
             journal=journal,
             tags={"dataset": job.task.dataset, "task_hash": job.task.hash, "model": options.model},
@@ -401,7 +376,7 @@ def _request(job: Job, options: CollectOptions, endpoint: Endpoint, gym: GymServ
         sampling=options.rollouts.sampling,
         completion_budget=options.rollouts.max_completion_length,
     )
-    if endpoint.kind is not EndpointKind.OURS:
+    if not endpoint.is_ours:
         row = without_tag(row)
     return RolloutRequest(**identity, group=task.index, attempt=0, agent=agent, row=row)
 
@@ -437,12 +412,12 @@ def _gym(options: CollectOptions, endpoint: Endpoint) -> GymServers:
 
 def _gym_key(options: CollectOptions, endpoint: Endpoint) -> str:
     """Return the key for NeMo Gym: one by which our server knows its calls, and serves also those of no rollout."""
-    return gym_key(options.api_key, "warn") if endpoint.kind is EndpointKind.OURS else options.api_key or "EMPTY"
+    return gym_key(options.api_key, "warn") if endpoint.is_ours else options.api_key or "EMPTY"
 
 
 def _overrides(options: CollectOptions, endpoint: Endpoint) -> dict[str, Any]:
     """Return the user's overrides; where the endpoint has no tokens, NeMo Gym is told not to ask for them."""
-    if endpoint.kind is not EndpointKind.PLAIN or POLICY_MODEL in options.overrides:
+    if endpoint.is_ours or POLICY_MODEL in options.overrides:
         return options.overrides
     configs = resolve_configs(options.config_paths, find_installation(options.gym_python).root)
     if not configs.adds_model_server:  # the user's own model server knows better
@@ -458,7 +433,7 @@ def _collector(options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> 
         check=gym.check,
         agents_down=gym.agents_down,
         gym_log=gym.log_end,
-        ledger=ledger_for(options.base_url, options.api_key) if endpoint.kind is EndpointKind.OURS else None,
+        ledger=Ledger(options.base_url, options.api_key) if endpoint.is_ours else None,
         access=PolicyAccess(server_urls(options.base_url), options.api_key),
     )
 

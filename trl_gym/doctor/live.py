@@ -273,12 +273,12 @@ def rollouts(context: Context) -> Iterator[Finding]:
         return
     from trl_gym.rollouts.journal import Journal
     from trl_gym.rollouts.source import Finisher
-    from trl_gym.rollouts.trajectory import from_gym, make_decoder
+    from trl_gym.rollouts.trajectory import from_calls, make_decoder
 
     requests = list(_requests(context))
     journal = Journal(context.work_dir() / "rollouts", secrets=context.servers.secrets)
     finish = Finisher(
-        build=lambda answer, request: from_gym(answer),
+        build=lambda answer, request, calls: from_calls(calls),
         decode=make_decoder(context.tokenizer),
         journal=journal,
         drift_policy="truncate",
@@ -376,7 +376,7 @@ def _collector(context: Context) -> RolloutCollector[Rollout]:
     from trl_gym.rollout_options import RolloutOptions
     from trl_gym.rollouts.admission import budgets_from_options
     from trl_gym.rollouts.collector import RolloutCollector
-    from trl_gym.rollouts.ledger import ledger_for
+    from trl_gym.rollouts.ledger import Ledger
     from trl_gym.rollouts.request import PolicyAccess
 
     policy, gym = context.policy, context.gym
@@ -388,6 +388,6 @@ def _collector(context: Context) -> RolloutCollector[Rollout]:
         check=context.servers.check,
         agents_down=gym.agents_down,
         gym_log=gym.log_end,
-        ledger=ledger_for(policy.base_urls, policy.client.api_key),
+        ledger=Ledger(policy.base_urls, policy.client.api_key),
         access=PolicyAccess(policy.base_urls, policy.client.api_key),
     )

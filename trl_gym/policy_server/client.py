@@ -26,7 +26,6 @@ from trl_gym.errors import (
     WeightMismatchError,
     error_body_text,
 )
-from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.processes import split_urls
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -302,18 +301,16 @@ class PolicyClient:
 
     # -- rollouts -----------------------------------------------------------------------------------------------------
 
-    def rollout_records(self, rollouts: Sequence[str], *, forget: bool = True) -> dict[str, list[CallRecord]]:
-        """Return the model calls of rollouts, in the order in which they were answered.
+    def rollout_records(self, rollouts: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        """Return the model calls of rollouts that have not ended, in the order in which they were answered.
 
         Args:
             rollouts: Rollout ids, as in `trl_gym.rollout` of their requests.
-            forget: Whether the server may drop what it returns.
 
         Returns:
-            One list per id; empty for a rollout that has made no call (or was forgotten).
+            One list per id, of `ledger.CallRecord` without tokens; empty for a rollout that has made no call.
         """
-        body = {"rollouts": list(rollouts), "forget": forget}
-        answers = self._call_all("POST", "/trl_gym/rollouts/records", json=body)  # NeMo Gym chose the server
+        answers = self._call_all("POST", "/trl_gym/rollouts/records", json={"rollouts": list(rollouts)})
         return {name: [record for answer in answers for record in answer["records"][name]] for name in rollouts}
 
     def cancel_rollouts(self, rollouts: Sequence[str]) -> int:

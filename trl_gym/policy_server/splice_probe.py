@@ -9,7 +9,6 @@ single token.
 from __future__ import annotations
 
 import logging
-import uuid
 from typing import Any
 
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
@@ -101,7 +100,6 @@ def unusable(client: PolicyClient, answer: PolicyResponseError) -> PolicyServerE
 
 def _ask(client: PolicyClient, model_name: str) -> tuple[list[int], dict[str, Any]]:
     """Return the tokens of a pretended first turn, and the answer to a second one."""
-    tag = {"rollout": f"splice-probe-{uuid.uuid4().hex[:8]}"}
     try:
         prompt = client.render(_FIRST)
         # Backwards: no tokenizer writes "0" as the end of the generation prompt in reverse.
@@ -114,7 +112,7 @@ def _ask(client: PolicyClient, model_name: str) -> tuple[list[int], dict[str, An
             "generation_log_probs": [0.0] * len(sampled),
         }
         messages = [*_FIRST, turn, {"role": "user", "content": "2"}]
-        answer = client.chat(model=model_name, messages=messages, max_tokens=1, trl_gym=tag)
+        answer = client.chat(model=model_name, messages=messages, max_tokens=1)
     except PolicyResponseError as error:
         raise _no_splice(client, f"it refused a conversation with sampled tokens in it ({error})") from error
     except PolicyServerLostError as error:

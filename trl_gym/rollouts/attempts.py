@@ -230,7 +230,8 @@ class Collection(Generic[T]):
             if ledger is not None:
                 if result.failure is not None and result.failure.kind in _MAY_GO_ON:
                     await ledger.cancel(self._session, [rollout_id])
-                records = await ledger.take(self._session, rollout_id)
+                records, who = await ledger.take(self._session, rollout_id)
+                self._require_same_server(who)
         except PolicyServerError as error:
             broken = error
         except asyncio.CancelledError:
@@ -291,13 +292,17 @@ class Collection(Generic[T]):
         if self._context.ledger is not None:
             who = await self._context.ledger.ping(self._session)
             self._num_unanswered_pings = 0 if who is not None else self._num_unanswered_pings + 1
-            if who and who != (self._server or who):
-                # It may have been down for less than a look. Those that run now are answered by other weights.
-                raise PolicyServerLostError("The policy server was restarted: another process answers than before.")
+            self._require_same_server(who)
             self._server = who or self._server
             if self._num_unanswered_pings >= _PATIENCE:
                 raise PolicyServerLostError(self._context.ledger.describe_silence())
         self._mark_down(await asyncio.to_thread(self._context.agents_down))
+
+    def _require_same_server(self, who: str | None) -> None:
+        """Raise if another process answers. It may have been down for less than a look; its ledger is lost, and those
+        rollouts that run now are answered by other weights."""
+        if who and who != (self._server or who):
+            raise PolicyServerLostError("The policy server was restarted: another process answers than before.")
 
     async def _look_closely(self) -> None:
         """Wait, after an infrastructure failure, until a server that is gone has been noticed as gone. Otherwise a
@@ -431,7 +436,7 @@ def waits_for(one: Outstanding, call: CallState | None) -> str:
         return "pause before another attempt"
     if one.phase is Phase.RECORDING:
         return "records of its model calls (policy server)"
-    if call is None or call.num_running is None:
+    if call is None:
         return f"{one.agent} (what it does is not known: the policy server does not say)"
     if call.num_running:
         return "model call (policy server)"

@@ -15,14 +15,15 @@ from typing import Any, TypeGuard
 
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
-from trl_gym.responses import completion_messages, count_tool_calls, output_items
-from trl_gym.rollouts.ledger import match_records, weight_versions
+from trl_gym.responses import completion_messages, count_tool_calls, model_call_indices, output_items
+from trl_gym.rollouts.ledger import weight_versions
 from trl_gym.rollouts.request import RolloutRequest, request_hash, task_hash
-from trl_gym.rollouts.trajectory import DriftReport, ModelCall, Trajectory, TrajectoryError, finish_reason, model_calls
+from trl_gym.rollouts.trajectory import DriftReport, ModelCall, Trajectory, finish_reason
 
 # Fields of a verify response that are the protocol's, not measurements of the environment.
 _NOT_METRICS = ("responses_create_params", "response", "reward", "agent_ref")
 # Fields of Gym's answer that a journal's line has elsewhere, or can do without: the parameters are in the row.
+_MEASURED = ("cached_tokens", "queue_s", "prefill_s", "decode_s", "weight_version")  # of a model call
 _NOT_VERIFIED = ("responses_create_params", "response")
 
 
@@ -38,6 +39,7 @@ class Rollout:
         seconds: Wall time.
         drift: Where its history was rewritten first, and why; also for a rollout that failed because of it.
         records: The policy server's records of its model calls; None when the server keeps none.
+        calls: The model calls that count, with their tokens; of a failed rollout, all that are known.
     """
 
     request: RolloutRequest
@@ -47,6 +49,7 @@ class Rollout:
     seconds: float
     drift: DriftReport | None = None
     records: list[CallRecord] | None = None
+    calls: Sequence[ModelCall] = ()
 
     @property
     def reward(self) -> float | None:
@@ -131,7 +134,7 @@ def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: st
         "finish_reason": finish_reason(answer) if answer else None,
         **first,
         "further_rows": further,
-        "turns": list(_turns(answer, rollout.records or [])),
+        "turns": list(_turns(rollout)),
         "seconds": round(rollout.seconds, 4),
         "row": request.row,
         "response": answer.get("response"),
@@ -187,38 +190,28 @@ def _failure_from(failure: Mapping[str, Any]) -> RolloutFailure:
     return RolloutFailure(**{**fields, "kind": FailureKind(failure["kind"])})
 
 
-def _turns(answer: Mapping[str, Any], records: Sequence[CallRecord]) -> Iterator[dict[str, Any]]:
+def _turns(rollout: Rollout) -> Iterator[dict[str, Any]]:
     """Yield model and tool calls in order; None stands where only the policy server would know."""
-    if not answer:  # the rollout failed; its calls up to then are known from the records alone
-        for record in records:
-            if record["status"] == 200:
-                yield _model_turn(record["prompt_tokens"], record["completion_tokens"], record)
-        return
-    matched = iter(match_records(_known_calls(answer), records) or [])
-    for item in output_items(answer):
-        if item.get("generation_token_ids"):
-            num_prompt, num_sampled = len(item.get("prompt_token_ids") or []), len(item["generation_token_ids"])
-            yield _model_turn(num_prompt, num_sampled, next(matched, None))
+    records = rollout.records or []
+    known = iter(records[call.index] for call in rollout.calls)
+    items = output_items(rollout.answer)
+    indices = model_call_indices(items)
+    for place, (item, index) in enumerate(zip(items, indices, strict=True)):
+        if index is not None and index not in indices[place + 1 :]:  # the last item of a model call
+            yield _model_turn(next(known, None))
         if item.get("type") == "function_call":
             yield {"kind": "tool", "name": item.get("name"), "seconds": None, "error": None}
+    for record in known:  # those that are not in the answer; all of a failed rollout
+        yield _model_turn(record)
 
 
-def _model_turn(num_prompt: int | None, num_sampled: int | None, record: CallRecord | None) -> dict[str, Any]:
-    known: Mapping[str, Any] = record or {}
-    measured = ("cached_tokens", "queue_s", "prefill_s", "decode_s", "weight_version")
+def _model_turn(record: CallRecord | None) -> dict[str, Any]:
     return {
         "kind": "model",
-        "prompt_tokens": num_prompt,
-        "generation_tokens": num_sampled,
-        **{name: known.get(name) for name in measured},
+        "prompt_tokens": getattr(record, "prompt_tokens", None),
+        "generation_tokens": getattr(record, "completion_tokens", None),
+        **{name: getattr(record, name, None) for name in _MEASURED},
     }
-
-
-def _known_calls(answer: Mapping[str, Any]) -> list[ModelCall]:
-    try:
-        return model_calls(answer)
-    except TrajectoryError:
-        return []  # a broken bundle: the rollout has failed for it, and says so
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -300,8 +293,7 @@ def facts_of(rollout: Rollout, reward: float | None, batch: str) -> RolloutFacts
 
 
 def _total(rollout: Rollout, name: str) -> float | None:
-    records: Sequence[Mapping[str, Any]] = rollout.records or []
-    values = [record[name] for record in records if record[name] is not None]
+    values = [value for record in rollout.records or () if (value := getattr(record, name)) is not None]
     return sum(values) if values else None
 
 

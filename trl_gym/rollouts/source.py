@@ -22,23 +22,22 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutError, RolloutFailure
-from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.rollouts.attempts import CollectionStatus, RolloutResult
+from trl_gym.rollouts.counted_calls import DishonestAnswerError, counted_calls
 from trl_gym.rollouts.journal import Attempt, Journal, Line, LineState, line_states, read_line, read_lines
-from trl_gym.rollouts.ledger import match_records
 from trl_gym.rollouts.request import RolloutRequest, task_hash
 from trl_gym.rollouts.rollout import Rollout, from_record, journal_record
 from trl_gym.rollouts.trajectory import (
     Decode,
-    Drift,
     DriftError,
     DriftPolicy,
-    DriftReport,
+    ModelCall,
     Trajectory,
     TrajectoryError,
+    finish_reason,
     model_calls,
     report_drift,
 )
@@ -51,8 +50,11 @@ if TYPE_CHECKING:
     from trl_gym.gym.servers import GymServers
     from trl_gym.policy_server.server import PolicyBackend
 
-Build = Callable[[dict[str, Any], RolloutRequest], list[Trajectory]]
-"""Gym's answer and the request → trajectories. Raises `TrajectoryError` when there is nothing to train on."""
+Build = Callable[[dict[str, Any], RolloutRequest, Sequence[ModelCall]], list[Trajectory]]
+"""Gym's answer, the request, the calls that count → trajectories. Raises `TrajectoryError` when there are none."""
+
+TrainCalls = Literal["answer", "all"]
+"""Which model calls are trained: those that Gym's answer contains, or all that the rollout made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,9 +337,10 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
 class Finisher:
     """Turns an attempt that has ended into a rollout. Called once per attempt, in the collector's thread."""
 
-    build: Build  # makes trajectories of Gym's answer
+    build: Build  # makes trajectories of the model calls that count
     decode: Decode  # text of token ids
     journal: Journal  # gets a line per attempt
+    train_calls: TrainCalls = "answer"  # which model calls count
     drift_policy: DriftPolicy  # with `"error"`, drift raises
     step: int  # optimizer step whose weights sample this batch
     mode: str  # `"train"` or `"eval"`
@@ -366,18 +369,27 @@ class Finisher:
 
     def _rollout(self, result: RolloutResult) -> Rollout:
         failure, trajectories, drift = result.failure, [], None
+        calls: Sequence[ModelCall] = model_calls(result.records or ())
         if failure is None:
             assert result.answer is not None, "an attempt ends with an answer or a failure"
+            agent = result.request.agent
             try:
-                trajectories = self.build(result.answer, result.request)
+                calls = self._counted(result.answer, calls)
+                trajectories = self.build(result.answer, result.request, calls)
                 drift = next((t.drift for t in trajectories if t.drift is not None), None)
+            except DishonestAnswerError as error:
+                text = f"the answer contradicts the policy server, which owns the tokens: {error}"
+                failure = RolloutFailure(kind=FailureKind.ENVIRONMENT, text=text, where=agent)
             except TrajectoryError as error:
                 drift = error.drift if isinstance(error, DriftError) else None
-                failure = RolloutFailure(kind=FailureKind.POLICY, text=str(error), where=result.request.agent)
-                failure = failure.of(**result.request.identity, seconds=result.seconds)
-        report = None if drift is None else self._explain(drift, result)
-        if report is not None and failure is not None:
-            failure = dataclasses.replace(failure, text=f"excluded for drift: {report.text}")
+                cut = finish_reason(result.answer)
+                text = str(error) if calls or cut == "stop" else f"{error}: the first one was already cut ({cut})"
+                failure = RolloutFailure(kind=FailureKind.POLICY, text=text, where=agent)
+        report = None if drift is None else report_drift(drift, self.decode)
+        if failure is not None and failure is not result.failure:
+            failure = failure.of(**result.request.identity, seconds=result.seconds)
+            if report is not None:
+                failure = dataclasses.replace(failure, text=f"excluded for drift: {report.text}")
         return Rollout(
             request=result.request,
             answer=result.answer,
@@ -386,8 +398,14 @@ class Finisher:
             seconds=result.seconds,
             drift=report,
             records=result.records,
+            calls=calls,
         )
 
-    def _explain(self, drift: Drift, result: RolloutResult) -> DriftReport:
-        matched: list[CallRecord] | None = match_records(model_calls(result.answer or {}), result.records or [])
-        return report_drift(drift, self.decode, matched[drift.turn] if matched else None)
+    def _counted(self, answer: Mapping[str, Any], calls: Sequence[ModelCall]) -> Sequence[ModelCall]:
+        """Return the calls that are trained. An answer must not contradict the ledger, whichever they are."""
+        counted = counted_calls(answer, calls)
+        if self.train_calls == "all":
+            return calls
+        if calls and not counted:
+            raise DishonestAnswerError(f"it contains none of the rollout's {len(calls)} model calls")
+        return counted

@@ -1,17 +1,16 @@
-"""One Gym answer → the token sequence that is trained on. Pure functions on lists; no I/O, no torch.
+"""The model calls of a rollout → the token sequences that are trained on. Pure functions on lists; no I/O, no torch.
 
-NeMo Gym puts the token bundle (`prompt_token_ids`, `generation_token_ids`, `generation_log_probs`) of each model call
-on the *last* output item of that call. Walking these items in order, with `seen` = all tokens up to here,
+The calls are the policy server's (`ledger.CallRecord`), in order. With `seen` = all tokens up to here,
 
-    prompt_token_ids of the next call == seen + what the environment added (mask 0)
-    generation_token_ids              == what the policy sampled           (mask 1)
+    prompt of the next call == seen + what the environment added (mask 0)
+    sampled tokens          == what the policy sampled           (mask 1)
 
-must hold. Where a prompt does not start with `seen`, the history was rewritten: that is *drift*, and the tokens after
-it were sampled in a context other than the one that would be trained. It is never repaired by guessing.
+must hold. Where a prompt does not start with `seen`, the history was rewritten, or another conversation began: that is
+*drift*, and the tokens after it were sampled in a context other than the one that would be trained. It is never
+repaired by guessing. Either the rest is left out, or a further row begins, whose prompt is the whole new prompt.
 
 Drift is reported with its cause. The policy server knows why it could not put the sampled tokens back
-(`ledger.CallDrift`), and is believed where its records match the rollout's model calls. Without a record the tokens
-themselves are asked:
+(`ledger.CallDrift`). Where it says nothing the tokens themselves are asked:
 
     the seen text is all there               retokenized         nobody put the sampled ids back
     first other text is in sampled tokens    retemplated         the template writes that turn differently
@@ -23,20 +22,19 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
+from trl_gym.policy_server.middleware.ledger import CallDrift, CallRecord, DriftCause, sampled_ids, token_ids
 from trl_gym.policy_server.middleware.splice import num_common
-from trl_gym.responses import output_items
 
 DriftPolicy = Literal["split", "truncate", "exclude", "error"]
 
 
 class TrajectoryError(ValueError):
-    """A Gym answer has no trainable tokens, or its token bundle contradicts itself. Becomes a `policy` failure."""
+    """A rollout has no trainable tokens. Becomes a `policy` failure."""
 
 
 class DriftError(TrajectoryError):
@@ -51,14 +49,20 @@ class DriftError(TrajectoryError):
         self.drift = drift
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCall:
-    """Token bundle of one model call."""
+    """One answered model call, with its tokens."""
 
     prompt_ids: list[int]  # `[P]`, the exact prompt
     generation_ids: list[int]  # `[T]`, the sampled tokens
     # `[T]`, log-probability of each sampled token under the distribution it was drawn from, in nats.
     logprobs: list[float]
+    index: int = 0  # among all calls of the rollout, in the order of their answers
+    # Index of the call with whose tokens (prompt and sampled) the prompt starts; None where a conversation begins.
+    parent: int | None = None
+    handle: int = 0  # what the agent got in place of the tokens; negative
+    said: tuple[bytes, ...] = ()  # digests of what the answer says, see `responses.said_in_message`
+    drift: CallDrift | None = None  # why the prompt is not exact, where the policy server knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class Drift:
     seen: list[int]  # `[S]`, prompt and sampled ids of the model call before
     sampled: list[int]  # `[S]`, 1 where the policy sampled the token, 0 where it was put there
     prompt: list[int]  # `[P]`, the prompt of that model call
+    known: CallDrift | None = None  # the cause, where the policy server knows it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,55 +100,102 @@ class Trajectory:
     drift: Drift | None = None
 
 
-def model_calls(result: Mapping[str, Any]) -> list[ModelCall]:
-    """Return the token bundles in a Gym answer, in order.
-
-    Raises:
-        TrajectoryError: A bundle is incomplete, its lengths disagree, or a log-probability is not a finite number.
-    """
-    return list(_bundles(output_items(result)))
-
-
-def from_gym(result: Mapping[str, Any], drift: DriftPolicy = "truncate") -> list[Trajectory]:
-    """Turn one Gym answer into trajectories that share its reward (one today; several once `split` is complete).
+def model_calls(records: Sequence[CallRecord]) -> list[ModelCall]:
+    """Return the calls that sampled something, in the order of their answers.
 
     Args:
-        result: Gym's answer to `/run`.
-        drift: The policy for a prompt that does not start with the tokens already seen.
+        records: The policy server's, of one rollout.
+    """
+    calls = []
+    for index, record in enumerate(records):
+        tokens = record.tokens
+        if tokens is None or not tokens.sampled:
+            continue
+        ids = sampled_ids(tokens)
+        calls.append(
+            ModelCall(
+                prompt_ids=token_ids(records, index)[: -len(ids)],
+                generation_ids=ids,
+                logprobs=array("d", tokens.logprobs).tolist(),
+                index=index,
+                parent=tokens.parent,
+                handle=tokens.handle,
+                said=tokens.said,
+                drift=record.drift,
+            )
+        )
+    return calls
+
+
+def from_calls(calls: Sequence[ModelCall], drift: DriftPolicy = "truncate") -> list[Trajectory]:
+    """Turn the model calls that count into trajectories, which share the rollout's reward.
+
+    Args:
+        calls: In order, each behind the one that it continues.
+        drift: The policy for a prompt that does not start with the tokens already seen: `"split"` begins a further
+            trajectory, `"truncate"` leaves out what follows.
+
+    Returns:
+        At least one trajectory. Every sampled token of `calls` has mask 1 in one of them at most, and with `"split"`
+        in exactly one.
 
     Raises:
-        TrajectoryError: There is no trainable token in it, or a bundle is broken.
-        DriftError: There is drift and the policy is `exclude` or `error`.
+        TrajectoryError: There is no call.
+        DriftError: There is drift and the policy is `"exclude"` or `"error"`.
 
     Example: two calls with prompts `[1, 2]` and `[1, 2, 3, 4, 5]`, generations `[3]` and `[6]` give
     `prompt_ids=[1, 2]`, `completion_ids=[3, 4, 5, 6]`, `env_mask=[1, 0, 0, 1]`.
     """
-    calls = model_calls(result)
     if not calls:
-        raise TrajectoryError(_why_empty(result))
-    trajectory = contiguous_head(calls)
-    if trajectory.drift is not None and drift in ("exclude", "error"):
-        raise DriftError(trajectory.drift)
-    return [trajectory]
+        raise TrajectoryError("no trainable token: no model call of the rollout sampled any")
+    if drift == "split":
+        return [_joined(row) for row in _rows(calls)]
+    head = contiguous_head(calls)
+    if head.drift is not None and drift in ("exclude", "error"):
+        raise DriftError(head.drift)
+    return [head]
 
 
 def contiguous_head(calls: Sequence[ModelCall]) -> Trajectory:
     """Join model calls up to the first one whose prompt does not start with the tokens already seen."""
-    first = calls[0]
-    completion, mask, logprobs = list(first.generation_ids), [1] * len(first.generation_ids), list(first.logprobs)
-    seen = first.prompt_ids + first.generation_ids
-    turn_ends = [len(completion)]
-    drift = None
+    seen = calls[0].prompt_ids + calls[0].generation_ids
     for turn, call in enumerate(calls[1:], start=1):
         if call.prompt_ids[: len(seen)] != seen:
-            sampled = [0] * len(first.prompt_ids) + mask
-            drift = Drift(turn, num_common(seen, call.prompt_ids), seen, sampled, call.prompt_ids)
-            break
-        added = call.prompt_ids[len(seen) :]
+            head = _joined(calls[:turn])
+            sampled = [0] * len(head.prompt_ids) + head.env_mask
+            position = num_common(seen, call.prompt_ids)
+            return replace(head, drift=Drift(turn, position, seen, sampled, call.prompt_ids, call.drift))
+        seen = call.prompt_ids + call.generation_ids
+    return _joined(calls)
+
+
+def _rows(calls: Sequence[ModelCall]) -> list[list[ModelCall]]:
+    """Return chains of calls: each continues the one before it, and each call is in one of them.
+
+    A call that two others continue is in the chain of the first; the second begins a chain of its own.
+    """
+    rows: list[list[ModelCall]] = []
+    for call in calls:
+        row = next((row for row in reversed(rows) if row[-1].index == call.parent), None)
+        if row is None or call.parent is None:
+            rows.append([call])
+        else:
+            row.append(call)
+    return rows
+
+
+def _joined(calls: Sequence[ModelCall]) -> Trajectory:
+    """Join calls of which each continues the one before it."""
+    first = calls[0]
+    completion: list[int] = []
+    mask: list[int] = []
+    logprobs: list[float] = []
+    turn_ends: list[int] = []
+    for call in calls:
+        added = call.prompt_ids[len(first.prompt_ids) + len(completion) :]
         completion += added + call.generation_ids
         mask += [0] * len(added) + [1] * len(call.generation_ids)
         logprobs += [0.0] * len(added) + call.logprobs
-        seen = call.prompt_ids + call.generation_ids
         turn_ends.append(len(completion))
     return Trajectory(
         prompt_ids=list(first.prompt_ids),
@@ -152,7 +204,6 @@ def contiguous_head(calls: Sequence[ModelCall]) -> Trajectory:
         logprobs=logprobs,
         num_turns=len(turn_ends),
         turn_ends=turn_ends,
-        drift=drift,
     )
 
 
@@ -169,35 +220,6 @@ def finish_reason(result: Mapping[str, Any]) -> str:
     """Return `"stop"`, or why Gym says that the rollout was cut (`"max_output_tokens"`, …)."""
     details = (result.get("response") or {}).get("incomplete_details") or {}
     return details.get("reason") or "stop"
-
-
-def _bundles(output: Sequence[Mapping[str, Any]]) -> Iterator[ModelCall]:
-    for index, item in enumerate(output):
-        generation = item.get("generation_token_ids")
-        if not generation:
-            continue
-        prompt, logprobs = item.get("prompt_token_ids"), item.get("generation_log_probs")
-        if not prompt or logprobs is None:
-            raise TrajectoryError(
-                f"output item {index} has generated tokens without their prompt or log-probabilities"
-            )
-        if len(logprobs) != len(generation):
-            raise TrajectoryError(
-                f"output item {index} has {len(generation)} generated tokens and {len(logprobs)} log-probabilities"
-            )
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs):
-            raise TrajectoryError(f"output item {index} has a log-probability that is not a finite number")
-        yield ModelCall(list(prompt), list(generation), [float(value) for value in logprobs])
-
-
-def _why_empty(result: Mapping[str, Any]) -> str:
-    kinds = [str(item.get("type")) for item in output_items(result)]
-    if finish_reason(result) != "stop":
-        return f"no trainable token: the first model call was already cut ({finish_reason(result)})"
-    return (
-        f"no trainable token: none of the output items {kinds} carries token ids. Does the environment's agent use "
-        "`policy_model`, and does the policy server run the on-policy middleware?"
-    )
 
 
 # -- why a history was rewritten --------------------------------------------------------------------------------------
@@ -233,17 +255,16 @@ class DriftReport:
         return asdict(self) | {"cause": str(self.cause)}
 
 
-def report_drift(drift: Drift, decode: Decode, record: CallRecord | None = None) -> DriftReport:
+def report_drift(drift: Drift, decode: Decode) -> DriftReport:
     """Say why a prompt does not start with the tokens already seen.
 
     Args:
         drift: The drift of a trajectory.
         decode: A function from token ids to text, see `make_decoder`.
-        record: The policy server's record of the model call `drift.turn`; None when there is none that matches.
     """
-    known = record["drift"] if record is not None else None
-    cause = DriftCause(known["cause"]) if known else classify(drift, decode)
-    reason = known["text"] if known else _GLOSSES[cause]
+    known = drift.known
+    cause = known.cause if known else classify(drift, decode)
+    reason = known.text if known else _GLOSSES[cause]
     at, end = drift.position, drift.position + _NUM_IDS
     before = _text(drift.seen, at - _WINDOW, at, decode)[-_NUM_CHARACTERS:]
     here, there = (_text(ids, at, at + _WINDOW, decode)[:_NUM_CHARACTERS] for ids in (drift.prompt, drift.seen))

@@ -20,7 +20,7 @@ from trl_gym.ranks import agree_on_loss, agreed
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.journal import Journal, secrets_in
-from trl_gym.rollouts.ledger import ledger_for
+from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.request import PolicyAccess
 from trl_gym.rollouts.reuse import Policy, Recall, RecoveringCollector, collect_missing
 from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, TrainerHooks
@@ -205,7 +205,7 @@ class LiveSource:
             agents_down=gym.agents_down,
             on_environment_down=args.gym_on_environment_down,
             gym_log=gym.log_end,
-            ledger=ledger_for(policy.base_urls, policy.client.api_key),
+            ledger=Ledger(policy.base_urls, policy.client.api_key),
             access=PolicyAccess(policy.base_urls, policy.client.api_key),
             stall_timeout_s=args.gym_stall_timeout,
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from tests.policy_server.fake_vllm import with_tokens
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 
 if TYPE_CHECKING:
@@ -337,7 +338,8 @@ class Client:
         body: Json = {"messages": messages, "trl_gym": tag, **({"tools": tools} if tools else {})}
         if answer.is_cut:
             body["max_tokens"] = len(answer.ids)
-        return asyncio.run(self._post("/v1/chat/completions", body))
+        status, answered = asyncio.run(self._post("/v1/chat/completions", body))
+        return status, with_tokens(self.middleware, rollout, answered) if status == 200 else answered
 
     async def _post(self, path: str, body: Json) -> tuple[int, Json]:
         pending = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]

@@ -158,9 +158,9 @@ async def test_a_rollout_keeps_its_version_until_its_records_are_taken(
     new = await http.chat([USER], trl_gym={**TAG, "rollout": "r1"})
     assert (old["weight_version"], new["weight_version"]) == ("0", "1")
     assert served(app) == ["policy@0", "policy@0", "policy@1"]
-    assert [record["weight_version"] for record in await http.records("r0", forget=False)] == ["0", "0"]
+    assert [record["weight_version"] for record in await http.records("r0")] == ["0", "0"]
     assert await held(http) == ["policy@0", "policy@1"]
-    await http.records("r0")
+    await http.take("r0")
     assert await held(http) == ["policy@1"]
     assert [name.partition("#")[0] for name in app.adapters] == ["policy@1"]
 
@@ -201,7 +201,7 @@ async def test_no_room_is_waited_for_and_then_refused(http: Http, app: FakeVllm,
     waiting = asyncio.create_task(load(http, folder, 2, wait_s=60))
     ended, _ = await asyncio.wait([waiting], timeout=0.1)
     assert not ended
-    await http.records("r0")  # answered although a load is waiting
+    await http.take("r0")  # answered although a load is waiting
     assert (await waiting)[0] == 200
     assert await held(http) == ["policy@2"]
 

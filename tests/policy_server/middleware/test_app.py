@@ -7,10 +7,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
-from tests.policy_server.fake_vllm import END, FakeVllm, Json, render
+from tests.policy_server.fake_vllm import END, FakeVllm, Json, render, with_tokens
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware
+from trl_gym.policy_server.middleware.ledger import CallRecord, Taken, sampled_ids, token_ids
+from trl_gym.policy_server.middleware.turn import TOKEN_KEYS
 
 TAG = {"rollout": "r0", "sampling": {"temperature": 0.7, "top_p": 0.9}}
 USER = {"role": "user", "content": "hi"}
@@ -45,9 +48,16 @@ class Http:
         answer = b"".join(message.get("body", b"") for message in sent[1:])
         if dict(sent[0]["headers"])[b"content-type"].startswith(b"text/event-stream"):
             return sent[0]["status"], answer.decode()
+        if dict(sent[0]["headers"])[b"content-type"] == b"application/msgpack":
+            return sent[0]["status"], answer
         return sent[0]["status"], json.loads(answer or b"null")
 
     async def chat(self, messages: list[Json], **body: Any) -> Json:
+        """Chat; a handle in the answer is replaced by the tokens, as clients without a tag get them."""
+        answer = await self.slim_chat(messages, **body)
+        return with_tokens(self.middleware, body["trl_gym"]["rollout"], answer) if "trl_gym" in body else answer
+
+    async def slim_chat(self, messages: list[Json], **body: Any) -> Json:
         status, answer = await self("POST", "/v1/chat/completions", {"messages": messages, **body})
         assert status == 200, answer
         return answer
@@ -56,6 +66,13 @@ class Http:
         status, answer = await self("POST", "/trl_gym/rollouts/records", {"rollouts": [rollout], **body})
         assert status == 200, answer
         return answer["records"][rollout]
+
+    async def take(self, rollout: str) -> list[CallRecord]:
+        status, answer = await self("POST", "/trl_gym/rollouts/take", {"rollouts": [rollout]})
+        assert status == 200, answer
+        records = msgspec.msgpack.decode(answer, type=Taken).rollouts[rollout]
+        assert records is not None
+        return records
 
     async def counters(self) -> Json:
         return (await self("GET", "/trl_gym/info"))[1]["counters"]
@@ -227,15 +244,69 @@ async def test_other_tools_than_before_are_a_rewritten_history(http: Http) -> No
     assert "tools" in answer["trl_gym"]["drift"]["text"]
 
 
-async def test_lost_ids_are_reported(http: Http) -> None:
+async def test_turns_that_are_not_recognized_are_reported(http: Http) -> None:
     messages = await converse(http, 2)
-    bare = [{key: m[key] for key in ("role", "content")} for m in messages]
-    answer = await http.chat(bare, trl_gym=TAG)
+    edited = [{key: m[key] for key in ("role", "content")} for m in messages]
+    edited[1]["content"] = edited[3]["content"] = "another"
+    answer = await http.chat(edited, trl_gym=TAG)
     assert answer["trl_gym"]["drift"]["cause"] == "message_without_ids"
-    assert answer["choices"][0]["message"]["prompt_token_ids"] == render(bare)
-    answer = await http.chat([*messages[:2], *bare[2:]], trl_gym=TAG)  # the newest turn's only
+    assert answer["choices"][0]["message"]["prompt_token_ids"] == render(edited)
+    answer = await http.chat([*messages[:2], *edited[2:]], trl_gym=TAG)  # the newest turn's only
     assert answer["trl_gym"]["drift"]["cause"] == "message_without_ids"
     assert (await http.counters())["served_as_rendered"] == 1
+
+
+@pytest.mark.parametrize("form", ["handles", "no ids", "both in turn", "no ids, thinking"])
+async def test_a_turn_is_continued_exactly_in_whatever_form_it_comes_back(http: Http, form: str) -> None:
+    messages: list[Json] = [USER]
+    for turn in range(5):
+        answer = await http.slim_chat(messages, trl_gym=TAG)
+        assert "trl_gym" not in answer and answer["prompt_token_ids"] is None
+        message = answer["choices"][0]["message"]
+        ((handle,), (same,), logprobs) = (message[f"{name}"] for name in TOKEN_KEYS)
+        assert handle == same and -(2**53) < handle < 0 and logprobs == [0.0]
+        if form == "no ids, thinking":
+            message["content"] = f"<think>hm</think> {message['content']}"
+        if form.startswith("no ids") or (form == "both in turn" and turn % 2):
+            message = {key: value for key, value in message.items() if key not in TOKEN_KEYS}
+        messages += [message, {"role": "user", "content": f"more {turn}"}]
+    records = http.middleware._chat.book.calls("r0").records
+    assert [record.tokens.parent for record in records if record.tokens] == [None, 0, 1, 2, 3]
+    assert [record.prompt for record in records] == ["rendered", *["exact"] * 4]
+    assert len(token_ids(records, 4)) == records[4].prompt_tokens + 3  # type: ignore[operator]
+
+
+async def test_a_request_grows_with_its_text_and_not_with_its_tokens(http: Http, app: FakeVllm) -> None:
+    app.max_model_len = 100_000
+    app.reply = [*map(ord, "k" * 1000), END]
+    messages: list[Json] = [{"role": "user", "content": "hi"}]
+    for _ in range(5):
+        message = (await http.slim_chat(messages, trl_gym=TAG))["choices"][0]["message"]
+        messages += [message, {"role": "user", "content": "more"}]
+    assert len(json.dumps(messages)) < 5 * 1000 + 6 * 250
+
+
+async def test_a_handle_is_good_for_its_own_rollout_only(http: Http) -> None:
+    message = (await http.slim_chat([USER], trl_gym=TAG))["choices"][0]["message"]
+    more = [USER, message, {"role": "user", "content": "more"}]
+    answer = await http.slim_chat(more, trl_gym={"rollout": "another"})
+    assert http.middleware._chat.book.calls("another").records[0].tokens.parent is None  # type: ignore[union-attr]
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": more})
+    assert status == 400 and "tag of the rollout" in answer["error"]["message"]
+
+
+async def test_rollouts_of_the_same_tokens_are_told_apart(http: Http) -> None:
+    for turn in range(3):
+        for rollout in "ab":
+            messages: list[Json] = [USER]
+            for earlier in range(turn + 1):
+                answer = await http.slim_chat(messages, trl_gym={"rollout": f"{rollout}{turn}"})
+                assert "trl_gym" not in answer
+                call = {"id": f"{rollout}{earlier}", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                messages += [
+                    answer["choices"][0]["message"] | {"tool_calls": [call]},
+                    {"role": "tool", "tool_call_id": call["id"], "content": "42"},
+                ]
 
 
 async def test_a_stub_in_front_is_enough_once_it_has_proved_itself(http: Http, app: FakeVllm) -> None:
@@ -388,7 +459,7 @@ async def test_every_call_of_a_rollout_is_recorded(http: Http, app: FakeVllm) ->
     app.max_model_len = 5
     http.middleware._server_info.__init__()
     await http("POST", "/v1/chat/completions", {"messages": messages, "trl_gym": TAG})
-    first, second, overflow = await http.records("r0", forget=False)
+    first, second, overflow = await http.records("r0")
     assert (first["prompt"], second["prompt"], overflow["status"]) == ("rendered", "exact", 400)
     assert "maximum context length" in overflow["error"]
     assert (second["prompt_tokens"], second["completion_tokens"]) == (len(messages[3]["prompt_token_ids"]), 3)
@@ -396,8 +467,19 @@ async def test_every_call_of_a_rollout_is_recorded(http: Http, app: FakeVllm) ->
     assert (second["queue_s"], second["prefill_s"], second["decode_s"]) == (0.001, 0.002, 0.003)
     assert (second["weight_version"], second["finish_reason"], second["drift"]) == ("default", "stop", None)
     assert second["seconds"] > 0
-    assert len(await http.records("r0")) == 3
-    assert await http.records("r0") == []  # forgotten
+    taken = await http.take("r0")
+    assert [(one.prompt, one.prompt_tokens) for one in taken[:2]] == [
+        ("rendered", 5),
+        ("exact", second["prompt_tokens"]),
+    ]
+    assert token_ids(taken, 0) == messages[1]["prompt_token_ids"] + messages[1]["generation_token_ids"]
+    assert token_ids(taken, 1) == messages[3]["prompt_token_ids"] + messages[3]["generation_token_ids"]
+    assert (await http.records("r0"), await http.take("r0")) == (
+        [],
+        taken,
+    )  # again, for one who did not get the answer
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG})
+    assert status == 400 and "context length" in answer["error"]["message"]  # a late call; nobody waits for it
 
 
 async def test_a_cancelled_rollout_is_told_that_its_context_is_full(http: Http, app: FakeVllm) -> None:
@@ -421,7 +503,9 @@ async def test_cancelling_hangs_up_on_the_engine(http: Http, app: FakeVllm) -> N
     assert (await http.counters())["cancelled"] == 1
 
 
-@pytest.mark.parametrize("path", ["/trl_gym/rollouts/records", "/trl_gym/rollouts/cancel", "/trl_gym/sampling"])
+@pytest.mark.parametrize(
+    "path", ["/trl_gym/rollouts/records", "/trl_gym/rollouts/take", "/trl_gym/rollouts/cancel", "/trl_gym/sampling"]
+)
 async def test_the_control_plane_says_what_it_wants(http: Http, path: str) -> None:
     for body in (b"nonsense", b"[1]", b'{"rollouts": "r0", "sampling": 1}'):
         status, answer = await http("POST", path, body)
@@ -444,7 +528,9 @@ async def test_a_streamed_turn_is_answered_whole_as_a_stream(http: Http, app: Fa
     delta, finish, usage = map(json.loads, chunks)
     assert (status, done) == (200, "[DONE]")
     assert delta["choices"][0]["delta"]["content"] == "ok"
-    assert delta["choices"][0]["delta"]["generation_token_ids"] == app.reply
+    (handle,) = delta["choices"][0]["delta"]["generation_token_ids"]
+    [record] = http.middleware._chat.book.calls("r0").records
+    assert record.tokens is not None and record.tokens.handle == handle and sampled_ids(record.tokens) == app.reply
     assert finish["choices"][0]["finish_reason"] == "stop"
     assert usage["usage"]["completion_tokens"] == 3
     assert app.chats()[-1]["stream"] is False and "stream_options" not in app.chats()[-1]

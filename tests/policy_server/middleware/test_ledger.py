@@ -1,51 +1,91 @@
-"""Calls of rollouts: records are bounded, cancelled rollouts stay cancelled; and which histories count as the same."""
+"""Calls of rollouts: the ledger is bounded, ended rollouts stay ended; and which histories count as the same."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from trl_gym.policy_server.middleware import ledger as calls
+from trl_gym.policy_server.middleware import ledger
 from trl_gym.policy_server.middleware.http import Reply
-from trl_gym.policy_server.middleware.ledger import Digest, Histories, RolloutBook, digest, record_of
+from trl_gym.policy_server.middleware.ledger import (
+    CallRecord,
+    Digest,
+    Histories,
+    RolloutBook,
+    digest_of,
+    record_of,
+    token_ids,
+)
+from trl_gym.policy_server.middleware.turn import Turn
+
+Json = dict[str, Any]
+USER: Json = {"role": "user", "content": "hi"}
+ASSISTANT: Json = {"role": "assistant", "content": "well"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
 
 
-def record(answer: dict[str, Any] | None = None, reply: Reply | None = None) -> calls.CallRecord:
-    return record_of(reply or Reply.from_json(200, answer), answer, exact=True, seconds=0.5, drift=None)
+def record(answer: Json | None = None, reply: Reply | None = None) -> CallRecord:
+    return record_of(reply or Reply.from_json(200, answer), answer, exact=True, seconds=0.5)
+
+
+def turn(*messages: Json, rollout: str | None = "a", **body: Any) -> Turn:
+    tag = {"trl_gym": {"rollout": rollout}} if rollout is not None else {}
+    parsed = Turn.from_json(json.dumps({"messages": messages, **tag, **body}).encode())
+    assert parsed is not None
+    return parsed
+
+
+def sample(book: RolloutBook, asked: Turn, prompt: list[int], ids: list[int], text: str = "well") -> Json:
+    """Let a turn be answered with these tokens; the message that its client gets."""
+    assert asked.rollout is not None
+    calls = book.calls(asked.rollout)
+    calls.recognize(asked)
+    message = {"role": "assistant", "content": text}
+    bundle = {"generation_token_ids": ids, "generation_log_probs": [-0.5] * len(ids)}
+    tokens = calls.tokens_of(asked, {**message, **bundle}, prompt)
+    book.append(asked, record_of(Reply.from_json(200, {}), None, exact=True, seconds=0.5, tokens=tokens))
+    return {**message, "prompt_token_ids": [tokens.handle], "generation_token_ids": [tokens.handle]}
 
 
 def test_a_record_is_null_where_the_server_says_nothing() -> None:
     bare = record(answer={"choices": [{"finish_reason": "length"}], "usage": {"prompt_tokens": 5}})
-    assert (bare["prompt_tokens"], bare["completion_tokens"], bare["cached_tokens"]) == (5, None, None)
-    assert (bare["queue_s"], bare["finish_reason"]) == (None, "length")
-    assert "error" not in bare
-    assert record(reply=Reply.error(400, "full"))["error"] == "full"
+    assert (bare.prompt_tokens, bare.completion_tokens, bare.cached_tokens) == (5, None, None)
+    assert (bare.queue_s, bare.finish_reason, bare.error) == (None, "length", None)
+    assert record(reply=Reply.error(400, "full")).error == "full"
 
 
-def test_records_are_kept_while_calls_run_and_forgotten_on_demand() -> None:
+def test_what_was_taken_is_forgotten_and_its_rollout_has_ended() -> None:
     book = RolloutBook()
-    book.calls("a").records.append(record())
-    with book.running("a"):
-        assert len(book.records(["a", "b"], forget=True)["a"]) == 1
-        assert book.records(["b"], forget=False) == {"b": []}
-    assert len(book.records(["a"], forget=True)["a"]) == 1
-    assert book.records(["a"], forget=True) == {"a": []}
+    sample(book, turn(USER), [1, 2], [3])
+    with book.running("a") as running:
+        assert len(book.records(["a", "b"])["a"]) == 1
+        assert book.take(["b"]) == {"b": []}
+        taken = book.take(["a"])
+        assert running.is_set()  # nobody waits for that call
+    assert [token_ids(taken["a"] or [], 0)] == [[1, 2, 3]]
+    assert book.records(["a"]) == {"a": []} and book.has_ended("a") and not book.has_ended("c")
+    assert book.take(["a"]) == taken  # for a trainer that did not get the answer
 
 
 def test_the_oldest_rollouts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_MAX_ROLLOUTS", 2)
-    monkeypatch.setattr(calls, "_MAX_CANCELLED", 2)
+    monkeypatch.setattr(ledger, "_MAX_ROLLOUTS", 2)
+    monkeypatch.setattr(ledger, "_MAX_ENDED", 2)
     book = RolloutBook()
     for name in "abca":
-        book.calls(name).records.append(record())
-    assert {name: len(records) for name, records in book.records(list("abc"), forget=False).items()} == {
-        "a": 1,
-        "b": 0,
-        "c": 1,
-    }
+        book.append(turn(USER, rollout=name), record())
+    assert {name: len(records) for name, records in book.records(list("abc")).items()} == {"a": 1, "b": 0, "c": 1}
     book.cancel(["a", "b", "c"])
-    assert [book.is_cancelled(name) for name in "abc"] == [False, True, True]
+    assert [book.has_ended(name) for name in "abc"] == [False, True, True]
+
+
+def test_tokens_without_room_are_dropped_with_their_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_MAX_BYTES", 100)
+    book = RolloutBook()
+    for name in "abc":
+        sample(book, turn(USER, rollout=name), [1, 2, 3], [4, 5])  # 36 bytes each
+    assert [book.take([name])[name] is None for name in "abc"] == [True, False, False]
 
 
 def test_cancelling_aborts_what_runs() -> None:
@@ -56,17 +96,36 @@ def test_cancelling_aborts_what_runs() -> None:
         assert book.num_running(["a", "b", "unknown"]) == {"a": 2, "b": 1, "unknown": 0}
     assert book.num_running(["a"]) == {"a": 0}
     assert book.cancel(["a"]) == 0
-    assert book.is_cancelled("unknown")
+    assert book.has_ended("unknown")
 
 
-Json = dict[str, Any]
-USER: Json = {"role": "user", "content": "hi"}
-ASSISTANT: Json = {"role": "assistant", "content": "well"}
-CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+def test_only_what_is_new_is_kept() -> None:
+    book = RolloutBook()
+    first = sample(book, turn(USER), [1, 2], [3])
+    more = turn(USER, first, {"role": "user", "content": "more"})
+    sample(book, more, [1, 2, 3, 4], [5])
+    assert more.seen == [1, 2, 3] and more.call == 0
+    tokens = book.calls("a").records[1].tokens
+    assert tokens is not None and (tokens.parent, len(tokens.prompt)) == (0, 4)
+    assert token_ids(book.calls("a").records, 1) == [1, 2, 3, 4, 5]
 
 
-def of(*messages: Json, sampled: tuple[bytes | None, ...] = (), options: bytes = b"{}") -> Digest:
-    return digest(messages, [*sampled, *[None] * (len(messages) - len(sampled))], options)
+def test_parallel_calls_and_retries_are_told_apart() -> None:
+    book = RolloutBook()
+    answers = [sample(book, turn(USER), [1, 2], [3 + index], text) for index, text in enumerate(["a", "b", "b"])]
+    more = {"role": "user", "content": "more"}
+    bare = [{key: answer[key] for key in ("role", "content")} for answer in answers]
+    for message, call in [(answers[0], 0), (answers[1], 1), (bare[0], 0), (bare[1], 2)]:
+        asked = turn(USER, message, more)
+        book.calls("a").recognize(asked)
+        assert asked.call == call  # of two that say the same without a handle, the newest
+    asked = turn({"role": "user", "content": "another"}, bare[0], more)
+    book.calls("a").recognize(asked)
+    assert asked.call is None
+
+
+def of(*messages: Json, **body: Any) -> Digest:
+    return digest_of(turn(*messages, rollout=None, **body), len(messages))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +133,7 @@ def of(*messages: Json, sampled: tuple[bytes | None, ...] = (), options: bytes =
     [
         ([USER], [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]),
         ([ASSISTANT], [ASSISTANT | {"reasoning_content": "hm", "refusal": None}]),
+        ([ASSISTANT], [ASSISTANT | {"content": "<think>hm</think>\n\nwell"}]),
         ([ASSISTANT | {"tool_calls": [CALL]}], [ASSISTANT | {"tool_calls": [CALL | {"id": "another"}]}]),
         ([USER | {"content": None}], [USER | {"content": ""}]),
     ],
@@ -96,24 +156,33 @@ def test_another_meaning_has_another_digest(now: list[Json]) -> None:
     assert of(USER).messages != of(*now).messages
 
 
+def sampled(message: Json, ids: list[int]) -> Json:
+    return message | {"prompt_token_ids": [1], "generation_token_ids": ids, "generation_log_probs": [-0.5]}
+
+
 def test_a_sampled_message_is_its_ids() -> None:
     edited = ASSISTANT | {"content": "without thinking"}
-    assert of(USER, ASSISTANT, sampled=(None, b"[1]")) == of(USER, edited, sampled=(None, b"[1]"))
-    assert of(USER, ASSISTANT, sampled=(None, b"[1]")) != of(USER, ASSISTANT, sampled=(None, b"[2]"))
+    assert of(USER, sampled(ASSISTANT, [1])) == of(USER, sampled(edited, [1]))
+    assert of(USER, sampled(ASSISTANT, [1])) != of(USER, sampled(ASSISTANT, [2]))
 
 
 def test_what_was_changed_is_named() -> None:
-    histories, seen = Histories(), [1, 2, 3]
-    assert histories.difference(seen, of(USER)) is None  # another server's answer
-    histories.remember(seen, of(USER))
-    assert histories.difference(seen, of(USER)) is None
-    assert "messages" in (histories.difference(seen, of(USER, USER)) or "")
-    assert "tools" in (histories.difference(seen, of(USER, options=b"[]")) or "")
+    histories, front = Histories(), [USER, USER]
+    asked = turn(*front, sampled(ASSISTANT, [2, 3]), rollout=None)
+    assert histories.difference(asked) is None  # another server's answer
+    histories.remember([1, 2, 3], of(*front))
+    assert histories.difference(asked) is None
+    edited = turn(USER, sampled(ASSISTANT, [2, 3]), rollout=None)
+    assert "messages" in (histories.difference(edited) or "")
+    others = turn(*front, sampled(ASSISTANT, [2, 3]), rollout=None, tools=[{"type": "function"}])
+    assert "tools" in (histories.difference(others) or "")
+    histories.remember([1, 2, 3], of(USER))  # another conversation with the same tokens
+    assert histories.difference(edited) is None and histories.difference(asked) is None
 
 
 def test_an_agent_may_merge_what_it_got_into_its_last_message() -> None:
-    histories, seen = Histories(), [1, 2, 3]
-    histories.remember(seen, of(USER, ASSISTANT))
-    assert histories.difference(seen, of(USER)) is None
-    assert histories.difference(seen, of(USER, ASSISTANT)) is None
-    assert histories.difference(seen, of(ASSISTANT)) is not None
+    histories = Histories()
+    histories.remember([1, 2, 3], of(USER, ASSISTANT))
+    for front, is_same in [([USER], True), ([USER, ASSISTANT], True), ([ASSISTANT], False)]:
+        asked = turn(*front, sampled(ASSISTANT, [2, 3]), rollout=None)
+        assert (histories.difference(asked) is None) == is_same

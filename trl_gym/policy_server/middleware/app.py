@@ -6,7 +6,8 @@ returns the tokens of each answer; `chat.py` says how.
 
     POST /v1/chat/completions        one turn, called by Gym's model server
     GET  /trl_gym/info               identity, versions, counters
-    POST /trl_gym/rollouts/records   the model calls of rollouts: tokens, cache hits, seconds, versions, drift
+    POST /trl_gym/rollouts/records   the model calls of rollouts so far: numbers of tokens, seconds, versions, drift
+    POST /trl_gym/rollouts/take      the model calls of rollouts that have ended, with their tokens, as MessagePack
     POST /trl_gym/rollouts/cancel    refuse and abort the calls of rollouts
     POST /trl_gym/sampling           pin sampling parameters for rollouts whose calls pin none
     POST /trl_gym/adapters           load a new version of the LoRA adapter that is the policy (`adapters.py`)
@@ -26,6 +27,8 @@ import secrets
 from array import array
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import msgspec
 
 import trl_gym
 from trl_gym.policy_server.command import ENV_API_KEYS, ENV_NONCE, ENV_PROMPT_FIELD
@@ -47,6 +50,7 @@ from trl_gym.policy_server.middleware.http import (
     replay,
 )
 from trl_gym.policy_server.middleware.identity import Gate, RefusedError, UntaggedCalls, identity_of
+from trl_gym.policy_server.middleware.ledger import CallRecord, Taken
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import RenderRefusedError
 from trl_gym.policy_server.middleware.turn import InvalidTurnError, Turn, checked_sampling
@@ -102,6 +106,7 @@ class OnPolicyMiddleware:
             ("GET", INFO_PATH): self._info,
             ("POST", CHAT_PATH): self._complete_chat,
             ("POST", "/trl_gym/rollouts/records"): self._records,
+            ("POST", "/trl_gym/rollouts/take"): self._take,
             ("POST", "/trl_gym/rollouts/cancel"): self._cancel,
             ("POST", "/trl_gym/sampling"): self._pin_sampling,
             ("POST", "/trl_gym/adapters"): self._load_adapter,
@@ -212,14 +217,16 @@ class OnPolicyMiddleware:
         return await self._adapters.clear(server)
 
     async def _records(self, server: WrappedServer, _send: Send) -> Reply:
-        request = _required_object(await read_body(server.receive))
-        names, book = _names(request), self._chat.book
+        names, book = _names(_required_object(await read_body(server.receive))), self._chat.book
+        records = {name: [_without_tokens(record) for record in calls] for name, calls in book.records(names).items()}
         running = book.num_running(names)
-        forget = bool(request.get("forget", True))
-        records = book.records(names, forget=forget)
-        if forget:
-            await self._adapters.release(server, names)
         return Reply.from_json(200, {"records": records, "running": running, "instance": self._instance})
+
+    async def _take(self, server: WrappedServer, _send: Send) -> Reply:
+        names = _names(_required_object(await read_body(server.receive)))
+        taken = Taken(self._instance, self._chat.book.take(names))
+        await self._adapters.release(server, names)
+        return Reply(200, msgspec.msgpack.encode(taken), b"application/msgpack")
 
     async def _cancel(self, server: WrappedServer, _send: Send) -> Reply:
         request = _required_object(await read_body(server.receive))
@@ -254,6 +261,10 @@ def _names(request: dict[str, Any]) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InvalidTurnError("`rollouts` must be a list of rollout ids")
     return names
+
+
+def _without_tokens(record: CallRecord) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.to_builtins(record).items() if name != "tokens"}
 
 
 def _is_tagged(body: bytes) -> bool:

@@ -1,36 +1,37 @@
 """Answer one chat completion: find its prompt, limit its tokens, sample, attach the bundle, record the call.
 
-newest message with `generation_token_ids`?  ── no ──► the prompt is what the server renders
-  │ yes: seen = prompt_token_ids + generation_token_ids
-  │ has the agent changed the messages in front of it?                              `ledger.Histories`
+newest message that was sampled?  ── none ──► the prompt is what the server renders
+  │ by handle, token ids, or what it says: seen = prompt + sampled ids              `ledger.RolloutCalls.recognize`
+  │ has the agent changed the messages in front of it?                              `ledger.Digest`
   │ what does the template write after it?                                          `templates.Templates`
   ▼
 prompt = seen + that, minus what the policy has sampled of it                       `splice.splice`
 POST /v1/chat/completions (in process), prompt ids forced, token limit clamped
   ▼
-the answer, plus the bundle on `choices[0].message`                                 `openai.attach`
+the ledger; the answer, with a handle, or the bundle, on `choices[0].message`       `openai.attach`, `openai.slim`
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from trl_gym.policy_server.middleware import openai, splice
 from trl_gym.policy_server.middleware.adapters import Adapter, AdapterControl
 from trl_gym.policy_server.middleware.http import AbortedError, AnsweredError, Reply, ServerInfo, WrappedServer
 from trl_gym.policy_server.middleware.ledger import (
     CallDrift,
+    CallTokens,
     DriftCause,
-    EmptyTurn,
     Histories,
     RolloutBook,
+    RolloutCalls,
     digest_of,
-    is_empty,
     record_of,
-    restore,
 )
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
 from trl_gym.policy_server.middleware.turn import Turn
@@ -48,7 +49,17 @@ class Counters:
     spliced: int = 0  # prompts that were forced
     served_as_rendered: int = 0  # prompts that should have been forced and could not
     overflows: int = 0  # requests refused because no room was left
-    cancelled: int = 0  # requests refused or aborted because their rollout was cancelled
+    cancelled: int = 0  # requests refused or aborted because their rollout has ended or was cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The end of one call."""
+
+    reply: Reply
+    answer: dict[str, Any] | None = None  # the chat completion in it; None if it is an error
+    tokens: CallTokens | None = None  # for the ledger; None for an error, and without a tag
+    prompt: Prompt = field(default_factory=lambda: Prompt())  # the prompt, as far as it was found
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,31 +100,33 @@ class ChatTurns:
         """Answer one chat completion; every error is a reply. Raises `ClientGoneError`."""
         self.counters.requests += 1
         if turn.rollout is None:
-            return (await self._serve_routed(server, turn))[0]
-        if self.book.is_cancelled(turn.rollout):
+            return (await self._serve_routed(server, turn)).reply
+        if self.book.has_ended(turn.rollout):
             return self._cancelled(turn)
         if turn.sampling is None:
             turn.pin(self.sampling)
-        restore(turn, self.book.calls(turn.rollout).empty_turns, self._histories)
+        self.book.calls(turn.rollout).recognize(turn)
         with self.book.running(turn.rollout) as abort:
             try:
-                return await self._serve_recorded(server, turn, turn.rollout, abort)
+                return await self._serve_recorded(server, turn, abort)
             except AbortedError:
                 return self._cancelled(turn)
 
-    async def _serve_recorded(self, server: WrappedServer, turn: Turn, rollout: str, abort: asyncio.Event) -> Reply:
+    async def _serve_recorded(self, server: WrappedServer, turn: Turn, abort: asyncio.Event) -> Reply:
         started = time.monotonic()
-        reply, answer, prompt = await self._serve_routed(server, turn, abort)
-        calls = self.book.calls(rollout)
-        if answer is not None and calls.num_first_prompt is None:
-            calls.num_first_prompt = answer["usage"]["prompt_tokens"]
-        exact, seconds = prompt.forced is not None, time.monotonic() - started
-        calls.records.append(record_of(reply, answer, exact=exact, seconds=seconds, drift=prompt.drift))
-        return reply
+        served = await self._serve_routed(server, turn, abort)
+        record = record_of(
+            served.reply,
+            served.answer,
+            exact=served.prompt.forced is not None,
+            seconds=time.monotonic() - started,
+            drift=served.prompt.drift,
+            tokens=served.tokens,
+        )
+        self.book.append(turn, record)
+        return served.reply
 
-    async def _serve_routed(
-        self, server: WrappedServer, turn: Turn, abort: asyncio.Event | None = None
-    ) -> tuple[Reply, dict[str, Any] | None, Prompt]:
+    async def _serve_routed(self, server: WrappedServer, turn: Turn, abort: asyncio.Event | None = None) -> Served:
         """Serve the turn with the adapter that its rollout began with."""
         policy_names = await self._adapters.policy_names(server)
         with self._adapters.routed(turn.body.get("model"), turn.rollout, policy_names) as adapter:
@@ -122,8 +135,7 @@ class ChatTurns:
 
     async def _serve(
         self, server: WrappedServer, turn: Turn, adapter: Adapter | None, abort: asyncio.Event | None
-    ) -> tuple[Reply, dict[str, Any] | None, Prompt]:
-        """Return the reply, the answer in it (None if it is an error), and the prompt as far as it was found."""
+    ) -> Served:
         prompt = Prompt()
         try:
             prompt = await self._prompt(server, turn)
@@ -131,24 +143,25 @@ class ChatTurns:
                 await self._limit(server, turn, prompt)
             reply = await self._ask(server, turn, prompt, abort)
             if not reply.ok:
-                return reply, None, prompt
-            answer = await self._complete(server, turn, prompt, adapter, reply)
+                return Served(reply, prompt=prompt)
+            answer, tokens = await self._complete(server, turn, prompt, adapter, reply)
         except AnsweredError as answered:
-            return answered.reply, None, prompt
+            return Served(answered.reply, prompt=prompt)
         if not (turn.is_ours and turn.is_streamed):
-            return Reply.from_json(200, answer), answer, prompt
+            return Served(Reply.from_json(200, answer), answer, tokens, prompt)
         include_usage = bool((turn.body.get("stream_options") or {}).get("include_usage"))
-        return Reply(200, openai.events(answer, include_usage=include_usage), openai.CONTENT_TYPE), answer, prompt
+        events = openai.events(answer, include_usage=include_usage)
+        return Served(Reply(200, events, openai.CONTENT_TYPE), answer, tokens, prompt)
 
     async def _prompt(self, server: WrappedServer, turn: Turn) -> Prompt:
         if turn.seen is None or turn.newest is None:
             if not self._has_lost_its_ids(turn):
                 return Prompt()  # a first turn, or not a rollout's: the server renders and limits it
-            text = "the agent sent no token ids with any message, although this rollout has sampled before"
+            text = "the agent sent no sampled message in a form that is recognized, although this rollout has sampled"
             return await self._as_rendered(server, turn, CallDrift(cause=DriftCause.MESSAGE_WITHOUT_IDS, text=text))
         if turn.has_media:
             return await self._as_rendered(server, turn, CallDrift(cause=DriftCause.NO_BOUNDARY, text=_NO_MEDIA))
-        changed = self._histories.difference(turn.seen, digest_of(turn, turn.newest))
+        changed = self._histories.difference(turn) if turn.rollout is None else self._calls(turn).difference(turn)
         if changed is not None:
             return await self._as_rendered(server, turn, CallDrift(cause=DriftCause.HISTORY_REWRITTEN, text=changed))
         chat = Chat(turn.messages, turn.newest, turn.render_options, turn.ending, turn.options_key)
@@ -158,7 +171,7 @@ class ChatTurns:
             drift = CallDrift(cause=DriftCause.NO_BOUNDARY, text=str(error))
             return await self._as_rendered(server, turn, drift)
         self.counters.spliced += 1
-        return Prompt(forced, len(forced), self._skipped_turn(turn, turn.newest, turn.seen))
+        return Prompt(forced, len(forced), self._skipped_turn(turn, turn.newest))
 
     async def _as_rendered(self, server: WrappedServer, turn: Turn, drift: CallDrift) -> Prompt:
         """Let the server render, and report why, unless its render starts with the tokens seen anyway."""
@@ -173,21 +186,24 @@ class ChatTurns:
         return Prompt(num_tokens=len(tokens), drift=drift)
 
     def _has_lost_its_ids(self, turn: Turn) -> bool:
-        if turn.rollout is None or not self.book.calls(turn.rollout).has_sampled:
+        if turn.rollout is None or not self._calls(turn).has_sampled:
             return False
         return any(message.get("role") == "assistant" for message in turn.messages)
 
-    def _skipped_turn(self, turn: Turn, newest: int, seen: list[int]) -> CallDrift | None:
-        """Report a turn that was sampled after `newest` and came back without ids: the template wrote it."""
+    def _skipped_turn(self, turn: Turn, newest: int) -> CallDrift | None:
+        """Report a turn that was sampled after `newest` and is not recognized: the template wrote it."""
         if turn.rollout is None or all(m.get("role") != "assistant" for m in turn.messages[newest + 1 :]):
             return None
-        newest_answer = self.book.calls(turn.rollout).newest_answer
-        if newest_answer is None or self._histories.key(seen) == newest_answer:
+        if turn.call is None or turn.call == self._calls(turn).newest:
             return None
         return CallDrift(
             cause=DriftCause.MESSAGE_WITHOUT_IDS,
-            text=f"the agent sent no token ids with a turn sampled after message {newest}",
+            text=f"the agent sent a turn that was sampled after message {newest} in a form that is not recognized",
         )
+
+    def _calls(self, turn: Turn) -> RolloutCalls:
+        assert turn.rollout is not None, "only rollouts have calls"
+        return self.book.calls(turn.rollout)
 
     async def _limit(self, server: WrappedServer, turn: Turn, prompt: Prompt) -> None:
         """Limit the tokens to the room that is left. Raises `AnsweredError` if there is none."""
@@ -198,7 +214,7 @@ class ChatTurns:
             return
         first = turn.num_first_prompt
         if first is None and turn.rollout is not None:
-            first = self.book.calls(turn.rollout).num_first_prompt
+            first = self._calls(turn).num_first_prompt
         room = splice.room(
             prompt.num_tokens,
             max_model_len=max_model_len,
@@ -233,45 +249,48 @@ class ChatTurns:
 
     async def _complete(
         self, server: WrappedServer, turn: Turn, prompt: Prompt, adapter: Adapter | None, reply: Reply
-    ) -> dict[str, Any]:
-        """Add bundle, version and drift to the answer. Raises `AnsweredError` if a rollout's bundle is not exact."""
-        answer = reply.json()
+    ) -> tuple[dict[str, Any], CallTokens | None]:
+        """Add bundle or handle, version and drift to the answer, and return its tokens for the ledger.
+
+        Raises:
+            AnsweredError: The bundle of a rollout's turn is not exact.
+        """
+        answer, tokens = reply.json(), None
         try:
             openai.attach(answer, forced_prompt=prompt.forced)
-            self._remember(turn, answer, await self._server_info.max_model_len(server))
+            tokens = self._remember(turn, answer, await self._server_info.max_model_len(server))
         except openai.BundleError as error:
             if turn.is_ours:
                 raise AnsweredError(Reply.error(500, str(error))) from error
             answer["trl_gym"] = {"no_bundle": str(error)}
         openai.strip_unasked(answer, turn.asked)
+        if tokens is not None:
+            openai.slim(answer, tokens.handle)
         if adapter is not None:
             answer["model"] = turn.body.get("model") or (await self._server_info.all(server))["model_names"][0]
         version = await self._adapters.version_of(adapter, server)
         if version is not None:
             answer["weight_version"] = version
         if prompt.drift is not None:
-            answer["trl_gym"] = {"drift": prompt.drift}
-        return answer
+            answer["trl_gym"] = {"drift": msgspec.to_builtins(prompt.drift)}
+        return answer, tokens
 
-    def _remember(self, turn: Turn, answer: dict[str, Any], max_model_len: int) -> None:
-        """Keep what the next turn needs to know about this one."""
+    def _remember(self, turn: Turn, answer: dict[str, Any], max_model_len: int) -> CallTokens | None:
+        """Keep what the next turn needs to know about this one. Returns the tokens of a rollout's turn."""
         if len(answer["choices"]) != 1:
-            return
+            return None
         message = answer["choices"][0]["message"]
-        ids = message["generation_token_ids"]
-        seen = answer["prompt_token_ids"] + ids
-        key = self._histories.remember(seen, digest_of(turn, len(turn.messages)))
-        if turn.rollout is not None:
-            calls = self.book.calls(turn.rollout)
-            calls.newest_answer = key
-            if is_empty(message):
-                calls.empty_turns.append(EmptyTurn(seen, len(turn.messages)))
+        prompt, ids = answer["prompt_token_ids"], message["generation_token_ids"]
         if _stopped_by_itself(turn, answer, max_model_len):
             self.templates.stop_ids.add(ids[-1])
+        if turn.rollout is not None:
+            return self._calls(turn).tokens_of(turn, message, prompt)
+        self._histories.remember(prompt + ids, digest_of(turn, len(turn.messages)))
+        return None
 
     def _cancelled(self, turn: Turn) -> Reply:
         self.counters.cancelled += 1
-        text = f"The rollout {turn.rollout} was cancelled; its {_OVERFLOW} counts as reached."
+        text = f"The rollout {turn.rollout} has ended or was cancelled; its {_OVERFLOW} counts as reached."
         return Reply.error(400, text)
 
 

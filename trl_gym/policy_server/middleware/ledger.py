@@ -1,14 +1,23 @@
-"""Keep what the server knows about the model calls of rollouts: records, cancelled rollouts, histories, empty turns.
+"""Keep what the server knows about the model calls of rollouts: tokens, versions, histories, cancellation.
 
-Gym passes on the messages of an answer and drops the rest. Versions, cache hits and seconds reach the trainer through
-the records (`POST /trl_gym/rollouts/records`).
+The ledger is the source of the tokens that are trained. Per rollout it has the calls in the order of their answers:
+
+    prompt      the tokens in front of the sampled ones, as parent + what follows the parent's tokens
+    sampled     ids and log-probabilities, as the engine reported them
+    history     a digest of the messages that the call answered
+    said        digests of what the answer says, by which Gym's answer shows that it contains it
+
+`POST /trl_gym/rollouts/take` hands a rollout that has ended to the trainer and forgets it. A client gets a handle
+instead of the tokens: one negative number, as `prompt_token_ids` and `generation_token_ids` of the message. Sent back
+with the message, it says which call the conversation goes on from. A message that comes back without it is recognized
+by what it says and by the messages in front of it.
 
 Token ids say what the policy saw, messages say what the agent means it to see. An agent that compacts or edits its
-history still sends the newest answer with its ids, and putting them back would silently undo the edit. `Histories`
-therefore keeps a digest of the messages in front of every answer, under the tokens that the answer made.
+history may still send the newest answer with its handle, and putting its tokens back would silently undo the edit:
+the digest of the messages in front of it tells.
 
 A policy may sample nothing but its turn end. Gym does not send such a message back, so the next prompt would lack
-sampled tokens: `restore` puts these empty turns back.
+sampled tokens: `RolloutCalls.recognize` puts these empty turns back.
 """
 
 from __future__ import annotations
@@ -16,20 +25,27 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import secrets
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal
+
+import msgspec
 
 from trl_gym.policy_server.middleware.http import Reply
-from trl_gym.policy_server.middleware.turn import Turn
+from trl_gym.policy_server.middleware.turn import Turn, handle_in
+from trl_gym.responses import said_in_message
 
-_MAX_ANSWERS = 65_536  # about 200 bytes each
+_MAX_ANSWERS = 65_536  # to clients without a tag; about 200 bytes each
 _MAX_ROLLOUTS = 16_384
-_MAX_CANCELLED = 65_536
+_MAX_BYTES = 2 << 30  # of token ids and log-probabilities, over all rollouts
+_MAX_ENDED = 65_536  # names of rollouts whose calls are refused
+_MAX_TAKEN = 256  # rollouts that are kept once more, for a trainer that did not get the answer
+_HANDLE_BITS = 52  # an integer that every JSON parser keeps exactly
 _NOTHING: dict[str, Any] = {"role": "assistant", "content": ""}
 
 
@@ -46,47 +62,138 @@ class DriftCause(StrEnum):
     """The agent sent other earlier messages, or other tools, than it had sent before."""
 
     MESSAGE_WITHOUT_IDS = "message_without_ids"
-    """The agent sent no token ids with a turn that was sampled."""
+    """The agent sent a sampled turn back in a form that is not recognized."""
 
     NO_BOUNDARY = "no_boundary"
     """The template does not show where the sampled turn ends; see the text."""
 
 
-class CallDrift(TypedDict):
+# -- what a trainer gets ----------------------------------------------------------------------------------------------
+
+
+class CallDrift(msgspec.Struct, frozen=True):
     """The cause why a call was not answered on the exact prompt."""
 
     cause: DriftCause
     text: str
 
 
-class CallRecord(TypedDict):
-    """One model call of a rollout, as JSON.
+class CallTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of an answered call; `token_ids` and `sampled_ids` read them."""
 
-    Seconds are null if the server does not measure them (`--enable-per-request-metrics`), tokens from the prefix cache
+    handle: int  # what the client got in their place; negative
+    parent: int | None  # index of the call of this rollout with whose tokens its prompt starts; None without one
+    prompt: bytes  # int32 ids of what follows the parent's tokens; of the whole prompt without a parent
+    sampled: bytes  # int32 ids, `[T]`
+    logprobs: bytes  # float64, `[T]`: log-probability of each sampled token, in nats
+    said: tuple[bytes, ...]  # digests of what the answer says, see `responses.said_in_message`
+
+
+class CallRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One model call of a rollout.
+
+    Seconds are None if the server does not measure them (`--enable-per-request-metrics`), tokens from the prefix cache
     if it does not report them (`--enable-prompt-tokens-details`).
     """
 
     status: int  # HTTP status of the answer
     prompt: Literal["rendered", "exact"]  # by the chat template, or as the tokens seen plus what is new
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    cached_tokens: int | None
-    finish_reason: str | None
-    weight_version: str | None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    finish_reason: str | None = None
+    weight_version: str | None = None
     seconds: float  # in the middleware, in total
-    queue_s: float | None
-    prefill_s: float | None
-    decode_s: float | None
-    drift: CallDrift | None
-    error: NotRequired[str]  # the server's words, when the status is not 200
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float | None = None
+    drift: CallDrift | None = None
+    error: str | None = None  # the server's words, when the status is not 200
+    caller: str | None = None  # the NeMo Gym server that made the call, where it is known
+    tokens: CallTokens | None = None  # None for a call that failed
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """The answer to `POST /trl_gym/rollouts/take`, as MessagePack."""
+
+    instance: str  # the server's process
+    rollouts: dict[str, list[CallRecord] | None]  # by id; None where the server had no room for all of its tokens
+
+
+def sampled_ids(tokens: CallTokens) -> list[int]:
+    return array("i", tokens.sampled).tolist()
+
+
+def token_ids(records: Sequence[CallRecord], index: int) -> list[int]:
+    """Return the prompt of a call and what it sampled.
+
+    Args:
+        records: The calls of its rollout.
+        index: One that was answered.
+    """
+    parts: list[bytes] = []
+    place: int | None = index
+    while place is not None:
+        tokens = records[place].tokens
+        assert tokens is not None, "a parent was answered"
+        parts += (tokens.sampled, tokens.prompt)
+        place = tokens.parent
+    return array("i", b"".join(reversed(parts))).tolist()
+
+
+def record_of(
+    reply: Reply,
+    answer: dict[str, Any] | None,
+    *,
+    exact: bool,
+    seconds: float,
+    drift: CallDrift | None = None,
+    tokens: CallTokens | None = None,
+) -> CallRecord:
+    """Make the record of a call: its reply, the chat completion in it (None after an error), whether the prompt was
+    forced, the seconds that it took, the cause why the prompt is not exact, if it should have been, and its tokens."""
+    answer = answer or {}
+    usage, metrics = answer.get("usage") or {}, answer.get("metrics") or {}
+    return CallRecord(
+        status=reply.status,
+        prompt="exact" if exact else "rendered",
+        prompt_tokens=usage.get("prompt_tokens"),
+        completion_tokens=usage.get("completion_tokens"),
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+        finish_reason=(answer.get("choices") or [{}])[0].get("finish_reason"),
+        weight_version=answer.get("weight_version"),
+        seconds=round(seconds, 6),
+        queue_s=_seconds(metrics.get("queue_time_ms")),
+        prefill_s=_seconds(metrics.get("time_to_first_token_ms")),
+        decode_s=_seconds(metrics.get("generation_time_ms")),
+        drift=drift,
+        error=None if reply.ok else reply.error_text(),
+        tokens=tokens,
+    )
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else round(milliseconds / 1000, 6)
+
+
+# -- the calls of one rollout -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class EmptyTurn:
-    """An answer without text or calls."""
+class Digest:
+    """Hashes of the request of a model call."""
 
-    seen: list[int]  # its prompt plus the sampled tokens
-    place: int  # its index among the messages, with earlier empty turns in place
+    messages: bytes  # hash of all messages
+    before_answer: bytes  # hash without assistant messages at the end: agents merge what they get into the last one
+    tools: bytes  # hash of tools and template options
+
+    def difference(self, now: Digest) -> str | None:
+        """Tell what the agent has changed; `now` is of the messages in front of the answer, as it sends them now."""
+        if self.tools != now.tools:
+            return "the agent changed the tools or the template options after this turn"
+        if now.messages not in (self.messages, self.before_answer):
+            return "the agent changed messages in front of this turn"
+        return None
 
 
 @dataclass(slots=True)
@@ -95,33 +202,267 @@ class RolloutCalls:
 
     records: list[CallRecord] = field(default_factory=list)  # records of answered calls, in the order of their answers
     num_first_prompt: int | None = None  # tokens of the first prompt; None before the first answer
-    newest_answer: bytes | None = None  # key of the newest answer (`Histories.key`)
-    empty_turns: list[EmptyTurn] = field(default_factory=list)  # answers without text or calls, oldest first
+    newest: int | None = None  # index of the newest answer with tokens
+    num_bytes: int = 0  # of all tokens
+    is_whole: bool = True  # False when tokens were dropped to make room
     # One event per running call; setting it hangs up on the engine.
     aborts: list[asyncio.Event] = field(default_factory=list)
+    _digests: dict[int, Digest] = field(default_factory=dict)  # by index: the request that the call answered
+    _by_handle: dict[int, int] = field(default_factory=dict)
+    _by_key: dict[bytes, int] = field(default_factory=dict)  # by `key_of` its tokens
+    # By the messages in front, and what the answer says, or its sampled ids as JSON.
+    _by_said: dict[tuple[bytes, tuple[bytes, ...]], int] = field(default_factory=dict)
+    _empty: dict[bytes, int] = field(default_factory=dict)  # answers that say nothing, by the messages in front
 
     @property
     def has_sampled(self) -> bool:
-        return any(record["completion_tokens"] for record in self.records)
+        return self.newest is not None
+
+    def recognize(self, turn: Turn) -> None:
+        """Find the calls that sampled the assistant messages of a request, and put empty turns back that it dropped.
+
+        Args:
+            turn: The request; changed in place. If a message is recognized (by its handle, its token ids, or what it
+                says), `newest`, `seen`, `call` and `num_first_prompt` are set.
+        """
+        state = hashlib.blake2b(digest_size=16)
+        turn.digests = [state.digest()]
+        for place in _places(turn):
+            self._put_back(turn, place)
+            if place == len(turn.messages):
+                break
+            index, sampled = self._find(turn, place), turn.sampled[place]
+            if index is not None:
+                self._continue(turn, place, index)
+                sampled = self._handle(index)  # in whatever form it came back
+            state.update(_part(turn.messages[place], sampled))
+            turn.digests.append(state.digest())
+        if turn.call is not None:
+            turn.seen = token_ids(self.records, turn.call)
+            turn.num_first_prompt = self._num_first_prompt(turn.call)
+
+    def difference(self, turn: Turn) -> str | None:
+        """Tell what the agent has changed in front of the newest recognized message; None if nothing."""
+        if turn.call is None or turn.newest is None:
+            return None
+        return self._digests[turn.call].difference(digest_of(turn, turn.newest))
+
+    def tokens_of(self, turn: Turn, message: dict[str, Any], prompt: list[int]) -> CallTokens:
+        """Return the tokens of an answer under a new handle; `append` their record next.
+
+        Args:
+            turn: The request.
+            message: The answer's message, with its token bundle.
+            prompt: Ids of the prompt.
+        """
+        parent = turn.call if turn.call is not None and prompt[: len(turn.seen or ())] == turn.seen else None
+        parent = self._parent(prompt) if parent is None else parent
+        start = 0 if parent is None else len(token_ids(self.records, parent))
+        return CallTokens(
+            handle=-secrets.randbelow(1 << _HANDLE_BITS) - 1,
+            parent=parent,
+            prompt=array("i", prompt[start:]).tobytes(),
+            sampled=array("i", message["generation_token_ids"]).tobytes(),
+            logprobs=array("d", message["generation_log_probs"]).tobytes(),
+            said=said_in_message(message),
+        )
+
+    def append(self, turn: Turn, record: CallRecord) -> int:
+        """Add the record of a call. Returns the bytes of its tokens."""
+        index, tokens = len(self.records), record.tokens
+        self.records.append(record)
+        if tokens is None:
+            return 0
+        self.newest = index
+        if self.num_first_prompt is None:
+            self.num_first_prompt = record.prompt_tokens
+        digest = self._digests[index] = digest_of(turn, len(turn.messages))
+        self._by_handle[tokens.handle] = index
+        self._by_key[key_of(token_ids(self.records, index))] = index
+        ids = json.dumps(sampled_ids(tokens), separators=(",", ":")).encode()
+        for front in {digest.messages, digest.before_answer}:
+            self._by_said[front, tokens.said] = self._by_said[front, (ids,)] = index
+        if not tokens.said:
+            self._empty[digest.messages] = index
+        num_bytes = len(tokens.prompt) + len(tokens.sampled) + len(tokens.logprobs)
+        self.num_bytes += num_bytes
+        return num_bytes
+
+    def drop_tokens(self) -> None:
+        """Make room: what was recorded is lost, and the rollout with it."""
+        self.records.clear()
+        for known in (self._digests, self._by_handle, self._by_key, self._by_said, self._empty):
+            known.clear()
+        self.newest, self.num_bytes, self.is_whole = None, 0, False
+
+    def _find(self, turn: Turn, place: int) -> int | None:
+        message, ids = turn.messages[place], turn.sampled[place]
+        if ids is not None and (handle := handle_in(ids)) is not None:
+            return self._by_handle.get(handle)
+        if ids is not None:
+            index = self._by_said.get((turn.digests[-1], (ids,)))
+            if index is None and place == turn.newest and turn.seen is not None:  # `Turn` has parsed the newest ids
+                return self._by_key.get(key_of(turn.seen))
+            return index
+        if message.get("role") != "assistant":
+            return None
+        return self._by_said.get((turn.digests[-1], said_in_message(message)))
+
+    def _continue(self, turn: Turn, place: int, index: int) -> None:
+        """Let the request go on from a recognized message, unless it goes on from a later one with ids of its own."""
+        if turn.newest is not None and turn.newest > place:
+            return
+        turn.newest, turn.call = place, index
+
+    def _num_first_prompt(self, index: int) -> int | None:
+        """Return the length of the prompt with which the conversation of a call began."""
+        while (tokens := self.records[index].tokens) is not None and tokens.parent is not None:
+            index = tokens.parent
+        return self.records[index].prompt_tokens
+
+    def _put_back(self, turn: Turn, place: int) -> None:
+        """Put an empty turn back in front of `place`, if that is where it was and it is not there."""
+        index = self._empty.get(turn.digests[-1])
+        if index is None:
+            return
+        is_there = place < len(turn.messages) and turn.messages[place].get("role") == "assistant"
+        if is_there and (turn.sampled[place] is not None or not is_empty(turn.messages[place])):
+            return
+        if not is_there:
+            turn.messages.insert(place, dict(_NOTHING))
+            turn.sampled.insert(place, None)
+            if turn.newest is not None and turn.newest >= place:
+                turn.newest += 1
+        turn.sampled[place] = self._handle(index)
+
+    def _parent(self, prompt: list[int]) -> int | None:
+        """Return the newest call with whose tokens a prompt starts, of those that no later call with it continues."""
+        best, length = None, 0
+        for index in reversed(range(len(self.records))):
+            record = self.records[index]
+            if record.tokens is None or record.prompt_tokens is None or len(prompt) < record.prompt_tokens:
+                continue
+            seen = token_ids(self.records, index)
+            if len(seen) > length and prompt[: len(seen)] == seen:
+                best, length = index, len(seen)
+        return best
+
+    def _handle(self, index: int) -> bytes:
+        tokens = self.records[index].tokens
+        assert tokens is not None, "only answered calls are recognized"
+        return b"[%d]" % tokens.handle
+
+
+def _places(turn: Turn) -> Iterator[int]:
+    """Yield the places of a request whose messages become more meanwhile, the one behind the last included."""
+    place = 0
+    while place <= len(turn.messages):
+        yield place
+        place += 1
+
+
+def is_empty(message: dict[str, Any]) -> bool:
+    """Tell whether a message holds nothing that an agent would keep."""
+    return not any(message.get(key) for key in ("content", "tool_calls", "reasoning", "reasoning_content"))
+
+
+# -- histories --------------------------------------------------------------------------------------------------------
+
+
+def key_of(seen: Sequence[int]) -> bytes:
+    """Return the key of an answer: a hash of its prompt plus the sampled tokens."""
+    return hashlib.blake2b(array("q", seen).tobytes(), digest_size=16).digest()
+
+
+def digest_of(turn: Turn, end: int) -> Digest:
+    """Return the digest of a request's first `end` messages, as its agent means them, and of its render options."""
+    if not turn.digests:
+        state = hashlib.blake2b(digest_size=16)
+        turn.digests = [state.digest()]
+        for message, ids in zip(turn.messages, turn.sampled, strict=True):
+            state.update(_part(message, ids))
+            turn.digests.append(state.digest())
+    before = end
+    while before and turn.messages[before - 1].get("role") == "assistant":
+        before -= 1
+    return Digest(turn.digests[end], turn.digests[before], turn.options_key)
+
+
+def _part(message: dict[str, Any], sampled: bytes | None) -> bytes:
+    """Return what of a message counts: what was sampled if that is known (ids or handle), else role, text and calls.
+    Thinking, which agents drop, and the form of the message do not."""
+    if sampled is not None:
+        return json.dumps(["sampled", sampled.decode()]).encode()
+    said = [digest.hex() for digest in said_in_message(message)]
+    content = message.get("content")
+    media = [part for part in content if not _is_text(part)] if isinstance(content, list) else []
+    return json.dumps([message.get("role"), said, media, message.get("tool_call_id")]).encode()
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+class Histories:
+    """Digests of the newest answers to clients without a tag, which send full token ids back."""
+
+    def __init__(self) -> None:
+        self._digests: OrderedDict[bytes, list[Digest]] = OrderedDict()
+
+    def remember(self, seen: Sequence[int], digest: Digest) -> None:
+        """Keep the digest of an answer's request; `seen` is prompt plus sampled tokens."""
+        known = self._digests.setdefault(key_of(seen), [])
+        known[:] = [*[one for one in known if one != digest][-7:], digest]  # conversations may have the same tokens
+        if len(self._digests) > _MAX_ANSWERS:
+            self._digests.popitem(last=False)
+
+    def difference(self, turn: Turn) -> str | None:
+        """Tell what the agent has changed in the request that led to the newest answer with token ids.
+
+        Returns:
+            One sentence, or None if nothing changed or the answer is unknown (another server gave it).
+        """
+        if turn.seen is None or turn.newest is None:
+            return None
+        now = digest_of(turn, turn.newest)
+        found = [digest.difference(now) for digest in self._digests.get(key_of(turn.seen), ())]
+        return None if None in found or not found else found[-1]
+
+
+# -- the calls of all rollouts ----------------------------------------------------------------------------------------
 
 
 class RolloutBook:
-    """Calls by rollout, and cancelled rollouts. Bounded: the oldest rollouts are dropped first."""
+    """Calls by rollout, and rollouts that have ended. Bounded: the oldest rollouts are dropped first."""
 
     def __init__(self) -> None:
         self._rollouts: OrderedDict[str, RolloutCalls] = OrderedDict()
-        self._cancelled: OrderedDict[str, None] = OrderedDict()
+        self._taken: OrderedDict[str, list[CallRecord] | None] = OrderedDict()
+        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._num_bytes = 0
 
     def calls(self, rollout: str) -> RolloutCalls:
         """Return the calls of a rollout, known or new."""
         calls = self._rollouts.setdefault(rollout, RolloutCalls())
         self._rollouts.move_to_end(rollout)
         if len(self._rollouts) > _MAX_ROLLOUTS:
-            self._rollouts.popitem(last=False)
+            self._num_bytes -= self._rollouts.popitem(last=False)[1].num_bytes
         return calls
 
-    def is_cancelled(self, rollout: str) -> bool:
-        return rollout in self._cancelled
+    def append(self, turn: Turn, record: CallRecord) -> None:
+        """Add the record of a tagged call. Tokens of the oldest rollouts are dropped where there is no room."""
+        assert turn.rollout is not None, "only calls with a tag are recorded"
+        self._num_bytes += self.calls(turn.rollout).append(turn, record)
+        for calls in self._rollouts.values():
+            if self._num_bytes <= _MAX_BYTES:
+                return
+            self._num_bytes -= calls.num_bytes
+            if calls.num_bytes:
+                calls.drop_tokens()
+
+    def has_ended(self, rollout: str) -> bool:
+        """Tell whether a rollout was cancelled, or taken: nobody waits for its calls any more."""
+        return rollout in self._ended
 
     @contextmanager
     def running(self, rollout: str) -> Iterator[asyncio.Event]:
@@ -137,179 +478,34 @@ class RolloutBook:
         """Refuse all later calls of these rollouts and abort running ones. Returns how many were running."""
         aborts = [abort for name in rollouts if name in self._rollouts for abort in self._rollouts[name].aborts]
         for name in rollouts:
-            self._cancelled[name] = None
-            self._cancelled.move_to_end(name)
-        while len(self._cancelled) > _MAX_CANCELLED:
-            self._cancelled.popitem(last=False)
+            self._ended[name] = None
+            self._ended.move_to_end(name)
+        while len(self._ended) > _MAX_ENDED:
+            self._ended.popitem(last=False)
         for abort in aborts:
             abort.set()
         return len(aborts)
 
-    def records(self, rollouts: Sequence[str], *, forget: bool) -> dict[str, list[CallRecord]]:
-        """Return the records of each rollout; empty for one that has made no call here."""
-        records = {name: self._rollouts[name].records if name in self._rollouts else [] for name in rollouts}
-        if forget:
-            for name in rollouts:
-                if name in self._rollouts and not self._rollouts[name].aborts:
-                    del self._rollouts[name]
-        return records
+    def take(self, rollouts: Sequence[str]) -> dict[str, list[CallRecord] | None]:
+        """Return the records of rollouts that have ended, empty for one that has made no call here, and forget them.
+
+        A trainer that did not get the answer asks again: the newest are kept for that.
+        """
+        self.cancel(rollouts)
+        for name in rollouts:
+            calls = self._rollouts.pop(name, None)
+            if calls is not None:
+                self._num_bytes -= calls.num_bytes
+                self._taken[name] = calls.records if calls.is_whole else None
+        found = {name: self._taken.get(name, []) for name in rollouts}
+        while len(self._taken) > _MAX_TAKEN:
+            self._taken.popitem(last=False)
+        return found
+
+    def records(self, rollouts: Sequence[str]) -> dict[str, list[CallRecord]]:
+        """Return the records so far of rollouts that have not ended."""
+        return {name: self._rollouts[name].records if name in self._rollouts else [] for name in rollouts}
 
     def num_running(self, rollouts: Sequence[str]) -> dict[str, int]:
         """Return how many calls of each rollout are being answered."""
         return {name: len(self._rollouts[name].aborts) if name in self._rollouts else 0 for name in rollouts}
-
-
-def record_of(
-    reply: Reply, answer: dict[str, Any] | None, *, exact: bool, seconds: float, drift: CallDrift | None
-) -> CallRecord:
-    """Make the record of a call: its reply, the chat completion in it (None after an error), whether the prompt was
-    forced, the seconds that it took, and the cause why the prompt is not exact, if it should have been."""
-    answer = answer or {}
-    usage, metrics = answer.get("usage") or {}, answer.get("metrics") or {}
-    record = CallRecord(
-        status=reply.status,
-        prompt="exact" if exact else "rendered",
-        prompt_tokens=usage.get("prompt_tokens"),
-        completion_tokens=usage.get("completion_tokens"),
-        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
-        finish_reason=(answer.get("choices") or [{}])[0].get("finish_reason"),
-        weight_version=answer.get("weight_version"),
-        seconds=round(seconds, 6),
-        queue_s=_seconds(metrics.get("queue_time_ms")),
-        prefill_s=_seconds(metrics.get("time_to_first_token_ms")),
-        decode_s=_seconds(metrics.get("generation_time_ms")),
-        drift=drift,
-    )
-    if not reply.ok:
-        record["error"] = reply.error_text()
-    return record
-
-
-def _seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else round(milliseconds / 1000, 6)
-
-
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """Hashes of the request of a model call."""
-
-    messages: bytes  # hash of all messages
-    before_answer: bytes  # hash without assistant messages at the end: agents merge what they get into the last one
-    tools: bytes  # hash of tools and template options
-
-
-class Histories:
-    """Digests of the newest answers of a server, to any client."""
-
-    def __init__(self) -> None:
-        self._digests: OrderedDict[bytes, Digest] = OrderedDict()
-
-    @staticmethod
-    def key(seen: Sequence[int]) -> bytes:
-        """Return the key of an answer: a hash of its prompt plus the sampled tokens."""
-        return hashlib.blake2b(array("q", seen).tobytes(), digest_size=16).digest()
-
-    def remember(self, seen: Sequence[int], digest: Digest) -> bytes:
-        """Keep the digest of an answer's request; `seen` is prompt plus sampled tokens. Returns the answer's key."""
-        key = self.key(seen)
-        self._digests[key] = digest
-        if len(self._digests) > _MAX_ANSWERS:
-            self._digests.popitem(last=False)
-        return key
-
-    def difference(self, seen: Sequence[int], before: Digest) -> str | None:
-        """Tell what the agent has changed in the request that led to the answer with these tokens.
-
-        Args:
-            seen: The newest answer's prompt plus the sampled tokens.
-            before: Digest of the messages in front of that answer, as the agent sends them now.
-
-        Returns:
-            One sentence, or None if nothing changed or the answer is unknown (another server gave it).
-        """
-        then = self._digests.get(self.key(seen))
-        if then is None:
-            return None
-        if then.tools != before.tools:
-            return "the agent changed the tools or the template options after this turn"
-        if before.messages not in (then.messages, then.before_answer):
-            return "the agent changed messages in front of this turn"
-        return None
-
-
-def digest(messages: Sequence[dict[str, Any]], sampled: Sequence[bytes | None], options: bytes) -> Digest:
-    """Return the digest of messages as an agent means them.
-
-    Args:
-        messages: Messages without token ids.
-        sampled: Sampled ids of each message as JSON, or None; if given they count instead of the text.
-        options: Hash of tools and template options.
-    """
-    end = len(messages)
-    while end and messages[end - 1].get("role") == "assistant":
-        end -= 1
-    state, before = hashlib.blake2b(digest_size=16), b""
-    for index, (message, ids) in enumerate(zip(messages, sampled, strict=True)):
-        if index == end:
-            before = state.digest()
-        parts = ["ids", ids.decode()] if ids is not None else list(_meaning(message))
-        state.update(json.dumps(parts).encode())
-    whole = state.digest()
-    return Digest(whole, before if end < len(messages) else whole, options)
-
-
-def digest_of(turn: Turn, end: int) -> Digest:
-    """Return the digest of a request's first `end` messages and of its render options."""
-    return digest(turn.messages[:end], turn.sampled[:end], turn.options_key)
-
-
-def _meaning(message: dict[str, Any]) -> Iterable[Any]:
-    """Yield role, text and calls, but not thinking, which agents drop, nor the form of the message."""
-    yield message.get("role")
-    content = message.get("content")
-    if isinstance(content, list):
-        texts: list[Any] = [
-            part.get("text") if isinstance(part, dict) and "text" in part else part for part in content
-        ]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else texts
-    yield content or ""
-    yield message.get("tool_call_id")
-    for call in message.get("tool_calls") or []:
-        function = call.get("function") or {} if isinstance(call, dict) else {}
-        yield [function.get("name"), function.get("arguments")]
-
-
-def is_empty(message: dict[str, Any]) -> bool:
-    """Tell whether a message holds nothing that an agent would keep."""
-    return not any(message.get(key) for key in ("content", "tool_calls", "reasoning", "reasoning_content"))
-
-
-def restore(turn: Turn, empty: Sequence[EmptyTurn], histories: Histories) -> None:
-    """Put empty turns back into a request that has dropped them.
-
-    Args:
-        turn: The request; changed in place.
-        empty: The empty turns of its rollout, oldest first.
-        histories: Tells whether the messages in front of each are still those that it answered.
-    """
-    for answer in empty:
-        if answer.place > len(turn.messages):
-            return  # another conversation of the same rollout, or a shorter history
-        if histories.difference(answer.seen, digest_of(turn, answer.place)) is not None:
-            return
-        _put_back(turn, answer)
-
-
-def _put_back(turn: Turn, answer: EmptyTurn) -> None:
-    place = answer.place
-    is_there = place < len(turn.messages) and turn.messages[place].get("role") == "assistant"
-    if is_there and (turn.sampled[place] is not None or not is_empty(turn.messages[place])):
-        return
-    if not is_there:
-        turn.messages.insert(place, dict(_NOTHING))
-        turn.sampled.insert(place, None)
-        if turn.newest is not None and turn.newest >= place:
-            turn.newest += 1
-    turn.sampled[place] = b"[]"  # counts as sampled in a digest; no client sends these ids
-    if turn.newest is None or turn.newest < place:
-        turn.newest, turn.seen = place, list(answer.seen)

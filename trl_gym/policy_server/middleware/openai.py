@@ -1,7 +1,8 @@
 """Attach the token bundle to a chat completion, and write a whole completion as the stream that a client asked for.
 
 The bundle is put on `choices[i].message`: `prompt_token_ids`, `generation_token_ids` and `generation_log_probs` (one
-finite number per sampled id). It is never a guess: a bundle that cannot be built exactly is an error.
+finite number per sampled id). It is never a guess: a bundle that cannot be built exactly is an error. A turn of a
+rollout gets a handle in its place; the ledger keeps the tokens.
 
 A turn of a rollout is answered whole, since only then are its tokens complete. A client that streams gets the answer
 as server-sent events in one piece, with the bundle on the delta.
@@ -53,6 +54,25 @@ def attach(answer: dict[str, Any], *, forced_prompt: list[int] | None) -> None:
             "generation_token_ids": ids,
             "generation_log_probs": _logprobs(choice, len(ids)),
         }
+
+
+def slim(answer: dict[str, Any], handle: int) -> None:
+    """Put a handle in the place of the bundle of a completion with one choice.
+
+    It has the form of a bundle: NeMo Gym checks that these are lists of numbers of the same length, and sends them
+    back with the message.
+
+    Args:
+        answer: The completion; changed in place.
+        handle: A negative number, which no token id is.
+    """
+    answer["choices"][0]["message"] |= {
+        "prompt_token_ids": [handle],
+        "generation_token_ids": [handle],
+        "generation_log_probs": [0.0],
+    }
+    answer["prompt_token_ids"] = None
+    answer["choices"][0]["token_ids"] = None
 
 
 def strip_unasked(answer: dict[str, Any], asked: Collection[str]) -> None:

@@ -1,13 +1,15 @@
 """Parse a chat completion request: whose turn it is, which tokens it has seen, and what the server is asked for it.
 
-Every sampled message carries its whole prompt: a request of turn 30 is a megabyte of token ids, of which only those of
-the newest message count. The others are skipped, not parsed.
+A sampled message carries a handle (`ledger.py`), or, from clients without a tag, its whole prompt: a request of turn
+30 is a megabyte of token ids then, of which only those of the newest message count. The others are skipped, not
+parsed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +26,8 @@ _TAG_KEYS = ("rollout", "sampling", "completion_budget")
 _RENDER_KEYS = ("model", "tools", "chat_template", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs")
 
 _MAX_TOKEN_ID = 2**31 - 1  # an engine's limit; the server itself refuses ids beyond its vocabulary
+
+_HANDLE = re.compile(rb"\[(-[0-9]{1,16})\]")
 
 _Fields = dict[str, msgspec.Raw]
 _fields = msgspec.json.Decoder(_Fields)
@@ -42,13 +46,16 @@ class Turn:
 
     body: dict[str, Any]  # the request without `trl_gym` and messages, sampling pinned; `limit_tokens` changes it
     messages: list[dict[str, Any]]  # its messages, without token ids
-    sampled: list[bytes | None] = field(default_factory=list)  # sampled ids of each message as JSON, or None
+    # Sampled ids of each message as JSON, or a handle in their place (`[-7]`), or None.
+    sampled: list[bytes | None] = field(default_factory=list)
     rollout: str | None = None  # id of the rollout; None for a request without a tag
     sampling: dict[str, Any] | None = None  # sampling parameters that the tag pins; None if it pins none
     completion_budget: int | None = None  # tokens that the rollout may have after its first prompt
-    newest: int | None = None  # index of the newest message with sampled ids, or None
+    newest: int | None = None  # index of the newest message whose tokens are known, or None
     seen: list[int] | None = None  # prompt and sampled ids of that message, or None
-    num_first_prompt: int | None = None  # length of the prompt of the first message with sampled ids, or None
+    call: int | None = None  # index of the call that sampled it (`ledger.RolloutCalls.recognize`), or None
+    num_first_prompt: int | None = None  # length of the prompt with which that conversation began, or None
+    digests: list[bytes] = field(default_factory=list)  # hashes of the first 0, 1, 2, … messages (`ledger.digest_of`)
     # Fields of the answer that the client asked for, among those that the middleware always asks for.
     asked: frozenset[str] = field(default_factory=frozenset)
     # Options of the render other than messages and ending, as /tokenize takes them.
@@ -181,7 +188,12 @@ class Turn:
 
     def _read_history(self, messages: list[_Fields]) -> None:
         self.sampled = [_sampled(message) for message in messages]
-        with_ids = [index for index, ids in enumerate(self.sampled) if ids is not None]
+        with_ids = [index for index, ids in enumerate(self.sampled) if ids is not None and handle_in(ids) is None]
+        if self.rollout is None and len(with_ids) != len(messages) - self.sampled.count(None):
+            raise InvalidTurnError(
+                "a message has a handle in place of its token ids, and the request does not say to which rollout it "
+                "belongs: send the tag of the rollout too (`trl_gym`)"
+            )
         if not with_ids:
             return
         self.newest = with_ids[-1]
@@ -212,6 +224,12 @@ def _sampled(message: _Fields) -> bytes | None:
     raw = message.get("generation_token_ids")
     ids = b"" if raw is None else bytes(raw).translate(None, b" \n\r\t")
     return ids if ids not in (b"", b"null", b"[]") else None
+
+
+def handle_in(ids: bytes) -> int | None:
+    """Return the handle that stands in place of sampled ids; None for ids."""
+    match = _HANDLE.fullmatch(ids)
+    return None if match is None else int(match[1])
 
 
 def _render_options(body: dict[str, Any]) -> dict[str, Any]:
