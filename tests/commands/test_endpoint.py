@@ -6,17 +6,15 @@ import pytest
 
 from tests.commands.plain_endpoint import KEY, MODEL, plain_endpoint
 from tests.rollouts.recorded import request
-from trl_gym.commands.collect import EndpointKind, look_at, without_tag
+from trl_gym.commands.collect import look_at, without_tag
 from trl_gym.errors import ConfigError, PolicyServerError
 
 
-@pytest.mark.parametrize(("tokenizes", "kind"), [(False, EndpointKind.PLAIN), (True, EndpointKind.VLLM)])
-def test_a_foreign_endpoint_is_recognized_and_its_limits_are_said(tokenizes: bool, kind: EndpointKind) -> None:
-    with plain_endpoint(tokenizes=tokenizes) as server:
+def test_a_foreign_endpoint_is_recognized_and_its_limits_are_said() -> None:
+    with plain_endpoint() as server:
         endpoint = look_at(server.base_url, MODEL, KEY)
-        assert endpoint.kind is kind
-        assert "trl-gym gateway" in endpoint.note
-        assert ("no token ids" in endpoint.note) == (not tokenizes)
+        assert not endpoint.is_ours
+        assert "without token ids" in endpoint.note and "trl-gym gateway" in endpoint.note
 
 
 def test_a_proxy_for_the_outer_world_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,8 +22,8 @@ def test_a_proxy_for_the_outer_world_is_not_asked(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    with plain_endpoint(tokenizes=True) as server:
-        assert look_at(server.base_url, MODEL, KEY).kind is EndpointKind.VLLM
+    with plain_endpoint() as server:
+        assert not look_at(server.base_url, MODEL, KEY).is_ours
 
 
 def test_what_cannot_work_is_said_before_anything_is_started() -> None:

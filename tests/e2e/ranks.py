@@ -70,10 +70,10 @@ class Sharded(Checked):
 class Killed(Checked):
     """One rank dies without notice in the middle of the rollouts of the second step."""
 
-    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest) -> Any:
+    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest, calls: Any) -> Any:
         if self.accelerator.process_index == VICTIM and self.state.global_step == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().build_trajectories(answer, request)
+        return super().build_trajectories(answer, request, calls)
 
 
 def sharded(name: str) -> PreTrainedModel:

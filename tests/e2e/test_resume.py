@@ -54,12 +54,12 @@ class Killed(Seeded):
 
     num_left = KILLED_AFTER
 
-    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest) -> Any:
+    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest, calls: Any) -> Any:
         if self.state.global_step == KILLED_AT_STEP:
             if self.num_left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             self.num_left -= 1
-        return super().build_trajectories(answer, request)
+        return super().build_trajectories(answer, request, calls)
 
 
 class DiesInItsPhase(Seeded):
@@ -72,10 +72,10 @@ class DiesInItsPhase(Seeded):
         if phase == self.phase:
             os.kill(os.getpid(), self.signal)
 
-    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest) -> Any:
+    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest, calls: Any) -> Any:
         if request.member == 1:  # some are in the journal by then
             self._die_in("rollouts")
-        return super().build_trajectories(answer, request)
+        return super().build_trajectories(answer, request, calls)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         self._die_in("loss")

@@ -86,12 +86,12 @@ class Killing(RecordingTrainer):
 
     num_ended = 0
 
-    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest) -> Any:
+    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest, calls: Any) -> Any:
         if self.state.global_step in (0, NUM_STEPS):
             self.num_ended += 1
             if self.num_ended in (KILLED_AFTER, 16 + KILLED_AFTER):
                 kill_server(self)
-        return super().build_trajectories(answer, request)
+        return super().build_trajectories(answer, request, calls)
 
     def _push_weights(self) -> None:
         step, client = self.state.global_step, self.policy_server.client

@@ -19,7 +19,7 @@ from trl_gym import GymGRPOTrainer, GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import RolloutError
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.rollout import Rollout
-from trl_gym.rollouts.trajectory import finish_reason, model_calls
+from trl_gym.rollouts.trajectory import finish_reason
 
 pytestmark = [pytest.mark.e2e, pytest.mark.shares("small")]
 
@@ -59,7 +59,7 @@ def test_every_trained_trajectory_is_contiguous(run: RecordingTrainer) -> None:
     assert all(rollout.failure is None for rollout in rollouts)
     num_turns = set()
     for rollout in rollouts:
-        calls = model_calls(rollout.answer)
+        calls = rollout.calls
         num_turns.add(len(calls))
         for before, after in itertools.pairwise(calls):
             seen = before.prompt_ids + before.generation_ids
@@ -205,9 +205,9 @@ class Halved(GymGRPOTrainer):
     def build_request(self, row: dict[str, Any], request: Any) -> dict[str, Any]:
         return request.row | {"note": f"task {request.task_index}"}
 
-    def build_trajectories(self, answer: dict[str, Any], request: Any) -> Any:
+    def build_trajectories(self, answer: dict[str, Any], request: Any, calls: Any) -> Any:
         assert request.row["note"] == f"task {request.task_index}"
-        return super().build_trajectories(answer, request)
+        return super().build_trajectories(answer, request, calls)
 
     def compute_rewards(self, rollouts: Any) -> list[float | None]:
         # The first of each group is taken out: as if it had failed.

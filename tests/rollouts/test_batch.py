@@ -6,13 +6,15 @@ import dataclasses
 import json
 from typing import Any
 
-from tests.rollouts.sampled import calls_in
+import msgspec
+
+from tests.rollouts.sampled import calls_in, record, records_of
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
 from trl_gym.rollouts.batch import as_problems, describe_drift, failure_causes, table_columns
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, journal_record
-from trl_gym.rollouts.trajectory import DriftReport, from_calls
+from trl_gym.rollouts.trajectory import DriftReport, ModelCall, from_calls, model_calls
 
 OUTPUT = [
     {
@@ -74,17 +76,8 @@ def drifted(cause: DriftCause, agent: str = "calculator", *, excluded: bool = Fa
     )
 
 
-def record(prompt_tokens: int | None, completion_tokens: int | None, **changes: Any) -> CallRecord:
-    fields: dict[str, Any] = {
-        "status": 200, "prompt": "exact", "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-        "cached_tokens": 1, "finish_reason": "stop", "weight_version": "3", "seconds": 0.1, "queue_s": 0.01,
-        "prefill_s": 0.02, "decode_s": 0.03, "drift": None,
-    }  # fmt: skip
-    return CallRecord(**(fields | changes))
-
-
-def with_records(rollout: Rollout, *records: CallRecord) -> Rollout:
-    return dataclasses.replace(rollout, records=list(records))
+def with_records(rollout: Rollout, records: list[CallRecord], calls: list[ModelCall]) -> Rollout:
+    return dataclasses.replace(rollout, records=records, calls=calls)
 
 
 def test_the_table_says_whose_row_it_is() -> None:
@@ -119,29 +112,30 @@ def test_drift_is_described_once_per_agent_and_cause() -> None:
 
 
 def test_turns_have_what_the_server_measured() -> None:
-    """The failed call in between has no place in Gym's answer."""
-    refused = record(None, None, status=400, weight_version=None)
-    rollout = with_records(good(), record(2, 1), refused, record(4, 1, cached_tokens=3, weight_version="4"))
-    line = journal_record(rollout, step=3, mode="train", weight_version="9")
-    measured = ("prompt_tokens", "generation_tokens", "cached_tokens", "queue_s", "prefill_s", "decode_s")
+    """The failed call in between has no place in Gym's answer, and a call that the answer lacks comes last."""
+    measured = {"queue_s": 0.01, "prefill_s": 0.02, "decode_s": 0.03}
+    first, second = records_of({"response": {"output": OUTPUT}})
+    first = msgspec.structs.replace(first, cached_tokens=1, **measured)
+    second = msgspec.structs.replace(second, cached_tokens=3, weight_version="4", **measured)
+    refused = CallRecord(status=400, prompt="exact", seconds=0.1)
+    records = [first, refused, second, record([first], [9], [9, 9], weight_version="4")]
+    calls = model_calls(records)
+    line = journal_record(with_records(good(), records, calls), step=3, mode="train", weight_version="9")
+    names = ("prompt_tokens", "generation_tokens", "cached_tokens", "queue_s", "prefill_s", "decode_s")
     models = [turn for turn in line["turns"] if turn["kind"] == "model"]
-    assert [tuple(turn[name] for name in measured) for turn in models] == [
+    assert [tuple(turn[name] for name in names) for turn in models] == [
         (2, 1, 1, 0.01, 0.02, 0.03),
         (4, 1, 3, 0.01, 0.02, 0.03),
+        (1, 2, None, None, None, None),
     ]
-    assert [turn["weight_version"] for turn in models] == ["3", "4"]
+    assert [turn["weight_version"] for turn in models] == ["3", "4", "4"]
     assert line["weight_versions"] == ["3", "4"]
     assert line["turns"][1] == {"kind": "tool", "name": "add", "seconds": None, "error": None}
 
 
-def test_records_that_do_not_match_are_not_distributed_by_guessing() -> None:
-    line = journal_record(with_records(good(), record(2, 1), record(5, 1)), step=3, mode="train", weight_version="9")
-    assert [turn["queue_s"] for turn in line["turns"] if turn["kind"] == "model"] == [None, None]
-    assert line["weight_versions"] == ["3"]  # that much is certain: these versions answered
-
-
 def test_the_calls_of_a_failed_rollout_are_known_from_the_records() -> None:
-    rollout = with_records(bad(), record(2, 1), record(None, None, status=400))
+    records = [record([], [1, 2], [3], queue_s=0.01), CallRecord(status=400, prompt="exact", seconds=0.1)]
+    rollout = with_records(bad(), records, model_calls(records))
     line = journal_record(rollout, step=3, mode="train", weight_version="9")
     assert [(turn["prompt_tokens"], turn["queue_s"]) for turn in line["turns"]] == [(2, 0.01)]
 

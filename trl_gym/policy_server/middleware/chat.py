@@ -122,6 +122,7 @@ class ChatTurns:
             seconds=time.monotonic() - started,
             drift=served.prompt.drift,
             tokens=served.tokens,
+            caller=turn.caller,
         )
         self.book.append(turn, record)
         return served.reply

@@ -149,9 +149,19 @@ def record_of(
     seconds: float,
     drift: CallDrift | None = None,
     tokens: CallTokens | None = None,
+    caller: str | None = None,
 ) -> CallRecord:
-    """Make the record of a call: its reply, the chat completion in it (None after an error), whether the prompt was
-    forced, the seconds that it took, the cause why the prompt is not exact, if it should have been, and its tokens."""
+    """Make the record of a call.
+
+    Args:
+        reply: Its reply.
+        answer: The chat completion in it; None after an error.
+        exact: Whether the prompt was forced.
+        seconds: Wall time that it took.
+        drift: The cause why the prompt is not exact, if it should have been.
+        tokens: Its tokens.
+        caller: The NeMo Gym server that made it, where it is known.
+    """
     answer = answer or {}
     usage, metrics = answer.get("usage") or {}, answer.get("metrics") or {}
     return CallRecord(
@@ -168,6 +178,7 @@ def record_of(
         decode_s=_seconds(metrics.get("generation_time_ms")),
         drift=drift,
         error=None if reply.ok else reply.error_text(),
+        caller=caller,
         tokens=tokens,
     )
 
