@@ -226,7 +226,7 @@ class LiveSource:
             journal=journal,
             tags=policy.tags() | dataset,
             drift_policy=self._args.gym_drift,
-            train_calls=self._args.gym_train_calls,  # type: ignore[arg-type]  # checked with the configuration
+            train_calls=self._args.gym_train_calls,
             step=batch.step,
             mode=batch.mode,
             weight_version=self._version,
