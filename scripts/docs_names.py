@@ -26,6 +26,7 @@ GAP = "…"
 _WORDS_THAT_ARE_SHOWN = {
     "AdapterError",
     "BundleError",
+    "DishonestAnswerError",
     "HostError",
     "InvalidTurnError",
     "NoBoundaryError",
