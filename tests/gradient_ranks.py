@@ -43,6 +43,16 @@ def cases() -> list[Case]:
     return found
 
 
+def in_steps() -> list[Case]:
+    """Two micro-batches on each rank, into which TRL shuffles unequal numbers of rows."""
+    options = {"gradient_accumulation_steps": 2}
+    return [
+        Case(name=f"in_steps-{loss_type}", failed=UNEQUAL, max_rows=3, options=by_token(loss_type) | options)
+        for loss_type in LOSS_TYPES
+        if loss_type != "bnpo"
+    ]
+
+
 SEAMS = ("choose_task", "build_request", "compute_rewards")  # what a subclass may override, in the trainer's thread
 
 
@@ -59,7 +69,7 @@ def below_fraction() -> Case:
 def evaluation() -> tuple[Case, range]:
     """Ten rollouts in batches of eight over two ranks: accelerate fills the last one up with tasks from the start."""
     options = {"num_generations_eval": 2, "per_device_eval_batch_size": 4}
-    return Case(name="evaluation", failed={(4, 0), (1, 1)}, options=options), range(5)
+    return Case(name="evaluation", failed={(4, 0), (1, 1)}, max_rows=3, options=options), range(5)
 
 
 def main(model: str, folder: str) -> None:
@@ -69,10 +79,11 @@ def main(model: str, folder: str) -> None:
 
 def found(model: Path, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for case in cases():
+    for case in [*cases(), *in_steps()]:
         step = gym_step(model, case, folder / "run", num_ranks=2)
         trained = [num_trained(batch) for batch in step.batches]
-        results[case.name] = {"gradient": step.gradient, "logs": step.logs, "trained": trained}
+        sizes = [len(batch["advantages"]) for batch in step.batches]
+        results[case.name] = {"gradient": step.gradient, "logs": step.logs, "trained": trained, "sizes": sizes}
     try:
         gym_step(model, below_fraction(), folder / "run", num_ranks=2)
     except RolloutError as error:

@@ -34,7 +34,17 @@ from tests.gradient import (
     save_model,
     tasks,
 )
-from tests.gradient_ranks import EMPTY_RANK, SEAMS, UNEQUAL, VESPO, below_fraction, by_token, cases, evaluation
+from tests.gradient_ranks import (
+    EMPTY_RANK,
+    SEAMS,
+    UNEQUAL,
+    VESPO,
+    below_fraction,
+    by_token,
+    cases,
+    evaluation,
+    in_steps,
+)
 from trl_gym.config import TOKEN_MEAN_LOSSES
 from trl_gym.errors import ConfigError, RolloutError
 
@@ -254,6 +264,18 @@ def test_two_ranks_with_unequal_failures(
     places = [(task, member) for task in range(case.num_tasks) for member in range(NUM_MEMBERS)]
     own = [0 if place in case.failed else num_rows_of(*place, case.max_rows) for place in places]
     assert trained == [[sum(own[: len(own) // 2])], [sum(own[len(own) // 2 :])]]
+
+
+@pytest.mark.parametrize("case", in_steps(), ids=lambda case: case.name)
+def test_two_ranks_with_several_micro_batches_of_rows(
+    case: Case, two_ranks: list[dict[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    """Rank 0 has 8 rows and rank 1 has 9: on both, two micro-batches of five."""
+    reference = reference_step(model, case, tmp_path)
+    for rank in two_ranks:
+        assert difference(Step(rank[case.name]["gradient"], {}, []), reference) < TOLERANCE
+    assert [sum(rank[case.name]["trained"]) for rank in two_ranks] == [8, 9]
+    assert {size for rank in two_ranks for size in rank[case.name]["sizes"]} == {5}
 
 
 @pytest.mark.parametrize("name", ["unequal-dapo", "empty_rank-grpo", "3_rows-dapo", "2_rows-grpo"])

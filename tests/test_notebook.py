@@ -84,6 +84,13 @@ def test_tokens_have_the_colour_of_their_mask() -> None:
     assert repr(view) == "2 prompt, 2 sampled (trained), 2 environment: ABC<\nD"
 
 
+def test_all_rows_of_a_rollout_are_shown() -> None:
+    further = {"prompt_ids": [70], "completion_ids": [71, 72], "env_mask": [0, 1], "logprobs": [0.0, -2.0]}
+    view = show_tokens(record(further_rows=[further]), Letters())
+    assert "71: environment" in view._repr_html_()
+    assert repr(view) == "3 prompt, 3 sampled (trained), 3 environment: ABC<\nD\nFGH"
+
+
 def test_a_rollout_without_tokens_says_so() -> None:
     nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "env_mask": [], "logprobs": []}
     assert "no tokens: this rollout is not trained on" in show_tokens(record(**nothing), Letters())._repr_html_()

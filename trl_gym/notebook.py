@@ -25,6 +25,7 @@ from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.responses import input_items, output_items, read_item
 from trl_gym.rollout_options import RolloutOptions, Sampling
 from trl_gym.rollouts.journal import read_journal
+from trl_gym.rollouts.rollout import recorded_rows
 
 Record = Mapping[str, Any]  # a line of the journal, see `rollouts.rollout.journal_record`
 
@@ -137,32 +138,36 @@ def show_conversation(record: Record) -> HtmlView:
 
 
 def show_tokens(record: Record, tokenizer: Decoder) -> HtmlView:
-    """Show the token sequence that is trained on, coloured by the environment mask.
+    """Show the token sequences that are trained on, one for each row, coloured by the environment mask.
 
     Green tokens were sampled by the policy and are trained, orange ones were put there by the environment, grey ones
-    are the first prompt. The tooltip of a green one is its id and its sampling log-probability in nats.
+    are the prompt. The tooltip of a green one is its id and its sampling log-probability in nats.
 
     Args:
         record: A line of the journal. One that failed has no tokens.
         tokenizer: The policy's tokenizer.
     """
-    prompt, completion = record["prompt_ids"], record["completion_ids"]
-    pieces = [_token(tokenizer.decode([token]), _PROMPT, f"{token}: prompt") for token in prompt]
-    for token, mask, logprob in zip(completion, record["env_mask"], record["logprobs"], strict=True):
-        told = f"{token}: sampled, log p = {logprob:.4f}" if mask else f"{token}: environment"
-        pieces.append(_token(tokenizer.decode([token]), _SAMPLED if mask else _GIVEN, told))
-    num_sampled = sum(record["env_mask"])
-    counts = f"{len(prompt)} prompt, {num_sampled} sampled (trained), {len(completion) - num_sampled} environment"
+    rows = recorded_rows(record)
+    masks = [mask for row in rows for mask in row["env_mask"]]
+    num_prompt = sum(len(row["prompt_ids"]) for row in rows)
+    counts = f"{num_prompt} prompt, {masks.count(1)} sampled (trained), {masks.count(0)} environment"
     legend = " ".join(
         f'<span style="background:{colour};color:black;padding:0 .4em">{name}</span>'
         for name, colour in (("prompt", _PROMPT), ("sampled, trained", _SAMPLED), ("environment", _GIVEN))
     )
-    body = "".join(pieces) or "no tokens: this rollout is not trained on"
-    return HtmlView(
-        f'<div style="{_FRAME}"><div>{legend} &nbsp; {counts}</div>'
-        f'<div style="{_TEXT};font-family:monospace;line-height:1.9;margin-top:.5em">{body}</div></div>',
-        f"{counts}: {tokenizer.decode([*prompt, *completion])}",
-    )
+    bodies = [_row(row, tokenizer) for row in rows] or ["no tokens: this rollout is not trained on"]
+    style = f"{_TEXT};font-family:monospace;line-height:1.9;margin-top:.5em"
+    body = "".join(f'<div style="{style}">{own}</div>' for own in bodies)
+    text = "\n".join(tokenizer.decode([*row["prompt_ids"], *row["completion_ids"]]) for row in rows)
+    return HtmlView(f'<div style="{_FRAME}"><div>{legend} &nbsp; {counts}</div>{body}</div>', f"{counts}: {text}")
+
+
+def _row(row: Record, tokenizer: Decoder) -> str:
+    pieces = [_token(tokenizer.decode([token]), _PROMPT, f"{token}: prompt") for token in row["prompt_ids"]]
+    for token, mask, logprob in zip(row["completion_ids"], row["env_mask"], row["logprobs"], strict=True):
+        told = f"{token}: sampled, log p = {logprob:.4f}" if mask else f"{token}: environment"
+        pieces.append(_token(tokenizer.decode([token]), _SAMPLED if mask else _GIVEN, told))
+    return "".join(pieces)
 
 
 def _token(text: str, colour: str, told: str) -> str:

@@ -280,14 +280,16 @@ def plot_reward(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path | None
 
 def _count(rollouts: Path) -> Counter[str]:
     from trl_gym.rollouts.journal import Attempt, LineState, read_journal
+    from trl_gym.rollouts.rollout import recorded_rows
 
     counted: Counter[str] = Counter()
     for rollout in read_journal(rollouts):
         if Attempt.of(rollout).state is LineState.COUNTED:
             counted["rollouts"] += 1
             counted["failed"] += rollout["failure"] is not None
-        counted["sampled tokens"] += sum(rollout["env_mask"])
-        counted["tokens"] += len(rollout["prompt_ids"]) + len(rollout["completion_ids"])
+        for row in recorded_rows(rollout):
+            counted["sampled tokens"] += sum(row["env_mask"])
+            counted["tokens"] += len(row["prompt_ids"]) + len(row["completion_ids"])
     return counted
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trl_gym.responses import Item, input_items, is_tool_error, model_call_indices, output_items, read_item
+from trl_gym.rollouts.rollout import recorded_rows
 
 _FRAGMENT = "\ufffd"  # how a decoder writes bytes that are no whole character
 _MAX_RUN = 16  # tokens; a character has at most four bytes, longer runs are noise
@@ -162,9 +163,8 @@ def token_bodies(
         `gaps`, by how much the trainer's are higher (null where they are not finite), or null. `ends`: see
         `Trajectory.turn_ends`. `glyphs`, `prompt_glyphs`: text by index where tokens are parts of characters.
     """
-    rows = [record, *(record.get("further_rows") or [])] if record.get("completion_ids") else []
     known = itertools.chain(training, itertools.repeat(()))
-    return [_token_body(row, shared, pieces, own) for row, own in zip(rows, known, strict=False)]
+    return [_token_body(row, shared, pieces, own) for row, own in zip(recorded_rows(record), known, strict=False)]
 
 
 def _token_body(row: Mapping[str, Any], shared: Shared, pieces: Pieces, training: Sequence[float]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_gym.responses import count_tool_calls, input_items, output_items, text_of
-from trl_gym.rollouts.rollout import success_of
+from trl_gym.rollouts.rollout import recorded_rows, success_of
 
 _MEMBER = re.compile(r"-m(\d+)-a\d+$")
 _PREVIEW = 160  # characters of a task in a table
@@ -92,7 +92,7 @@ def row_of(record: Mapping[str, Any]) -> Row:
     """Read the row of a journal's line."""
     failure, drift = record.get("failure"), record.get("drift")
     reward = record.get("reward")
-    rows = [record, *(record.get("further_rows") or [])] if record.get("completion_ids") else []
+    rows = recorded_rows(record)
     masks = [row.get("env_mask") or [] for row in rows]
     calls, errors = count_tool_calls(output_items(record))
     return Row(

@@ -150,6 +150,15 @@ def _tokens(trajectory: Trajectory) -> dict[str, list[Any]]:
     return {name: getattr(trajectory, name) for name in _TOKENS}
 
 
+def recorded_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a line's rows, each with `prompt_ids`, `completion_ids`, `env_mask`, `logprobs` and `turn_ends`.
+
+    Args:
+        record: The journal's line; one from when a rollout had one row has no `further_rows`.
+    """
+    return [record, *(record.get("further_rows") or ())] if record.get("completion_ids") else []
+
+
 def _trajectory_from(tokens: Mapping[str, Any]) -> Trajectory:
     return Trajectory(**{name: tokens[name] for name in _TOKENS}, num_turns=len(tokens["turn_ends"]))
 
@@ -168,8 +177,6 @@ def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
         KeyError: The line was written before journals could be read back (it has no `verify`).
     """
     failure, drift, verify = record["failure"], record["drift"], record["verify"]
-    # Lines from when a rollout had one row have no `further_rows`.
-    trajectories = [_trajectory_from(tokens) for tokens in (record, *record.get("further_rows", ()))]
     answer = None
     if record["response"] is not None:
         parameters = record["row"].get("responses_create_params")
@@ -178,7 +185,7 @@ def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
         request=request,
         answer=answer,
         failure=None if failure is None else _failure_from(failure),
-        trajectories=trajectories if record["completion_ids"] else [],
+        trajectories=[_trajectory_from(tokens) for tokens in recorded_rows(record)],
         seconds=record["seconds"],
         drift=None if drift is None else DriftReport(**{**drift, "cause": DriftCause(drift["cause"])}),
     )
