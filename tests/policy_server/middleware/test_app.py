@@ -174,13 +174,31 @@ async def test_a_template_that_closes_nothing_is_exact_all_the_same(http: Http, 
     assert messages[3]["prompt_token_ids"] == [*seen, *map(ord, "more 0")]
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+
+
 async def test_images_are_never_dropped(http: Http, app: FakeVllm) -> None:
     messages = await converse(http, 1)
     app.render = lambda messages, **_: [5, END]
-    messages[-1] = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
-    answer = await http.chat(messages, trl_gym=TAG)
+    messages[-1] = {"role": "user", "content": [IMAGE]}
+    answer = await http.chat(messages)  # not of a rollout
     assert "images" in answer["trl_gym"]["drift"]["text"]
     assert "kv_transfer_params" not in app.chats()[-1]
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_image", "input_audio", "video_url", "file"])
+@pytest.mark.parametrize("num_turns", [0, 1])
+async def test_media_in_a_rollout_are_refused(http: Http, app: FakeVllm, kind: str, num_turns: int) -> None:
+    messages = await converse(http, num_turns)
+    num_asked = len(app.chats())
+    messages[-1] = {"role": "tool", "content": [{"type": "text", "text": "see"}, {"type": kind, kind: "x"}]}
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": messages, "trl_gym": TAG})
+    assert status == 400 and "cannot be trained on" in answer["error"]["message"]
+    assert "context length" not in answer["error"]["message"]  # Gym would end the rollout as if it were complete
+    assert len(app.chats()) == num_asked
+    assert (await http.records("r0"))[-1]["status"] == 400
+    answer = await http.chat([{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}], trl_gym=TAG)
+    assert answer["choices"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from trl_gym.policy_server.middleware.identity import NOBODY, Identity, agreed_r
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKEN_KEYS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
-_TEXT_PARTS = ("text", "refusal", "thinking")
+# Of chat messages, and as the Responses API names them.
+_TEXT_PARTS = frozenset({"text", "refusal", "thinking", "input_text", "output_text", "summary_text", "reasoning_text"})
 _TAG_KEYS = ("rollout", "sampling", "completion_budget")
 # Fields that decide how a chat is rendered, by their names in /tokenize.
 _RENDER_KEYS = ("model", "tools", "chat_template", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs")
