@@ -18,6 +18,7 @@ import trl_gym
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up: folders and files of the package. One imports at run time only from those in lines above its own.
 ROOMS = (
+    ("untrusted",),
     ("errors", "supervisor"),
     ("compat", "processes", "responses", "rollout_options"),
     ("config", "dataset"),

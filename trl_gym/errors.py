@@ -6,11 +6,14 @@ and leaves both the loss and the group baseline. `RolloutError` is for what conc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+from trl_gym.untrusted import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,29 @@ class RolloutError(TrlGymError, RuntimeError):
     """A batch of rollouts cannot be trained on (for example: not a single rollout succeeded)."""
 
 
+@contextlib.contextmanager
+def naming(method: str, of: str, *, unless: type[Exception] = TrlGymError) -> Iterator[None]:
+    """Say where an exception came from: a method that a user has written may raise anything.
+
+    Args:
+        method: Its name.
+        of: What it was called for.
+        unless: Exceptions that mean something and are left alone, beside `TrlGymError`.
+
+    Raises:
+        RolloutError: Another exception was raised inside, which is its cause.
+    """
+    try:
+        yield
+    except (TrlGymError, unless):
+        raise
+    except Exception as error:
+        raise RolloutError(
+            f"`{method}` raised {type(error).__name__} for {of}: {error}.",
+            "Mend it: the traceback above shows the line. What was rolled out is in the journal.",
+        ) from error
+
+
 class RankLostError(TrlGymError, RuntimeError):
     """Another training process has ended, or does not answer: a collective operation with it broke."""
 
@@ -103,7 +129,7 @@ def error_body_text(body: bytes) -> str:
     """Return the text of an HTTP error body: a JSON string, `error.message` (OpenAI), `detail` (FastAPI), or all."""
     text = body.decode(errors="replace").strip()
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         return text
     for key in ("error", "detail", "message"):

@@ -10,9 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+
+from trl_gym.untrusted import parse_json, shape_problem
 
 Item = Mapping[str, Any]
 
@@ -31,6 +35,88 @@ class Said:
     text: str  # its text; the arguments of a call as the policy wrote them; JSON for another kind of item
     name: str = ""  # name of the called tool; the item's type for another kind of item
     id: str = ""  # tells which result is of which call
+
+
+# -- the parts of an answer whose types the rest of the package relies on ---------------------------------------------
+
+TokenId = Annotated[int, msgspec.Meta(ge=-(2**53), lt=2**31)]
+"""A token id below 2³¹, or, negative and alone in its list, the handle that stands for the ids of a model call."""
+LogProb = Annotated[float, msgspec.Meta(ge=-10_000.0, le=0.001)]
+"""A log-probability in nats; vLLM writes -9999 for minus infinity."""
+
+
+class _ItemShape(msgspec.Struct):
+    type: str | None = None
+    role: str | None = None
+    name: str | None = None
+    call_id: str | None = None
+    prompt_token_ids: list[TokenId] | None = None
+    generation_token_ids: list[TokenId] | None = None
+    generation_log_probs: list[LogProb] | None = None
+
+
+class _IncompleteShape(msgspec.Struct):
+    reason: str | None = None
+
+
+class _ResponseShape(msgspec.Struct):
+    output: list[_ItemShape]
+    incomplete_details: _IncompleteShape | None = None
+
+
+class _AnswerShape(msgspec.Struct):
+    response: _ResponseShape
+
+
+def answer_problem(answer: Mapping[str, Any]) -> str | None:
+    """Say why `response` of a parsed answer cannot be read, or not be trained on; None where it can.
+
+    What this accepts, the functions below read without an exception: `output` is a list of objects whose token ids,
+    log-probabilities and names have their types. It checks neither that ids are in the vocabulary nor that they were
+    sampled.
+
+    Args:
+        answer: Gym's answer to `/run`.
+    """
+    if (problem := shape_problem({"response": answer.get("response")}, _AnswerShape)) is not None:
+        return problem
+    items = answer["response"]["output"]
+    for index, item in enumerate(items):
+        for name in _TOKENS[:2]:
+            ids = item.get(name) or [0]
+            if len(ids) > 1 and min(ids) < 0:
+                return f"`{name}` of output item {index} has the negative token id {min(ids)}"
+    if (media := media_in(items)) is not None:
+        return f"the output has `{media}`, and images, audio, video and files cannot be trained on"
+    return None
+
+
+# Of parts, and of items. A `file_search_call` has text.
+_MEDIA = re.compile(r"(?:(?:in|out)put_)?(?:image|audio|video|file(?!_search))\w*|computer_screenshot")
+
+
+def media_in(items: Iterable[Any]) -> str | None:
+    """Return the kind of the first image, audio, video or file in items, e.g. `"input_image"`; None without any."""
+    for item in items:
+        for part in _parts(item) if isinstance(item, Mapping) else ():
+            kinds = [part["type"]] if part.get("type") else list(part)  # vLLM also reads parts without a type
+            for kind in kinds:
+                if isinstance(kind, str) and _MEDIA.fullmatch(kind):
+                    return kind
+    return None
+
+
+def _parts(item: Item) -> Iterator[Mapping[str, Any]]:
+    if item.get("type"):
+        yield item
+    for name in ("content", "output", "summary"):
+        value = item.get(name)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, Mapping):
+                yield part
+
+
+# -- what was said ----------------------------------------------------------------------------------------------------
 
 
 def read_item(item: Item) -> Said:
@@ -147,7 +233,7 @@ def is_tool_error(text: str) -> bool:
     if '"error"' not in text and '"detail"' not in text:
         return False  # the common case; a result may be large
     try:
-        body = json.loads(text)
+        body = parse_json(text)
     except ValueError:
         return False
     return isinstance(body, dict) and (bool(body.get("error")) or set(body) == {"detail"})
@@ -167,7 +253,7 @@ def _text_of_part(part: Any) -> str:
 def _object_text(arguments: str) -> str:
     """Return the arguments of a call as the text of a JSON object, whatever the policy wrote."""
     try:
-        is_object = isinstance(json.loads(arguments), dict)
+        is_object = isinstance(parse_json(arguments), dict)
     except ValueError:
         is_object = False
     return arguments if is_object else json.dumps({"unparsed": arguments})

@@ -12,6 +12,7 @@ TRL's loop is not touched, and no method of it is copied. The overrides call TRL
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import uuid
@@ -30,6 +31,7 @@ from trl_gym.accounting import Accounting
 from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig, checked_args
 from trl_gym.dataset import gym_row
+from trl_gym.errors import naming
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.offload import measured_peak
 from trl_gym.model_card import add_section, describe, settings_of
@@ -331,7 +333,9 @@ class GymGRPOTrainer(GRPOTrainer):
             for line in describe_drift(rollouts):
                 logger.warning(line)
             self._completions = [conversation(rollout) for rollout in rollouts]
-            rewards = checked_rewards(self.compute_rewards(rollouts), len(rollouts))
+            with naming("compute_rewards", f"the {len(rollouts)} rollouts of step {self.state.global_step}"):
+                given = self.compute_rewards(rollouts)
+            rewards = checked_rewards(given, len(rollouts))
         logs = f"Read the rollouts in {self._source.folder} and the servers' logs in {self.args.gym_log_dir}."
         rewards = self._accounting.settle(
             rollouts,
@@ -371,7 +375,8 @@ class GymGRPOTrainer(GRPOTrainer):
     ) -> torch.Tensor:
         # TRL has `[R]` completions here, and `[B]` of all else: one reward per rollout, and so one advantage.
         completion_ids_list = joined(self._accounting.rows, len(prompts), eos_id=self._tokenizer.eos_token_id)
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with naming("reward_funcs", f"the rollouts of step {self.state.global_step}"):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._accounting.exclude_failures(rewards)
 
     def compute_loss(
@@ -394,7 +399,8 @@ class GymGRPOTrainer(GRPOTrainer):
         num_members = self.num_generations if self._mode == "train" else self.num_generations_eval
         first = self.accelerator.process_index * len(inputs)
         places = [divmod(first + index, num_members) for index in range(len(inputs))]
-        rows = [self.choose_task(example, group) for example, (group, _) in zip(inputs, places, strict=True)]
+        with naming("choose_task", f"the groups of step {self.state.global_step}"):
+            rows = [self.choose_task(example, group) for example, (group, _) in zip(inputs, places, strict=True)]
         batch = f"{self._run_id}-{self._mode}{self.state.global_step}-b{self._num_batches}"
         self._num_batches += 1
         return rows, [self._request(row, batch, *place) for row, place in zip(rows, places, strict=True)]
@@ -415,7 +421,8 @@ class GymGRPOTrainer(GRPOTrainer):
         )
         agent = self._source.agent_of(row)
         request = RolloutRequest(**identity, group=group, attempt=0, agent=agent, row=stamped)
-        return RolloutRequest(**identity, group=group, attempt=0, agent=agent, row=self.build_request(row, request))
+        with naming("build_request", request.described):
+            return dataclasses.replace(request, row=self.build_request(row, request))
 
     def _batch_info(self) -> BatchInfo:
         return BatchInfo(

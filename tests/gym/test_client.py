@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ async def test_a_proxy_of_the_environment_is_not_used(
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    agent = await serve(answering(b'{"reward": 1}'))
+    agent = await serve(answering(b'{"reward": 1, "response": {"output": []}}'))
     assert isinstance(await run_rollout(session, agent, ROW, deadline_s=5), GymAnswer)
 
 
@@ -106,14 +107,15 @@ async def test_answers_without_a_usable_reward(
 
 
 async def test_a_valid_measurement_may_name_a_failure_kind(session: aiohttp.ClientSession, serve: Serve) -> None:
-    body = b'{"reward": 0.5, "mask_sample": false, "failure_kind": "judge_unparseable"}'
+    body = b'{"reward": 0.5, "mask_sample": false, "failure_kind": "judge_unparseable", "response": {"output": []}}'
     assert isinstance(await run_rollout(session, await serve(answering(body)), ROW, deadline_s=5), GymAnswer)
 
 
 async def test_envelope_of_an_environment_server(session: aiohttp.ClientSession, serve: Serve) -> None:
-    body = json.dumps({"episode_id": {"rollout_id": "r"}, "task_id": {}, "result": {"reward": 0.25}}).encode()
+    result = {"reward": 0.25, "response": {"output": []}}
+    body = json.dumps({"episode_id": {"rollout_id": "r"}, "task_id": {}, "result": result}).encode()
     answer = await run_rollout(session, await serve(answering(body)), ROW, deadline_s=5)
-    assert isinstance(answer, GymAnswer) and answer.result == {"reward": 0.25}
+    assert isinstance(answer, GymAnswer) and answer.result == result
 
 
 async def test_transport_failures_inside_of_gym_are_infrastructure(
@@ -254,3 +256,32 @@ def test_cut_off_text_is_shown_raw() -> None:
 def test_long_messages_are_shortened() -> None:
     text = read_error(wrap("x" * 10_000, "A___b"), 500)[1]
     assert len(text) < MAX_TEXT_CHARS + 100 and "10000 characters" in text
+
+
+DEEP = "[" * 100_000
+HOSTILE = {
+    "operators": "-" * 100_000 + "1",
+    "a sum": "1" + "+1" * 50_000,
+    "attributes": "a" + ".a" * 50_000,
+    "parentheses": "(" * 100_000,
+    "negations": "not " * 100_000 + "1",
+    "an f-string": 'f"{' * 200,
+    "not what repr writes": r"b'\\q'",
+    "a literal that goes on": "b'a' + b'b'",
+    "no end": "b'" + "x" * 100_000,
+    "underscores": "Hit an exception in " + "a___" * 100_000,
+    "connections": "Connection" * 100_000,
+    "a literal of 3 MB": repr(b"x" * 3_000_000),
+    "escapes of 3 MB": repr(bytes(750_000)),
+    "a literal of 20 MB": repr(b"x" * 20_000_000),
+    "an object nested deep": repr(f'{{"detail": {DEEP}}}'.encode()),
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_text_of_an_environment_is_read_in_bounded_time(text: str) -> None:
+    body = json.dumps(f"Hit an exception in S___m calling an inner server: {text}").encode()
+    began = time.process_time()
+    kind, read = read_error(body, 500)
+    assert kind in FailureKind and 0 < len(read) < MAX_TEXT_CHARS + 200
+    assert time.process_time() - began < 2  # a tenth of that on an idle machine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,17 @@ def test_the_line_of_an_attempt_that_is_tried_again_says_so(tmp_path: Path) -> N
     finish(result(DRIFTED[:2], retried_kinds=frozenset({FailureKind.POLICY})))
     finish(result(was_lost=True))
     assert [line["retried"] for line in read_journal(tmp_path)] == [True, False, False, True]
+
+
+def test_an_exception_of_the_users_method_names_it_and_the_rollout(tmp_path: Path) -> None:
+    finish = finisher(tmp_path, "truncate")
+    finish(result())
+
+    def build(answer: Any, request: RolloutRequest, calls: Any) -> Any:
+        return answer["steps"]
+
+    words = r"`build_trajectories` raised KeyError for rollout r of calculator, task 4: 'steps'"
+    with pytest.raises(RolloutError, match=words) as error:
+        dataclasses.replace(finish, build=build)(result())
+    assert isinstance(error.value.__cause__, KeyError)
+    assert len(list(read_journal(tmp_path))) == 1  # what had ended is there

@@ -20,8 +20,11 @@ def test_nan_is_no_reward() -> None:
 def test_wrong_rewards_are_named() -> None:
     with pytest.raises(RolloutError, match="returned 2 rewards for 3 rollouts"):
         checked_rewards([1.0, 2.0], 3)
-    with pytest.raises(RolloutError, match="returned inf for rollout 1"):
+    with pytest.raises(RolloutError, match="returned 'inf' for rollout 1"):
         checked_rewards([1.0, math.inf], 2)
+    for odd in ("x", [1], 10**400, 1e16):
+        with pytest.raises(RolloutError, match="for rollout 0"):
+            checked_rewards([odd], 1)
 
 
 def shared(groups: list[str], tasks: list[int], valid: list[bool]) -> SharedBatch:

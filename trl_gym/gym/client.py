@@ -6,15 +6,14 @@ Gym's servers pass an error on as the `repr` of the bytes that they received, in
 
     "Hit an exception in SimpleAgent___math_agent calling an inner server: b'\\"Hit an exception in VLLMModel___…\\"'"
 
-Two hops already mean three layers of quotes. `read_error` peels them off.
+Two hops already mean three layers of quotes. `read_error` peels them off, in time that grows with the length of what
+is read: neither the number of servers nor the text inside of a literal is believed.
 """
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import json
-import math
 import re
 import time
 from collections.abc import Mapping
@@ -26,21 +25,39 @@ import aiohttp
 
 from trl_gym.errors import FailureKind, RolloutFailure, error_body_text
 from trl_gym.gym.discovery import AgentInfo
+from trl_gym.responses import answer_problem
+from trl_gym.untrusted import (
+    MAX_ERROR_BYTES,
+    BodyTooLongError,
+    number,
+    parse_json,
+    read_beginning,
+    read_body,
+    redirect_problem,
+)
 
 _SPARE_CONNECTIONS = 16
 # Gym's servers close a connection that has idled for 5 s; a row sent at that moment would be lost.
 _KEEP_ALIVE_S = 2.0
 _MAX_BODY_CHARS = 200  # quoted of an answer that cannot be used
 MAX_TEXT_CHARS = 2000  # of one message: a verifier may put a whole response into its exception
+MAX_ANSWER_BYTES = 256 * 2**20  # of one rollout
+MAX_REWARD = 1e15  # TRL adds up a group's rewards, and their squares, in float32
+_MAX_HOPS = 16  # servers that have passed an error on
+_SEARCHED_CHARS = 20_000  # at the beginning and at the end of a message
 
 # `<class>___<instance name>` is the session key by which Gym's servers call themselves.
 _HOP = re.compile(
-    r"^Hit an exception in (?:\S+?___)?(?P<server>.+?) calling an inner server: (?P<answer>.*)$", re.DOTALL
+    r"^Hit an exception in (?:\S{1,200}?___)?(?P<server>.{1,200}?) calling an inner server: (?P<answer>.*)$", re.DOTALL
+)
+# What `repr` writes of bytes, and nothing else.
+_BYTES_LITERAL = re.compile(
+    r"""b'([^'\\]*+(?:\\(?:[\\'nrt]|x[0-9a-f]{2})[^'\\]*+)*+)'|b"([^"\\]*+(?:\\(?:[\\nrt]|x[0-9a-f]{2})[^"\\]*+)*+)\""""
 )
 # Words of aiohttp, requests, Ray and Gym's own middleware for a cause outside the environment's code.
 _INFRASTRUCTURE = re.compile(
-    r"Cannot connect to host|Connect call failed|Connection (?:refused|reset|closed|aborted)|Connection\w*Error|"
-    r"Client(?:Connector|OS|Payload)\w*Error|Server(?:Disconnected|Timeout)\w*Error|Server disconnected|"
+    r"Cannot connect to host|Connect call failed|Connection (?:refused|reset|closed|aborted)|Connection\w{0,40}Error|"
+    r"Client(?:Connector|OS|Payload)\w{0,40}Error|Server(?:Disconnected|Timeout)\w{0,40}Error|Server disconnected|"
     r"Broken pipe|BrokenPipeError|Too many open files|No space left|Out of memory|MemoryError|"
     r"An unknown error occurred|Request was cancelled",
     re.IGNORECASE,
@@ -62,7 +79,7 @@ def new_session(max_inflight: int) -> aiohttp.ClientSession:
     """Open a client for up to `max_inflight` rollouts at a time; close it on the loop that opened it.
 
     It keeps no cookies: they carry Gym's environment sessions, and two rollouts with one session share their state.
-    It has no total timeout, since `run_rollout` has a deadline, and uses no proxy (aiohttp's default).
+    It has no total timeout, since `run_rollout` has a deadline, uses no proxy (aiohttp's default) and unpacks nothing.
     """
     return aiohttp.ClientSession(
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -70,6 +87,8 @@ def new_session(max_inflight: int) -> aiohttp.ClientSession:
             limit=max_inflight + _SPARE_CONNECTIONS, limit_per_host=0, keepalive_timeout=_KEEP_ALIVE_S
         ),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=None, sock_read=None),
+        headers={"Accept-Encoding": "identity"},
+        auto_decompress=False,  # of what is compressed all the same, a megabyte may hold a gigabyte
     )
 
 
@@ -91,8 +110,9 @@ async def run_rollout(
         headers: Further headers, by which a Gym that we started knows the rollout in every request made for it.
 
     Returns:
-        The answer, or the failure. HTTP errors, broken connections, answers without a usable reward and samples that
-        the environment masks are failures.
+        The answer, or the failure. HTTP errors, redirects, broken connections, answers that are too long
+        (`MAX_ANSWER_BYTES`), of another form or without a usable reward, and samples that the environment
+        masks are failures.
 
     Raises:
         asyncio.CancelledError: If the calling task is cancelled.
@@ -103,16 +123,20 @@ async def run_rollout(
     start = time.monotonic()
     try:
         async with asyncio.timeout(deadline_s) as deadline:
-            headers = {"Content-Type": "application/json", **headers}
-            async with session.post(f"{agent.url}/run", data=body, headers=headers) as response:
-                answer = await response.read()
-                status = response.status
+            url, headers = f"{agent.url}/run", {"Content-Type": "application/json", **headers}
+            async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+                status, location = response.status, response.headers.get("Location")
+                answer = await (read_body(response, MAX_ANSWER_BYTES) if status == 200 else read_beginning(response))
+    except BodyTooLongError as error:
+        return _failure(FailureKind.ENVIRONMENT, str(error), where)
     except TimeoutError as error:
         if deadline.expired():
             return _failure(FailureKind.DEADLINE, f"no answer within {deadline_s:g} s", where)
         return _failure(FailureKind.INFRASTRUCTURE, f"{agent.url}: {error!r}", where)
     except (aiohttp.ClientError, OSError) as error:
         return _failure(FailureKind.INFRASTRUCTURE, f"{agent.url}: {type(error).__name__}: {error}", where)
+    if (redirect := redirect_problem(url, status, location)) is not None:
+        return _failure(FailureKind.ENVIRONMENT, redirect, where)
     if status != 200:
         return _failure(*read_error(answer, status), where)
     return _read_answer(answer, time.monotonic() - start, where)
@@ -127,10 +151,12 @@ def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_answer(body: bytes, seconds: float, where: str) -> GymAnswer | RolloutFailure:
+    """Check everything about an answer that the rest of the package relies on."""
     try:
-        result = json.loads(body)
-    except ValueError:
-        return _failure(FailureKind.ENVIRONMENT, f"the answer is not JSON: {_quoted(body)}", where)
+        result = parse_json(body)
+    except ValueError as error:
+        text = f"the answer is not JSON that can be read ({error}): {_quoted(body)}"
+        return _failure(FailureKind.ENVIRONMENT, text, where)
     if not isinstance(result, dict):
         return _failure(FailureKind.ENVIRONMENT, f"the answer is not a JSON object: {_quoted(body)}", where)
     if "episode_id" in result:  # 0.7: an environment server's envelope around result or failure
@@ -142,11 +168,19 @@ def _read_answer(body: bytes, seconds: float, where: str) -> GymAnswer | Rollout
             return _failure(FailureKind.ENVIRONMENT, f"neither `result` nor `failure`: {_quoted(body)}", where)
     if _is_masked(result):
         return _declared_failure(result, "the environment masked this sample", where)
-    reward = result.get("reward")
-    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-        got = f"`reward` is {reward!r}" if "reward" in result else "there is no `reward`"
-        return _failure(FailureKind.ENVIRONMENT, f"a finite number is needed as reward, but {got}", where)
+    problem = _reward_problem(result) or answer_problem(result)
+    if problem is not None:
+        return _failure(FailureKind.ENVIRONMENT, f"the answer cannot be used: {problem}", where)
     return GymAnswer(result=result, seconds=seconds)
+
+
+def _reward_problem(result: Mapping[str, Any]) -> str | None:
+    reward = result.get("reward")
+    value = None if isinstance(reward, bool) else number(reward)
+    if value is not None and abs(value) <= MAX_REWARD:
+        return None
+    got = f"`reward` is {_shortened(repr(reward), _MAX_BODY_CHARS)}" if "reward" in result else "there is no `reward`"
+    return f"a finite number is needed as reward, of {MAX_REWARD:g} at most, but {got}"
 
 
 def _is_masked(result: Mapping[str, Any]) -> bool:
@@ -167,7 +201,11 @@ def _declared_failure(record: Any, what: str, where: str) -> RolloutFailure:
     """Make a failure of `failure_kind`, `failure_reason` and `stage`, as Gym 0.7 names them."""
     fields = record if isinstance(record, Mapping) else {"failure_reason": str(record)}
     failure_kind = str(fields.get("failure_kind") or "")
-    details = [str(fields[key]) for key in ("stage", "failure_kind", "failure_reason") if fields.get(key)]
+    details = [
+        _shortened(str(fields[key]), MAX_TEXT_CHARS)
+        for key in ("stage", "failure_kind", "failure_reason")
+        if fields.get(key)
+    ]
     is_transport = failure_kind.startswith("transport_")
     kind = FailureKind.INFRASTRUCTURE if is_transport else FailureKind.ENVIRONMENT
     return _failure(kind, ": ".join([what, *details]), where)
@@ -194,7 +232,8 @@ def read_error(body: bytes, status: int) -> tuple[FailureKind, str]:
         kind = FailureKind.INFRASTRUCTURE
     else:
         text = _shortened(message, MAX_TEXT_CHARS)
-        is_infrastructure = status in (404, 502, 503, 504) or _INFRASTRUCTURE.search(message)
+        searched = message[:_SEARCHED_CHARS] + message[_SEARCHED_CHARS:][-_SEARCHED_CHARS:]
+        is_infrastructure = status in (404, 502, 503, 504) or _INFRASTRUCTURE.search(searched)
         kind = FailureKind.INFRASTRUCTURE if is_infrastructure else FailureKind.ENVIRONMENT
         if status != 500:
             text = f"HTTP {status}: {text}"
@@ -206,8 +245,11 @@ def read_error(body: bytes, status: int) -> tuple[FailureKind, str]:
 def unwrap(body: bytes) -> tuple[list[str], str]:
     """Return the servers that passed the error on, outermost first and each once, and the innermost message."""
     servers: list[str] = []
-    text = error_body_text(body)
-    while hop := _HOP.match(text):
+    text = error_body_text(body[:MAX_ERROR_BYTES])
+    for _ in range(_MAX_HOPS):
+        hop = _HOP.match(text)
+        if hop is None:
+            break
         if hop["server"] not in servers[-1:]:  # an agent calls its own /v1/responses
             servers.append(hop["server"])
         answer = _bytes_literal(hop["answer"])
@@ -218,11 +260,12 @@ def unwrap(body: bytes) -> tuple[list[str], str]:
 
 
 def _bytes_literal(text: str) -> bytes | None:
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+    """Read the `repr` of bytes, without evaluating it; None for anything else."""
+    literal = _BYTES_LITERAL.fullmatch(text.strip())
+    if literal is None or not text.isascii():
         return None
-    return value if isinstance(value, bytes) else None
+    inside = literal[1] if literal[1] is not None else literal[2]
+    return inside.encode("ascii").decode("unicode_escape").encode("latin-1")
 
 
 def _shortened(text: str, limit: int) -> str:
@@ -230,4 +273,4 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def _quoted(body: bytes) -> str:
-    return repr(_shortened(body.decode(errors="replace"), _MAX_BODY_CHARS))
+    return repr(_shortened(body[: 4 * _MAX_BODY_CHARS].decode(errors="replace"), _MAX_BODY_CHARS))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trl_gym.errors import Problem, RolloutError
+from trl_gym.gym.client import MAX_REWARD
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of
 from trl_gym.rollouts.rows import fit
 from trl_gym.rollouts.trajectory import finish_reason
@@ -74,19 +75,25 @@ def checked_rewards(rewards: Sequence[float | None], num_rollouts: int) -> list[
         num_rollouts: `B`.
 
     Raises:
-        RolloutError: The number is wrong, or a reward is infinite.
+        RolloutError: There are too few or too many, or one is no number, or too large for float32 (`MAX_REWARD`).
     """
     if len(rewards) != num_rollouts:
         raise RolloutError(
             f"`compute_rewards` returned {len(rewards)} rewards for {num_rollouts} rollouts.", "Return one for each."
         )
-    infinite = [index for index, reward in enumerate(rewards) if reward is not None and math.isinf(reward)]
-    if infinite:
-        raise RolloutError(
-            f"`compute_rewards` returned {rewards[infinite[0]]} for rollout {infinite[0]}.",
-            "Return a finite number, or None to take a rollout out of the loss.",
-        )
-    return [None if reward is None or math.isnan(reward) else float(reward) for reward in rewards]
+    checked: list[float | None] = []
+    for index, reward in enumerate(rewards):
+        try:
+            value = None if reward is None else float(reward)
+        except (TypeError, ValueError, OverflowError):
+            value = math.inf
+        if value is not None and abs(value) > MAX_REWARD:
+            raise RolloutError(
+                f"`compute_rewards` returned {str(reward)[:100]!r} for rollout {index}.",
+                f"Return a number of at most {MAX_REWARD:g}, or None to take a rollout out of the loss.",
+            )
+        checked.append(None if value is None or math.isnan(value) else value)
+    return checked
 
 
 # -- what ranks decide together ---------------------------------------------------------------------------------------

@@ -56,6 +56,11 @@ class RolloutRequest:
         return {name: getattr(self, name) for name in ("agent", "task_index", "rollout_id", "attempt")}
 
     @property
+    def described(self) -> str:
+        """The rollout, for messages."""
+        return f"rollout {self.rollout_id} of {self.agent}, task {self.task_index}"
+
+    @property
     def tag(self) -> dict[str, Any] | None:
         """The tag that `stamp` wrote; None for a row without one, whose model calls are nobody's."""
         metadata = (self.row.get("responses_create_params") or {}).get("metadata") or {}

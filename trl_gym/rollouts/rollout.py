@@ -8,10 +8,9 @@ Rollout ─ journal_record ─► a line of the journal ─ from_record ─► t
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
@@ -19,6 +18,7 @@ from trl_gym.responses import completion_messages, count_tool_calls, model_call_
 from trl_gym.rollouts.ledger import weight_versions
 from trl_gym.rollouts.request import RolloutRequest, request_hash, task_hash
 from trl_gym.rollouts.trajectory import DriftReport, ModelCall, Trajectory, finish_reason
+from trl_gym.untrusted import number
 
 # Fields of a verify response that are the protocol's, not measurements of the environment.
 _NOT_METRICS = ("responses_create_params", "response", "reward", "agent_ref")
@@ -72,7 +72,8 @@ class Rollout:
         return self.failure is None and self.answer is not None and finish_reason(self.answer) != "stop"
 
     def metrics(self) -> dict[str, float]:
-        """Return every finite number at the top level of the verify response, e.g. `{"success": 1.0}`."""
+        """Return every measurement (a finite number below 1e100) at the top level of the verify response, e.g.
+        `{"success": 1.0}`."""
         if self.failure is not None or self.answer is None:
             return {}
         return {
@@ -91,8 +92,8 @@ def success_of(answer: Mapping[str, Any], reward: float) -> float:
         answer: Gym's answer, or `verify` of a journal's line.
         reward: The reward of the same rollout.
     """
-    reported = answer.get("success")
-    return float(reported) if _is_finite(reported) else float(reward >= 1.0)
+    reported = number(answer.get("success"))
+    return float(reward >= 1.0) if reported is None else reported
 
 
 def conversation(rollout: Rollout) -> list[dict[str, Any]]:
@@ -305,8 +306,6 @@ def _total(rollout: Rollout, name: str) -> float | None:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {str(name): float(value) for name, value in values.items() if _is_finite(value)}
-
-
-def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, bool | int | float) and math.isfinite(value)
+    """Return those values that are measurements, see `untrusted.number`."""
+    found = ((str(name), number(value)) for name, value in values.items())
+    return {name: value for name, value in found if value is not None}

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutError, RolloutFailure
+from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutError, RolloutFailure, naming
 from trl_gym.rollouts.attempts import CollectionStatus, RolloutResult
 from trl_gym.rollouts.counted_calls import DishonestAnswerError, counted_calls
 from trl_gym.rollouts.journal import Attempt, Journal, Line, LineState, line_states, read_line, read_lines
@@ -351,7 +351,8 @@ class Finisher:
         """Return the rollout, which is in the journal then.
 
         Raises:
-            RolloutError: The rollout drifted and the drift policy is `"error"`, or the journal cannot be written.
+            RolloutError: The rollout drifted and the drift policy is `"error"`, `build` raised something else than
+                `TrajectoryError`, or the journal cannot be written.
         """
         rollout = self._rollout(result)
         record = journal_record(rollout, step=self.step, mode=self.mode, weight_version=self.weight_version)
@@ -375,7 +376,8 @@ class Finisher:
             agent = result.request.agent
             try:
                 calls = self._counted(result.answer, calls)
-                trajectories = self.build(result.answer, result.request, calls)
+                with naming("build_trajectories", result.request.described, unless=TrajectoryError):
+                    trajectories = self.build(result.answer, result.request, calls)
                 drift = next((t.drift for t in trajectories if t.drift is not None), None)
             except DishonestAnswerError as error:
                 text = f"the answer contradicts the policy server, which owns the tokens: {error}"

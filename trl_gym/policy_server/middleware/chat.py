@@ -39,10 +39,6 @@ from trl_gym.policy_server.middleware.turn import Turn
 CHAT_PATH = "/v1/chat/completions"
 _OVERFLOW = "maximum context length"  # Gym ends a rollout gracefully when it reads "context length" in a 400
 _NO_MEDIA = "a prompt of token ids cannot carry images, audio or video"
-_MEDIA_REFUSED = (
-    "A message of this rollout holds more than text (images, audio, video or files), which cannot be trained on. "
-    "Take it out of the task, or out of what the tools return; calls outside of rollouts may send it."
-)
 
 
 @dataclass(slots=True)
@@ -160,7 +156,13 @@ class ChatTurns:
 
     async def _prompt(self, server: WrappedServer, turn: Turn) -> Prompt:
         if turn.is_tagged and turn.has_media:
-            raise AnsweredError(Reply.error(400, _MEDIA_REFUSED))
+            raise AnsweredError(
+                Reply.error(
+                    400,
+                    "A message of this rollout holds more than text (images, audio, video or files), which cannot be "
+                    "trained on. Take it out of the task, or out of what tools return; other calls may send it.",
+                )
+            )
         if turn.seen is None or turn.newest is None:
             if not self._has_lost_its_ids(turn):
                 return Prompt()  # a first turn, or not a rollout's: the server renders and limits it
