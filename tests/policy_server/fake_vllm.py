@@ -45,6 +45,7 @@ class FakeVllm:
     disconnects: int = 0
     reply: list[int] = field(default_factory=lambda: [ord("o"), ord("k"), END])
     render: Callable[..., list[int]] = render
+    chat_template: str | None = None  # what it says of `render`; None if it has no such route
     change_answer: Callable[[Json], None] = lambda answer: None
     requests: list[tuple[str, Json]] = field(default_factory=list)
     adapters: dict[str, str] = field(default_factory=dict)  # name -> path
@@ -79,6 +80,8 @@ class FakeVllm:
             case "/v1/models":
                 adapters = [{"id": name, "parent": "policy"} for name in self.adapters]
                 return 200, {"data": [{"id": "policy", "max_model_len": self.max_model_len}, *adapters]}
+            case "/tokenizer_info" if self.chat_template is not None:
+                return 200, {"chat_template": self.chat_template, "tokenizer_class": "Letters"}
             case "/version":
                 return 200, {"version": "0.31.0"}
             case "/weight_info":

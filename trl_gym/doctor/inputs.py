@@ -352,7 +352,7 @@ async def _classify(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any])
         if tools:
             chat_options["tools"] = tools
         ending = {"add_generation_prompt": True, "continue_final_message": False}
-        chat = Chat([_USER, turn, *following], 1, chat_options, ending, json.dumps(chat_options).encode())
+        chat = Chat([_USER, turn, *following], 1, chat_options, ending)
         try:
             first = await render({**chat_options, "messages": [_USER], **ending})
             seen = [*first["tokens"], *first["tokens"][-4:][::-1]]  # no tokenizer would write the turn like that

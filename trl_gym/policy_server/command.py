@@ -38,6 +38,7 @@ DEFAULT_FLAGS: dict[str, object] = {
     "worker_extension_cls": "trl_gym.policy_server.engine.worker.WeightSums",
     "generation_config": "vllm",  # no top_k, top_p from the model's generation_config.json behind the trainer's back
     "logprobs_mode": "processed_logprobs",  # what the trainer computes at temperature ≠ 1
+    "enable_tokenizer_info_endpoint": True,  # the chat template, whose source says what the middleware may abbreviate
     "enable_prompt_tokens_details": True,  # tokens from the prefix cache, for the call records
     "enable_per_request_metrics": True,  # seconds in queue, prefill and decode, for the call records
     "disable_uvicorn_access_log": True,

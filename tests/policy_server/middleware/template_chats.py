@@ -53,11 +53,6 @@ class Chat:
     turns: tuple[Sampled, ...] = (Sampled(),)
 
 
-def sampled_otherwise(chat: Chat) -> Chat:
-    """The same chat, tokenized in another way."""
-    return replace(chat, turns=tuple(replace(turn, seed=(turn.seed or 0) + 1) for turn in chat.turns))
-
-
 def with_other_history(chat: Chat) -> Chat:
     """A chat with as many messages and the same last turn, but tool calls where there were none, and no others."""
     *earlier, last = chat.turns

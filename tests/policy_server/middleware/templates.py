@@ -278,6 +278,8 @@ class TemplateServer:
         match path:
             case "/v1/models":
                 return {"data": [{"id": "policy", "max_model_len": MAX_MODEL_LEN}]}
+            case "/tokenizer_info":
+                return {"chat_template": self.template.source}
             case "/version":
                 return {"version": "0.31.0"}
             case "/weight_info":

@@ -89,9 +89,9 @@ def http(app: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Http:
     return Http(app)
 
 
-async def converse(http: Http, num_turns: int, **body: Any) -> list[Json]:
+async def converse(http: Http, num_turns: int, *, user: Json = USER, **body: Any) -> list[Json]:
     """`num_turns` turns of one rollout; the messages, answers included."""
-    messages: list[Json] = [USER]
+    messages: list[Json] = [user]
     for turn in range(num_turns):
         message = (await http.chat(messages, **{"trl_gym": TAG, **body}))["choices"][0]["message"]
         messages += [message, {"role": "user", "content": f"more {turn}"}]
@@ -327,22 +327,33 @@ async def test_rollouts_of_the_same_tokens_are_told_apart(http: Http) -> None:
                 ]
 
 
-async def test_a_stub_in_front_is_enough_once_it_has_proved_itself(http: Http, app: FakeVllm) -> None:
-    for _ in range(3):
-        await converse(http, 3)
-    *_, (_, stub) = [call for call in app.requests if call[0] == "/tokenize"]
+SOURCE = "{% for m in messages %}{{ m.role[0] ~ m.content ~ eos }}{% endfor %}"  # `render`, as far as it matters
+
+
+async def test_texts_in_front_are_abbreviated_if_the_template_allows_it(http: Http, app: FakeVllm) -> None:
+    app.chat_template, app.max_model_len = SOURCE, 500
+    for _ in range(2):
+        await converse(http, 3, user={"role": "user", "content": "a question of many words"})
+    *_, (_, short) = [call for call in app.requests if call[0] == "/tokenize"]
+    assert [message["content"] for message in short["messages"]] == ["zqx1", "ok", "more 0", "zqx0", "more 1"]
     counters = await http.counters()
-    assert (counters["rendered_whole"], counters["rendered_extension"]) == (4, 2)  # two agreements per depth
-    assert [message["content"] for message in stub["messages"]] == ["0", "zqx0", "more 1"]
+    assert (counters["rendered_whole"], counters["rendered_abbreviated"]) == (1, 3)  # the first one is compared
+    assert [path for path, _ in app.requests].count("/tokenizer_info") == 1
 
 
-async def test_a_template_that_looks_back_is_rendered_whole(http: Http, app: FakeVllm) -> None:
-    app.render = lambda messages, **options: [*render(messages, **options), len(messages)]  # numbered rounds
-    app.max_model_len = 500
-    for _ in range(4):
-        messages = await converse(http, 3)
-        assert messages[5]["prompt_token_ids"][-1] == 5
-    assert (await http.counters())["rendered_extension"] == 0
+async def test_a_server_that_does_not_tell_its_template_renders_whole(http: Http) -> None:
+    await converse(http, 3)
+    counters = await http.counters()
+    assert (counters["rendered_whole"], counters["rendered_abbreviated"]) == (2, 0)
+
+
+async def test_a_server_that_renders_with_another_template_renders_whole(http: Http, app: FakeVllm) -> None:
+    app.chat_template, app.max_model_len = SOURCE, 500
+    app.render = lambda messages, **options: [*render(messages, **options), len(str(messages))]
+    for _ in range(2):
+        messages = await converse(http, 3, user={"role": "user", "content": "a question of many words"})
+        assert messages[5]["prompt_token_ids"][-1] > 100
+    assert (await http.counters())["rendered_abbreviated"] == 0
 
 
 async def test_sampling_is_pinned(http: Http, app: FakeVllm) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
+import jinja2
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from trl_gym.policy_server.middleware.sight import sight_of
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates, new_marker
 
@@ -70,7 +76,7 @@ def call(arguments: str = '{"a": 1}') -> Json:
 
 
 def chat(*messages: Json, newest: int = 1) -> Chat:
-    return Chat(list(messages), newest, {"model": "policy"}, ENDING, b"key")
+    return Chat(list(messages), newest, {"model": "policy"}, ENDING)
 
 
 def said(role: str, content: str | None, **more: Any) -> Json:
@@ -156,48 +162,174 @@ async def test_a_template_that_refuses() -> None:
         await prompt(refuses_two_users, chat(ASKED, ANSWERED, MORE, MORE), "uhi|awell" + END)
 
 
+# -- templates with memory: what they write last depends on what is in front ------------------------------------------
+
+_CALLS = "{% for c in m.tool_calls or [] %}"
+_COUNT = "{% set ns.n = ns.n + 1 %}{% endif %}"
+
+
+def remembering(in_front: str, first: str = "") -> str:
+    """A template that writes `in_front` of each message `m`, with a namespace `ns`, of which `first` is said first."""
+    return (
+        "{% set ns = namespace(n=0, seen=false, last=0, all='') %}"
+        + (f"{{% for m in messages %}}{first}{{% endfor %}}" if first else "")
+        + "{% for m in messages %}{% set said = m.content or '' %}"
+        + in_front
+        + f"{{{{ m.role[0] ~ said }}}}{_CALLS}<{{{{ c.function.name ~ c.function.arguments }}}}>{{% endfor %}}"
+        + f"{END}\n{{% endfor %}}{{% if add_generation_prompt %}}a{{% endif %}}"
+    )
+
+
+_LAST_USER = "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+PROVEN = {
+    "no memory": remembering(""),
+    "numbered rounds": remembering("{{ loop.index }}"),
+    "rounds from the end": remembering("{{ loop.revindex }}{{ messages|length }}"),
+    "first tool output": remembering("{% if m.role == 'tool' and not ns.seen %}({% set ns.seen = true %}{% endif %}"),
+    "last question": remembering(
+        "{% if loop.index0 > ns.last %}!{% endif %}",
+        "{% if m.role == 'user' and not m.content.startswith('<tool_response>') %}"
+        "{% set ns.last = loop.index0 %}{% endif %}",
+    ),
+    "tools at the last user message": remembering(
+        "{% if loop.index0 == ns.last %}{{ tools|tojson }}{% endif %}", _LAST_USER
+    ),
+    "the first message again": remembering(
+        "{% if loop.index0 == ns.last %}{{ messages[0].content }}{% endif %}", _LAST_USER
+    ),
+    "calls of a name": remembering(_CALLS + "{% if c.function.name == 'add' %}" + _COUNT + "{% endfor %}{{ ns.n }}"),
+    "arguments": remembering(
+        _CALLS
+        + "{% for k, v in c.function.arguments.items() %}{% if v is string and '?' in v %}"
+        + _COUNT
+        + "{% endfor %}{% endfor %}{{ ns.n }}"
+    ),
+    "thinking somewhere": remembering("{% if '</think>' in said %}" + _COUNT + "{{ ns.n }}"),
+    "questions": remembering("{% if (said|trim).endswith('?') %}" + _COUNT + "{{ ns.n }}"),
+    "a word across messages": remembering("{% set ns.all = ns.all ~ said %}{% if '</think>' in ns.all %}!{% endif %}"),
+    "an empty answer": remembering("{% if not said.split('</think>')[-1].strip() %}" + _COUNT + "{{ ns.n }}"),
+    "a whole text": remembering("{% if said|trim in ['stop', 'end'] %}" + _COUNT + "{{ ns.n }}"),
+}
+UNPROVEN = {
+    "text so far": remembering("{% set ns.n = ns.n + said|length %}{{ ns.n }}"),
+    "a letter": remembering("{% set ns.all = ns.all ~ said[20:21] %}{{ ns.all }}"),
+}
+
+_PIECES = [
+    "</think>",
+    "<tool_response>",
+    "stop",
+    "?",
+    "</th",
+    "ink>",
+    "<tool_resp",
+    "end",
+    "hello world",
+    "zqx1",
+    "漢字",
+]
+_pieces = st.sampled_from([*_PIECES, *(text * 30 for text in "a?é"), "it was a long day. " * 3, " ", "\n", "  \n" * 9])
+texts = st.lists(_pieces, max_size=5).map("".join)
+calls = st.lists(
+    st.builds(
+        lambda name, text: {
+            "id": "callabcd0",
+            "type": "function",
+            "function": {"name": name, "arguments": json.dumps({"text": text})},
+        },
+        st.sampled_from(["add", "echo"]),
+        texts,
+    ),
+    max_size=2,
+)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> Chat:
+    message = st.builds(said, st.sampled_from(["user", "assistant", "tool", "system"]), texts) | st.builds(
+        lambda content, calls: said("assistant", content, tool_calls=calls), st.none() | texts, calls
+    )
+    front = draw(st.lists(message, max_size=8))
+    turn = draw(st.builds(said, st.just("assistant"), texts, tool_calls=calls))
+    new = draw(st.lists(message, min_size=1, max_size=3))
+    tools = {"tools": [{"name": draw(texts)}]} if draw(st.booleans()) else {}
+    return Chat([*front, turn, *new], len(front), {"model": "policy", **tools}, ENDING)
+
+
+def rendering(source: str) -> Callable[[Json], Awaitable[Json]]:
+    template = jinja2.Environment().from_string(source)
+
+    async def tokenize(body: Json) -> Json:
+        messages = json.loads(json.dumps(body["messages"]))
+        for called in (call for message in messages for call in message.get("tool_calls") or []):
+            called["function"]["arguments"] = json.loads(called["function"]["arguments"])
+        text = template.render(
+            messages=messages, tools=body.get("tools"), add_generation_prompt=body["add_generation_prompt"]
+        )
+        return {"tokens": ids(text), "token_strs": list(text)}
+
+    return tokenize
+
+
+async def outcome(templates: Templates, tokenize: Callable[[Json], Awaitable[Json]], chat: Chat) -> list[int] | str:
+    try:
+        return await templates.next_prompt(tokenize, chat, ids("seen" + END))
+    except NoBoundaryError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", [*PROVEN, *UNPROVEN])
+@given(chats=st.lists(conversations(), min_size=1, max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_whatever_was_asked_before_a_prompt_is_that_of_the_whole_chat(name: str, chats: list[Chat]) -> None:
+    source = {**PROVEN, **UNPROVEN}[name]
+    tokenize, server = rendering(source), Templates()
+
+    async def compare() -> None:
+        for chat in chats:
+            told = replace(chat, source=source)
+            assert await outcome(server, tokenize, told) == await outcome(Templates(), tokenize, chat)
+
+    asyncio.run(compare())
+    assert (sight_of(source) is not None) == (name in PROVEN)
+
+
 async def test_the_cost_of_a_turn_is_that_of_what_is_new() -> None:
-    templates, tokenizer = Templates(), Tokenizer(chatml)
-    messages, history = [ASKED, ANSWERED], "uhi|awell" + END
-    for _ in range(3):  # three rollouts of four turns
-        for turn in range(1, 5):
-            longer = [*messages * turn, MORE]
-            tokenizer.chats.clear()
-            await templates.next_prompt(tokenizer, chat(*longer, newest=2 * turn - 1), ids(history))
-    assert tokenizer.chats == [[said("user", "0"), said("assistant", "zqx0"), MORE]]
-    assert (templates.num_whole, templates.num_extended) == (8, 4)
+    templates, sizes = Templates(), []
+    source, asked = PROVEN["first tool output"], said("user", "tell me a long story " * 40)
+    tokenize = rendering(source)
+
+    async def measured(body: Json) -> Json:
+        answer = await tokenize(body)
+        sizes.append(len(answer["tokens"]))
+        return answer
+
+    for num_turns in (1, 1, 30):
+        sizes.clear()
+        messages = [asked, said("assistant", "once upon a time " * 40)] * num_turns
+        story = Chat([*messages, asked], 2 * num_turns - 1, {"model": "policy"}, ENDING, source)
+        await templates.next_prompt(measured, story, ids("seen" + END))
+    assert len(sizes) == 1 and sizes[0] < len(asked["content"]) + 60 * 10
+    assert (templates.num_whole, templates.num_abbreviated) == (1, 2)
 
 
-async def test_the_roles_in_front_of_a_turn_belong_to_its_shape() -> None:
-    """DeepSeek V3 opens the first tool output of a chat unlike later ones."""
+async def test_now_and_then_the_abbreviated_chat_is_compared_with_the_whole() -> None:
+    templates, source, late = Templates(), PROVEN["no memory"], False
+    tokenize = rendering(source)
 
-    def opening_the_first(messages: list[Json], add_generation_prompt: bool) -> str:
-        return chatml(messages, add_generation_prompt).replace("t", "(t", 1)
+    async def changes_its_mind(body: Json) -> Json:
+        answer = await tokenize(body)
+        extra = list(str(len(answer["tokens"]))) if late else []
+        return {"tokens": answer["tokens"] + ids("".join(extra)), "token_strs": answer["token_strs"] + extra}
 
-    templates, tokenizer = Templates(), Tokenizer(opening_the_first)
-    turn, output = said("assistant", None, tool_calls=[call()]), said("tool", "5")
-    first = chat(ASKED, ANSWERED, MORE, turn, output, newest=3)
-    later = chat(ASKED, turn, output, turn, output, newest=3)
-    for _ in range(3):
-        assert (await templates.next_prompt(tokenizer, first, ids("seen" + END)))[5:] == ids(f"\n(t5{END}\na")
-    assert (await templates.next_prompt(tokenizer, later, ids("seen" + END)))[5:] == ids(f"\nt5{END}\na")
-
-
-async def test_now_and_then_the_stub_is_checked_again() -> None:
-    templates, late = Templates(), False
-
-    def changes_its_mind(messages: list[Json], add_generation_prompt: bool) -> str:
-        return chatml(messages, add_generation_prompt) + str(len(messages)) * late
-
-    asked = chat(ASKED, ANSWERED, MORE, MORE, newest=1)
-    for _ in range(63):
-        await templates.next_prompt(Tokenizer(changes_its_mind), asked, ids("uhi|awell"))
-    assert (templates.num_whole, templates.num_extended) == (2, 61)
+    asked = Chat([said("user", "a text of many letters"), ANSWERED, MORE], 1, {"model": "policy"}, ENDING, source)
+    for _ in range(64):
+        await templates.next_prompt(changes_its_mind, asked, ids("uhi|awell"))
+    assert (templates.num_whole, templates.num_abbreviated) == (1, 63)
     late = True
-    longer = chat(*[ASKED, ANSWERED] * 2, MORE, newest=1)
     for _ in range(4):
-        await templates.next_prompt(Tokenizer(changes_its_mind), longer, ids("uhi|awell"))
-    assert templates.num_whole > 2
+        await templates.next_prompt(changes_its_mind, asked, ids("uhi|awell"))
+    assert (templates.num_whole, templates.num_abbreviated) == (5, 63)
 
 
 def test_the_marker_is_not_in_the_new_messages() -> None:

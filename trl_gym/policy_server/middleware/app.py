@@ -196,7 +196,7 @@ class OnPolicyMiddleware:
                 "counters": {
                     **asdict(self._chat.counters),
                     "rendered_whole": templates.num_whole,
-                    "rendered_extension": templates.num_extended,
+                    "rendered_abbreviated": templates.num_abbreviated,
                 },
             },
         )

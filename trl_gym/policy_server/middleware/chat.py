@@ -173,7 +173,8 @@ class ChatTurns:
         changed = self._histories.difference(turn) if turn.rollout is None else self._calls(turn).difference(turn)
         if changed is not None:
             return await self._as_rendered(server, turn, CallDrift(cause=DriftCause.HISTORY_REWRITTEN, text=changed))
-        chat = Chat(turn.messages, turn.newest, turn.render_options, turn.ending, turn.options_key)
+        source = await self._server_info.chat_template(server)
+        chat = Chat(turn.messages, turn.newest, turn.render_options, turn.ending, source)
         try:
             forced = await self.templates.next_prompt(server.tokenize, chat, turn.seen)
         except (splice.NoBoundaryError, RenderRefusedError) as error:

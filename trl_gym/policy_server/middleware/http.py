@@ -227,6 +227,7 @@ class ServerInfo:
 
     def __init__(self) -> None:
         self._info: dict[str, Any] | None = None
+        self._tokenizer: dict[str, Any] | None = None
         self._version: str | None = None
         self._has_versions = True
         self._num_changes = 0
@@ -246,6 +247,16 @@ class ServerInfo:
 
     async def max_model_len(self, server: WrappedServer) -> int:
         return (await self.all(server))["max_model_len"]
+
+    async def chat_template(self, server: WrappedServer) -> str | None:
+        """Return the source of the server's chat template; None if it does not tell, or has several."""
+        if self._tokenizer is None:
+            reply = await server.ask("GET", "/tokenizer_info")
+            if not reply.ok and reply.status != _NOT_FOUND:
+                return None  # not now; asked again in the next turn
+            self._tokenizer = json_object(reply.body) or {}
+        source = self._tokenizer.get("chat_template")
+        return source if isinstance(source, str) else None
 
     async def weight_version(self, server: WrappedServer) -> str | None:
         """Return the weight version; None if the server has none (stock vLLM outside development mode)."""

@@ -4,30 +4,31 @@ The turn's text is replaced by a marker, the chat is rendered, and what follows 
 template does with earlier turns (dropping their thinking, moving the tools) happens in front of it.
 
     [system, user, assistant, tool, assistant*, tool, user]      the whole chat; * is the turn with the marker
-    [system "0", user "0",          assistant*, tool, user]      its extension: as little as possible in front
+    [system, us…,  assist…,   to…,  assistant*, tool, user]      texts in front of it are abbreviated
 
-A render of the whole chat grows with the rollout, one of its extension with what is new. Most templates write the same
-tail for both, and then only the extension is rendered. That is not assumed: both are compared for each depth and shape
-of a chat until they have agreed twice, and now and then afterwards. A template for which they once differ (tools in
-front of the last user message, numbered rounds) is rendered whole from then on.
+A render of the whole chat grows with its texts, the other only with the number of its messages. Both end alike if the
+template's source proves it (`sight.py`). A chat is rendered whole if there is no such proof, if the server does not
+tell its template (`GET /tokenizer_info`), or if an abbreviated text turns up in the tail. Whether the server renders
+with the template that it told is checked in the first use of a template, and now and then afterwards.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from trl_gym.policy_server.middleware import splice
+from trl_gym.policy_server.middleware.sight import Sight, sight_of
 from trl_gym.policy_server.middleware.splice import Closing, NoBoundaryError, NoMarkerError, Rendered
 
+logger = logging.getLogger(__name__)
+
 _INSTRUCTING = ("system", "developer")
-_NUM_AGREEMENTS = 2
-_CHECK_EVERY = 64  # uses of an extension between two comparisons
+_CHECK_EVERY = 64  # abbreviated chats from one comparison with the whole chat to the next
 _MAX_TEMPLATES = 64
-_MAX_SHAPES = 4096
 
 Place = Literal["text", "calls"]
 """Place of the marker: a turn's text, or the arguments of its tool calls, which templates write after the text."""
@@ -49,7 +50,7 @@ class Chat:
     # Other fields of `/tokenize` that decide the render: tools, template, its arguments, model.
     options: dict[str, Any]
     ending: dict[str, bool]  # `add_generation_prompt` and `continue_final_message`
-    options_key: bytes  # hash of `options`, which may hold many tools; computed once per turn
+    source: str | None = None  # the server's own chat template; None if it does not tell
 
     @property
     def turn(self) -> dict[str, Any]:
@@ -77,25 +78,10 @@ class Chat:
         ]
         return replace(self, messages=[*self.messages[: self.newest + 1], *new])
 
-    def extension(self) -> Chat:
-        """Return the same chat with as little as possible in front of the newest turn."""
-        roles = [message.get("role") for message in self.messages[: self.newest]]
-        head = [{"role": roles[0], "content": "0"}] if roles and roles[0] in _INSTRUCTING else []
-        if "user" in roles:
-            head.append({"role": "user", "content": "0"})
-        options = {key: value for key, value in self.options.items() if key != "tools"}
-        return replace(self, messages=[*head, *self.messages[self.newest :]], newest=len(head), options=options)
-
-    def shape_key(self, place: Place) -> bytes:
-        """Hash the options, the turn's index and form and the roles around it, but not the texts.
-
-        Roles in front count, not their order: DeepSeek V3 opens the first tool output of a chat unlike later ones.
-        """
-        roles = [str(message.get("role")) for message in self.messages]
-        lead = [roles[0], sorted(set(roles[: self.newest]))]
-        kind = [bool(self.turn.get("content")), len(self.turn.get("tool_calls") or []), place]
-        shape = [self.options_key.hex(), self.newest, lead, roles[self.newest :], kind, self.ending]
-        return hashlib.blake2b(json.dumps(shape, sort_keys=True).encode(), digest_size=16).digest()
+    def abbreviated(self, sight: Sight, filler: str) -> Chat:
+        """Return the same chat with short texts in front of the newest turn."""
+        front = sight.abbreviate(self.messages[: self.newest], filler)
+        return replace(self, messages=[*front, *self.messages[self.newest :]])
 
 
 @dataclass(slots=True)
@@ -107,11 +93,11 @@ class _Probes:
 
 
 @dataclass(slots=True)
-class _Comparisons:
-    """Number of agreements between the two tails of chats of one shape, and number of uses."""
+class _Proof:
+    """What is known of one template's source."""
 
-    agreed: int = 0
-    used: int = 0
+    sight: Sight | None  # None if the template has to render whole chats
+    num_used: int = 0
 
 
 @dataclass(slots=True)
@@ -120,10 +106,9 @@ class Templates:
 
     stop_ids: set[int] = field(default_factory=set)  # tokens at which generation has stopped; the middleware adds them
     num_whole: int = 0  # number of chats that were rendered whole
-    num_extended: int = 0  # number of chats of which only the extension was rendered
+    num_abbreviated: int = 0  # number of chats that were rendered with abbreviated texts only
     _probes: dict[str, _Probes] = field(default_factory=dict)
-    _comparisons: dict[bytes, _Comparisons] = field(default_factory=dict)
-    _whole_only: set[bytes] = field(default_factory=set)
+    _proofs: dict[str, _Proof] = field(default_factory=dict)
 
     async def next_prompt(self, tokenize: Tokenize, chat: Chat, seen: list[int]) -> list[int]:
         """Return the exact prompt: `seen`, then what the template writes for the rest of the chat.
@@ -175,34 +160,29 @@ class Templates:
 
     async def _tail(self, tokenize: Tokenize, chat: Chat, place: Place) -> list[int]:
         """Return the tokens that the template writes after the newest turn."""
-        if chat.options_key in self._whole_only:
-            return await self._whole(tokenize, chat, place)
-        past = self._comparisons_of(chat.shape_key(place))
-        past.used += 1
-        if past.agreed >= _NUM_AGREEMENTS and past.used % _CHECK_EVERY:
-            self.num_extended += 1
-            return (await _rendered_tail(tokenize, chat.extension(), place)).ids
-        whole = await self._whole(tokenize, chat, place)
-        try:
-            extended = (await _rendered_tail(tokenize, chat.extension(), place)).ids
-        except NoBoundaryError:
-            extended = None
-        if extended == whole:
-            past.agreed += 1
-        else:
-            self._whole_only.add(chat.options_key)
+        proof = self._proof(chat)
+        abbreviated = None if proof.sight is None else await _abbreviated_tail(tokenize, chat, place, proof.sight)
+        if abbreviated is None:
+            self.num_whole += 1
+            return (await _checked_tail(tokenize, chat, place)).ids
+        proof.num_used += 1
+        if proof.num_used % _CHECK_EVERY != 1:
+            self.num_abbreviated += 1
+            return abbreviated.ids
+        self.num_whole += 1
+        whole = (await _checked_tail(tokenize, chat, place)).ids
+        if abbreviated.ids != whole:
+            logger.warning("the server renders with another chat template than it says; chats are rendered whole")
+            proof.sight = None
         return whole
 
-    async def _whole(self, tokenize: Tokenize, chat: Chat, place: Place) -> list[int]:
-        self.num_whole += 1
-        if chat.num_instructions:
-            await _check_instructions(tokenize, chat, place)
-        return (await _rendered_tail(tokenize, chat, place)).ids
-
-    def _comparisons_of(self, shape: bytes) -> _Comparisons:
-        if shape not in self._comparisons and len(self._comparisons) >= _MAX_SHAPES:
-            self._comparisons.clear()
-        return self._comparisons.setdefault(shape, _Comparisons())
+    def _proof(self, chat: Chat) -> _Proof:
+        source = chat.options.get("chat_template") or chat.source or ""
+        if source not in self._proofs:
+            if len(self._proofs) >= _MAX_TEMPLATES:
+                self._proofs.clear()
+            self._proofs[source] = _Proof(sight_of(source))
+        return self._proofs[source]
 
 
 async def _probe(tokenize: Tokenize, options: dict[str, Any]) -> _Probes:
@@ -242,12 +222,26 @@ async def _rendered_tail(tokenize: Tokenize, chat: Chat, place: Place) -> Render
     return rendered.after(mark)
 
 
-async def _check_instructions(tokenize: Tokenize, chat: Chat, place: Place) -> None:
-    """Raise `NoBoundaryError` if a new system message is written anywhere but after the turn: the tail lacks it."""
-    text = new_marker(chat.new_messages, unlike=new_marker(chat.new_messages))
-    tail = "".join((await _rendered_tail(tokenize, chat.with_instructions(text), place)).strings)
-    if tail.count(text) != chat.num_instructions:
-        raise NoBoundaryError("the chat template writes a later system message in front of the turn")
+async def _abbreviated_tail(tokenize: Tokenize, chat: Chat, place: Place, sight: Sight) -> Rendered | None:
+    """Return the tail with abbreviated texts in front; None if only the whole chat can tell."""
+    filler = new_marker(chat.new_messages, unlike=new_marker(chat.new_messages))
+    try:
+        tail = await _checked_tail(tokenize, chat.abbreviated(sight, filler), place)
+    except NoMarkerError:
+        raise
+    except NoBoundaryError:
+        return None
+    return None if filler in "".join(tail.strings) else tail
+
+
+async def _checked_tail(tokenize: Tokenize, chat: Chat, place: Place) -> Rendered:
+    """Return the tail; raise `NoBoundaryError` if a new system message is written anywhere else: the tail lacks it."""
+    if chat.num_instructions:
+        text = new_marker(chat.new_messages, unlike=new_marker(chat.new_messages))
+        tail = "".join((await _rendered_tail(tokenize, chat.with_instructions(text), place)).strings)
+        if tail.count(text) != chat.num_instructions:
+            raise NoBoundaryError("the chat template writes a later system message in front of the turn")
+    return await _rendered_tail(tokenize, chat, place)
 
 
 async def _render(tokenize: Tokenize, options: dict[str, Any], messages: list[Any], **ending: bool) -> Rendered:
