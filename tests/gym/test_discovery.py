@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
-from trl_gym.gym.discovery import ServerInstance, ServerProbe, is_alive, needed_servers
+import pytest
+
+from trl_gym.gym.discovery import (
+    ServerInstance,
+    ServerProbe,
+    is_alive,
+    needed_servers,
+    new_http_session,
+    with_run_fields,
+)
 from trl_gym.processes import bind_socket
 
 
@@ -60,3 +72,46 @@ def test_an_agent_needs_what_its_config_refers_to_and_so_on() -> None:
     assert needed_servers(config, "other") == {"other"}
     config["tools"]["resources_servers"]["tools"]["back"] = reference("responses_api_agents", "agent")
     assert needed_servers(config, "tools") == {"agent", "tools", "policy_model", "judge_model"}
+
+
+RUN_REQUEST = {
+    "paths": {"/run": {"post": {"requestBody": {"content": {"application/json": {"schema": {"$ref": "#/c/s/Run"}}}}}}},
+    "components": {"schemas": {"Run": {"properties": {"policy_base_url": {}, "policy_api_key": {}, "question": {}}}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "fields"),
+    [
+        (json.dumps(RUN_REQUEST), {"policy_base_url", "policy_api_key"}),
+        (json.dumps({**RUN_REQUEST, "components": {"schemas": {"Run": {}}}}), set()),
+        (json.dumps({**RUN_REQUEST, "paths": {}}), set()),
+        (json.dumps({**RUN_REQUEST, "components": []}), set()),
+        ("[]", set()),
+        ("not JSON", set()),
+    ],
+)
+def test_an_agent_says_which_policy_fields_its_run_takes(schema: str, fields: set[str]) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/openapi.json"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(schema.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.handle_request).start()
+        agent = ServerInstance("agent", "responses_api_agents", "own", f"http://127.0.0.1:{http.server_port}", None)
+        assert with_run_fields(new_http_session(), agent, timeout_s=10).run_fields == fields
+
+
+def test_only_agents_that_have_not_said_so_are_asked() -> None:
+    nobody = "http://127.0.0.1:9"
+    known = ServerInstance("agent", "responses_api_agents", "own", nobody, None, frozenset({"policy_base_url"}))
+    for instance in (known, server(nobody)):
+        assert with_run_fields(new_http_session(), instance, timeout_s=1) is instance
+    silent = ServerInstance("agent", "responses_api_agents", "own", nobody, None)
+    assert with_run_fields(new_http_session(), silent, timeout_s=1).run_fields == frozenset()

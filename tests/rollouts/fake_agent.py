@@ -24,9 +24,11 @@ class Agent:
     def __init__(self) -> None:
         self.running = self.most_at_once = self.started = self.cancelled = 0
         self.dropped: Counter[str] = Counter()
+        self.received: list[tuple[dict[str, str], dict[str, Any]]] = []
 
     async def run(self, request: web.Request) -> web.StreamResponse:
         row = await request.json()
+        self.received.append((dict(request.headers), row))
         self.started += 1
         self.running += 1
         self.most_at_once = max(self.most_at_once, self.running)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import threading
 from typing import Any
@@ -13,8 +14,11 @@ from tests.conftest import until
 from tests.rollouts.fake_agent import Ledger, collect, make, requests
 from trl_gym.errors import FailureKind, PolicyServerError, ServerError
 from trl_gym.gym.servers import AgentInfo
+from trl_gym.policy_server.middleware.identity import ROLLOUT_HEADER, rollout_key
+from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.collector import RolloutResult
+from trl_gym.rollouts.request import PolicyAccess, stamp
 
 
 async def test_results_come_in_the_order_of_the_requests(agent: Any) -> None:
@@ -206,3 +210,18 @@ async def test_nothing_is_left_behind(agent: Any) -> None:
 
 async def _tasks() -> int:
     return len(asyncio.all_tasks())
+
+
+async def test_an_agent_gets_the_key_of_its_rollout_and_no_record_has_it(agent: Any) -> None:
+    behaviour, lookup = agent
+    options: dict[str, Any] = {"task_index": 0, "member": 0, "sampling": Sampling(), "completion_budget": 9}
+    row = stamp({"responses_create_params": {"input": "x"}}, rollout_id="r0", **options)
+    takes = dataclasses.replace(lookup("a"), run_fields=frozenset({"policy_base_url", "policy_api_key"}))
+    access = PolicyAccess(("http://policy:1/v1",), "the-key")
+    [result] = await collect(lambda _: takes, [row], access=access)
+    assert result.failure is None
+    [(headers, received)] = behaviour.received
+    key = rollout_key("the-key", result.request.tag)
+    assert headers[ROLLOUT_HEADER] == key
+    assert (received["policy_base_url"], received["policy_api_key"]) == ("http://policy:1/v1", key)
+    assert key not in str(result.request)

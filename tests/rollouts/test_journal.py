@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import RolloutError
+from trl_gym.policy_server.middleware.identity import rollout_key
 from trl_gym.rollouts import journal as journal_module
 from trl_gym.rollouts.journal import (
     REDACTED,
@@ -364,3 +365,13 @@ def test_secrets_in_nested_options_are_known_values() -> None:
     assert make_redactor(secrets_in(options))({"said 0123456789": ["geheim123!"]}) == {
         f"said {REDACTED}": [f"{REDACTED}!"]
     }
+
+
+def test_rollout_keys_are_redacted_wherever_they_stand() -> None:
+    """An agent's answer may hold the URL, or the key, that it was given for this rollout."""
+    key = rollout_key("an-api-key", {"rollout": "r0"})
+    said = {"params": {"url": f"http://x/trl_gym/rollouts/{key}/v1", key: [key]}, "policy_api_key": key}
+    redacted = make_redactor()(said)
+    assert key not in str(redacted) and key.partition(".")[2] not in str(redacted)
+    assert redacted["params"]["url"] == "http://x/trl_gym/rollouts/[redacted]/v1"
+    assert redacted["policy_api_key"] == "[redacted]"

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.rollouts.request import RolloutRequest, Sampling, next_attempt, request_hash, stamp, task_hash
+from trl_gym.gym.discovery import AgentInfo
+from trl_gym.policy_server.middleware.identity import Gate, Identity, identity_of
+from trl_gym.rollouts.request import (
+    PolicyAccess,
+    RolloutRequest,
+    Sampling,
+    next_attempt,
+    request_hash,
+    stamp,
+    task_hash,
+)
 
 json_value = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
@@ -174,3 +184,72 @@ def test_a_request_is_known_by_all_but_its_ids(row: dict[str, Any]) -> None:
     assert request_hash(stamped_row(row, completion_budget=49)) != expected
     assert request_hash(stamped_row(row, chat_template_kwargs={"enable_thinking": False})) != expected
     assert request_hash({**stamped_row(row), "agent_ref": {"name": "a"}}) != expected
+
+
+URLS = ("http://a:1/v1", "http://b:2/v1")
+
+
+def request(row: dict[str, Any], rollout_id: str = "r0") -> RolloutRequest:
+    return RolloutRequest(rollout_id=rollout_id, task_index=7, group=0, member=1, attempt=0, agent="agent", row=row)
+
+
+def agent(*run_fields: str) -> AgentInfo:
+    return AgentInfo("agent", "http://agent:1", None, "simple_agent", frozenset(run_fields))
+
+
+def identity(headers: dict[str, str], path: str = "/v1/chat/completions") -> Identity:
+    """What a server with that API key takes the sender for."""
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": raw}
+    Gate(["the-key"]).admit(scope)
+    assert scope["path"] == "/v1/chat/completions"
+    return identity_of(scope)
+
+
+@given(st.text(min_size=1, max_size=30), st.integers(1, 10**6))
+def test_the_key_of_a_rollout_says_what_its_stamp_says(rollout_id: str, budget: int) -> None:
+    made = request(
+        stamped({"responses_create_params": {"input": "hi"}}, rollout_id=rollout_id, completion_budget=budget)
+    )
+    headers, fields = PolicyAccess(URLS, "the-key").of(made, agent())
+    assert fields == {}
+    assert identity(headers | {"authorization": "Bearer the-key"}).tag == tag(made.row)["trl_gym"]
+
+
+def test_the_next_attempt_has_a_key_of_its_own() -> None:
+    made = request(stamped({"responses_create_params": {"input": "hi"}}), "run-train0-g0-m1-a0")
+    headers, _ = PolicyAccess(URLS, "the-key").of(next_attempt(made), agent())
+    assert identity(headers | {"authorization": "Bearer the-key"}).rollout == "run-train0-g0-m1-a1"
+
+
+def test_an_agent_that_takes_a_policy_per_run_gets_one_of_its_own() -> None:
+    made = request(stamped({"responses_create_params": {"input": "hi"}}))
+    access = PolicyAccess(URLS, "the-key")
+    _, fields = access.of(made, agent("policy_base_url", "policy_api_key"))
+    assert fields["policy_base_url"] in URLS
+    assert identity({"authorization": f"Bearer {fields['policy_api_key']}"}).tag == tag(made.row)["trl_gym"]
+
+    _, fields = access.of(made, agent("policy_base_url"))
+    assert set(fields) == {"policy_base_url"}
+    path = fields["policy_base_url"].partition("/trl_gym")
+    assert f"{path[0]}/v1" in URLS
+    assert identity({}, "".join(path[1:]) + "/chat/completions").tag == tag(made.row)["trl_gym"]
+
+
+def test_the_rollouts_of_several_policy_servers_are_spread_and_each_stays_with_one() -> None:
+    access = PolicyAccess(URLS, "the-key")
+    row = stamped({"responses_create_params": {"input": "hi"}})
+    urls = [access.of(request(row, f"r{n}"), agent("policy_base_url"))[1]["policy_base_url"][:8] for n in range(50)]
+    again = [access.of(request(row, f"r{n}"), agent("policy_base_url"))[1]["policy_base_url"][:8] for n in range(50)]
+    assert urls == again and len(set(urls)) == 2
+
+
+def test_a_row_keeps_its_own_policy_and_one_without_a_stamp_gets_no_key() -> None:
+    own = stamped({"responses_create_params": {"input": "hi"}, "policy_base_url": "http://else/v1"})
+    headers, fields = PolicyAccess(URLS, "the-key").of(request(own), agent("policy_base_url", "policy_api_key"))
+    assert headers and fields == {}
+    assert PolicyAccess(URLS).of(request({"responses_create_params": {"input": "hi"}}), agent()) == ({}, {})
+
+
+def test_an_api_key_is_not_shown() -> None:
+    assert "the-key" not in repr(PolicyAccess(URLS, "the-key"))

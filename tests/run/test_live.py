@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, RolloutError
+from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.run.live import LiveSource
 
 
@@ -35,3 +38,34 @@ def test_weights_that_somebody_else_has_changed_end_the_batch_on_rank_0(tmp_path
         live._check_version()
     live._accelerator.is_main_process = False
     live._check_version()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "words"),
+    [
+        ({}, 5.0, "responses_api_agents/chat: 4, an unknown server: 1). They were refused"),
+        ({"gym_untagged_calls": "warn"}, 5.0, "They were served"),
+        ({"gym_head_url": "http://gym:1"}, 7.0, "responses_api_agents/chat: 4"),
+    ],
+)
+def test_calls_of_no_rollout_are_counted_and_their_agents_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any], expected: float, words: str
+) -> None:
+    counts = UntaggedCalls(gym=Counter({"responses_api_agents/chat": 6, "": 1}), others=9)
+    policy = SimpleNamespace(client=SimpleNamespace(untagged_calls=lambda: counts))
+    args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], **options)
+    live = LiveSource(args, SimpleNamespace(policy=policy))  # type: ignore[arg-type]
+    live._accelerator = Accelerator(cpu=True)
+    before = UntaggedCalls(gym=Counter({"responses_api_agents/chat": 2}), others=7)
+    assert live._untagged_metrics(before) == {"rollouts/untagged_calls": [expected]}
+    assert words in caplog.text and "gym_untagged_calls" in caplog.text
+    caplog.clear()
+    assert live._untagged_metrics(counts) == {}
+    assert caplog.text == ""
+
+
+def test_other_clients_of_the_policy_server_are_not_taken_for_our_gym(tmp_path: Path) -> None:
+    policy = SimpleNamespace(client=SimpleNamespace(untagged_calls=lambda: UntaggedCalls(others=9)))
+    live = source(tmp_path, policy=policy)
+    live._accelerator = Accelerator(cpu=True)
+    assert live._untagged_metrics(UntaggedCalls()) == {}

@@ -310,6 +310,7 @@ def _run(
             _gym(options, endpoint) as gym,
             contextlib.closing(Journal(options.journal_dir, secrets=secrets)) as journal,
             contextlib.closing(_collector(options, endpoint, gym)) as collector,
+            _untagged_calls_told(options, endpoint, say),
         ):
             session = uuid.uuid4().hex[:8]
             for start in range(0, len(todo), _CHUNK):
@@ -320,6 +321,23 @@ def _run(
     except KeyboardInterrupt:
         done_now = len(jobs) - len(missing(jobs, done(read_journal(options.journal_dir))))
         raise InterruptedCollectionError(f"{done_now} of {len(jobs)} rollouts") from None
+
+
+@contextlib.contextmanager
+def _untagged_calls_told(options: CollectOptions, endpoint: Endpoint, say: Callable[[str], None]) -> Iterator[None]:
+    """Say afterwards how many of Gym's model calls belonged to no rollout: nobody pinned their sampling."""
+    if endpoint.kind is not EndpointKind.OURS:
+        yield
+        return
+    with contextlib.closing(PolicyClient(options.base_url, api_key=options.api_key)) as client:
+        before = client.untagged_calls()
+        yield
+        found = client.untagged_calls().since(before)
+    if found.gym:
+        say(
+            f"{found.gym.total()} model calls belong to no rollout ({found.names()}): they had sampling parameters of "
+            "their own and no budget, and are in no record. Training refuses them (`gym_untagged_calls`)."
+        )
 
 
 def _finisher(

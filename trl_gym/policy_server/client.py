@@ -26,6 +26,7 @@ from trl_gym.errors import (
     WeightMismatchError,
     error_body_text,
 )
+from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.processes import split_urls
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -139,6 +140,14 @@ class PolicyClient:
     def infos(self) -> list[dict[str, Any]]:
         """Return `info` of every server."""
         return self._call_all("GET", "/trl_gym/info")
+
+    def untagged_calls(self) -> UntaggedCalls:
+        """Return the sampled calls, since the servers' start, that belong to no rollout."""
+        counts = UntaggedCalls()
+        for info in self.infos():
+            counts.gym.update(info["untagged_calls"]["gym"])
+            counts.others += info["untagged_calls"]["others"]
+        return counts
 
     def models(self) -> list[dict[str, Any]]:
         """Return the models that the server serves, adapters included."""

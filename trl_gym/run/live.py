@@ -151,7 +151,8 @@ class LiveSource:
     def _untagged_calls(self) -> UntaggedCalls:
         """Return those so far, on rank 0, in whose server log they are one count."""
         with agreed(self._accelerator):
-            return self._servers.untagged_calls() if self._accelerator.is_main_process else UntaggedCalls()
+            is_main = self._accelerator.is_main_process
+            return self.policy_server.client.untagged_calls() if is_main else UntaggedCalls()
 
     def _untagged_metrics(self, before: UntaggedCalls) -> dict[str, list[float]]:
         """Count the batch's model calls that belong to no rollout, and say whose they are."""
@@ -262,8 +263,7 @@ def describe_untagged(found: UntaggedCalls, number: int, policy: str) -> str:
         number: How many of them are Gym's.
         policy: The value of `gym_untagged_calls`.
     """
-    names = ", ".join(f"{name or 'a server that is not known'}: {count}" for name, count in found.gym.most_common())
-    whose = names or "a NeMo Gym with the policy server's own API key, or another client of that server"
+    whose = found.names() or "a NeMo Gym with the policy server's own API key, or another client of that server"
     served = "served, with sampling parameters of their own" if policy == "warn" or not found.gym else "refused"
     return (
         f"{number} model calls of this batch belong to no rollout ({whose}). They were {served}, and are not trained. "

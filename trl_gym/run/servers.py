@@ -28,7 +28,7 @@ from trl_gym.errors import ConfigError, Problem
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.plan import this_device, try_estimate
 from trl_gym.policy_server.command import api_key_from_environment
-from trl_gym.policy_server.middleware.identity import UntaggedCalls, gym_key
+from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
 from trl_gym.processes import ServerState
@@ -180,15 +180,6 @@ class RunServers:
         """The policy server's API key, which no file may contain, whoever writes it."""
         key = self.policy.client.api_key
         return (key,) if key else ()
-
-    def untagged_calls(self) -> UntaggedCalls:
-        """Return the model calls, since the policy servers' start, that belong to no rollout."""
-        counts = UntaggedCalls()
-        for info in self.policy.client.infos():
-            found = info.get("untagged_calls") or {}  # a server of an older trl-gym does not count
-            counts.gym.update(found.get("gym", {}))
-            counts.others += found.get("others", 0)
-        return counts
 
     @property
     def num_restarts(self) -> int:

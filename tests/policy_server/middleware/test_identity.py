@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from trl_gym.policy_server.middleware.identity import (
     ROLLOUT_HEADER,
     Gate,
     RefusedError,
+    UntaggedCalls,
     UntaggedPolicy,
     gym_key,
     identity_of,
@@ -347,3 +349,15 @@ async def test_a_server_without_a_key_reads_keys_and_checks_none(untagged: Untag
     assert (await server.chat({}))[0] == 200
     assert (await server.chat(bearer("EMPTY")))[0] == 200
     assert ((await server.chat(bearer(gym_key(None, untagged))))[0] == 200) == (untagged == "warn")
+
+
+counts = st.dictionaries(st.sampled_from(["", "a/b", "c/d"]), st.integers(1, 9))
+
+
+@given(counts, st.integers(0, 9), counts, st.integers(0, 9))
+def test_what_was_counted_meanwhile(first: Json, others: int, more: Json, more_others: int) -> None:
+    before, meanwhile = UntaggedCalls(Counter(first), others), UntaggedCalls(Counter(more), more_others)
+    after = UntaggedCalls(before.gym + meanwhile.gym, others + more_others)
+    assert after.since(before) == meanwhile
+    if first or others:
+        assert UntaggedCalls().since(before) == UntaggedCalls(), "it has restarted"

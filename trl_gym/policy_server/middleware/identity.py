@@ -299,5 +299,9 @@ class UntaggedCalls:
         restarted = self.others < before.others or bool(before.gym - self.gym)
         return self if restarted else UntaggedCalls(self.gym - before.gym, self.others - before.others)
 
+    def names(self) -> str:
+        """Return Gym's callers and how many calls each has made, most first; empty if Gym has made none."""
+        return ", ".join(f"{name or 'an unknown server'}: {count}" for name, count in self.gym.most_common())
+
     def describe(self) -> dict[str, Any]:
         return {"gym": dict(self.gym), "others": self.others}
