@@ -43,7 +43,7 @@ class Agent:
             self.dropped[row["name"]] += 1
             request.transport.close()
         if row.get("do") == "raise":
-            return web.json_response("the verifier raised", status=500)
+            return web.json_response(row.get("text", "the verifier raised"), status=500)
         return web.json_response({"reward": row["value"], "response": {"output": []}})
 
 

@@ -225,3 +225,10 @@ async def test_an_agent_gets_the_key_of_its_rollout_and_no_record_has_it(agent: 
     assert headers[ROLLOUT_HEADER] == key
     assert (received["policy_base_url"], received["policy_api_key"]) == ("http://policy:1/v1", key)
     assert key not in str(result.request)
+
+
+async def test_a_failure_quotes_no_key(agent: Any) -> None:
+    _, lookup = agent
+    key = rollout_key("the-key", {"rollout": "r0"})
+    [result] = await collect(lookup, [{"do": "raise", "text": f"POST http://x/trl_gym/rollouts/{key}/v1: HTTP 404"}])
+    assert result.failure.text == "POST http://x/trl_gym/rollouts/[redacted]/v1: HTTP 404"

@@ -208,9 +208,8 @@ def identity(headers: dict[str, str], path: str = "/v1/chat/completions") -> Ide
 
 @given(st.text(min_size=1, max_size=30), st.integers(1, 10**6))
 def test_the_key_of_a_rollout_says_what_its_stamp_says(rollout_id: str, budget: int) -> None:
-    made = request(
-        stamped({"responses_create_params": {"input": "hi"}}, rollout_id=rollout_id, completion_budget=budget)
-    )
+    row = {"responses_create_params": {"input": "hi"}}
+    made = request(stamped(row, rollout_id=rollout_id, completion_budget=budget))
     headers, fields = PolicyAccess(URLS, "the-key").of(made, agent())
     assert fields == {}
     assert identity(headers | {"authorization": "Bearer the-key"}).tag == tag(made.row)["trl_gym"]
