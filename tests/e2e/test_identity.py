@@ -26,8 +26,10 @@ from trl_gym.processes import bind_socket
 from trl_gym.rollout_options import RolloutOptions, Sampling
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
-from trl_gym.rollouts.ledger import RolloutLedger
+from trl_gym.rollouts.counted_calls import counted_calls
+from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.request import PolicyAccess, RolloutRequest, stamp
+from trl_gym.rollouts.trajectory import Trajectory, from_calls, model_calls
 
 pytestmark = [pytest.mark.e2e, pytest.mark.no_policy]
 
@@ -132,7 +134,7 @@ def collect(
         gym.agent,
         budgets=budgets_from_options(RolloutOptions(deadline=60.0, retries={})),
         check=gym.check,
-        ledger=RolloutLedger(served.base_url.removesuffix("/v1"), API_KEY),
+        ledger=Ledger(served.base_url, API_KEY),
         access=access,
     )
     try:
@@ -145,6 +147,23 @@ def roll_out(gym: GymServers, served: Served, requests: list[RolloutRequest]) ->
     return collect(gym, served, requests, PolicyAccess((served.base_url,), API_KEY))
 
 
+def rows_of(result: RolloutResult) -> list[Trajectory]:
+    assert result.failure is None and result.answer is not None and result.records is not None
+    return from_calls(counted_calls(result.answer, model_calls(result.records)), "split")
+
+
+def assert_exact(row: Trajectory) -> None:
+    """What was sampled is there as it was sampled: the template would write it in capitals."""
+    start = 0
+    for end in row.turn_ends:
+        sampled = [token for token, mask in zip(row.completion_ids, row.env_mask, strict=True) if mask][start:]
+        word, _, _ = "".join(map(chr, sampled)).partition(chr(END))
+        assert word[0] == "w" and word[1:].isdigit(), word
+        assert row.completion_ids[end - 1] == END and row.env_mask[end - 1] == 1
+        start += len(word) + 1
+    assert sum(row.env_mask) == start
+
+
 @pytest.mark.parametrize("agent", AGENTS)
 def test_it_rolls_out_as_its_rollout(gym: GymServers, served: Served, agent: str) -> None:
     before = served.untagged()
@@ -152,7 +171,8 @@ def test_it_rolls_out_as_its_rollout(gym: GymServers, served: Served, agent: str
     assert result.failure is None, result.failure
     num_turns = NUM_TURNS.get(agent, 2)
     assert result.records is not None and len(result.records) == num_turns
-    assert {record["status"] for record in result.records} == {200}
+    assert {record.status for record in result.records} == {200}
+    assert {record.caller for record in result.records} == {f"responses_api_agents/{agent}"}
 
     *turns, judgement = served.calls_of(num_turns + 1)
     for call in turns:
@@ -162,6 +182,11 @@ def test_it_rolls_out_as_its_rollout(gym: GymServers, served: Served, agent: str
     assert judgement["temperature"] == JUDGE_TEMPERATURE, "the verifier's call is not a turn"
     assert served.untagged() == before
 
+    rows = rows_of(result)
+    assert [row.num_turns for row in rows] == ([2, 2] if num_turns == 4 else [2])
+    for row in rows:
+        assert_exact(row)
+
 
 def test_rollouts_that_run_side_by_side_keep_apart(gym: GymServers, served: Served) -> None:
     """Also those of one client in one thread pool."""
@@ -170,7 +195,9 @@ def test_rollouts_that_run_side_by_side_keep_apart(gym: GymServers, served: Serv
     assert [result.failure for result in results if result.failure] == []
     for result in results:
         assert result.records is not None
-        assert len(result.records) == NUM_TURNS.get(result.request.agent, 2), result.request.rollout_id
+        num_turns = NUM_TURNS.get(result.request.agent, 2)
+        assert len(result.records) == num_turns, result.request.rollout_id
+        assert sum(row.num_turns for row in rows_of(result)) == num_turns
 
 
 def test_a_harness_gets_its_own_access_to_the_policy(gym: GymServers, served: Served) -> None:
@@ -179,6 +206,8 @@ def test_a_harness_gets_its_own_access_to_the_policy(gym: GymServers, served: Se
     [result] = roll_out(gym, served, [given])
     assert result.failure is None, result.failure
     assert result.records is not None and len(result.records) == 2
+    [row] = rows_of(result)
+    assert_exact(row)
     assert "policy_api_key" not in given.row, "what is recorded has no key"
 
 

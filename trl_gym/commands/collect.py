@@ -326,7 +326,7 @@ def _run(
 @contextlib.contextmanager
 def _untagged_calls_told(options: CollectOptions, endpoint: Endpoint, say: Callable[[str], None]) -> Iterator[None]:
     """Say afterwards how many of Gym's model calls belonged to no rollout: nobody pinned their sampling."""
-    if endpoint.kind is not EndpointKind.OURS:
+    if not endpoint.is_ours:
         yield
         return
     with contextlib.closing(PolicyClient(options.base_url, api_key=options.api_key)) as client:

@@ -283,6 +283,10 @@ async def test_calls_of_a_judge_belong_to_their_rollout_and_are_no_turns(server:
     assert await server.records("r0") == []
     assert await server.untagged() == {"gym": {}, "others": 0}
     assert (await server("/v1/completions", headers, {"prompt": "x", "model": "policy"}))[0] == 200
+    # It may quote a turn as it got it, handle and all.
+    quoted = {"role": "assistant", "content": "ok", "prompt_token_ids": [-5], "generation_token_ids": [-5]}
+    assert (await server.chat(headers, messages=[USER, quoted, USER]))[0] == 200
+    assert server.app.chats()[-1]["messages"] == [USER, {"role": "assistant", "content": "ok"}, USER]
     # One that passes the tag on says itself that it makes a turn.
     assert (await server.chat(headers, trl_gym=TAG))[0] == 200
     assert len(await server.records("r0")) == 1

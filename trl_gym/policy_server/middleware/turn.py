@@ -99,7 +99,10 @@ class Turn:
         agreed_rollout(identity.rollout, turn.rollout)
         if identity.turn_tag is not None:
             turn._apply_tag(identity.turn_tag)
-        turn._read_history(messages)
+        if turn.rollout is None and identity.is_side:
+            turn.sampled = [None] * len(messages)  # a judge may quote a turn; it does not go on from it
+        else:
+            turn._read_history(messages)
         if turn.is_ours and body.get("n") not in (None, 1):
             raise InvalidTurnError(f"n must be 1 for a turn of a rollout, not {body['n']!r}")
         return turn
