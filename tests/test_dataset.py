@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from trl_gym.dataset import gym_row, load_gym_dataset, mix_gym_datasets
 from trl_gym.errors import DatasetError
+from trl_gym.rollout_options import Sampling
+from trl_gym.rollouts.request import stamp
 
 json_value = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -63,6 +66,67 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     for number in (1, 3, 4, 6):
         assert f"bad.jsonl, line {number}:" in message
     assert "missing.jsonl: cannot be read" in message
+
+
+def odd(**changes: Any) -> dict[str, Any]:
+    return {"responses_create_params": {"input": "x", **changes}}
+
+
+IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA=="}
+ODD_ROWS = {
+    "extra_body is an object": (odd(metadata={"extra_body": {"min_tokens": 1}}), "metadata"),
+    "extra_body is no JSON": (odd(metadata={"extra_body": "min_tokens=1"}), "metadata.extra_body"),
+    "extra_body is a list": (odd(metadata={"extra_body": "[1]"}), "metadata.extra_body"),
+    "extra_body is deep": (odd(metadata={"extra_body": "[" * 100_000}), "metadata.extra_body"),
+    "template arguments are no JSON": (odd(metadata={"chat_template_kwargs": "x"}), "metadata.chat_template_kwargs"),
+    "metadata is a list": (odd(metadata=["a"]), "metadata"),
+    "metadata is text": (odd(metadata="a"), "metadata"),
+    "metadata has a number": (odd(metadata={"a": 1}), "metadata"),  # Gym answers 422
+    "max_output_tokens is words": (odd(max_output_tokens="many"), "max_output_tokens"),
+    "max_output_tokens is a list": (odd(max_output_tokens=[1]), "max_output_tokens"),
+    "max_output_tokens is negative": (odd(max_output_tokens=-5), "max_output_tokens"),
+    "instructions are a number": (odd(instructions=5), "instructions"),
+    "tools are an object": (odd(tools={"a": 1}), "tools"),
+    "a tool is text": (odd(tools=["a"]), "tools[0]"),
+    "the agent's name is a list": ({**odd(), "agent_ref": {"name": [1]}}, "agent_ref.name"),
+    "an image": (
+        odd(input=[{"role": "user", "content": [{"type": "input_text", "text": "x"}, IMAGE]}]),
+        "input_image",
+    ),
+    "audio": (odd(input=[{"role": "user", "content": [{"type": "input_audio"}]}]), "input_audio"),
+    "a file": (odd(input=[{"role": "user", "content": [{"type": "input_file"}]}]), "input_file"),
+    "an image as in chats": (odd(input=[{"role": "user", "content": [{"type": "image_url"}]}]), "image_url"),
+    "an image of a tool": (odd(input=[{"type": "function_call_output", "output": [IMAGE]}]), "input_image"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_a_row_that_would_fail_in_training_is_named_before(tmp_path: Path, name: str) -> None:
+    odd_row, words = ODD_ROWS[name]
+    with pytest.raises(DatasetError, match=re.escape(words)) as caught:
+        load_gym_dataset(write(tmp_path / "x.jsonl", [row(), odd_row]))
+    assert "x.jsonl, line 2:" in str(caught.value) and "1 problem(s)" in str(caught.value)
+    with pytest.raises(DatasetError, match=re.escape(words)):  # one that `choose_task` made
+        stamp(odd_row, rollout_id="r", task_index=3, member=0, sampling=Sampling(), completion_budget=8)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"x":' + "[" * 900 + "]" * 900 + "}", '{"x":' + "9" * 5000 + "}"])
+def test_a_line_that_cannot_be_parsed_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(row()) + "\n" + line + "\n")
+    with pytest.raises(DatasetError, match=r"x\.jsonl, line 2: not JSON"):
+        load_gym_dataset(tmp_path / "x.jsonl")
+
+
+def test_text_parts_are_no_media(tmp_path: Path) -> None:
+    content = [
+        {"type": kind, "text": "x"} for kind in ("input_text", "output_text", "text", "refusal", "summary_text")
+    ]
+    items = [
+        {"role": "user", "content": content},
+        {"type": "file_search_call", "id": "1"},
+        {"role": "user", "content": None},
+    ]
+    assert len(load_gym_dataset(write(tmp_path / "x.jsonl", [odd(input=items)]))) == 1
 
 
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ Arrow would unify the types of nested fields over all rows (missing keys become 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 
 from trl_gym.errors import DatasetError, Problem
-from trl_gym.responses import prompt_messages
+from trl_gym.responses import input_items, media_in, prompt_messages
+from trl_gym.untrusted import parse_json, shape_problem
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +41,8 @@ def load_gym_dataset(
         `agent_ref`).
 
     Raises:
-        DatasetError: If a file does not exist, is empty or has lines that are not Gym rows; gives their numbers.
+        DatasetError: If a file does not exist, is empty or has lines that are not Gym rows, that Gym would refuse (a
+            parameter of another type) or that cannot be trained on (images and other media); gives their numbers.
 
     Example:
 
@@ -149,7 +153,7 @@ def read_records(
             return
         problem, row = _parse(line)
         if row is None:
-            remedy = "Write one JSON object per line, with `responses_create_params.input`."
+            remedy = "Write one row of a Gym dataset per line, with text alone in `responses_create_params.input`."
             problems.append(Problem(f"{file}, line {number}: {problem}.", remedy))
             continue
         count += 1
@@ -162,20 +166,62 @@ def read_records(
 
 def _parse(line: str) -> tuple[str, dict[str, Any] | None]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = parse_json(line)
+    except ValueError as error:
         return f"not JSON ({error})", None
     if not isinstance(row, dict):
         return f"a JSON {type(row).__name__}, not an object", None
+    problem = row_problem(row)
+    return ("", row) if problem is None else (problem, None)
+
+
+# -- what a row must be, to be loaded and to be sent ------------------------------------------------------------------
+
+
+class _Parameters(msgspec.Struct):
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    max_output_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    metadata: dict[str, str] | None = None
+
+
+class _AgentRef(msgspec.Struct):
+    name: str | None = None
+
+
+class _Row(msgspec.Struct):
+    responses_create_params: _Parameters
+    agent_ref: _AgentRef | None = None
+
+
+def row_problem(row: Mapping[str, Any]) -> str | None:
+    """Say why a row cannot be sent to Gym, or not be trained on; None where it can.
+
+    Args:
+        row: A parsed Gym row, or what a trainer's `choose_task` made of one.
+    """
     params = row.get("responses_create_params")
     if not isinstance(params, dict):
-        return "no object `responses_create_params` (the request that Gym's agents send)", None
+        return "no object `responses_create_params` (the request that Gym's agents send)"
     given = params.get("input")
     if not isinstance(given, str | list) or given == "":
-        return "`responses_create_params.input` must be a string or a list of messages", None
-    if isinstance(given, list) and not all(isinstance(item, dict) for item in given):
-        return "`responses_create_params.input` holds an item that is not an object", None
-    reference = row.get("agent_ref")
-    if reference is not None and not isinstance(reference, dict):
-        return "`agent_ref` must be an object like {'name': 'my_agent'}", None
-    return "", row
+        return "`responses_create_params.input` must be a string or a list of messages"
+    if (problem := shape_problem(dict(row), _Row)) is not None:
+        return problem
+    for name in ("extra_body", "chat_template_kwargs"):
+        try:
+            json_object((params.get("metadata") or {}).get(name))
+        except ValueError as error:
+            return f"`responses_create_params.metadata.{name}` must be the text of a JSON object ({error})"
+    if (media := media_in(input_items(row))) is not None:
+        return f"the input has `{media}`, and images, audio, video and files cannot be trained on"
+    return None
+
+
+def json_object(text: str | None) -> dict[str, Any]:
+    """Parse the text of a JSON object; no text is an empty one. Raises `ValueError` for anything else."""
+    value = parse_json(text) if text else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a JSON {type(value).__name__}")
+    return value

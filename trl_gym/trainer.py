@@ -13,6 +13,7 @@ TRL's loop is not touched, and no method of it is copied. The overrides call TRL
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import uuid
@@ -422,7 +423,10 @@ class GymGRPOTrainer(GRPOTrainer):
         agent = self._source.agent_of(row)
         request = RolloutRequest(**identity, group=group, attempt=0, agent=agent, row=stamped)
         with naming("build_request", request.described):
-            return dataclasses.replace(request, row=self.build_request(row, request))
+            own = self.build_request(row, request)
+            if own is not stamped:
+                json.dumps(own)  # it has to be one that can be sent
+        return dataclasses.replace(request, row=own)
 
     def _batch_info(self) -> BatchInfo:
         return BatchInfo(

@@ -134,7 +134,7 @@ json_values = st.recursive(
 )
 fields = st.dictionaries(st.text("abcxyz", min_size=1, max_size=4), json_values, max_size=4)
 parameters = st.fixed_dictionaries(
-    {"input": st.text(max_size=8)},
+    {"input": st.text(min_size=1, max_size=8)},
     optional={
         "temperature": st.floats(0, 2),
         "max_output_tokens": st.integers(1, 99),

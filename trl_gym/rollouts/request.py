@@ -20,11 +20,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from trl_gym.dataset import json_object, row_problem
+from trl_gym.errors import DatasetError
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.policy_server.client import root_url
 from trl_gym.policy_server.middleware.identity import PREFIX, ROLLOUT_HEADER, rollout_key
 from trl_gym.rollout_options import Sampling
 
+_REMEDY = "Load Gym datasets with `load_gym_dataset`, which names the line, and return such rows from `choose_task`."
 _ATTEMPT = re.compile(r"-a\d+$")
 
 
@@ -64,7 +67,7 @@ class RolloutRequest:
     def tag(self) -> dict[str, Any] | None:
         """The tag that `stamp` wrote; None for a row without one, whose model calls are nobody's."""
         metadata = (self.row.get("responses_create_params") or {}).get("metadata") or {}
-        return _json_object(metadata.get("extra_body"), "extra_body").get("trl_gym")
+        return json_object(metadata.get("extra_body")).get("trl_gym")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +117,21 @@ def stamp(
         chat_template_kwargs: Passed to the chat template by the policy server.
 
     Raises:
-        ValueError: The row's own `metadata.extra_body` is not a JSON object.
+        DatasetError: The row cannot be sent, see `dataset.row_problem`.
     """
+    if (problem := row_problem(row)) is not None:
+        raise DatasetError(f"The row of task {task_index} cannot be sent to NeMo Gym: {problem}.", _REMEDY)
     stamped = copy.deepcopy(dict(row))
     params = stamped["responses_create_params"]
     asked = params.get("max_output_tokens")
-    params["max_output_tokens"] = completion_budget if asked is None else min(int(asked), completion_budget)
+    params["max_output_tokens"] = completion_budget if asked is None else min(asked, completion_budget)
     params["temperature"] = sampling.temperature
     params["top_p"] = sampling.top_p
     metadata = dict(params.get("metadata") or {})
     tag = {"rollout": rollout_id, "sampling": asdict(sampling), "completion_budget": completion_budget}
-    metadata["extra_body"] = json.dumps(_json_object(metadata.get("extra_body"), "extra_body") | {"trl_gym": tag})
+    metadata["extra_body"] = json.dumps(json_object(metadata.get("extra_body")) | {"trl_gym": tag})
     if chat_template_kwargs:
-        given = _json_object(metadata.get("chat_template_kwargs"), "chat_template_kwargs")
+        given = json_object(metadata.get("chat_template_kwargs"))
         metadata["chat_template_kwargs"] = json.dumps(dict(chat_template_kwargs) | given)
     params["metadata"] = metadata
     stamped["_ng_task_index"] = task_index
@@ -149,23 +154,11 @@ def next_attempt(request: RolloutRequest) -> RolloutRequest:
     params = row.get("responses_create_params")
     metadata = params.get("metadata") if isinstance(params, Mapping) else None
     if isinstance(params, Mapping) and isinstance(metadata, Mapping) and metadata.get("extra_body"):
-        extra_body = _json_object(metadata["extra_body"], "extra_body")
+        extra_body = json_object(metadata["extra_body"])
         if isinstance(tag := extra_body.get("trl_gym"), dict):
             extra_body["trl_gym"] = tag | {"rollout": rollout_id}
         row["responses_create_params"] = {**params, "metadata": {**metadata, "extra_body": json.dumps(extra_body)}}
     return dataclasses.replace(request, rollout_id=rollout_id, attempt=attempt, row=row)
-
-
-def _json_object(text: str | None, name: str) -> dict[str, Any]:
-    if not text:
-        return {}
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`metadata.{name}` of a Gym row must be a JSON object in a string: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"`metadata.{name}` of a Gym row must be a JSON object in a string, got {text!r}")
-    return value
 
 
 # -- which rollouts are of the same task, and which of the same request -----------------------------------------------
@@ -202,7 +195,7 @@ def request_hash(row: Mapping[str, Any]) -> str:
     metadata = dict(parameters.get("metadata") or {})
     extra = metadata.get("extra_body")
     if isinstance(extra, str) and extra:
-        body = json.loads(extra)
+        body = json_object(extra)
         tag = {key: value for key, value in body.get("trl_gym", {}).items() if key != "rollout"}
         metadata["extra_body"] = {**body, "trl_gym": tag}
     return _digest({**plain, "responses_create_params": {**parameters, "metadata": metadata}})
