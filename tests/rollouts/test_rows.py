@@ -22,7 +22,7 @@ MEAN_OVER_ROWS = ("grpo", "sapo", "luspo", "dr_grpo")
 
 
 def trajectory(*mask: int, prompt: int = 1) -> Trajectory:
-    ids = list(range(10, 10 + len(mask)))
+    ids = [10 * len(mask) + place for place in range(len(mask))]
     logprobs = [-0.5 * own for own in mask]
     return Trajectory(
         prompt_ids=[7] * prompt, completion_ids=ids, env_mask=list(mask), logprobs=logprobs, num_turns=1,
@@ -56,21 +56,24 @@ def test_a_failed_rollout_trains_nothing() -> None:
 
 
 def test_every_trajectory_of_a_trained_rollout_is_a_row() -> None:
-    """And what TRL has per rollout stays per rollout."""
-    rollouts = [bad(), of(trajectory(1, 1), trajectory(0, 1)), of(trajectory(1))]
-    found = columns(*rollouts, num_rows=4)
-    assert found["env_mask"] == [[1, 1], [0, 1], [1], [0]]
-    assert found["gym_reward"] == [None, 1.0, 1.0]
-    assert len(found["gym_result"]) == 3
-    rows = rows_of(rollouts, [None, 0, 0], 4, pad_id=0, eos_id=9)
-    assert joined(rows, 3, eos_id=9) == [[9], [10, 11, 10, 11], [10]]  # for reward functions
+    """And what TRL has per rollout stays per rollout. A failed one leaves its place to others."""
+    rollouts = [bad(), of(trajectory(1, 1), trajectory(0, 1), trajectory(1, 0, 1)), of(trajectory(1)), bad()]
+    found = columns(*rollouts, num_rows=6)
+    assert found["env_mask"] == [[0, 1], [1, 1], [1], [1, 0, 1], [0], [0]]
+    assert found["gym_reward"] == [None, 1.0, 1.0, None]
+    assert len(found["gym_result"]) == 4
+    rows = rows_of(rollouts, [None, 0, 0, None], 6, pad_id=0, eos_id=9)
+    assert joined(rows, 4, eos_id=9) == [[9], [20, 21, 20, 21, 30, 31, 32], [10], [9]]  # for reward functions
+    rows = rows_of([bad(), of(trajectory(1), trajectory(1, 1))], [None, 0], 2, pad_id=0, eos_id=9)
+    assert [row.index for row in rows] == [1, 0]
+    assert joined(rows, 2, eos_id=9)[1] == [10, 20, 21]  # in their order all the same
 
 
 def test_truncated_rollouts_are_masked_where_gym_says_so() -> None:
     cut = good(response={"output": OUTPUT, "incomplete_details": {"reason": "max_output_tokens"}})
     cut = dataclasses.replace(cut, trajectories=[*cut.trajectories, trajectory(1)])
     found = columns(good(), cut, bad(), num_rows=4, mask_truncated=True)
-    assert found["env_mask"] == [[1, 0, 1], [0, 0, 0], [0], [0]]
+    assert found["env_mask"] == [[1, 0, 1], [0, 0, 0], [0], [0]]  # in the failed one's place, too
     assert found["gym_reward"] == [1.0, 1.0, None]  # its reward stays in the baseline
     assert columns(cut, num_rows=2)["env_mask"] == [[1, 0, 1], [1]]
 
@@ -83,7 +86,7 @@ def test_shares_are_by_tokens_and_of_what_is_left() -> None:
     rollouts = [of(trajectory(1, 1, 1), trajectory(0, 1), trajectory(1, 1, 0)), of(trajectory(0), trajectory(0, 0))]
     rows = rows_of(rollouts, [1, 0], 5, pad_id=0, eos_id=9)
     places = [(row.rollout, row.index, row.share) for row in rows]
-    assert places == [(0, 1, 1 / 3), (0, 2, 2 / 3), (1, 0, 0.5), (1, 1, 0.5), (None, 0, 0.0)]
+    assert places == [(0, 1, 1 / 3), (1, 0, 0.5), (0, 2, 2 / 3), (1, 1, 0.5), (None, 0, 0.0)]
 
 
 def test_the_rollouts_with_most_rows_lose_the_oldest() -> None:
@@ -178,6 +181,7 @@ def test_the_rows_of_a_rollout_share_its_advantage() -> None:
     rollouts = [of(trajectory(1), trajectory(1)), bad(), of(trajectory(1))]
     rows = rows_of(rollouts, [0, None, 0], 4, pad_id=0, eos_id=9)
     marked = mark(batch(3), rows, num_valid=2, num_micro_batches=1)
+    assert [row.rollout for row in rows] == [0, 0, 2, None]
     assert marked["advantages"].tolist() == [1.0, 1.0, 3.0, 0.0]
 
 

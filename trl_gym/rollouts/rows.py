@@ -95,7 +95,10 @@ def fit(counts: Sequence[int], *, num_ranks: int, multiple: int, factor: float) 
 def rows_of(
     rollouts: Sequence[Rollout], dropped: Sequence[int | None], num_rows: int, *, pad_id: int, eos_id: int
 ) -> list[Row]:
-    """Return this rank's rows, `[R]`: those of the rollouts in their order, then those that fill up.
+    """Return this rank's rows, `[R]`.
+
+    The first row of a rollout stands in the rollout's place. Further rows take the places of rollouts that are not
+    trained, and those behind; rows that fill up take what is left.
 
     Args:
         rollouts: `[B]`, of this rank.
@@ -104,14 +107,15 @@ def rows_of(
         pad_id: The prompt of a row that fills up; its completion is `eos_id`, since TRL needs a token.
         eos_id: See `pad_id`.
     """
-    rows = [
-        row
+    by_place = [
+        [] if first is None else _rows_of_one(place, rollout.trajectories, first)
         for place, (rollout, first) in enumerate(zip(rollouts, dropped, strict=True))
-        if first is not None
-        for row in _rows_of_one(place, rollout.trajectories, first)
     ]
     nothing = Trajectory(prompt_ids=[pad_id], completion_ids=[eos_id], env_mask=[0], logprobs=[0.0], num_turns=0)
-    return rows + [Row(rollout=None, index=0, trajectory=nothing, share=0.0)] * (num_rows - len(rows))
+    filler = Row(rollout=None, index=0, trajectory=nothing, share=0.0)
+    further = [row for own in by_place for row in own[1:]]
+    others = iter(further + [filler] * (num_rows - sum(map(len, by_place))))
+    return [own[0] if own else next(others) for own in by_place] + list(others)
 
 
 def _rows_of_one(place: int, trajectories: Sequence[Trajectory], first: int) -> list[Row]:
@@ -163,7 +167,7 @@ def joined(rows: Sequence[Row], num_rollouts: int, *, eos_id: int) -> list[list[
     """Return the completion of each rollout, `[B][T]`, for the reward functions: those of its rows one after another,
     and `eos_id` alone for one that is not trained."""
     completions: list[list[int]] = [[] for _ in range(num_rollouts)]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.index):
         if row.rollout is not None:
             completions[row.rollout] = completions[row.rollout] + row.trajectory.completion_ids
     return [completion or [eos_id] for completion in completions]
