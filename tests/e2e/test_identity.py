@@ -5,6 +5,8 @@ the real middleware around a server without a model.
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+import trl_gym
 from tests.conftest import wait_for
 from tests.e2e.test_gym_servers import INTERPRETERS, START_TIMEOUT_S
 from tests.policy_server.fake_vllm import END, FakeVllm, Json
@@ -34,6 +37,7 @@ from trl_gym.rollouts.trajectory import Trajectory, from_calls, model_calls
 pytestmark = [pytest.mark.e2e, pytest.mark.no_policy]
 
 CONFIG = Path(__file__).parent / "environments" / "own_calls" / "own_calls.yaml"
+CARRIER = Path(trl_gym.__file__).parent / "gym" / "carrier.py"
 API_KEY = "sk-key-of-the-policy-server"
 SAMPLING = Sampling(temperature=0.7, top_p=0.9)
 BUDGET = 400
@@ -227,3 +231,33 @@ def test_gym_never_has_the_servers_key(gym: GymServers, served: Served) -> None:
     assert served.policy.authorizations == {f"Bearer {API_KEY}".encode()}  # what the server itself demands
     config = gym._view.config  # type: ignore[union-attr]
     assert API_KEY not in str(config)
+
+
+@pytest.mark.parametrize("version", INTERPRETERS)
+def test_clients_carry_the_rollout_to_gyms_servers_and_to_nobody_else(version: str) -> None:
+    probe = Path(__file__).with_name("carrier_probe.py")
+    command = [str(INTERPRETERS[version][1]), "-P", str(probe), str(CARRIER)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    own, foreign, urls = found["own"], found["foreign"], found["urls"]
+    agent = ["KEY", "responses_api_agents/one"]
+    reached = {"/aiohttp", "/stayed", "/gym", "/task", "/httpx"}
+    reached |= {
+        f"/{place}/{client}" for place in ("to_thread", "executor", "pool") for client in ("httpx", "requests")
+    }
+    assert {path for path, headers in own.items() if headers == agent} == reached
+    # Threads of its own and other clients do not carry: their calls are counted where they arrive.
+    lost = {"/thread/httpx", "/thread/requests", "/urllib", "/outside"}
+    assert {path for path, headers in own.items() if headers == [None, None]} == lost
+    assert set(foreign) >= {"/aiohttp", "/httpx", "/redirected", "/to_thread/requests"}
+    assert {tuple(headers) for headers in foreign.values()} == {(None, None)}
+
+    assert own["/nothing"] == [None, "responses_api_agents/one"], "the caller is known all the same"
+    assert own["/model"] == ["KEY", "responses_api_agents/two"]
+    assert own["/side"] == ["KEY", "resources_servers/judge"]
+    assert own["/tool"] == ["KEY", "resources_servers/one"]
+    assert own["/prefix"] == ["PREFIXED", None]
+
+    plain = f"http://127.0.0.1:{found['port']}"
+    assert urls["agent"] == f"{plain}/trl_gym/rollouts/KEY"
+    assert urls["other"] == "http://127.0.0.1:1"
+    assert urls["outside"] == plain and urls.get("kept", plain) == plain

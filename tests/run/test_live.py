@@ -54,7 +54,8 @@ def test_calls_of_no_rollout_are_counted_and_their_agents_named(
     counts = UntaggedCalls(gym=Counter({"responses_api_agents/chat": 6, "": 1}), others=9)
     policy = SimpleNamespace(client=SimpleNamespace(untagged_calls=lambda: counts))
     args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], **options)
-    live = LiveSource(args, SimpleNamespace(policy=policy))  # type: ignore[arg-type]
+    servers = SimpleNamespace(policy=policy, owns_gym=args.gym_mode != "attach")
+    live = LiveSource(args, servers)  # type: ignore[arg-type]
     live._accelerator = Accelerator(cpu=True)
     before = UntaggedCalls(gym=Counter({"responses_api_agents/chat": 2}), others=7)
     assert live._untagged_metrics(before) == {"rollouts/untagged_calls": [expected]}
@@ -66,6 +67,6 @@ def test_calls_of_no_rollout_are_counted_and_their_agents_named(
 
 def test_other_clients_of_the_policy_server_are_not_taken_for_our_gym(tmp_path: Path) -> None:
     policy = SimpleNamespace(client=SimpleNamespace(untagged_calls=lambda: UntaggedCalls(others=9)))
-    live = source(tmp_path, policy=policy)
+    live = source(tmp_path, policy=policy, owns_gym=True)
     live._accelerator = Accelerator(cpu=True)
     assert live._untagged_metrics(UntaggedCalls()) == {}

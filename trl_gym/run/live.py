@@ -157,8 +157,8 @@ class LiveSource:
     def _untagged_metrics(self, before: UntaggedCalls) -> dict[str, list[float]]:
         """Count the batch's model calls that belong to no rollout, and say whose they are."""
         found = self._untagged_calls().since(before)
-        # A Gym that others started has the server's own key, as other clients may.
-        number = found.gym.total() + (found.others if self._args.gym_mode == "attach" else 0)
+        # A Gym that was not started here has the server's own key, as other clients may.
+        number = found.gym.total() + (0 if self._servers.owns_gym else found.others)
         if not number:
             return {}
         logger.warning("%s", describe_untagged(found, number, self._args.gym_untagged_calls))

@@ -182,6 +182,11 @@ class RunServers:
         return (key,) if key else ()
 
     @property
+    def owns_gym(self) -> bool:
+        """Whether NeMo Gym was started here, with a key by which the policy server knows its calls."""
+        return self._owns_gym
+
+    @property
     def num_restarts(self) -> int:
         """How often the policy server was restarted; known on rank 0."""
         return 0 if self._recovery is None else self._recovery.num_restarts
