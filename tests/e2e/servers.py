@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import requests
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -20,6 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from tests.e2e.training import CALCULATOR
 from trl_gym import GymServers, PolicyServer
 from trl_gym.policy_server.client import PolicyClient
+from trl_gym.policy_server.middleware.ledger import Taken
+from trl_gym.rollouts.trajectory import ModelCall, model_calls
 
 MAX_MODEL_LEN = 512
 START_TIMEOUT_S = 400.0  # 15 s on a quiet machine
@@ -72,6 +76,21 @@ def calculator_pair(model: Path, logs: Path, **flags: Any) -> Iterator[Pair]:
         GymServers([CALCULATOR / "calculator.yaml"], policy_base_url=policy.base_url, log_dir=logs) as gym,
     ):
         yield Pair(policy, gym)
+
+
+def tagged(temperature: float = 1.0, **fields: Any) -> Json:
+    """The tag of a rollout of its own."""
+    return {"rollout": uuid.uuid4().hex, "sampling": {"temperature": temperature, "top_p": 1.0}, **fields}
+
+
+def calls_of(client: PolicyClient, tag: Json) -> list[ModelCall]:
+    """The model calls of a rollout, with their tokens; it has ended then."""
+    url = f"{client.root_url}/trl_gym/rollouts/take"
+    response = client._sessions[0].post(url, json={"rollouts": [tag["rollout"]]}, timeout=60.0)
+    assert response.status_code == 200, response.text
+    records = msgspec.msgpack.decode(response.content, type=Taken).rollouts[tag["rollout"]]
+    assert records is not None
+    return model_calls(records)
 
 
 @dataclass

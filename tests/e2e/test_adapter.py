@@ -14,10 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.e2e.servers import calls_of
 from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, config, gap
 from trl_gym import load_gym_dataset
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
+from trl_gym.policy_server.middleware.turn import TOKEN_KEYS
 from trl_gym.policy_server.server import PolicyServer
+from trl_gym.rollouts.trajectory import ModelCall
 from trl_gym.weight_sync.source import AdapterSource
 from trl_gym.weight_sync.sync import compare, probe_batch, trainer_logprobs
 from trl_gym.weight_sync.transports.adapter import AdapterTransport
@@ -88,12 +91,10 @@ def turn(client: PolicyClient, rollout: str, messages: list[Json]) -> Json:
     return answer
 
 
-def sampling_gap(model: PeftModel, answer: Json) -> float:
-    """Largest difference in nats between the logprobs in an answer and those of a model's own forward pass."""
-    message = answer["choices"][0]["message"]
-    ids, sampled = message["prompt_token_ids"], message["generation_token_ids"]
-    expected = trainer_logprobs(model, [ids + sampled])[0][len(ids) - 1 :]
-    return max(abs(a - b) for a, b in zip(expected, message["generation_log_probs"], strict=True))
+def sampling_gap(model: PeftModel, call: ModelCall) -> float:
+    """Largest difference in nats between the logprobs of a call and those of a model's own forward pass."""
+    expected = trainer_logprobs(model, [call.prompt_ids + call.generation_ids])[0][len(call.prompt_ids) - 1 :]
+    return max(abs(a - b) for a, b in zip(expected, call.logprobs, strict=True))
 
 
 def held(client: PolicyClient) -> list[str]:
@@ -117,17 +118,12 @@ def test_rollouts_keep_the_version_that_they_began_with(
     # The same long prompt under every version: a block of the prefix cache that two shared would show in the gaps.
     user = {"role": "user", "content": "What is 47 + 36? " * 12}
     first = turn(client, "old", [user])
-    assert sampling_gap(models[0], first) < 1e-3 < sampling_gap(models[1], first)
     send(transport, client, models[1], 1)
     assert held(client) == ["policy@0", "policy@1"]
     assert client.models()[0]["id"] == client.info()["model_names"][0] == "policy"
     new = turn(client, "new", [user])
     second = turn(client, "old", [user, first["choices"][0]["message"], USER])
     assert (first["weight_version"], second["weight_version"], new["weight_version"]) == ("0", "0", "1")
-    seen = first["choices"][0]["message"]["prompt_token_ids"] + first["choices"][0]["message"]["generation_token_ids"]
-    assert second["choices"][0]["message"]["prompt_token_ids"][: len(seen)] == seen
-    assert sampling_gap(models[0], second) < 1e-3
-    assert sampling_gap(models[1], new) < 1e-3
     assert compare(trainer_logprobs(models[1], batch), client.prompt_logprobs(batch)).max_gap < 1e-4
 
     with pytest.raises(PolicyResponseError, match=r"HTTP 409: policy@2 .*`gym_max_adapters`.*policy@0 by old"):
@@ -135,6 +131,13 @@ def test_rollouts_keep_the_version_that_they_began_with(
     assert client.weight_version() == "1"
     records = client.rollout_records(["old", "new"])
     assert [[record["weight_version"] for record in records[name]] for name in ("old", "new")] == [["0", "0"], ["1"]]
+    (before, last), [other] = (calls_of(client, {"rollout": name}) for name in ("old", "new"))
+    assert (
+        last.prompt_ids[: len(before.prompt_ids + before.generation_ids)] == before.prompt_ids + before.generation_ids
+    )
+    assert sampling_gap(models[0], before) < 1e-3 < sampling_gap(models[1], before)
+    assert sampling_gap(models[0], last) < 1e-3
+    assert sampling_gap(models[1], other) < 1e-3
     assert held(client) == ["policy@1"]
     send(transport, client, models[2], 2)
     assert (held(client), client.weight_version()) == (["policy@2"], "2")
@@ -153,7 +156,8 @@ def test_other_ways_to_sample_get_the_newest(
     greedy = {"messages": [USER], "temperature": 0.0, "max_tokens": 8, "logprobs": True}
     whole = client.chat(**greedy)
     assert (whole["model"], whole["weight_version"]) == ("policy", "0")
-    assert sampling_gap(models[0], whole) < 1e-3
+    ids = [whole["choices"][0]["message"][key] for key in TOKEN_KEYS]
+    assert sampling_gap(models[0], ModelCall(prompt_ids=ids[0], generation_ids=ids[1], logprobs=ids[2])) < 1e-3
     response = client._sessions[0].post(f"{client.base_url}/chat/completions", json={**greedy, "stream": True})
     events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
     assert {event["model"] for event in events} == {"policy"}
@@ -208,7 +212,9 @@ def test_an_adapter_that_cannot_be_served_is_refused_and_the_server_lives(
     refused(unknown_module, r"vLLM did not load policy@1 .*x_proj")  # found by vLLM, in its engine
     refused(rank, "LoRA rank 16 is greater than max_lora_rank 8")
     assert client.health() and held(client) == ["policy@0"] and client.weight_version() == "0"
-    assert sampling_gap(models[0], turn(client, "after", [USER])) < 1e-3
+    turn(client, "after", [USER])
+    [call] = calls_of(client, {"rollout": "after"})
+    assert sampling_gap(models[0], call) < 1e-3
 
 
 def test_training(policy: PolicyServer, small_policy: Path, tmp_path: Path, calculator_data: Any) -> None:

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import requests
 
-from tests.e2e.servers import MAX_MODEL_LEN, START_TIMEOUT_S, vllm_metric
+from tests.e2e.servers import MAX_MODEL_LEN, START_TIMEOUT_S, calls_of, tagged, vllm_metric
 from tests.policy_server.tiny_model import build_random_policy, build_tokenizer
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
@@ -119,34 +119,37 @@ def test_what_it_is_and_what_it_said_while_starting(gate: Gate) -> None:
 
 def test_three_turns_keep_every_sampled_token(gate: Gate) -> None:
     messages: list[Json] = [USER]
-    seen: list[int] = []
-    drifts_without_us = 0
+    rendered, tag = [], tagged()
     for turn in range(3):
-        answer = gate.chat(messages, max_tokens=12, trl_gym=HOT)
-        message = answer["choices"][0]["message"]
-        assert message["prompt_token_ids"][: len(seen)] == seen
-        assert "trl_gym" not in answer
-        assert len(message["generation_log_probs"]) == len(message["generation_token_ids"])
         plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-        drifts_without_us += gate.client.render(plain)[: len(seen)] != seen
-        seen = message["prompt_token_ids"] + message["generation_token_ids"]
-        messages += [message, {"role": "user", "content": f"and {turn} + 1?"}]
+        rendered.append(gate.client.render(plain))
+        answer = gate.chat(messages, max_tokens=12, trl_gym=tag)
+        assert "trl_gym" not in answer
+        messages += [answer["choices"][0]["message"], {"role": "user", "content": f"and {turn} + 1?"}]
+    calls = calls_of(gate.client, tag)
+    drifts_without_us = 0
+    for before, call, prompt in zip(calls, calls[1:], rendered[1:], strict=False):
+        seen = before.prompt_ids + before.generation_ids
+        assert call.prompt_ids[: len(seen)] == seen and len(call.logprobs) == len(call.generation_ids)
+        drifts_without_us += prompt[: len(seen)] != seen
     assert drifts_without_us >= 1, "the template would have kept the tokens by itself: this test shows nothing"
 
 
 def test_a_tool_call_is_parsed_from_a_forced_prompt(gate: Gate) -> None:
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 47, "b": 36}}\n</tool_call>'
-    messages = [USER, gate.message([USER], max_tokens=8, trl_gym=HOT, tools=[TOOL])]
+    tag = tagged()
+    messages = [USER, gate.message([USER], max_tokens=8, trl_gym=tag, tools=[TOOL])]
     messages += [{"role": "user", "content": "Use the tool."}]
     first = gate.message(
-        messages, tools=[TOOL], tool_choice="auto", trl_gym=HOT, structured_outputs={"choice": [call]}
+        messages, tools=[TOOL], tool_choice="auto", trl_gym=tag, structured_outputs={"choice": [call]}
     )
     assert first["tool_calls"][0]["function"]["name"] == "add"
     messages += [first, {"role": "tool", "tool_call_id": first["tool_calls"][0]["id"], "content": "83"}]
-    second = gate.message(messages, tools=[TOOL], max_tokens=8, trl_gym=HOT)
-    seen = first["prompt_token_ids"] + first["generation_token_ids"]
-    assert second["prompt_token_ids"][: len(seen)] == seen
-    assert "<tool_response>\n83" in build_tokenizer().decode(second["prompt_token_ids"][len(seen) :])
+    gate.message(messages, tools=[TOOL], max_tokens=8, trl_gym=tag)
+    _, before, last = calls_of(gate.client, tag)
+    seen = before.prompt_ids + before.generation_ids
+    assert last.prompt_ids[: len(seen)] == seen
+    assert "<tool_response>\n83" in build_tokenizer().decode(last.prompt_ids[len(seen) :])
 
 
 def test_another_client_gets_the_stock_answer(gate: Gate) -> None:

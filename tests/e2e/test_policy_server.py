@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.servers import MAX_MODEL_LEN, START_TIMEOUT_S, Served, push_file, serve_argv
+from tests.e2e.servers import MAX_MODEL_LEN, START_TIMEOUT_S, Served, calls_of, push_file, serve_argv, tagged
 from tests.policy_server.tiny_model import build_model, build_random_policy, build_tokenizer
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.processes import bind_socket
+from trl_gym.rollouts.trajectory import ModelCall
 
 pytestmark = [pytest.mark.e2e, pytest.mark.shares("random, ended at the end")]
 
-GREEDY = {"rollout": "greedy", "sampling": {"temperature": 0.0}}
-SAMPLED = {"rollout": "sampled", "sampling": {"temperature": 1.0, "top_p": 1.0}}
 USER = {"role": "user", "content": "What is 47 + 36?"}
 TOOL = {
     "type": "function",
@@ -34,6 +33,13 @@ TOOL = {
 SEQUENCES = [[5, 9, 300, 17, 44, 120, 8], [7, 8], [401, 33, 2, 3, 90]]
 
 Json = dict[str, Any]
+
+
+def sampled(served: Served, messages: list[Json], **body: Any) -> ModelCall:
+    """The only model call of a rollout, with its tokens."""
+    served.chat(messages, **body)
+    [call] = calls_of(served.client, body["trl_gym"])
+    return call
 
 
 def hf_logprobs(seed: int) -> list[list[float]]:
@@ -114,81 +120,82 @@ def test_the_bundle(served: Served) -> None:
 
 def test_four_turns_keep_every_sampled_token(served: Served) -> None:
     messages: list[Json] = [USER]
-    seen: list[int] = []
-    drifts_without_us = 0
+    rendered, tag = [], tagged()
     for turn in range(4):
-        answer = served.chat(messages, max_tokens=12, trl_gym=SAMPLED)
-        message = answer["choices"][0]["message"]
-        assert message["prompt_token_ids"][: len(seen)] == seen
-        assert "trl_gym" not in answer
         plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-        drifts_without_us += served.client.render(plain)[: len(seen)] != seen
-        seen = message["prompt_token_ids"] + message["generation_token_ids"]
-        messages += [message, {"role": "user", "content": f"and {turn} + 1?"}]
+        rendered.append(served.client.render(plain))
+        answer = served.chat(messages, max_tokens=12, trl_gym=tag)
+        assert "trl_gym" not in answer
+        messages += [answer["choices"][0]["message"], {"role": "user", "content": f"and {turn} + 1?"}]
+    calls = calls_of(served.client, tag)
+    assert [call.parent for call in calls] == [None, 0, 1, 2]
+    drifts_without_us = 0
+    for before, call, prompt in zip(calls, calls[1:], rendered[1:], strict=False):
+        seen = before.prompt_ids + before.generation_ids
+        assert call.prompt_ids[: len(seen)] == seen
+        drifts_without_us += prompt[: len(seen)] != seen
     assert drifts_without_us >= 2, "the template would have kept the tokens by itself: this test shows nothing"
 
 
 def test_a_tool_call_is_parsed_from_a_forced_prompt(served: Served) -> None:
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 47, "b": 36}}\n</tool_call>'
-    messages = [USER, served.message([USER], max_tokens=8, trl_gym=SAMPLED, tools=[TOOL])]
+    tag = tagged()
+    messages = [USER, served.message([USER], max_tokens=8, trl_gym=tag, tools=[TOOL])]
     messages += [{"role": "user", "content": "Use the tool."}]
     before = served.client.info()["counters"]["spliced"]
     first = served.message(
-        messages, tools=[TOOL], tool_choice="auto", trl_gym=SAMPLED, structured_outputs={"choice": [call]}
+        messages, tools=[TOOL], tool_choice="auto", trl_gym=tag, structured_outputs={"choice": [call]}
     )
     assert served.client.info()["counters"]["spliced"] == before + 1
     assert first["tool_calls"][0]["function"]["name"] == "add"
     messages += [first, {"role": "tool", "tool_call_id": first["tool_calls"][0]["id"], "content": "83"}]
-    second = served.message(messages, tools=[TOOL], max_tokens=8, trl_gym=SAMPLED)
-    seen = first["prompt_token_ids"] + first["generation_token_ids"]
-    assert second["prompt_token_ids"][: len(seen)] == seen
-    assert "<tool_response>\n83" in build_tokenizer().decode(second["prompt_token_ids"][len(seen) :])
+    served.message(messages, tools=[TOOL], max_tokens=8, trl_gym=tag)
+    _, before, last = calls_of(served.client, tag)
+    seen = before.prompt_ids + before.generation_ids
+    assert last.prompt_ids[: len(seen)] == seen
+    assert "<tool_response>\n83" in build_tokenizer().decode(last.prompt_ids[len(seen) :])
 
 
 def test_the_rollouts_sampling_wins(served: Served) -> None:
-    pinned = served.message([USER], temperature=2.0, max_tokens=12, trl_gym=GREEDY)["generation_token_ids"]
+    pinned = sampled(served, [USER], temperature=2.0, max_tokens=12, trl_gym=tagged(temperature=0.0)).generation_ids
     assert pinned == served.message([USER], temperature=0.0, max_tokens=12)["generation_token_ids"]
-    sampled = [
-        tuple(served.message([USER], temperature=0.0, max_tokens=12, trl_gym=SAMPLED)["generation_token_ids"])
-        for _ in range(2)
-    ]
-    assert sampled[0] != sampled[1]
+    hot = [sampled(served, [USER], temperature=0.0, max_tokens=12, trl_gym=tagged()).generation_ids for _ in range(2)]
+    assert hot[0] != hot[1]
 
 
 def test_logprobs_are_those_of_the_sampling_temperature(served: Served) -> None:
-    tag = {"rollout": "hot", "sampling": {"temperature": 2.0, "top_p": 1.0}}
-    message = served.message([USER], max_tokens=6, trl_gym=tag)
-    ids = message["prompt_token_ids"] + message["generation_token_ids"]
+    call = sampled(served, [USER], max_tokens=6, trl_gym=tagged(temperature=2.0))
+    ids = call.prompt_ids + call.generation_ids
 
     import torch
 
     with torch.no_grad():
         logits = build_model(build_tokenizer(), tie=True, seed=0).eval()(torch.tensor([ids])).logits[0, :-1] / 2.0
     expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-    sampled = expected[-len(message["generation_token_ids"]) :]
-    assert message["generation_log_probs"] == pytest.approx(sampled, abs=1e-3)
+    assert call.logprobs == pytest.approx(expected[-len(call.generation_ids) :], abs=1e-3)
 
 
 def test_the_room_is_clamped_and_an_overflow_ends_a_rollout_gracefully(served: Served) -> None:
     long = [{"role": "user", "content": "1" * (MAX_MODEL_LEN - 30)}]
     length = len(served.client.render(long))
     assert length < MAX_MODEL_LEN
-    message = served.message(long, max_tokens=10_000, ignore_eos=True, trl_gym=SAMPLED)
-    assert len(message["generation_token_ids"]) == MAX_MODEL_LEN - length
-    messages = [*long, message, {"role": "user", "content": "more"}]
+    tag = tagged()
+    answer = served.chat(long, max_tokens=10_000, ignore_eos=True, trl_gym=tag)
+    assert answer["usage"]["completion_tokens"] == MAX_MODEL_LEN - length
+    messages = [*long, answer["choices"][0]["message"], {"role": "user", "content": "more"}]
     for too_long in (messages, [{"role": "user", "content": "1" * MAX_MODEL_LEN}]):
         with pytest.raises(PolicyServerError, match=r"HTTP 400: .*maximum context length"):
-            served.chat(too_long, trl_gym=SAMPLED)
+            served.chat(too_long, trl_gym=tag)
     assert served.client.info()["counters"]["overflows"] >= 2
 
 
 def test_a_completion_budget_spans_the_rollout(served: Served) -> None:
-    tag = {**SAMPLED, "completion_budget": 40}
+    tag = tagged(completion_budget=40)
     first = served.message([USER], max_tokens=10, ignore_eos=True, trl_gym=tag)
     messages = [USER, first, {"role": "user", "content": "2"}]
-    second = served.message(messages, ignore_eos=True, trl_gym=tag)
-    total = len(second["prompt_token_ids"]) + len(second["generation_token_ids"])
-    assert total - len(first["prompt_token_ids"]) == 40
+    served.message(messages, ignore_eos=True, trl_gym=tag)
+    before, last = calls_of(served.client, tag)
+    assert len(last.prompt_ids) + len(last.generation_ids) - len(before.prompt_ids) == 40
 
 
 def test_t1_counting_to_five(served: Served) -> None:
@@ -231,14 +238,15 @@ def test_t5_ids_that_no_tokenizer_would_write_reach_the_engine(served: Served) -
 
 
 def test_all_tokens_seen_come_from_the_prefix_cache(served: Served) -> None:
-    tag = {**SAMPLED, "rollout": "cached"}
+    tag = tagged()
     messages: list[Json] = [{"role": "user", "content": "1 + 2 = 3. " * 12}]
     lengths = []
     for turn in range(3):
-        message = served.message(messages, max_tokens=20, ignore_eos=True, trl_gym=tag)
-        lengths.append(len(message["prompt_token_ids"]) + len(message["generation_token_ids"]))
+        answer = served.chat(messages, max_tokens=20, ignore_eos=True, trl_gym=tag)
+        lengths.append(answer["usage"]["total_tokens"])
+        message = answer["choices"][0]["message"]
         messages += [message, {"role": "user", "content": f"and {turn}? " + "4 + 5 = 9. " * 6}]
-    records = served.client.rollout_records(["cached"])["cached"]
+    records = served.client.rollout_records([tag["rollout"]])[tag["rollout"]]
     block = served.client.server_config()["cache_config"]["block_size"]
     for seen, record in zip(lengths, records[1:], strict=False):
         assert record["prompt"] == "exact"
@@ -249,7 +257,7 @@ def test_all_tokens_seen_come_from_the_prefix_cache(served: Served) -> None:
 
 
 def test_cancelling_a_rollout_ends_what_it_samples(served: Served) -> None:
-    tag = {**SAMPLED, "rollout": "abandoned"}
+    tag = tagged(rollout="abandoned")
     second = PolicyClient(served.client.base_url)  # a client belongs to one thread
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(second.chat, messages=[USER], ignore_eos=True, trl_gym=tag)
@@ -257,7 +265,7 @@ def test_cancelling_a_rollout_ends_what_it_samples(served: Served) -> None:
             assert not running.done(), running.result()
         served.client.cancel_rollouts(["abandoned"])
         with pytest.raises(
-            PolicyServerError, match=r"HTTP 400: .*abandoned was cancelled; its maximum context length"
+            PolicyServerError, match=r"HTTP 400: .*abandoned has ended or was cancelled; its maximum context length"
         ):
             running.result(20.0)
     with pytest.raises(PolicyServerError, match="cancelled"):
@@ -277,18 +285,20 @@ def test_cancelling_a_rollout_ends_what_it_samples(served: Served) -> None:
 )
 def test_a_broken_turn_is_a_clear_4xx_and_the_server_lives(served: Served, messages: list[Json], why: str) -> None:
     with pytest.raises(PolicyServerError, match=why):
-        served.chat(messages, max_tokens=2, trl_gym=SAMPLED)
-    assert served.message([USER], max_tokens=2, trl_gym=SAMPLED)["generation_token_ids"]
+        served.chat(messages, max_tokens=2, trl_gym=tagged())
+    assert sampled(served, [USER], max_tokens=2, trl_gym=tagged()).generation_ids
 
 
 def test_a_bundle_on_only_some_messages_is_continued_from_the_newest(served: Served) -> None:
-    first = served.message([USER], max_tokens=8, trl_gym={**SAMPLED, "rollout": "some"})
+    tag = tagged()
+    first = served.message([USER], max_tokens=8, trl_gym=tag)
     forced = {"role": "assistant", "content": "12 and 90"}
     messages = [USER, first, {"role": "user", "content": "more"}, forced, {"role": "user", "content": "and?"}]
-    second = served.message(messages, max_tokens=8, trl_gym={**SAMPLED, "rollout": "some"})
-    seen = first["prompt_token_ids"] + first["generation_token_ids"]
-    assert second["prompt_token_ids"][: len(seen)] == seen
-    text = build_tokenizer().decode(second["prompt_token_ids"][len(seen) :])
+    served.message(messages, max_tokens=8, trl_gym=tag)
+    before, last = calls_of(served.client, tag)
+    seen = before.prompt_ids + before.generation_ids
+    assert last.prompt_ids[: len(seen)] == seen
+    text = build_tokenizer().decode(last.prompt_ids[len(seen) :])
     assert text.endswith(
         "more<|im_end|>\n<|im_start|>assistant\n12 and 90<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n"
         "<|im_start|>assistant\n"
