@@ -243,7 +243,7 @@ def test_training(policy: PolicyServer, small_policy: Path, tmp_path: Path, calc
     assert [batch["step"] for batch in trainer.seen] == list(range(NUM_STEPS))
     assert all(gap(batch) < MAX_MEAN_GAP for batch in trainer.seen)
     for batch in trainer.seen:
-        versions = {record["weight_version"] for rollout in batch["rollouts"] for record in rollout.records}
+        versions = {record.weight_version for rollout in batch["rollouts"] for record in rollout.records}
         assert versions == {str(batch["step"])}
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gaps = [line["weight_sync/probe_gap"] for line in logged if "weight_sync/probe_gap" in line]
