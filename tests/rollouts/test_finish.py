@@ -147,3 +147,15 @@ def test_an_exception_of_the_users_method_names_it_and_the_rollout(tmp_path: Pat
         dataclasses.replace(finish, build=build)(result())
     assert isinstance(error.value.__cause__, KeyError)
     assert len(list(read_journal(tmp_path))) == 1  # what had ended is there
+
+
+def test_a_rollout_whose_ledger_was_lost_is_not_trained(tmp_path: Path) -> None:
+    rollout = finisher(tmp_path, "truncate")(result(records=None))
+    assert rollout.failure.kind is FailureKind.INFRASTRUCTURE and "lost" in rollout.failure.text
+    assert rollout.reward is None and rollout.trajectories == []
+
+
+def test_an_answer_that_nobody_sampled_is_not_trained(tmp_path: Path) -> None:
+    rollout = finisher(tmp_path, "truncate")(result(records=[]))
+    assert rollout.failure.kind is FailureKind.ENVIRONMENT
+    assert "the answer contradicts the policy server" in rollout.failure.text

@@ -349,6 +349,7 @@ def _finisher(
         job = job_of[result.request.task_index, result.request.member]
         finisher = Finisher(
             build=lambda answer, request, calls: from_calls(calls) if endpoint.is_ours else [],
+            has_ledger=endpoint.is_ours,
             decode=lambda ids: str(list(ids)),  # there is no tokenizer here; drift is shown in ids
             journal=journal,
             tags={"dataset": job.task.dataset, "task_hash": job.task.hash, "model": options.model},

@@ -341,6 +341,7 @@ class Finisher:
     decode: Decode  # text of token ids
     journal: Journal  # gets a line per attempt
     train_calls: TrainCalls = "answer"  # which model calls count
+    has_ledger: bool = True  # whether the policy server says which tokens it sampled
     drift_policy: DriftPolicy  # with `"error"`, drift raises
     step: int  # optimizer step whose weights sample this batch
     mode: str  # `"train"` or `"eval"`
@@ -371,9 +372,12 @@ class Finisher:
     def _rollout(self, result: RolloutResult) -> Rollout:
         failure, trajectories, drift = result.failure, [], None
         calls: Sequence[ModelCall] = model_calls(result.records or ())
-        if failure is None:
+        agent = result.request.agent
+        if failure is None and result.records is None and self.has_ledger:
+            text = "the policy server was lost before it said which tokens it had sampled"
+            failure = RolloutFailure(kind=FailureKind.INFRASTRUCTURE, text=text, where=agent)
+        elif failure is None:
             assert result.answer is not None, "an attempt ends with an answer or a failure"
-            agent = result.request.agent
             try:
                 calls = self._counted(result.answer, calls)
                 with naming("build_trajectories", result.request.described, unless=TrajectoryError):
