@@ -208,13 +208,19 @@ def test_null_in_yaml_is_one_readable_error(tmp_path: Path) -> None:
         TrlParser([GymGRPOConfig]).parse_args_and_config(["--config", str(config)])
 
 
-@pytest.mark.parametrize("several", [{"gym_drift": "split"}, {"gym_train_calls": "all"}])
-def test_several_rows_and_a_kl_term_that_would_count_them_are_refused(several: dict[str, str]) -> None:
+def test_several_rows_and_a_kl_term_that_would_count_them_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"1 problem.*\n.*`beta` 0.1.*would count each row of a rollout"):
-        GymGRPOConfig(**BASE, **several, loss_type="grpo", beta=0.1)
+        GymGRPOConfig(**BASE, gym_drift="split", loss_type="grpo", beta=0.1)
     for other in ({"loss_type": "dr_grpo", "beta": 0.1}, {"loss_type": "grpo"}):
-        assert GymGRPOConfig(**BASE, **several, **other)
+        assert GymGRPOConfig(**BASE, gym_drift="split", **other)
     assert GymGRPOConfig(**BASE, loss_type="grpo", beta=0.1)
+
+
+@pytest.mark.parametrize("drift", ["truncate", "exclude", "error"])
+def test_all_calls_are_trained_in_rows_of_their_own(drift: str) -> None:
+    assert GymGRPOConfig(**BASE, gym_train_calls="all", gym_drift="split").has_further_rows
+    with pytest.raises(ConfigError, match=rf"`gym_train_calls` is 'all' and `gym_drift` '{drift}'.*'split'"):
+        GymGRPOConfig(**BASE, gym_train_calls="all", gym_drift=drift)
 
 
 def test_rollout_options_are_those_of_the_run() -> None:

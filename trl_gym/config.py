@@ -147,7 +147,8 @@ class GymGRPOConfig(GRPOConfig):
             `"error"` stops training. Every drift is counted, logged with its cause and explained in the journal.
         gym_train_calls (`str`, *optional*, defaults to `"answer"`):
             Which model calls of a rollout are trained. `"answer"`: those that Gym's answer contains. `"all"`: also the
-            others that it made, as further rows: sub-agents, discarded samples, calls that were tried again.
+            others that it made, in further rows: sub-agents, discarded samples, calls that were tried again. Needs
+            `gym_drift="split"`.
         gym_max_rows_factor (`float`, *optional*, defaults to `2.0`):
             How many times as many rows as rollouts a rank trains at most; micro-batches grow by as much. Of the
             rollouts with most rows, the oldest rows beyond it are dropped and counted.
@@ -279,7 +280,7 @@ class GymGRPOConfig(GRPOConfig):
     @property
     def has_further_rows(self) -> bool:
         """Whether rollouts may have several rows; with `build_trajectories` overridden they may in any case."""
-        return self.gym_drift == "split" or self.gym_train_calls == "all"
+        return self.gym_drift == "split"
 
     @property
     def serving_dtype(self) -> str:
@@ -540,11 +541,16 @@ def _eval_sampling_problems(config: GymGRPOConfig) -> Iterator[Problem]:
 
 
 def _row_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    if config.has_further_rows and config.beta and config.loss_type in TOKEN_MEAN_LOSSES:
-        name = "gym_drift" if config.gym_drift == "split" else "gym_train_calls"
+    if config.gym_train_calls == "all" and not config.has_further_rows:
         yield Problem(
-            f"`{name}` is {getattr(config, name)!r}, `loss_type` {config.loss_type!r} and `beta` {config.beta:g}: the "
-            "KL term would count each row of a rollout as a rollout.",
+            f"`gym_train_calls` is 'all' and `gym_drift` {config.gym_drift!r}: calls that do not continue each other "
+            "would have no row.",
+            "Set `gym_drift` to 'split'.",
+        )
+    if config.has_further_rows and config.beta and config.loss_type in TOKEN_MEAN_LOSSES:
+        yield Problem(
+            f"`gym_drift` is 'split', `loss_type` {config.loss_type!r} and `beta` {config.beta:g}: the KL term would "
+            "count each row of a rollout as a rollout.",
             f"Set `beta` to 0, or `loss_type` to another one than {' and '.join(TOKEN_MEAN_LOSSES)}.",
         )
 
