@@ -153,7 +153,7 @@ def read_records(
             return
         problem, row = _parse(line)
         if row is None:
-            remedy = "Write one row of a Gym dataset per line, with text alone in `responses_create_params.input`."
+            remedy = "Write one JSON object per line, a Gym row with text alone in `responses_create_params.input`."
             problems.append(Problem(f"{file}, line {number}: {problem}.", remedy))
             continue
         count += 1

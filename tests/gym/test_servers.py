@@ -134,6 +134,10 @@ def test_agents_whose_servers_are_gone_are_named_with_the_server(head: FakeHead)
     assert gym.agents_down() == {}
 
 
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+INSTANCE = {"process_name": "a", "server_type": "responses_api_agents", "name": "a", "url": "http://127.0.0.1:9"}
+
+
 @pytest.mark.parametrize(
     ("path", "page", "words"),
     [
@@ -141,7 +145,17 @@ def test_agents_whose_servers_are_gone_are_named_with_the_server(head: FakeHead)
         ("/global_config_dict_yaml", b"<html>", "did not answer with JSON"),
         ("/global_config_dict_yaml", {"a": 1}, "another form"),
         ("/global_config_dict_yaml", f"policy_api_key: {SECRET}\n: [", "not YAML"),
-        ("/server_instances", [{"name": "x"}], "incomplete"),
+        ("/global_config_dict_yaml", "a: &a {x: *a, name: a}", "not YAML that can be read"),
+        ("/global_config_dict_yaml", BOMB, "not YAML that can be read"),
+        ("/global_config_dict_yaml", "[" * 50_000, "not YAML that can be read"),
+        ("/global_config_dict_yaml", "a: !!python/object/apply:os.getcwd []", "not YAML that can be read"),
+        ("/server_instances", [{"name": "x"}], "missing required field `process_name`"),
+        ("/server_instances", ["x"], "an entry of /server_instances"),
+        ("/server_instances", [{**INSTANCE, "url": 5}], "$.url"),
+        ("/server_instances", [{**INSTANCE, "url": "file:///etc/passwd"}], "its URL is 'file:///etc/passwd'"),
+        ("/server_instances", [{**INSTANCE, "url": "http://h:99999"}], "its URL is"),
+        ("/server_instances", [{**INSTANCE, "pid": "1"}], "$.pid"),
+        ("/server_instances", b"[" * 100_000, "did not answer with JSON"),
     ],
 )
 def test_something_else_answers(head: FakeHead, path: str, page: Any, words: str) -> None:

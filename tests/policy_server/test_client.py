@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -35,6 +35,8 @@ def server() -> Iterator[tuple[PolicyClient, Answers, list[tuple[str, str, Any]]
             raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
             self.send_response(status)
             self.send_header("content-length", str(len(raw)))
+            if 300 <= status < 400:
+                self.send_header("location", "http://evil.example/x")
             self.end_headers()
             self.wfile.write(raw)
 
@@ -99,7 +101,8 @@ def test_an_update_of_a_dead_trainer_is_ended(server: Any, finish: int, complete
 
 
 def test_a_proxy_of_the_environment_is_not_asked(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    client, _, seen = server
+    client, answers, seen = server
+    answers["/trl_gym/info"] = (200, {"model_names": ["policy"], "max_model_len": 9})
     without_way_out(monkeypatch)
     client.info()
     PolicyClient(client.base_urls).resume()
@@ -150,6 +153,64 @@ def test_an_answer_that_is_an_error(server: Any, status: int, payload: Any, word
         client.weight_version()
     if status != 200:
         assert isinstance(caught.value, PolicyResponseError) and caught.value.status == status
+
+
+ODD = [None, [], "x", 5, {}, {"x": 1}]
+CALLS: dict[str, tuple[str, Callable[[PolicyClient], Any], list[Any]]] = {
+    "info": ("/trl_gym/info", PolicyClient.info, [{"model_names": [], "max_model_len": 9}]),
+    "untagged_calls": (
+        "/trl_gym/info",
+        PolicyClient.untagged_calls,
+        [{"model_names": ["a"], "max_model_len": 9, "untagged_calls": {"gym": [1], "others": 1}}],
+    ),
+    "models": ("/v1/models", PolicyClient.models, [{"data": 5}, {"data": ["x"]}]),
+    "server_config": ("/server_info", PolicyClient.server_config, [{"vllm_config": "text"}]),
+    "server_environment": ("/server_info", PolicyClient.server_environment, [{"vllm_env": None}]),
+    "world_size": ("/get_world_size", PolicyClient.world_size, [{"world_size": "many"}, {"world_size": None}]),
+    "collective_rpc": ("/collective_rpc", lambda client: client.collective_rpc("f"), [{"results": 1}]),
+    "is_paused": ("/is_paused", PolicyClient.is_paused, [{"is_paused": "no"}]),
+    "weight_version": ("/weight_info", PolicyClient.weight_version, [{"weight_version": [1]}]),
+    "load_adapter": (
+        "/trl_gym/adapters",
+        lambda client: client.load_adapter("a", "/a", "1", max_adapters=1, wait_s=1),
+        [{"held": [{}]}, {"held": ["x"]}],
+    ),
+    "rollout_records": (
+        "/trl_gym/rollouts/records",
+        lambda client: client.rollout_records(["r"]),
+        [{"records": []}, {"records": {"r": "x"}}],
+    ),
+    "cancel_rollouts": ("/trl_gym/rollouts/cancel", lambda client: client.cancel_rollouts(["r"]), [{"aborted": "1"}]),
+    "prompt_logprobs": (
+        "/v1/completions",
+        lambda client: client.prompt_logprobs([[1, 2]]),
+        [
+            {"choices": 5},
+            {"choices": [{"index": 0}]},
+            {"choices": [{"index": 0, "prompt_logprobs": [None, 5]}]},
+            {"choices": [{"index": 0, "prompt_logprobs": [None, {"2": {"logprob": "x"}}]}]},
+        ],
+    ),
+    "render": ("/tokenize", lambda client: client.render([]), [{"tokens": "abc"}, {"tokens": [1.5]}]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_answer_of_another_form(server: Any, name: str) -> None:
+    client, answers, _ = server
+    path, call, odd = CALLS[name]
+    for payload in [*ODD, *odd, b"[" * 100_000, b"[" * 500 + b"]" * 500]:
+        answers[path] = (200, payload)
+        with pytest.raises(PolicyServerError, match=rf"http://127.0.0.1.*{path}"):
+            call(client)
+
+
+def test_a_redirect_is_not_followed(server: Any) -> None:
+    client, answers, seen = server
+    answers["/resume"] = (307, b"x")  # a body, and a location below
+    with pytest.raises(PolicyResponseError, match=r"HTTP 307: it redirects to evil\.example, and redirects are not"):
+        client.resume()
+    assert [path for _, path, _ in seen] == ["/resume"]
 
 
 def test_a_slow_answer_and_none_at_all(server: Any) -> None:

@@ -118,6 +118,19 @@ async def test_an_answer_that_breaks_off_is_never_completed() -> None:
         assert not call.is_complete and fake.asked(CHAT) == 1
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/models", "/update_weights"])
+async def test_an_answer_without_end_is_not_passed_on(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl_gym.policy_server.upstreams.MAX_BODY_BYTES", 10_000)
+    fake = FakeUpstream(answers={f"{method} {path}": (200, {"x": "y" * 2_000_000}) for method in ("GET", "POST")})
+    async with serving(fake) as app:
+        call = Call(app, "GET" if path == "/v1/models" else "POST", path, body=BODY)
+        if path in CONTROL_PATHS:
+            assert "longer than 10,000 bytes" in (await call.done()).text and call.status == 500
+        else:
+            with pytest.raises(UpstreamLostError, match="longer than 10,000 bytes"):
+                await call.done()
+
+
 async def test_what_is_no_path_never_becomes_a_host_name() -> None:
     async with serving(FakeUpstream()) as app:
         assert (await ask(app, "OPTIONS", "*")).status == 400

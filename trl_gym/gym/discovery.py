@@ -9,20 +9,28 @@ and never says why. `ServerProbe` therefore looks at every server directly.
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+import msgspec
 import requests
 import yaml
 
 from trl_gym.errors import GymServerError
+from trl_gym.untrusted import (
+    BodyTooLongError,
+    check_depth,
+    parse_json,
+    read_response,
+    redirect_problem,
+    shape_problem,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +97,7 @@ class HeadUnreachable(GymServerError):
 
 def new_http_session() -> requests.Session:
     session = requests.Session()
+    session.headers["Accept-Encoding"] = "identity"
     session.trust_env = False  # HTTP_PROXY is for the internet, not for our servers
     return session
 
@@ -106,9 +115,10 @@ def look_at_head(session: requests.Session, head_url: str, *, timeout_s: float) 
         raise _not_a_head(head_url, "its answers have another form")
     try:
         config = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
+        check_depth(config)  # an alias may stand inside of itself, or multiply
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         # Without the cause: a YAML error quotes the text around it.
-        raise _not_a_head(head_url, f"its config is not YAML ({type(error).__name__})") from None
+        raise _not_a_head(head_url, f"its config is not YAML that can be read ({type(error).__name__})") from None
     if not isinstance(config, dict):
         raise _not_a_head(head_url, "its config is not a mapping")
     return HeadView(config=config, instances=[_instance(head_url, entry) for entry in instances])
@@ -117,7 +127,8 @@ def look_at_head(session: requests.Session, head_url: str, *, timeout_s: float) 
 def answers(session: requests.Session, url: str, *, timeout_s: float) -> bool:
     """Tell whether a server answers `GET /` with any status below 500; not every server has that route."""
     try:
-        return session.get(f"{url}/", timeout=timeout_s).status_code < 500
+        with session.get(f"{url}/", timeout=timeout_s, allow_redirects=False, stream=True) as response:
+            return response.status_code < 500
     except requests.RequestException:
         return False
 
@@ -133,8 +144,9 @@ def with_run_fields(session: requests.Session, instance: ServerInstance, *, time
     if instance.kind != AGENTS or instance.run_fields is not None:
         return instance
     try:
-        schema = session.get(f"{instance.url}/openapi.json", timeout=timeout_s).json()
-        fields = _run_properties(schema)
+        url = f"{instance.url}/openapi.json"
+        response = session.get(url, timeout=timeout_s, allow_redirects=False, stream=True)
+        fields = _run_properties(parse_json(read_response(response)))
     except (requests.RequestException, ValueError, LookupError, TypeError) as error:
         logger.info("%s does not say which fields its /run takes: %s", instance.name, type(error).__name__)
         fields = set()
@@ -151,7 +163,10 @@ def _run_properties(schema: Any) -> set[str]:
 def _get_json(session: requests.Session, url: str, timeout_s: float) -> Any:
     head_url = url.rpartition("/")[0]
     try:
-        response = session.get(url, timeout=timeout_s)
+        response = session.get(url, timeout=timeout_s, allow_redirects=False, stream=True)
+        body = read_response(response)
+    except BodyTooLongError as error:
+        raise _not_a_head(head_url, f"GET {url}: {error}") from error
     except (requests.ConnectionError, requests.Timeout) as error:
         raise HeadUnreachable(
             f"No NeMo Gym head server answers at {head_url} ({type(error).__name__}).",
@@ -160,9 +175,10 @@ def _get_json(session: requests.Session, url: str, timeout_s: float) -> Any:
     except requests.RequestException as error:
         raise _not_a_head(head_url, str(error)) from error
     if response.status_code != 200:
-        raise _not_a_head(head_url, f"GET {url} answered HTTP {response.status_code}")
+        said = redirect_problem(url, response.status_code, response.headers.get("Location"))
+        raise _not_a_head(head_url, f"GET {url} answered {said or f'HTTP {response.status_code}'}")
     try:
-        return json.loads(response.content)
+        return parse_json(body)
     except ValueError as error:
         raise _not_a_head(head_url, f"GET {url} did not answer with JSON") from error
 
@@ -174,18 +190,34 @@ def _not_a_head(head_url: str, why: str) -> GymServerError:
     )
 
 
+class _InstanceShape(msgspec.Struct):
+    process_name: str
+    server_type: str
+    name: str
+    url: str
+    pid: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
 def _instance(head_url: str, entry: Any) -> ServerInstance:
+    problem = shape_problem(entry, _InstanceShape) or _url_problem(entry["url"])
+    if problem is not None:
+        raise _not_a_head(head_url, f"an entry of /server_instances cannot be used ({problem})")
+    return ServerInstance(
+        name=entry["process_name"],
+        kind=entry["server_type"],
+        server=entry["name"],
+        url=entry["url"].rstrip("/"),
+        pid=entry.get("pid"),
+    )
+
+
+def _url_problem(url: str) -> str | None:
     try:
-        return ServerInstance(
-            name=entry["process_name"],
-            kind=entry["server_type"],
-            server=entry["name"],
-            url=entry["url"].rstrip("/"),
-            pid=entry.get("pid"),
-            run_fields=None if entry.get("run_fields") is None else _POLICY_FIELDS & set(entry["run_fields"]),
-        )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise _not_a_head(head_url, f"an entry of /server_instances is incomplete: {error!r}") from error
+        parts = urlsplit(url)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        is_usable = False
+    return None if is_usable else f"its URL is {url[:100]!r}"
 
 
 def _resources_server(config: Mapping[str, Any], instance: ServerInstance) -> str | None:

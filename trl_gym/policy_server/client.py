@@ -4,18 +4,21 @@ Several servers that hold the same weights are used as one: reads ask the first,
 sent to all of them side by side, and has succeeded when all have done it.
 
 Every call has a timeout and every failure is a `PolicyServerError` that names the operation, the URL, the status and
-the server's own words. Nothing is retried here: a weight update that was sent twice is worse than one that failed.
+the server's own words; so is an answer of another form than the call is answered with. Redirects are not followed: the
+key is for this server. Nothing is retried here: a weight update that was sent twice is worse than one that failed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+import msgspec
 import requests
 
 from trl_gym.errors import (
@@ -28,10 +31,52 @@ from trl_gym.errors import (
 )
 from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.processes import split_urls
+from trl_gym.untrusted import (
+    MAX_ERROR_BYTES,
+    BodyTooLongError,
+    parse_json,
+    read_response,
+    redirect_problem,
+    shape_problem,
+)
 
 _CONNECT_TIMEOUT_S = 10.0
+
 _MAX_QUOTED_CHARS = 2000
 _MAX_REPLICA_GAP = 0.05  # nats; replicas compute in the same precision and differ by the order of sums at most
+
+
+# The forms of answers, as far as they are read.
+
+
+class _Untagged(TypedDict):
+    gym: dict[str, int]
+    others: int
+
+
+class _Info(TypedDict):
+    model_names: Annotated[list[str], msgspec.Meta(min_length=1)]
+    max_model_len: Annotated[int, msgspec.Meta(ge=1)]
+    untagged_calls: NotRequired[_Untagged]
+
+
+class _Held(TypedDict):
+    path: str
+
+
+class _Logprob(TypedDict):
+    logprob: float | None
+
+
+class _Choice(TypedDict):
+    index: int
+    prompt_logprobs: list[dict[str, _Logprob] | None] | None
+
+
+@functools.cache
+def _with(name: str, kind: Any) -> Any:
+    """Return the form of an answer that has a field of this type."""
+    return TypedDict("_Answer", {name: kind})  # type: ignore[operator]
 
 
 def root_url(url: str) -> str:
@@ -126,7 +171,7 @@ class PolicyClient:
         """Return whether every server answers and its engine is alive. Raises nothing where one does not."""
         try:
             answers = [
-                session.get(f"{root_url(url)}/health", timeout=self._timeouts(None))
+                session.get(f"{root_url(url)}/health", timeout=self._timeouts(None), allow_redirects=False)
                 for url, session in zip(self.base_urls, self._sessions, strict=True)
             ]
         except requests.RequestException:
@@ -135,11 +180,11 @@ class PolicyClient:
 
     def info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """`GET /trl_gym/info`: nonce, versions, `weight_version`, `max_model_len`, `model_names`, counters."""
-        return self._call("GET", "/trl_gym/info", timeout_s=timeout_s)
+        return self._call("GET", "/trl_gym/info", timeout_s=timeout_s, shape=_Info)
 
     def infos(self) -> list[dict[str, Any]]:
         """Return `info` of every server."""
-        return self._call_all("GET", "/trl_gym/info")
+        return self._call_all("GET", "/trl_gym/info", shape=_Info)
 
     def untagged_calls(self) -> UntaggedCalls:
         """Return the sampled calls, since the servers' start, that belong to no rollout."""
@@ -151,19 +196,23 @@ class PolicyClient:
 
     def models(self) -> list[dict[str, Any]]:
         """Return the models that the server serves, adapters included."""
-        return self._call("GET", "/v1/models")["data"]
+        return self._call("GET", "/v1/models", shape=_with("data", list[dict[str, Any]]))["data"]
 
     def server_config(self) -> dict[str, Any]:
         """Return vLLM's resolved configuration as a tree, e.g. `["model_config"]["logprobs_mode"]`."""
-        return self._call("GET", "/server_info", params={"config_format": "json"})["vllm_config"]
+        return self._server_info("vllm_config")
 
     def server_environment(self) -> dict[str, Any]:
         """Return vLLM's environment variables as the server process has them, without keys and tokens."""
-        return self._call("GET", "/server_info", params={"config_format": "json"})["vllm_env"]
+        return self._server_info("vllm_env")
+
+    def _server_info(self, part: str) -> dict[str, Any]:
+        shape = _with(part, dict[str, Any])
+        return self._call("GET", "/server_info", params={"config_format": "json"}, shape=shape)[part]
 
     def world_size(self) -> int:
         """Return how many workers of the server hold weights: tensor × pipeline × data parallel."""
-        return int(self._call("GET", "/get_world_size")["world_size"])
+        return self._call("GET", "/get_world_size", shape=_with("world_size", int))["world_size"]
 
     def collective_rpc(self, method: str, args: Sequence[str] = ()) -> list[Any]:
         """Call a method of every worker, e.g. one that `--worker-extension-cls` adds. Return an answer per worker.
@@ -171,7 +220,8 @@ class PolicyClient:
         Raises:
             PolicyResponseError: Also if the workers have no such method.
         """
-        return self._tell("/collective_rpc", json={"method": method, "args": list(args)})["results"]
+        body = {"method": method, "args": list(args)}
+        return self._tell("/collective_rpc", json=body, shape=_with("results", list[Any]))["results"]
 
     # -- pause, sleep, caches -----------------------------------------------------------------------------------------
 
@@ -187,7 +237,8 @@ class PolicyClient:
 
     def is_paused(self) -> bool:
         """Return whether any server generates nothing until `resume`."""
-        return any(answer["is_paused"] for answer in self._call_all("GET", "/is_paused"))
+        answers = self._call_all("GET", "/is_paused", shape=_with("is_paused", bool))
+        return any(answer["is_paused"] for answer in answers)
 
     def resume(self) -> None:
         """Generate again."""
@@ -273,7 +324,8 @@ class PolicyClient:
         Raises:
             PolicyServerError: Several servers hold different versions.
         """
-        versions = [str(answer["weight_version"]) for answer in self._call_all("GET", "/weight_info")]
+        shape = _with("weight_version", str | int | None)
+        versions = [str(answer["weight_version"]) for answer in self._call_all("GET", "/weight_info", shape=shape)]
         if len(set(versions)) > 1:
             held = ", ".join(f"{url}: {version!r}" for url, version in zip(self.base_urls, versions, strict=True))
             raise PolicyServerError(
@@ -301,7 +353,8 @@ class PolicyClient:
             PolicyResponseError: 400: it cannot be served; 409: no room. The server goes on as before.
         """
         body = {"name": name, "path": path, "version": version, "max_adapters": max_adapters, "wait_s": wait_s}
-        answers = self._call_all("POST", "/trl_gym/adapters", json=body, timeout_s=self.timeout_s + wait_s)
+        timeout_s, shape = self.timeout_s + wait_s, _with("held", list[_Held])
+        answers = self._call_all("POST", "/trl_gym/adapters", json=body, timeout_s=timeout_s, shape=shape)
         return list(dict.fromkeys(adapter["path"] for answer in answers for adapter in answer["held"]))
 
     def clear_adapters(self) -> None:
@@ -319,8 +372,11 @@ class PolicyClient:
         Returns:
             One list per id, of `ledger.CallRecord` without tokens; empty for a rollout that has made no call.
         """
-        answers = self._call_all("POST", "/trl_gym/rollouts/records", json={"rollouts": list(rollouts)})
-        return {name: [record for answer in answers for record in answer["records"][name]] for name in rollouts}
+        body, shape = {"rollouts": list(rollouts)}, _with("records", dict[str, list[dict[str, Any]]])
+        answers = self._call_all("POST", "/trl_gym/rollouts/records", json=body, shape=shape)
+        return {
+            name: [record for answer in answers for record in answer["records"].get(name, ())] for name in rollouts
+        }
 
     def cancel_rollouts(self, rollouts: Sequence[str]) -> int:
         """End rollouts that nobody waits for: what they sample now is aborted, and every later call of theirs is told
@@ -329,14 +385,15 @@ class PolicyClient:
         Returns:
             How many calls were aborted.
         """
-        answers = self._call_all("POST", "/trl_gym/rollouts/cancel", json={"rollouts": list(rollouts)})
+        body = {"rollouts": list(rollouts)}
+        answers = self._call_all("POST", "/trl_gym/rollouts/cancel", json=body, shape=_with("aborted", int))
         return sum(answer["aborted"] for answer in answers)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
     def chat(self, *, timeout_s: float | None = None, **body: Any) -> dict[str, Any]:
         """Ask for one chat completion; `body` is the JSON of the request, `trl_gym` included."""
-        return self._call("POST", "/v1/chat/completions", json=body, timeout_s=timeout_s)
+        return self._call("POST", "/v1/chat/completions", json=body, timeout_s=timeout_s, shape=dict[str, Any])
 
     def prompt_logprobs(
         self, token_ids: Sequence[Sequence[int]], *, model: str | None = None, timeout_s: float | None = None
@@ -375,7 +432,8 @@ class PolicyClient:
         body: dict[str, Any] = {"prompt": sequences, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         if model is not None:
             body["model"] = model
-        answer = self._call("POST", "/v1/completions", json=body, timeout_s=timeout_s)
+        shape = _with("choices", list[_Choice])
+        answer = self._call("POST", "/v1/completions", json=body, timeout_s=timeout_s, shape=shape)
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != len(sequences):
             raise PolicyServerError(
@@ -399,7 +457,7 @@ class PolicyClient:
             body["tools"] = list(tools)
         if chat_template_kwargs is not None:
             body["chat_template_kwargs"] = chat_template_kwargs
-        return self._call("POST", "/tokenize", json=body)["tokens"]
+        return self._call("POST", "/tokenize", json=body, shape=_with("tokens", list[int]))["tokens"]
 
     # -- plumbing -----------------------------------------------------------------------------------------------------
 
@@ -446,31 +504,39 @@ class PolicyClient:
         json: dict[str, Any] | None = None,
         params: dict[str, Any] | None = None,
         timeout_s: float | None = None,
+        shape: Any = Any,
     ) -> Any:
-        """Send one request. Return the parsed JSON, or `None` for an empty answer.
+        """Send one request. Return the parsed JSON, which has the given shape, or `None` for an empty answer.
 
         Raises:
             PolicyServerError: See the module's docstring.
         """
         url, timeouts = f"{root_url(base_url)}{path}", self._timeouts(timeout_s)
+        sent = {"json": json, "params": params, "timeout": timeouts, "allow_redirects": False, "stream": True}
         try:
-            response = session.request(method, url, json=json, params=params, timeout=timeouts)
+            response = session.request(method, url, **sent)  # type: ignore[arg-type]
+            body = read_response(response)
         except requests.Timeout as error:
             raise PolicyServerLostError(f"{method} {url}: no answer within {timeouts[1]:g} s.") from error
         except requests.RequestException as error:
             raise PolicyServerLostError(f"{method} {url}: the server cannot be reached ({error}).") from error
-        if response.status_code != 200:
+        except BodyTooLongError as error:
+            raise PolicyServerError(f"{method} {url}: {error}.") from error
+        status = response.status_code
+        if status != 200:
             session.close()  # after an exception in a route the server hangs up; the next call must not find out
-            raise PolicyResponseError(
-                f"{method} {url}: HTTP {response.status_code}: {_quote(error_body_text(response.content))}",
-                response.status_code,
-            )
-        if not response.content:
-            return None
+            redirect = redirect_problem(url, status, response.headers.get("Location"))
+            said = redirect or f"HTTP {status}: {_quote(error_body_text(body[:MAX_ERROR_BYTES]))}"
+            raise PolicyResponseError(f"{method} {url}: {said}", status)
         try:
-            return response.json()
+            answer = parse_json(body) if body else None
         except ValueError as error:
-            raise PolicyServerError(f"{method} {url}: the answer is not JSON: {_quote(response.text)}") from error
+            said = _quote(body.decode(errors="replace"))
+            raise PolicyServerError(f"{method} {url}: the answer is not JSON ({error}): {said}") from error
+        if (problem := shape_problem(answer, shape)) is not None:
+            said = _quote(body.decode(errors="replace"))
+            raise PolicyServerError(f"{method} {url}: the answer has another form ({problem}): {said}")
+        return answer
 
     def _timeouts(self, timeout_s: float | None) -> tuple[float, float]:
         total = self.timeout_s if timeout_s is None else timeout_s
@@ -493,6 +559,7 @@ class PolicyClient:
 
 def _new_session(api_key: str | None) -> requests.Session:
     session = requests.Session()
+    session.headers["Accept-Encoding"] = "identity"
     session.trust_env = False  # a proxy for the outer world (HTTP_PROXY) would swallow requests to our own nodes
     if api_key:
         session.headers["Authorization"] = f"Bearer {api_key}"

@@ -50,6 +50,8 @@ from trl_gym.policy_server.middleware.http import (
     path_of,
     read_body,
 )
+from trl_gym.untrusted import MAX_BODY_BYTES, BodyTooLongError
+from trl_gym.untrusted import read_body as read_answer
 
 _logger = logging.getLogger("trl_gym.gateway")
 
@@ -138,7 +140,7 @@ def open_session() -> aiohttp.ClientSession:
 
 
 async def stream(session: aiohttp.ClientSession, url: str, request: ForwardedRequest, answering: Answering) -> None:
-    """Pass one answer through, piece by piece as it arrives.
+    """Pass one answer through, piece by piece as it arrives; redirects too, which are not followed.
 
     Raises:
         aiohttp.ClientError: If nothing has been answered.
@@ -148,7 +150,11 @@ async def stream(session: aiohttp.ClientSession, url: str, request: ForwardedReq
         async with _open(session, url, request) as answer:
             start = {"type": "http.response.start", "status": answer.status, "headers": _answer_headers(answer)}
             await answering(start)
+            room = MAX_BODY_BYTES
             async for chunk in answer.content.iter_any():
+                room -= len(chunk)
+                if room < 0:
+                    raise aiohttp.ClientPayloadError(str(BodyTooLongError(MAX_BODY_BYTES)))
                 await answering({"type": "http.response.body", "body": chunk, "more_body": True})
         await answering({"type": "http.response.body", "body": b""})
     except aiohttp.ClientError as error:
@@ -158,10 +164,13 @@ async def stream(session: aiohttp.ClientSession, url: str, request: ForwardedReq
 
 
 async def ask(session: aiohttp.ClientSession, url: str, request: ForwardedRequest) -> Reply:
-    """Return one whole answer. Raises `aiohttp.ClientError`."""
+    """Return one whole answer. Raises `aiohttp.ClientError`, also for one that is too long."""
     async with _open(session, url, request) as answer:
         content_type = answer.headers.get("Content-Type", "application/json").encode("latin-1")
-        return Reply(answer.status, await answer.read(), content_type)
+        try:
+            return Reply(answer.status, await read_answer(answer, MAX_BODY_BYTES), content_type)
+        except BodyTooLongError as error:
+            raise aiohttp.ClientPayloadError(str(error)) from error
 
 
 async def hang_up(receive: Receive) -> None:

@@ -174,6 +174,32 @@ async def test_a_template_that_closes_nothing_is_exact_all_the_same(http: Http, 
     assert messages[3]["prompt_token_ids"] == [*seen, *map(ord, "more 0")]
 
 
+@pytest.mark.parametrize(
+    ("path", "payload"),
+    [
+        ("/v1/models", []),
+        ("/v1/models", {"data": []}),
+        ("/v1/models", {"data": [{"id": 5}]}),
+        ("/v1/models", {"data": [{"id": "policy"}]}),
+        ("/version", "0.31"),
+        ("/weight_info", {"weight_version": [1]}),
+        ("/tokenize", {"tokens": "abc"}),
+    ],
+)
+async def test_a_server_that_answers_as_vllm_does_not(
+    http: Http, app: FakeVllm, path: str, payload: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = app.answer
+    monkeypatch.setattr(app, "answer", lambda at, body: (200, payload) if at == path else real(at, body))
+    messages = [
+        USER,
+        {"role": "assistant", "content": "x", "prompt_token_ids": [1], "generation_token_ids": [2]},
+        USER,
+    ]
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": messages, "trl_gym": TAG})
+    assert status in (400, 500) and path in answer["error"]["message"]
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 

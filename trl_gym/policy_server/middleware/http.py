@@ -9,10 +9,13 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
 
 from trl_gym.errors import error_body_text
 from trl_gym.policy_server.middleware.templates import RenderRefusedError
+from trl_gym.untrusted import parse_json, shape_problem
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -22,6 +25,27 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _NOT_FOUND = 404
 _BODY_HEADERS = (b"content-length", b"content-type", b"transfer-encoding", b"expect")
+
+
+class _Model(TypedDict):
+    id: str
+    max_model_len: NotRequired[int | None]  # adapters have none
+
+
+class _Models(TypedDict):
+    data: Annotated[list[_Model], msgspec.Meta(min_length=1)]
+
+
+class _Version(TypedDict):
+    version: str
+
+
+class _WeightInfo(TypedDict):
+    weight_version: str | int | None
+
+
+class _Tokens(TypedDict):
+    tokens: list[int]
 
 
 class ClientGoneError(Exception):
@@ -53,8 +77,8 @@ class Reply:
         return self.status == 200
 
     def json(self) -> Any:
-        """Parse the body. Raises `ValueError` if it is not JSON."""
-        return json.loads(self.body)
+        """Parse the body. Raises `ValueError` if it is not JSON, see `parse_json`."""
+        return parse_json(self.body)
 
     def error_text(self) -> str:
         return error_body_text(self.body)
@@ -85,7 +109,7 @@ def compact_json(payload: Any) -> bytes:
 def json_object(body: bytes) -> dict[str, Any] | None:
     """Parse a JSON object; None for anything else."""
     try:
-        parsed = json.loads(body)
+        parsed = parse_json(body)
     except ValueError:
         return None
     return parsed if isinstance(parsed, dict) else None
@@ -173,19 +197,29 @@ class WrappedServer:
             raise RuntimeError(f"the application gave no answer to {method} {path}")
         return Reply(status, b"".join(chunks), content_type)
 
-    async def ask_json(self, method: str, path: str, payload: dict[str, Any] | bytes = b"") -> Any:
-        """Return the JSON of an answer with status 200. Raises `AnsweredError` with any other."""
+    async def ask_json(
+        self, method: str, path: str, payload: dict[str, Any] | bytes = b"", *, shape: Any = Any
+    ) -> Any:
+        """Return the JSON of an answer with status 200. Raises `AnsweredError` with any other, or with JSON of another
+        shape (see `shape_problem`), which a server behind the gateway may send."""
         reply = await self.ask(method, path, payload)
         if not reply.ok:
             raise AnsweredError(reply)
-        return reply.json()
+        try:
+            answer = reply.json()
+            problem = shape_problem(answer, shape)
+        except ValueError as error:
+            problem = str(error)
+        if problem is not None:
+            raise AnsweredError(Reply.error(500, f"{method} {path}: the server answers as vLLM does not ({problem})"))
+        return answer
 
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Call `POST /tokenize`. Raises `RenderRefusedError` with the server's words."""
-        reply = await self.ask("POST", "/tokenize", body)
-        if not reply.ok:
-            raise RenderRefusedError(reply.error_text())
-        return reply.json()
+        """Call `POST /tokenize`. Raises `RenderRefusedError` with the server's words, else as `ask_json`."""
+        try:
+            return await self.ask_json("POST", "/tokenize", body, shape=_Tokens)
+        except AnsweredError as answered:
+            raise RenderRefusedError(answered.reply.error_text()) from answered
 
     async def ask_until(self, abort: asyncio.Event, method: str, path: str, payload: dict[str, Any]) -> Reply:
         """Do what `ask` does, but hang up and raise `AbortedError` when `abort` is set."""
@@ -236,8 +270,11 @@ class ServerInfo:
         """Return `vllm_version`, `max_model_len` and `model_names` (of the model itself, without adapters)."""
         if self._info is None:
             models, version = await asyncio.gather(
-                server.ask_json("GET", "/v1/models"), server.ask_json("GET", "/version")
+                server.ask_json("GET", "/v1/models", shape=_Models),
+                server.ask_json("GET", "/version", shape=_Version),
             )
+            if not models["data"][0].get("max_model_len"):
+                raise AnsweredError(Reply.error(500, "GET /v1/models: the first model has no max_model_len"))
             self._info = {
                 "vllm_version": version["version"],
                 "max_model_len": models["data"][0]["max_model_len"],
@@ -264,7 +301,7 @@ class ServerInfo:
             return self._version
         changes = self._num_changes
         try:
-            version = str((await server.ask_json("GET", "/weight_info"))["weight_version"])
+            version = str((await server.ask_json("GET", "/weight_info", shape=_WeightInfo))["weight_version"])
         except AnsweredError as answered:
             if answered.reply.status != _NOT_FOUND:
                 raise
