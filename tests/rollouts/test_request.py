@@ -87,6 +87,7 @@ def test_a_rows_own_template_arguments_win() -> None:
     row = {"responses_create_params": {"input": "hi", "metadata": {"chat_template_kwargs": '{"a": 1}'}}}
     result = stamped(row, chat_template_kwargs={"a": 0, "b": 2})
     assert json.loads(result["responses_create_params"]["metadata"]["chat_template_kwargs"]) == {"a": 1, "b": 2}
+    assert tag(result)["trl_gym"]["chat_template_kwargs"] == {"a": 1, "b": 2}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import aiohttp
 import httpx
@@ -263,7 +263,7 @@ def _strip_prefix(scope: Scope) -> str | None:
     if match is None:
         return None
     scope["path"] = match["rest"]
-    scope["raw_path"] = match["rest"].encode()
+    scope["raw_path"] = quote(match["rest"]).encode()
     return match["key"]
 
 

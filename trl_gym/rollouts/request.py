@@ -128,11 +128,11 @@ def stamp(
     params["temperature"] = sampling.temperature
     params["top_p"] = sampling.top_p
     metadata = dict(params.get("metadata") or {})
-    tag = {"rollout": rollout_id, "sampling": asdict(sampling), "completion_budget": completion_budget}
+    tag: dict[str, Any] = {"rollout": rollout_id, "sampling": asdict(sampling), "completion_budget": completion_budget}
+    if options := dict(chat_template_kwargs or {}) | json_object(metadata.get("chat_template_kwargs")):
+        metadata["chat_template_kwargs"] = json.dumps(options)
+        tag["chat_template_kwargs"] = options  # for agents that drop `metadata`
     metadata["extra_body"] = json.dumps(json_object(metadata.get("extra_body")) | {"trl_gym": tag})
-    if chat_template_kwargs:
-        given = json_object(metadata.get("chat_template_kwargs"))
-        metadata["chat_template_kwargs"] = json.dumps(dict(chat_template_kwargs) | given)
     params["metadata"] = metadata
     stamped["_ng_task_index"] = task_index
     stamped["_ng_rollout_index"] = member

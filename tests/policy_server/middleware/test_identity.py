@@ -258,6 +258,18 @@ async def test_a_turn_is_pinned_bounded_and_recorded_wherever_its_tag_is(server:
     assert await server.untagged() == {"gym": {}, "others": 0}
 
 
+@pytest.mark.parametrize("place", ["body", "bearer"])
+async def test_template_options_of_the_rollout_reach_the_template(server: Server, place: str) -> None:
+    """An agent that drops `metadata` drops the run's `chat_template_kwargs` with it."""
+    tag = TAG | {"chat_template_kwargs": {"enable_thinking": False}}
+    headers = bearer(rollout_key(API_KEY, tag) if place == "bearer" else API_KEY)
+    body = {"trl_gym": tag} if place == "body" else {}
+    status, answer = await server.chat(headers, chat_template_kwargs={"enable_thinking": True, "own": 1}, **body)
+    assert status == 200, answer
+    assert server.app.chats()[-1]["chat_template_kwargs"] == {"enable_thinking": False, "own": 1}
+    assert (await server.chat(headers, trl_gym={"rollout": "r0", "chat_template_kwargs": 1}))[0] == 400
+
+
 @pytest.mark.parametrize("place", ["header", "bearer", "prefix"])
 async def test_a_key_and_the_body_must_name_one_rollout(server: Server, place: str) -> None:
     key = rollout_key(API_KEY, TAG)

@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import quote
 
 import msgspec
 
@@ -82,6 +83,7 @@ class _Claims(msgspec.Struct, forbid_unknown_fields=True):
     rollout: str | None = None
     sampling: dict[str, Any] | None = None
     completion_budget: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     gym: UntaggedPolicy | None = None
 
 
@@ -93,7 +95,7 @@ def rollout_key(api_key: str | None, tag: Mapping[str, Any]) -> str:
 
     Args:
         api_key: An API key of the server; None for a server that has none.
-        tag: The tag of the body: `rollout`, and optionally `sampling` and `completion_budget`.
+        tag: The tag of the body: `rollout`, and optionally `sampling`, `completion_budget`, `chat_template_kwargs`.
     """
     return _signed(api_key, {"rollout": tag["rollout"], **tag})
 
@@ -257,7 +259,7 @@ def _strip_prefix(scope: Scope) -> bytes | None:
     if match is None:
         return None
     scope["path"] = scope.get("root_path", "") + match["rest"]
-    scope["raw_path"] = scope["path"].encode()
+    scope["raw_path"] = quote(scope["path"]).encode()
     return match["key"].encode("latin-1", "replace")
 
 

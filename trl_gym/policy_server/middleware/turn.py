@@ -22,7 +22,7 @@ SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKEN_KEYS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
 # Of chat messages, and as the Responses API names them.
 _TEXT_PARTS = frozenset({"text", "refusal", "thinking", "input_text", "output_text", "summary_text", "reasoning_text"})
-_TAG_KEYS = ("rollout", "sampling", "completion_budget")
+_TAG_KEYS = ("rollout", "sampling", "completion_budget", "chat_template_kwargs")
 # Fields that decide how a chat is rendered, by their names in /tokenize.
 _RENDER_KEYS = ("model", "tools", "chat_template", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs")
 
@@ -91,14 +91,14 @@ class Turn:
         tag = body.pop("trl_gym", None)
         plain = [_without_token_ids(message) for message in messages]
         turn = cls(body, plain, asked=_asked(body), caller=identity.caller)
-        turn.render_options = _render_options(body)
-        options = json.dumps(turn.render_options, sort_keys=True).encode()
-        turn.options_key = hashlib.blake2b(options, digest_size=16).digest()
         if tag is not None:
             turn._apply_tag(tag)
         agreed_rollout(identity.rollout, turn.rollout)
         if identity.turn_tag is not None:
             turn._apply_tag(identity.turn_tag)
+        turn.render_options = _render_options(body)
+        options = json.dumps(turn.render_options, sort_keys=True).encode()
+        turn.options_key = hashlib.blake2b(options, digest_size=16).digest()
         if turn.rollout is None and identity.is_side:
             turn.sampled = [None] * len(messages)  # a judge may quote a turn; it does not go on from it
         else:
@@ -189,6 +189,11 @@ class Turn:
         if tag.get("sampling"):
             self.sampling = checked_sampling(tag["sampling"], "trl_gym.sampling")
             self.pin(self.sampling)
+        options = tag.get("chat_template_kwargs")
+        if not isinstance(options, Mapping | None):
+            raise InvalidTurnError(f"trl_gym.chat_template_kwargs must be an object, not {options!r}")
+        if options:
+            self.body["chat_template_kwargs"] = {**(self.body.get("chat_template_kwargs") or {}), **options}
 
     def _read_history(self, messages: list[_Fields]) -> None:
         self.sampled = [_sampled(message) for message in messages]
