@@ -1,36 +1,58 @@
-"""What do exact prompts cost? Latency of a turn with the middleware against the same server without it.
+"""What do exact prompts cost? Seconds, bytes and CPU seconds of whole rollouts, in three ways on one server.
 
-    python benchmarks/on_policy_overhead.py [--turns 1 10 30] [--tokens 8000] [--calls 30] [--max_tokens 32]
+    python benchmarks/on_policy_overhead.py [--turns 2 10 30] [--tokens 16000] [--max_tokens 32] [--repeats 3]
 
 One stock vLLM server runs with the middleware; a second middleware in front (`Bypass`, below) leads requests with the
-header `x-stock` around it. Both get the same chat by turns, stock as plain messages, ours as NeMo Gym sends it: tagged
-and with the whole prompt's token ids on every assistant message. The prompts that reach the engine are equal token by
-token (checked), and so is what it has cached. Quote the ratio, not the milliseconds.
+header `x-stock` around it. Each rollout is played by turns
+
+    stock    around the middleware, with plain messages
+    full     with the token ids of every earlier turn in the messages, as a client without a tag sends them
+    slim     with a tag and a handle in each message, as training does
+
+The policy may sample one letter only, so that stock tokenizes its answers as they were sampled: the prompts that reach
+the engine are equal token by token (checked), and so is what it has cached. Seconds are those of all model calls,
+request bytes those between NeMo Gym and policy server, CPU seconds those of the API server's process, which the
+middleware is part of, and of the engine's; the journal's line is written by the journal. Ratios are to "stock", those
+of the journal to "full". Quote ratios, not milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import psutil
 import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
+from trl_gym.policy_server.middleware.ledger import Taken
 from trl_gym.processes import ChildProcess, bind_socket
+from trl_gym.rollouts.journal import Journal
+from trl_gym.rollouts.ledger import TAKE_PATH
+from trl_gym.rollouts.request import RolloutRequest
+from trl_gym.rollouts.rollout import Rollout, journal_record
+from trl_gym.rollouts.trajectory import ModelCall, from_calls, model_calls
 
 Json = dict[str, Any]
 _STOCK = "x-stock"
 _START_TIMEOUT_S = 300.0
+_SENTENCE = "The sum of 12 and 90 is 102. What is 47 + 36? "
+_LETTER = "Q"
+_KINDS = ("stock", "full", "slim")
+_IDS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
 
 
 class Bypass:
@@ -55,7 +77,7 @@ class Server:
         flags = ["--port", port, "--max-model-len", str(max_model_len), "--served-model-name", "policy"]
         flags += ["--enforce-eager", "--dtype", "float32", "--generation-config", "vllm", "--host", "127.0.0.1"]
         flags += ["--hf-overrides", json.dumps({"max_position_embeddings": max_model_len})]
-        flags += ["--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
+        flags += ["--disable-uvicorn-access-log", "--enable-prompt-tokens-details", "--enable-tokenizer-info-endpoint"]
         flags += ["--middleware", "trl_gym.policy_server.middleware.app.OnPolicyMiddleware"]
         flags += ["--middleware", "on_policy_overhead.Bypass"]
         environment = {**DEFAULT_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
@@ -76,81 +98,165 @@ class Server:
                 time.sleep(0.5)
         raise SystemExit(f"not ready after {_START_TIMEOUT_S:g} s:\n{self.process.log_tail()}")
 
-    def post(self, path: str, body: Json | bytes, *, stock: bool = False) -> Json:
+    def cpu_seconds(self) -> tuple[float, float]:
+        """CPU seconds so far, of the API server's process and of the engine's."""
+        [api] = psutil.Process(self.process.pid).children()
+        seconds = [sum(process.cpu_times()[:2]) for process in (api, *api.children(recursive=True))]
+        return seconds[0], sum(seconds[1:])
+
+    def num_tokens(self, text: str) -> int:
+        return len(self.post("/tokenize", {"prompt": text})["tokens"])
+
+    def post(self, path: str, body: Json | bytes, *, stock: bool = False) -> Any:
+        """Return the JSON of an answer, or its bytes if it is something else."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", **({_STOCK: "1"} if stock else {})}
         answer = self.session.post(self.url + path, data=raw, headers=headers)
         if answer.status_code != 200:
             raise SystemExit(f"{path}: HTTP {answer.status_code}: {answer.text}")
-        return answer.json()
+        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
+        return answer.json() if is_json else answer.content
 
 
-def conversation(server: Server, num_turns: int, num_tokens: int) -> list[Json]:
-    """A chat before its turn `num_turns`, of about `num_tokens` tokens, with bundles on the assistant messages."""
-    sentence = "The sum of 12 and 90 is 102. What is 47 + 36? "
-    per_sentence = len(server.post("/tokenize", {"prompt": sentence})["tokens"])
-    repeats = max(1, num_tokens // num_turns // per_sentence - 3)
-    messages: list[Json] = []
-    for turn in range(num_turns):
-        messages.append({"role": "user", "content": f"{turn} " + sentence * repeats})
-        if turn == num_turns - 1:
-            return messages
-        answer = {"role": "assistant", "content": "one two three four five six seven eight nine ten " * 3 + str(turn)}
-        plain = [{key: m[key] for key in ("role", "content")} for m in messages]
-        prompt = server.post("/tokenize", {"messages": plain})["tokens"]
-        closed = {"messages": [*plain, answer], "add_generation_prompt": False}
-        sampled = server.post("/tokenize", closed)["tokens"][len(prompt) : -1]  # without the newline after the end
-        bundle = {"prompt_token_ids": prompt, "generation_token_ids": sampled, "generation_log_probs": [-0.123456789]}
-        bundle["generation_log_probs"] *= len(sampled)
-        messages.append({**answer, **bundle})
-    raise AssertionError("unreachable")
+@dataclass(frozen=True)
+class Size:
+    """Of a rollout."""
+
+    num_turns: int
+    num_tokens: int  # about, of the last prompt
+    max_tokens: int  # sampled in each turn
 
 
-def measure(server: Server, messages: list[Json], num_calls: int, max_tokens: int) -> tuple[list[float], list[float]]:
-    """Seconds of stock and of our calls, taken by turns."""
-    common = {"model": "policy", "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
-    plain = [{key: m[key] for key in ("role", "content")} for m in messages]
-    stock = {**common, "messages": plain, "logprobs": True, "top_logprobs": 0, "return_token_ids": True}
-    ours = {**common, "messages": messages, "logprobs": True}
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for call in range(num_calls + 3):
-        prompts = []
-        for index, body in enumerate((stock, ours)):
-            if index:  # three rollouts: the template has proved itself then, as it has after the first step of a run
-                body = {**body, "trl_gym": {"rollout": f"r{call}", "sampling": {"temperature": 0.0}}}
-            raw = json.dumps(body).encode()  # the client's work, not the server's
-            started = time.perf_counter()
-            answer = server.post("/v1/chat/completions", raw, stock=not index)
-            if call >= 3:
-                seconds[index].append(time.perf_counter() - started)
-            prompts.append(answer["choices"][0]["message"].get("prompt_token_ids") or answer["prompt_token_ids"])
-        assert prompts[0] == prompts[1], "the two prompts differ"
-    return seconds
+@dataclass
+class Played:
+    """One rollout."""
+
+    messages: list[Json] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    calls: list[ModelCall] = field(default_factory=list)
+    seconds: float = 0.0
+    request_bytes: int = 0
+    ledger_bytes: int = 0  # of what the trainer takes when it has ended
+    api_s: float = 0.0
+    engine_s: float = 0.0
+
+
+def play(server: Server, kind: str, name: str, size: Size) -> Played:
+    num_repeats = (size.num_tokens // size.num_turns - size.max_tokens - 20) // server.num_tokens(_SENTENCE)
+    assert server.num_tokens(_LETTER * size.max_tokens) == size.max_tokens, "the tokenizer joins letters"
+    common = {
+        "model": "policy",
+        "max_tokens": size.max_tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "logprobs": True,
+    }
+    common["allowed_token_ids"] = server.post("/tokenize", {"prompt": _LETTER})["tokens"]
+    more: dict[str, Json] = {
+        "stock": {"return_token_ids": True, "top_logprobs": 0},
+        "full": {},
+        "slim": {"trl_gym": {"rollout": name, "sampling": {"temperature": 0.0}}},
+    }
+    server.post("/reset_prefix_cache", b"")
+    played, before = Played(), server.cpu_seconds()
+    for turn in range(size.num_turns):
+        played.messages.append({"role": "user", "content": f"{name} {turn} " + _SENTENCE * max(1, num_repeats)})
+        raw = json.dumps({**common, **more[kind], "messages": played.messages}).encode()
+        played.request_bytes += len(raw)
+        started = time.perf_counter()
+        answer = server.post("/v1/chat/completions", raw, stock=kind == "stock")
+        played.seconds += time.perf_counter() - started
+        message = answer["choices"][0]["message"]
+        played.messages.append({key: message[key] for key in ("role", "content", *_IDS) if key in message})
+        played.prompts.append(answer["prompt_token_ids"] if kind == "stock" else message["prompt_token_ids"])
+        if kind == "full":
+            tokens = dict(zip(("prompt_ids", "generation_ids", "logprobs"), map(message.get, _IDS), strict=True))
+            played.calls.append(ModelCall(**tokens, index=turn, parent=turn - 1 if turn else None, handle=0, said=()))
+    if kind == "slim":
+        taken = server.post(TAKE_PATH, {"rollouts": [name]})
+        played.ledger_bytes = len(taken)
+        played.calls = model_calls(msgspec.msgpack.decode(taken, type=Taken).rollouts[name] or [])
+        played.prompts = [call.prompt_ids for call in played.calls]
+    played.api_s, played.engine_s = (now - then for now, then in zip(server.cpu_seconds(), before, strict=True))
+    return played
+
+
+def journal_bytes(played: Played, folder: Path) -> int:
+    """Bytes of the rollout's line in the journal."""
+    output = [
+        {**message, "type": "message", "content": [{"type": "output_text", "text": message["content"]}]}
+        for message in played.messages
+    ]
+    rollout = Rollout(
+        request=RolloutRequest(
+            rollout_id="r1",
+            task_index=0,
+            group=0,
+            member=0,
+            attempt=0,
+            agent="agent",
+            row={"responses_create_params": {"input": output[:1]}},
+        ),
+        answer={"reward": 1.0, "response": {"id": "resp_1", "model": "policy", "output": output}},
+        failure=None,
+        trajectories=from_calls(played.calls),
+        seconds=1.0,
+    )
+    journal = Journal(folder)
+    journal.append(journal_record(rollout, step=0, mode="train", weight_version="1"))
+    journal.close()
+    return sum(path.stat().st_size for path in folder.rglob("*.jsonl"))
+
+
+def line(server: Server, size: Size, repeats: int) -> str:
+    """Play rollouts of all kinds by turns; return medians."""
+    rollouts: dict[str, list[Played]] = {kind: [] for kind in _KINDS}
+    for repeat, kind in itertools.product(range(repeats), _KINDS):
+        rollouts[kind].append(play(server, kind, f"{size.num_turns}x{repeat}", size))
+        assert rollouts[kind][-1].prompts == rollouts["stock"][-1].prompts, "the prompts differ"
+
+    def of(kind: str, name: str) -> float:
+        return statistics.median(getattr(played, name) for played in rollouts[kind])
+
+    def against(name: str, scale: float, digits: int) -> str:
+        values = [of(kind, name) for kind in _KINDS]
+        shown = " ".join(f"{value / scale:7.{digits}f}" for value in values)
+        return f"{shown} {values[1] / values[0]:6.2f} {values[2] / values[0]:6.2f}"
+
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [journal_bytes(rollouts[kind][0], Path(folder) / kind) for kind in ("full", "slim")]
+    return " | ".join(
+        [
+            f"{size.num_turns:5} {len(rollouts['slim'][0].prompts[-1]):6}",
+            against("seconds", 1, 2),
+            against("request_bytes", 1000, 0),
+            against("api_s", 1, 2),
+            against("engine_s", 1, 2),
+            f"{lines[0] / 1000:7.0f} {lines[1] / 1000:7.0f} {lines[1] / lines[0]:6.2f}",
+            f"{of('slim', 'ledger_bytes') / 1000:6.0f}",
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, nargs="+", default=[1, 10, 30])
-    parser.add_argument("--tokens", type=int, default=8000, help="of the prompt of the last turn")
-    parser.add_argument("--calls", type=int, default=30)
-    parser.add_argument("--max_tokens", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--turns", type=int, nargs="+", default=[2, 10, 30])
+    parser.add_argument("--tokens", type=int, default=16_000, help="of the last turn's prompt")
+    parser.add_argument("--max_tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    groups = ("seconds", "request kB", "CPU s, API server", "CPU s, engine")
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), max_model_len=2 * options.tokens)
+        server = Server(Path(folder), max_model_len=options.tokens + 2000)
         try:
             server.wait()
-            print("turns  prompt tokens  sampled   stock ms   ours ms   added ms   ours/stock")
+            for kind in _KINDS:  # the first calls of a server are slow
+                play(server, kind, "warm", Size(2, 1000, 8))
+            kinds = f"{'stock':>7} {'full':>7} {'slim':>7} {'full':>6} {'slim':>6}"
+            print(" | ".join([" " * 12, *(f"{group:37}" for group in groups), f"{'journal kB':22}", "ledger"]))
+            print(" | ".join(["turns tokens", *[kinds] * 4, f"{'full':>7} {'slim':>7} {'ratio':>6}", "    kB"]))
             for num_turns in options.turns:
-                messages = conversation(server, num_turns, options.tokens * num_turns // max(options.turns))
-                plain = [{key: m[key] for key in ("role", "content")} for m in messages]
-                num_tokens = len(server.post("/tokenize", {"messages": plain})["tokens"])
-                for max_tokens in options.max_tokens:
-                    stock, ours = map(statistics.median, measure(server, messages, options.calls, max_tokens))
-                    print(
-                        f"{num_turns:5}  {num_tokens:13}  {max_tokens:7}  {stock * 1e3:9.1f}  {ours * 1e3:8.1f}  "
-                        f"{(ours - stock) * 1e3:9.1f}  {ours / stock:11.3f}",
-                        flush=True,
-                    )
+                print(line(server, Size(num_turns, options.tokens, options.max_tokens), options.repeats), flush=True)
         finally:
             server.process.stop()
 
