@@ -26,6 +26,7 @@ from tests.gradient import (
     Step,
     gradient_by_hand,
     gym_step,
+    in_rows,
     lean,
     make_trainer,
     num_rows_of,
@@ -33,6 +34,7 @@ from tests.gradient import (
     reference_step,
     save_model,
     tasks,
+    trajectory_of,
 )
 from tests.gradient_ranks import (
     EMPTY_RANK,
@@ -149,6 +151,9 @@ def test_a_rollout_weighs_the_same_in_any_number_of_rows(
     ]  # fmt: skip
     [batch] = step.batches
     assert (num_trained(batch), len(batch["advantages"])) == (sum(counts), max(sum(counts), 3 * NUM_MEMBERS))
+    # No wider than its longest row, although the prompts of further rows are as long as a first row.
+    width = (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).max()
+    assert batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1] == width
     for name in ("reward", "reward_std", "frac_reward_zero_std", "rewards/gym/mean", "entropy"):
         theirs = "rewards/prepared_reward/mean" if name == "rewards/gym/mean" else name
         assert step.logs[name] == pytest.approx(reference.logs[theirs], abs=1e-6), name
@@ -204,8 +209,15 @@ def test_rows_beyond_the_cap_are_dropped_and_counted(model: Path, tmp_path: Path
     expected = gradient_by_hand(model, case, dropped={(0, 2): 1, (1, 1): 1})
     assert difference(step, Step(expected, {}, [])) < TOLERANCE
     assert step.logs["rollouts/dropped_rows_fraction"] == pytest.approx(2 / 17)
-    mask = step.batches[0]["completion_mask"] * step.batches[0]["tool_mask"]
-    assert step.logs["num_tokens"] == (step.batches[0]["prompt_mask"].sum() + mask.sum()).item()
+    kept = [
+        row
+        for task, members in case.surviving.items()
+        for member in members
+        for row in in_rows(trajectory_of(task, member)[0], num_rows_of(task, member, 3))
+    ]
+    for task, member in ((0, 2), (1, 1)):
+        kept.remove(in_rows(trajectory_of(task, member)[0], 3)[0])
+    assert step.logs["num_tokens"] == sum(len(row.prompt_ids) + sum(row.env_mask) for row in kept)
 
 
 def test_a_group_that_is_too_small_is_left_out_whole(model: Path, tmp_path: Path) -> None:
@@ -308,7 +320,7 @@ def test_no_rank_raises_alone(two_ranks: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("seam", SEAMS)
 def test_a_mistake_in_an_override_on_one_rank_ends_all(seam: str, two_ranks: list[dict[str, Any]]) -> None:
-    assert two_ranks[1][seam] == "ZeroDivisionError: in an override"
+    assert re.match(rf"RolloutError: `{seam}` raised ZeroDivisionError for .*: in an override\.", two_ranks[1][seam])
     assert re.match(r"\w+Error: rank 1: .*in an override", two_ranks[0][seam])
 
 

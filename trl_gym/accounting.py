@@ -205,7 +205,7 @@ class Accounting:
         Raises:
             RolloutError: On every rank, when they cannot be written.
         """
-        turn_ends = [row.trajectory.turn_ends for row in self.rows]
+        turn_ends = [[row.moved + end for end in row.trajectory.turn_ends] for row in self.rows]
         agents = ["" if row.rollout is None else self.rollouts[row.rollout].request.agent for row in self.rows]
         gaps = logprobs.batch_gaps(batch, turn_ends, agents) if same else {}
         with agreed(self._accelerator):

@@ -343,17 +343,15 @@ def test_a_trainers_configuration(tmp_path: Path) -> None:
     assert numbers(by_file)["trainer transfer buffers"] == 0
 
 
-def test_further_rows_make_micro_batches_larger_and_longer(tmp_path: Path) -> None:
-    """3 rows for every 2 rollouts, each with room for a prompt of the whole context and for the longest completion."""
+def test_further_rows_make_micro_batches_larger(tmp_path: Path) -> None:
+    """3 rows for every 2 rollouts, none of them longer than the context."""
     model = Qwen3ForCausalLM(qwen())
     options = {"gym_max_rows_factor": 1.5, "per_device_train_batch_size": 8}
     one, more = (
-        estimate(args(tmp_path, **options, **own), model, 1, DEVICE, environment={})
+        numbers(estimate(args(tmp_path, **options, **own), model, 1, DEVICE, environment={}))
         for own in ({}, {"gym_drift": "split"})
     )
-    rows, length = 12, 4096 + 512
-    before, after = numbers(one)["trainer activations"], numbers(more)["trainer activations"]
-    assert after / before == pytest.approx(rows / 8 * length / 4096, rel=0.1)
+    assert more["trainer activations"] / one["trainer activations"] == pytest.approx(12 / 8, rel=0.01)
 
 
 def test_an_adapter_has_no_reference_and_small_moments(tmp_path: Path) -> None:

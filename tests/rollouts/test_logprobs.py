@@ -17,6 +17,7 @@ from trl_gym.errors import RolloutError
 from trl_gym.rollouts.logprobs import batch_gaps, record
 from trl_gym.rollouts.metrics import ValueSum, merge_gaps
 from trl_gym.rollouts.rows import rows_of
+from trl_gym.rollouts.trajectory import Trajectory
 
 
 def gap_sums(
@@ -115,8 +116,17 @@ def test_ranks_together_say_what_one_would(batch: list, split: int) -> None:
 
 
 def rollout(name: str, *num_tokens: int) -> Any:
-    """One whose trajectories have so many completion tokens."""
-    trajectories = [SimpleNamespace(completion_ids=[5] * number, env_mask=[1] * number) for number in num_tokens]
+    """One whose trajectories have so many completion tokens, and of prompt and completion together four."""
+    trajectories = [
+        Trajectory(
+            prompt_ids=[4] * (4 - number),
+            completion_ids=[5] * number,
+            env_mask=[1] * number,
+            logprobs=[-0.5] * number,
+            num_turns=1,
+        )
+        for number in num_tokens
+    ]
     return SimpleNamespace(request=SimpleNamespace(rollout_id=name), trajectories=trajectories)
 
 
@@ -128,11 +138,12 @@ def write(folder: Path, logprobs: list[list[float]], *rollouts: tuple[Any, int |
 
 
 def test_each_row_has_one_for_each_of_its_tokens(tmp_path: Path) -> None:
-    """Untrained rollouts have none, and dropped rows empty lists."""
-    logprobs = [[-0.5, -1.25, 0.0], [-1.0, -1.5, 0.0], [-0.125, -2.0, -3.0], [-9.0, -9.0, -9.0]]
+    """Untrained rollouts have none, and dropped rows empty lists. In a batch with further rows, prompts of shorter
+    completions end in them: their first values are of prompt tokens."""
+    logprobs = [[-7.0, -0.5, -1.25], [-7.0, -1.0, -1.5], [-0.125, -2.0, -3.0], [-9.0, -9.0, -9.0]]
     batch = (rollout("a", 2), 0), (rollout("untrained", 3), None), (rollout("b", 1, 3, 2), 1)
     write(tmp_path, logprobs, *batch, step=4, rank=1)
-    write(tmp_path, logprobs[:1], (rollout("c", 1), 0), step=4, rank=1)  # a second batch of that step
+    write(tmp_path, [[-0.5, 0.0, 0.0]], (rollout("c", 1), 0), step=4, rank=1)  # a second batch of that step
     lines = (tmp_path / "training_logprobs" / "step-4.rank-1.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [
         {"rollout_id": "a", "logprobs": [-0.5, -1.25]},

@@ -469,15 +469,13 @@ def estimate(
     context = args.vllm_max_model_length or getattr(config.get_text_config(), "max_position_embeddings", None)
     length = args.vllm_max_model_length or (args.max_completion_length or 0) + _ASSUMED_PROMPT
     is_adapter = trainable < num_params
-    factor, padding = 1.0, 0
-    if args.has_further_rows:  # the prompt of one may fill the context, and all are padded to the longest completion
-        factor, padding = args.gym_max_rows_factor, args.max_completion_length or 0
+    factor = args.gym_max_rows_factor if args.has_further_rows else 1.0
     training = TrainingShape(
         trainable_params=trainable,
         compute_bytes=_BYTES[args.serving_dtype],
         world_size=num_processes,
         sequences=math.ceil(args.per_device_train_batch_size * factor),
-        sequence_length=length + padding,
+        sequence_length=length,
         checkpointing=bool(args.gradient_checkpointing),
         reference=bool(args.beta) and not is_adapter,
         grads_kept=args.gradient_accumulation_steps > args.steps_per_generation * args.num_iterations,

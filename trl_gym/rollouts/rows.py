@@ -38,7 +38,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class Row:
     rollout: int | None  # index of its rollout on this rank; None for a row that fills up
     index: int  # index of its trajectory in the rollout
     trajectory: Trajectory  # its tokens
+    moved: int = 0  # tokens at the end of its prompt that TRL gets as the beginning of its completion
     share: float  # part of the rollout's sampled tokens that it has: 1 in all rows of one; 0 where it has none
 
 
@@ -115,7 +116,21 @@ def rows_of(
     filler = Row(rollout=None, index=0, trajectory=nothing, share=0.0)
     further = [row for own in by_place for row in own[1:]]
     others = iter(further + [filler] * (num_rows - sum(map(len, by_place))))
-    return [own[0] if own else next(others) for own in by_place] + list(others)
+    rows = [own[0] if own else next(others) for own in by_place] + list(others)
+    return _narrow(rows) if further else rows
+
+
+def _narrow(rows: Sequence[Row]) -> list[Row]:
+    """Move ends of prompts into completions, masked, so that the batch is no wider than its longest row.
+
+    TRL pads all prompts to the longest prompt and all completions to the longest completion. The prompt of a further
+    row may be as long as the first row with its completion: the batch would be twice as wide as any row.
+    """
+    completions = [len(row.trajectory.completion_ids) for row in rows]
+    prompts = [len(row.trajectory.prompt_ids) for row in rows]
+    # The shortest prompts with which no completion becomes longer than the longest is. TRL needs a token in each.
+    kept = max(1, *(prompt + own - max(completions) for prompt, own in zip(prompts, completions, strict=True)))
+    return [replace(row, moved=max(0, prompt - kept)) for row, prompt in zip(rows, prompts, strict=True)]
 
 
 def _rows_of_one(place: int, trajectories: Sequence[Trajectory], first: int) -> list[Row]:
@@ -151,7 +166,7 @@ def training_rows(
         `prompt_ids` `[R][P]`, `completion_ids`, `logprobs` and `env_mask` `[R][T]`, and for the reward functions
         `gym_reward` `[B]` and `gym_result` `[B]`.
     """
-    trained = [row.trajectory for row in rows]
+    trained = [_with_moved(row) for row in rows]
     cut = [mask_truncated and row.rollout is not None and rollouts[row.rollout].is_truncated for row in rows]
     return {
         "prompt_ids": [trajectory.prompt_ids for trajectory in trained],
@@ -161,6 +176,19 @@ def training_rows(
         "gym_reward": list(rewards),
         "gym_result": [rollout.answer for rollout in rollouts],
     }
+
+
+def _with_moved(row: Row) -> Trajectory:
+    whole, given = row.trajectory, row.moved
+    if not given:
+        return whole
+    return replace(
+        whole,
+        prompt_ids=whole.prompt_ids[:-given],
+        completion_ids=whole.prompt_ids[-given:] + whole.completion_ids,
+        env_mask=[0] * given + whole.env_mask,
+        logprobs=[0.0] * given + whole.logprobs,
+    )
 
 
 def joined(rows: Sequence[Row], num_rollouts: int, *, eos_id: int) -> list[list[int]]:
