@@ -77,7 +77,7 @@ def drifted(cause: DriftCause, agent: str = "calculator", *, excluded: bool = Fa
 
 
 def with_records(rollout: Rollout, records: list[CallRecord], calls: list[ModelCall]) -> Rollout:
-    return dataclasses.replace(rollout, records=records, calls=calls)
+    return dataclasses.replace(rollout, records=records, counted=tuple(call.index for call in calls))
 
 
 def test_the_table_says_whose_row_it_is() -> None:

@@ -8,7 +8,7 @@ Rollout ─ journal_record ─► a line of the journal ─ from_record ─► t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
 from trl_gym.responses import completion_messages, count_tool_calls, model_call_indices, output_items
 from trl_gym.rollouts.ledger import weight_versions
 from trl_gym.rollouts.request import RolloutRequest, request_hash, task_hash
-from trl_gym.rollouts.trajectory import DriftReport, ModelCall, Trajectory, finish_reason
+from trl_gym.rollouts.trajectory import DriftReport, ModelCall, Trajectory, finish_reason, model_calls
 from trl_gym.untrusted import number
 
 # Fields of a verify response that are the protocol's, not measurements of the environment.
@@ -39,7 +39,7 @@ class Rollout:
         seconds: Wall time.
         drift: Where its history was rewritten first, and why; also for a rollout that failed because of it.
         records: The policy server's records of its model calls; None when the server keeps none.
-        calls: The model calls that count, with their tokens; of a failed rollout, all that are known.
+        counted: Indices, in `records`, of the model calls that count; of a failed rollout, of all that are known.
     """
 
     request: RolloutRequest
@@ -49,7 +49,13 @@ class Rollout:
     seconds: float
     drift: DriftReport | None = None
     records: list[CallRecord] | None = None
-    calls: Sequence[ModelCall] = ()
+    counted: tuple[int, ...] = ()
+
+    @property
+    def calls(self) -> list[ModelCall]:
+        """The model calls that count, with their tokens, in order. Unpacked on demand: each has its whole prompt."""
+        by_index = {call.index: call for call in model_calls(self.records or ())}
+        return [by_index[index] for index in self.counted]
 
     @property
     def reward(self) -> float | None:
@@ -201,7 +207,7 @@ def _failure_from(failure: Mapping[str, Any]) -> RolloutFailure:
 def _turns(rollout: Rollout) -> Iterator[dict[str, Any]]:
     """Yield model and tool calls in order; None stands where only the policy server would know."""
     records = rollout.records or []
-    known = iter(records[call.index] for call in rollout.calls)
+    known = iter(records[index] for index in rollout.counted)
     items = output_items(rollout.answer)
     indices = model_call_indices(items)
     for place, (item, index) in enumerate(zip(items, indices, strict=True)):

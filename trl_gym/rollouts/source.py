@@ -404,7 +404,7 @@ class Finisher:
             seconds=result.seconds,
             drift=report,
             records=result.records,
-            calls=calls,
+            counted=tuple(call.index for call in calls),
         )
 
     def _counted(self, answer: Mapping[str, Any], calls: Sequence[ModelCall]) -> Sequence[ModelCall]:

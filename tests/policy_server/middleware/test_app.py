@@ -417,6 +417,14 @@ async def test_a_contradiction_is_a_400_that_names_it(http: Http, body: Json, me
     assert message in answer["error"]["message"]
 
 
+async def test_a_request_that_is_nested_too_deeply_is_a_400(http: Http) -> None:
+    for nested in (b'"content": ', b'"tools": '):
+        deep = b"[" * 100_000 + b"]" * 100_000
+        body = b'{"messages": [{"role": "user", "content": "hi"}], "trl_gym": {"rollout": "r0"}, "x": 1}'
+        status, answer = await http("POST", "/v1/chat/completions", body.replace(b'"x": 1', nested + deep))
+        assert status == 400 and "nested" in answer["error"]["message"]
+
+
 async def test_nan_in_a_turn_of_a_rollout_is_a_400(http: Http) -> None:
     body = b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN, "trl_gym": {"rollout": "r"}}'
     status, answer = await http("POST", "/v1/chat/completions", body)
@@ -484,6 +492,8 @@ async def test_streams_and_nonsense_go_through_untouched(http: Http, app: FakeVl
         ("logprob", -9999.0, "not a finite number"),  # what vLLM writes for minus infinity
         ("logprob", None, "not a finite number"),
         ("token_ids", [1], "3 logprobs for 1 sampled tokens"),
+        ("token_ids", [1, 2**40, 3], "token ids that are none"),
+        ("token_ids", [1, "2", 3], "token ids that are none"),
         ("prompt_token_ids", [1, 2], "did not use the exact prompt"),
     ],
 )

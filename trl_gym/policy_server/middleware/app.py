@@ -133,6 +133,8 @@ class OnPolicyMiddleware:
             reply = Reply.error(400, str(error))
         except RefusedError as error:
             reply = Reply.error(error.status, str(error))
+        except RecursionError:
+            reply = Reply.error(400, "the request is nested too deeply to be read")
         except ClientGoneError:
             return None
         if reply is None:

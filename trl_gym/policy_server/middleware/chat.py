@@ -294,7 +294,10 @@ class ChatTurns:
         if _stopped_by_itself(turn, answer, max_model_len):
             self.templates.stop_ids.add(ids[-1])
         if turn.rollout is not None:
-            return self._calls(turn).tokens_of(turn, message, prompt)
+            try:
+                return self._calls(turn).tokens_of(turn, message, prompt)
+            except (OverflowError, TypeError) as error:
+                raise openai.BundleError(f"the server returned token ids that are none ({error})") from error
         self._histories.remember(prompt + ids, digest_of(turn, len(turn.messages)))
         return None
 
