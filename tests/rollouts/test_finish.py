@@ -10,7 +10,7 @@ import pytest
 
 from tests.rollouts.sampled import record, records_of
 from trl_gym.errors import FailureKind, RolloutError, RolloutFailure
-from trl_gym.policy_server.middleware.ledger import CallDrift, DriftCause
+from trl_gym.policy_server.middleware.ledger import CallDrift, CallRecord, DriftCause
 from trl_gym.rollouts.collector import RolloutResult
 from trl_gym.rollouts.journal import Journal, read_journal
 from trl_gym.rollouts.request import RolloutRequest
@@ -40,6 +40,9 @@ def result(output: list[dict[str, Any]] | None = None, **changes: Any) -> Rollou
     answer = {"reward": 1.0, "response": {"output": DRIFTED if output is None else output}}
     fields = {"request": request(), "answer": answer, "failure": None, "seconds": 0.1, "records": records_of(answer)}
     return RolloutResult(**(fields | changes))
+
+
+REFUSED = CallRecord(status=400, prompt="rendered", seconds=0.1)
 
 
 def finisher(tmp_path: Path, policy: Any) -> Finisher:
@@ -111,12 +114,26 @@ def test_a_failure_of_gyms_is_passed_on(tmp_path: Path) -> None:
     assert len(line["turns"]) == 1
 
 
-def test_an_answer_without_model_calls_is_a_failure(tmp_path: Path) -> None:
-    rollout = finisher(tmp_path, "truncate")(result([]))
+def test_an_answer_none_of_whose_model_calls_was_answered_is_a_failure(tmp_path: Path) -> None:
+    rollout = finisher(tmp_path, "truncate")(result([], records=[REFUSED]))
     assert rollout.failure.kind is FailureKind.POLICY and rollout.drift is None
     assert "no trainable token" in rollout.failure.text
     answer = {"reward": 0.0, "response": {"output": [], "incomplete_details": {"reason": "max_output_tokens"}}}
-    assert "already cut (max_output" in finisher(tmp_path, "truncate")(result(answer=answer, records=[])).failure.text
+    rollout = finisher(tmp_path, "truncate")(result(answer=answer, records=[REFUSED]))
+    assert "already cut (max_output" in rollout.failure.text
+
+
+def test_an_agent_that_makes_no_model_call_is_no_policy(tmp_path: Path) -> None:
+    rollout = finisher(tmp_path, "truncate")(result([]))
+    assert rollout.failure.kind is FailureKind.ENVIRONMENT
+    assert rollout.failure.text.endswith("no model call of this rollout has reached it")
+
+
+def test_without_a_ledger_nothing_is_compared_and_nothing_trained(tmp_path: Path) -> None:
+    finish = dataclasses.replace(finisher(tmp_path, "truncate"), build=lambda answer, request, calls: list(calls))
+    said = {"type": "message", "role": "assistant", "content": "hello"}
+    rollout = finish(result([said], records=None))
+    assert rollout.failure is None and rollout.reward == 1.0 and rollout.trajectories == []
 
 
 def test_a_failure_that_only_the_finisher_sees_knows_its_rollout(tmp_path: Path) -> None:
@@ -128,8 +145,8 @@ def test_a_failure_that_only_the_finisher_sees_knows_its_rollout(tmp_path: Path)
 
 def test_the_line_of_an_attempt_that_is_tried_again_says_so(tmp_path: Path) -> None:
     finish = finisher(tmp_path, "truncate")
-    finish(result([], retried_kinds=frozenset({FailureKind.POLICY})))
-    finish(result([], retried_kinds=frozenset({FailureKind.DEADLINE})))
+    finish(result([], records=[REFUSED], retried_kinds=frozenset({FailureKind.POLICY})))
+    finish(result([], records=[REFUSED], retried_kinds=frozenset({FailureKind.DEADLINE})))
     finish(result(DRIFTED[:2], retried_kinds=frozenset({FailureKind.POLICY})))
     finish(result(was_lost=True))
     assert [line["retried"] for line in read_journal(tmp_path)] == [True, False, False, True]

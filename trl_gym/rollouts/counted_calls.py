@@ -1,14 +1,17 @@
 """Decide which model calls of a rollout count: those that Gym's answer contains. Pure functions.
 
-The policy server's ledger knows which tokens were sampled, Gym's answer knows what the agent made of them. Walking the
-items of the answer that the assistant said,
+The policy server's ledger knows which tokens were sampled, Gym's answer knows what the agent made of them. The items
+of the answer that the assistant said, between two items of the environment, are divided into calls:
 
-    an item with a handle, or with token ids   ends the call of that handle, or of exactly these tokens
-    items without                              are the next call that said just this
+    an item with a handle, or with token ids   ends the call of that handle, or one of exactly these tokens
+    items without                              are a call that said just this
 
-Every one of them must be found, and each call once. The calls that a counted call continues count as well if they said
-nothing (NeMo Gym drops an answer that is empty); one that said something and is not in the answer was left out. An
-answer that fails this is dishonest or broken, and nothing of it is trained.
+Every item must be part of a call, each call is there once, and behind those that it continues. These must be there
+too, except for calls that said nothing, which count with the one that continues them (NeMo Gym drops an answer that
+is empty). An answer that fails this is dishonest or broken, and nothing of it is trained.
+
+Without handles several divisions may be possible: calls that say the same stand for each other. They are searched in
+the order of what is likely, which finds the one that is there at once if the texts differ.
 
 Calls that the answer does not contain are none of its turns: a retry whose answer was lost, a sample that the agent
 discarded, a sub-agent's own calls.
@@ -16,147 +19,275 @@ discarded, a sub-agent's own calls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from trl_gym.responses import output_items, read_item, said_in_item
 from trl_gym.rollouts.trajectory import ModelCall
 
 _NUM_CHARACTERS = 80  # of a quoted item
+# Calls that the search tries before it gives up. One that does not go wrong tries as many as the answer has; only many
+# equal texts lead it astray.
+_MAX_TRIES = 20_000
 
 
 class DishonestAnswerError(ValueError):
     """Gym's answer contradicts the policy server's ledger; the text says how. Becomes an `environment` failure."""
 
 
-def counted_calls(answer: Mapping[str, Any], calls: Sequence[ModelCall]) -> list[ModelCall]:
+def counted_calls(
+    answer: Mapping[str, Any], calls: Sequence[ModelCall], *, may_leave_out: bool = False
+) -> list[ModelCall]:
     """Return the calls that an answer contains, each behind those that it continues.
 
     Args:
         answer: Gym's answer to `/run`.
         calls: All calls of the rollout that were answered, in the order of their answers.
+        may_leave_out: Whether a call that is in the answer may continue one that is not.
 
     Raises:
         DishonestAnswerError: The answer has a turn that nobody sampled, has one twice or in another order, leaves one
             out, or has other tokens than were sampled.
     """
-    search = _Search({call.index: call for call in calls})
-    items = output_items(answer)
+    by_index = {call.index: call for call in calls}
+    found = _Search(by_index, _parts(output_items(answer), calls), may_leave_out).run()
+    if not found and not any(call.said for call in calls):
+        found = list(by_index)[-1:]  # they said nothing, and so does the answer
+    return [by_index[index] for index in _with_empty_turns(found, by_index)]
+
+
+# -- what the answer says ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """An item of the answer that belongs to a call."""
+
+    item: str  # names it in an error
+    run: int  # number of items of the environment in front of it
+    said: bytes | None  # digest of what it says; None if that is nothing
+    named: frozenset[int] | None  # calls whose last item it may be, by its handle or token ids; None without these
+
+
+def _parts(items: Sequence[Mapping[str, Any]], calls: Sequence[ModelCall]) -> list[_Part]:
+    parts: list[_Part] = []
+    run = 0
     for place, item in enumerate(items):
-        said = said_in_item(item)
-        if said is not None:
-            search.pending.append((place, said))
-        if item.get("generation_token_ids"):
-            search.end_with(place, item, items)
+        said, has_ids = said_in_item(item), bool(item.get("generation_token_ids"))
+        if said is not None or has_ids:
+            name = f"output item {place} ({_quoted(item)})"
+            parts.append(_Part(name, run, said, _named(name, item, calls) if has_ids else None))
         elif read_item(item).role != "assistant":
-            search.flush(items)
-    search.flush(items)
-    return search.in_order()
+            run += 1
+    return parts
 
 
-@dataclass(slots=True)
-class _Search:
-    """The state of a walk over an answer."""
-
-    calls: dict[int, ModelCall]  # by index
-    found: list[int] = field(default_factory=list)  # indices of the calls in the answer so far
-    pending: list[tuple[int, bytes]] = field(default_factory=list)  # items said and not found yet, with their places
-
-    def end_with(self, place: int, item: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> None:
-        """Find the call whose last item this is, by handle or token ids."""
-        call = self._named(place, item)
-        start = len(self.pending) - len(call.said)
-        if start < 0 or tuple(said for _, said in self.pending[start:]) != call.said:
+def _named(name: str, item: Mapping[str, Any], calls: Sequence[ModelCall]) -> frozenset[int]:
+    """Return the calls that an item names by its handle, or by their exact tokens; several may have the same."""
+    ids = list(item["generation_token_ids"])
+    prompt, logprobs = list(item.get("prompt_token_ids") or []), list(item.get("generation_log_probs") or [])
+    if len(ids) == 1 and ids[0] < 0:
+        by_handle = frozenset(call.index for call in calls if call.handle == ids[0])
+        if not by_handle:
+            raise DishonestAnswerError(f"{name} has the handle of another rollout's call")
+        if prompt not in ([], ids) or logprobs not in ([], [0.0]):
+            (index,) = by_handle
             raise DishonestAnswerError(
-                f"output item {place} ({_quoted(item)}) says something else than model call {call.index} sampled"
+                f"{name} has the handle of model call {index}, and its prompt or log-probabilities were edited"
             )
-        del self.pending[start:]
-        self.flush(items)
-        self._count(call, place)
-
-    def flush(self, items: Sequence[Mapping[str, Any]]) -> None:
-        """Find the calls of all items that came without handle or token ids."""
-        while self.pending:
-            place = self.pending[0][0]
-            call = self._next_that_said([said for _, said in self.pending])
-            if call is None:
-                raise DishonestAnswerError(
-                    f"output item {place} ({_quoted(items[place])}) is a turn that nobody sampled: none of the "
-                    f"rollout's {len(self.calls)} model calls says this, or it is in the answer already"
-                )
-            del self.pending[: len(call.said)]
-            self._count(call, place)
-
-    def in_order(self) -> list[ModelCall]:
-        """Return the calls found and those that said nothing in front of them."""
-        counted: list[int] = []
-        for index in self.found:
-            missing = [index]
-            while (parent := self.calls[missing[-1]].parent) is not None and parent not in counted:
-                if parent in self.found:
-                    raise DishonestAnswerError(
-                        f"model call {parent} comes behind model call {missing[-1]}, which continues it"
-                    )
-                if parent not in self.calls or self.calls[parent].said:
-                    raise DishonestAnswerError(
-                        f"the answer leaves out model call {parent}, which model call {missing[-1]} continues. "
-                        "An agent that returns a part of its turns can be trained with `gym_train_calls` 'all'"
-                    )
-                missing.append(parent)
-            counted += reversed(missing)
-        return [self.calls[index] for index in counted]
-
-    def _named(self, place: int, item: Mapping[str, Any]) -> ModelCall:
-        ids = list(item["generation_token_ids"])
-        by_handle = [call for call in self.calls.values() if ids == [call.handle]]
-        if by_handle:
-            return by_handle[0]
-        if len(ids) == 1 and ids[0] < 0:
-            raise DishonestAnswerError(
-                f"output item {place} ({_quoted(item)}) has the handle of another rollout's call"
-            )
-        sampled = ids, list(item.get("prompt_token_ids") or []), list(item.get("generation_log_probs") or [])
-        for call in self.calls.values():
-            if sampled == (call.generation_ids, call.prompt_ids, call.logprobs):
-                return call
+        return by_handle
+    sampled = ids, prompt, logprobs
+    same = (call.index for call in calls if sampled == (call.generation_ids, call.prompt_ids, call.logprobs))
+    if not (by_ids := frozenset(same)):
         raise DishonestAnswerError(
-            f"output item {place} ({_quoted(item)}) has {len(ids)} token ids that no model call of the rollout "
-            "sampled with this prompt and these log-probabilities"
+            f"{name} has {len(ids)} token ids that no model call of the rollout sampled with this prompt and these "
+            "log-probabilities"
         )
-
-    def _next_that_said(self, said: Sequence[bytes]) -> ModelCall | None:
-        """Return the call of the next items: of several the longest, and one that continues the call before. Of
-        retries the newest, from which the conversation goes on; of calls that continue something else, the oldest."""
-        fits = [
-            call
-            for call in self.calls.values()
-            if call.said and call.index not in self.found and tuple(said[: len(call.said)]) == call.said
-        ]
-        before = self.found[-1] if self.found else None
-        continued = {before, *self._empty_children(before)}
-
-        def rank(call: ModelCall) -> tuple[int, bool, int]:
-            is_next = call.parent in continued
-            return len(call.said), is_next, call.index if is_next else -call.index
-
-        return max(fits, key=rank, default=None)
-
-    def _empty_children(self, index: int | None) -> set[int]:
-        """Return the calls that said nothing behind a call, or at the beginning."""
-        children: set[int] = set()
-        for call in self.calls.values():  # in the order of their answers: parents first
-            if not call.said and (call.parent == index or call.parent in children):
-                children.add(call.index)
-        return children
-
-    def _count(self, call: ModelCall, place: int) -> None:
-        if call.index in self.found:
-            raise DishonestAnswerError(f"output item {place} is model call {call.index} once more")
-        self.found.append(call.index)
+    return by_ids
 
 
 def _quoted(item: Mapping[str, Any]) -> str:
     said = read_item(item)
     text = f"{said.name}({said.text})" if said.kind == "call" else said.text
     return repr(text if len(text) <= _NUM_CHARACTERS else f"{text[:_NUM_CHARACTERS]}…")
+
+
+# -- which calls these are --------------------------------------------------------------------------------------------
+
+
+class _Search:
+    """Divides the parts of an answer into calls: in depth, the likely calls first.
+
+    Args:
+        calls: By index.
+        parts: Of the answer.
+        may_leave_out: See `counted_calls`.
+    """
+
+    def __init__(self, calls: Mapping[int, ModelCall], parts: Sequence[_Part], may_leave_out: bool) -> None:
+        self._calls, self._parts, self._may_leave_out = calls, parts, may_leave_out
+        self._speaker_before = {index: _speaker_before(index, calls) for index in calls}
+        self._first_try = _first_tries(calls)
+        self._by_first: dict[bytes, list[int]] = {}  # calls by the first thing that they say
+        for call in calls.values():
+            if call.said:
+                self._by_first.setdefault(call.said[0], []).append(call.index)
+        self._named: frozenset[int] = frozenset().union(*(part.named or () for part in parts))
+        self._found: list[int] = []
+        self._num_behind: Counter[int] = Counter()  # calls found that continue a call, at any distance
+
+    def run(self) -> list[int]:
+        """Return the indices of the calls, in the order of the answer."""
+        self._refuse_what_nobody_said()
+        frames = [(0, self._ways(0))]  # one more than calls found
+        dead: set[tuple[int, frozenset[int]]] = set()  # places from which these calls found lead nowhere
+        farthest, found_there = 0, list(self._found)
+        for _ in range(_MAX_TRIES):
+            place, ways = frames[-1]
+            if place == len(self._parts):
+                return self._found
+            index, end = next(ways, (None, place))
+            if index is None:
+                dead.add((place, frozenset(self._found)))
+                frames.pop()
+                if not frames:
+                    break
+                self._pop()
+                continue
+            self._push(index)
+            if end > farthest:
+                farthest, found_there = end, list(self._found)
+            if dead and (end, frozenset(self._found)) in dead:
+                self._pop()
+            else:
+                frames.append((end, self._ways(end)))
+        raise DishonestAnswerError(self._why_stuck(farthest, found_there))
+
+    def _ways(self, place: int) -> Iterator[tuple[int, int]]:
+        """Yield the calls that may be at a place behind those found, and where they end, the likely ones first.
+
+        Of several the longest, then one that continues the call before. Of tries with the same prompt the newest, from
+        which the conversation went on, and else the oldest.
+        """
+        ways = []
+        for index, end in self._fits(place):
+            before = self._speaker_before[index]
+            is_behind = self._may_leave_out or before is None or before in self._found
+            if index not in self._found and not self._num_behind[index] and is_behind:
+                ways.append((end, before == self._last(), -self._first_try[index], index))
+        ways.sort(reverse=True)
+        yield from ((index, end) for end, _, _, index in ways)
+
+    def _fits(self, place: int) -> Iterator[tuple[int, int]]:
+        """Yield the calls that say what is said at a place, and where each ends."""
+        part = self._parts[place]
+        for index in part.named or () if part.said is None else self._by_first.get(part.said, ()):
+            end = self._end(place, index)
+            if end is not None:
+                yield index, end
+
+    def _end(self, place: int, index: int) -> int | None:
+        run, left = self._parts[place].run, list(reversed(self._calls[index].said))
+        for end in range(place, len(self._parts)):
+            part = self._parts[end]
+            if part.run != run or (part.said is not None and (not left or left.pop() != part.said)):
+                return None
+            if part.named is not None:
+                return end + 1 if index in part.named and not left else None
+            behind = self._parts[end + 1] if end + 1 < len(self._parts) else None
+            is_named_behind = behind is not None and behind.said is None and index in (behind.named or ())
+            if not left and not is_named_behind:
+                return None if index in self._named else end + 1
+        return None
+
+    def _last(self) -> int | None:
+        """Return the newest call found that said something."""
+        if not self._found:
+            return None
+        last = self._found[-1]
+        return last if self._calls[last].said else self._speaker_before[last]
+
+    def _push(self, index: int) -> None:
+        self._found.append(index)
+        self._num_behind.update(_before(index, self._calls))
+
+    def _pop(self) -> None:
+        self._num_behind.subtract(_before(self._found.pop(), self._calls))
+
+    # -- why there is no division -------------------------------------------------------------------------------------
+
+    def _refuse_what_nobody_said(self) -> None:
+        left = Counter(said for call in self._calls.values() for said in call.said)
+        for part in self._parts:
+            if part.said is None:
+                continue
+            left[part.said] -= 1
+            for index in part.named or ():
+                if part.said not in self._calls[index].said:
+                    raise DishonestAnswerError(_other_words(part, index))
+            if left[part.said] < 0 and part.named is None:
+                raise DishonestAnswerError(self._nobody_sampled(part))
+
+    def _why_stuck(self, place: int, found: list[int]) -> str:
+        """Say what is wrong at a place behind calls that were found."""
+        part = self._parts[place]
+        fits = [index for index, _ in self._fits(place)]
+        for index in fits:
+            before = self._speaker_before[index]
+            if index in found or before is None or before in found:
+                continue
+            if any(self._end(later, before) for later in range(place + 1, len(self._parts))):
+                return f"model call {before} comes behind model call {index}, which continues it"
+            return (
+                f"the answer leaves out model call {before}, which model call {index} continues. An agent that "
+                "returns a part of its turns can be trained with `gym_train_calls` 'all'"
+            )
+        if fits:
+            return f"{part.item} is model call {fits[0]} once more"
+        end = next((one for one in self._parts[place:] if one.run == part.run and one.named is not None), None)
+        if end is not None and (part is end or len(end.named or ()) == 1):
+            return _other_words(part, min(end.named or ()))
+        return self._nobody_sampled(part)
+
+    def _nobody_sampled(self, part: _Part) -> str:
+        return (
+            f"{part.item} is a turn that nobody sampled: none of the rollout's {len(self._calls)} model calls says "
+            "this, or it is in the answer already"
+        )
+
+
+def _other_words(part: _Part, index: int) -> str:
+    return f"{part.item} says something else than model call {index} sampled"
+
+
+def _before(index: int, calls: Mapping[int, ModelCall]) -> Iterator[int]:
+    """Yield the calls that a call continues, the newest first."""
+    while (parent := calls[index].parent) is not None and parent in calls:
+        yield parent
+        index = parent
+
+
+def _speaker_before(index: int, calls: Mapping[int, ModelCall]) -> int | None:
+    """Return the newest call that a call continues and that said something."""
+    return next((before for before in _before(index, calls) if calls[before].said), None)
+
+
+def _first_tries(calls: Mapping[int, ModelCall]) -> dict[int, int]:
+    """Return for each call the first one with the same prompt."""
+    first: dict[tuple[int, ...], int] = {}
+    return {index: first.setdefault(tuple(call.prompt_ids), index) for index, call in calls.items()}
+
+
+def _with_empty_turns(found: Sequence[int], calls: Mapping[int, ModelCall]) -> list[int]:
+    """Return calls in their order, with those that they continue and that said nothing in front of them."""
+    counted: list[int] = []
+    for index in found:
+        missing = [index]
+        for before in _before(index, calls):
+            if before in counted or calls[before].said:
+                break
+            missing.append(before)
+        counted += reversed(missing)
+    return counted

@@ -379,7 +379,8 @@ class Finisher:
         elif failure is None:
             assert result.answer is not None, "an attempt ends with an answer or a failure"
             try:
-                calls = self._counted(result.answer, calls)
+                if result.records is not None:
+                    calls = self._counted(result.answer, calls, has_called=bool(result.records))
                 with naming("build_trajectories", result.request.described, unless=TrajectoryError):
                     trajectories = self.build(result.answer, result.request, calls)
                 drift = next((t.drift for t in trajectories if t.drift is not None), None)
@@ -407,9 +408,13 @@ class Finisher:
             counted=tuple(call.index for call in calls),
         )
 
-    def _counted(self, answer: Mapping[str, Any], calls: Sequence[ModelCall]) -> Sequence[ModelCall]:
+    def _counted(
+        self, answer: Mapping[str, Any], calls: Sequence[ModelCall], *, has_called: bool
+    ) -> Sequence[ModelCall]:
         """Return the calls that are trained. An answer must not contradict the ledger, whichever they are."""
-        counted = counted_calls(answer, calls)
+        counted = counted_calls(answer, calls, may_leave_out=self.train_calls == "all")
+        if not has_called:
+            raise DishonestAnswerError("no model call of this rollout has reached it")
         if self.train_calls == "all":
             return calls
         if calls and not counted:

@@ -107,9 +107,13 @@ def model_calls(records: Sequence[CallRecord]) -> list[ModelCall]:
         records: The policy server's, of one rollout.
     """
     calls = []
+    parents: dict[int | None, int | None] = {None: None}  # of a call that sampled nothing: the one that it continues
     for index, record in enumerate(records):
         tokens = record.tokens
-        if tokens is None or not tokens.sampled:
+        if tokens is None:
+            continue
+        parents[index] = index if tokens.sampled else parents[tokens.parent]
+        if not tokens.sampled:
             continue
         ids = sampled_ids(tokens)
         calls.append(
@@ -118,7 +122,7 @@ def model_calls(records: Sequence[CallRecord]) -> list[ModelCall]:
                 generation_ids=ids,
                 logprobs=array("d", tokens.logprobs).tolist(),
                 index=index,
-                parent=tokens.parent,
+                parent=parents[tokens.parent],
                 handle=tokens.handle,
                 said=tokens.said,
                 drift=record.drift,
