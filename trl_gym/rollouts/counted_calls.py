@@ -20,9 +20,9 @@ discarded, a sub-agent's own calls.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 from trl_gym.responses import output_items, read_item, said_in_item
 from trl_gym.rollouts.trajectory import ModelCall
@@ -55,7 +55,7 @@ def counted_calls(
     found = _Search(by_index, _parts(output_items(answer), calls), may_leave_out).run()
     if not found and not any(call.said for call in calls):
         found = list(by_index)[-1:]  # they said nothing, and so does the answer
-    return [by_index[index] for index in _with_empty_turns(found, by_index)]
+    return _joined(_with_empty_turns(found, by_index), by_index)
 
 
 # -- what the answer says ---------------------------------------------------------------------------------------------
@@ -136,7 +136,8 @@ class _Search:
                 self._by_first.setdefault(call.said[0], []).append(call.index)
         self._named: frozenset[int] = frozenset().union(*(part.named or () for part in parts))
         self._found: list[int] = []
-        self._num_behind: Counter[int] = Counter()  # calls found that continue a call, at any distance
+        self._missed: list[list[int]] = []  # calls that each one continues and that were not found in front of it
+        self._num_behind = Counter[int]()  # these, counted: they may not follow any more
 
     def run(self) -> list[int]:
         """Return the indices of the calls, in the order of the answer."""
@@ -163,7 +164,7 @@ class _Search:
                 self._pop()
             else:
                 frames.append((end, self._ways(end)))
-        raise DishonestAnswerError(self._why_stuck(farthest, found_there))
+        self._refuse(farthest, found_there)
 
     def _ways(self, place: int) -> Iterator[tuple[int, int]]:
         """Yield the calls that may be at a place behind those found, and where they end, the likely ones first.
@@ -174,7 +175,7 @@ class _Search:
         ways = []
         for index, end in self._fits(place):
             before = self._speaker_before[index]
-            is_behind = self._may_leave_out or before is None or before in self._found
+            is_behind = self._may_leave_out or before is None or self._continues(index, before, self._found)
             if index not in self._found and not self._num_behind[index] and is_behind:
                 ways.append((end, before == self._last(), -self._first_try[index], index))
         ways.sort(reverse=True)
@@ -202,6 +203,10 @@ class _Search:
                 return None if index in self._named else end + 1
         return None
 
+    def _continues(self, index: int, before: int, found: Sequence[int]) -> bool:
+        """Tell whether the call that a call continues was found, or another one that it may as well continue."""
+        return before in found or _stand_in(self._calls[index], before, found, self._calls) is not None
+
     def _last(self) -> int | None:
         """Return the newest call found that said something."""
         if not self._found:
@@ -210,11 +215,18 @@ class _Search:
         return last if self._calls[last].said else self._speaker_before[last]
 
     def _push(self, index: int) -> None:
+        missed = []
+        for before in _before(index, self._calls):
+            if self._continues(index, before, self._found):
+                break
+            missed.append(before)
         self._found.append(index)
-        self._num_behind.update(_before(index, self._calls))
+        self._missed.append(missed)
+        self._num_behind.update(missed)
 
     def _pop(self) -> None:
-        self._num_behind.subtract(_before(self._found.pop(), self._calls))
+        self._found.pop()
+        self._num_behind.subtract(self._missed.pop())
 
     # -- why there is no division -------------------------------------------------------------------------------------
 
@@ -226,40 +238,41 @@ class _Search:
             left[part.said] -= 1
             for index in part.named or ():
                 if part.said not in self._calls[index].said:
-                    raise DishonestAnswerError(_other_words(part, index))
+                    self._refuse_words(part, index)
             if left[part.said] < 0 and part.named is None:
-                raise DishonestAnswerError(self._nobody_sampled(part))
+                self._refuse_turn(part)
 
-    def _why_stuck(self, place: int, found: list[int]) -> str:
+    def _refuse(self, place: int, found: list[int]) -> NoReturn:
         """Say what is wrong at a place behind calls that were found."""
         part = self._parts[place]
         fits = [index for index, _ in self._fits(place)]
         for index in fits:
             before = self._speaker_before[index]
-            if index in found or before is None or before in found:
+            if index in found or before is None or self._continues(index, before, found):
                 continue
             if any(self._end(later, before) for later in range(place + 1, len(self._parts))):
-                return f"model call {before} comes behind model call {index}, which continues it"
-            return (
+                raise DishonestAnswerError(f"model call {before} comes behind model call {index}, which continues it")
+            raise DishonestAnswerError(
                 f"the answer leaves out model call {before}, which model call {index} continues. An agent that "
-                "returns a part of its turns can be trained with `gym_train_calls` 'all'"
+                "returns a part of its turns can be trained with `gym_train_calls` 'all' and `gym_drift` 'split'"
             )
+        if any(index in found for index in fits):
+            raise DishonestAnswerError(f"{part.item} is model call {next(i for i in fits if i in found)} once more")
         if fits:
-            return f"{part.item} is model call {fits[0]} once more"
+            raise DishonestAnswerError(f"model call {fits[0]} comes behind model calls that continue it")
         end = next((one for one in self._parts[place:] if one.run == part.run and one.named is not None), None)
         if end is not None and (part is end or len(end.named or ()) == 1):
-            return _other_words(part, min(end.named or ()))
-        return self._nobody_sampled(part)
+            self._refuse_words(part, min(end.named or ()))
+        self._refuse_turn(part)
 
-    def _nobody_sampled(self, part: _Part) -> str:
-        return (
+    def _refuse_turn(self, part: _Part) -> NoReturn:
+        raise DishonestAnswerError(
             f"{part.item} is a turn that nobody sampled: none of the rollout's {len(self._calls)} model calls says "
             "this, or it is in the answer already"
         )
 
-
-def _other_words(part: _Part, index: int) -> str:
-    return f"{part.item} says something else than model call {index} sampled"
+    def _refuse_words(self, part: _Part, index: int) -> NoReturn:
+        raise DishonestAnswerError(f"{part.item} says something else than model call {index} sampled")
 
 
 def _before(index: int, calls: Mapping[int, ModelCall]) -> Iterator[int]:
@@ -275,9 +288,27 @@ def _speaker_before(index: int, calls: Mapping[int, ModelCall]) -> int | None:
 
 
 def _first_tries(calls: Mapping[int, ModelCall]) -> dict[int, int]:
-    """Return for each call the first one with the same prompt."""
+    """Return for each call the first one that says the same and has the same prompt."""
+    num = Counter(call.said for call in calls.values())
     first: dict[tuple[int, ...], int] = {}
-    return {index: first.setdefault(tuple(call.prompt_ids), index) for index, call in calls.items()}
+    return {
+        index: index if num[call.said] == 1 else first.setdefault(tuple(call.prompt_ids), index)
+        for index, call in calls.items()
+    }
+
+
+def _stand_in(call: ModelCall, before: int, found: Iterable[int], calls: Mapping[int, ModelCall]) -> int | None:
+    """Return a call that says the same as `before`, and with whose tokens the prompt of `call` starts too.
+
+    The policy server cannot tell two answers apart that say the same, where an agent sends one back without handle.
+    """
+    for index in found:
+        other = calls[index]
+        if index != before and other.said == calls[before].said:
+            seen = other.prompt_ids + other.generation_ids
+            if call.prompt_ids[: len(seen)] == seen:
+                return index
+    return None
 
 
 def _with_empty_turns(found: Sequence[int], calls: Mapping[int, ModelCall]) -> list[int]:
@@ -286,8 +317,21 @@ def _with_empty_turns(found: Sequence[int], calls: Mapping[int, ModelCall]) -> l
     for index in found:
         missing = [index]
         for before in _before(index, calls):
-            if before in counted or calls[before].said:
+            there = [*counted, *found]
+            if calls[before].said or before in there or _stand_in(calls[index], before, there, calls) is not None:
                 break
             missing.append(before)
         counted += reversed(missing)
     return counted
+
+
+def _joined(counted: Sequence[int], calls: Mapping[int, ModelCall]) -> list[ModelCall]:
+    """Return the calls that count, each as the continuation of one that counts, if there is one."""
+
+    def parent(call: ModelCall) -> int | None:
+        if call.parent not in calls or call.parent in counted or call.parent is None:
+            return call.parent
+        stand_in = _stand_in(call, call.parent, counted, calls)
+        return call.parent if stand_in is None else stand_in
+
+    return [replace(calls[index], parent=parent(calls[index])) for index in counted]

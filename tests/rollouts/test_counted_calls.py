@@ -1,0 +1,253 @@
+"""Which model calls of a rollout count: agents that retry, fork, compact and edit, on the real middleware."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.rollouts.call_trees import Agent, Conversation, Json, Reference, Reply, Sampled, items_of
+from tests.rollouts.sampled import record
+from trl_gym.responses import said_in_message
+from trl_gym.rollouts.counted_calls import DishonestAnswerError, counted_calls
+from trl_gym.rollouts.trajectory import DriftError, ModelCall, Trajectory, from_calls, model_calls
+
+REPLIES = st.builds(
+    Reply,
+    text=st.sampled_from(["", "ok", "no", "ok ", "Ok"]),
+    tool=st.sampled_from(["", "", "f", "g"]),
+    is_cut=st.sampled_from([False, False, False, True]),
+)
+MODES = st.sampled_from(["handles", "texts", "mixed"])
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A rollout: its calls as the policy server has them and as the engine saw them."""
+
+    agent: Agent
+    calls: list[ModelCall]
+    reference: Reference
+
+
+async def grow(draw: Any) -> Tree:
+    """Let an agent do up to ten things."""
+    agent = Agent()
+    sends = draw(MODES)
+    for _ in range(draw(st.integers(1, 10))):
+        conversations = agent.conversations
+        own = conversations[draw(st.integers(0, len(conversations) - 1))]
+        match draw(st.sampled_from(["ask", "ask", "ask", "retry", "parallel", "begin", "compact", "fork", "edit"])):
+            case "ask":
+                (name,) = await agent.ask(own, [draw(REPLIES)], is_new=draw(st.booleans()))
+                _keep(agent, draw, own, name, sends)
+            case "retry":
+                first = await agent.ask(own, [draw(REPLIES)])
+                _keep(agent, draw, own, draw(st.sampled_from(first + await agent.ask(own, [draw(REPLIES)]))), sends)
+            case "parallel":
+                replies = draw(st.lists(REPLIES, min_size=2, max_size=3))
+                order = draw(st.permutations(range(len(replies))))
+                others = [Conversation(list(own.messages), list(own.names)) for _ in replies[1:]]
+                names = await agent.ask(own, replies, order=order)
+                for one, name in zip([own, *others], names, strict=True):
+                    _keep(agent, draw, one, name, sends)
+                conversations += others
+            case "begin":
+                conversations.append(Conversation([{"role": "user", "content": draw(st.sampled_from(["go", "sub"]))}]))
+            case "compact":
+                kept = draw(st.integers(0, 2))
+                summary = {"role": "user", "content": "so far"}
+                conversations.append(Conversation([summary, *own.messages[len(own.messages) - kept :]], own.names))
+            case "fork":
+                conversations.append(Conversation(list(own.messages), list(own.names)))
+            case "edit":
+                place = draw(st.integers(0, len(own.messages) - 1))
+                own.messages[place] = {**own.messages[place], "content": draw(st.sampled_from(["go", "ok", "new"]))}
+    return Tree(agent, model_calls(await agent.take()), Reference(agent.engine.log))
+
+
+def _keep(agent: Agent, draw: Any, conversation: Conversation, name: str, sends: str) -> None:
+    with_handle = sends == "handles" or (sends == "mixed" and draw(st.booleans()))
+    agent.keep(conversation, name, with_handle=with_handle, empty=draw(st.booleans()))
+
+
+def answer_of(tree: Tree, names: Sequence[str], with_handles: Sequence[bool]) -> Json:
+    output: list[Json] = []
+    for name, with_handle in zip(names, with_handles, strict=True):
+        output += items_of(tree.agent.messages[name], with_handle=with_handle)
+        output.append({"type": "message", "role": "user", "content": "and"})
+    return {"reward": 1.0, "response": {"output": output}}
+
+
+def trained(rows: Sequence[Trajectory], reference: Reference) -> list[str]:
+    """The calls that rows train, in their order. Checks that rows are exactly what the engine saw, with masks."""
+    names: list[str] = []
+    for row in rows:
+        start = 0
+        ids = row.prompt_ids + row.completion_ids
+        assert len(row.turn_ends) == row.num_turns and row.turn_ends[-1] == len(row.completion_ids)
+        for end in row.turn_ends:
+            mask = row.env_mask[start:end]
+            num = sum(mask)
+            call = _by_logprob(reference, row.logprobs[end - 1])
+            assert mask == [0] * (len(mask) - num) + [1] * num
+            assert row.logprobs[start:end] == [0.0] * (len(mask) - num) + [call.logprob] * num
+            assert call.ids == row.completion_ids[end - num : end]
+            assert call.whole == ids[: len(row.prompt_ids) + end]
+            names.append(call.name)
+            start = end
+    assert len(set(names)) == len(names), "a token is trained twice"
+    return names
+
+
+def _said(names: Sequence[str], reference: Reference) -> Counter[tuple[str, ...]]:
+    return Counter(said for name in names if (said := reference.calls[name].reply.said))
+
+
+def _by_logprob(reference: Reference, logprob: float) -> Sampled:
+    (call,) = [one for one in reference.calls.values() if one.logprob == logprob]
+    return call
+
+
+@settings(max_examples=150, deadline=None, phases=[Phase.generate])
+@given(st.data())
+def test_a_tree_of_calls_trains_exactly_what_its_answer_contains(data: Any) -> None:
+    tree = asyncio.run(grow(data.draw))
+    reference, calls = tree.reference, tree.calls
+    assert trained(from_calls(calls, "split"), reference) if calls else not reference.calls  # `gym_train_calls: all`
+    assert sorted(trained(from_calls(calls, "split"), reference) if calls else []) == sorted(reference.calls)
+    # The answer has the turns of some of the histories, one history after another.
+    chosen = data.draw(st.lists(st.sampled_from(tree.agent.conversations), max_size=3))
+    names = list(dict.fromkeys(name for one in chosen for name in one.names if name in reference.calls))
+    mode = data.draw(MODES)
+    with_handles = [mode == "handles" or (mode == "mixed" and data.draw(st.booleans())) for _ in names]
+    answer = answer_of(tree, names, with_handles)
+    spoken = [
+        name for name, has in zip(names, with_handles, strict=True) if has or reference.calls[name].reply.said
+    ]  # the others left no trace in the answer
+    expected = reference.counted(spoken)
+    if expected is None:
+        check_all(answer, tree)
+        if all(with_handles):
+            with pytest.raises(DishonestAnswerError, match=r"leaves out|comes behind"):
+                counted_calls(answer, calls)
+            return
+        try:
+            counted = counted_calls(answer, calls)
+        except DishonestAnswerError:
+            return
+    else:
+        counted = counted_calls(answer, calls)
+    if not counted:
+        return
+    check_rows(counted, reference, expected if names and all(with_handles) else None)
+    found = trained(from_calls(counted, "split"), reference)
+    assert _said(spoken, reference) == _said(found, reference)
+    named = {name for name, has in zip(names, with_handles, strict=True) if has}
+    assert named <= set(found)
+
+
+def check_all(answer: Json, tree: Tree) -> None:
+    counted_calls(answer, tree.calls, may_leave_out=True)
+
+
+def check_rows(counted: Sequence[ModelCall], reference: Reference, expected: list[str] | None) -> None:
+    """Every drift policy trains what the reference says."""
+    rows = from_calls(counted, "split")
+    order = [_by_logprob(reference, call.logprobs[0]).name for call in counted]
+    assert sorted(trained(rows, reference)) == sorted(order)
+    assert expected is None or Counter(order) == Counter(expected)
+    assert reference.counted(order) == order
+    head = reference.head(order)
+    assert trained(from_calls(counted, "truncate"), reference) == head
+    if head == order:
+        assert trained(from_calls(counted, "exclude"), reference) == head
+    else:
+        with pytest.raises(DriftError):
+            from_calls(counted, "exclude")
+
+
+# -- single answers ---------------------------------------------------------------------------------------------------
+
+
+def call(index: int, text: str, parent: int | None = None, prompt: Sequence[int] = ()) -> ModelCall:
+    said = said_in_message({"content": text})
+    ids = [100 + index]
+    return ModelCall(
+        prompt_ids=list(prompt) or [index],
+        generation_ids=ids,
+        logprobs=[-0.5],
+        index=index,
+        parent=parent,
+        handle=-1 - index,
+        said=said,
+    )
+
+
+def item(text: str, handle: int | None = None, **changes: Any) -> Json:
+    said: Json = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
+    if handle is not None:
+        said |= {"prompt_token_ids": [handle], "generation_token_ids": [handle], "generation_log_probs": [0.0]}
+    return said | changes
+
+
+def counted(items: Sequence[Json], calls: Sequence[ModelCall], **options: Any) -> list[int]:
+    return [one.index for one in counted_calls({"response": {"output": list(items)}}, calls, **options)]
+
+
+def test_equal_texts_are_told_apart_by_what_follows() -> None:
+    """A sub-agent that began later said the same first; only one of the two went on with "y"."""
+    calls = [call(0, "x"), call(1, "y", 0), call(2, "x", 1), call(3, "x"), call(4, "x", 3)]
+    assert counted(map(item, "xyx"), calls) == [0, 1, 2]
+
+
+def test_of_tries_with_the_same_prompt_the_newest_counts() -> None:
+    assert counted([item("x")], [call(0, "x", prompt=[7]), call(1, "x", prompt=[7]), call(2, "x")]) == [1]
+
+
+def test_a_turn_that_is_left_out_is_missed_unless_all_calls_are_trained() -> None:
+    calls = [call(0, "x"), call(1, "y", 0)]
+    with pytest.raises(DishonestAnswerError, match="leaves out model call 0, which model call 1 continues"):
+        counted([item("y")], calls)
+    assert counted([item("y")], calls, may_leave_out=True) == [1]
+    with pytest.raises(DishonestAnswerError, match="model call 0 comes behind model call 1, which continues it"):
+        counted([item("y", -2), item("x", -1)], calls)
+
+
+def test_an_edited_handle_is_seen() -> None:
+    calls = [call(0, "x")]
+    assert counted([item("x", -1)], calls) == counted([item("x", -1, generation_log_probs=None)], calls) == [0]
+    for name, value in (("generation_log_probs", [-3.0]), ("prompt_token_ids", [5])):
+        with pytest.raises(
+            DishonestAnswerError, match="model call 0, and its prompt or log-probabilities were edited"
+        ):
+            counted([item("x", -1, **{name: value})], calls)
+
+
+def test_an_item_of_the_environment_ends_a_call() -> None:
+    said = (*said_in_message({"content": "x"}), *said_in_message({"content": "y"}))
+    both = replace(call(0, "x"), said=said)
+    assert counted([item("x"), item("y")], [both]) == [0]
+    with pytest.raises(DishonestAnswerError, match="nobody sampled"):
+        counted([item("x"), {"type": "function_call_output", "output": "3"}, item("y")], [both])
+
+
+def test_many_equal_texts_end_the_search() -> None:
+    calls = [call(index, "x") for index in range(200)] + [call(200, "y", 200 - 1), call(201, "z")]
+    assert len(counted([*map(item, "x" * 200), item("y")], calls)) == 201
+    crossed = [*map(item, "x" * 100), item("y", handle=-201), *map(item, "x" * 50), item("z", handle=-202), item("y")]
+    with pytest.raises(DishonestAnswerError):
+        counted(crossed, calls)
+
+
+def test_calls_that_sampled_nothing_are_no_calls_and_no_parents() -> None:
+    records = [record([], [1], [2])]
+    records.append(record(records, [1, 2, 3], []))
+    records.append(record(records, [1, 2, 3, 4], [5]))
+    assert [(one.index, one.parent) for one in model_calls(records)] == [(0, None), (2, 0)]
