@@ -190,7 +190,7 @@ class Reference:
         same = [self.calls[one] for one in names if self.calls[one].reply.said == said]
         return any(prompt[: len(one.whole)] == one.whole for one in same)
 
-    def counted(self, names: Sequence[str]) -> list[str] | None:
+    def counted(self, names: Sequence[str], *, may_leave_out: bool = False) -> list[str] | None:
         """The calls that count of an answer that has these, in its order; None if it leaves one out, has one twice or
         in another order."""
         counted: list[str] = []
@@ -198,9 +198,12 @@ class Reference:
             empty = []
             before = self.before(name)
             while before is not None and not self.has(counted, before, name):
-                if self.calls[before].reply.said or self.has(names[place + 1 :], before, name):
+                if self.has(names[place + 1 :], before, name):
                     return None
-                empty.append(before)
+                if not self.calls[before].reply.said:
+                    empty.append(before)
+                elif not may_leave_out:
+                    return None
                 before = self.before(before)
             if name in counted:
                 return None

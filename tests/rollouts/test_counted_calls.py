@@ -133,8 +133,8 @@ def test_a_tree_of_calls_trains_exactly_what_its_answer_contains(data: Any) -> N
     ]  # the others left no trace in the answer
     expected = reference.counted(spoken)
     if expected is None:
-        check_all(answer, tree)
         if all(with_handles):
+            check_all(answer, tree, spoken)
             with pytest.raises(DishonestAnswerError, match=r"leaves out|comes behind"):
                 counted_calls(answer, calls)
             return
@@ -153,8 +153,13 @@ def test_a_tree_of_calls_trains_exactly_what_its_answer_contains(data: Any) -> N
     assert named <= set(found)
 
 
-def check_all(answer: Json, tree: Tree) -> None:
-    counted_calls(answer, tree.calls, may_leave_out=True)
+def check_all(answer: Json, tree: Tree, names: Sequence[str]) -> None:
+    """With `gym_train_calls: all` turns may be missing, and not be in another order."""
+    if tree.reference.counted(names, may_leave_out=True) is not None:
+        assert counted_calls(answer, tree.calls, may_leave_out=True)
+    else:
+        with pytest.raises(DishonestAnswerError, match="comes behind"):
+            counted_calls(answer, tree.calls, may_leave_out=True)
 
 
 def check_rows(counted: Sequence[ModelCall], reference: Reference, expected: list[str] | None) -> None:

@@ -130,7 +130,10 @@ def test_an_agent_that_makes_no_model_call_is_no_policy(tmp_path: Path) -> None:
 
 
 def test_without_a_ledger_nothing_is_compared_and_nothing_trained(tmp_path: Path) -> None:
-    finish = dataclasses.replace(finisher(tmp_path, "truncate"), build=lambda answer, request, calls: list(calls))
+    def build(answer: Any, request: RolloutRequest, calls: Any) -> list[Any]:
+        return list(calls)
+
+    finish = dataclasses.replace(finisher(tmp_path, "truncate"), build=build, has_ledger=False)
     said = {"type": "message", "role": "assistant", "content": "hello"}
     rollout = finish(result([said], records=None))
     assert rollout.failure is None and rollout.reward == 1.0 and rollout.trajectories == []
