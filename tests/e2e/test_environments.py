@@ -26,6 +26,7 @@ ENVIRONMENTS = (
 )
 
 
+OWN_CALLS = Path(__file__).parent / "environments" / "own_calls" / "own_calls.yaml"
 TRAINED = ("example_single_tool_call", "reasoning_gym")  # short prompts: a forward pass over them is cheap
 AGENTS = {name: f"{name}_simple_agent" for name in ENVIRONMENTS} | {
     "example_multi_turn_gymnasium": "example_multi_turn_gymnasium_agent"
@@ -93,4 +94,41 @@ def test_they_roll_out_through_the_trainer(tmp_path: Path, venv: str, policy: Po
     [batch] = trainer.seen
     assert {rollout.request.agent for rollout in batch["rollouts"]} == {AGENTS[name] for name in TRAINED}
     assert all(rollout.failure is None for rollout in batch["rollouts"])
+    assert gap(batch) < MAX_MEAN_GAP
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("venv", [".gym-venv", ".gym-venv-0.7"])
+def test_agents_that_make_their_own_calls_train(tmp_path: Path, venv: str, policy: PolicyServer) -> None:
+    """They lose `metadata.extra_body` and every token id; two of them make two rows of a rollout."""
+    num_turns = {"chat_agent": 2, "harness_agent": 2, "sdk_agent": 2, "parallel_agent": 4, "compacting_agent": 4}
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w") as out:
+        for agent in num_turns:
+            parameters = {"input": [{"role": "user", "content": f"say something, {agent}"}]}
+            reference = {"type": "responses_api_agents", "name": agent}
+            row = {"responses_create_params": parameters, "agent_ref": reference, "call_limit": 8}
+            out.write(json.dumps(row) + "\n")
+    args = config(
+        tmp_path / "out",
+        gym_config_paths=[str(OWN_CALLS)],
+        gym_python=str(ROOT / venv / "bin" / "python"),
+        gym_drift="split",
+        max_completion_length=200,
+        per_device_train_batch_size=10,
+        num_generations=2,
+        max_steps=1,
+        eval_strategy="no",
+    )
+    dataset = load_gym_dataset(rows)
+    with RecordingTrainer(model=str(policy.model), args=args, policy_server=policy, train_dataset=dataset) as trainer:
+        trainer.train()
+        assert "rollouts/untagged_calls" not in trainer.state.log_history[0]
+    [batch] = trainer.seen
+    assert [rollout.failure.text for rollout in batch["rollouts"] if rollout.failure is not None] == []
+    assert {rollout.request.agent for rollout in batch["rollouts"]} == set(num_turns)
+    for rollout in batch["rollouts"]:
+        expected = num_turns[rollout.request.agent]
+        assert [row.num_turns for row in rollout.trajectories] == ([2, 2] if expected == 4 else [2])
+        assert sum(sum(row.env_mask) for row in rollout.trajectories) > 0
     assert gap(batch) < MAX_MEAN_GAP

@@ -16,5 +16,5 @@ for turn in range(script["num_turns"]):
         headers={"Authorization": "Bearer " + os.environ["OPENAI_API_KEY"], "Content-Type": "application/json"},
     )
     answer = json.loads(client.open(request).read())
-    messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+    messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"] or ""})
 sys.stdout.write(json.dumps(messages[1:]))

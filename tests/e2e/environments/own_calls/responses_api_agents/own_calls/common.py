@@ -11,8 +11,6 @@ from nemo_gym.server_utils import get_first_server_config_dict, get_response_jso
 from pydantic import ConfigDict
 
 GO_ON = {"role": "user", "content": "go on"}
-# Parameters of their own, which the policy server replaces.
-OWN = {"temperature": 0.1, "top_p": 0.2}
 
 
 class OwnCallsConfig(BaseResponsesAPIAgentConfig):
@@ -25,6 +23,11 @@ class OwnCallsRunRequest(BaseRunRequest):
     policy_base_url: str | None = None
     policy_api_key: str | None = None
     direct: bool = False  # whether the harness calls the policy itself
+    call_limit: int | None = None  # tokens of one model call
+
+    def own(self) -> dict[str, Any]:
+        """Parameters of the agent's own, of which the policy server replaces the first two."""
+        return {"temperature": 0.1, "top_p": 0.2} | ({"max_tokens": self.call_limit} if self.call_limit else {})
 
 
 class OwnCallsVerifyRequest(BaseVerifyRequest):
@@ -60,22 +63,22 @@ class OwnCallsAgent(SimpleResponsesAPIAgent):
         config = get_first_server_config_dict(servers, self.config.model_server.name)
         return f"{self.server_client._build_server_base_url(config)}/v1"
 
-    async def ask(self, messages: list[dict[str, Any]]) -> str:
+    async def ask(self, messages: list[dict[str, Any]], own: dict[str, Any]) -> str:
         """Make one model call with Gym's client."""
         answer = await self.server_client.post(
             server_name=self.config.model_server.name,
             url_path="/v1/chat/completions",
-            json={"model": "policy", "messages": messages, **OWN},
+            json={"model": "policy", "messages": messages, **own},
         )
         await raise_for_status(answer)
-        return (await get_response_json(answer))["choices"][0]["message"]["content"]
+        return (await get_response_json(answer))["choices"][0]["message"]["content"] or ""
 
-    async def chat(self, first: dict[str, Any], num_turns: int) -> list[dict[str, Any]]:
+    async def chat(self, first: dict[str, Any], num_turns: int, own: dict[str, Any]) -> list[dict[str, Any]]:
         """Have a conversation of so many turns; return it without its first message."""
         messages = [first]
         for turn in range(num_turns):
             messages += [GO_ON] if turn else []
-            messages.append({"role": "assistant", "content": await self.ask(messages)})
+            messages.append({"role": "assistant", "content": await self.ask(messages, own)})
         return messages[1:]
 
 

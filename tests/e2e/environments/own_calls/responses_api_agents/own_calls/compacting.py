@@ -7,8 +7,8 @@ from common import OwnCallsAgent, OwnCallsRunRequest, first_message
 
 class CompactingAgent(OwnCallsAgent):
     async def converse(self, body: OwnCallsRunRequest) -> list[dict[str, Any]]:
-        before = await self.chat(first_message(body), 2)
-        after = await self.chat({"role": "user", "content": f"so far {len(before)}"}, 2)
+        before = await self.chat(first_message(body), 2, body.own())
+        after = await self.chat({"role": "user", "content": f"so far {len(before)}"}, 2, body.own())
         return [*before, *after]
 
 

@@ -10,7 +10,7 @@ class ParallelAgent(OwnCallsAgent):
     async def converse(self, body: OwnCallsRunRequest) -> list[dict[str, Any]]:
         task = first_message(body)
         parts = [{**task, "content": f"{name}: {task['content']}"} for name in ("one", "two")]
-        first, second = await asyncio.gather(*(self.chat(part, 2) for part in parts))
+        first, second = await asyncio.gather(*(self.chat(part, 2, body.own()) for part in parts))
         return [*first, *second]
 
 
