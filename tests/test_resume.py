@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,31 @@ def test_state_of_another_schema_is_refused(tmp_path: Path) -> None:
     torch.save({"schema": 99}, tmp_path / "trl_gym_state.rank-0.pt")
     with pytest.raises(ConfigError, match="schema 99"):
         load_state(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        b"garbage",
+        b"",
+        [1],
+        {"schema": 1},
+        {"schema": 1, "run": 5, "num_micro_steps": 1, "num_ranks": 1, "buffered": None},
+        {"schema": 1, "run": "r", "num_micro_steps": -1, "num_ranks": 1, "buffered": None},
+    ],
+)
+def test_a_damaged_state_is_refused(tmp_path: Path, written: Any) -> None:
+    file = tmp_path / "trl_gym_state.rank-0.pt"
+    file.write_bytes(written) if isinstance(written, bytes) else torch.save(written, file)
+    with pytest.raises(ConfigError, match=r"trl_gym_state\.rank-0\.pt cannot be read"):
+        load_state(tmp_path, 0)
+
+
+@pytest.mark.parametrize("text", ["5", "null", "[" * 100_000, '"global_step"'])
+def test_a_checkpoint_with_an_odd_state_is_none(tmp_path: Path, text: str) -> None:
+    checkpoint(tmp_path, 1, text)
+    with pytest.raises(ConfigError, match="No checkpoint"):
+        last_complete_checkpoint(tmp_path)
 
 
 def checkpoint(folder: Path, step: int, state: str | None) -> None:

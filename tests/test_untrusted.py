@@ -87,7 +87,8 @@ def test_shapes() -> None:
 
     assert shape_problem({"a": 1, "b": "x"}, Shape) is None
     assert "$.a" in (shape_problem({"a": True}, Shape) or "")
-    assert shape_problem({"\ud800": 1}, Shape) is not None
+    assert shape_problem({"\ud800": 1, "a": 2}, Shape) is None
+    assert "$.a" in (shape_problem({"\ud800": 1, "a": "\ud800"}, Shape) or "")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_gym.errors import RolloutError
 from trl_gym.progress import PhaseClock, RunProgress
+from trl_gym.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +121,8 @@ class MetricsCallback(TrainerCallback):
         kept = []
         for number, line in enumerate(self._path.read_text().splitlines() if self._path.exists() else [], start=1):
             try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
+                step = float(parse_json(line)["step"])
+            except (ValueError, LookupError, TypeError, OverflowError):
                 logger.warning("%s, line %d: torn by a crash or a full disk; left out", self._path, number)
                 continue
             if step <= last_step:

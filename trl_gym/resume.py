@@ -20,19 +20,20 @@ step has been made: before, it could only be resumed by computing the window aga
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_gym.errors import ConfigError
+from trl_gym.untrusted import parse_json, shape_problem
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,12 @@ class RunState:
     buffered: list[dict[str, Any]] | None
 
 
+class _StateShape(msgspec.Struct):
+    run: str
+    num_micro_steps: Annotated[int, msgspec.Meta(ge=0)]
+    num_ranks: Annotated[int, msgspec.Meta(ge=1)]
+
+
 def save_state(folder: str | Path, rank: int, state: RunState) -> None:
     """Write one rank's state, whole or not at all."""
     path = _path(folder, rank)
@@ -67,18 +74,29 @@ def load_state(folder: str | Path, rank: int, device: Any = "cpu") -> RunState |
     """Return one rank's state; None when the checkpoint has none.
 
     Raises:
-        ConfigError: Another version of trl-gym wrote it.
+        ConfigError: Another version of trl-gym wrote it, or it is damaged.
     """
     path = _path(folder, rank)
     if not path.exists():
         return None
-    fields = torch.load(path, map_location=device, weights_only=True)
-    if (schema := fields.pop("schema", None)) != _SCHEMA:
+    try:
+        fields = torch.load(path, map_location=device, weights_only=True)
+        schema = fields.pop("schema", None)
+        state = RunState(**fields) if schema == _SCHEMA else None
+    except Exception as error:  # whatever a pickle that is none comes to
+        raise ConfigError(
+            f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}).",
+            "Resume from an earlier checkpoint.",
+        ) from error
+    if state is None:
         raise ConfigError(
             f"{path} has schema {schema}, and this trl-gym reads {_SCHEMA}.",
             "Resume with the version of trl-gym that wrote it.",
         )
-    return RunState(**fields)
+    problem = shape_problem({name: getattr(state, name) for name in _StateShape.__struct_fields__}, _StateShape)
+    if problem is not None:
+        raise ConfigError(f"{path} cannot be read ({problem}).", "Resume from an earlier checkpoint.")
+    return state
 
 
 def restored(
@@ -247,7 +265,8 @@ def _path(folder: str | Path, rank: int) -> Path:
 def _is_complete(checkpoint: Path) -> bool:
     """Check the file that transformers writes last of those that resuming needs, and that no rewrite is unfinished."""
     try:
-        is_written = "global_step" in json.loads((checkpoint / _TRAINER_STATE).read_text())
+        state = parse_json((checkpoint / _TRAINER_STATE).read_text())
+        is_written = isinstance(state, dict) and "global_step" in state
     except (OSError, ValueError):
         return False
     return is_written and not (checkpoint / _INCOMPLETE).exists()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
@@ -29,15 +29,19 @@ _CHUNK_BYTES = 2**16
 _MAX_SHOWN_CHARS = 100  # of an address
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON; NaN and infinities are floats, as Python writes them.
+def parse_json(text: str | bytes, constant: Callable[[str], Any] | None = None) -> Any:
+    """Parse JSON.
+
+    Args:
+        text: The JSON.
+        constant: Makes a value of `NaN`, `Infinity` and `-Infinity`; None makes floats.
 
     Raises:
         ValueError: It is no JSON, or is nested deeper than `MAX_DEPTH`, has more than `MAX_CONTAINERS` lists and
             objects, or an integer of more than 4,300 digits.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=constant)
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
     check_depth(value)
@@ -78,7 +82,10 @@ def shape_problem(value: Any, shape: Any) -> str | None:
     """
     try:
         msgspec.convert(value, shape)
-    except (msgspec.ValidationError, UnicodeError) as error:
+    except UnicodeEncodeError:  # half a surrogate in a key, which says nothing about types
+        text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+        return shape_problem(json.loads(text), shape)
+    except msgspec.ValidationError as error:
         return str(error)
     return None
 

@@ -67,6 +67,19 @@ def test_the_torn_last_line_of_a_run_that_goes_on_is_left_out(tmp_path: Path) ->
     assert page.recorded == len(records)
 
 
+def test_odd_files_of_a_run_are_named_or_left_out(tmp_path: Path) -> None:
+    records = write_run(tmp_path / "run", Plan(steps=1, tasks=1))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "reward": 1e999}\n{"step": 2}\n')
+    folder = tmp_path / "run" / "training_logprobs"
+    folder.mkdir(exist_ok=True)
+    (folder / "step-0.rank-1.jsonl").write_text('{"rollout_id": 5}\n{"x": 1}\n{"rollout_id": "x", "logprobs": "y"}\n')
+    assert write_page(open_run(tmp_path / "run"), tmp_path / "v.html").recorded == len(records)
+    for text in ("{garbage", "[]", ""):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"The tokenizer .*tokenizer\.json cannot be read"):
+            write_page(open_run(tmp_path / "run", tmp_path), tmp_path / "v.html")
+
+
 def test_a_full_disk_or_a_diverged_run_does_not_end_the_view(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A line that a full disk tore stands in the middle of a file once the run went on; divergence leaves NaN."""
     records = write_run(tmp_path / "run", Plan(steps=1, tasks=1))
@@ -81,10 +94,11 @@ def test_a_full_disk_or_a_diverged_run_does_not_end_the_view(tmp_path: Path, cap
     with caplog.at_level("WARNING"):
         page = write_page(open_run(tmp_path / "run"), tmp_path / "v.html")
     assert page.recorded == len(records)
-    assert [message.partition(" is torn")[0].rpartition("/")[2] for message in caplog.messages] == [
+    assert [message.partition(" is ")[0].rpartition("/")[2] for message in caplog.messages] == [
         "step-0.rank-1.jsonl, line 1",
         "step-0.rank-1.jsonl, line 3",
         "metrics.jsonl, line 1",
+        "metrics.jsonl, line 2",
     ]
     gaps = [body["gaps"] for bodies in blob(page.path, "t0")["rollouts"] for body in bodies]
     assert any(own and set(own) == {None} for own in gaps)

@@ -100,7 +100,7 @@ def all_jobs(tasks: Sequence[Task], num_generations: int) -> list[Job]:
 def key_of(record: Mapping[str, Any]) -> Key:
     """Return the key of a journal's line. The number of a row is not in it: files may be put in another order, cut or
     continued."""
-    return record["dataset"], record["task_hash"], record["member"]
+    return record.get("dataset", ""), record.get("task_hash", ""), record.get("member", 0)
 
 
 def done(records: Iterable[Mapping[str, Any]]) -> Counter[Key]:

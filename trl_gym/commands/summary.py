@@ -165,18 +165,18 @@ def as_json(summaries: Mapping[str, Summary]) -> dict[str, Any]:
 
 
 def _outcome(record: Mapping[str, Any]) -> Outcome:
-    failure, reward = record["failure"], record["reward"]
+    failure, reward = record.get("failure"), record.get("reward")
     return Outcome(
-        dataset=record["dataset"],
-        task=record["task_hash"],
-        agent=record["agent"],
+        dataset=record.get("dataset") or "",
+        task=record.get("task_hash", ""),
+        agent=record.get("agent", ""),
         failure=None if failure is None else failure["kind"],
         reward=reward,
-        success=None if failure is not None else success_of(record["verify"], reward),
+        success=None if failure is not None or reward is None else success_of(record.get("verify") or {}, reward),
         # As recorded; without token ids, as the output shows them.
-        turns=sum(turn["kind"] == "model" for turn in record["turns"])
+        turns=sum(turn.get("kind") == "model" for turn in record.get("turns", ()))
         or len(set(model_call_indices(output_items(record))) - {None}),
-        seconds=record["seconds"],
+        seconds=record.get("seconds") or 0.0,
     )
 
 

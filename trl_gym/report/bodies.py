@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from trl_gym.errors import ConfigError
 from trl_gym.responses import Item, input_items, is_tool_error, model_call_indices, output_items, read_item
 from trl_gym.rollouts.rollout import recorded_rows
 
@@ -31,7 +32,7 @@ class Pieces:
     """
 
     def __init__(self, file: Path | None) -> None:
-        self._tokenizer = None if file is None else Tokenizer.from_file(str(file))
+        self._tokenizer = None if file is None else _tokenizer_of(file)
         # Some decoders drop a leading space at the beginning of a text: pieces are decoded after another token.
         anchor = [] if self._tokenizer is None else self._tokenizer.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor: list[int] = anchor
@@ -91,6 +92,16 @@ class Pieces:
     def _decode(self, ids: Sequence[int]) -> str:
         assert self._tokenizer is not None
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def _tokenizer_of(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library has no error of its own
+        raise ConfigError(
+            f"The tokenizer {file} cannot be read ({error}).",
+            "Name another with `--tokenizer`, or leave the tokens out with `--no-tokens`.",
+        ) from error
 
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -37,7 +37,7 @@ from trl_gym.report.bodies import Pieces, Shared, conversation_body, token_bodie
 from trl_gym.report.index import causes, ordered, sample, states, step_stats
 from trl_gym.report.rows import Row, row_of
 from trl_gym.report.source import RecordedRun, open_run, read_metrics, read_training_logprobs
-from trl_gym.rollouts.journal import Line, LineState, read_line, read_lines
+from trl_gym.rollouts.journal import Line, LineState, read_line, read_lines, without_non_finite
 
 SCHEMA = 1
 _CHUNK_BYTES = 4 * 10**6  # of the journal's lines; what is unpacked at a time
@@ -129,15 +129,9 @@ def render(run: RecordedRun, file: IO[bytes], options: PageOptions) -> tuple[int
 def _read(run: RecordedRun) -> tuple[list[Line], list[Row]]:
     """Return where each line stands, and its row."""
     lines, rows = [], []
-    try:
-        for line in read_lines(run.journal):
-            rows.append(row_of(line.record))
-            lines.append(Line(line.path, line.offset, line.length, {}))
-    except ValueError as error:
-        raise ConfigError(
-            f"The journal is damaged: {error}. Only the last line of a file may be incomplete.",
-            "Delete that line (the others are intact) and view the run again.",
-        ) from error
+    for line in read_lines(run.journal):
+        rows.append(row_of(line.record))
+        lines.append(Line(line.path, line.offset, line.length, {}))
     if not rows:
         raise ConfigError(
             f"The journal {str(run.journal)!r} holds no finished rollout yet. A line is written when a rollout ends.",
@@ -246,8 +240,11 @@ def _numbered(values: Sequence[str | None]) -> tuple[list[str | None], list[int]
 
 
 def _write_blob(file: IO[bytes], name: str, value: Any) -> None:
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
-    packed = base64.b64encode(gzip.compress(text, 6, mtime=0))
+    try:
+        text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # JSON has no infinity; 1e999 is one
+        text = json.dumps(without_non_finite(value, "", []), separators=(",", ":"), allow_nan=False)
+    packed = base64.b64encode(gzip.compress(text.encode(), 6, mtime=0))
     file.write(b'<script type="application/octet-stream" id="%s">%s</script>\n' % (name.encode(), packed))
 
 

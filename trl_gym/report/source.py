@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from trl_gym.errors import ConfigError
 from trl_gym.rollouts.journal import TRAINING_LOGPROBS, journal_files, read_objects
 
 TOKENIZER_FILE = "tokenizer.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class _LogprobsShape(msgspec.Struct):
+    rollout_id: str
+    logprobs: list[float | None]
+    further_rows: list[list[float | None]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,7 @@ def read_training_logprobs(run: RecordedRun) -> Iterator[tuple[str, list[list[fl
     `rollouts.logprobs`.
     """
     for path in sorted((run.folder / TRAINING_LOGPROBS).glob("*.jsonl")):
-        for record in read_objects(path):
+        for record in read_objects(path, _LogprobsShape):
             yield record["rollout_id"], [record["logprobs"], *record.get("further_rows", [])]
 
 

@@ -37,10 +37,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from trl_gym.errors import FailureKind, RolloutError
+import msgspec
+
+from trl_gym.errors import ConfigError, FailureKind, RolloutError
 from trl_gym.policy_server.middleware.identity import KEY_PATTERN
+from trl_gym.untrusted import MAX_NUMBER, parse_json, shape_problem
+from trl_gym.untrusted import number as as_number
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +149,7 @@ class Journal:
             text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         except ValueError:
             places: list[str] = []
-            text = json.dumps(_without_non_finite(record, "", places), ensure_ascii=False, allow_nan=False)
+            text = json.dumps(without_non_finite(record, "", places), ensure_ascii=False, allow_nan=False)
             self._warn_of_non_finite(record, places)
         return f"{text}\n".encode("utf-8", "backslashreplace")
 
@@ -229,7 +233,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _without_non_finite(value: Any, place: str, places: list[str]) -> Any:
+def without_non_finite(value: Any, place: str, places: list[str]) -> Any:
     """Return a copy of a JSON value with None for NaN and infinities; their places (`row.expected`) go to `places`."""
     if isinstance(value, float):
         if math.isfinite(value):
@@ -237,9 +241,9 @@ def _without_non_finite(value: Any, place: str, places: list[str]) -> Any:
         places.append(place.lstrip("."))
         return None
     if isinstance(value, dict):
-        return {key: _without_non_finite(item, f"{place}.{key}", places) for key, item in value.items()}
+        return {key: without_non_finite(item, f"{place}.{key}", places) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_non_finite(item, f"{place}[]", places) for item in value]
+        return [without_non_finite(item, f"{place}[]", places) for item in value]
     return value
 
 
@@ -270,8 +274,8 @@ def read_lines(folder: str | Path, *, mode: str | None = None, step: int | None 
         step: The step to read; None for all.
 
     Raises:
-        ValueError: A line that is not the last of its file is not JSON. The last one may have been torn by a crash;
-            then it is left out, and logged.
+        ConfigError: A line cannot be read: it is not JSON, or has fields of other types than the journal writes. The
+            last of a file may have been torn by a crash; then it is left out, and logged.
     """
     for path in journal_files(folder, mode=mode, step=step):
         with open(path, "rb") as file:
@@ -288,23 +292,29 @@ def read_line(path: Path, offset: int, length: int) -> dict[str, Any]:
     """Read one line again, from where `read_lines` found it."""
     with open(path, "rb") as file:
         file.seek(offset)
-        return json.loads(file.read(length))
+        return parse_json(file.read(length))
 
 
-def read_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects in the lines of a file beside the journal, with None for numbers that are not finite.
+def read_objects(path: Path, shape: Any = dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects in the lines of a file beside the journal, with None for NaN and infinities.
 
-    Lines that were torn (a full disk, a run that goes on) are left out, and logged.
+    Lines that were torn (a full disk, a run that goes on), or that are something else, are left out, and logged.
+
+    Args:
+        path: The file.
+        shape: Type of the objects, see `untrusted.shape_problem`.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                value = json.loads(line, parse_constant=lambda _: None)
+                value = parse_json(line, lambda _: None)
             except ValueError as error:
                 logger.warning("%s, line %d is torn and left out: %s", path, number, error)
                 continue
-            if isinstance(value, dict):
-                yield value
+            if (problem := shape_problem(value, shape)) is not None:
+                logger.warning("%s, line %d is something else and left out: %s", path, number, problem)
+                continue
+            yield value
 
 
 def journal_files(folder: str | Path, *, mode: str | None = None, step: int | None = None) -> list[Path]:
@@ -330,12 +340,100 @@ def step_of(path: Path) -> int:
 
 def _parse(raw: bytes, path: Path, number: int) -> dict[str, Any] | None:
     try:
-        return json.loads(raw)
+        record = parse_json(raw)
     except ValueError as error:  # also a character of which only the first bytes are there
         if not raw.endswith(b"\n"):
             logger.warning("%s, line %d: torn by a crash after %d bytes; left out", path, number, len(raw))
             return None
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        problem: str | None = f"not JSON ({error})"
+    else:
+        problem = shape_problem(record, _RecordShape) or _contradiction(record)
+    if problem is not None:
+        raise ConfigError(
+            f"The journal is damaged: {path}, line {number}: {problem}. Only the last line of a file may be torn.",
+            "Delete that line; the others are intact.",
+        )
+    return record
+
+
+# What the readers of a line rely on. Lines of earlier versions lack what came later.
+
+_Size = Annotated[int, msgspec.Meta(ge=0)]
+_Number = Annotated[float, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)]
+
+
+class _TokensShape(msgspec.Struct):
+    prompt_ids: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]] = []
+    completion_ids: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]] = []
+    env_mask: list[Annotated[int, msgspec.Meta(ge=0, le=1)]] = []
+    logprobs: list[_Number] = []
+    turn_ends: list[_Size] = []
+
+
+class _NamedShape(msgspec.Struct):
+    kind: str = ""
+    text: str = ""
+    where: str = ""
+    cause: str = ""
+
+
+class _ParametersShape(msgspec.Struct):
+    input: str | list[Any] | None = None
+
+
+class _RowShape(msgspec.Struct):
+    responses_create_params: _ParametersShape | None = None
+
+
+class _IncompleteShape(msgspec.Struct):
+    reason: str | None = None
+
+
+class _ResponseShape(msgspec.Struct):
+    output: list[dict[str, Any]] | None = None
+    incomplete_details: _IncompleteShape | None = None
+
+
+class _RecordShape(_TokensShape, kw_only=True):
+    step: _Size
+    mode: str = "train"
+    rollout_id: str = ""
+    agent: str = ""
+    dataset: str | None = None
+    run: str | None = None
+    weights: str | None = None
+    task_hash: str = ""
+    request_hash: str = ""
+    group: int | None = None
+    member: int = 0
+    attempt: int = 0
+    time: _Number = 0.0
+    seconds: _Number | None = None
+    reward: _Number | None = None
+    reward_components: dict[str, Any] = {}
+    weight_versions: list[str] = []
+    failure: _NamedShape | None = None
+    drift: _NamedShape | None = None
+    finish_reason: str | None = None
+    further_rows: list[_TokensShape] = []
+    turns: list[_NamedShape] = []
+    row: _RowShape | None = None
+    response: _ResponseShape | None = None
+    verify: dict[str, Any] | None = None
+
+
+_PER_TOKEN = ("completion_ids", "env_mask", "logprobs")
+
+
+def _contradiction(record: dict[str, Any]) -> str | None:
+    for tokens in (record, *record.get("further_rows", ())):
+        if len({len(tokens[name]) for name in _PER_TOKEN if name in tokens}) > 1:
+            return f"{', '.join(_PER_TOKEN)} have different lengths"
+    if "verify" in record and record.get("failure") is None:
+        rewards = record.get("reward"), (record["verify"] or {}).get("reward")
+        if any(as_number(reward) is None for reward in rewards):
+            return "it has neither a failure nor a reward, or `verify` has none"
+    return None
 
 
 # -- which lines count ------------------------------------------------------------------------------------------------

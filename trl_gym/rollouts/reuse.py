@@ -52,7 +52,7 @@ class Policy:
         return {"run": self.run, "weights": self.weights}
 
 
-_Key = tuple[str, str, int, int]
+_Key = tuple[Any, ...]
 
 
 class Recall:
@@ -72,7 +72,7 @@ class Recall:
         """Return the recorded rollouts for a batch of requests, by index. Each is given out once.
 
         Raises:
-            ValueError: A line of the journal is not JSON.
+            ConfigError: A line of the journal cannot be read.
         """
         if policy.step > self._last_step:  # the interrupted run did not get there
             return {}
@@ -136,10 +136,10 @@ def _usable(lines: Iterable[Line], policy: Policy) -> tuple[dict[_Key, list[Line
         record = line.record
         if record.get("run") != policy.run or not Attempt.of(record).has_reward:
             continue
-        if record.get("weights") != policy.weights or record["weight_versions"] != [str(policy.step)]:
+        if record.get("weights") != policy.weights or record.get("weight_versions") != [str(policy.step)]:
             num_outdated += 1
             continue
-        key = (record["task_hash"], record["request_hash"], record["group"], record["member"])
+        key = tuple(record.get(name) for name in ("task_hash", "request_hash", "group", "member"))
         found.setdefault(key, []).append(Line(line.path, line.offset, line.length, {}))
     return found, num_outdated
 

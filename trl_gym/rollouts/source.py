@@ -159,7 +159,10 @@ class RolloutSource(Protocol):
 
 # -- recorded rollouts ------------------------------------------------------------------------------------------------
 
-_NEEDED = ("task_hash", "member", "verify", "turn_ends")  # a journal of an earlier trl-gym has none of them
+_NEEDED = (  # a journal of an earlier trl-gym lacks some of them
+    *("task_hash", "group", "member", "verify", "response", "row", "failure", "drift", "seconds", "weight_versions"),
+    *("prompt_ids", "completion_ids", "env_mask", "logprobs", "turn_ends"),
+)
 
 
 _Group = dict[int, Line]  # the rollouts of a recorded group: where the line of each member stands
@@ -172,8 +175,7 @@ class JournalSource:
         folder: A journal: of a training run, or of `trl-gym rollout`. Rollouts of evaluations in it are left out.
 
     Raises:
-        ConfigError: There is nothing in it to train on, or an earlier version wrote it.
-        ValueError: A line that is not the last of its file is not JSON.
+        ConfigError: There is nothing in it to train on, an earlier version wrote it, or a line of it cannot be read.
     """
 
     policy_server: Any = None
@@ -301,7 +303,7 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
     lines, attempts = [], []
     for line in read_lines(folder):
         record = line.record
-        if record["mode"] not in ("train", "rollout"):
+        if record.get("mode") not in ("train", "rollout"):
             continue
         if missing := [name for name in _NEEDED if name not in record]:
             raise ConfigError(
