@@ -74,7 +74,8 @@ def test_drift_is_counted_also_where_it_excluded_the_rollout() -> None:
 def test_what_a_rollout_did() -> None:
     failing = [*OUTPUT[:1], {"type": "function_call_output", "output": '{"error": "no"}'}, *OUTPUT[2:]]
     cut = good(response={"output": failing, "incomplete_details": {"reason": "max_output_tokens"}})
-    slow = with_records(cut, record(2, 1, seconds=3.0), record(4, 1, seconds=2.0, queue_s=None))
+    first = record([], [1, 2], [3], seconds=3.0, queue_s=0.01)
+    slow = with_records(cut, first, record([first], [1, 2, 3, 4], [5], seconds=2.0, queue_s=None))
     metrics = rollout_metrics(facts(good(), slow, bad()))
     assert metrics["rollouts/turns"] == 2.0
     assert metrics["rollouts/tokens_in"] == 3.0  # two of the prompt, one that the tool added
