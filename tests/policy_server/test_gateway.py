@@ -26,6 +26,7 @@ from trl_gym.cli import main
 from trl_gym.errors import ConfigError, PolicyServerError
 from trl_gym.policy_server import gateway
 from trl_gym.policy_server.gateway import UpstreamFacts, check_upstreams, takes_prompt_field
+from trl_gym.policy_server.middleware.identity import KEY_PATTERN, PREFIX, ROLLOUT_HEADER, rollout_key
 from trl_gym.processes import bind_socket
 
 CHAT = {"messages": [{"role": "user", "content": "0"}], "max_tokens": 1}
@@ -280,6 +281,33 @@ async def test_it_answers_with_the_bundle_and_ends_on_ctrl_c() -> None:
     assert keys == {"Bearer their-key"}
     for fake in fakes:
         await fake.stop()
+
+
+async def test_the_key_of_a_rollout_is_in_no_log_and_at_no_upstream() -> None:
+    fake = await FakeUpstream().start()
+    key = rollout_key("our-key", {"rollout": "r0", "sampling": {"temperature": 0.7}})
+    env = {"VLLM_API_KEY": "our-key", "TRL_GYM_UPSTREAM_API_KEY": "their-key"}
+    async with running(fake, flags=("--log-level", "debug"), **env) as gate, aiohttp.ClientSession() as session:
+        prefixed = f"{gate.root}{PREFIX}{key}/v1/chat/completions"
+        ways: tuple[tuple[str, dict[str, str]], ...] = (
+            (prefixed, {}),
+            (f"{gate.base_url}/chat/completions", {"Authorization": f"Bearer {key}"}),
+            (f"{gate.base_url}/chat/completions", {"Authorization": "Bearer our-key", ROLLOUT_HEADER: key}),
+        )
+        for url, headers in ways:
+            async with session.post(url, json=CHAT, headers=headers) as answer:
+                assert answer.status == 200, await answer.text()
+        async with session.post(prefixed.replace("/v1/chat/completions", "/pause"), json={}) as answer:
+            assert answer.status == 403
+        gate.process.send_signal(signal.SIGINT)
+        _, log = await asyncio.wait_for(gate.process.communicate(), 10.0)
+    await fake.stop()
+    assert log.count(b"POST /v1/chat/completions") >= 3, "it logs requests"
+    assert not KEY_PATTERN.search(log.decode())
+    chats = [request for request in fake.requests if request[1] == "/v1/chat/completions"]
+    assert [json.loads(body).get("temperature") for _, _, body, _ in chats][-3:] == [0.7] * 3
+    assert not KEY_PATTERN.search(str(fake.requests)) and "x-trl-gym" not in str(fake.requests)
+    assert {headers["authorization"] for *_, headers in chats} == {"Bearer their-key"}
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
