@@ -75,7 +75,7 @@ def test_what_a_rollout_did() -> None:
     failing = [*OUTPUT[:1], {"type": "function_call_output", "output": '{"error": "no"}'}, *OUTPUT[2:]]
     cut = good(response={"output": failing, "incomplete_details": {"reason": "max_output_tokens"}})
     first = record([], [1, 2], [3], seconds=3.0, queue_s=0.01)
-    slow = with_records(cut, first, record([first], [1, 2, 3, 4], [5], seconds=2.0, queue_s=None))
+    slow = with_records(cut, [first, record([first], [1, 2, 3, 4], [5], seconds=2.0, queue_s=None)], [])
     metrics = rollout_metrics(facts(good(), slow, bad()))
     assert metrics["rollouts/turns"] == 2.0
     assert metrics["rollouts/tokens_in"] == 3.0  # two of the prompt, one that the tool added
