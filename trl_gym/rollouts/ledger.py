@@ -17,6 +17,7 @@ import msgspec
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import root_url, server_urls
 from trl_gym.policy_server.middleware.ledger import CallRecord, CallTokens, Taken
+from trl_gym.untrusted import read_beginning, read_body, redirect_problem
 
 TAKE_PATH = "/trl_gym/rollouts/take"
 RECORDS_PATH = "/trl_gym/rollouts/records"
@@ -84,7 +85,12 @@ class Ledger:
             PolicyServerError: See `take`.
         """
         body = {"rollouts": list(rollout_ids)}
-        states = [_states.decode(one) for one in await self._post_all(session, RECORDS_PATH, body, _PEEK_TIMEOUT_S)]
+        bodies = await self._post_all(session, RECORDS_PATH, body, _PEEK_TIMEOUT_S)
+        try:
+            states = [_states.decode(one) for one in bodies]
+        except msgspec.MsgspecError as error:
+            roots = ", ".join(self._roots)
+            raise PolicyServerError(f"POST {RECORDS_PATH} of {roots}: the answer is no ledger ({error}).") from error
         return {
             name: CallState(
                 num_answered=sum(len(state.records.get(name, ())) for state in states),
@@ -151,10 +157,12 @@ class Ledger:
     async def _post_once(self, session: aiohttp.ClientSession, url: str, body: Any, timeout_s: float) -> bytes:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with session.post(url, json=body, headers=self._headers, timeout=timeout) as response:
+            sent = {"json": body, "headers": self._headers, "timeout": timeout, "allow_redirects": False}
+            async with session.post(url, **sent) as response:
                 if response.status == 200:
-                    return await response.read()
-                text = (await response.text())[:500]
+                    return await read_body(response)
+                redirect = redirect_problem(url, response.status, response.headers.get("Location"))
+                text = redirect or (await read_beginning(response, 500)).decode(errors="replace")
         except TimeoutError as error:
             raise PolicyServerLostError(f"POST {url}: no answer within {timeout_s:g} s") from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:

@@ -200,6 +200,15 @@ async def test_a_server_that_answers_as_vllm_does_not(
     assert status in (400, 500) and path in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("depth", [250, 900, 100_000])
+@pytest.mark.parametrize("place", ['"x": @', '"messages": [{"role": "user", "content": @}]'])
+async def test_a_body_nested_too_deep_is_refused(http: Http, place: str, depth: int) -> None:
+    text = place.replace("@", "[" * depth + "]" * depth)
+    messages = "" if "messages" in place else '"messages": [{"role": "user", "content": "x"}], '
+    status, _ = await http("POST", "/v1/chat/completions", f"{{{messages}{text}}}".encode())
+    assert 400 <= status < 500
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 

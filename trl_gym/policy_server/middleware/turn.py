@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from trl_gym.policy_server.middleware.identity import NOBODY, Identity, agreed_rollout
+from trl_gym.untrusted import MAX_DEPTH, check_depth
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKEN_KEYS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
@@ -83,13 +84,16 @@ class Turn:
         try:
             fields = _fields.decode(raw)
             messages = _messages.decode(fields.pop("messages", b"null"))
+            body = {key: _any.decode(value) for key, value in fields.items()}
+            plain = [_without_token_ids(message) for message in messages]
+            check_depth([body, plain])
         except msgspec.MsgspecError:
             return None
+        except (ValueError, RecursionError):
+            raise InvalidTurnError(f"the body is nested more than {MAX_DEPTH} levels deep") from None
         if not messages:
             return None
-        body = {key: _any.decode(value) for key, value in fields.items()}
         tag = body.pop("trl_gym", None)
-        plain = [_without_token_ids(message) for message in messages]
         turn = cls(body, plain, asked=_asked(body), caller=identity.caller)
         if tag is not None:
             turn._apply_tag(tag)
