@@ -117,6 +117,15 @@ def test_a_line_that_cannot_be_parsed_is_named(tmp_path: Path, line: str) -> Non
         load_gym_dataset(tmp_path / "x.jsonl")
 
 
+@pytest.mark.parametrize("agent", [None, "a"])
+def test_half_a_surrogate_is_no_obstacle(tmp_path: Path, agent: str | None) -> None:
+    content = {"role": "user", "content": "a \ud800 b"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(odd(input=[content])))
+    dataset = load_gym_dataset(tmp_path / "x.jsonl", agent=agent)
+    assert dataset[0]["prompt"] == [{"role": "user", "content": "a ? b"}]
+    assert gym_row(dataset[0])["responses_create_params"]["input"] == [content]
+
+
 def test_text_parts_are_no_media(tmp_path: Path) -> None:
     content = [
         {"type": kind, "text": "x"} for kind in ("input_text", "output_text", "text", "refusal", "summary_text")

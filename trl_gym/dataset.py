@@ -160,8 +160,14 @@ def read_records(
         named = (row.get("agent_ref") or {}).get("name")
         if named is None and agent is not None:
             row["agent_ref"] = {"type": "responses_api_agents", "name": agent}
-            line = json.dumps(row, ensure_ascii=False)
-        yield number, {"prompt": prompt_messages(row), "agent": named or agent, ROW_COLUMN: line}
+            line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+        prompt = [{name: _shown(text) for name, text in message.items()} for message in prompt_messages(row)]
+        yield number, {"prompt": prompt, "agent": (named and _shown(named)) or agent, ROW_COLUMN: line}
+
+
+def _shown(text: str) -> str:
+    """Replace halves of surrogates, which Arrow refuses; JSON may have them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _parse(line: str) -> tuple[str, dict[str, Any] | None]:
