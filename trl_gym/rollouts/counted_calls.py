@@ -20,7 +20,7 @@ discarded, a sub-agent's own calls.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -52,7 +52,7 @@ def counted_calls(
             out, or has other tokens than were sampled.
     """
     by_index = {call.index: call for call in calls}
-    found = _Search(by_index, _parts(output_items(answer), calls), may_leave_out).run()
+    found = _Search(by_index, _parts(output_items(answer), by_index), may_leave_out).run()
     if not found and not any(call.said for call in calls):
         found = list(by_index)[-1:]  # they said nothing, and so does the answer
     return _joined(_with_empty_turns(found, by_index), by_index)
@@ -63,28 +63,36 @@ def counted_calls(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """An item of the answer that belongs to a call."""
+    """Items of the answer that are a call, or one that belongs to a call."""
 
-    item: str  # names it in an error
+    name: str  # of its last item, for an error
     run: int  # number of items of the environment in front of it
-    said: bytes | None  # digest of what it says; None if that is nothing
-    named: frozenset[int] | None  # calls whose last item it may be, by its handle or token ids; None without these
+    said: tuple[bytes, ...]  # digests of what it says
+    calls: frozenset[int] | None  # those that it may be, by its handle or token ids; None without these
 
 
-def _parts(items: Sequence[Mapping[str, Any]], calls: Sequence[ModelCall]) -> list[_Part]:
+def _parts(items: Sequence[Mapping[str, Any]], calls: Mapping[int, ModelCall]) -> list[_Part]:
     parts: list[_Part] = []
     run = 0
     for place, item in enumerate(items):
-        said, has_ids = said_in_item(item), bool(item.get("generation_token_ids"))
-        if said is not None or has_ids:
-            name = f"output item {place} ({_quoted(item)})"
-            parts.append(_Part(name, run, said, _named(name, item, calls) if has_ids else None))
-        elif read_item(item).role != "assistant":
+        said, name = said_in_item(item), f"output item {place} ({_quoted(item)})"
+        if said is not None:
+            parts.append(_Part(name, run, (said,), None))
+        if item.get("generation_token_ids"):
+            named = _named(name, item, calls.values())
+            index = min(named)  # others have the same tokens, and so say the same
+            start = len(parts) - max(len(calls[index].said), said is not None)
+            own = parts[max(start, 0) :]
+            words = [digest for part in own for digest in part.said if part.calls is None and part.run == run]
+            if start < 0 or tuple(words) != calls[index].said:
+                raise DishonestAnswerError(f"{name} says something else than model call {index} sampled")
+            parts[start:] = [_Part(name, run, calls[index].said, named)]
+        elif said is None and read_item(item).role != "assistant":
             run += 1
     return parts
 
 
-def _named(name: str, item: Mapping[str, Any], calls: Sequence[ModelCall]) -> frozenset[int]:
+def _named(name: str, item: Mapping[str, Any], calls: Collection[ModelCall]) -> frozenset[int]:
     """Return the calls that an item names by its handle, or by their exact tokens; several may have the same."""
     ids = list(item["generation_token_ids"])
     prompt, logprobs = list(item.get("prompt_token_ids") or []), list(item.get("generation_log_probs") or [])
@@ -134,7 +142,7 @@ class _Search:
         for call in calls.values():
             if call.said:
                 self._by_first.setdefault(call.said[0], []).append(call.index)
-        self._named: frozenset[int] = frozenset().union(*(part.named or () for part in parts))
+        self._named: frozenset[int] = frozenset().union(*(part.calls or () for part in parts))
         self._found: list[int] = []
         self._missed: list[list[int]] = []  # calls that each one continues and that were not found in front of it
         self._num_behind = Counter[int]()  # these, counted: they may not follow any more
@@ -184,24 +192,15 @@ class _Search:
     def _fits(self, place: int) -> Iterator[tuple[int, int]]:
         """Yield the calls that say what is said at a place, and where each ends."""
         part = self._parts[place]
-        for index in part.named or () if part.said is None else self._by_first.get(part.said, ()):
-            end = self._end(place, index)
-            if end is not None:
+        if part.calls is not None:
+            yield from ((index, place + 1) for index in part.calls)
+            return
+        for index in self._by_first.get(part.said[0], ()):
+            end = place + len(self._calls[index].said)
+            parts = self._parts[place:end]
+            words = [digest for one in parts for digest in one.said if one.calls is None and one.run == part.run]
+            if index not in self._named and tuple(words) == self._calls[index].said:
                 yield index, end
-
-    def _end(self, place: int, index: int) -> int | None:
-        run, left = self._parts[place].run, list(reversed(self._calls[index].said))
-        for end in range(place, len(self._parts)):
-            part = self._parts[end]
-            if part.run != run or (part.said is not None and (not left or left.pop() != part.said)):
-                return None
-            if part.named is not None:
-                return end + 1 if index in part.named and not left else None
-            behind = self._parts[end + 1] if end + 1 < len(self._parts) else None
-            is_named_behind = behind is not None and behind.said is None and index in (behind.named or ())
-            if not left and not is_named_behind:
-                return None if index in self._named else end + 1
-        return None
 
     def _continues(self, index: int, before: int, found: Sequence[int]) -> bool:
         """Tell whether the call that a call continues was found, or another one that it may as well continue."""
@@ -233,13 +232,8 @@ class _Search:
     def _refuse_what_nobody_said(self) -> None:
         left = Counter(said for call in self._calls.values() for said in call.said)
         for part in self._parts:
-            if part.said is None:
-                continue
-            left[part.said] -= 1
-            for index in part.named or ():
-                if part.said not in self._calls[index].said:
-                    self._refuse_words(part, index)
-            if left[part.said] < 0 and part.named is None:
+            left.subtract(part.said)
+            if part.calls is None and left[part.said[0]] < 0:
                 self._refuse_turn(part)
 
     def _refuse(self, place: int, found: list[int]) -> NoReturn:
@@ -250,29 +244,23 @@ class _Search:
             before = self._speaker_before[index]
             if index in found or before is None or self._continues(index, before, found):
                 continue
-            if any(self._end(later, before) for later in range(place + 1, len(self._parts))):
+            if any(before == one for later in range(place + 1, len(self._parts)) for one, _ in self._fits(later)):
                 raise DishonestAnswerError(f"model call {before} comes behind model call {index}, which continues it")
             raise DishonestAnswerError(
                 f"the answer leaves out model call {before}, which model call {index} continues. An agent that "
                 "returns a part of its turns can be trained with `gym_train_calls` 'all' and `gym_drift` 'split'"
             )
         if any(index in found for index in fits):
-            raise DishonestAnswerError(f"{part.item} is model call {next(i for i in fits if i in found)} once more")
+            raise DishonestAnswerError(f"{part.name} is model call {next(i for i in fits if i in found)} once more")
         if fits:
             raise DishonestAnswerError(f"model call {fits[0]} comes behind model calls that continue it")
-        end = next((one for one in self._parts[place:] if one.run == part.run and one.named is not None), None)
-        if end is not None and (part is end or len(end.named or ()) == 1):
-            self._refuse_words(part, min(end.named or ()))
         self._refuse_turn(part)
 
     def _refuse_turn(self, part: _Part) -> NoReturn:
         raise DishonestAnswerError(
-            f"{part.item} is a turn that nobody sampled: none of the rollout's {len(self._calls)} model calls says "
+            f"{part.name} is a turn that nobody sampled: none of the rollout's {len(self._calls)} model calls says "
             "this, or it is in the answer already"
         )
-
-    def _refuse_words(self, part: _Part, index: int) -> NoReturn:
-        raise DishonestAnswerError(f"{part.item} says something else than model call {index} sampled")
 
 
 def _before(index: int, calls: Mapping[int, ModelCall]) -> Iterator[int]:
