@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.gradient import NUM_MEMBERS, Case, make_trainer, save_model
+from tests.gradient import NUM_MEMBERS, Case, PreparedTrainer, gym_config, make_trainer, save_model, tasks
+from trl_gym.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +34,16 @@ def test_a_curriculum_chooses_the_task_of_a_whole_group(
     assert given == [row for index in (0, 0, 2) for row in rows[index * NUM_MEMBERS :][:NUM_MEMBERS]]
     assert [(r.group, r.task_index) for r in requests] == [(g, t) for g, t in ((0, 0), (1, 0), (2, 2)) for _ in "abcd"]
     assert len({request.rollout_id for request in requests}) == 3 * NUM_MEMBERS
+
+
+class WithoutCalls(PreparedTrainer):
+    def build_trajectories(self, answer: Any, request: Any) -> Any:  # type: ignore[override]
+        return []
+
+
+def test_an_override_without_the_calls_is_refused_before_anything_starts(model: Path, tmp_path: Path) -> None:
+    args = gym_config(tmp_path, Case(name="old", failed=()), 1)
+    with pytest.raises(
+        ConfigError, match=r"WithoutCalls.build_trajectories\(answer.*called with \(answer, request, calls"
+    ):
+        WithoutCalls(Case(name="old", failed=()), model=str(model), args=args, train_dataset=tasks(range(1)))

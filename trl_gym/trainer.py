@@ -55,7 +55,7 @@ from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
 from trl_gym.rollouts.request import RolloutRequest, stamp
 from trl_gym.rollouts.rollout import Rollout, conversation
 from trl_gym.rollouts.rows import joined, training_rows, weighted
-from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_replay
+from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_build, check_replay
 from trl_gym.rollouts.trajectory import ModelCall, Trajectory, from_calls, make_decoder
 from trl_gym.run import servers
 from trl_gym.run.live import LiveSource
@@ -134,6 +134,7 @@ class GymGRPOTrainer(GRPOTrainer):
     ) -> None:
         compat.check_versions()
         args = checked_args(args, model, kwargs)
+        check_build(self.build_trajectories)
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # about `rollout_func`; compat.py watches it for users
         rewards = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
 

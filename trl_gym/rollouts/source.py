@@ -18,6 +18,7 @@ optimizer steps.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,6 +156,22 @@ class RolloutSource(Protocol):
 
     def close(self) -> None:
         """Stop what was started. Idempotent."""
+
+
+def check_build(build: Callable[..., Any]) -> None:
+    """Refuse a trainer whose override of `build_trajectories` cannot be called as `Build`: that would end a batch.
+
+    Raises:
+        ConfigError: It takes other arguments.
+    """
+    try:
+        inspect.signature(build).bind({}, None, ())
+    except TypeError as error:
+        raise ConfigError(
+            f"`build_trajectories` is overridden as {build.__qualname__}{inspect.signature(build)} and called with "
+            f"(answer, request, calls): {error}.",
+            "Add the parameter `calls`, the model calls that count with their tokens, and pass it on to `super()`.",
+        ) from error
 
 
 # -- recorded rollouts ------------------------------------------------------------------------------------------------
