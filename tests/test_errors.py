@@ -5,7 +5,18 @@ from __future__ import annotations
 import json
 import pickle
 
-from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutFailure, TrlGymError
+import pytest
+
+from trl_gym.errors import (
+    ConfigError,
+    FailureKind,
+    Problem,
+    RolloutError,
+    RolloutFailure,
+    TrlGymError,
+    error_body_text,
+    naming,
+)
 
 
 def test_an_error_keeps_problem_and_remedy_apart_and_says_both() -> None:
@@ -39,3 +50,18 @@ def test_a_failure_keeps_its_cause_and_learns_whose_it_is() -> None:
         "attempt": 1,
         "seconds": 3.0,
     }
+
+
+def test_an_exception_of_a_users_method_is_named() -> None:
+    words = r"`compute_rewards` raised KeyError for 4 rollouts: 'score'\."
+    with pytest.raises(RolloutError, match=words) as error, naming("compute_rewards", "4 rollouts"):
+        {}["score"]
+    assert isinstance(error.value.__cause__, KeyError)
+    for meant in (ConfigError("so"), ZeroDivisionError("so")):
+        with pytest.raises(type(meant)), naming("choose_task", "a group", unless=ZeroDivisionError):
+            raise meant
+
+
+def test_an_error_body_nested_too_deep_is_text() -> None:
+    body = b'{"detail": ' + b"[" * 100_000
+    assert error_body_text(body) == body.decode()
