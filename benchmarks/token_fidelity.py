@@ -33,9 +33,11 @@ from trl_gym import GymServers, PolicyServer
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
 from trl_gym.processes import ChildProcess, bind_socket, wait_until
+from trl_gym.responses import output_items
 from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector
+from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.trajectory import ModelCall, classify, contiguous_head, make_decoder, model_calls
 
@@ -134,12 +136,14 @@ def serving(policy: Path, folder: Path) -> Iterator[str]:
         yield server.base_url
 
 
-def collect(url: str, policy: Path, folder: Path, options: argparse.Namespace) -> Outcome:
+def collect(url: str, policy: Path, folder: Path, options: argparse.Namespace, *, has_ledger: bool = True) -> Outcome:
     """Rollouts of all three environments from one server, and what is wrong with them."""
     configs = [CALCULATOR / "calculator.yaml", *(f"resources_servers/{n}/configs/{n}.yaml" for n in UPSTREAM)]
     with GymServers(configs, policy_base_url=url, python=options.gym_python, log_dir=folder) as gym:
         collector = RolloutCollector(
-            gym.agent, budgets=budgets_from_options(RolloutOptions(deadline=300, max_inflight=64))
+            gym.agent,
+            budgets=budgets_from_options(RolloutOptions(deadline=300, max_inflight=64)),
+            ledger=Ledger(url) if has_ledger else None,
         )
         try:
             requests = _requests(gym, options)
@@ -161,7 +165,7 @@ def judge(results: Sequence[Any], policy: Path, temperature: float) -> Outcome:
         if result.failure is not None:
             outcome.failures.append(f"{result.request.agent}: {result.failure.text}")
             continue
-        calls = model_calls(result.answer)
+        calls = calls_in(result.answer) if result.records is None else model_calls(result.records)
         if len(calls) < 2:
             continue
         outcome.num_multi_turn += 1
@@ -173,6 +177,19 @@ def judge(results: Sequence[Any], policy: Path, temperature: float) -> Outcome:
             outcome.causes[str(classify(drift, decode))] += 1
         outcome.gaps += _gaps(model, calls, temperature)
     return outcome
+
+
+def calls_in(answer: Json) -> list[ModelCall]:
+    """The model calls of an answer whose token ids NeMo Gym has put into its items."""
+    return [
+        ModelCall(
+            prompt_ids=item["prompt_token_ids"],
+            generation_ids=item["generation_token_ids"],
+            logprobs=item["generation_log_probs"],
+        )
+        for item in output_items(answer)
+        if item.get("generation_token_ids")
+    ]
 
 
 def _is_odd(ids: list[int], tokenizer: Any) -> bool:
@@ -255,7 +272,7 @@ def main() -> None:
     if {"stock", "gateway"} & set(options.servers):
         with stock_server(policy, folder) as url:
             if "stock" in options.servers:
-                show("stock", collect(url, policy, folder, options))
+                show("stock", collect(url, policy, folder, options, has_ledger=False))
             if "gateway" in options.servers:
                 with gateway(url, folder) as front:
                     show("gateway", collect(front, policy, folder, options))

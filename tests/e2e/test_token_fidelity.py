@@ -36,7 +36,7 @@ def stock(alone: None, small_policy: Path, folder: Path) -> Iterator[str]:
 
 
 def test_a_stock_server_drifts(stock: str, small_policy: Path, folder: Path, options: argparse.Namespace) -> None:
-    outcome = token_fidelity.collect(stock, small_policy, folder, options)
+    outcome = token_fidelity.collect(stock, small_policy, folder, options, has_ledger=False)
     assert outcome.failures == []
     assert outcome.num_multi_turn >= 100 and len(outcome.agents) == 3
     assert outcome.num_drifting > outcome.num_multi_turn // 10
