@@ -127,7 +127,7 @@ def test_a_foreign_endpoint_gives_text_without_tokens(
         assert len(server.requests) == 3
     assert status == 0
     shown = capsys.readouterr()
-    assert shown.err.count("no token ids") == 1
+    assert shown.err.count("without token ids") == 1
     assert "rollouts 3, failed 0, reward 0.000" in shown.out and "turns 1.0" in shown.out
     recorded = lines(tmp_path)
     assert [(r["reward"], r["completion_ids"]) for r in recorded] == [(0.0, [])] * 3
