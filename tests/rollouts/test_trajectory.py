@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from tests.rollouts.sampled import calls_in
+from tests.rollouts.sampled import calls_in, records_of
 from trl_gym.policy_server.middleware.ledger import CallDrift, DriftCause
 from trl_gym.policy_server.middleware.splice import num_common
 from trl_gym.rollouts.trajectory import (
@@ -25,6 +25,7 @@ from trl_gym.rollouts.trajectory import (
     finish_reason,
     from_calls,
     make_decoder,
+    model_calls,
     report_drift,
 )
 
@@ -125,6 +126,15 @@ def test_a_split_history_is_trained_in_further_rows() -> None:
     first, second = from_calls(calls_in(answer(bundle([1], [2]), bundle([9, 9, 9], [4]))), drift="split")
     assert (first.prompt_ids, first.completion_ids, first.drift) == ([1], [2], None)
     assert (second.prompt_ids, second.completion_ids, second.env_mask) == ([9, 9, 9], [4], [1])
+
+
+def test_a_split_says_where_and_why_it_is() -> None:
+    given = answer(bundle([1], [2]), bundle([9, 2], [4]), bundle([5], [6]))
+    why = CallDrift(DriftCause.HISTORY_REWRITTEN, "the agent changed messages")
+    first, second, third = from_calls(model_calls(records_of(given, {1: why})), drift="split")
+    assert first.drift is not None and second.drift is None and third.drift is None  # the last begins anew
+    assert (first.drift.turn, first.drift.position, first.drift.known) == (1, 0, why)
+    assert report_drift(first.drift, decode).cause is DriftCause.HISTORY_REWRITTEN
 
 
 def test_a_call_that_two_others_continue_is_trained_once() -> None:

@@ -153,7 +153,7 @@ def from_calls(calls: Sequence[ModelCall], drift: DriftPolicy = "truncate") -> l
     if not calls:
         raise TrajectoryError("no trainable token: no model call of the rollout sampled any")
     if drift == "split":
-        return [_joined(row) for row in _rows(calls)]
+        return [replace(_joined(row), drift=_drift_after(row[-1], calls)) for row in _rows(calls)]
     head = contiguous_head(calls)
     if head.drift is not None and drift in ("exclude", "error"):
         raise DriftError(head.drift)
@@ -166,11 +166,24 @@ def contiguous_head(calls: Sequence[ModelCall]) -> Trajectory:
     for turn, call in enumerate(calls[1:], start=1):
         if call.prompt_ids[: len(seen)] != seen:
             head = _joined(calls[:turn])
-            sampled = [0] * len(head.prompt_ids) + head.env_mask
-            position = num_common(seen, call.prompt_ids)
-            return replace(head, drift=Drift(turn, position, seen, sampled, call.prompt_ids, call.drift))
+            return replace(head, drift=_drift(turn, head, call))
         seen = call.prompt_ids + call.generation_ids
     return _joined(calls)
+
+
+def _drift(turn: int, before: Trajectory, call: ModelCall) -> Drift:
+    seen = before.prompt_ids + before.completion_ids
+    sampled = [0] * len(before.prompt_ids) + before.env_mask
+    return Drift(turn, num_common(seen, call.prompt_ids), seen, sampled, call.prompt_ids, call.drift)
+
+
+def _drift_after(last: ModelCall, calls: Sequence[ModelCall]) -> Drift | None:
+    """Return how the history was rewritten after the last call of a row; None where another conversation goes on."""
+    turn = calls.index(last) + 1
+    if turn == len(calls) or calls[turn].drift is None:
+        return None
+    drift = _drift(turn, _joined([last]), calls[turn])
+    return drift if drift.position < len(drift.seen) else None
 
 
 def _rows(calls: Sequence[ModelCall]) -> list[list[ModelCall]]:
