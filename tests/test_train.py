@@ -72,9 +72,10 @@ def test_a_data_script_that_fails_is_quoted(tmp_path: Path) -> None:
 
 def test_a_run_is_summed_up_from_what_is_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rollouts").mkdir()
-    line = {"failure": None, "env_mask": [1, 0, 1], "prompt_ids": [1, 2], "completion_ids": [3, 4, 5]}
+    line = {"step": 0, "failure": None, "env_mask": [1, 0, 1], "prompt_ids": [1, 2], "completion_ids": [3, 4, 5]}
     (tmp_path / "rollouts" / "step-0.rank-0.jsonl").write_text(json.dumps(line) + "\n")
     retried = {
+        "step": 1,
         "failure": {"kind": "deadline"},
         "retried": True,
         "env_mask": [],
