@@ -245,12 +245,12 @@ def test_an_item_of_the_environment_ends_a_call() -> None:
         counted([item("x"), {"type": "function_call_output", "output": "3"}, item("y")], [both])
 
 
-def test_many_equal_texts_end_the_search() -> None:
-    calls = [call(index, "x") for index in range(200)] + [call(200, "y", 200 - 1), call(201, "z")]
-    assert len(counted([*map(item, "x" * 200), item("y")], calls)) == 201
-    crossed = [*map(item, "x" * 100), item("y", handle=-201), *map(item, "x" * 50), item("z", handle=-202), item("y")]
-    with pytest.raises(DishonestAnswerError):
-        counted(crossed, calls)
+def test_many_equal_texts_do_not_make_the_search_endless() -> None:
+    same = [call(index, "x") for index in range(60)]
+    calls = [*same, call(60, "w"), call(61, "y", 60)]
+    assert len(counted([*map(item, "x" * 30), item("w"), item("y")], calls)) == 32
+    with pytest.raises(DishonestAnswerError, match="model call 60 comes behind model call 61"):
+        counted([*map(item, "x" * 30), item("y"), item("w")], calls)  # 60 over 30 ways lead to "y"
 
 
 def test_calls_that_sampled_nothing_are_no_calls_and_no_parents() -> None:

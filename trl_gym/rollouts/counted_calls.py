@@ -28,9 +28,7 @@ from trl_gym.responses import output_items, read_item, said_in_item
 from trl_gym.rollouts.trajectory import ModelCall
 
 _NUM_CHARACTERS = 80  # of a quoted item
-# Calls that the search tries before it gives up. One that does not go wrong tries as many as the answer has; only many
-# equal texts lead it astray.
-_MAX_TRIES = 20_000
+_MAX_DEAD_ENDS = 2_000  # of a search, which only many equal texts lead astray; about a second
 
 
 class DishonestAnswerError(ValueError):
@@ -75,10 +73,14 @@ def _parts(items: Sequence[Mapping[str, Any]], calls: Mapping[int, ModelCall]) -
     parts: list[_Part] = []
     run = 0
     for place, item in enumerate(items):
-        said, name = said_in_item(item), f"output item {place} ({_quoted(item)})"
+        said, has_ids = said_in_item(item), bool(item.get("generation_token_ids"))
+        if said is None and not has_ids:
+            run += read_item(item).role != "assistant"
+            continue
+        name = f"output item {place} ({_quoted(item)})"
         if said is not None:
             parts.append(_Part(name, run, (said,), None))
-        if item.get("generation_token_ids"):
+        if has_ids:
             named = _named(name, item, calls.values())
             index = min(named)  # others have the same tokens, and so say the same
             start = len(parts) - max(len(calls[index].said), said is not None)
@@ -87,8 +89,6 @@ def _parts(items: Sequence[Mapping[str, Any]], calls: Mapping[int, ModelCall]) -
             if start < 0 or tuple(words) != calls[index].said:
                 raise DishonestAnswerError(f"{name} says something else than model call {index} sampled")
             parts[start:] = [_Part(name, run, calls[index].said, named)]
-        elif said is None and read_item(item).role != "assistant":
-            run += 1
     return parts
 
 
@@ -153,7 +153,7 @@ class _Search:
         frames = [(0, self._ways(0))]  # one more than calls found
         dead: set[tuple[int, frozenset[int]]] = set()  # places from which these calls found lead nowhere
         farthest, found_there = 0, list(self._found)
-        for _ in range(_MAX_TRIES):
+        while frames and len(dead) < _MAX_DEAD_ENDS:
             place, ways = frames[-1]
             if place == len(self._parts):
                 return self._found
@@ -161,9 +161,8 @@ class _Search:
             if index is None:
                 dead.add((place, frozenset(self._found)))
                 frames.pop()
-                if not frames:
-                    break
-                self._pop()
+                if frames:
+                    self._pop()
                 continue
             self._push(index)
             if end > farthest:
