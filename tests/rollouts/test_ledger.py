@@ -94,7 +94,13 @@ async def test_calls_of_several_servers_keep_their_parents(server: Any) -> None:
 async def test_an_odd_answer_is_an_error_of_the_server(server: Any) -> None:
     behaviour, url = server
     async with aiohttp.ClientSession() as session:
-        for body in (b"nonsense", msgspec.msgpack.encode({"instance": "a"}), msgspec.msgpack.encode(Taken("a", {}))):
+        call = record([], [1, 2], [3])
+        assert call.tokens is not None
+        changes: list[dict[str, Any]] = [{"parent": 0}, {"parent": -1}, {"prompt": b"123"}, {"logprobs": b""}]
+        odd = [msgspec.structs.replace(call.tokens, **change) for change in changes]
+        calls = [[msgspec.structs.replace(call, tokens=tokens)] for tokens in odd]
+        bodies = [Taken("a", {}), {"instance": "a"}, *(Taken("a", {"r1": records}) for records in calls)]
+        for body in (b"nonsense", *map(msgspec.msgpack.encode, bodies)):
             behaviour.body = body
             with pytest.raises(PolicyServerError, match=r"rollouts/take: the answer is no ledger"):
                 await Ledger(url).take(session, "r1")

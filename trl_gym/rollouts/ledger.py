@@ -67,7 +67,8 @@ class Ledger:
             try:
                 taken = _taken.decode(body)
                 records = taken.rollouts[rollout_id]
-            except (msgspec.MsgspecError, KeyError) as error:
+                _check(records or ())
+            except (msgspec.MsgspecError, KeyError, ValueError) as error:
                 raise PolicyServerError(f"POST {root}{TAKE_PATH}: the answer is no ledger ({error}).") from error
             if records is None:
                 raise PolicyServerError(
@@ -187,6 +188,18 @@ class _States(msgspec.Struct):
 
 
 _states = msgspec.json.Decoder(_States)
+
+
+def _check(records: Sequence[CallRecord]) -> None:
+    """Check what the types do not say. Raises `ValueError`."""
+    for index, record in enumerate(records):
+        tokens = record.tokens
+        if tokens is None:
+            continue
+        if len(tokens.prompt) % 4 or len(tokens.sampled) % 4 or len(tokens.logprobs) != 2 * len(tokens.sampled):
+            raise ValueError(f"call {index} has token ids and log-probabilities of other lengths")
+        if tokens.parent is not None and not (0 <= tokens.parent < index and records[tokens.parent].tokens):
+            raise ValueError(f"call {index} continues call {tokens.parent}, which is none before it")
 
 
 def _shifted(record: CallRecord, num_before: int) -> CallRecord:
