@@ -186,3 +186,15 @@ def test_an_agent_may_merge_what_it_got_into_its_last_message() -> None:
     for front, is_same in [([USER], True), ([USER, ASSISTANT], True), ([ASSISTANT], False)]:
         asked = turn(*front, sampled(ASSISTANT, [2, 3]), rollout=None)
         assert (histories.difference(asked) is None) == is_same
+
+
+def test_an_equal_conversation_does_not_take_over_an_older_one() -> None:
+    book = RolloutBook()
+    bare = [{"role": "assistant", "content": text} for text in ("ok", "well")]
+    more = {"role": "user", "content": "more"}
+    sample(book, turn(USER), [1, 2], [3], "ok")
+    sample(book, turn(USER, bare[0], more), [1, 2, 3, 4], [5], "well")
+    sample(book, turn(USER), [1, 2], [6], "ok")  # another conversation begins alike
+    asked = turn(USER, bare[0], more, bare[1], more)
+    book.calls("a").recognize(asked)
+    assert (asked.call, asked.newest, asked.seen) == (1, 3, [1, 2, 3, 4, 5])

@@ -222,7 +222,7 @@ class RolloutCalls:
     _by_handle: dict[int, int] = field(default_factory=dict)
     _by_key: dict[bytes, int] = field(default_factory=dict)  # by `key_of` its tokens
     # By the messages in front, and what the answer says, or its sampled ids as JSON.
-    _by_said: dict[tuple[bytes, tuple[bytes, ...]], int] = field(default_factory=dict)
+    _by_said: dict[tuple[bytes, tuple[bytes, ...]], list[int]] = field(default_factory=dict)
     _empty: dict[bytes, int] = field(default_factory=dict)  # answers that say nothing, by the messages in front
 
     @property
@@ -242,11 +242,12 @@ class RolloutCalls:
             self._put_back(turn, place)
             if place == len(turn.messages):
                 break
-            index, sampled = self._find(turn, place), turn.sampled[place]
-            if index is not None:
+            index = self._find(turn, place)
+            if index is None:
+                state.update(_part(turn.messages[place], turn.sampled[place]))
+            else:  # in whatever form it came back
                 self._continue(turn, place, index)
-                sampled = self._handle(index)  # in whatever form it came back
-            state.update(_part(turn.messages[place], sampled))
+                state.update(b"".join([b"said", *self._tokens(index).said]))
             turn.digests.append(state.digest())
         if turn.call is not None:
             turn.seen = token_ids(self.records, turn.call)
@@ -292,7 +293,8 @@ class RolloutCalls:
         self._by_key[key_of(token_ids(self.records, index))] = index
         ids = json.dumps(sampled_ids(tokens), separators=(",", ":")).encode()
         for front in {digest.messages, digest.before_answer}:
-            self._by_said[front, tokens.said] = self._by_said[front, (ids,)] = index
+            for key in (tokens.said, (ids,)):
+                self._by_said.setdefault((front, key), []).append(index)
         if not tokens.said:
             self._empty[digest.messages] = index
         num_bytes = len(tokens.prompt) + len(tokens.sampled) + len(tokens.logprobs)
@@ -311,13 +313,17 @@ class RolloutCalls:
         if ids is not None and (handle := handle_in(ids)) is not None:
             return self._by_handle.get(handle)
         if ids is not None:
-            index = self._by_said.get((turn.digests[-1], (ids,)))
+            index = self._likeliest(turn, (ids,))
             if index is None and place == turn.newest and turn.seen is not None:  # `Turn` has parsed the newest ids
                 return self._by_key.get(key_of(turn.seen))
             return index
-        if message.get("role") != "assistant":
-            return None
-        return self._by_said.get((turn.digests[-1], said_in_message(message)))
+        return self._likeliest(turn, said_in_message(message)) if message.get("role") == "assistant" else None
+
+    def _likeliest(self, turn: Turn, said: tuple[bytes, ...]) -> int | None:
+        """Return the call that said this behind the same messages: of several, one that continues the call before, and
+        of these the newest, since a client that asks again has not got the older answer."""
+        found = self._by_said.get((turn.digests[-1], said), ())
+        return max(found, key=lambda index: (self._tokens(index).parent == turn.call, index), default=None)
 
     def _continue(self, turn: Turn, place: int, index: int) -> None:
         """Let the request go on from a recognized message, unless it goes on from a later one with ids of its own."""
@@ -344,7 +350,7 @@ class RolloutCalls:
             turn.sampled.insert(place, None)
             if turn.newest is not None and turn.newest >= place:
                 turn.newest += 1
-        turn.sampled[place] = self._handle(index)
+        turn.sampled[place] = b"[%d]" % self._tokens(index).handle
 
     def _parent(self, prompt: list[int]) -> int | None:
         """Return the newest call with whose tokens a prompt starts, of those that no later call with it continues."""
@@ -358,10 +364,10 @@ class RolloutCalls:
                 best, length = index, len(seen)
         return best
 
-    def _handle(self, index: int) -> bytes:
+    def _tokens(self, index: int) -> CallTokens:
         tokens = self.records[index].tokens
         assert tokens is not None, "only answered calls are recognized"
-        return b"[%d]" % tokens.handle
+        return tokens
 
 
 def _places(turn: Turn) -> Iterator[int]:
