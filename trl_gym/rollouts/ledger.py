@@ -51,18 +51,19 @@ class Ledger:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._silent: list[str] = []
 
-    async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> tuple[list[CallRecord], str]:
+    async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> tuple[list[CallRecord] | None, str]:
         """Fetch the calls of a rollout that has ended; the servers forget it.
 
         Returns:
-            The calls, in the order of their answers, and which processes answered, see `ping`.
+            The calls, in the order of their answers, or None if a server had no room for their tokens; and which
+            processes answered, see `ping`.
 
         Raises:
-            PolicyServerError: A server cannot be reached, keeps no ledger, or had no room for these calls.
+            PolicyServerError: A server cannot be reached, or keeps no ledger.
         """
         bodies = await self._post_all(session, TAKE_PATH, {"rollouts": [rollout_id]}, _TIMEOUT_S)
         joined: list[CallRecord] = []
-        names = []
+        names, is_whole = [], True
         for root, body in zip(self._roots, bodies, strict=True):
             try:
                 taken = _taken.decode(body)
@@ -70,14 +71,10 @@ class Ledger:
                 _check(records or ())
             except (msgspec.MsgspecError, KeyError, ValueError) as error:
                 raise PolicyServerError(f"POST {root}{TAKE_PATH}: the answer is no ledger ({error}).") from error
-            if records is None:
-                raise PolicyServerError(
-                    f"The policy server at {root} had no room for the tokens of the rollout {rollout_id}.",
-                    "Lower `gym_max_inflight`, or roll out shorter tasks.",
-                )
-            joined += [_shifted(record, len(joined)) for record in records]
+            num_before, is_whole = len(joined), is_whole and records is not None
+            joined += [_shifted(record, num_before) for record in records or ()]
             names.append(taken.instance)
-        return joined, "+".join(names)
+        return joined if is_whole else None, "+".join(names)
 
     async def peek(self, session: aiohttp.ClientSession, rollout_ids: Sequence[str]) -> dict[str, CallState]:
         """Return the state of rollouts that have not ended, one entry per id. Nothing is forgotten.

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from trl_gym.policy_server.middleware.ledger import CallDrift, CallRecord, DriftCause, sampled_ids, token_ids
+from trl_gym.policy_server.middleware.ledger import CallDrift, CallRecord, DriftCause, sampled_ids
 from trl_gym.policy_server.middleware.splice import num_common
 
 DriftPolicy = Literal["split", "truncate", "exclude", "error"]
@@ -108,17 +108,19 @@ def model_calls(records: Sequence[CallRecord]) -> list[ModelCall]:
     """
     calls = []
     parents: dict[int | None, int | None] = {None: None}  # of a call that sampled nothing: the one that it continues
+    seen: dict[int | None, list[int]] = {None: []}  # the numbers themselves are shared, which a rollout has many of
     for index, record in enumerate(records):
         tokens = record.tokens
         if tokens is None:
             continue
-        parents[index] = index if tokens.sampled else parents[tokens.parent]
-        if not tokens.sampled:
-            continue
         ids = sampled_ids(tokens)
+        prompt = seen[tokens.parent] + array("i", tokens.prompt).tolist()
+        seen[index], parents[index] = prompt + ids, index if ids else parents[tokens.parent]
+        if not ids:
+            continue
         calls.append(
             ModelCall(
-                prompt_ids=token_ids(records, index)[: -len(ids)],
+                prompt_ids=prompt,
                 generation_ids=ids,
                 logprobs=array("d", tokens.logprobs).tolist(),
                 index=index,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from trl_gym.policy_server.middleware import ledger
@@ -45,7 +46,8 @@ def sample(book: RolloutBook, asked: Turn, prompt: list[int], ids: list[int], te
     message = {"role": "assistant", "content": text}
     bundle = {"generation_token_ids": ids, "generation_log_probs": [-0.5] * len(ids)}
     tokens = calls.tokens_of(asked, {**message, **bundle}, prompt)
-    book.append(asked, record_of(Reply.from_json(200, {}), None, exact=True, seconds=0.5, tokens=tokens))
+    made = record_of(Reply.from_json(200, {}), None, exact=True, seconds=0.5, tokens=tokens)
+    book.append(calls, asked, msgspec.structs.replace(made, prompt_tokens=len(prompt)))
     return {**message, "prompt_token_ids": [tokens.handle], "generation_token_ids": [tokens.handle]}
 
 
@@ -74,7 +76,7 @@ def test_the_oldest_rollouts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ledger, "_MAX_ENDED", 2)
     book = RolloutBook()
     for name in "abca":
-        book.append(turn(USER, rollout=name), record())
+        book.append(book.calls(name), turn(USER, rollout=name), record())
     assert {name: len(records) for name, records in book.records(list("abc")).items()} == {"a": 1, "b": 0, "c": 1}
     book.cancel(["a", "b", "c"])
     assert [book.has_ended(name) for name in "abc"] == [False, True, True]
@@ -198,3 +200,48 @@ def test_an_equal_conversation_does_not_take_over_an_older_one() -> None:
     asked = turn(USER, bare[0], more, bare[1], more)
     book.calls("a").recognize(asked)
     assert (asked.call, asked.newest, asked.seen) == (1, 3, [1, 2, 3, 4, 5])
+
+
+def test_a_call_that_outlives_its_rollout_or_its_room_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    book = RolloutBook()
+    first = sample(book, turn(USER), [1, 2], [3])
+    calls, late = book.calls("a"), turn(USER, first, {"role": "user", "content": "more"})
+    calls.recognize(late)
+    taken = book.take(["a"])
+    bundle = {"generation_token_ids": [5], "generation_log_probs": [-0.5]}
+    tokens = calls.tokens_of(late, bundle, [1, 2, 3, 4])
+    book.append(calls, late, record_of(Reply.from_json(200, {}), None, exact=True, seconds=0.5, tokens=tokens))
+    assert book.records(["a"]) == {"a": []} and book.take(["a"]).keys() == taken.keys()
+
+    sample(book, turn(USER, rollout="b"), [1, 2], [3])
+    calls, late = book.calls("b"), turn(USER, {"role": "assistant", "content": "well"}, USER, rollout="b")
+    calls.recognize(late)
+    assert late.call == 0
+    monkeypatch.setattr(ledger, "_MAX_BYTES", 0)
+    sample(book, turn(USER, rollout="c"), [1, 2], [3])
+    tokens = calls.tokens_of(late, bundle, [1, 2, 3, 4])
+    book.append(calls, late, record_of(Reply.from_json(200, {}), None, exact=True, seconds=0.5, tokens=tokens))
+    assert book.take(["b"]) == {"b": None}
+
+
+def test_ids_of_calls_do_not_count_but_which_call_was_answered() -> None:
+    def history(*ids: str, answered: str) -> list[Json]:
+        calls = [{"id": name, "type": "function", "function": {"name": "f", "arguments": "{}"}} for name in ids]
+        return [USER, {**ASSISTANT, "tool_calls": calls}, {"role": "tool", "tool_call_id": answered, "content": "1"}]
+
+    assert of(*history("a", "b", answered="a")) == of(*history("x", "y", answered="x"))
+    assert of(*history("a", "b", answered="a")) != of(*history("a", "b", answered="b"))
+
+
+def test_a_conversation_that_begins_with_examples_has_lost_nothing() -> None:
+    book, example = RolloutBook(), {"role": "assistant", "content": "for example"}
+    first = sample(book, turn(USER), [1, 2], [3])
+    other = turn({"role": "system", "content": "another agent"}, USER, example, USER)
+    book.calls("a").recognize(other)
+    assert not book.calls("a").has_lost(other)
+    edited = turn(USER, {**ASSISTANT, "content": "edited"}, USER)
+    book.calls("a").recognize(edited)
+    assert book.calls("a").has_lost(edited)
+    elsewhere = turn(USER, first, USER, rollout="b")  # a server that never saw this rollout
+    book.calls("b").recognize(elsewhere)
+    assert book.calls("b").has_lost(elsewhere)

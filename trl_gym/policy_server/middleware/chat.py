@@ -105,7 +105,8 @@ class ChatTurns:
             return self._cancelled(turn)
         if turn.sampling is None:
             turn.pin(self.sampling)
-        self.book.calls(turn.rollout).recognize(turn)
+        turn.known = self.book.calls(turn.rollout)
+        turn.known.recognize(turn)
         with self.book.running(turn.rollout) as abort:
             try:
                 return await self._serve_recorded(server, turn, abort)
@@ -124,7 +125,7 @@ class ChatTurns:
             tokens=served.tokens,
             caller=turn.caller,
         )
-        self.book.append(turn, record)
+        self.book.append(self._calls(turn), turn, record)
         return served.reply
 
     async def _serve_routed(self, server: WrappedServer, turn: Turn, abort: asyncio.Event | None = None) -> Served:
@@ -164,7 +165,7 @@ class ChatTurns:
                 )
             )
         if turn.seen is None or turn.newest is None:
-            if not self._has_lost_its_ids(turn):
+            if turn.rollout is None or not self._calls(turn).has_lost(turn):
                 return Prompt()  # a first turn, or not a rollout's: the server renders and limits it
             text = "the agent sent no sampled message in a form that is recognized, although this rollout has sampled"
             return await self._as_rendered(server, turn, CallDrift(cause=DriftCause.MESSAGE_WITHOUT_IDS, text=text))
@@ -195,11 +196,6 @@ class ChatTurns:
         self.counters.served_as_rendered += 1
         return Prompt(num_tokens=len(tokens), drift=drift)
 
-    def _has_lost_its_ids(self, turn: Turn) -> bool:
-        if turn.rollout is None or not self._calls(turn).has_sampled:
-            return False
-        return any(message.get("role") == "assistant" for message in turn.messages)
-
     def _skipped_turn(self, turn: Turn, newest: int) -> CallDrift | None:
         """Report a turn that was sampled after `newest` and is not recognized: the template wrote it."""
         if turn.rollout is None or all(m.get("role") != "assistant" for m in turn.messages[newest + 1 :]):
@@ -212,8 +208,8 @@ class ChatTurns:
         )
 
     def _calls(self, turn: Turn) -> RolloutCalls:
-        assert turn.rollout is not None, "only rollouts have calls"
-        return self.book.calls(turn.rollout)
+        assert turn.known is not None, "only rollouts have calls"
+        return turn.known
 
     async def _limit(self, server: WrappedServer, turn: Turn, prompt: Prompt) -> None:
         """Limit the tokens to the room that is left. Raises `AnsweredError` if there is none."""

@@ -224,10 +224,15 @@ class RolloutCalls:
     # By the messages in front, and what the answer says, or its sampled ids as JSON.
     _by_said: dict[tuple[bytes, tuple[bytes, ...]], list[int]] = field(default_factory=dict)
     _empty: dict[bytes, int] = field(default_factory=dict)  # answers that say nothing, by the messages in front
+    _fronts: set[bytes] = field(default_factory=set)  # hashes of the messages in front of each answer
 
-    @property
-    def has_sampled(self) -> bool:
-        return self.newest is not None
+    def has_lost(self, turn: Turn) -> bool:
+        """Tell whether a request without a recognized message has one that was sampled: by a handle that is not known
+        here, or because its assistant messages stand behind messages that this rollout has sampled behind."""
+        if any(ids is not None and handle_in(ids) is not None for ids in turn.sampled):
+            return True
+        roles = [message.get("role") for message in turn.messages]
+        return "assistant" in roles and turn.digests[roles.index("assistant")] in self._fronts
 
     def recognize(self, turn: Turn) -> None:
         """Find the calls that sampled the assistant messages of a request, and put empty turns back that it dropped.
@@ -236,15 +241,15 @@ class RolloutCalls:
             turn: The request; changed in place. If a message is recognized (by its handle, its token ids, or what it
                 says), `newest`, `seen`, `call` and `num_first_prompt` are set.
         """
-        state = hashlib.blake2b(digest_size=16)
+        state, names = hashlib.blake2b(digest_size=16), _CallNames()
         turn.digests = [state.digest()]
         for place in _places(turn):
             self._put_back(turn, place)
             if place == len(turn.messages):
                 break
-            index = self._find(turn, place)
+            index, name = self._find(turn, place), names.of(turn.messages[place])
             if index is None:
-                state.update(_part(turn.messages[place], turn.sampled[place]))
+                state.update(_part(turn.messages[place], turn.sampled[place], name))
             else:  # in whatever form it came back
                 self._continue(turn, place, index)
                 state.update(b"".join([b"said", *self._tokens(index).said]))
@@ -267,8 +272,11 @@ class RolloutCalls:
             message: The answer's message, with its token bundle.
             prompt: Ids of the prompt.
         """
-        parent = turn.call if turn.call is not None and prompt[: len(turn.seen or ())] == turn.seen else None
-        parent = self._parent(prompt) if parent is None else parent
+        parent: int | None = None
+        if turn.call is not None and self.is_whole and prompt[: len(turn.seen or ())] == turn.seen:
+            parent = turn.call
+        elif self.is_whole:
+            parent = self._parent(prompt)
         start = 0 if parent is None else len(token_ids(self.records, parent))
         return CallTokens(
             handle=-secrets.randbelow(1 << _HANDLE_BITS) - 1,
@@ -281,6 +289,8 @@ class RolloutCalls:
 
     def append(self, turn: Turn, record: CallRecord) -> int:
         """Add the record of a call. Returns the bytes of its tokens."""
+        if not self.is_whole:  # its tokens were dropped while it ran
+            return 0
         index, tokens = len(self.records), record.tokens
         self.records.append(record)
         if tokens is None:
@@ -293,6 +303,7 @@ class RolloutCalls:
         self._by_key[key_of(token_ids(self.records, index))] = index
         ids = json.dumps(sampled_ids(tokens), separators=(",", ":")).encode()
         for front in {digest.messages, digest.before_answer}:
+            self._fronts.add(front)
             for key in (tokens.said, (ids,)):
                 self._by_said.setdefault((front, key), []).append(index)
         if not tokens.said:
@@ -304,7 +315,7 @@ class RolloutCalls:
     def drop_tokens(self) -> None:
         """Make room: what was recorded is lost, and the rollout with it."""
         self.records.clear()
-        for known in (self._digests, self._by_handle, self._by_key, self._by_said, self._empty):
+        for known in (self._digests, self._by_handle, self._by_key, self._by_said, self._empty, self._fronts):
             known.clear()
         self.newest, self.num_bytes, self.is_whole = None, 0, False
 
@@ -353,15 +364,18 @@ class RolloutCalls:
         turn.sampled[place] = b"[%d]" % self._tokens(index).handle
 
     def _parent(self, prompt: list[int]) -> int | None:
-        """Return the newest call with whose tokens a prompt starts, of those that no later call with it continues."""
+        """Return the call with most tokens of those with whose tokens a prompt starts."""
         best, length = None, 0
-        for index in reversed(range(len(self.records))):
-            record = self.records[index]
-            if record.tokens is None or record.prompt_tokens is None or len(prompt) < record.prompt_tokens:
+        for index, record in enumerate(self.records):
+            if record.tokens is None or record.prompt_tokens is None:
                 continue
-            seen = token_ids(self.records, index)
-            if len(seen) > length and prompt[: len(seen)] == seen:
-                best, length = index, len(seen)
+            ids = sampled_ids(record.tokens)
+            end = record.prompt_tokens + len(ids)
+            if (
+                length < end <= len(prompt) and prompt[record.prompt_tokens : end] == ids
+            ):  # cheap; nearly always enough
+                if prompt[:end] == token_ids(self.records, index):
+                    best, length = index, end
         return best
 
     def _tokens(self, index: int) -> CallTokens:
@@ -394,10 +408,10 @@ def key_of(seen: Sequence[int]) -> bytes:
 def digest_of(turn: Turn, end: int) -> Digest:
     """Return the digest of a request's first `end` messages, as its agent means them, and of its render options."""
     if not turn.digests:
-        state = hashlib.blake2b(digest_size=16)
+        state, names = hashlib.blake2b(digest_size=16), _CallNames()
         turn.digests = [state.digest()]
         for message, ids in zip(turn.messages, turn.sampled, strict=True):
-            state.update(_part(message, ids))
+            state.update(_part(message, ids, names.of(message)))
             turn.digests.append(state.digest())
     before = end
     while before and turn.messages[before - 1].get("role") == "assistant":
@@ -405,7 +419,23 @@ def digest_of(turn: Turn, end: int) -> Digest:
     return Digest(turn.digests[end], turn.digests[before], turn.options_key)
 
 
-def _part(message: dict[str, Any], sampled: bytes | None) -> bytes:
+class _CallNames:
+    """Numbers of tool calls in a conversation. Agents and converters make their ids anew."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def of(self, message: dict[str, Any]) -> int | str | None:
+        """Return which call a message answers, and number the calls that it makes."""
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            if isinstance(call, dict):
+                self._numbers[str(call.get("id"))] = len(self._numbers)
+        answered = message.get("tool_call_id")
+        return None if answered is None else self._numbers.get(str(answered), str(answered))
+
+
+def _part(message: dict[str, Any], sampled: bytes | None, answered: int | str | None) -> bytes:
     """Return what of a message counts: what was sampled if that is known (ids or handle), else role, text and calls.
     Thinking, which agents drop, and the form of the message do not."""
     if sampled is not None:
@@ -413,7 +443,7 @@ def _part(message: dict[str, Any], sampled: bytes | None) -> bytes:
     said = [digest.hex() for digest in said_in_message(message)]
     content = message.get("content")
     media = [part for part in content if not _is_text(part)] if isinstance(content, list) else []
-    return json.dumps([message.get("role"), said, media, message.get("tool_call_id")]).encode()
+    return json.dumps([message.get("role"), said, media, answered]).encode()
 
 
 def _is_text(part: Any) -> bool:
@@ -466,16 +496,19 @@ class RolloutBook:
             self._num_bytes -= self._rollouts.popitem(last=False)[1].num_bytes
         return calls
 
-    def append(self, turn: Turn, record: CallRecord) -> None:
-        """Add the record of a tagged call. Tokens of the oldest rollouts are dropped where there is no room."""
-        assert turn.rollout is not None, "only calls with a tag are recorded"
-        self._num_bytes += self.calls(turn.rollout).append(turn, record)
-        for calls in self._rollouts.values():
+    def append(self, calls: RolloutCalls, turn: Turn, record: CallRecord) -> None:
+        """Add the record of a tagged call to its rollout's calls, as they were when it began: the rollout may have
+        ended since. Tokens of the oldest rollouts are dropped where there is no room."""
+        num_bytes = calls.append(turn, record)
+        if turn.rollout is None or self._rollouts.get(turn.rollout) is not calls:
+            return
+        self._num_bytes += num_bytes
+        for oldest in self._rollouts.values():
             if self._num_bytes <= _MAX_BYTES:
                 return
-            self._num_bytes -= calls.num_bytes
-            if calls.num_bytes:
-                calls.drop_tokens()
+            self._num_bytes -= oldest.num_bytes
+            if oldest.num_bytes:
+                oldest.drop_tokens()
 
     def has_ended(self, rollout: str) -> bool:
         """Tell whether a rollout was cancelled, or taken: nobody waits for its calls any more."""

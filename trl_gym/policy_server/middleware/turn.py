@@ -12,12 +12,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from trl_gym.policy_server.middleware.identity import NOBODY, Identity, agreed_rollout
 from trl_gym.untrusted import MAX_DEPTH, check_depth
+
+if TYPE_CHECKING:
+    from trl_gym.policy_server.middleware.ledger import RolloutCalls
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKEN_KEYS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
@@ -55,6 +58,7 @@ class Turn:
     completion_budget: int | None = None  # tokens that the rollout may have after its first prompt
     newest: int | None = None  # index of the newest message whose tokens are known, or None
     seen: list[int] | None = None  # prompt and sampled ids of that message, or None
+    known: RolloutCalls | None = None  # the calls of its rollout so far; None for a request without a tag
     call: int | None = None  # index of the call that sampled it (`ledger.RolloutCalls.recognize`), or None
     num_first_prompt: int | None = None  # length of the prompt with which that conversation began, or None
     digests: list[bytes] = field(default_factory=list)  # hashes of the first 0, 1, 2, … messages (`ledger.digest_of`)
