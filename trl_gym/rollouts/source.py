@@ -393,8 +393,11 @@ class Finisher:
         calls: Sequence[ModelCall] = model_calls(result.records or ())
         agent = result.request.agent
         if failure is None and result.records is None and self.has_ledger:
-            text = "the policy server cannot say which tokens it sampled: it was lost, or had no room for them"
-            failure = RolloutFailure(kind=FailureKind.INFRASTRUCTURE, text=text, where=agent)
+            failure = RolloutFailure(
+                kind=FailureKind.INFRASTRUCTURE,
+                text="the policy server cannot say which tokens it sampled: it was lost, or had no room for them",
+                where=agent,
+            )
         elif failure is None:
             assert result.answer is not None, "an attempt ends with an answer or a failure"
             try:

@@ -371,11 +371,9 @@ class RolloutCalls:
                 continue
             ids = sampled_ids(record.tokens)
             end = record.prompt_tokens + len(ids)
-            if (
-                length < end <= len(prompt) and prompt[record.prompt_tokens : end] == ids
-            ):  # cheap; nearly always enough
-                if prompt[:end] == token_ids(self.records, index):
-                    best, length = index, end
+            is_candidate = length < end <= len(prompt) and prompt[record.prompt_tokens : end] == ids  # cheap
+            if is_candidate and prompt[:end] == token_ids(self.records, index):
+                best, length = index, end
         return best
 
     def _tokens(self, index: int) -> CallTokens:
