@@ -504,7 +504,7 @@ def _length_problems(config: GymGRPOConfig) -> Iterator[Problem]:
     length, context = config.max_completion_length, config.vllm_max_model_length
     if length is None:
         yield Problem(
-            "`max_completion_length` must be set: it bounds the tokens of a rollout after its prompt.",
+            "`max_completion_length` must be set: it bounds the tokens of a conversation after its first prompt.",
             "Set it below `vllm_max_model_length`.",
         )
     elif context is not None and length >= context:

@@ -77,7 +77,7 @@ def roll_out(
         num_generations: Rollouts per row.
         limit: Rows at most; None for all.
         temperature: Temperature of every model call.
-        max_tokens: Tokens that a rollout may have after its first prompt.
+        max_tokens: Tokens that a conversation of a rollout may have after its first prompt.
         deadline_s: Seconds that a rollout may take.
 
     Returns:

@@ -269,7 +269,8 @@ def said_in_message(message: Mapping[str, Any]) -> tuple[bytes, ...]:
     NeMo Gym's converters change them. The digests are equal to those of the same answer in `said_in_item`.
     """
     text = _text_said(text_of(message.get("content")))
-    calls = [call for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+    calls = message.get("tool_calls")
+    calls = [call for call in calls if isinstance(call, Mapping)] if isinstance(calls, list | tuple) else []
     said = [_call_said(call.get("function")) for call in calls]
     return (*said,) if text is None else (text, *said)
 

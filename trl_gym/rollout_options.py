@@ -38,7 +38,8 @@ class RolloutOptions:
 
     Attributes:
         sampling: Distribution that tokens are drawn from.
-        max_completion_length: Tokens that a rollout may have after its first prompt.
+        max_completion_length: Tokens that a conversation of a rollout may have after its first prompt; a compaction
+            begins a new one.
         deadline: Seconds after which a rollout counts as failed.
         max_inflight: Rollouts of one process that run at the same time.
         launch_rate: Rollouts that one process starts per second at most; None for no limit.

@@ -131,6 +131,14 @@ async def test_an_answer_without_end_is_not_passed_on(path: str, monkeypatch: py
                 await call.done()
 
 
+async def test_a_request_without_end_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl_gym.policy_server.upstreams.MAX_REQUEST_BYTES", 1000)
+    fake = FakeUpstream()
+    async with serving(fake) as app:
+        assert (await ask(app, "POST", CHAT, body=bytes(3000))).status == 413
+        assert fake.asked(CHAT) == 0
+
+
 async def test_what_is_no_path_never_becomes_a_host_name() -> None:
     async with serving(FakeUpstream()) as app:
         assert (await ask(app, "OPTIONS", "*")).status == 400

@@ -141,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=4096,
         metavar="N",
-        help="tokens of a rollout after its first prompt (default: %(default)s)",
+        help="tokens of a conversation of a rollout after its first prompt (default: %(default)s)",
     )
 
     gym = parser.add_argument_group("NeMo Gym")

@@ -41,6 +41,8 @@ from yarl import URL
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.middleware.app import AFFINITY
 from trl_gym.policy_server.middleware.http import (
+    MAX_REQUEST_BYTES,
+    AnsweredError,
     ClientGoneError,
     Message,
     Receive,
@@ -332,9 +334,14 @@ class UpstreamApp:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1011, "reason": "the gateway forwards HTTP only"})
         try:
-            request = ForwardedRequest.from_scope(scope, await read_body(receive), self._api_key)
+            # The middleware in front adds the exact prompt to what its client has sent.
+            request = ForwardedRequest.from_scope(
+                scope, await read_body(receive, 2 * MAX_REQUEST_BYTES), self._api_key
+            )
         except ClientGoneError:
             return None
+        except AnsweredError as answered:
+            return await answered.reply.send(send)
         if not request.target.startswith("/"):  # `OPTIONS *`: must not become part of the host name
             return await Reply.error(400, f"{request.target!r} is not a path").send(send)
         if self._is_cut_off:

@@ -112,8 +112,8 @@ def stamp(
         row: The dataset row.
         rollout_id, task_index, member: See `RolloutRequest`.
         sampling: Sampling parameters of every model call.
-        completion_budget: Tokens that the whole rollout may have after its first prompt. A single model call gets at
-            most this many, or what the row asks for when that is less.
+        completion_budget: Tokens that each conversation of the rollout may have after its first prompt; a compaction
+            begins a new one. A single model call gets at most this many, or what the row asks for when that is less.
         chat_template_kwargs: Passed to the chat template by the policy server.
 
     Raises:

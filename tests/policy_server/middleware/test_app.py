@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from tests.policy_server.fake_vllm import END, FakeVllm, Json, render, with_tokens
-from trl_gym.policy_server.middleware.app import OnPolicyMiddleware
+from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, _without_tokens
 from trl_gym.policy_server.middleware.ledger import CallRecord, Taken, sampled_ids, token_ids
 from trl_gym.policy_server.middleware.turn import TOKEN_KEYS
 
@@ -398,10 +398,79 @@ async def test_sampling_is_pinned(http: Http, app: FakeVllm) -> None:
     assert (sent["temperature"], sent["top_p"], "top_k" in sent, "trl_gym" in sent) == (0.7, 1.0, False, False)
 
 
+SKEWING: Json = {
+    "min_p": 0.2,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 1.0,
+    "frequency_penalty": 1.0,
+    "seed": 1,
+    "logit_bias": {"5": 100},
+    "allowed_token_ids": [5],
+    "bad_words": ["no"],
+    "min_tokens": 3,
+    "thinking_token_budget": 5,
+    "vllm_xargs": {"skew": 1},
+}
+FORMAT: Json = {"response_format": {"type": "json_object"}, "structured_outputs": {"choice": ["a"]}, "stop": ["x"]}
+
+
+@pytest.mark.parametrize("pinned_by", ["tag", "server", "nobody"])
+async def test_what_would_change_a_pinned_distribution_is_left_out(http: Http, app: FakeVllm, pinned_by: str) -> None:
+    """TRL computes the log-probabilities without it. Where nothing is pinned, the agent decides."""
+    if pinned_by == "server":
+        await http("POST", "/trl_gym/sampling", {"sampling": {"temperature": 0.7}})
+    await http.chat([USER], trl_gym=TAG if pinned_by == "tag" else {"rollout": "r0"}, **SKEWING, **FORMAT)
+    sent = app.chats()[-1]
+    assert {key: sent[key] for key in FORMAT} == FORMAT
+    assert SKEWING.keys() & sent.keys() == (SKEWING.keys() if pinned_by == "nobody" else set())
+
+
+@pytest.mark.parametrize("number", [8, 8.0, "8", " 8 "])
+@pytest.mark.parametrize("key", ["max_tokens", "max_completion_tokens"])
+async def test_a_token_limit_is_a_number_in_whatever_form(http: Http, app: FakeVllm, key: str, number: Any) -> None:
+    await http.chat([USER], trl_gym={**TAG, "completion_budget": 5}, **{key: number})
+    assert app.chats()[-1][key] == 5
+    app.finish_reason = "tool_calls"
+    await http.chat([USER], **{key: number})
+    assert app.chats()[-1][key] == 8
+
+
+JUNK = [5, "x", [1], {"a": 1}, True, 0, -1, 1.5, "", [], {}, [[1]], [None], "4096", 1e300]
+
+
+BODY_KEYS = (
+    *("chat_template_kwargs", "stream_options", "kv_transfer_params", "max_tokens", "max_completion_tokens"),
+    *("reasoning_effort", "documents", "tools", "best_of", "use_beam_search", "stop", "top_logprobs"),
+)
+MESSAGE_KEYS = ("tool_calls", "tool_call_id", "reasoning", "name", "prompt_token_ids", "generation_token_ids")
+
+
+@pytest.mark.parametrize("key", [*BODY_KEYS, *MESSAGE_KEYS])
+@pytest.mark.parametrize("tag", [TAG | {"chat_template_kwargs": {"a": 1}}, None], ids=["tagged", "untagged"])
+async def test_no_field_ends_in_a_traceback(http: Http, key: str, tag: Json | None) -> None:
+    more: Json = {} if tag is None else {"trl_gym": tag}
+    (choice,) = (await http.slim_chat([USER], **more))["choices"]
+    for junk in JUNK:
+        answered = choice["message"] | ({key: junk} if key in MESSAGE_KEYS else {})
+        body = {"messages": [USER, answered, USER], **({key: junk} if key in BODY_KEYS else {})}
+        for option in ({}, {"reasoning_effort": "low"}, {"stream": True, "stream_options": {}}):
+            status, answer = await http("POST", "/v1/chat/completions", {**option, **body, **more})
+            assert status in (200, 400), answer
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ({"trl_gym": TAG, "n": 2}, "n must be 1"),
+        ({"trl_gym": TAG, "best_of": 4}, "best_of must be 1"),
+        ({"trl_gym": TAG, "use_beam_search": True}, "use_beam_search must be false"),
+        ({"trl_gym": TAG, "max_tokens": -1}, "max_tokens must be a positive integer"),
+        ({"trl_gym": TAG, "max_completion_tokens": "many"}, "max_completion_tokens must be a positive integer"),
+        ({"trl_gym": TAG, "max_tokens": True}, "max_tokens must be a positive integer"),
+        ({"chat_template_kwargs": "x", "reasoning_effort": "low"}, "chat_template_kwargs must be an object"),
+        ({"trl_gym": TAG, "stream": True, "stream_options": "x"}, "stream_options must be an object"),
+        ({"kv_transfer_params": "x"}, "kv_transfer_params must be an object"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": 5}]}, "tool_calls must be a list"),
         ({"trl_gym": {"rollout": "r", "sampling": {"typical_p": 1}}}, "typical_p"),
         ({"trl_gym": {"rollout": "r", "budget": 1}}, "unknown keys: budget"),
         ({"trl_gym": {"sampling": {}}}, "rollout"),
@@ -500,9 +569,11 @@ async def test_streams_and_nonsense_go_through_untouched(http: Http, app: FakeVl
     [
         ("logprob", -9999.0, "not a finite number"),  # what vLLM writes for minus infinity
         ("logprob", None, "not a finite number"),
+        ("logprob", 10**400, "not a finite number"),
         ("token_ids", [1], "3 logprobs for 1 sampled tokens"),
-        ("token_ids", [1, 2**40, 3], "token ids that are none"),
-        ("token_ids", [1, "2", 3], "token ids that are none"),
+        ("token_ids", [1, 2**40, 3], "answers as vLLM does not"),
+        ("token_ids", [1, -2, 3], "answers as vLLM does not"),
+        ("token_ids", [1, "2", 3], "answers as vLLM does not"),
         ("prompt_token_ids", [1, 2], "did not use the exact prompt"),
     ],
 )
@@ -520,6 +591,86 @@ async def test_a_bundle_that_is_not_exact_is_a_500(
     status, answer = await http("POST", "/v1/chat/completions", {"messages": messages, "trl_gym": TAG})
     assert status == 500
     assert message in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"choices": []},
+        {"choices": None},
+        {"usage": [1]},
+        {"usage": {"prompt_tokens": "5"}},
+        {"usage": {"prompt_tokens_details": "x"}},
+        {"usage": {"completion_tokens": 2**70}},
+        {"metrics": {"queue_time_ms": "x"}},
+        {"metrics": {"queue_time_ms": float("inf")}},
+        {"weight_version": [3]},
+        {"created": float("nan")},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tagged", [True, False])
+async def test_an_answer_of_another_shape_is_a_500_and_no_record(
+    http: Http, app: FakeVllm, change: Json, tagged: bool
+) -> None:
+    app.change_answer = lambda answer: answer.update(change)
+    body = {"messages": [USER], **({"trl_gym": TAG} if tagged else {})}
+    status, answer = await http("POST", "/v1/chat/completions", body)
+    assert status == 500 and "answers as vLLM does not" in answer["error"]["message"]
+    assert [one.status for one in await http.take("r0")] == ([500] if tagged else [])
+
+
+async def test_an_answer_that_is_no_json_or_has_other_logprobs_is_a_500(
+    http: Http, app: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for logprobs in ("x", {"content": 5}, {"content": [5, 5, 5]}, [1]):
+        app.change_answer = lambda answer, logprobs=logprobs: answer["choices"][0].update(logprobs=logprobs)  # type: ignore[misc]
+        status, _ = await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG})
+        assert status == 500
+    app.change_answer = lambda answer: answer["choices"].append(answer["choices"][0])
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG})
+    assert status == 500 and "2 answers for one" in answer["error"]["message"]
+
+    async def send_text(scope: Json, receive: Any, send: Any) -> None:
+        async def damage(message: Json) -> None:
+            is_body = scope["path"] == "/v1/chat/completions" and message["type"] == "http.response.body"
+            await send(message | {"body": b"<html>"} if is_body else message)
+
+        await app(scope, receive, damage)
+
+    http.middleware = OnPolicyMiddleware(send_text)
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG})
+    assert status == 500 and "answers as vLLM does not" in answer["error"]["message"]
+
+
+async def test_a_servers_own_version_is_recorded_as_text(http: Http, app: FakeVllm) -> None:
+    real = app.answer
+    app.answer = lambda path, body: (404, {}) if path == "/weight_info" else real(path, body)  # type: ignore[method-assign]
+    app.change_answer = lambda answer: answer.update(weight_version=3)
+    assert (await http.chat([USER], trl_gym=TAG))["weight_version"] == "3"
+    assert [one.weight_version for one in await http.take("r0")] == ["3"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/trl_gym/rollouts/take"])
+async def test_a_body_without_end_is_a_413(
+    http: Http, app: FakeVllm, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_read = 0
+
+    async def receive() -> Json:
+        nonlocal num_read
+        num_read += 2**22
+        assert num_read <= 2**27, "it is read on"
+        return {"type": "http.request", "body": bytes(2**22), "more_body": True}
+
+    sent: list[Json] = []
+
+    async def send(message: Json) -> None:
+        sent.append(message)
+
+    await http.middleware({"type": "http", "method": "POST", "path": path, "headers": []}, receive, send)
+    assert sent[0]["status"] == 413 and b"longer than 67,108,864 bytes" in sent[1]["body"]
+    assert app.requests == []
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504, 520])
@@ -554,6 +705,12 @@ async def test_every_call_of_a_rollout_is_recorded(http: Http, app: FakeVllm) ->
     )  # again, for one who did not get the answer
     status, answer = await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG})
     assert status == 400 and "context length" in answer["error"]["message"]  # a late call; nobody waits for it
+
+
+def test_a_record_is_listed_without_a_look_at_its_tokens() -> None:
+    record = CallRecord(status=200, prompt="exact", seconds=1.0, tokens=object())  # type: ignore[arg-type]
+    listed = _without_tokens(record)
+    assert "tokens" not in listed and listed["seconds"] == 1.0
 
 
 async def test_a_cancelled_rollout_is_told_that_its_context_is_full(http: Http, app: FakeVllm) -> None:

@@ -305,6 +305,57 @@ async def test_calls_of_a_judge_belong_to_their_rollout_and_are_no_turns(server:
     assert (await server.chat(headers, trl_gym={"rollout": "r1"}))[0] == 403
 
 
+@pytest.mark.parametrize("place", ["bearer", "prefix"])
+@pytest.mark.parametrize("has_key", [True, False])
+async def test_whoever_has_a_rollouts_key_makes_turns_of_it_and_nothing_else(place: str, has_key: bool) -> None:
+    server = Server(API_KEY) if has_key else Server()
+    key = rollout_key(API_KEY, TAG)
+    headers, prefix = (bearer(key), "") if place == "bearer" else (bearer("dummy"), PREFIX + key)
+    own = {"temperature": 0.1, "max_tokens": 150}
+    assert (await server.chat({**headers, **JUDGE}, prefix + CHAT, **own))[0] == 200
+    asked = server.app.chats()[-1]
+    assert (asked["temperature"], asked["max_tokens"]) == (0.7, 50)
+    [record] = await server.records("r0")
+    assert record["caller"] is None
+    for path in ("/v1/completions", "/v1/responses", "/v1/messages"):
+        assert (await server(prefix + path, {**headers, **JUDGE}, {"prompt": "x"}))[0] == 400
+    assert (await server.chat({**headers, **AGENT}, prefix + CHAT))[0] == 200
+    assert (await server.records("r0"))[-1]["caller"] == "responses_api_agents/agent"
+
+
+@pytest.mark.parametrize("caller", [JUDGE, AGENT, {}], ids=str)
+async def test_a_key_and_a_tag_of_one_rollout_are_the_key(server: Server, caller: Json) -> None:
+    key = rollout_key(API_KEY, TAG)
+    headers = {**bearer(gym_key(API_KEY, "error")), ROLLOUT_HEADER: key, **caller}
+    tag = {"rollout": "r0", "sampling": {"temperature": 0.1, "top_k": 1}, "completion_budget": 150}
+    assert (await server.chat(headers, trl_gym=tag, max_tokens=150))[0] == 200
+    asked = server.app.chats()[-1]
+    assert (asked["temperature"], "top_k" in asked, asked["max_tokens"]) == (0.7, False, 50)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("end", ["cancel", "take"])
+async def test_a_rollout_that_has_ended_makes_no_calls_at_all(server: Server, path: str, end: str) -> None:
+    key = rollout_key(API_KEY, TAG)
+    judge = {**bearer(gym_key(API_KEY, "warn")), ROLLOUT_HEADER: key, **JUDGE}
+    body = {"messages": [USER], "prompt": "x"}
+    if path in (CHAT, "/v1/completions"):  # which the fake has
+        assert (await server(path, judge, body))[0] == 200
+    ending = {"type": "http.request", "body": json.dumps({"rollouts": ["r0"]}).encode(), "more_body": False}
+
+    async def receive() -> Json:
+        return ending
+
+    async def send(_message: Json) -> None:
+        pass
+
+    await server.middleware(scope(f"/trl_gym/rollouts/{end}", bearer(API_KEY)), receive, send)
+    num_asked = len(server.inner)
+    status, answer = await server(path, judge, body)
+    assert status == 400 and "has ended or was cancelled" in answer["error"]["message"]
+    assert len(server.inner) == num_asked
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses", "/v1/messages"])
 async def test_turns_on_other_routes_are_refused(server: Server, path: str) -> None:
     for headers in (bearer(rollout_key(API_KEY, TAG)), {**bearer(API_KEY), ROLLOUT_HEADER: rollout_key(API_KEY, TAG)}):

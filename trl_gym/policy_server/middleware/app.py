@@ -13,8 +13,9 @@ returns the tokens of each answer; `chat.py` says how.
     POST /trl_gym/adapters           load a new version of the LoRA adapter that is the policy (`adapters.py`)
 
 A request with `trl_gym = {"rollout": …, "sampling": {…}, "completion_budget": …}` in its body, or in a key
-(`identity.py`), is a turn of that rollout, sampled with exactly these parameters. Without it (and without token ids in
-its messages) a request gets the stock answer plus the bundle, and a stream is the stock stream.
+(`identity.py`), is a turn of that rollout, sampled with exactly these parameters: whatever else in the request would
+change the distribution is left out (`Turn.pin`), but for the format that the agent asks for. Without it (and without
+token ids in its messages) a request gets the stock answer plus the bundle, and a stream is the stock stream.
 
 Only the server's HTTP surface is used, so nothing here depends on vLLM's internals.
 """
@@ -147,6 +148,8 @@ class OnPolicyMiddleware:
     async def _complete_chat(self, server: WrappedServer, send: Send) -> Reply | None:
         body = await read_body(server.receive)
         identity = identity_of(server.scope)
+        if (refusal := self._chat.refusal(identity.rollout)) is not None:
+            return refusal
         turn = Turn.from_json(body, identity)
         if turn is None and (identity.turn_tag is not None or _is_tagged(body)):
             raise InvalidTurnError("a turn of a rollout must be a JSON object (no NaN) with a list of `messages`")
@@ -167,6 +170,8 @@ class OnPolicyMiddleware:
             raise InvalidTurnError(f"a turn of a rollout must be sent to {CHAT_PATH}: only it answers with token ids")
         if identity.rollout is None:
             self._untagged.count(identity)
+        elif (refusal := self._chat.refusal(identity.rollout)) is not None:
+            return refusal
         await self._forward(server, body, send)
         return None
 
@@ -266,7 +271,8 @@ def _names(request: dict[str, Any]) -> list[str]:
 
 
 def _without_tokens(record: CallRecord) -> dict[str, Any]:
-    return {name: value for name, value in msgspec.to_builtins(record).items() if name != "tokens"}
+    bare = msgspec.structs.replace(record, tokens=None)  # else they would all be written as base64
+    return {name: value for name, value in msgspec.to_builtins(bare).items() if name != "tokens"}
 
 
 def _is_tagged(body: bytes) -> bool:

@@ -101,8 +101,8 @@ class ChatTurns:
         self.counters.requests += 1
         if turn.rollout is None:
             return (await self._serve_routed(server, turn)).reply
-        if self.book.has_ended(turn.rollout):
-            return self._cancelled(turn)
+        if (refusal := self.refusal(turn.rollout)) is not None:
+            return refusal
         if turn.sampling is None:
             turn.pin(self.sampling)
         turn.known = self.book.calls(turn.rollout)
@@ -111,7 +111,11 @@ class ChatTurns:
             try:
                 return await self._serve_recorded(server, turn, abort)
             except AbortedError:
-                return self._cancelled(turn)
+                return self._cancelled(turn.rollout)
+
+    def refusal(self, rollout: str | None) -> Reply | None:
+        """Return the answer to a call of a rollout that has ended, be it a turn or not; None if it has not."""
+        return self._cancelled(rollout) if rollout is not None and self.book.has_ended(rollout) else None
 
     async def _serve_recorded(self, server: WrappedServer, turn: Turn, abort: asyncio.Event) -> Reply:
         started = time.monotonic()
@@ -229,7 +233,7 @@ class ChatTurns:
         )
         if room <= 0:
             self.counters.overflows += 1
-            budget = f" and the rollout's budget of {turn.completion_budget}" if turn.completion_budget else ""
+            budget = f" and the conversation's budget of {turn.completion_budget}" if turn.completion_budget else ""
             message = (
                 f"This model's {_OVERFLOW} is {max_model_len} tokens{budget}; the prompt of "
                 f"{prompt.num_tokens} tokens leaves no room for a completion."
@@ -259,10 +263,12 @@ class ChatTurns:
         """Add bundle or handle, version and drift to the answer, and return its tokens for the ledger.
 
         Raises:
-            AnsweredError: The bundle of a rollout's turn is not exact.
+            AnsweredError: The bundle of a rollout's turn is not exact, or the answer is no chat completion.
         """
-        answer, tokens = reply.json(), None
+        answer, tokens = reply.checked_json(f"POST {CHAT_PATH}", openai.Completion), None
         try:
+            if turn.is_ours and len(answer["choices"]) != 1:
+                raise openai.BundleError(f"the server returned {len(answer['choices'])} answers for one")
             openai.attach(answer, forced_prompt=prompt.forced)
             tokens = self._remember(turn, answer, await self._server_info.max_model_len(server))
         except openai.BundleError as error:
@@ -275,8 +281,10 @@ class ChatTurns:
         if adapter is not None:
             answer["model"] = turn.body.get("model") or (await self._server_info.all(server))["model_names"][0]
         version = await self._adapters.version_of(adapter, server)
+        if version is None:
+            version = answer.get("weight_version")
         if version is not None:
-            answer["weight_version"] = version
+            answer["weight_version"] = str(version)
         if prompt.drift is not None:
             answer["trl_gym"] = {"drift": msgspec.to_builtins(prompt.drift)}
         return answer, tokens
@@ -290,16 +298,13 @@ class ChatTurns:
         if _stopped_by_itself(turn, answer, max_model_len):
             self.templates.stop_ids.add(ids[-1])
         if turn.rollout is not None:
-            try:
-                return self._calls(turn).tokens_of(turn, message, prompt)
-            except (OverflowError, TypeError) as error:
-                raise openai.BundleError(f"the server returned token ids that are none ({error})") from error
+            return self._calls(turn).tokens_of(turn, message, prompt)
         self._histories.remember(prompt + ids, digest_of(turn, len(turn.messages)))
         return None
 
-    def _cancelled(self, turn: Turn) -> Reply:
+    def _cancelled(self, rollout: str) -> Reply:
         self.counters.cancelled += 1
-        text = f"The rollout {turn.rollout} has ended or was cancelled; its {_OVERFLOW} counts as reached."
+        text = f"The rollout {rollout} has ended or was cancelled; its {_OVERFLOW} counts as reached."
         return Reply.error(400, text)
 
 

@@ -23,6 +23,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+MAX_REQUEST_BYTES = 64 * 2**20  # a turn with the ids of 30 earlier ones has a megabyte
 _NOT_FOUND = 404
 _BODY_HEADERS = (b"content-length", b"content-type", b"transfer-encoding", b"expect")
 
@@ -80,6 +81,25 @@ class Reply:
         """Parse the body. Raises `ValueError` if it is not JSON, see `parse_json`."""
         return parse_json(self.body)
 
+    def checked_json(self, request: str, shape: Any) -> Any:
+        """Parse the body of an answer.
+
+        Args:
+            request: Method and path of the request, for the message.
+            shape: See `shape_problem`.
+
+        Raises:
+            AnsweredError: It is no JSON (NaN is none), or of another shape: a server behind the gateway may send it.
+        """
+        try:
+            answer = parse_json(self.body, constant=_refuse_constant)
+            problem = shape_problem(answer, shape)
+        except ValueError as error:
+            problem = str(error)
+        if problem is not None:
+            raise AnsweredError(Reply.error(500, f"{request}: the server answers as vLLM does not ({problem})"))
+        return answer
+
     def error_text(self) -> str:
         return error_body_text(self.body)
 
@@ -91,7 +111,13 @@ class Reply:
     @classmethod
     def error(cls, status: int, message: str) -> Reply:
         """Make an error reply in the form of OpenAI and vLLM."""
-        kinds = {400: "BadRequestError", 401: "AuthenticationError", 409: "ConflictError"}
+        kinds = {
+            400: "BadRequestError",
+            401: "AuthenticationError",
+            403: "PermissionDeniedError",
+            409: "ConflictError",
+            413: "RequestTooLargeError",
+        }
         kind = kinds.get(status, "InternalServerError")
         return cls.from_json(status, {"error": {"message": message, "type": kind, "param": None, "code": status}})
 
@@ -99,6 +125,10 @@ class Reply:
         headers = [(b"content-type", self.content_type), (b"content-length", str(len(self.body)).encode())]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def compact_json(payload: Any) -> bytes:
@@ -125,18 +155,22 @@ def path_of(scope: Scope) -> str:
     return scope["path"].removeprefix(scope.get("root_path", ""))
 
 
-async def read_body(receive: Receive) -> bytes:
+async def read_body(receive: Receive, limit: int = MAX_REQUEST_BYTES) -> bytes:
     """Read the whole request body.
 
     Raises:
+        AnsweredError: It has more than `limit` bytes.
         ClientGoneError: If the client hangs up before it is complete.
     """
-    chunks = []
+    chunks, size = [], 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGoneError
         chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > limit:
+            raise AnsweredError(Reply.error(413, f"the body of this request is longer than {limit:,} bytes"))
         if not message.get("more_body"):
             return b"".join(chunks)
 
@@ -200,19 +234,11 @@ class WrappedServer:
     async def ask_json(
         self, method: str, path: str, payload: dict[str, Any] | bytes = b"", *, shape: Any = Any
     ) -> Any:
-        """Return the JSON of an answer with status 200. Raises `AnsweredError` with any other, or with JSON of another
-        shape (see `shape_problem`), which a server behind the gateway may send."""
+        """Return the JSON of an answer with status 200. Raises `AnsweredError` with any other; else `checked_json`."""
         reply = await self.ask(method, path, payload)
         if not reply.ok:
             raise AnsweredError(reply)
-        try:
-            answer = reply.json()
-            problem = shape_problem(answer, shape)
-        except ValueError as error:
-            problem = str(error)
-        if problem is not None:
-            raise AnsweredError(Reply.error(500, f"{method} {path}: the server answers as vLLM does not ({problem})"))
-        return answer
+        return reply.checked_json(f"{method} {path}", shape)
 
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         """Call `POST /tokenize`. Raises `RenderRefusedError` with the server's words, else as `ask_json`."""

@@ -16,7 +16,9 @@ no budget and cannot be trained.
 A server without an API key lets everybody in. It reads these keys and checks no signature, for there is none to check.
 
 `x-trl-gym-caller: KIND/NAME` names the Gym server that called. Calls of a resources server (a judge in `/verify`, a
-tool that asks the policy) belong to their rollout and are not its turns: they are served as by a stock server.
+tool that asks the policy) belong to their rollout and are not its turns: they are served as by a stock server. That a
+resources server called is believed of whoever holds the server's API key or a Gym key: with a rollout key alone every
+call is a turn.
 """
 
 from __future__ import annotations
@@ -137,7 +139,7 @@ class Identity:
 
     @property
     def is_side(self) -> bool:
-        """Tell whether a resources server called: its calls are not turns, unless their body has a tag."""
+        """Tell whether a resources server called: its calls are not turns, unless their body has a tag too."""
         return self.caller is not None and self.caller.partition("/")[0] == SIDE_KIND
 
     @property
@@ -199,9 +201,12 @@ class Gate:
             agreed_rollout(claims[0].rollout, one.rollout)
         if not has_api_key:
             self._check_route(scope, from_prefix or from_bearer)  # the header says whose call it is and opens nothing
+        is_open = not self._api_keys and from_prefix is None and from_bearer is None  # anybody may call as anybody
+        is_gym = from_bearer is not None and from_bearer.gym is not None
+        caller = _caller(scope, may_be_side=has_api_key or is_gym or is_open)
         tag = {key: value for key, value in msgspec.structs.asdict(claims[0]).items() if value} if claims else None
         untagged = None if from_bearer is None else from_bearer.gym
-        scope[_IDENTITY] = Identity(tag=tag, caller=_caller(scope), untagged=untagged)
+        scope[_IDENTITY] = Identity(tag=tag, caller=caller, untagged=untagged)
         self._clean(scope, is_ours=not has_api_key and (from_prefix or from_bearer) is not None)
 
     def _is_api_key(self, bearer: bytes | None) -> bool:
@@ -268,9 +273,12 @@ def _bearer(scope: Scope) -> bytes | None:
     return key if scheme.lower() == b"bearer" else None
 
 
-def _caller(scope: Scope) -> str | None:
+def _caller(scope: Scope, *, may_be_side: bool) -> str | None:
     value = header(scope, CALLER_HEADER.encode())
-    return value.decode() if value is not None and _CALLER.fullmatch(value) else None
+    if value is None or not _CALLER.fullmatch(value):
+        return None
+    caller = value.decode()
+    return caller if may_be_side or not caller.startswith(f"{SIDE_KIND}/") else None
 
 
 @dataclass(slots=True)

@@ -10,15 +10,58 @@ as server-sent events in one piece, with the bundle on the delta.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
 
 from trl_gym.policy_server.middleware.http import compact_json
 from trl_gym.policy_server.middleware.splice import num_common
+from trl_gym.untrusted import MAX_NUMBER
 
 CONTENT_TYPE = b"text/event-stream; charset=utf-8"
 _MISSING_LOGPROB = -9999.0  # vLLM writes this if it has none, and if the probability is zero
+
+_Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)] | None
+_Milliseconds = Annotated[float, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)] | None
+
+
+class _Message(TypedDict):
+    tool_calls: NotRequired[list[dict[str, Any]] | None]
+
+
+class _Choice(TypedDict):  # `_logprobs` checks the log-probabilities
+    message: _Message
+    token_ids: NotRequired[list[_Token] | None]
+    finish_reason: NotRequired[str | None]
+    stop_reason: NotRequired[str | int | None]
+
+
+class _CachedTokens(TypedDict):
+    cached_tokens: NotRequired[_Count]
+
+
+class _Usage(TypedDict):
+    prompt_tokens: NotRequired[_Count]
+    completion_tokens: NotRequired[_Count]
+    prompt_tokens_details: NotRequired[_CachedTokens | None]
+
+
+class _Metrics(TypedDict):
+    queue_time_ms: NotRequired[_Milliseconds]
+    time_to_first_token_ms: NotRequired[_Milliseconds]
+    generation_time_ms: NotRequired[_Milliseconds]
+
+
+class Completion(TypedDict):
+    """What is read of a chat completion."""
+
+    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
+    prompt_token_ids: NotRequired[list[_Token] | None]
+    usage: NotRequired[_Usage | None]
+    metrics: NotRequired[_Metrics | None]
+    weight_version: NotRequired[str | int | None]
 
 
 class BundleError(Exception):
@@ -92,14 +135,17 @@ def strip_unasked(answer: dict[str, Any], asked: Collection[str]) -> None:
 
 
 def _logprobs(choice: dict[str, Any], num_ids: int) -> list[float]:
-    content = (choice.get("logprobs") or {}).get("content") or []
+    logprobs = choice.get("logprobs")
+    content = logprobs.get("content") or [] if isinstance(logprobs, dict) else []
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise BundleError("the server returned other things than logprobs")
     if len(content) != num_ids:
         raise BundleError(f"the server returned {len(content)} logprobs for {num_ids} sampled tokens")
-    logprobs = [entry.get("logprob") for entry in content]
-    for place, logprob in enumerate(logprobs):
-        if not isinstance(logprob, int | float) or not math.isfinite(logprob) or logprob <= _MISSING_LOGPROB:
+    found = [entry.get("logprob") for entry in content]
+    for place, logprob in enumerate(found):
+        if not isinstance(logprob, int | float) or not _MISSING_LOGPROB < logprob <= MAX_NUMBER:
             raise BundleError(f"the logprob of sampled token {place} is {logprob!r}, which is not a finite number")
-    return logprobs
+    return found
 
 
 def events(answer: dict[str, Any], *, include_usage: bool) -> bytes:

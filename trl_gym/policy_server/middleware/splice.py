@@ -175,8 +175,9 @@ def room(
     Args:
         num_prompt: Tokens of this call's prompt.
         max_model_len: Tokens that the server accepts for prompt and completion together.
-        completion_budget: Tokens that the rollout's completion may have, with tool outputs and later prompts.
-        num_first_prompt: Tokens of the rollout's first prompt, which do not count; default: `num_prompt`.
+        completion_budget: Tokens that a conversation may have after its first prompt, with tool outputs and later
+            prompts.
+        num_first_prompt: Tokens of that first prompt, which do not count; default: `num_prompt`.
 
     Example:
         >>> room(120, max_model_len=512, completion_budget=100, num_first_prompt=50)  # 70 of 100 are used

@@ -23,15 +23,32 @@ if TYPE_CHECKING:
     from trl_gym.policy_server.middleware.ledger import RolloutCalls
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# They change the distribution that tokens are drawn from, which TRL computes again without them. A seed would give the
+# rollouts of a group the same samples.
+_SKEWING_KEYS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "min_tokens",
+    "thinking_token_budget",
+    "vllm_xargs",
+    "seed",
+)
 TOKEN_KEYS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
 # Of chat messages, and as the Responses API names them.
 _TEXT_PARTS = frozenset({"text", "refusal", "thinking", "input_text", "output_text", "summary_text", "reasoning_text"})
 _TAG_KEYS = ("rollout", "sampling", "completion_budget", "chat_template_kwargs")
 # Fields that decide how a chat is rendered, by their names in /tokenize.
 _RENDER_KEYS = ("model", "tools", "chat_template", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs")
+_LIMIT_KEYS = ("max_tokens", "max_completion_tokens")
+_OBJECT_KEYS = ("chat_template_kwargs", "stream_options", "kv_transfer_params")
 
 _MAX_TOKEN_ID = 2**31 - 1  # an engine's limit; the server itself refuses ids beyond its vocabulary
 
+_MAX_QUOTED_CHARS = 100
+_NUMERAL = re.compile(r"\s*\+?[0-9]{1,18}\s*")
 _HANDLE = re.compile(rb"\[(-[0-9]{1,16})\]")
 
 _Fields = dict[str, msgspec.Raw]
@@ -55,7 +72,7 @@ class Turn:
     sampled: list[bytes | None] = field(default_factory=list)
     rollout: str | None = None  # id of the rollout; None for a request without a tag
     sampling: dict[str, Any] | None = None  # sampling parameters that the tag pins; None if it pins none
-    completion_budget: int | None = None  # tokens that the rollout may have after its first prompt
+    completion_budget: int | None = None  # tokens after the first prompt of each conversation of the rollout
     newest: int | None = None  # index of the newest message whose tokens are known, or None
     seen: list[int] | None = None  # prompt and sampled ids of that message, or None
     known: RolloutCalls | None = None  # the calls of its rollout so far; None for a request without a tag
@@ -82,7 +99,8 @@ class Turn:
             None unless it is a JSON object with a list of message objects: the server has its own error for that.
 
         Raises:
-            InvalidTurnError: If the tag or the token ids are malformed, or a rollout asks for `n` > 1.
+            InvalidTurnError: If the tag, the token ids or a field that is read here is malformed, or a rollout asks
+                for several answers or a beam search.
             RefusedError: If the body names another rollout than the request's keys.
         """
         try:
@@ -97,13 +115,14 @@ class Turn:
             raise InvalidTurnError(f"the body is nested more than {MAX_DEPTH} levels deep") from None
         if not messages:
             return None
+        _check_types(body, plain)
         tag = body.pop("trl_gym", None)
         turn = cls(body, plain, asked=_asked(body), caller=identity.caller)
         if tag is not None:
-            turn._apply_tag(tag)
-        agreed_rollout(identity.rollout, turn.rollout)
-        if identity.turn_tag is not None:
-            turn._apply_tag(identity.turn_tag)
+            agreed_rollout(identity.rollout, _checked_tag(tag)["rollout"])
+            tag = identity.tag or tag  # what is signed counts, and it alone
+        if (tag := tag or identity.turn_tag) is not None:
+            turn._apply_tag(_checked_tag(tag))
         turn.render_options = _render_options(body)
         options = json.dumps(turn.render_options, sort_keys=True).encode()
         turn.options_key = hashlib.blake2b(options, digest_size=16).digest()
@@ -111,8 +130,8 @@ class Turn:
             turn.sampled = [None] * len(messages)  # a judge may quote a turn; it does not go on from it
         else:
             turn._read_history(messages)
-        if turn.is_ours and body.get("n") not in (None, 1):
-            raise InvalidTurnError(f"n must be 1 for a turn of a rollout, not {body['n']!r}")
+        if turn.is_ours:
+            _check_is_sampled(body)
         return turn
 
     @property
@@ -130,7 +149,7 @@ class Turn:
 
     @property
     def asks_for_limit(self) -> bool:
-        return any(self.body.get(key) is not None for key in ("max_tokens", "max_completion_tokens"))
+        return any(self.body.get(key) is not None for key in _LIMIT_KEYS)
 
     @property
     def ending(self) -> dict[str, bool]:
@@ -148,19 +167,22 @@ class Turn:
         return any(isinstance(part, dict) and part.get("type") not in _TEXT_PARTS for part in parts)
 
     def pin(self, sampling: Mapping[str, Any]) -> None:
-        """Sample with these parameters, whatever the agent asked for; None means the server's own default."""
-        for key, value in sampling.items():
-            if value is None:
-                self.body.pop(key, None)
-            else:
-                self.body[key] = value
+        """Sample with exactly these parameters, whatever the agent asked for; None means the server's own default, as
+        does a parameter that is not there. Nothing is pinned if there are none.
+
+        What an agent needs to read its answer (`response_format`, `structured_outputs`, `tool_choice`) stays.
+        """
+        if not sampling:
+            return
+        for key in (*SAMPLING_KEYS, *_SKEWING_KEYS):
+            self.body.pop(key, None)
+        self.body.update({key: value for key, value in sampling.items() if value is not None})
 
     def limit_tokens(self, room: int) -> None:
         """Sample at most `room` tokens, and no more than the request itself allows."""
         key = "max_completion_tokens" if self.body.get("max_completion_tokens") is not None else "max_tokens"
         asked = self.body.get(key)
-        if asked is None or (isinstance(asked, int) and asked > room):
-            self.body[key] = room
+        self.body[key] = room if asked is None else min(asked, room)
 
     def sampling_request(self, forced: list[int] | None, has_prompt_field: bool) -> dict[str, Any]:
         """Return the request for the server.
@@ -184,23 +206,13 @@ class Turn:
             body["kv_transfer_params"] = {**(body.get("kv_transfer_params") or {}), "prompt_token_ids": forced}
         return body
 
-    def _apply_tag(self, tag: Any) -> None:
-        if not isinstance(tag, Mapping) or not isinstance(tag.get("rollout"), str):
-            raise InvalidTurnError("trl_gym must be an object with the string `rollout`")
-        if unknown := sorted(set(tag) - set(_TAG_KEYS)):
-            raise InvalidTurnError(f"trl_gym has unknown keys: {', '.join(unknown)}")
+    def _apply_tag(self, tag: Mapping[str, Any]) -> None:
         self.rollout = tag["rollout"]
-        budget = tag.get("completion_budget")
-        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
-            raise InvalidTurnError(f"trl_gym.completion_budget must be a positive integer, not {budget!r}")
-        self.completion_budget = budget
+        self.completion_budget = tag.get("completion_budget")
         if tag.get("sampling"):
-            self.sampling = checked_sampling(tag["sampling"], "trl_gym.sampling")
-            self.pin(self.sampling)
-        options = tag.get("chat_template_kwargs")
-        if not isinstance(options, Mapping | None):
-            raise InvalidTurnError(f"trl_gym.chat_template_kwargs must be an object, not {options!r}")
-        if options:
+            self.sampling = tag["sampling"]
+            self.pin(tag["sampling"])
+        if options := tag.get("chat_template_kwargs"):
             self.body["chat_template_kwargs"] = {**(self.body.get("chat_template_kwargs") or {}), **options}
 
     def _read_history(self, messages: list[_Fields]) -> None:
@@ -217,6 +229,59 @@ class Turn:
         newest = messages[self.newest]
         self.seen = _token_ids(newest, "prompt_token_ids") + _token_ids(newest, "generation_token_ids")
         self.num_first_prompt = len(_token_ids(messages[with_ids[0]], "prompt_token_ids"))
+
+
+def _checked_tag(tag: Any) -> Mapping[str, Any]:
+    if not isinstance(tag, Mapping) or not isinstance(tag.get("rollout"), str):
+        raise InvalidTurnError("trl_gym must be an object with the string `rollout`")
+    if unknown := sorted(set(tag) - set(_TAG_KEYS)):
+        raise InvalidTurnError(f"trl_gym has unknown keys: {', '.join(unknown)}")
+    budget = tag.get("completion_budget")
+    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+        raise InvalidTurnError(f"trl_gym.completion_budget must be a positive integer, not {budget!r}")
+    if tag.get("sampling"):
+        checked_sampling(tag["sampling"], "trl_gym.sampling")
+    options = tag.get("chat_template_kwargs")
+    if not isinstance(options, Mapping | None):
+        raise InvalidTurnError(f"trl_gym.chat_template_kwargs must be an object, not {options!r}")
+    return tag
+
+
+def _check_types(body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    """Check the fields that are read before the server checks them; make whole numbers of token limits, in place."""
+    for key in _OBJECT_KEYS:
+        if not isinstance(body.get(key), dict | None):
+            raise InvalidTurnError(f"{key} must be an object, not {_quoted(body[key])}")
+    for key in _LIMIT_KEYS:
+        if body.get(key) is not None:
+            body[key] = _limit(body[key], key)
+    for message in messages:
+        if not isinstance(message.get("tool_calls"), list | None):
+            raise InvalidTurnError(f"tool_calls must be a list, not {_quoted(message['tool_calls'])}")
+
+
+def _limit(value: Any, key: str) -> int:
+    """Return a token limit. vLLM takes 8, 8.0 and "8" for the same."""
+    number = int(value) if isinstance(value, str) and _NUMERAL.fullmatch(value) else value
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise InvalidTurnError(f"{key} must be a positive integer, not {_quoted(value)}")
+    return min(number, _MAX_TOKEN_ID)
+
+
+def _check_is_sampled(body: dict[str, Any]) -> None:
+    """Check that a turn asks for one sampled answer: a beam search decodes greedily, and the best of several answers
+    is drawn from another distribution than each of them."""
+    for key in ("n", "best_of"):
+        if body.get(key) not in (None, 1):
+            raise InvalidTurnError(f"{key} must be 1 for a turn of a rollout, not {_quoted(body[key])}")
+    if body.get("use_beam_search"):
+        raise InvalidTurnError("use_beam_search must be false for a turn of a rollout, whose tokens must be sampled")
+
+
+def _quoted(value: Any) -> str:
+    return repr(value)[:_MAX_QUOTED_CHARS]
 
 
 def checked_sampling(sampling: Any, name: str) -> dict[str, Any]:
