@@ -49,12 +49,12 @@ class Policy:
         self.messages: list[Json] = [{"role": "user", "content": "go"}]
         self.names: list[str] = []
 
-    async def ask(self, *, with_handle: bool = True, keep: bool = True) -> Json:
-        """Let the policy answer; the message of the answer."""
+    async def ask(self, *, with_handle: bool = True, keep: bool = True, tools: str = "") -> Json:
+        """Let the policy answer with a text and calls of tools; the message of the answer."""
         engine = self.world.engine
         name = f"{self._rollout}/{len(self.names)}"
         letters = "".join(chr(ord("b") + int(digit)) for digit in f"{len(engine.replies):02d}")
-        engine.replies[name], engine.gates[name] = Reply(letters), asyncio.Event()
+        engine.replies[name], engine.gates[name] = Reply(letters, tools), asyncio.Event()
         engine.gates[name].set()
         body = {"model": "policy", "user": name, "trl_gym": self._tag, "messages": self.messages}
         async with self.world.session.post(f"{self.world.url}/chat/completions", json=body) as response:
@@ -110,6 +110,26 @@ async def discarded_sample(policy: Policy) -> list[Json]:
     return [said(await policy.ask()), RESULT, said(await policy.ask())]
 
 
+async def results_between(policy: Policy) -> list[Json]:
+    message = await policy.ask(tools="yz")
+    return [*items_of(message, with_handle=True, with_results=True), said(await policy.ask())]
+
+
+async def results_between_without_ids(policy: Policy) -> list[Json]:
+    message = await policy.ask(with_handle=False, tools="yz")
+    return [*items_of(message, with_handle=False, with_results=True), said(await policy.ask(), with_handle=False)]
+
+
+async def handle_in_front(policy: Policy) -> list[Json]:
+    turns = [await policy.ask(tools="yz") for _ in range(2)]
+    return [item for turn in turns for item in (*items_of(turn, with_handle=True, in_front=True), RESULT)]
+
+
+async def placeholder(policy: Policy) -> list[Json]:
+    nothing = {"prompt_token_ids": [0], "generation_token_ids": [0], "generation_log_probs": [0.0]}
+    return [said(await policy.ask(), with_handle=False), invented(content=[], **nothing)]
+
+
 HONEST: dict[str, Callable[[Policy], Awaitable[list[Json]]]] = {
     "one turn": one_turn,
     "two turns": two_turns,
@@ -117,6 +137,10 @@ HONEST: dict[str, Callable[[Policy], Awaitable[list[Json]]]] = {
     "without ids in the answer": without_ids_in_the_answer,
     "its own full ids": own_ids,
     "a discarded sample": discarded_sample,
+    "results between tool calls": results_between,
+    "results between tool calls, without ids": results_between_without_ids,
+    "the handle in front of tool calls": handle_in_front,
+    "a placeholder": placeholder,
 }
 
 
@@ -189,6 +213,21 @@ async def another_order(policy: Policy) -> list[Json]:
     return [said(await policy.ask()), RESULT, said(first)]
 
 
+async def padded_with_an_error(policy: Policy) -> list[Json]:
+    message = await policy.ask()
+    return [said(message), RESULT, said({**message, "content": "timeout"})]
+
+
+async def turn_between_tool_calls(policy: Policy) -> list[Json]:
+    first = items_of(await policy.ask(tools="yz"), with_handle=True, with_results=True)
+    return [*first[:3], said(await policy.ask()), *first[3:]]
+
+
+async def result_of_nothing(policy: Policy) -> list[Json]:
+    message = await policy.ask(tools="yz")
+    return [*items_of(message, with_handle=True)[:-1], RESULT, items_of(message, with_handle=True)[-1]]
+
+
 async def nothing_said(policy: Policy) -> list[Json]:
     await policy.ask()
     return []
@@ -220,6 +259,9 @@ DISHONEST: dict[str, tuple[Callable[[Policy], Awaitable[list[Json]]], str]] = {
     "a dropped turn": (dropped_turn, "leaves out model call 0, which model call 1 continues"),
     "a turn twice": (a_turn_twice, "is model call 0 once more"),
     "another order": (another_order, "model call 0 comes behind model call 1"),
+    "padded with an error": (padded_with_an_error, "an agent that broke off may have put an error there"),
+    "a turn between tool calls": (turn_between_tool_calls, "says something else than model call 0 sampled"),
+    "a result of nothing": (result_of_nothing, "says something else than model call 0 sampled"),
     "none of its calls": (nothing_said, "it contains none of the rollout's 1 model calls"),
     "no call": (no_call, "is a turn that nobody sampled"),
     "no call and no words": (no_call_and_no_words, "no model call of this rollout has reached it"),

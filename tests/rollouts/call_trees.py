@@ -21,19 +21,19 @@ CHAT = "/v1/chat/completions"
 
 @dataclass(frozen=True)
 class Reply:
-    """What the policy samples: text, then a call of a tool, then its turn end unless it is cut."""
+    """What the policy samples: text, then a call of each tool, then its turn end unless it is cut."""
 
     text: str
-    tool: str = ""
+    tools: str = ""  # a letter each
     is_cut: bool = False
 
     @property
     def ids(self) -> list[int]:
-        return [*map(ord, self.text + self.tool), *([] if self.is_cut else [END])]
+        return [*map(ord, self.text + self.tools), *([] if self.is_cut else [END])]
 
     @property
     def said(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.text.strip(), self.tool)))
+        return tuple(filter(None, (self.text.strip(), *self.tools)))
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,12 @@ class Engine(FakeVllm):
         assert status == 200, answer
         (choice,) = answer["choices"]
         choice["message"]["content"] = reply.text
-        if reply.tool:
-            function = {"name": reply.tool, "arguments": '{"a": 1}'}
-            choice["message"]["tool_calls"] = [{"id": "c", "type": "function", "function": function}]
+        if reply.tools:
+            functions = [{"name": tool, "arguments": '{"a": 1}'} for tool in reply.tools]
+            choice["message"]["tool_calls"] = [
+                {"id": f"{name}-{place}", "type": "function", "function": function}
+                for place, function in enumerate(functions)
+            ]
         choice["logprobs"]["content"] = [{"token": "", "logprob": logprob} for _ in reply.ids]
         self.log.append(Sampled(name, reply, answer["prompt_token_ids"], reply.ids, logprob))
         return status, answer
@@ -150,17 +153,31 @@ def without_handle(message: Json) -> Json:
     return {key: value for key, value in message.items() if key not in TOKEN_KEYS}
 
 
-def items_of(message: Json, *, with_handle: bool) -> list[Json]:
-    """The items of Gym's answer for a message."""
+def items_of(message: Json, *, with_handle: bool, in_front: bool = False, with_results: bool = False) -> list[Json]:
+    """The items of Gym's answer for a message.
+
+    Args:
+        message: An answer's.
+        with_handle: Whether one of the items has the handle.
+        in_front: Whether that is the first item, a message even if it is empty (Gym's `hermes_agent`); else the last.
+        with_results: Whether each tool call is followed by its result (Gym's `opencode_agent`).
+    """
     items: list[Json] = []
-    if message["content"] or not message.get("tool_calls"):
+    if message["content"] or in_front or not message.get("tool_calls"):
         content = [{"type": "output_text", "text": message["content"]}]
         items.append({"type": "message", "role": "assistant", "content": content})
     for call in message.get("tool_calls") or ():
         items.append({"type": "function_call", "call_id": call["id"], **call["function"]})
     if with_handle:
-        items[-1] |= {key: message[key] for key in TOKEN_KEYS}
-    return items
+        items[0 if in_front else -1] |= {key: message[key] for key in TOKEN_KEYS}
+    if not with_results:
+        return items
+    results = {one["id"]: result(one["id"]) for one in message.get("tool_calls") or ()}
+    return [one for item in items for one in (item, *filter(None, [results.get(item.get("call_id"))]))]
+
+
+def result(call_id: str) -> Json:
+    return {"type": "function_call_output", "call_id": call_id, "output": "3"}
 
 
 def _user(text: str) -> Json:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.rollouts.call_trees import Agent, Conversation, Json, Reference, Reply, Sampled, items_of
+from tests.rollouts.call_trees import Agent, Conversation, Json, Reference, Reply, Sampled, items_of, result
 from tests.rollouts.sampled import record
 from trl_gym.responses import said_in_message
 from trl_gym.rollouts.counted_calls import DishonestAnswerError, counted_calls
@@ -21,10 +21,11 @@ from trl_gym.rollouts.trajectory import DriftError, ModelCall, Trajectory, from_
 REPLIES = st.builds(
     Reply,
     text=st.sampled_from(["", "ok", "no", "ok ", "Ok"]),
-    tool=st.sampled_from(["", "", "f", "g"]),
+    tools=st.sampled_from(["", "", "", "f", "g", "fg", "ff"]),
     is_cut=st.sampled_from([False, False, False, True]),
 )
 MODES = st.sampled_from(["handles", "texts", "mixed"])
+PLACEHOLDER: Json = {"prompt_token_ids": [0], "generation_token_ids": [0], "generation_log_probs": [0.0]}
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,14 @@ def _keep(agent: Agent, draw: Any, conversation: Conversation, name: str, sends:
     agent.keep(conversation, name, with_handle=with_handle, empty=draw(st.booleans()))
 
 
-def answer_of(tree: Tree, names: Sequence[str], with_handles: Sequence[bool]) -> Json:
+def answer_of(draw: Any, tree: Tree, names: Sequence[str], with_handles: Sequence[bool]) -> Json:
+    """Gym's answer with these calls, as one of its agents may write it."""
+    shape = {"in_front": draw(st.booleans()), "with_results": draw(st.booleans())}
     output: list[Json] = []
     for name, with_handle in zip(names, with_handles, strict=True):
-        output += items_of(tree.agent.messages[name], with_handle=with_handle)
+        output += items_of(tree.agent.messages[name], with_handle=with_handle, **shape)
         output.append({"type": "message", "role": "user", "content": "and"})
+    output += [item("", **PLACEHOLDER)] * draw(st.integers(0, 1))
     return {"reward": 1.0, "response": {"output": output}}
 
 
@@ -127,7 +131,7 @@ def test_a_tree_of_calls_trains_exactly_what_its_answer_contains(data: Any) -> N
     names = list(dict.fromkeys(name for one in chosen for name in one.names if name in reference.calls))
     mode = data.draw(MODES)
     with_handles = [mode == "handles" or (mode == "mixed" and data.draw(st.booleans())) for _ in names]
-    answer = answer_of(tree, names, with_handles)
+    answer = answer_of(data.draw, tree, names, with_handles)
     spoken = [
         name for name, has in zip(names, with_handles, strict=True) if has or reference.calls[name].reply.said
     ]  # the others left no trace in the answer
@@ -183,8 +187,10 @@ def check_rows(counted: Sequence[ModelCall], reference: Reference, expected: lis
 # -- single answers ---------------------------------------------------------------------------------------------------
 
 
-def call(index: int, text: str, parent: int | None = None, prompt: Sequence[int] = ()) -> ModelCall:
-    said = said_in_message({"content": text})
+def call(
+    index: int, text: str, parent: int | None = None, prompt: Sequence[int] = (), tools: Sequence[str] = ()
+) -> ModelCall:
+    said = said_in_message({"content": text, "tool_calls": [{"function": {"name": name}} for name in tools]})
     ids = [100 + index]
     return ModelCall(
         prompt_ids=list(prompt) or [index],
@@ -199,9 +205,17 @@ def call(index: int, text: str, parent: int | None = None, prompt: Sequence[int]
 
 def item(text: str, handle: int | None = None, **changes: Any) -> Json:
     said: Json = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
-    if handle is not None:
-        said |= {"prompt_token_ids": [handle], "generation_token_ids": [handle], "generation_log_probs": [0.0]}
-    return said | changes
+    return said | _ids(handle) | changes
+
+
+def tool(name: str, handle: int | None = None) -> Json:
+    return {"type": "function_call", "call_id": f"of {name}", "name": name, **_ids(handle)}
+
+
+def _ids(handle: int | None) -> Json:
+    if handle is None:
+        return {}
+    return {"prompt_token_ids": [handle], "generation_token_ids": [handle], "generation_log_probs": [0.0]}
 
 
 def counted(items: Sequence[Json], calls: Sequence[ModelCall], **options: Any) -> list[int]:
@@ -243,6 +257,83 @@ def test_an_item_of_the_environment_ends_a_call() -> None:
     assert counted([item("x"), item("y")], [both]) == [0]
     with pytest.raises(DishonestAnswerError, match="nobody sampled"):
         counted([item("x"), {"type": "function_call_output", "output": "3"}, item("y")], [both])
+
+
+@pytest.mark.parametrize("handle", [None, -1])
+def test_results_between_the_tool_calls_of_one_model_call_do_not_end_it(handle: int | None) -> None:
+    """Gym's `opencode_agent` and `claude_code_agent` write the result of each tool call behind it."""
+    calls = [call(0, "x", tools=["a", "b", "c"]), call(1, "y", 0)]
+    answer = [item("x"), tool("a"), result("of a"), tool("b"), tool("c", handle), result("of c"), result("of b")]
+    assert counted([*answer, item("y")], calls) == [0, 1]
+    between: list[list[Json]] = [
+        [result("of another")],
+        [result("")],
+        [result("of b")],
+        [result("of a"), {"type": "message", "role": "user", "content": "and"}],
+    ]
+    for items in between:
+        with pytest.raises(DishonestAnswerError, match=r"says something else|nobody sampled"):
+            counted([item("x"), tool("a"), *items, tool("b"), tool("c", handle), item("y")], calls)
+
+
+def test_a_text_behind_a_result_is_a_call_of_its_own() -> None:
+    said = (*said_in_message({"tool_calls": [{"function": {"name": "a"}}]}), *said_in_message({"content": "x"}))
+    both = replace(call(0, ""), said=said)
+    assert counted([tool("a"), item("x", -1)], [both]) == [0]
+    for handle in (None, -1):
+        with pytest.raises(DishonestAnswerError, match=r"says something else|nobody sampled"):
+            counted([tool("a"), result("of a"), item("x", handle)], [both])
+
+
+def test_tool_calls_with_results_between_them_are_rather_one_call_each() -> None:
+    calls = [call(0, "", prompt=[7], tools="ab"), call(1, "", prompt=[7], tools="a"), call(2, "", 1, tools="b")]
+    answer = [tool("a"), result("of a"), tool("b"), result("of b")]
+    assert counted(answer, calls) == [1, 2] and counted(answer, calls[:2]) == [0]
+    assert counted([tool("a"), tool("b")], calls) == [0]
+
+
+def test_a_handle_may_be_on_the_message_in_front_of_the_tool_calls() -> None:
+    """Gym's `hermes_agent` writes the ids there; the message may be empty."""
+    calls = [call(0, "", tools="ab"), call(1, "x", 0, tools="ab"), call(2, "y", 1)]
+    results = [result("of a"), result("of b")]
+    turns = [item("", -1), tool("a"), tool("b"), *results, item("x", -2), tool("a"), tool("b"), *results]
+    assert counted([*turns, item("y", -3)], calls) == [0, 1, 2]
+    assert counted([tool("a"), tool("b"), *results, *turns[5:], item("y")], calls) == [0, 1, 2]
+    for left in ([item("x", -2), tool("a")], [item("x", -2), tool("a"), item("y"), tool("b")], [item("x", -2)]):
+        with pytest.raises(DishonestAnswerError, match="says something else than model call 1"):
+            counted([*turns[:5], *left], calls)
+    with pytest.raises(DishonestAnswerError, match=r"'c\(\)'.* nobody sampled"):
+        counted([*turns[:8], tool("c"), *results], calls)
+    with pytest.raises(DishonestAnswerError, match="says something else than model call 1"):
+        counted([*turns[:5], item("x", -2), tool("a", -3), tool("b")], calls)
+
+
+def test_a_silent_handle_is_not_of_the_same_tool_calls_before_their_results() -> None:
+    calls = [call(0, "", tools="a"), call(1, "", 0, tools="a")]
+    answer = [tool("a"), result("of a"), item("", -2), tool("a"), result("of a")]
+    assert counted(answer, calls) == [0, 1]
+
+
+def test_a_placeholder_is_no_turn() -> None:
+    """Gym's `verifiers_agent` and `hermes_agent` add one where the agent got no token ids."""
+    calls = [call(0, "x"), call(1, "y", 0)]
+    nothing = item("", **PLACEHOLDER)
+    assert counted([item("x"), nothing, item("y", -2), nothing], calls) == [0, 1]
+    assert counted([nothing], calls) == []
+    with pytest.raises(DishonestAnswerError, match=r"output item 2 \('timeout'\) is a turn that nobody sampled"):
+        counted([item("x"), item("y"), item("timeout", **PLACEHOLDER)], calls)
+    for name, value in (("generation_token_ids", [0, 0]), ("generation_log_probs", [-0.5]), ("prompt_token_ids", [1])):
+        with pytest.raises(DishonestAnswerError, match="token ids that no model call of the rollout sampled"):
+            counted([item("x"), item("", **PLACEHOLDER | {name: value})], calls)
+
+
+@pytest.mark.parametrize("text", ["", "connection lost"])
+def test_a_failure_says_that_an_answer_may_be_padded_with_an_error(text: str) -> None:
+    """Gym's `hermes_agent` does so with the ids of the last turn that it has."""
+    words = f"{text!r}.* something else than model call 0 sampled.*an agent that broke off may have put an error there"
+    for turns in ([], [item("x", -1)]):
+        with pytest.raises(DishonestAnswerError, match=words):
+            counted([*turns, item(text, -1)], [call(0, "x")])
 
 
 def test_many_equal_texts_do_not_make_the_search_endless() -> None:

@@ -1,10 +1,13 @@
 """Decide which model calls of a rollout count: those that Gym's answer contains. Pure functions.
 
 The policy server's ledger knows which tokens were sampled, Gym's answer knows what the agent made of them. The items
-of the answer that the assistant said, between two items of the environment, are divided into calls:
+of the answer that the assistant said are divided into calls:
 
-    an item with a handle, or with token ids   ends the call of that handle, or one of exactly these tokens
+    an item with a handle, or with token ids   ends, or begins, the call of that handle, or one of exactly these tokens
     items without                              are a call that said just this
+
+An item of the environment parts two calls, unless it is the result of a tool call and a further one of the same model
+call follows: some agents write the result of each of several tool calls behind it.
 
 Every item must be part of a call, each call is there once, and behind those that it continues. These must be there
 too, except for calls that said nothing, which count with the one that continues them (NeMo Gym drops an answer that
@@ -24,6 +27,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from trl_gym.policy_server.middleware.turn import TOKEN_KEYS
 from trl_gym.responses import output_items, read_item, said_in_item
 from trl_gym.rollouts.trajectory import ModelCall
 
@@ -61,35 +65,68 @@ def counted_calls(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Items of the answer that are a call, or one that belongs to a call."""
+    """An item of the answer, or all those of a call that one of them names."""
 
-    name: str  # of its last item, for an error
-    run: int  # number of items of the environment in front of it
+    name: str  # of the item, for an error
     said: tuple[bytes, ...]  # digests of what it says
     calls: frozenset[int] | None  # those that it may be, by its handle or token ids; None without these
+    tool_call: str = ""  # id, if it is a tool call
+    results: tuple[str, ...] = ()  # in front of it: ids of the tool calls; "" for another item of the environment
 
 
 def _parts(items: Sequence[Mapping[str, Any]], calls: Mapping[int, ModelCall]) -> list[_Part]:
+    single = list(_single_parts(items, calls.values()))
     parts: list[_Part] = []
-    run = 0
+    num_done = 0
+    for place, part in enumerate(single):
+        if part.calls is None:
+            continue
+        index = min(part.calls)  # others have the same tokens, and so say the same
+        said = calls[index].said
+        num = max(len(said) + (not part.said), 1)
+        for start in (place + 1 - num, place):  # the last of its items has the handle, or the first
+            if start >= num_done and _is_call(single[start : start + num], said, part):
+                break
+        else:
+            raise DishonestAnswerError(
+                f"{part.name} says something else than model call {index} sampled, whose handle or token ids it has; "
+                "an agent that broke off may have put an error there"
+            )
+        parts += single[num_done:start]
+        parts.append(_Part(part.name, said, part.calls, results=single[start].results))
+        num_done = start + num
+    return parts + single[num_done:]
+
+
+def _single_parts(items: Sequence[Mapping[str, Any]], calls: Collection[ModelCall]) -> Iterator[_Part]:
+    results: list[str] = []
     for place, item in enumerate(items):
-        said, has_ids = said_in_item(item), bool(item.get("generation_token_ids"))
+        said, read = said_in_item(item), read_item(item)
+        is_placeholder = all(item.get(key) == [0] for key in TOKEN_KEYS)  # of agents that got no answer
+        has_ids = bool(item.get("generation_token_ids")) and not is_placeholder
         if said is None and not has_ids:
-            run += read_item(item).role != "assistant"
+            if read.role != "assistant":
+                results.append(read.id if read.kind == "result" else "")
             continue
         name = f"output item {place} ({_quoted(item)})"
-        if said is not None:
-            parts.append(_Part(name, run, (said,), None))
-        if has_ids:
-            named = _named(name, item, calls.values())
-            index = min(named)  # others have the same tokens, and so say the same
-            start = len(parts) - max(len(calls[index].said), said is not None)
-            own = parts[max(start, 0) :]
-            words = [digest for part in own for digest in part.said if part.calls is None and part.run == run]
-            if start < 0 or tuple(words) != calls[index].said:
-                raise DishonestAnswerError(f"{name} says something else than model call {index} sampled")
-            parts[start:] = [_Part(name, run, calls[index].said, named)]
-    return parts
+        named = _named(name, item, calls) if has_ids else None
+        yield _Part(name, () if said is None else (said,), named, read.id, tuple(results))
+        results = []
+
+
+def _is_call(parts: Sequence[_Part], said: tuple[bytes, ...], named: _Part | None = None) -> bool:
+    """Tell whether parts are a call that said this, and that none of them names but `named`.
+
+    Between them there may only be results of the tool calls in front, and a further tool call behind these.
+    """
+    if tuple(word for part in parts if part.calls is None or part is named for word in part.said) != said:
+        return False
+    ids: set[str] = set()
+    for part in parts:
+        if part is not parts[0] and part.results and not (part.tool_call and ids.issuperset(part.results)):
+            return False
+        ids |= {part.tool_call} - {""}
+    return True
 
 
 def _named(name: str, item: Mapping[str, Any], calls: Collection[ModelCall]) -> frozenset[int]:
@@ -176,17 +213,18 @@ class _Search:
     def _ways(self, place: int) -> Iterator[tuple[int, int]]:
         """Yield the calls that may be at a place behind those found, and where they end, the likely ones first.
 
-        Of several the longest, then one that continues the call before. Of tries with the same prompt the newest, from
-        which the conversation went on, and else the oldest.
+        Of several one without a result between its tool calls, then the longest, then one that continues the call
+        before. Of tries with the same prompt the newest, from which the conversation went on, and else the oldest.
         """
         ways = []
         for index, end in self._fits(place):
             before = self._speaker_before[index]
             is_behind = self._may_leave_out or before is None or self._continues(index, before, self._found)
             if index not in self._found and not self._num_behind[index] and is_behind:
-                ways.append((end, before == self._last(), -self._first_try[index], index))
+                is_whole = not any(part.results for part in self._parts[place + 1 : end])
+                ways.append((is_whole, end, before == self._last(), -self._first_try[index], index))
         ways.sort(reverse=True)
-        yield from ((index, end) for end, _, _, index in ways)
+        yield from ((index, end) for _, end, _, _, index in ways)
 
     def _fits(self, place: int) -> Iterator[tuple[int, int]]:
         """Yield the calls that say what is said at a place, and where each ends."""
@@ -196,9 +234,7 @@ class _Search:
             return
         for index in self._by_first.get(part.said[0], ()):
             end = place + len(self._calls[index].said)
-            parts = self._parts[place:end]
-            words = [digest for one in parts for digest in one.said if one.calls is None and one.run == part.run]
-            if index not in self._named and tuple(words) == self._calls[index].said:
+            if index not in self._named and _is_call(self._parts[place:end], self._calls[index].said):
                 yield index, end
 
     def _continues(self, index: int, before: int, found: Sequence[int]) -> bool:
