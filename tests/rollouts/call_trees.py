@@ -193,6 +193,9 @@ class Reference:
     def __init__(self, log: Sequence[Sampled]) -> None:
         self.calls = {one.name: one for one in log if one.ids}
         self.order = list(self.calls)
+        # Where a turn in which nothing was sampled, and which the template ended, looks like one that only ended.
+        nothing = {tuple(one.prompt) for one in log if not one.ids}
+        self.is_ambiguous = any(one.ids == [END] and tuple(one.prompt) in nothing for one in log)
 
     def before(self, name: str) -> str | None:
         """The call that a call continues: of those answered before it the longest whose tokens its prompt has."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.rollouts.call_trees import Agent, Conversation, Json, Reference, Reply, Sampled, items_of, result
@@ -124,6 +124,7 @@ def _by_logprob(reference: Reference, logprob: float) -> Sampled:
 def test_a_tree_of_calls_trains_exactly_what_its_answer_contains(data: Any) -> None:
     tree = asyncio.run(grow(data.draw))
     reference, calls = tree.reference, tree.calls
+    assume(not reference.is_ambiguous)  # the ledger knows by its handle which of the two a prompt continues
     assert trained(from_calls(calls, "split"), reference) if calls else not reference.calls  # `gym_train_calls: all`
     assert sorted(trained(from_calls(calls, "split"), reference) if calls else []) == sorted(reference.calls)
     # The answer has the turns of some of the histories, one history after another.
