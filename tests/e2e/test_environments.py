@@ -98,9 +98,9 @@ def test_they_roll_out_through_the_trainer(tmp_path: Path, venv: str, policy: Po
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("venv", [".gym-venv", ".gym-venv-0.7"])
-def test_agents_that_make_their_own_calls_train(tmp_path: Path, venv: str, policy: PolicyServer) -> None:
-    """They lose `metadata.extra_body` and every token id; two of them make two rows of a rollout."""
+def test_agents_that_make_their_own_calls_train(tmp_path: Path, policy: PolicyServer) -> None:
+    """They lose `metadata.extra_body` and every token id; two of them make two rows of a rollout. What they send on
+    both versions of Gym is in `test_identity.py`."""
     num_turns = {"chat_agent": 2, "harness_agent": 2, "sdk_agent": 2, "parallel_agent": 4, "compacting_agent": 4}
     rows = tmp_path / "rows.jsonl"
     with rows.open("w") as out:
@@ -112,7 +112,7 @@ def test_agents_that_make_their_own_calls_train(tmp_path: Path, venv: str, polic
     args = config(
         tmp_path / "out",
         gym_config_paths=[str(OWN_CALLS)],
-        gym_python=str(ROOT / venv / "bin" / "python"),
+        gym_python=str(ROOT / ".gym-venv-0.7" / "bin" / "python"),
         gym_drift="split",
         max_completion_length=200,
         per_device_train_batch_size=10,
