@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def options() -> argparse.Namespace:
     python = str(ROOT / ".gym-venv" / "bin" / "python")
-    return argparse.Namespace(rollouts=240, temperature=1.5, gym_python=python)
+    return argparse.Namespace(rollouts=120, temperature=1.5, gym_python=python)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def stock(alone: None, small_policy: Path, folder: Path) -> Iterator[str]:
 def test_a_stock_server_drifts(stock: str, small_policy: Path, folder: Path, options: argparse.Namespace) -> None:
     outcome = token_fidelity.collect(stock, small_policy, folder, options, has_ledger=False)
     assert outcome.failures == []
-    assert outcome.num_multi_turn >= 100 and len(outcome.agents) == 3
+    assert outcome.num_multi_turn >= 50 and len(outcome.agents) == 3
     assert outcome.num_drifting > outcome.num_multi_turn // 10
     assert max(outcome.gaps) > 1.0
 
@@ -49,7 +49,7 @@ def test_the_gateway_in_front_of_it_does_not(
     with token_fidelity.gateway(stock, folder) as url:
         outcome = token_fidelity.collect(url, small_policy, folder, options)
     assert outcome.failures == []
-    assert outcome.num_multi_turn >= 100 and len(outcome.agents) == 3
+    assert outcome.num_multi_turn >= 50 and len(outcome.agents) == 3
     assert outcome.num_odd > outcome.num_multi_turn // 10, "the tokens are canonical: this test shows nothing"
     assert outcome.num_drifting == 0, outcome.causes
     assert sum(outcome.gaps) / len(outcome.gaps) < MAX_MEAN_GAP

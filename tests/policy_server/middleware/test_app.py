@@ -403,7 +403,6 @@ SKEWING: Json = {
     "repetition_penalty": 1.1,
     "presence_penalty": 1.0,
     "frequency_penalty": 1.0,
-    "seed": 1,
     "logit_bias": {"5": 100},
     "allowed_token_ids": [5],
     "bad_words": ["no"],
@@ -411,7 +410,12 @@ SKEWING: Json = {
     "thinking_token_budget": 5,
     "vllm_xargs": {"skew": 1},
 }
-FORMAT: Json = {"response_format": {"type": "json_object"}, "structured_outputs": {"choice": ["a"]}, "stop": ["x"]}
+KEPT: Json = {
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"choice": ["a"]},
+    "stop": ["x"],
+    "seed": 1,
+}
 
 
 @pytest.mark.parametrize("pinned_by", ["tag", "server", "nobody"])
@@ -419,9 +423,9 @@ async def test_what_would_change_a_pinned_distribution_is_left_out(http: Http, a
     """TRL computes the log-probabilities without it. Where nothing is pinned, the agent decides."""
     if pinned_by == "server":
         await http("POST", "/trl_gym/sampling", {"sampling": {"temperature": 0.7}})
-    await http.chat([USER], trl_gym=TAG if pinned_by == "tag" else {"rollout": "r0"}, **SKEWING, **FORMAT)
+    await http.chat([USER], trl_gym=TAG if pinned_by == "tag" else {"rollout": "r0"}, **SKEWING, **KEPT)
     sent = app.chats()[-1]
-    assert {key: sent[key] for key in FORMAT} == FORMAT
+    assert {key: sent[key] for key in KEPT} == KEPT
     assert SKEWING.keys() & sent.keys() == (SKEWING.keys() if pinned_by == "nobody" else set())
 
 

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from trl_gym.policy_server.middleware.ledger import RolloutCalls
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# They change the distribution that tokens are drawn from, which TRL computes again without them. A seed would give the
-# rollouts of a group the same samples.
+# They change the distribution that tokens are drawn from, which TRL computes again without them. A seed does not.
 _SKEWING_KEYS = (
     "presence_penalty",
     "frequency_penalty",
@@ -34,7 +33,6 @@ _SKEWING_KEYS = (
     "min_tokens",
     "thinking_token_budget",
     "vllm_xargs",
-    "seed",
 )
 TOKEN_KEYS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
 # Of chat messages, and as the Responses API names them.
