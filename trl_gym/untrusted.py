@@ -41,11 +41,21 @@ def parse_json(text: str | bytes, constant: Callable[[str], Any] | None = None) 
             objects, or an integer of more than 4,300 digits.
     """
     try:
-        value = json.loads(text, parse_constant=constant)
-    except RecursionError:
-        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
-    check_depth(value)
+        value = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        # The slow parser has the last word, also where the fast one is strict: NaN, half a surrogate, 1e400.
+        try:
+            value = json.loads(text, parse_constant=constant)
+        except RecursionError:
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+    if _num_brackets(text) > MAX_DEPTH:
+        check_depth(value)
     return value
+
+
+def _num_brackets(text: str | bytes) -> int:
+    """Return a number that no depth and no number of containers in a JSON text exceeds; counting is cheap."""
+    return text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
 
 
 def check_depth(value: Any) -> None:

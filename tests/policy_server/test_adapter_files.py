@@ -31,6 +31,7 @@ def test_what_peft_writes_is_served(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    assert "File name too long" in refusal("/" + "a" * 5000)
     assert "must be an absolute path" in refusal("some/hub-id")
     assert "does not exist on the policy server" in refusal(tmp_path / "missing")
     assert "adapter_config.json cannot be read" in refusal(tmp_path)

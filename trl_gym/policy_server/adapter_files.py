@@ -97,7 +97,11 @@ def read_adapter(folder: str) -> AdapterFiles:
     path = Path(folder)
     if not path.is_absolute():
         raise InvalidAdapterError(f"{folder!r} must be an absolute path")  # vLLM would look for it on the model hub
-    if not path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is longer than file systems take
+        raise InvalidAdapterError(f"the path of the adapter cannot be read: {error.strerror}") from error
+    if not is_folder:
         raise InvalidAdapterError(
             f"{folder} does not exist on the policy server; set `gym_weight_dir` to a folder that both it and the "
             "trainer see"

@@ -231,7 +231,8 @@ class _Check:
             return False  # a server may refuse the field it does not know
         if not reply.ok:
             raise _UnusableError(f"POST /v1/chat/completions answered HTTP {reply.status}: {quote(reply.body)}")
-        return reply.json().get("prompt_token_ids") == ids
+        answer = reply.json()
+        return isinstance(answer, dict) and answer.get("prompt_token_ids") == ids
 
     async def _has_raw_logprobs(self, model: str, how: dict[str, Any]) -> bool | None:
         """Halving the temperature doubles the distances between processed logprobs and leaves raw ones alone."""

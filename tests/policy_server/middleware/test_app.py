@@ -561,6 +561,30 @@ async def test_an_untagged_request_is_answered_as_stock_plus_the_bundle(http: Ht
     assert asked["choices"][0]["logprobs"] and asked["choices"][0]["token_ids"] and asked["prompt_token_ids"]
 
 
+async def test_a_handle_stands_for_the_logprobs_of_a_client_that_wants_ids(http: Http, app: FakeVllm) -> None:
+    asked = {"logprobs": True, "trl_gym": TAG}
+    assert (await http.slim_chat([USER], **asked))["choices"][0]["logprobs"]["content"]  # an agent that reads them
+    answer = await http.slim_chat([USER], **asked, return_tokens_as_token_ids=True)  # as Gym's model server asks
+    assert answer["choices"][0]["logprobs"] is None
+    assert app.chats()[-1]["return_tokens_as_token_ids"]
+    untagged = await http.chat([USER], logprobs=True, return_tokens_as_token_ids=True)
+    assert untagged["choices"][0]["logprobs"]["content"]
+
+
+@pytest.mark.parametrize("ids", [b'"\xff\xfe"', b"[1e999]", b'{"\xff": 1}'])
+async def test_ids_of_no_text_are_no_failure_of_ours(http: Http, ids: bytes) -> None:
+    sampled = b'{"role":"assistant","content":"a","prompt_token_ids":[1],"generation_token_ids":%s}' % ids
+    end = b'{"role":"assistant","content":"b","prompt_token_ids":[1],"generation_token_ids":[2]}'
+    body = b'{"messages":[%s,%s,{"role":"user","content":"c"}]}' % (sampled, end)
+    status, _ = await http("POST", "/v1/chat/completions", body)
+    assert status in (200, 400)
+
+
+async def test_parameters_that_are_no_numbers_are_refused(http: Http) -> None:
+    status, answer = await http("POST", "/trl_gym/sampling", b'{"sampling": {"temperature": NaN}}')
+    assert status == 400 and "NaN is no JSON" in answer["error"]["message"]
+
+
 async def test_streams_and_nonsense_go_through_untouched(http: Http, app: FakeVllm) -> None:
     await http("POST", "/v1/chat/completions", {"messages": [USER], "stream": True})
     assert "return_token_ids" not in app.chats()[-1]
@@ -573,7 +597,7 @@ async def test_streams_and_nonsense_go_through_untouched(http: Http, app: FakeVl
     [
         ("logprob", -9999.0, "not a finite number"),  # what vLLM writes for minus infinity
         ("logprob", None, "not a finite number"),
-        ("logprob", 10**400, "not a finite number"),
+        ("logprob", 10**400, "other things than logprobs"),
         ("token_ids", [1], "3 logprobs for 1 sampled tokens"),
         ("token_ids", [1, 2**40, 3], "answers as vLLM does not"),
         ("token_ids", [1, -2, 3], "answers as vLLM does not"),

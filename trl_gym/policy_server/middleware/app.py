@@ -49,6 +49,7 @@ from trl_gym.policy_server.middleware.http import (
     path_of,
     read_body,
     replay,
+    strict_json,
 )
 from trl_gym.policy_server.middleware.identity import Gate, RefusedError, UntaggedCalls, identity_of
 from trl_gym.policy_server.middleware.ledger import CallRecord, Taken
@@ -256,9 +257,12 @@ async def _refuse(scope: Scope, send: Send, error: RefusedError) -> None:
 
 
 def _required_object(body: bytes) -> dict[str, Any]:
-    """Parse a JSON object. Raises `InvalidTurnError` for anything else."""
-    parsed = json_object(body)
-    if parsed is None:
+    """Parse a JSON object. Raises `InvalidTurnError` for anything else, NaN and infinities in it included."""
+    try:
+        parsed = strict_json(body)
+    except ValueError as error:
+        raise InvalidTurnError(f"the body must be a JSON object ({error})") from None
+    if not isinstance(parsed, dict):
         raise InvalidTurnError("the body must be a JSON object")
     return parsed
 

@@ -22,7 +22,14 @@ import msgspec
 
 from trl_gym.policy_server.middleware import openai, splice
 from trl_gym.policy_server.middleware.adapters import Adapter, AdapterControl
-from trl_gym.policy_server.middleware.http import AbortedError, AnsweredError, Reply, ServerInfo, WrappedServer
+from trl_gym.policy_server.middleware.http import (
+    AbortedError,
+    AnsweredError,
+    Reply,
+    ServerInfo,
+    WrappedServer,
+    expecting_vllm,
+)
 from trl_gym.policy_server.middleware.ledger import (
     CallDrift,
     CallTokens,
@@ -53,22 +60,22 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """The end of one call."""
-
-    reply: Reply
-    answer: dict[str, Any] | None = None  # the chat completion in it; None if it is an error
-    tokens: CallTokens | None = None  # for the ledger; None for an error, and without a tag
-    prompt: Prompt = field(default_factory=lambda: Prompt())  # the prompt, as far as it was found
-
-
-@dataclass(frozen=True, slots=True)
 class Prompt:
     """The prompt of one call."""
 
     forced: list[int] | None = None  # the exact ids, or None to let the server render
     num_tokens: int | None = None  # its length; None while only the server knows it
     drift: CallDrift | None = None  # the cause why it may not start with the tokens already seen
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The end of one call."""
+
+    reply: Reply
+    answer: dict[str, Any] | None = None  # the chat completion in it; None if it is an error
+    tokens: CallTokens | None = None  # for the ledger; None for an error, and without a tag
+    prompt: Prompt = field(default_factory=Prompt)  # the prompt, as far as it was found
 
 
 class ChatTurns:
@@ -154,7 +161,7 @@ class ChatTurns:
         except AnsweredError as answered:
             return Served(answered.reply, prompt=prompt)
         if not (turn.is_ours and turn.is_streamed):
-            return Served(Reply.from_json(200, answer), answer, tokens, prompt)
+            return Served(Reply(200, msgspec.json.encode(answer)), answer, tokens, prompt)
         include_usage = bool((turn.body.get("stream_options") or {}).get("include_usage"))
         events = openai.events(answer, include_usage=include_usage)
         return Served(Reply(200, events, openai.CONTENT_TYPE), answer, tokens, prompt)
@@ -265,7 +272,9 @@ class ChatTurns:
         Raises:
             AnsweredError: The bundle of a rollout's turn is not exact, or the answer is no chat completion.
         """
-        answer, tokens = reply.checked_json(f"POST {CHAT_PATH}", openai.Completion), None
+        with expecting_vllm(f"POST {CHAT_PATH}"):
+            answer = openai.read_completion(reply.body)
+        tokens = None
         try:
             if turn.is_ours and len(answer["choices"]) != 1:
                 raise openai.BundleError(f"the server returned {len(answer['choices'])} answers for one")
@@ -277,7 +286,7 @@ class ChatTurns:
             answer["trl_gym"] = {"no_bundle": str(error)}
         openai.strip_unasked(answer, turn.asked)
         if tokens is not None:
-            openai.slim(answer, tokens.handle)
+            openai.slim(answer, tokens.handle, with_logprobs=not turn.asks_for_ids)
         if adapter is not None:
             answer["model"] = turn.body.get("model") or (await self._server_info.all(server))["model_names"][0]
         version = await self._adapters.version_of(adapter, server)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -91,13 +92,10 @@ class Reply:
         Raises:
             AnsweredError: It is no JSON (NaN is none), or of another shape: a server behind the gateway may send it.
         """
-        try:
-            answer = parse_json(self.body, constant=_refuse_constant)
-            problem = shape_problem(answer, shape)
-        except ValueError as error:
-            problem = str(error)
-        if problem is not None:
-            raise AnsweredError(Reply.error(500, f"{request}: the server answers as vLLM does not ({problem})"))
+        with expecting_vllm(request):
+            answer = strict_json(self.body)
+            if (problem := shape_problem(answer, shape)) is not None:
+                raise ValueError(problem)
         return answer
 
     def error_text(self) -> str:
@@ -125,6 +123,20 @@ class Reply:
         headers = [(b"content-type", self.content_type), (b"content-length", str(len(self.body)).encode())]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
+
+
+@contextmanager
+def expecting_vllm(request: str) -> Iterator[None]:
+    """Turn a `ValueError` about the answer to a request (method and path) into an `AnsweredError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise AnsweredError(Reply.error(500, f"{request}: the server answers as vLLM does not ({error})")) from error
+
+
+def strict_json(body: bytes) -> Any:
+    """Parse JSON. Raises `ValueError` for what is none, NaN and infinities included, see `parse_json`."""
+    return parse_json(body, constant=_refuse_constant)
 
 
 def _refuse_constant(name: str) -> Any:
@@ -200,10 +212,14 @@ class WrappedServer:
     async def ask(self, method: str, path: str, payload: dict[str, Any] | bytes = b"") -> Reply:
         """Send a request of our own to the application.
 
+        Args:
+            method, path: Of the request.
+            payload: Its JSON, without NaN and infinities (`msgspec` would write null), or its body.
+
         Raises:
             ClientGoneError: If the client hung up and the application gave no answer for that reason.
         """
-        body = payload if isinstance(payload, bytes) else json.dumps(payload, separators=(",", ":")).encode()
+        body = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
         gone = False
 
         async def watched() -> Message:

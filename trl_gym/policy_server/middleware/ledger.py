@@ -28,7 +28,7 @@ import json
 import secrets
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -46,6 +46,7 @@ _MAX_BYTES = 2 << 30  # of token ids and log-probabilities, over all rollouts
 _MAX_ENDED = 65_536  # names of rollouts whose calls are refused
 _MAX_TAKEN = 256  # rollouts that are kept once more, for a trainer that did not get the answer
 _HANDLE_BITS = 52  # an integer that every JSON parser keeps exactly
+_ids = msgspec.json.Decoder(list[int])
 _NOTHING: dict[str, Any] = {"role": "assistant", "content": ""}
 
 
@@ -220,11 +221,8 @@ class RolloutCalls:
     aborts: list[asyncio.Event] = field(default_factory=list)
     _digests: dict[int, Digest] = field(default_factory=dict)  # by index: the request that the call answered
     _by_handle: dict[int, int] = field(default_factory=dict)
-    _by_key: dict[bytes, int] = field(default_factory=dict)  # by `key_of` its tokens
-    # By the messages in front, and what the answer says, or its sampled ids as JSON.
-    _by_said: dict[tuple[bytes, tuple[bytes, ...]], list[int]] = field(default_factory=dict)
+    _by_front: dict[bytes, list[int]] = field(default_factory=dict)  # by the messages in front of the answer
     _empty: dict[bytes, int] = field(default_factory=dict)  # answers that say nothing, by the messages in front
-    _fronts: set[bytes] = field(default_factory=set)  # hashes of the messages in front of each answer
 
     def has_lost(self, turn: Turn) -> bool:
         """Tell whether a request without a recognized message has one that was sampled: by a handle that is not known
@@ -232,7 +230,7 @@ class RolloutCalls:
         if any(ids is not None and handle_in(ids) is not None for ids in turn.sampled):
             return True
         roles = [message.get("role") for message in turn.messages]
-        return "assistant" in roles and turn.digests[roles.index("assistant")] in self._fronts
+        return "assistant" in roles and turn.digests[roles.index("assistant")] in self._by_front
 
     def recognize(self, turn: Turn) -> None:
         """Find the calls that sampled the assistant messages of a request, and put empty turns back that it dropped.
@@ -241,19 +239,17 @@ class RolloutCalls:
             turn: The request; changed in place. If a message is recognized (by its handle, its token ids, or what it
                 says), `newest`, `seen`, `call` and `num_first_prompt` are set.
         """
-        state, names = hashlib.blake2b(digest_size=16), _CallNames()
-        turn.digests = [state.digest()]
+        digests = _Digests()
+        turn.digests = digests.found
         for place in _places(turn):
             self._put_back(turn, place)
             if place == len(turn.messages):
                 break
-            index, name = self._find(turn, place), names.of(turn.messages[place])
-            if index is None:
-                state.update(_part(turn.messages[place], turn.sampled[place], name))
-            else:  # in whatever form it came back
+            index = self._find(turn, place)
+            if index is not None:
                 self._continue(turn, place, index)
-                state.update(b"".join([b"said", *self._tokens(index).said]))
-            turn.digests.append(state.digest())
+            said = None if index is None else self._tokens(index).said
+            digests.add(turn.messages[place], turn.sampled[place], said)
         if turn.call is not None:
             turn.seen = token_ids(self.records, turn.call)
             turn.num_first_prompt = self._num_first_prompt(turn.call)
@@ -300,12 +296,8 @@ class RolloutCalls:
             self.num_first_prompt = record.prompt_tokens
         digest = self._digests[index] = digest_of(turn, len(turn.messages))
         self._by_handle[tokens.handle] = index
-        self._by_key[key_of(token_ids(self.records, index))] = index
-        ids = json.dumps(sampled_ids(tokens), separators=(",", ":")).encode()
         for front in {digest.messages, digest.before_answer}:
-            self._fronts.add(front)
-            for key in (tokens.said, (ids,)):
-                self._by_said.setdefault((front, key), []).append(index)
+            self._by_front.setdefault(front, []).append(index)
         if not tokens.said:
             self._empty[digest.messages] = index
         num_bytes = len(tokens.prompt) + len(tokens.sampled) + len(tokens.logprobs)
@@ -315,7 +307,7 @@ class RolloutCalls:
     def drop_tokens(self) -> None:
         """Make room: what was recorded is lost, and the rollout with it."""
         self.records.clear()
-        for known in (self._digests, self._by_handle, self._by_key, self._by_said, self._empty, self._fronts):
+        for known in (self._digests, self._by_handle, self._by_front, self._empty):
             known.clear()
         self.newest, self.num_bytes, self.is_whole = None, 0, False
 
@@ -324,16 +316,21 @@ class RolloutCalls:
         if ids is not None and (handle := handle_in(ids)) is not None:
             return self._by_handle.get(handle)
         if ids is not None:
-            index = self._likeliest(turn, (ids,))
+            sampled = _packed(ids)
+            index = self._likeliest(turn, lambda tokens: tokens.sampled == sampled)
             if index is None and place == turn.newest and turn.seen is not None:  # `Turn` has parsed the newest ids
-                return self._by_key.get(key_of(turn.seen))
+                index = self._parent(turn.seen)
+                return index if index is not None and token_ids(self.records, index) == turn.seen else None
             return index
-        return self._likeliest(turn, said_in_message(message)) if message.get("role") == "assistant" else None
+        if message.get("role") != "assistant":
+            return None
+        said = said_in_message(message)
+        return self._likeliest(turn, lambda tokens: tokens.said == said)
 
-    def _likeliest(self, turn: Turn, said: tuple[bytes, ...]) -> int | None:
-        """Return the call that said this behind the same messages: of several, one that continues the call before, and
+    def _likeliest(self, turn: Turn, is_it: Callable[[CallTokens], bool]) -> int | None:
+        """Return the call that is meant behind the same messages: of several, one that continues the call before, and
         of these the newest, since a client that asks again has not got the older answer."""
-        found = self._by_said.get((turn.digests[-1], said), ())
+        found = [index for index in self._by_front.get(turn.digests[-1], ()) if is_it(self._tokens(index))]
         return max(found, key=lambda index: (self._tokens(index).parent == turn.call, index), default=None)
 
     def _continue(self, turn: Turn, place: int, index: int) -> None:
@@ -398,6 +395,14 @@ def is_empty(message: dict[str, Any]) -> bool:
 # -- histories --------------------------------------------------------------------------------------------------------
 
 
+def _packed(ids: bytes) -> bytes | None:
+    """Return a JSON list of token ids as `CallTokens.sampled` has it; None for what is none."""
+    try:
+        return array("i", _ids.decode(ids)).tobytes()
+    except (msgspec.MsgspecError, OverflowError):
+        return None
+
+
 def key_of(seen: Sequence[int]) -> bytes:
     """Return the key of an answer: a hash of its prompt plus the sampled tokens."""
     return hashlib.blake2b(array("q", seen).tobytes(), digest_size=16).digest()
@@ -406,24 +411,38 @@ def key_of(seen: Sequence[int]) -> bytes:
 def digest_of(turn: Turn, end: int) -> Digest:
     """Return the digest of a request's first `end` messages, as its agent means them, and of its render options."""
     if not turn.digests:
-        state, names = hashlib.blake2b(digest_size=16), _CallNames()
-        turn.digests = [state.digest()]
+        digests = _Digests()
         for message, ids in zip(turn.messages, turn.sampled, strict=True):
-            state.update(_part(message, ids, names.of(message)))
-            turn.digests.append(state.digest())
+            digests.add(message, ids)
+        turn.digests = digests.found
     before = end
     while before and turn.messages[before - 1].get("role") == "assistant":
         before -= 1
     return Digest(turn.digests[end], turn.digests[before], turn.options_key)
 
 
-class _CallNames:
-    """Numbers of tool calls in a conversation. Agents and converters make their ids anew."""
+class _Digests:
+    """Hashes of the first 0, 1, 2, … messages of a conversation: `found`, which grows."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
+        self._state = hashlib.blake2b(digest_size=16)
+        self._numbers: dict[str, int] = {}  # of tool calls, whose ids agents and converters make anew
+        self.found = [self._state.digest()]
 
-    def of(self, message: dict[str, Any]) -> int | str | None:
+    def add(self, message: dict[str, Any], sampled: bytes | None, said: tuple[bytes, ...] | None = None) -> None:
+        """Add a message.
+
+        Args:
+            message: The message.
+            sampled: See `Turn.sampled`.
+            said: What the call said that the message is recognized as, in whatever form it came back; else None.
+        """
+        answered = self._answered(message)
+        part = _part(message, sampled, answered) if said is None else b"".join([b"said", *said])
+        self._state.update(part)
+        self.found.append(self._state.digest())
+
+    def _answered(self, message: dict[str, Any]) -> int | str | None:
         """Return which call a message answers, and number the calls that it makes."""
         calls = message.get("tool_calls")
         for call in calls if isinstance(calls, list) else ():
@@ -437,7 +456,7 @@ def _part(message: dict[str, Any], sampled: bytes | None, answered: int | str | 
     """Return what of a message counts: what was sampled if that is known (ids or handle), else role, text and calls.
     Thinking, which agents drop, and the form of the message do not."""
     if sampled is not None:
-        return json.dumps(["sampled", sampled.decode()]).encode()
+        return b"sampled" + sampled
     said = [digest.hex() for digest in said_in_message(message)]
     content = message.get("content")
     media = [part for part in content if not _is_text(part)] if isinstance(content, list) else []

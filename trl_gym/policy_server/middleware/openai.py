@@ -6,18 +6,20 @@ rollout gets a handle in its place; the ledger keeps the tokens.
 
 A turn of a rollout is answered whole, since only then are its tokens complete. A client that streams gets the answer
 as server-sent events in one piece, with the bundle on the delta.
+
+An answer is long because of its token ids and because each token has an object with its text and bytes in `logprobs`.
+Of these objects the one number that counts is read, and they are passed on as they came (`msgspec.Raw`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 import msgspec
 
-from trl_gym.policy_server.middleware.http import compact_json
 from trl_gym.policy_server.middleware.splice import num_common
-from trl_gym.untrusted import MAX_NUMBER
+from trl_gym.untrusted import MAX_NUMBER, check_depth, shape_problem
 
 CONTENT_TYPE = b"text/event-stream; charset=utf-8"
 _MISSING_LOGPROB = -9999.0  # vLLM writes this if it has none, and if the probability is zero
@@ -31,9 +33,8 @@ class _Message(TypedDict):
     tool_calls: NotRequired[list[dict[str, Any]] | None]
 
 
-class _Choice(TypedDict):  # `_logprobs` checks the log-probabilities
+class _Choice(TypedDict):
     message: _Message
-    token_ids: NotRequired[list[_Token] | None]
     finish_reason: NotRequired[str | None]
     stop_reason: NotRequired[str | int | None]
 
@@ -54,14 +55,63 @@ class _Metrics(TypedDict):
     generation_time_ms: NotRequired[_Milliseconds]
 
 
-class Completion(TypedDict):
-    """What is read of a chat completion."""
+class _Completion(TypedDict):
+    """What is read of a chat completion, but for token ids and logprobs."""
 
     choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
-    prompt_token_ids: NotRequired[list[_Token] | None]
     usage: NotRequired[_Usage | None]
     metrics: NotRequired[_Metrics | None]
     weight_version: NotRequired[str | int | None]
+
+
+class _Entry(msgspec.Struct, gc=False):
+    logprob: float | None = None
+
+
+class _Logprobs(msgspec.Struct, gc=False):
+    content: list[_Entry] | None = None
+
+
+_Fields = dict[str, msgspec.Raw]
+_fields = msgspec.json.Decoder(_Fields)
+_choices = msgspec.json.Decoder(list[_Fields])
+_ids = msgspec.json.Decoder(list[_Token] | None)
+_entries = msgspec.json.Decoder(_Logprobs | None)
+_any = msgspec.json.Decoder()
+_LONG = ("prompt_token_ids", "token_ids", "logprobs")  # fields that no walk over an answer looks into
+
+
+def read_completion(body: bytes) -> dict[str, Any]:
+    """Parse a chat completion.
+
+    Returns:
+        The answer; `logprobs` of its choices are JSON (`msgspec.Raw`), which `msgspec.json.encode` writes as it is.
+
+    Raises:
+        ValueError: It is no JSON, or none of a chat completion.
+    """
+    try:
+        fields = _fields.decode(body)
+        choices = [_object(choice) for choice in _choices.decode(fields.get("choices", b"[]"))]
+        answer = _object({name: value for name, value in fields.items() if name != "choices"}) | {"choices": choices}
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    short = {**_short(answer), "choices": [_short(choice) for choice in choices]}
+    check_depth(short)
+    if (problem := shape_problem(short, _Completion)) is not None:
+        raise ValueError(problem)
+    return answer
+
+
+def _object(fields: _Fields) -> dict[str, Any]:
+    decoders = {"prompt_token_ids": _ids, "token_ids": _ids}
+    return {
+        name: value if name == "logprobs" else decoders.get(name, _any).decode(value) for name, value in fields.items()
+    }
+
+
+def _short(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in _LONG}
 
 
 class BundleError(Exception):
@@ -99,7 +149,7 @@ def attach(answer: dict[str, Any], *, forced_prompt: list[int] | None) -> None:
         }
 
 
-def slim(answer: dict[str, Any], handle: int) -> None:
+def slim(answer: dict[str, Any], handle: int, *, with_logprobs: bool) -> None:
     """Put a handle in the place of the bundle of a completion with one choice.
 
     It has the form of a bundle: NeMo Gym checks that these are lists of numbers of the same length, and sends them
@@ -108,14 +158,17 @@ def slim(answer: dict[str, Any], handle: int) -> None:
     Args:
         answer: The completion; changed in place.
         handle: A negative number, which no token id is.
+        with_logprobs: Whether `logprobs`, which are most of an answer, stay where they are.
     """
-    answer["choices"][0]["message"] |= {
+    choice = answer["choices"][0]
+    choice["message"] |= {
         "prompt_token_ids": [handle],
         "generation_token_ids": [handle],
         "generation_log_probs": [0.0],
     }
-    answer["prompt_token_ids"] = None
-    answer["choices"][0]["token_ids"] = None
+    answer["prompt_token_ids"] = choice["token_ids"] = None
+    if not with_logprobs:
+        choice["logprobs"] = None
 
 
 def strip_unasked(answer: dict[str, Any], asked: Collection[str]) -> None:
@@ -135,17 +188,18 @@ def strip_unasked(answer: dict[str, Any], asked: Collection[str]) -> None:
 
 
 def _logprobs(choice: dict[str, Any], num_ids: int) -> list[float]:
-    logprobs = choice.get("logprobs")
-    content = logprobs.get("content") or [] if isinstance(logprobs, dict) else []
-    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
-        raise BundleError("the server returned other things than logprobs")
+    try:
+        logprobs = _entries.decode(choice.get("logprobs", b"null"))
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise BundleError(f"the server returned other things than logprobs ({error})") from None
+    content = (logprobs and logprobs.content) or []
     if len(content) != num_ids:
         raise BundleError(f"the server returned {len(content)} logprobs for {num_ids} sampled tokens")
-    found = [entry.get("logprob") for entry in content]
+    found = [entry.logprob for entry in content]
     for place, logprob in enumerate(found):
-        if not isinstance(logprob, int | float) or not _MISSING_LOGPROB < logprob <= MAX_NUMBER:
+        if logprob is None or not _MISSING_LOGPROB < logprob <= MAX_NUMBER:
             raise BundleError(f"the logprob of sampled token {place} is {logprob!r}, which is not a finite number")
-    return found
+    return cast(list[float], found)
 
 
 def events(answer: dict[str, Any], *, include_usage: bool) -> bytes:
@@ -171,4 +225,4 @@ def events(answer: dict[str, Any], *, include_usage: bool) -> bytes:
     chunks = [{**head, **own, "choices": [piece]}, {**head, "choices": [last]}]
     if include_usage:
         chunks.append({**head, "choices": [], "usage": answer.get("usage")})
-    return b"".join(b"data: " + data + b"\n\n" for data in [*map(compact_json, chunks), b"[DONE]"])
+    return b"".join(b"data: " + data + b"\n\n" for data in [*map(msgspec.json.encode, chunks), b"[DONE]"])

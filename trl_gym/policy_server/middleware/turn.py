@@ -146,6 +146,12 @@ class Turn:
         return bool(self.body.get("stream"))
 
     @property
+    def asks_for_ids(self) -> bool:
+        """Tell whether the client wants tokens as ids in `logprobs`, as NeMo Gym's model server does. It reads these
+        for the bundle alone, and where that is on the message parses and drops them."""
+        return bool(self.body.get("return_tokens_as_token_ids"))
+
+    @property
     def asks_for_limit(self) -> bool:
         return any(self.body.get(key) is not None for key in _LIMIT_KEYS)
 
