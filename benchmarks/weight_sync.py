@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/weight_sync.py                      # `file`, alone and with a real server
     .venv/bin/python benchmarks/weight_sync.py --transport adapter  # LoRA, with a real server
     .venv/bin/python benchmarks/weight_sync.py --transport ipc      # a GPU; `nccl`: two. Not run so far.
-    options: --sizes 10M,100M,300M,1B   --dtype bfloat16   --repeats 5   --no_server
+    options: --sizes 10M,135M,300M,1B   --dtype bfloat16   --repeats 5   --no_server
 
 "alone": what moves the bytes and nothing else. A state dict is written, and read into tensors that are there already,
 as a server does that needs no other layout. Beside it, in turns, the same bytes are copied with `memcpy` (one thread)
@@ -11,7 +11,8 @@ and torch's `copy_` (all threads), between memory that is in use already. A tran
 the bytes are written once and read once. `share` compares it with that: 100 % is as fast as two times the faster copy.
 
 "with a server": `WeightSync.push` to a vLLM server with dummy weights, so that nothing is downloaded. Most of the time
-of `receive` and `finish` is vLLM's: new tensors for each layer, and on a CPU their repacking for the kernels.
+of `receive` and `finish` is vLLM's: new tensors for each layer, and on a CPU their repacking for the kernels. `probe`
+is that of the first sync, `fingerprint` the median of the others; `first sync` has everything in it.
 
 Compare the figures of one run with each other. "alone" prints the best of all repeats, since what disturbs can only
 make it slower; "with a server" prints the median.
@@ -66,6 +67,7 @@ class Size:
 SIZES = {
     "10M": Size(256, 1024, 8, 8192),
     "100M": Size(768, 2304, 12, 16384),
+    "135M": Size(640, 1536, 26, 49152),
     "300M": Size(1024, 3072, 20, 32768),
     "1B": Size(2048, 6144, 19, 32768),
 }
@@ -240,7 +242,7 @@ def served(name: str, dtype: str, repeats: int, transport_name: str) -> dict[str
     first, later = reports[0][0], reports[1:]
 
     def median(key: str) -> float:
-        return statistics.median(report.seconds[key] for report, _ in later)
+        return statistics.median(report.seconds.get(key, 0.0) for report, _ in later)
 
     load = statistics.median(load_s for _, load_s in later)
     total = median("pause") + median("transfer") + median("finish")
@@ -253,7 +255,10 @@ def served(name: str, dtype: str, repeats: int, transport_name: str) -> dict[str
         "finish s": f"{median('finish'):.3f}",
         "sync s": f"{total:.3f}",
         "GB/s": f"{first.num_bytes / total / 1e9:.2f}",
-        "first sync s": f"{sum(value for key, value in first.seconds.items() if key != 'probe'):.3f}",
+        "fingerprint s": f"{median('fingerprint'):.3f}",
+        "probe s": f"{first.seconds['probe']:.3f}",
+        "first sync s": f"{sum(first.seconds.values()):.3f}",
+        "probe ÷ transfer": f"{first.seconds['probe'] / median('transfer'):.2f}",
         "gap nats": f"{first.probe.mean_gap:.4f}",
     }
 

@@ -25,7 +25,6 @@ from trl_gym.rollouts.request import PolicyAccess
 from trl_gym.rollouts.reuse import Policy, Recall, RecoveringCollector, collect_missing
 from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, TrainerHooks
 from trl_gym.run.weights import PolicyWeights, check_model
-from trl_gym.weight_sync.sums import fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +114,7 @@ class LiveSource:
     def push_weights(self, model: torch.nn.Module, step: int) -> dict[str, float]:
         """Send the weights to the policy server. Return the metrics `weight_sync/…`."""
         report = self._weights.push(model, step)
-        self._step, self._fingerprint = step, fingerprint(model, self._accelerator)
+        self._step, self._fingerprint = step, report.fingerprint
         metrics = {"weight_sync/bytes": float(report.num_bytes)}
         metrics |= {f"weight_sync/seconds/{phase}": seconds for phase, seconds in report.seconds.items()}
         return metrics if report.probe is None else metrics | {"weight_sync/probe_gap": report.probe.mean_gap}

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -27,7 +26,7 @@ import torch
 from trl_gym.errors import Problem, WeightMismatchError, WeightSyncError
 from trl_gym.ranks import on_all, on_main
 from trl_gym.weight_sync.source import AdapterSource, WeightSource
-from trl_gym.weight_sync.sums import explain, sent_sums
+from trl_gym.weight_sync.sums import explain, fingerprint, sent_sums
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,8 +38,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NUM_PROBES = 4
-_PROBE_TOKENS = 48
+# 62 log-probabilities: their mean tells a gap of 1.3 times the tolerance from one within it as surely as four times as
+# many do from 1.15 times, and they cost a quarter (`tests/weight_sync/test_sync.py`, `benchmarks/weight_sync.py`).
+_NUM_PROBES = 2
+_PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,10 @@ class SyncReport:
     """Cost and outcome of one sync."""
 
     version: str  # weight version that the server holds now
-    # By phase: `pause`, `transfer`, `finish` (with the caches' reset and the resume), `probe`.
+    fingerprint: str  # of the trainer's weights, see `sums.fingerprint`
+    # By phase, without a gap: `plan` (names, shapes, merging), `wake` (a server that sleeps), `connect` (of the first
+    # sync, and after a restart), `pause`, `transfer`, `finish` (with the caches' reset and the resume), `probe`,
+    # `fingerprint`.
     seconds: dict[str, float]
     num_bytes: int  # bytes handed over
     probe: ProbeReport | None  # comparison of log-probabilities; None when none was made
@@ -124,35 +128,48 @@ class WeightSync:
             WeightMismatchError: The weights arrived, and the server computes something else.
         """
         version = str(step)
-        seconds: dict[str, float] = {}
-        is_due = self._is_due(step)
+        watch = _Stopwatch()
         partial = self._options.only_trainable and self._complete and self.transport.replaces
         weights = self._weights(model, partial)
-        with self._phase("pause", seconds):
-            if self._sharing is not None:
-                self._sharing.before_sync()
-            self._on_main(self._begin)
+        watch.lap("plan")
+        is_due = self._prepare(step, watch)
         try:
-            with self._phase("transfer", seconds):
-                num_bytes = on_all(self._accelerator, lambda: self.transport.send(weights, self._client, version))
-            with self._phase("finish", seconds):
-                self._on_main(lambda client: self._install(client, version))
-                if self._sharing is not None:
-                    self._sharing.pushed()
-                    self._sharing.before_sampling()
-                if self.transport.replaces:
-                    self._on_main(lambda client: client.resume())
+            num_bytes = on_all(self._accelerator, lambda: self.transport.send(weights, self._client, version))
+            watch.lap("transfer")
+            self._on_main(lambda client: self._install(client, version))
+            if self._sharing is not None:
+                self._sharing.pushed()
+                self._sharing.before_sampling()
+            if self.transport.replaces:
+                self._on_main(lambda client: client.resume())
+            watch.lap("finish")
         finally:
             self.transport.release()
         self._complete = True
-        probe = None
+        probe = self._verify(model, version) if is_due else None
         if is_due:
-            with self._phase("probe", seconds):
-                probe = self._verify(model, version)
             self._verified_at = step
             if self._sharing is not None:
                 self._sharing.verified()
-        return SyncReport(version, seconds, num_bytes, probe)
+            watch.lap("probe")
+        digits = fingerprint(model, self._accelerator)
+        watch.lap("fingerprint")
+        return SyncReport(version, digits, watch.seconds, num_bytes, probe)
+
+    def _prepare(self, step: int, watch: _Stopwatch) -> bool:
+        """Make the server ready to receive. Return whether a probe is due, which a server that slept may need."""
+        is_due = self._is_due(step)
+        if self._sharing is not None:
+            self._sharing.before_sync()
+            watch.lap("wake")
+        if not self._connected:  # the same on every rank
+            self._on_main(self.transport.connect)
+            self._connected = True
+            watch.lap("connect")
+        if self.transport.replaces:
+            self._on_main(self._begin)
+            watch.lap("pause")
+        return is_due
 
     def _weights(self, model: torch.nn.Module, partial: bool) -> WeightStream:
         if self.transport.name == "adapter":
@@ -160,12 +177,8 @@ class WeightSync:
         return WeightSource(model, self._accelerator, dtype=self._options.dtype, only_trainable=partial)
 
     def _begin(self, client: PolicyClient) -> None:
-        if not self._connected:
-            self.transport.connect(client)
-            self._connected = True
-        if self.transport.replaces:
-            client.pause(self._options.pause_mode)
-            client.start_weight_update()
+        client.pause(self._options.pause_mode)
+        client.start_weight_update()
 
     def _install(self, client: PolicyClient, version: str) -> None:
         if self.transport.replaces:
@@ -219,15 +232,22 @@ class WeightSync:
         """Ask the server for something on rank 0, with the sync's timeout."""
         return on_main(self._accelerator, lambda: work(self._server.client.patient(self._options.timeout_s)))
 
-    @contextmanager
-    def _phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        seconds[name] = time.monotonic() - started
+
+class _Stopwatch:
+    """Seconds by phase: all that pass between two laps belong to the later one, so that none is missing."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[phase] = now - self._since
+        self._since = now
 
 
 def probe_batch(vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """Make a fixed batch of random token sequences, `[4][48]`, with ids below `vocab_size`."""
+    """Make a fixed batch of random token sequences, `[2][32]`, with ids below `vocab_size`."""
     rng = random.Random(seed)
     return [[rng.randrange(vocab_size) for _ in range(_PROBE_TOKENS)] for _ in range(_NUM_PROBES)]
 
