@@ -31,6 +31,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
                 "gym_mode": "magic",
                 "gym_deadline": -1,
                 "gym_max_inflight": 0,
+                "gym_processes": 0,
                 "gym_drift": "ignore",
                 "gym_train_calls": "some",
                 "gym_max_rows_factor": 0.5,
@@ -42,9 +43,9 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
             }
         )
     message = str(caught.value)
-    assert "12 problem(s)" in message
+    assert "13 problem(s)" in message
     for name in (
-        "gym_mode", "gym_deadline", "gym_max_inflight", "gym_drift", "gym_train_calls", "'port'",
+        "gym_mode", "gym_deadline", "gym_max_inflight", "gym_processes", "gym_drift", "gym_train_calls", "'port'",
         "`vllm_max_model_length`", "gym_max_rows_factor", "gym_weight_dir", "max_completion_length", "vllm_mode",
         "num_generations",
     ):  # fmt: skip
@@ -57,6 +58,20 @@ def test_a_head_url_means_attach_and_excludes_configs() -> None:
         GymGRPOConfig(**BASE, gym_head_url="http://127.0.0.1:1", gym_config_paths=["a.yaml"])
     with pytest.raises(ConfigError, match="gym_head_url"):
         GymGRPOConfig(**BASE, gym_mode="attach")
+
+
+@pytest.mark.parametrize("other", [{"gym_mode": "upstream"}, {"gym_head_url": "http://127.0.0.1:1"}])
+def test_only_the_processes_of_mode_host_can_be_counted(other: dict[str, str]) -> None:
+    assert GymGRPOConfig(**BASE, **other, gym_processes=1).gym_processes == 1
+    with pytest.raises(ConfigError, match=r"`gym_processes` is 2 and `gym_mode` '(upstream|attach)': only"):
+        GymGRPOConfig(**BASE, **other, gym_processes=2)
+
+
+def test_rollouts_in_flight_are_those_of_a_batch_or_what_may_be_at_a_time() -> None:
+    batches = {"per_device_train_batch_size": 16, "steps_per_generation": 4, "per_device_eval_batch_size": 8}
+    assert GymGRPOConfig(**BASE | batches).rollouts_in_flight(2) == 128
+    assert GymGRPOConfig(**BASE | batches, gym_max_inflight=10).rollouts_in_flight(3) == 30
+    assert GymGRPOConfig(**BASE | batches | {"per_device_eval_batch_size": 80}).rollouts_in_flight(1) == 80
 
 
 def test_a_server_url_needs_server_mode() -> None:

@@ -161,3 +161,14 @@ def test_stopping_closes_nobody_elses_descriptor(tmp_path: Path) -> None:
         for file in (first, second):
             file.write("still open")
             file.flush()
+
+
+def test_children_may_open_as_many_files_as_the_hard_limit_allows(tmp_path: Path) -> None:
+    report = "import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    owner = (
+        "import resource, sys\nfrom pathlib import Path\nfrom trl_gym.processes import ChildProcess\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 512))\n"
+        f"ChildProcess('child', [sys.executable, '-c', {report!r}], log_path=Path(sys.argv[1])).wait(60)\n"
+    )
+    subprocess.run([sys.executable, "-c", owner, str(tmp_path / "log")], check=True, timeout=120)
+    assert (tmp_path / "log").read_text() == "512 512\n"

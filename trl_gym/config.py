@@ -86,8 +86,12 @@ class GymGRPOConfig(GRPOConfig):
         gym_mode (`str`, *optional*, defaults to `"host"`):
             `"host"`: all servers of the configs in one child process. `"upstream"`: Gym's own launcher, supervised.
             `"attach"`: a running Gym at `gym_head_url`.
+        gym_processes (`int`, *optional*):
+            Processes of `gym_mode="host"`, each with all servers of the configs; a rollout stays in one. Default: one
+            for every 64 rollouts in flight over all ranks, at most one for every four cores of this machine, and one
+            if the configs fix a port or say `trl_gym_single_process: true`.
         gym_head_url (`str`, *optional*):
-            Head server of a running Gym; implies `gym_mode="attach"`.
+            Head server of a running Gym, or several of them, separated by commas; implies `gym_mode="attach"`.
         gym_python (`str`, *optional*):
             Interpreter that has `nemo-gym`. Default: `TRL_GYM_PYTHON`, else `.gym-venv/bin/python`.
         gym_overrides (`dict` or `str`, *optional*):
@@ -202,6 +206,7 @@ class GymGRPOConfig(GRPOConfig):
     )
     gym_config_paths: list[str] = field(default_factory=list)
     gym_mode: str = field(default="host", metadata={"choices": ["host", "upstream", "attach"]})
+    gym_processes: int | None = None
     gym_head_url: str | None = None
     gym_python: str | None = None
     gym_overrides: dict[str, Any] | str | None = None
@@ -276,6 +281,15 @@ class GymGRPOConfig(GRPOConfig):
             retries=self.gym_retries,  # type: ignore[arg-type]  # a mapping since `__post_init__`, like the next
             environments=self.gym_environments or {},  # type: ignore[arg-type]
         )
+
+    def rollouts_in_flight(self, num_processes: int) -> int:
+        """Return how many rollouts run at the same time at most.
+
+        Args:
+            num_processes: Number of training processes.
+        """
+        batch = self.per_device_train_batch_size * (self.steps_per_generation or 1)
+        return num_processes * min(self.gym_max_inflight, max(batch, self.per_device_eval_batch_size))
 
     @property
     def has_further_rows(self) -> bool:
@@ -464,6 +478,14 @@ def _gym_problems(config: GymGRPOConfig) -> Iterator[Problem]:
         yield Problem(
             "`gym_head_url` attaches to a running Gym and `gym_config_paths` would start one.", "Set only one."
         )
+    if config.gym_processes is not None:
+        yield from number_problems("gym_processes", config.gym_processes, least=1, whole=True)
+        if config.gym_processes > 1 and config.gym_mode != "host":
+            yield Problem(
+                f"`gym_processes` is {config.gym_processes} and `gym_mode` {config.gym_mode!r}: only the processes of "
+                "'host' are ours to count.",
+                "Set `gym_mode` to 'host', or leave `gym_processes` out.",
+            )
     if not isinstance(config.gym_overrides, dict | None):
         yield Problem(f"`gym_overrides` is {config.gym_overrides!r}.", "Set it to a mapping, or to a JSON object.")
     for name in ("gym_weight_dir", "gym_replay"):

@@ -182,10 +182,14 @@ def wait_until(deadline: float) -> bool:
     return True
 
 
-@atexit.register
-def _stop_forgotten_children() -> None:
-    children = list(_running)
+def stop_all(children: Sequence[ChildProcess]) -> None:
+    """Stop several processes, side by side. Idempotent."""
     for child in children:
         child._let_go()  # all of them first, so that their grace periods overlap
     for child in children:
         child.stop()
+
+
+@atexit.register
+def _stop_forgotten_children() -> None:
+    stop_all(list(_running))

@@ -16,6 +16,7 @@ Exit status: that of the command (128 + n if signal n ended it).
 import contextlib
 import ctypes
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import time
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+OPEN_FILES = 65_536  # as vLLM does; some programs walk through all numbers below their limit
 POLL_S = 1.0  # how often the parent's pid is looked at, for a pipe end that leaked into a forked process
 
 
@@ -31,6 +33,23 @@ def prctl(option: int, value: int) -> None:
     """Call `prctl`. Linux only; elsewhere the pipe and the process group have to suffice."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def raise_open_files() -> int:
+    """Raise the soft limit of open files of this process and its children, usually 1,024, towards the hard one.
+
+    Returns:
+        The soft limit from now on.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    while soft != resource.RLIM_INFINITY and wanted > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+        except (ValueError, OSError):  # macOS has another limit below an infinite hard one
+            wanted //= 2
+    return soft
 
 
 def prepare_child() -> None:
@@ -74,6 +93,7 @@ def kill_everything(group: int) -> None:
 
 def main(death_fd: int, grace_s: float, command: list[str]) -> int:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    raise_open_files()
     parent = os.getppid()
     asked_to_stop = False
 

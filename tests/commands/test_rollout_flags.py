@@ -39,24 +39,33 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
             base_url="localhost:8000",
             config_paths=[],
             num_generations=0,
+            processes=0,
             rollouts=RolloutOptions(
                 sampling=Sampling(temperature=-1, top_p=1.5), deadline=0, retries={"infrastructure": -1}
             ),
         )
     text = str(caught.value)
-    assert text.startswith("9 problem(s)")
+    assert text.startswith("10 problem(s)")
     for part in (
         "none.jsonl does not exist",
         "Two datasets are called 'x'",
         "--gym-config-paths",
         "`--base-url` is 'localhost:8000'",
         "`--num-generations` is 0",
+        "`--gym-processes` is 0",
         "`--deadline` is 0",
         "`--top-p` is 1.5",
         "`--temperature` is -1",
         "`--retries['infrastructure']` is -1",
     ):
         assert part in text
+
+
+def test_the_processes_of_a_gym_that_runs_already_are_its_own(tmp_path: Path) -> None:
+    running = {"config_paths": [], "head_url": "http://127.0.0.1:1,http://127.0.0.1:2"}
+    assert options(tmp_path, **running, processes=1).head_url == running["head_url"]
+    with pytest.raises(ConfigError, match="`--gym-processes` is 2 and `--gym-head-url` names a Gym that runs"):
+        options(tmp_path, **running, processes=2)
 
 
 @pytest.mark.parametrize("command", ["rollout", "eval"])
@@ -68,7 +77,7 @@ def test_the_command_line_has_every_option(command: str, capsys: pytest.CaptureF
     for name in (
         "dataset", "gym-config-paths", "base-url", "model", "output-dir", "num-generations", "deadline",
         "max-inflight", "retries", "agent", "gym-python", "gym-head-url", "api-key", "temperature", "top-p",
-        "max-completion-length", "limit", "gym-overrides",
+        "max-completion-length", "limit", "gym-overrides", "gym-processes",
     ):  # fmt: skip
         assert f"--{name} " in shown, name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -144,7 +145,7 @@ async def test_seven_environments_in_one_process(gym: GymInstallation, tmp_path:
             assert any(item.get("generation_token_ids") for item in answer.result["response"]["output"])
         servers.check()
 
-        config = servers._view.config  # type: ignore[union-attr]
+        config = servers._processes[0].view.config
         assert config["text"] == overrides["text"]
         assert config["mcqa_simple_agent"]["responses_api_agents"]["simple_agent"]["max_steps"] == 5
         assert key not in json.dumps(config)
@@ -157,8 +158,8 @@ async def test_seven_environments_in_one_process(gym: GymInstallation, tmp_path:
     assert "developer" not in roles and "tool" in roles
 
 
-def write_custom_environment(folder: Path, missing_module: str = "json") -> Path:
-    """A server beside its config, with helper modules and code of its own."""
+def write_custom_environment(folder: Path, missing_module: str = "json", **marks: bool) -> Path:
+    """A server beside its config, with helper modules and code of its own; marks are in every place for such."""
     server = folder / "resources_servers" / "halves"
     server.mkdir(parents=True)
     (server / "app.py").write_text(CUSTOM_SERVER.replace("MISSING", missing_module))
@@ -167,9 +168,10 @@ def write_custom_environment(folder: Path, missing_module: str = "json") -> Path
     (server / "requirements.txt").write_text("-e nemo-gym[dev] @ ../../\nno-such-package>=1\n")
     model = {"type": "responses_api_models", "name": "policy_model"}
     resources = {"type": "resources_servers", "name": "halves"}
-    agent = {"entrypoint": "app.py", "resources_server": resources, "model_server": model}
+    agent = {"entrypoint": "app.py", "resources_server": resources, "model_server": model, **marks}
     config = {
-        "halves": {"resources_servers": {"halves": {"entrypoint": "app.py", "domain": "other"}}},
+        **marks,
+        "halves": {"resources_servers": {"halves": {"entrypoint": "app.py", "domain": "other", **marks}}},
         "halves_agent": {"responses_api_agents": {"simple_agent": agent}},
     }
     path = folder / "halves.yaml"
@@ -196,10 +198,14 @@ async def fail_halves(servers: GymServers) -> None:
 
 
 async def test_server_beside_its_config(gym: GymInstallation, tmp_path: Path, policy: FakePolicy) -> None:
-    servers = make(gym, tmp_path, [write_custom_environment(tmp_path / "env")], policy_base_url=policy.base_url)
+    config = write_custom_environment(tmp_path / "env", trl_gym_single_process=True)  # which Gym ignores
+    with pytest.raises(ConfigError, match=r"cannot run in 2 processes .*`halves` demands a single process"):
+        make(gym, tmp_path, [config], processes=2).start()
+    servers = make(gym, tmp_path, [config], policy_base_url=policy.base_url, rollouts_in_flight=10_000)
     servers.start()
     try:
         await asyncio.to_thread(servers.wait_ready)
+        assert servers.num_processes == 1
         assert servers.sole_agent == "halves_agent" and servers.agents["halves_agent"].resources_server == "halves"
         await roll_out_halves(servers)
         await fail_halves(servers)
@@ -256,15 +262,54 @@ def test_fixed_and_busy_head_port_and_death_of_the_host(gym: GymInstallation, tm
         # The port was free when we looked, and another Gym has it when ours comes: only the nonce tells.
         third = make(gym, tmp_path / "third", [config_of("mcqa")])
         third.start()
-        third._head_url = first.head_url
+        third._processes[0]._head_url = first.head_url
         with pytest.raises(GymServerError, match="Another NeMo Gym answers"):
             third.wait_ready()
 
         host = psutil.Process().children(recursive=True)[-1]
         os.kill(host.pid, signal.SIGKILL)
-        assert first._child is not None and first._child.wait(10) is not None
+        child = first._processes[0].child
+        assert child is not None and child.wait(10) is not None
         with pytest.raises(GymServerError, match=r"was ready and ended within .* \(signal SIGKILL\)[\s\S]*gym\.log"):
             first.check()
+
+
+async def test_several_processes_share_the_rollouts_and_end_together(
+    gym: GymInstallation, tmp_path: Path, policy: FakePolicy
+) -> None:
+    """Sessions of a rollout stay in its process; one that dies ends the collection by its name."""
+    configs: list[str | Path] = [config_of("example_session_state_mgmt"), write_custom_environment(tmp_path / "env")]
+    servers = make(gym, tmp_path, configs, policy_base_url=policy.base_url, processes=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    servers.start()
+    try:
+        await asyncio.to_thread(servers.wait_ready)
+        family = psutil.Process().children(recursive=True)
+        hosts = [one for one in servers.servers if one.name == "halves"]
+        assert len({host.pid for host in hosts}) == servers.num_processes == 2 and len(family) == 4
+        for host in hosts:
+            assert psutil.Process(host.pid).rlimit(psutil.RLIMIT_NOFILE) == (max(soft, min(65_536, hard)), hard)
+        with await asyncio.to_thread(GymServers.attach, servers.head_url) as other_rank:
+            assert {agent.url for agent in [other_rank.agent("halves_agent") for _ in range(64)]} == {
+                process.agents["halves_agent"].url for process in servers._processes
+            }
+            await roll_out(gym, other_rank, ["example_session_state_mgmt"] * 2)
+
+        def kill_the_second(result: RolloutResult) -> None:
+            in_flight.append([process.in_flight.number for process in servers._processes])
+            if result.answer is not None:
+                os.kill(hosts[1].pid or 0, signal.SIGKILL)
+
+        in_flight: list[list[int]] = []
+        row = {"responses_create_params": {"input": [{"role": "user", "content": "?"}]}, "name": "halves_agent"}
+        with pytest.raises(GymServerError, match=r"\(process 2 of 2\) was ready and .*SIGKILL[\s\S]*gym-2\.log"):
+            await asyncio.to_thread(collect, servers, [HANGS] * 4 + [row], kill_the_second)
+        assert in_flight[0] == [2, 2]
+        assert (tmp_path / "logs" / "gym.log").is_file()
+    finally:
+        await asyncio.to_thread(servers.stop)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
 
 
 OWNER = """

@@ -229,7 +229,7 @@ def test_an_agent_whose_identity_is_lost_is_refused_and_named(gym: GymServers, s
 def test_gym_never_has_the_servers_key(gym: GymServers, served: Served) -> None:
     roll_out(gym, served, [request("chat_agent", f"{gym.gym_version}-key")])
     assert served.policy.authorizations == {f"Bearer {API_KEY}".encode()}  # what the server itself demands
-    config = gym._view.config  # type: ignore[union-attr]
+    config = gym._processes[0].view.config
     assert API_KEY not in str(config)
 
 

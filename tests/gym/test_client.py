@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -285,3 +287,55 @@ def test_text_of_an_environment_is_read_in_bounded_time(text: str) -> None:
     kind, read = read_error(body, 500)
     assert kind in FailureKind and 0 < len(read) < MAX_TEXT_CHARS + 200
     assert time.process_time() - began < 2  # a tenth of that on an idle machine
+
+
+# An agent and rollouts at it, in one process: none is answered before all have arrived.
+SIDE_BY_SIDE = """
+import asyncio, resource, sys
+from aiohttp import web
+from trl_gym.gym.client import GymAnswer, new_session, run_rollout
+from trl_gym.gym.discovery import AgentInfo
+
+async def main(number):
+    barrier, seen = asyncio.Barrier(number), []
+
+    async def run(_request):
+        await barrier.wait()
+        seen.append(agent.in_flight.number)
+        return web.json_response({"reward": 1.0, "response": {"output": []}})
+
+    (app := web.Application()).router.add_post("/run", run)
+    await (runner := web.AppRunner(app)).setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    agent = AgentInfo("agent", f"http://127.0.0.1:{runner.addresses[0][1]}", None, "simple_agent")
+    async with new_session(number) as session:
+        row = {"responses_create_params": {"input": []}}
+        started = [asyncio.ensure_future(run_rollout(session, agent, row, deadline_s=60)) for _ in range(number)]
+        for ended in asyncio.as_completed(started):
+            if not isinstance(outcome := await ended, GymAnswer):
+                break
+        print(outcome if outcome.__class__ is not GymAnswer else f"{max(seen)} at a time", flush=True)
+        for one in started:
+            one.cancel()
+        await asyncio.gather(*started, return_exceptions=True)
+        print(agent.in_flight.number, flush=True)
+        await runner.cleanup()
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[1])))
+asyncio.run(main(100))
+"""
+
+
+@pytest.mark.parametrize(
+    ("hard_limit", "words"), [(1024, "100 at a time"), (64, "The limit of open files is 64 here")]
+)
+def test_more_rollouts_than_the_soft_limit_of_open_files(hard_limit: int, words: str) -> None:
+    command = [sys.executable, "-c", SIDE_BY_SIDE, str(hard_limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    outcome, left = done.stdout.splitlines()
+    assert words in outcome and left == "0", done.stderr
+
+
+def test_a_gym_that_may_open_too_few_files_is_named_as_well() -> None:
+    kind, text = read_error(b'"Cannot connect to host 127.0.0.1:1 [Too many open files]"', 500)
+    assert kind is FailureKind.INFRASTRUCTURE and "Too many open files" in text

@@ -18,6 +18,7 @@ from trl_gym.gym.config import (
     expand_overrides,
     initial_config,
     resolve_configs,
+    single_process_reasons,
 )
 
 MCQA = "resources_servers/mcqa/configs/mcqa.yaml"
@@ -94,6 +95,34 @@ def test_search_roots_are_the_users_folders(installation: Path, project: Path) -
     assert roots[:4] == [calculator.parent, *list(calculator.parent.parents)[:3]]
     assert roots[-1] == project
     assert not any(installation in (root, *root.parents) for root in roots)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "reasons"),
+    [
+        ("board: {resources_servers: {board: {entrypoint: app.py}}}", {}, []),
+        (
+            "board: {resources_servers: {board: {entrypoint: app.py, trl_gym_single_process: true}}}",
+            {},
+            ["`board` demands a single process (`trl_gym_single_process`)"],
+        ),
+        ("trl_gym_single_process: true", {}, ["a config demands a single process (`trl_gym_single_process`)"]),
+        ("trl_gym_single_process: true", {"trl_gym_single_process": False}, []),
+        ("board: {environment_servers: {x: {port: 8000}}}", {}, ["`board` has the fixed port 8000"]),
+        ("board: {environment_servers: {x: {port: 8000}}}", {"board.environment_servers.x.port": None}, []),
+        ("board: {resources_servers: {x: {port: null}}}\nnumbers: {a: {b: {port: 1}}}\nlist: [1]", {}, []),
+        ("a: {responses_api_agents: {x: {}}}", {"a.responses_api_agents.x.port": 9}, ["`a` has the fixed port 9"]),
+        ("a: 1", {"head_server.port": 11000}, ["the head server has the fixed port 11000"]),
+        ("head_server: {port: 11000}", {}, []),  # ours wins, which is free
+    ],
+)
+def test_what_needs_a_single_process(
+    installation: Path, project: Path, text: str, overrides: dict[str, object], reasons: list[str]
+) -> None:
+    (project / "included.yaml").write_text(text)
+    (project / "main.yaml").write_text("config_paths: [included.yaml]")
+    configs = resolve_configs(["main.yaml"], installation)
+    assert single_process_reasons(configs, expand_overrides(overrides)) == reasons
 
 
 def test_overrides_expand_dots_of_the_outermost_level_only() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import json
+import random
 import re
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,9 +18,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trl_gym.errors import ConfigError, GymServerError
-from trl_gym.gym.servers import AgentInfo, GymServers, error_path
+from trl_gym.gym.discovery import HeadView, new_http_session
+from trl_gym.gym.process import GymProcess, bind_head, error_path
+from trl_gym.gym.servers import AgentInfo, GymServers, default_processes, least_busy
 from trl_gym.processes import ChildProcess, ServerState, bind_socket
 
 SECRET = "sk-do-not-print"
@@ -115,6 +123,108 @@ def test_several_policy_servers_have_to_be_the_same_ones(head: FakeHead) -> None
                 gym.connect_policy(urls, "policy")
 
 
+@pytest.fixture
+def other_head(head: FakeHead) -> Iterator[FakeHead]:
+    """A second process of the same Gym."""
+    fake = FakeHead()
+    instances = [entry | {"url": fake.url} for entry in head.pages["/server_instances"]]
+    fake.describe(yaml.safe_load(head.pages["/global_config_dict_yaml"]), instances)
+    yield fake
+    fake.close()
+
+
+def test_rollouts_are_spread_over_the_processes_of_an_attached_gym(head: FakeHead, other_head: FakeHead) -> None:
+    gym = GymServers.attach(f"{head.url}/, {other_head.url},{head.url}")
+    assert gym.head_url == f"{head.url},{other_head.url}" and gym.num_processes == 2 and len(gym.servers) == 6
+    assert gym.agents["math_agent"].url == head.url
+
+    async def start(stack: contextlib.AsyncExitStack, agent: str) -> str:
+        chosen = gym.agent(agent)
+        await stack.enter_async_context(chosen.in_flight)
+        return chosen.url
+
+    async def fill() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            # Whichever agent they are of: what counts is the process.
+            urls = [await start(stack, agent) for agent in ("math_agent", "free_agent") * 8]
+            assert Counter(urls) == {head.url: 8, other_head.url: 8}
+            async with gym._processes[0].in_flight:
+                assert {gym.agent("math_agent").url for _ in range(8)} == {other_head.url}
+
+    asyncio.run(fill())
+    assert [process.in_flight.number for process in gym._processes] == [0, 0]
+    with GymServers.attach(gym.head_url) as same:  # what the other ranks do
+        assert same.num_processes == 2
+    gym.stop()
+
+
+def test_every_process_of_an_attached_gym_is_looked_at(head: FakeHead, other_head: FakeHead) -> None:
+    gym = GymServers.attach(f"{head.url},{other_head.url}")
+    gym.connect_policy("http://127.0.0.1:8000/v1", "policy")
+    with bind_socket() as sock:
+        tools = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    instances = gym._processes[1].view.instances
+    instances[0] = dataclasses.replace(instances[0], url=tools)
+    assert [gym.agents_down() for _ in range(3)][-1] == {"math_agent": f"server `math`: {tools} refuses connections"}
+    other_head.close()
+    with pytest.raises(GymServerError, match=f"No NeMo Gym head server answers at {other_head.url}"):
+        gym.check()
+
+
+def test_processes_of_different_gyms_are_refused(head: FakeHead, other_head: FakeHead) -> None:
+    other_head.pages["/server_instances"].pop()
+    with pytest.raises(GymServerError, match=f"{head.url} and {other_head.url} differ in their agents: `free_agent`"):
+        GymServers.attach(f"{head.url},{other_head.url}")
+    other_head.pages["/server_instances"] = head.pages["/server_instances"]
+    other_head.describe({"policy_base_url": "http://127.0.0.1:9000/v1"}, head.pages["/server_instances"])
+    gym = GymServers.attach(f"{head.url},{other_head.url}")
+    with pytest.raises(GymServerError, match=rf"at {other_head.url} calls the policy at http://127\.0\.0\.1:9000"):
+        gym.connect_policy("http://127.0.0.1:8000/v1", "policy")
+    gym.stop()
+
+
+@given(in_flight=st.lists(st.integers(0, 5), min_size=1, max_size=8), seed=st.integers(0, 3))
+def test_a_rollout_goes_where_the_fewest_are(in_flight: list[int], seed: int) -> None:
+    assert in_flight[least_busy(in_flight, random.Random(seed))] == min(in_flight)
+
+
+def test_the_choice_among_equals_is_by_chance() -> None:
+    """Ranks choose without knowing of each other: with a fixed order all would begin with the same process."""
+    assert {least_busy([1, 0, 0, 2], random.Random(seed)) for seed in range(32)} == {1, 2}
+
+
+@given(rollouts=st.integers(1, 10_000), cores=st.integers(1, 512))
+def test_the_default_number_of_processes(rollouts: int, cores: int) -> None:
+    number = default_processes(rollouts, cores)
+    assert number >= 1
+    assert number == 1 or (4 * number <= cores and 64 * (number - 1) < rollouts)
+    assert default_processes(rollouts + 1, cores) >= number and default_processes(rollouts, cores + 1) >= number
+
+
+def test_the_default_number_of_processes_on_usual_machines() -> None:
+    places = [(256, 2), (256, 8), (256, 16), (1024, 64), (8, 128), (64, 128)]
+    assert [default_processes(*place) for place in places] == [1, 2, 4, 16, 1, 1]
+
+
+def test_servers_that_need_one_process_get_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trl_gym.gym.servers.num_cores", lambda: 64)
+    caplog.set_level("INFO", "trl_gym")
+    reasons = ["`board` has the fixed port 8000"]
+    assert GymServers(rollouts_in_flight=256)._choose_number([]) == 4 and "in 4 processes, for 256" in caplog.text
+    assert GymServers(rollouts_in_flight=256)._choose_number(reasons) == 1
+    assert "in one process instead of 4: `board` has the fixed port 8000" in caplog.text
+    assert GymServers(processes=1)._choose_number(reasons) == 1 and GymServers(processes=3)._choose_number([]) == 3
+    with pytest.raises(
+        ConfigError, match=r"cannot run in 2 processes \(`gym_processes`\): `board` has the fixed port"
+    ):
+        GymServers(processes=2)._choose_number(reasons)
+    assert GymServers(mode="upstream", rollouts_in_flight=256)._choose_number([]) == 1
+    with pytest.raises(ConfigError, match="the mode is 'upstream'"):
+        GymServers(mode="upstream", processes=2)._choose_number([])
+
+
 def test_an_attached_gym_that_goes_away(head: FakeHead) -> None:
     gym = GymServers.attach(head.url)
     head.close()
@@ -126,7 +236,8 @@ def test_agents_whose_servers_are_gone_are_named_with_the_server(head: FakeHead)
     with bind_socket() as sock:
         tools = f"http://127.0.0.1:{sock.getsockname()[1]}"
         gym = GymServers.attach(head.url)
-    gym._view.instances[0] = dataclasses.replace(gym._view.instances[0], url=tools)
+    instances = gym._processes[0].view.instances
+    instances[0] = dataclasses.replace(instances[0], url=tools)
     looks = [gym.agents_down() for _ in range(3)]
     assert looks == [{}, {}, {"math_agent": f"server `math`: {tools} refuses connections"}]
     gym.check_process()
@@ -188,20 +299,27 @@ def test_a_proxy_of_the_environment_is_not_used(head: FakeHead, monkeypatch: pyt
 @pytest.mark.parametrize("reason", ["", "KeyError: 'score'"], ids=["killed", "with a reason"])
 def test_a_death_says_whether_gym_had_been_ready(tmp_path: Path, state: ServerState, reason: str) -> None:
     gym = GymServers(log_dir=tmp_path)
-    gym._child = ChildProcess("NeMo Gym", [sys.executable, "-c", "exit('the last line')"], log_path=gym.log_path)
-    gym._work_dir = tmp_path / "work"
-    gym._work_dir.mkdir()
+    living, dead = (GymProcess(gym._http, which=f" (process {number} of 2)") for number in (1, 2))
+    dead.log_path = tmp_path / "gym-2.log"
+    dead.child = ChildProcess("NeMo Gym", [sys.executable, "-c", "exit('the last line')"], log_path=dead.log_path)
+    dead._work_dir = work_dir = tmp_path / "work"
+    work_dir.mkdir()
     if reason:
-        error_path(gym._work_dir).write_text(reason)
-    assert gym._child.wait(30.0) == 1
-    gym._state = state
+        error_path(work_dir).write_text(reason)
+    assert dead.child.wait(30.0) == 1
+    gym._processes, gym._state = [living, dead], state
+    if state is ServerState.READY:
+        dead._view = HeadView({}, [])
     with pytest.raises(GymServerError) as error:
         gym.check()
     text = str(error.value)
     start = "did not start: it" if state is ServerState.STARTING else "was ready and"
-    assert re.match(rf"NeMo Gym {start} ended within [0-9.]+ s of its start \(exit code 1\)\.", text)
-    assert (reason or "the last line") in text and str(gym.log_path) in text
+    assert re.match(
+        rf"NeMo Gym \(process 2 of 2\) {start} ended within [0-9.]+ s of its start \(exit code 1\)\.", text
+    )
+    assert (reason or "the last line") in text and str(dead.log_path) in text
     gym.stop()
+    assert not work_dir.exists()
 
 
 def test_a_server_that_does_not_answer_is_named(head: FakeHead) -> None:
@@ -215,7 +333,7 @@ def test_a_server_that_does_not_answer_is_named(head: FakeHead) -> None:
 
 def test_secrets_do_not_show(head: FakeHead) -> None:
     gym = GymServers.attach(head.url)
-    assert SECRET not in repr(gym._view)
+    assert SECRET not in repr(gym._processes[0].view)
 
 
 def test_illegal_transitions(tmp_path: Path) -> None:
@@ -234,12 +352,13 @@ def test_illegal_transitions(tmp_path: Path) -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ConfigError, match=r"GymServers\.attach"):
         GymServers(mode="attach")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="`processes` is 0"):
+        GymServers(processes=0)
     with pytest.raises(ConfigError, match="list of paths"):
         GymServers("x.yaml")
 
 
-def test_the_head_port_of_gyms_own_launcher_is_none_that_ray_would_take(tmp_path: Path) -> None:
+def test_the_head_port_of_gyms_own_launcher_is_none_that_ray_would_take() -> None:
     """It is free again for a while; Ray's servers, which start then, take what the operating system gives them."""
-    gym = GymServers(["x.yaml"], mode="upstream", log_dir=tmp_path)
-    with gym._bind_head("127.0.0.1", 0) as sock:
+    with new_http_session() as http, bind_head(http, "127.0.0.1", 0, "upstream") as sock:
         assert 20_000 < sock.getsockname()[1] < 32_768

@@ -307,7 +307,7 @@ def _run(
     secrets = (*filter(None, [options.api_key]), *secrets_in(options.overrides))
     try:
         with (
-            _gym(options, endpoint) as gym,
+            _gym(options, endpoint, min(len(todo), options.rollouts.max_inflight)) as gym,
             contextlib.closing(Journal(options.journal_dir, secrets=secrets)) as journal,
             contextlib.closing(_collector(options, endpoint, gym)) as collector,
             _untagged_calls_told(options, endpoint, say),
@@ -412,7 +412,7 @@ def without_tag(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "responses_create_params": {**kept, "metadata": metadata} if metadata else kept}
 
 
-def _gym(options: CollectOptions, endpoint: Endpoint) -> GymServers:
+def _gym(options: CollectOptions, endpoint: Endpoint, rollouts_in_flight: int) -> GymServers:
     base_url = server_urls(options.base_url)
     if options.head_url is not None:
         gym = GymServers.attach(options.head_url)
@@ -426,6 +426,8 @@ def _gym(options: CollectOptions, endpoint: Endpoint) -> GymServers:
         python=options.gym_python,
         overrides=_overrides(options, endpoint),
         log_dir=options.output_dir / "logs",
+        processes=options.processes,
+        rollouts_in_flight=rollouts_in_flight,
     )
 
 

@@ -43,7 +43,8 @@ class CollectOptions:
         model: Name of the policy there.
         api_key: Bearer token of the policy's endpoint.
         config_paths: NeMo Gym configs to start, unless `head_url` names a running Gym.
-        head_url: Head server of a running Gym.
+        head_url: Head server of a running Gym; several, separated by commas.
+        processes: Processes of the NeMo Gym that is started; None for the default.
         gym_python: Interpreter that has `nemo-gym`.
         overrides: Options of NeMo Gym.
         agent: Agent for rows that name none.
@@ -63,6 +64,7 @@ class CollectOptions:
     api_key: str | None = None
     config_paths: Sequence[str] = ()
     head_url: str | None = None
+    processes: int | None = None
     gym_python: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     agent: str | None = None
@@ -98,6 +100,13 @@ class CollectOptions:
                     "Set one of them.",
                 )
             )
+        if self.head_url is not None and (self.processes or 1) > 1:
+            problems.append(
+                Problem(
+                    f"`--gym-processes` is {self.processes} and `--gym-head-url` names a Gym that runs already.",
+                    "Leave `--gym-processes` out.",
+                )
+            )
         if not self.base_url.startswith(("http://", "https://")):
             problems.append(
                 Problem(f"`--base-url` is {self.base_url!r}.", "Set it to a URL such as http://127.0.0.1:8000/v1.")
@@ -106,9 +115,10 @@ class CollectOptions:
 
     def _number_problems(self) -> list[Problem]:
         sampling = self.rollouts.sampling
-        limit = [] if self.limit is None else number_problems("--limit", self.limit, least=1, whole=True)
+        whole = {"--limit": self.limit, "--gym-processes": self.processes}
+        given = {name: number for name, number in whole.items() if number is not None}
         return [
-            *limit,
+            *(problem for name in given for problem in number_problems(name, given[name], least=1, whole=True)),
             *number_problems("--num-generations", self.num_generations, least=1, whole=True),
             *number_problems("--max-completion-length", self.rollouts.max_completion_length, least=1, whole=True),
             *number_problems("--temperature", sampling.temperature, least=0),
@@ -147,6 +157,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gym = parser.add_argument_group("NeMo Gym")
     gym.add_argument("--gym-config-paths", nargs="+", action="extend", default=[], metavar="YAML", help="to start one")
     gym.add_argument("--gym-head-url", metavar="URL", help="to use one that runs")
+    gym.add_argument(
+        "--gym-processes", type=int, metavar="N", help="processes with all of its servers (default: as in training)"
+    )
     gym.add_argument("--gym-python", metavar="FILE", help="interpreter with nemo-gym (default: as in training)")
     gym.add_argument("--gym-overrides", type=_json_object, default={}, metavar="JSON", help="any option of NeMo Gym")
 
@@ -179,6 +192,7 @@ def parse(options: argparse.Namespace, mode: str) -> CollectOptions:
         api_key=options.api_key or api_key_from_environment(),
         config_paths=options.gym_config_paths,
         head_url=options.gym_head_url,
+        processes=options.gym_processes,
         gym_python=options.gym_python,
         overrides=options.gym_overrides,
         agent=options.agent,

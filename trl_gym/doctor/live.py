@@ -29,7 +29,7 @@ from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.server import find_cause, remedy_for
 from trl_gym.policy_server.splice_probe import check_splice, unusable
-from trl_gym.processes import ServerState
+from trl_gym.processes import ServerState, split_urls
 from trl_gym.train import load_as_told
 
 if TYPE_CHECKING:
@@ -90,13 +90,13 @@ def configs(context: Context) -> Iterator[Finding]:
 
 def head_server(context: Context) -> Iterator[Finding]:
     """Ask a running Gym for its agents."""
-    url = str(context.args.gym_head_url).rstrip("/")
-    with new_http_session() as session:
-        context.agents = tuple(sorted(look_at_head(session, url, timeout_s=_TIMEOUT_S).agents()))
-    if not context.agents:
-        yield failed(f"{url} has no agents", "Start that Gym with the config of an agent.")
-    else:
-        yield ok(f"{url}: {_agents_text(context.agents)}")
+    for url in (url.rstrip("/") for url in split_urls(str(context.args.gym_head_url))):
+        with new_http_session() as session:
+            context.agents = tuple(sorted(look_at_head(session, url, timeout_s=_TIMEOUT_S).agents()))
+        if not context.agents:
+            yield failed(f"{url} has no agents", "Start that Gym with the config of an agent.")
+        else:
+            yield ok(f"{url}: {_agents_text(context.agents)}")
 
 
 def _agents_text(agents: tuple[str, ...]) -> str:
@@ -204,7 +204,8 @@ def gym_servers(context: Context) -> Iterator[Finding]:
             gym.connect_policy(_NOBODY, "policy")
         gym.start()
     gym.wait_ready()
-    yield ok(f"{len(gym.servers)} servers, agents {', '.join(sorted(gym.agents))}")
+    processes = "" if gym.num_processes == 1 else f" in {gym.num_processes} processes"
+    yield ok(f"{len(gym.servers)} servers{processes}, agents {', '.join(sorted(gym.agents))}")
 
 
 def continuation(context: Context) -> Iterator[Finding]:

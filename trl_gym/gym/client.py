@@ -26,6 +26,7 @@ import aiohttp
 from trl_gym.errors import FailureKind, RolloutFailure, error_body_text
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.responses import answer_problem
+from trl_gym.supervisor import OPEN_FILES, raise_open_files
 from trl_gym.untrusted import (
     MAX_ERROR_BYTES,
     BodyTooLongError,
@@ -62,6 +63,7 @@ _INFRASTRUCTURE = re.compile(
     r"An unknown error occurred|Request was cancelled",
     re.IGNORECASE,
 )
+_TOO_MANY_FILES = "Too many open files"
 _NO_CAUSE = frozenset({"", "Internal Server Error"})
 
 
@@ -78,9 +80,12 @@ class GymAnswer:
 def new_session(max_inflight: int) -> aiohttp.ClientSession:
     """Open a client for up to `max_inflight` rollouts at a time; close it on the loop that opened it.
 
+    This process may open as many files from here on as its hard limit allows: a rollout in flight is a connection.
+
     It keeps no cookies: they carry Gym's environment sessions, and two rollouts with one session share their state.
     It has no total timeout, since `run_rollout` has a deadline, uses no proxy (aiohttp's default) and unpacks nothing.
     """
+    raise_open_files()
     return aiohttp.ClientSession(
         cookie_jar=aiohttp.DummyCookieJar(),
         connector=aiohttp.TCPConnector(
@@ -122,7 +127,7 @@ async def run_rollout(
     body = json.dumps(_without_nulls(row)).encode()
     start = time.monotonic()
     try:
-        async with asyncio.timeout(deadline_s) as deadline:
+        async with agent.in_flight, asyncio.timeout(deadline_s) as deadline:
             url, headers = f"{agent.url}/run", {"Content-Type": "application/json", **headers}
             async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
                 status, location = response.status, response.headers.get("Location")
@@ -212,6 +217,12 @@ def _declared_failure(record: Any, what: str, where: str) -> RolloutFailure:
 
 
 def _failure(kind: FailureKind, text: str, where: str) -> RolloutFailure:
+    if _TOO_MANY_FILES in text:
+        text = (
+            f"{text}. The limit of open files is {raise_open_files()} here, as the hard limit demands. Raise that one "
+            f"(`ulimit -Hn`, `--ulimit nofile` of a container, `LimitNOFILE` of a service) to {OPEN_FILES}, or "
+            "lower `gym_max_inflight`"
+        )
     return RolloutFailure(kind=kind, text=text, where=where)
 
 

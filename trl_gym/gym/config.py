@@ -6,10 +6,11 @@ dictionary, in a file: no value is quoted for a command line, and none can be re
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from trl_gym.errors import ConfigError, Problem
 NONCE_KEY = "trl_gym_nonce"
 API_KEY_VARIABLE = "TRL_GYM_POLICY_API_KEY"
 TRAINING_MODEL_CONFIG = "responses_api_models/vllm_model/configs/vllm_model_for_training.yaml"
+# Of a server's section, or of a whole file: what it keeps in memory is for all rollouts.
+SINGLE_PROCESS_KEY = "trl_gym_single_process"
 POLICY_MODEL = "policy_model"  # the name by which every agent of Gym's configs refers to its model server
 
 # Added to TRAINING_MODEL_CONFIG. That config expects a reasoning parser in the policy server and fails without one;
@@ -27,14 +30,8 @@ POLICY_MODEL = "policy_model"  # the name by which every agent of Gym's configs 
 _MODEL_DEFAULTS = {"uses_reasoning_parser": False, "replace_developer_role_with_system": True}
 _NUM_ANCESTORS = 3  # of a config file's folder, searched for the code of servers
 _AGENTS = "responses_api_agents"
-_CONFIG_FOLDERS = (
-    "benchmarks",
-    "environment_servers",
-    "environments",
-    "resources_servers",
-    _AGENTS,
-    "responses_api_models",
-)
+_SERVER_KINDS = ("environment_servers", "resources_servers", _AGENTS, "responses_api_models")
+_CONFIG_FOLDERS = ("benchmarks", "environments", *_SERVER_KINDS)
 # Overrides that would break the life cycle → what to do instead.
 _RESERVED = {
     "config_paths": "Use the `config_paths` argument.",
@@ -51,6 +48,7 @@ class ResolvedConfigs:
     search_roots: list[Path]  # folders to look for the code of servers in, before the installation
     adds_model_server: bool  # the training one
     agents: tuple[str, ...] = ()  # names of the agents that the files define, sorted
+    merged: Mapping[str, Any] = field(default_factory=dict, repr=False)  # what the files say, without interpolation
 
 
 def resolve_configs(config_paths: Sequence[str | Path], installation_root: Path) -> ResolvedConfigs:
@@ -82,10 +80,45 @@ def resolve_configs(config_paths: Sequence[str | Path], installation_root: Path)
     adds_model_server = not any(POLICY_MODEL in content for content in contents.values())
     if adds_model_server:
         paths = [*paths, installation_root / TRAINING_MODEL_CONFIG]
-    servers = ((name, value) for content in contents.values() for name, value in content.items())
-    agents = {name for name, value in servers if isinstance(value, dict) and _AGENTS in value}
+    merged: dict[str, Any] = {}
+    for content in contents.values():
+        merge_into(merged, copy.deepcopy(content))
+    agents = sorted(name for name, value in merged.items() if isinstance(value, dict) and _AGENTS in value)
     roots = _search_roots(contents, installation_root)
-    return ResolvedConfigs(paths, roots, adds_model_server, tuple(sorted(agents)))
+    return ResolvedConfigs(paths, roots, adds_model_server, tuple(agents), merged)
+
+
+def single_process_reasons(configs: ResolvedConfigs, overrides: Mapping[str, Any]) -> list[str]:
+    """Say why the servers of these configs must not run in several processes; empty when they may.
+
+    Args:
+        configs: From `resolve_configs`.
+        overrides: From `expand_overrides`.
+
+    Returns:
+        One clause per reason: a server, or a whole file, that says so, and ports that only one process can have.
+    """
+    config: dict[str, Any] = copy.deepcopy(dict(configs.merged))
+    merge_into(config, overrides)
+    reasons = [f"a config demands a single process (`{SINGLE_PROCESS_KEY}`)"] if config.get(SINGLE_PROCESS_KEY) else []
+    if port := (overrides.get("head_server") or {}).get("port"):
+        reasons.append(f"the head server has the fixed port {port}")
+    for name, server in _server_sections(config):
+        if server.get(SINGLE_PROCESS_KEY):
+            reasons.append(f"`{name}` demands a single process (`{SINGLE_PROCESS_KEY}`)")
+        if server.get("port"):
+            reasons.append(f"`{name}` has the fixed port {server['port']}")
+    return reasons
+
+
+def _server_sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the name of each server and what is said of it: `{name: {kind: {implementation: {…}}}}`."""
+    for name, kinds in config.items():
+        for kind in _SERVER_KINDS:
+            servers = kinds.get(kind) if isinstance(kinds, Mapping) else None
+            for server in servers.values() if isinstance(servers, Mapping) else ():
+                if isinstance(server, Mapping):
+                    yield name, server
 
 
 def _find_all(entries: Sequence[tuple[str, str]], places: Sequence[Path], problems: list[Problem]) -> list[Path]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,22 @@ _CONNECT_TIMEOUT_S = 1.0
 _REFUSALS_IN_A_ROW = 3  # until a server counts as gone
 
 
+class InFlight:
+    """Counts the rollouts that are with one process of NeMo Gym, over all of its agents: `async with in_flight: …`."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._lock = threading.Lock()  # several collectors may share a NeMo Gym
+
+    async def __aenter__(self) -> None:
+        with self._lock:
+            self.number += 1
+
+    async def __aexit__(self, *_: object) -> None:
+        with self._lock:
+            self.number -= 1
+
+
 @dataclass(frozen=True, slots=True)
 class AgentInfo:
     """An agent server, which runs rollouts."""
@@ -51,6 +68,7 @@ class AgentInfo:
     kind: str  # name of its implementation, e.g. `"simple_agent"`
     # Those of `policy_base_url` and `policy_api_key` that its `/run` takes.
     run_fields: frozenset[str] = frozenset()
+    in_flight: InFlight = field(default_factory=InFlight, repr=False, compare=False)  # of its process
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +90,9 @@ class HeadView:
     config: dict[str, Any] = field(repr=False)
     instances: list[ServerInstance]
 
-    def agents(self) -> dict[str, AgentInfo]:
+    def agents(self, in_flight: InFlight | None = None) -> dict[str, AgentInfo]:
+        """Return the agents by name; their rollouts are counted in `in_flight`."""
+        in_flight = in_flight or InFlight()
         return {
             instance.name: AgentInfo(
                 name=instance.name,
@@ -80,6 +100,7 @@ class HeadView:
                 resources_server=_resources_server(self.config, instance),
                 kind=instance.server,
                 run_fields=instance.run_fields or frozenset(),
+                in_flight=in_flight,
             )
             for instance in self.instances
             if instance.kind == AGENTS

@@ -1,4 +1,4 @@
-"""Start the NeMo Gym servers of a training run in one of two ways, or attach to running ones.
+"""The NeMo Gym of a training run: started in one of two ways, or attached to.
 
     GymServers(["…/calculator.yaml"], policy_base_url="http://127.0.0.1:8000/v1")          host (default)
     GymServers([…], mode="upstream", …)                                                    `gym env start`
@@ -7,59 +7,35 @@
       NEW ──start──► STARTING ──wait_ready──► READY ──stop──► STOPPED       (stop is allowed everywhere)
       attach ───────────────────────────────► READY
 
-What we start has a process session of its own and ends with us, however we end (`processes.py`). Its settings and
-secrets reach it in a private file and in its environment, never on the command line, which `ps` shows. An attached Gym
-is never started, changed or stopped.
+It may run in several processes, each with all servers of the configs (`process.py`): a Gym is one thread, and
+resources servers keep the state of a rollout in memory. A rollout stays in the process that `GymServers.agent` chose
+for it: the one with the fewest rollouts of ours in flight. Whoever attaches does so to all of them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import json
+import logging
 import os
 import random
-import secrets
-import shutil
-import socket
-import tempfile
 import time
-import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from trl_gym.errors import ConfigError, GymServerError
-from trl_gym.gym.config import API_KEY_VARIABLE, NONCE_KEY, expand_overrides, initial_config, resolve_configs
-from trl_gym.gym.discovery import (
-    AgentInfo,
-    HeadUnreachable,
-    HeadView,
-    ServerInstance,
-    ServerProbe,
-    answers,
-    is_alive,
-    look_at_head,
-    needed_servers,
-    new_http_session,
-    with_run_fields,
-)
-from trl_gym.gym.install import GymInstallation, find_installation
-from trl_gym.processes import ChildProcess, ServerState, bind_socket, split_urls, wait_until
+from trl_gym.gym.config import expand_overrides, resolve_configs, single_process_reasons
+from trl_gym.gym.discovery import AgentInfo, ServerInstance, new_http_session
+from trl_gym.gym.install import find_installation
+from trl_gym.gym.process import LOCALHOST, GymProcess, Mode, StartOptions
+from trl_gym.processes import ServerState, split_urls, stop_all
 
-Mode = Literal["host", "upstream"]
+logger = logging.getLogger(__name__)
 
-LOCALHOST = "127.0.0.1"
-_HOST_SCRIPT = Path(__file__).with_name("host.py")
-_SCHEMA_TIMEOUT_S = 30.0
-_MAX_ASKED = 8  # servers at a time
-_REQUEST_TIMEOUT_S = 2.0  # of one request to a server; while it starts, requests queue at its listening socket
-# For the head server of Gym's own launcher, which binds the port again. Ray's servers, which start in between, take
-# the ports above, which the operating system gives away; Gym's other servers take those below.
-_RELEASED_PORTS = range(20_001, 32_768)
+# A rollout of two turns costs a process about 20 ms of its thread, one of 30 turns up to a second.
+_ROLLOUTS_PER_PROCESS = 64
+_CORES_PER_PROCESS = 4  # the others are for policy server, trainer and what environments start
 
 
 class GymServers:
@@ -68,8 +44,9 @@ class GymServers:
     Args:
         config_paths: Gym's YAML configs: absolute, relative to the working directory or inside the installed nemo-gym.
             The training model server is added when none of them defines `policy_model`.
-        mode: `"host"` runs all servers in one process, ready in seconds. `"upstream"` runs Gym's own launcher with Ray
-            and one process per server, for environments that use Ray or need more than one core.
+        mode: `"host"` runs all servers in one process, or in several of them that each have all servers; ready in
+            seconds. `"upstream"` runs Gym's own launcher with Ray and one process per server, for environments that
+            use Ray.
         policy_base_url: OpenAI base URL of the policy server, ending in `/v1`; a list, or text with commas, for
             several. May be given later, see `connect_policy`.
         policy_model_name: Model name that the policy server expects.
@@ -77,8 +54,11 @@ class GymServers:
         python: Gym's interpreter; `install.find_installation` says where it is looked for.
         overrides: Options of Gym's config as nested mapping or with dotted keys; they win over every file. A string
             may refer to other options: `"${policy_model_name}"`.
-        log_dir: Folder for `gym.log`.
+        log_dir: Folder for `gym.log`; further processes write `gym-2.log`, `gym-3.log`, ….
         start_timeout_s: Seconds from `start` until every server must answer.
+        processes: Number of processes of mode `"host"`. Default: `default_processes`, or 1 where the configs demand it
+            (`config.single_process_reasons`).
+        rollouts_in_flight: Rollouts that will run at the same time, for that default.
 
     Raises:
         ConfigError: If an argument has a wrong form.
@@ -96,52 +76,54 @@ class GymServers:
         overrides: Mapping[str, Any] | None = None,
         log_dir: str | Path = "trl_gym_logs",
         start_timeout_s: float = 120.0,
+        processes: int | None = None,
+        rollouts_in_flight: int = 1,
     ) -> None:
         if mode not in ("host", "upstream"):
             remedy = "Use 'host' or 'upstream', or GymServers.attach for a running Gym."
             raise ConfigError(f"`mode` must be 'host' or 'upstream', not {mode!r}.", remedy)
         if isinstance(config_paths, str | Path):
             raise ConfigError(f"`config_paths` must be a list of paths, not {config_paths!r}.", "Put it into a list.")
-        self.log_path: Path | None = Path(log_dir).absolute() / "gym.log"
+        if processes is not None and processes < 1:
+            raise ConfigError(f"`processes` is {processes}.", "Set it to a whole number of at least 1.")
         self.gym_version = "unknown"  # until `start`; an attached Gym does not say
         self._config_paths = list(config_paths)
-        self._mode = mode
+        self._mode: Mode = mode
         self._policy = (split_urls(policy_base_url or ()), policy_model_name, policy_api_key)
         self._python = python
         self._overrides = expand_overrides(overrides or {})
+        self._log_dir = Path(log_dir).absolute()
         self._start_timeout_s = start_timeout_s
+        self._asked_processes = processes
+        self._rollouts_in_flight = rollouts_in_flight
         self._state = ServerState.NEW
-        self._is_attached = False
-        self._nonce = uuid.uuid4().hex
-        self._head_url: str | None = None
-        self._view: HeadView | None = None
-        self._agents: dict[str, AgentInfo] = {}
-        self._child: ChildProcess | None = None
-        self._work_dir: Path | None = None
+        self._processes: list[GymProcess] = []
+        self._rng = random.Random()  # training draws from the global one
         self._deadline = 0.0
         self._http = new_http_session()
-        self._probe = ServerProbe()
 
     @classmethod
     def attach(cls, head_url: str, *, timeout_s: float = 60.0) -> GymServers:
         """Use a Gym that runs already.
 
         Args:
-            head_url: URL of its head server, e.g. `"http://127.0.0.1:11000"`.
+            head_url: URL of its head server, e.g. `"http://127.0.0.1:11000"`; several, of Gyms with the same agents,
+                separated by commas.
             timeout_s: Seconds to wait until it and its servers answer.
 
         Raises:
             ConfigError: If `head_url` is not an HTTP URL.
-            GymServerError: If it or one of its servers does not answer, or something else answers.
+            GymServerError: If one of them or of their servers does not answer, something else answers, or their agents
+                differ.
         """
-        if urlsplit(head_url).scheme not in ("http", "https"):
-            raise ConfigError(
-                f"{head_url!r} is not the URL of a head server.", "Give one that looks like http://127.0.0.1:11000."
-            )
+        urls = list(dict.fromkeys(url.rstrip("/") for url in split_urls(head_url))) or [head_url]
+        for url in urls:
+            if urlsplit(url).scheme not in ("http", "https"):
+                raise ConfigError(
+                    f"{url!r} is not the URL of a head server.", "Give one that looks like http://127.0.0.1:11000."
+                )
         servers = cls()
-        servers._is_attached = True
-        servers.log_path = None
-        servers._head_url = head_url.rstrip("/")
+        servers._processes = [GymProcess(servers._http, url) for url in urls]
         servers._start_timeout_s = timeout_s
         servers._deadline = time.monotonic() + timeout_s
         servers._state = ServerState.STARTING
@@ -153,22 +135,36 @@ class GymServers:
 
     @property
     def head_url(self) -> str:
-        """URL of the head server. Raises `GymServerError` before `start`."""
-        if self._head_url is None:
+        """URL of the head server; those of several processes, separated by commas. `attach` takes both.
+
+        Raises:
+            GymServerError: Before `start`.
+        """
+        if not self._processes:
             raise GymServerError("The NeMo Gym servers have no URL: they were not started.", "Call `start` first.")
-        return self._head_url
+        return ",".join(process.head_url for process in self._processes)
+
+    @property
+    def log_path(self) -> Path | None:
+        """The log of the first process; those of further ones are beside it. None for a Gym that we did not start."""
+        return self._processes[0].log_path if self._processes else None
+
+    @property
+    def num_processes(self) -> int:
+        """Number of head servers, known after `start`."""
+        return len(self._processes)
 
     @property
     def agents(self) -> dict[str, AgentInfo]:
-        """Agents by name, once the servers are ready."""
+        """Agents by name, once the servers are ready; those of the first process."""
         self._require(ServerState.READY, "list agents")
-        return dict(self._agents)
+        return dict(self._processes[0].agents)
 
     @property
     def servers(self) -> list[ServerInstance]:
-        """All servers behind the head server, once they are ready."""
+        """All servers, of every process, once they are ready."""
         self._require(ServerState.READY, "list servers")
-        return list(self._view.instances) if self._view else []
+        return [instance for process in self._processes for instance in process.view.instances]
 
     @property
     def sole_agent(self) -> str | None:
@@ -176,14 +172,15 @@ class GymServers:
         return next(iter(self.agents)) if len(self.agents) == 1 else None
 
     def agent(self, name: str) -> AgentInfo:
-        """Look up an agent.
+        """Look up an agent for a rollout that starts now, in the process that has the fewest of ours in flight.
 
         Raises:
             ConfigError: If no agent has that name; lists all names.
         """
         agents = self.agents
         if name in agents:
-            return agents[name]
+            chosen = least_busy([process.in_flight.number for process in self._processes], self._rng)
+            return self._processes[chosen].agents[name]
         closest = difflib.get_close_matches(name, agents, n=1)
         known = ", ".join(f"`{known}`" for known in sorted(agents)) or "none"
         hint = f"Did you mean `{closest[0]}`?" if closest else "Correct the name, or add the config of that agent."
@@ -205,56 +202,57 @@ class GymServers:
             return
         if self._state is ServerState.STOPPED:
             raise GymServerError("The NeMo Gym servers have been stopped.", "Make a new GymServers.")
-        configured = self._view.policy_base_urls() if self._view else self._policy[0]
-        if set(map(_normalized, split_urls(base_url))) != set(map(_normalized, configured)):
-            raise GymServerError(
-                f"The NeMo Gym at {self.head_url} calls the policy at {' and '.join(configured) or 'no known URL'}, "
-                f"but the policy is served at {' and '.join(split_urls(base_url))}.",
-                "Start that Gym with this `policy_base_url`, or serve the policy at the URL that it calls.",
-            )
+        for process in self._processes:
+            configured = process.view.policy_base_urls() if process.agents else self._policy[0]
+            if set(map(_normalized, split_urls(base_url))) != set(map(_normalized, configured)):
+                raise GymServerError(
+                    f"The NeMo Gym at {process.head_url} calls the policy at "
+                    f"{' and '.join(configured) or 'no known URL'}, but the policy is served at "
+                    f"{' and '.join(split_urls(base_url))}.",
+                    "Start that Gym with this `policy_base_url`, or serve the policy at the URL that it calls.",
+                )
 
     def start(self) -> Self:
         """Start the servers and return at once; `wait_ready` waits for them.
 
         Raises:
-            ConfigError: If Gym or a config cannot be found, or the policy's URL is not set. Nothing was started.
+            ConfigError: If Gym or a config cannot be found, the policy's URL is not set, or the servers cannot run in
+                as many processes. Nothing was started.
             GymServerError: If the port of the head server is taken, or `start` was called before.
         """
         self._require(ServerState.NEW, "start")
         installation = find_installation(self._python)
         configs = resolve_configs(self._config_paths, installation.root)
-        policy_base_urls, policy_model_name, _ = self._policy
+        policy_base_urls, policy_model_name, policy_api_key = self._policy
         if not policy_base_urls:
             raise ConfigError(
                 "`policy_base_url` is not set.", "Pass it to GymServers, or call `connect_policy` before `start`."
             )
-        host, port = self._head_address()
-        head_socket = self._bind_head(host, port)
+        options = StartOptions(
+            mode=self._mode,
+            installation=installation,
+            configs=configs,
+            overrides=self._overrides,
+            policy_base_urls=policy_base_urls,
+            policy_model_name=policy_model_name,
+            policy_api_key=policy_api_key,
+        )
+        number = self._choose_number(single_process_reasons(configs, self._overrides))
         try:
-            host, port = head_socket.getsockname()[:2]
-            self._work_dir = Path(tempfile.mkdtemp(prefix="trl-gym-"))
-            config = initial_config(
-                configs,
-                self._overrides,
-                nonce=self._nonce,
-                head_address=(host, port),
-                policy_base_urls=policy_base_urls,
-                policy_model_name=policy_model_name,
-            )
-            self._child = self._spawn(installation, config, configs.search_roots, head_socket)
+            for index in range(number):
+                which = "" if number == 1 else f" (process {index + 1} of {number})"
+                self._processes.append(process := GymProcess(self._http, which=which))
+                process.start(options, self._log_dir / (f"gym-{index + 1}.log" if index else "gym.log"))
         except BaseException:
             self.stop()
             raise
-        finally:
-            head_socket.close()  # the child has its own copy
-        self._head_url = f"http://{LOCALHOST if host == '0.0.0.0' else host}:{port}"
         self.gym_version = installation.version
         self._deadline = time.monotonic() + self._start_timeout_s
         self._state = ServerState.STARTING
         return self
 
     def wait_ready(self) -> Self:
-        """Wait until our head server and every server behind it answer.
+        """Wait until our head servers and every server behind them answer.
 
         Raises:
             GymServerError: If a server died, something else answers, or time is up. The servers are stopped.
@@ -263,16 +261,12 @@ class GymServers:
             return self
         self._require(ServerState.STARTING, "wait for")
         try:
-            view = self._wait_for_head()
-            self._wait_for_servers(view)
+            for process in self._processes:
+                process.wait_ready(self._deadline, self._start_timeout_s)
+            self._require_same_agents()
         except BaseException:
             self.stop()
             raise
-        self._view = view
-        with ThreadPoolExecutor(_MAX_ASKED) as pool:
-            ask = partial(with_run_fields, self._http, timeout_s=_SCHEMA_TIMEOUT_S)
-            view.instances[:] = pool.map(ask, view.instances)
-        self._agents = view.agents()
         self._state = ServerState.READY
         return self
 
@@ -284,57 +278,43 @@ class GymServers:
         """
         if self._state not in (ServerState.STARTING, ServerState.READY):
             raise GymServerError(f"The NeMo Gym servers are {self._state}, not running.", "Start them first.")
-        if self._is_attached:
-            look_at_head(self._http, self.head_url, timeout_s=_REQUEST_TIMEOUT_S)
-            return
-        self.check_process()
-        if self._mode == "upstream" and self._view is not None:
-            dead = [f"`{server.name}`" for server in self._view.instances if not is_alive(server.pid)]
-            if dead:
-                raise GymServerError(f"NeMo Gym servers have died: {', '.join(dead)}. {self.log_end()}")
+        for process in self._processes:
+            process.check()
 
     def check_process(self) -> None:
-        """Raise if the Gym that we started has ended as a whole; `agents_down` is about single servers.
+        """Raise if a process that we started has ended; `agents_down` is about single servers.
 
         Raises:
-            GymServerError: Says whether it had been ready, how long it ran, and why it ended.
+            GymServerError: Says which one, whether it had been ready, how long it ran, and why it ended.
         """
-        if self._child is not None and self._child.poll() is not None:
-            raise self._death(self._child)
+        for process in self._processes:
+            process.check_process()
 
     def agents_down(self) -> dict[str, str]:
         """Return the agents that cannot run rollouts: name → which server that they need is gone, and why.
 
-        A server that refuses connections counts as gone in the third call in a row; call this about every second.
+        An agent is down as soon as it is in one of several processes. A server that refuses connections counts as gone
+        in the third call in a row; call this about every second.
         """
-        if self._state is not ServerState.READY or self._view is None:
-            return {}
-        knows_processes = self._mode == "upstream" and not self._is_attached
-        gone = self._probe.gone(self._view.instances, knows_processes=knows_processes)
-        return {
-            agent: "; ".join(f"server `{name}`: {gone[name]}" for name in sorted(needed & gone.keys()))
-            for agent in self._agents
-            if (needed := needed_servers(self._view.config, agent)) & gone.keys()
-        }
+        down: dict[str, str] = {}
+        for process in self._processes if self._state is ServerState.READY else ():
+            for agent, reason in process.agents_down().items():
+                down[agent] = f"{down[agent]}; {reason}" if agent in down else reason
+        return down
 
     def log_end(self) -> str:
-        """Return the last lines and the path of Gym's log, for messages; empty for an attached Gym."""
-        if self._child is None:
-            return ""
-        return f"Last lines of its log:\n\n{self._child.log_tail()}\n\nThe whole log: {self.log_path}"
+        """Return the last lines and the path of Gym's logs, for messages; empty for an attached Gym."""
+        return "\n\n".join(filter(None, [process.log_end() for process in self._processes]))
 
     def stop(self) -> None:
         """Stop the servers that we started; an attached Gym keeps running. Idempotent."""
         self._state = ServerState.STOPPED
-        child, self._child = self._child, None
-        work_dir, self._work_dir = self._work_dir, None
         try:
-            if child is not None:
-                child.stop()
+            stop_all([process.child for process in self._processes if process.child is not None])
         finally:
             self._http.close()
-            if work_dir is not None:
-                shutil.rmtree(work_dir, ignore_errors=True)  # links and Ray's temporary files
+            for process in self._processes:
+                process.forget()
 
     def __enter__(self) -> Self:
         if self._state is ServerState.NEW:
@@ -344,143 +324,73 @@ class GymServers:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _head_address(self) -> tuple[str, int]:
-        """Return host and port of the head server; the port is 0 unless an override fixes it."""
-        head = self._overrides.get("head_server") or {}
-        host = head.get("host") or self._overrides.get("default_host") or LOCALHOST
-        return str(host), int(head.get("port") or 0)
+    def _choose_number(self, reasons: Sequence[str]) -> int:
+        """Return how many processes to start; a number that was asked for is started or refused.
 
-    def _bind_head(self, host: str, port: int) -> socket.socket:
-        for likely in random.sample(_RELEASED_PORTS, 20) if self._mode == "upstream" and not port else ():
-            with contextlib.suppress(OSError):
-                return bind_socket(host, likely)
-        try:
-            return bind_socket(host, port)
-        except OSError as error:
-            neighbour, remedy = "", "Leave the port out to get a free one."
-            with contextlib.suppress(GymServerError):
-                look_at_head(self._http, f"http://{host}:{port}", timeout_s=_REQUEST_TIMEOUT_S)
-                neighbour = " Another NeMo Gym runs there."
-                remedy = f"Use GymServers.attach('http://{host}:{port}'), or leave the port out to get a free one."
-            raise GymServerError(
-                f"The head server of NeMo Gym cannot listen on {host}:{port}: {error.strerror}.{neighbour}", remedy
-            ) from error
+        Args:
+            reasons: Why the servers need one process, if they do.
+        """
+        asked = self._asked_processes
+        if self._mode != "host":
+            reasons = [f"the mode is {self._mode!r}, where Gym's launcher starts a process per server"]
+        if asked is not None and asked > 1 and reasons:
+            raise ConfigError(
+                f"NeMo Gym cannot run in {asked} processes (`gym_processes`): {', '.join(reasons)}.",
+                "Leave `gym_processes` out, or change what needs a single process.",
+            )
+        wanted = asked or default_processes(self._rollouts_in_flight, num_cores())
+        if reasons and wanted > 1:
+            logger.info("NeMo Gym runs in one process instead of %d: %s", wanted, ", ".join(reasons))
+            return 1
+        if wanted > 1:
+            logger.info("NeMo Gym runs in %d processes, for %d rollouts in flight", wanted, self._rollouts_in_flight)
+        return wanted if not reasons else 1
 
-    def _spawn(
-        self, installation: GymInstallation, config: dict[str, Any], roots: list[Path], head: socket.socket
-    ) -> ChildProcess:
-        """Run `host.py` with Gym's interpreter; `config` is the dictionary that Gym merges last."""
-        assert self.log_path is not None and self._work_dir is not None
-        work_dir, head_fd = self._work_dir, None
-        if self._mode == "host":
-            head_fd = head.fileno()
-        else:
-            head.close()  # Gym binds the port again. The nonce tells whether another process was faster.
-            # Every server gets a link to Gym's own environment instead of one that `uv` builds.
-            config["skip_venv_if_present"] = True
-            config["uv_venv_dir"] = str(work_dir / "environments")
-            config["uv_cache_dir"] = str(work_dir / "uv-cache")
-        settings = {
-            "mode": self._mode,
-            "config": config,
-            "search_roots": [str(root) for root in roots],
-            "head_fd": head_fd,
-            "error_path": str(error_path(work_dir)),
-            "work_dir": str(work_dir),
-            "policy_urls": list(self._policy[0]),
-        }
-        settings_path = work_dir / "settings.json"
-        _write_private(settings_path, json.dumps(settings))
-        return ChildProcess(
-            "NeMo Gym",
-            [installation.python, "-P", _HOST_SCRIPT, settings_path],
-            log_path=self.log_path,
-            env=_environment(installation, self._mode, config, work_dir, self._policy[2]),
-            pass_fds=[] if head_fd is None else [head_fd],
-        )
-
-    def _wait_for_head(self) -> HeadView:
-        while True:
-            self.check_process()
-            try:
-                view = look_at_head(self._http, self.head_url, timeout_s=_REQUEST_TIMEOUT_S)
-            except HeadUnreachable as error:
-                if not wait_until(self._deadline):
-                    raise self._too_late(error.problem) from error
-                continue
-            if not self._is_attached and view.config.get(NONCE_KEY) != self._nonce:
+    def _require_same_agents(self) -> None:
+        first, *others = self._processes
+        for other in others:
+            if other.agents.keys() != first.agents.keys():
+                differing = ", ".join(f"`{name}`" for name in sorted(other.agents.keys() ^ first.agents.keys()))
                 raise GymServerError(
-                    f"Another NeMo Gym answers at {self.head_url}: it took the port before ours could.",
-                    "Leave `head_server.port` out to get a free one.",
+                    f"The NeMo Gyms at {first.head_url} and {other.head_url} differ in their agents: {differing}.",
+                    "Start both with the same configs, or attach to one.",
                 )
-            if view.instances:
-                return view
-            if not wait_until(self._deadline):
-                raise self._too_late("The head server names no servers.")
-
-    def _wait_for_servers(self, view: HeadView) -> None:
-        waiting = list(view.instances)
-        while True:
-            self.check_process()
-            waiting = [one for one in waiting if not answers(self._http, one.url, timeout_s=_REQUEST_TIMEOUT_S)]
-            if not waiting:
-                return
-            if not wait_until(self._deadline):
-                names = ", ".join(f"`{one.name}` at {one.url}" for one in waiting)
-                raise self._too_late(f"No answer comes from {names}.")
 
     def _require(self, state: ServerState, what: str) -> None:
         if self._state is not state:
             now, needed = self._state, state
             raise GymServerError(f"Cannot {what} NeMo Gym servers that are {now}: they have to be {needed}.")
 
-    def _death(self, child: ChildProcess) -> GymServerError:
-        """Say when the servers ended and why: in the words of `host.py` if it left any, else with the log's end."""
-        assert self._work_dir is not None
-        cause = self.log_end()
-        if (path := error_path(self._work_dir)).is_file():
-            cause = f"{path.read_text()}\n\nThe whole log: {self.log_path}"
-        if self._state is ServerState.STARTING:
-            return GymServerError(f"NeMo Gym did not start: it {child.describe_end()}. {cause}")
-        return GymServerError(f"NeMo Gym was ready and {child.describe_end()}. {cause}")
 
-    def _too_late(self, what: str) -> GymServerError:
-        return GymServerError(f"NeMo Gym is not ready after {self._start_timeout_s:g} s. {what} {self.log_end()}")
+def default_processes(rollouts_in_flight: int, num_cores: int) -> int:
+    """Return how many processes a NeMo Gym gets that says nothing of it.
 
+    One for every 64 rollouts in flight, and at most one for every four cores: on a small machine the engine needs the
+    cores more, and a process costs about 300 MB and the seconds of its start.
 
-def error_path(work_dir: Path) -> Path:
-    """Return the path at which `host.py` says why it failed."""
-    return work_dir / "error.txt"
+    Args:
+        rollouts_in_flight: Rollouts that run at the same time, over all ranks.
+        num_cores: Cores that this process may use.
+    """
+    return max(1, min(-(-rollouts_in_flight // _ROLLOUTS_PER_PROCESS), num_cores // _CORES_PER_PROCESS))
 
 
-def _environment(
-    installation: GymInstallation, mode: Mode, config: Mapping[str, Any], work_dir: Path, policy_api_key: str
-) -> dict[str, str | None]:
-    no_proxy = [value for value in (os.environ.get("no_proxy"), os.environ.get("NO_PROXY")) if value]
-    local = ",".join(dict.fromkeys([*no_proxy, LOCALHOST, "localhost"]))
-    env: dict[str, str | None] = {
-        API_KEY_VARIABLE: policy_api_key,
-        "PYTHONUNBUFFERED": "1",
-        "no_proxy": local,  # Gym's servers find each other over HTTP
-        "NO_PROXY": local,
-        "NEMO_GYM_CONFIG_DICT": None,  # Gym passes its config to its children with these; not to be inherited
-        "NEMO_GYM_CONFIG_PATH": None,
-    }
-    if mode == "upstream":
-        env["PATH"] = os.pathsep.join([str(installation.python.parent), os.environ.get("PATH", os.defpath)])
-        env["UV_PYTHON_DOWNLOADS"] = "never"
-        env["RAY_USAGE_STATS_ENABLED"] = "0"
-        if not config.get("ray_head_node_address"):
-            # Ray's files stay in our folder; by default it writes a token to the home folder and files to /tmp/ray.
-            token_path = work_dir / "ray-token"
-            _write_private(token_path, secrets.token_hex(32))
-            env |= {"RAY_TMPDIR": str(work_dir), "RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_AUTH_TOKEN": None}
-    return env
+def num_cores() -> int:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _write_private(path: Path, text: str) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
+def least_busy(in_flight: Sequence[int], rng: random.Random) -> int:
+    """Return the index of the smallest number; among equals by chance, since every rank chooses for itself.
+
+    Args:
+        in_flight: Rollouts in each process; not empty.
+        rng: For the choice among equals.
+    """
+    fewest = min(in_flight)
+    return rng.choice([index for index, number in enumerate(in_flight) if number == fewest])
 
 
 def _normalized(url: str) -> str:

@@ -32,6 +32,7 @@ from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.middleware.http import App, Receive, Reply, Scope, Send
 from trl_gym.policy_server.upstreams import Answering, ForwardedRequest, UpstreamApp, UpstreamLostError, quote, words
 from trl_gym.processes import bind_socket, reachable
+from trl_gym.supervisor import raise_open_files
 
 _logger = logging.getLogger("trl_gym.gateway")
 
@@ -298,6 +299,7 @@ def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable
         ConfigError: A URL or the address cannot work.
         PolicyServerError: The port is taken, or an upstream cannot be used.
     """
+    raise_open_files()
     urls = upstream_urls(options.upstreams)
     if not is_loopback(options.host) and not options.api_key:
         raise ConfigError(

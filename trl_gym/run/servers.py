@@ -224,6 +224,8 @@ class RunServers:
             overrides=args.gym_overrides or {},
             log_dir=args.gym_log_dir,
             start_timeout_s=args.gym_start_timeout,
+            processes=args.gym_processes,
+            rollouts_in_flight=args.rollouts_in_flight(self._process.num_processes),
         )
 
     def _start(self) -> None:
