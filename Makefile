@@ -8,8 +8,7 @@ setup-test:
 
 # The main job: a small policy learns to use a calculator in a real NeMo Gym environment.
 quickstart: setup
-	@.venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		recipes/grpo.py --config recipes/quickstart.yaml $(ARGS)
+	@.venv/bin/python recipes/grpo.py --config recipes/quickstart.yaml $(ARGS)
 
 test: setup-test
 	@.venv/bin/python scripts/run_tests.py $(ARGS)

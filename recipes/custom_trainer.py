@@ -1,6 +1,6 @@
 """GRPO with a trainer of one's own: every method that a subclass may override, on the calculator.
 
-    accelerate launch recipes/custom_trainer.py --config recipes/quickstart.yaml --output_dir runs/custom_trainer
+    python recipes/custom_trainer.py --config recipes/quickstart.yaml --output_dir runs/custom_trainer
 
 The four overrides are explained in `docs/custom_trainer.md`.
 """

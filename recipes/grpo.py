@@ -1,9 +1,10 @@
 """GRPO on a NeMo Gym environment: `trl_gym.train`, and a small policy where no model is given.
 
-    accelerate launch recipes/grpo.py --config recipes/quickstart.yaml
-    accelerate launch recipes/grpo.py --config recipes/quickstart.yaml --model_name_or_path Qwen/Qwen3-0.6B
+    python recipes/grpo.py --config recipes/quickstart.yaml
+    python recipes/grpo.py --config recipes/quickstart.yaml --model_name_or_path Qwen/Qwen3-0.6B
+    accelerate launch --num_processes 8 recipes/grpo.py --config my.yaml
 
-With a model it is the same as `accelerate launch -m trl_gym.train` and `trl-gym train`.
+With a model it is the same as `trl-gym train`, and `accelerate launch -m trl_gym.train` in several processes.
 """
 
 from __future__ import annotations

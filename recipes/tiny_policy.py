@@ -4,10 +4,11 @@
 
     python recipes/tiny_policy.py --output_dir runs/tiny_policy
 
-The result is an ordinary model folder (Qwen3 architecture, 0.45 M parameters, float32) that transformers and vLLM
-load. It is warm-started on synthetic demonstrations of the calculator environment
-(`recipes/environments/calculator`) that are wrong in two systematic ways, so it solves some but far from all
-episodes and reinforcement learning has something to correct:
+That of seed 0, which the quickstart uses, was made by this script and comes with the package: it is copied. With
+other seeds, or with `--from_scratch`, it is trained, which takes about 25 CPU seconds. It is an ordinary model folder
+(Qwen3 architecture, 0.45 M parameters, float32) that transformers and vLLM load. It is warm-started on synthetic
+demonstrations of the calculator environment (`recipes/environments/calculator`) that are wrong in two systematic ways,
+so it solves some but far from all episodes and reinforcement learning has something to correct:
 
 * asked to subtract, it usually adds;
 * it often gives up without calling a tool.
@@ -20,6 +21,9 @@ messages and tools that NeMo Gym sends to the server, so the warm start sees the
 Contract with the data: no demonstration uses a held-out operand pair (`generate_data.is_held_out`).
 
 torch and transformers are imported only when a policy is really built; a cached one is returned at once.
+
+After a change of what is built, `python recipes/tiny_policy.py --output_dir trl_gym/quickstart/small_policy` makes the
+one that the package holds.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import inspect
 import json
 import random
 import re
@@ -44,7 +49,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+import trl_gym
+
 CALCULATOR_DATA = Path(__file__).resolve().parent / "environments" / "calculator" / "generate_data.py"
+SHIPPED = Path(trl_gym.__file__).resolve().parent / "quickstart" / "small_policy"
 MANIFEST = "trl_gym_tiny_policy.json"
 
 # ChatML with Hermes-style tool calls (vLLM's tool-call parser `hermes`). Every message is rendered from itself alone
@@ -327,8 +335,11 @@ def warm_start(
     data: ModuleType,
     seed: int,
     settings: Settings = SETTINGS,
-) -> float:
-    """Train on flawed demonstrations until the policy is good enough; return its expected success on training tasks.
+) -> tuple[float, list[float]]:
+    """Train on flawed demonstrations until the policy is good enough.
+
+    Returns:
+        Its expected success on training tasks, and the loss of every step.
 
     The demonstrations bound success from above, at (1 - 0.28) * (0.97 + 0.40) / 2 = 0.49, and the extensions from
     below: every seed lands in between.
@@ -354,7 +365,7 @@ def warm_start(
     peak_lrs = [settings.muon_lr, settings.adamw_lr]
 
     model.train()
-    success, start = 0.0, 0
+    success, start, losses = 0.0, 0, []
     rounds = [(settings.num_steps, 1.0)] + [
         (settings.num_extra_steps, settings.extra_lr_factor)
     ] * settings.max_extensions
@@ -370,6 +381,7 @@ def warm_start(
                 batch = slice(start, start + settings.batch_size)
                 start = (start + settings.batch_size) % len(demos)
                 loss = -written_logprobs(model, ids[batch], written[batch]).mean()
+                losses.append(loss.item())
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for optimizer in optimizers:
@@ -379,7 +391,7 @@ def warm_start(
             if success >= settings.min_success:
                 break
     model.eval()
-    return success
+    return success, losses
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -387,12 +399,15 @@ def warm_start(
 
 
 def fingerprint(seed: int, settings: Settings = SETTINGS) -> str:
-    """Identifies what a build would produce: this source, the data's source, the settings and the seed."""
-    digest = hashlib.sha256()
-    for source in (Path(__file__).resolve(), CALCULATOR_DATA):
-        digest.update(source.read_bytes() + b"\0")
-    digest.update(json.dumps({"seed": seed, "settings": asdict(settings)}, sort_keys=True).encode())
-    return digest.hexdigest()
+    """Identifies what a build would produce: settings, seed, template, demonstrations, the code that trains on them.
+
+    It depends on nothing else in this file or in the data's: the policy that the package holds stays what it is.
+    """
+    data = load_calculator_data()
+    demos = demonstrations(data, settings.num_steps * settings.batch_size, random.Random(seed), settings)
+    code = [build_tokenizer, build_model, encode, written_logprobs, expected_success, warm_start]
+    decides = (seed, asdict(settings), CHAT_TEMPLATE, chat_tools(data), demos, [*map(inspect.getsource, code)])
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -438,7 +453,7 @@ def write_policy(folder: Path, seed: int, settings: Settings) -> dict[str, Any]:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         try:
-            success = warm_start(model, tokenizer, data, seed, settings)
+            success, losses = warm_start(model, tokenizer, data, seed, settings)
         finally:
             torch.set_flush_denormal(False)
             torch.set_num_threads(num_threads)
@@ -456,6 +471,7 @@ def write_policy(folder: Path, seed: int, settings: Settings) -> dict[str, Any]:
         "seed": seed,
         "num_parameters": model.num_parameters(),
         "expected_success": round(success, 4),
+        "first_losses": losses[:2],  # a rebuild must begin like this
         "build_s": round(time.perf_counter() - started, 1),
         "files": sorted(path.name for path in folder.iterdir()),
     }
@@ -463,19 +479,26 @@ def write_policy(folder: Path, seed: int, settings: Settings) -> dict[str, Any]:
     return manifest
 
 
-def build_tiny_policy(output_dir: str | Path, *, seed: int = 0) -> Path:
-    """Build the policy, or return at once if `output_dir` already holds it.
+def copy_policy(folder: Path) -> None:
+    """Copy the policy that comes with the package into `folder`, file by file: modes are those of new files."""
+    for path in SHIPPED.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
+def build_tiny_policy(output_dir: str | Path, *, seed: int = 0, from_scratch: bool = False) -> Path:
+    """Build the policy, copy it if the package holds it, or return at once if `output_dir` does.
 
     Args:
         output_dir: Model folder. Replaced if it holds another tiny policy (other seed or version of this file); any
             other non-empty folder is refused.
         seed: Initial weights and demonstrations. The same seed gives the same policy on the same machine.
+        from_scratch: Build it whoever has it.
 
     Returns:
         `output_dir` as a path, ready for `from_pretrained` and for vLLM's `--model`.
     """
     folder = Path(output_dir).absolute()
-    if is_cached(folder, seed):
+    if is_cached(folder, seed) and not from_scratch:
         return Path(output_dir)
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"`{output_dir}` exists and is not a tiny policy; give another `output_dir`")
@@ -484,7 +507,10 @@ def build_tiny_policy(output_dir: str | Path, *, seed: int = 0) -> Path:
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     staging.mkdir()
     try:
-        write_policy(staging, seed, SETTINGS)
+        if is_cached(SHIPPED, seed) and not from_scratch:
+            copy_policy(staging)
+        else:
+            write_policy(staging, seed, SETTINGS)
         try:
             publish(staging, folder)
         except OSError:
@@ -499,16 +525,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Build the small policy of the quickstart.")
     parser.add_argument("--output_dir", required=True, help="model folder to write")
     parser.add_argument("--seed", type=int, default=0, help="initial weights and demonstrations (default 0)")
+    parser.add_argument("--from_scratch", action="store_true", help="train it even where it is at hand")
     args = parser.parse_args(argv)
-    cached = is_cached(Path(args.output_dir), args.seed)
     try:
-        folder = build_tiny_policy(args.output_dir, seed=args.seed)
+        folder = build_tiny_policy(args.output_dir, seed=args.seed, from_scratch=args.from_scratch)
     except FileExistsError as error:
         sys.exit(f"error: {error}")
     manifest = read_manifest(folder) or {}
-    state = "already there" if cached else f"built in {manifest.get('build_s')} s"
     print(
-        f"{folder}: {state}, {manifest.get('num_parameters'):,} parameters, "
+        f"{folder}: {manifest.get('num_parameters'):,} parameters, built in {manifest.get('build_s')} s, "
         f"solves {manifest.get('expected_success'):.0%} of the training tasks"
     )
 

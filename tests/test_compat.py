@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -56,3 +58,41 @@ def test_the_swapped_backend_is_put_back_even_after_an_error() -> None:
         assert upstream.VLLMGeneration() == "ours"
         raise RuntimeError
     assert upstream.VLLMGeneration is original
+
+
+STOCK = """
+import sys
+from trl_gym import GymGRPOTrainer
+assert "vllm" not in sys.modules
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+args = GRPOConfig(
+    sys.argv[2], use_vllm=True, vllm_mode="server", vllm_server_base_url="http://127.0.0.1:9", vllm_server_timeout=0.0,
+    use_cpu=True, bf16=False, report_to="none",
+)
+data = Dataset.from_list([{"prompt": "Hello"}])
+try:
+    GRPOTrainer(sys.argv[1], lambda **_: [0.0], args=args, train_dataset=data)
+except OSError as error:  # TRL's own client says so
+    print("asked the server:", error)
+import trl.generation.vllm_generation as theirs
+import trl.trainer.grpo_trainer as trainer
+assert trainer.VLLMGeneration is theirs.VLLMGeneration and theirs.SamplingParams and "vllm" in sys.modules
+"""
+
+
+def test_a_trainer_of_trl_finds_vllm_after_ours_was_imported(tmp_path: Path) -> None:
+    """In a process of its own: others have imported TRL here, with vLLM."""
+    policy = ROOT / "trl_gym" / "quickstart" / "small_policy"
+    run = [sys.executable, "-c", STOCK, str(policy), str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0 and "asked the server:" in done.stdout, done.stderr
+
+
+def test_where_trl_was_imported_with_vllm_it_stays_as_it_is() -> None:
+    import trl.generation.vllm_generation as theirs
+
+    with compat.without_vllm():
+        assert sys.modules["trl.generation.vllm_generation"] is theirs
+    assert sys.modules["trl.generation.vllm_generation"] is theirs

@@ -56,6 +56,10 @@ def test_config_and_dataset_do_not_load_vllm() -> None:
     assert "vllm" not in loaded_after("from trl_gym import GymGRPOConfig, load_gym_dataset")
 
 
+def test_the_trainer_does_not_load_vllm() -> None:
+    assert "vllm" not in loaded_after("import trl_gym.trainer, trl_gym.train")
+
+
 def test_what_is_imported_is_declared() -> None:
     """A package that happens to come with vLLM is missing where a trainer, or a gateway, runs without it."""
     with open(ROOT / "pyproject.toml", "rb") as file:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.metadata
+import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +69,35 @@ def check_versions(packages: Sequence[str] = ("trl", "transformers")) -> None:
             problems.append(Problem(f"{package} {version} is installed and trl-gym supports {supported}.", remedy))
     if problems:
         raise UnsupportedVersionError("Installed packages do not fit:", problems=problems)
+
+
+@contextlib.contextmanager
+def without_vllm() -> Iterator[None]:
+    """While open, importing TRL's `GRPOTrainer` does not import vLLM, which takes as long as TRL and torch together.
+
+    Its module takes the name `VLLMGeneration` from one that imports vLLM. It gets a function of that name, which
+    imports TRL's own when a `GRPOTrainer` of TRL's wants one; `GymGRPOTrainer` never does (`generation_backend`).
+    Afterwards TRL's module can be imported by everybody else, as if nothing had been. Where somebody imported it
+    before, nothing is gained and nothing is changed.
+    """
+    name = "trl.generation.vllm_generation"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].VLLMGeneration = _build_generation_of_trl  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def _build_generation_of_trl(*args: Any, **kwargs: Any) -> Any:
+    import trl.trainer.grpo_trainer as grpo_trainer
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    grpo_trainer.VLLMGeneration = VLLMGeneration
+    return VLLMGeneration(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Train with GRPO on NeMo Gym environments: the one training script; a YAML says what is trained on what.
 
-    accelerate launch -m trl_gym.train --config recipes/math.yaml        # any number of processes
     trl-gym train --config recipes/math.yaml                             # one process, this one
+    accelerate launch -m trl_gym.train --config recipes/math.yaml        # several
 
 Every option of `GymGRPOConfig`, TRL's `ModelConfig` and `ScriptArguments` below can stand in the YAML and be
 overridden on the command line. At the end it prints a table of what the run achieved and writes `reward.png`.
@@ -54,7 +54,7 @@ class ScriptArguments:
     )
     small_policy_dir: str = field(
         default="runs/small_policy",
-        metadata={"help": "Where recipes/grpo.py builds a small policy when no model is given."},
+        metadata={"help": "Where recipes/grpo.py puts a small policy when no model is given."},
     )
     small_policy_learning_rate: float = field(  # half a million parameters want a thousand times a real model's
         default=1e-3, metadata={"help": "Learning rate of that small policy."}
@@ -103,7 +103,7 @@ def _train(argv: Sequence[str] | None, default_model: DefaultModel | None) -> No
                 raise ConfigError(
                     "`model_name_or_path` is not set.",
                     "Set it to a model folder or a name on the Hugging Face Hub. `make quickstart` in a checkout of "
-                    "trl-gym builds a small model.",
+                    "trl-gym has a small one.",
                 )
             model.model_name_or_path = str(default_model(script.small_policy_dir, args.seed))
             args.learning_rate = script.small_policy_learning_rate

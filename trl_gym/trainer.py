@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 
 from trl_gym import compat
 from trl_gym import ranks as rank_agreement
@@ -59,6 +58,9 @@ from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, Tra
 from trl_gym.rollouts.trajectory import ModelCall, Trajectory, from_calls, make_decoder
 from trl_gym.run import servers
 from trl_gym.run.live import LiveSource
+
+with compat.without_vllm():
+    from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Qwen3ForCausalLM
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 47, "b": 36}}}
 CONVERSATION = [
@@ -184,11 +186,66 @@ def test_model_shape(tokenizer, tiny_policy):
 
 
 # ----------------------------------------------------------------------------------------------------
+# The policy that comes with the package
+
+
+def test_the_package_holds_what_a_build_makes_now(tiny_policy, tokenizer, tmp_path):
+    assert tiny_policy.is_cached(tiny_policy.SHIPPED, 0), "build it again: the command is in tiny_policy.py"
+    tokenizer.save_pretrained(tmp_path)
+    tiny_policy.build_model(tokenizer).save_pretrained(tmp_path)
+    for path in tmp_path.iterdir():
+        if path.name != "model.safetensors":
+            assert (tiny_policy.SHIPPED / path.name).read_bytes() == path.read_bytes(), path.name
+    assert {path.name for path in tiny_policy.SHIPPED.iterdir()} == {p.name for p in tmp_path.iterdir()} | {
+        tiny_policy.MANIFEST
+    }
+
+
+def test_its_warm_start_begins_like_one_of_today(tiny_policy, tokenizer, calculator_data):
+    manifest = tiny_policy.read_manifest(tiny_policy.SHIPPED)
+    short = replace(tiny_policy.SETTINGS, num_steps=2, max_extensions=0, num_probe_tasks=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = tiny_policy.build_model(tokenizer)
+        _, losses = tiny_policy.warm_start(model, tokenizer, calculator_data, 0, short)
+    assert losses == pytest.approx(manifest["first_losses"], rel=1e-4)  # sums differ between machines
+
+
+def test_its_weights_solve_what_its_manifest_says(tiny_policy, tokenizer, calculator_data, tools):
+    model = Qwen3ForCausalLM.from_pretrained(tiny_policy.SHIPPED)
+    rng = random.Random(5)
+    pairs = rng.sample(calculator_data.operand_pairs(held_out=True), 128)
+    tasks = [(rng.choice(tuple(calculator_data.OPERATORS)), *pair) for pair in pairs]
+    episodes = [tiny_policy.episode(calculator_data, *task) for task in tasks]
+    success = tiny_policy.expected_success(model, *tiny_policy.encode(tokenizer, episodes, tools))
+    assert success == pytest.approx(tiny_policy.read_manifest(tiny_policy.SHIPPED)["expected_success"], abs=0.1)
+
+
+def test_it_is_copied_and_built_only_on_demand(tiny_policy, monkeypatch, tmp_path):
+    def write_policy(folder, seed, settings):
+        raise InterruptedError("built")
+
+    monkeypatch.setattr(tiny_policy, "write_policy", write_policy)
+    folder = tiny_policy.build_tiny_policy(tmp_path / "policy")
+    assert (folder / "model.safetensors").read_bytes() == (tiny_policy.SHIPPED / "model.safetensors").read_bytes()
+    assert tiny_policy.is_cached(folder, 0)
+    for options in ({"seed": 1}, {"from_scratch": True}):
+        with pytest.raises(InterruptedError):
+            tiny_policy.build_tiny_policy(folder, **options)
+    assert tiny_policy.is_cached(folder, 0)  # a build that fails replaces nothing
+
+
+# ----------------------------------------------------------------------------------------------------
 # Cache
 
 
 @pytest.fixture
-def fake_build(tiny_policy, monkeypatch):
+def none_shipped(tiny_policy, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny_policy, "SHIPPED", tmp_path / "shipped")
+
+
+@pytest.fixture
+def fake_build(tiny_policy, none_shipped, monkeypatch):
     """Replaces the build by one that writes two files, and counts."""
     seeds = []
 
@@ -218,7 +275,7 @@ def test_damaged_policy_is_rebuilt(tiny_policy, fake_build, tmp_path):
     assert fake_build == [0, 0]
 
 
-def test_failed_build_leaves_nothing(tiny_policy, monkeypatch, tmp_path):
+def test_failed_build_leaves_nothing(tiny_policy, none_shipped, monkeypatch, tmp_path):
     def write_policy(folder, seed, settings):
         (folder / "config.json").write_text("half")
         raise KeyboardInterrupt
