@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,7 @@ from hypothesis import strategies as st
 from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.policy_server.middleware.identity import rollout_key
 from trl_gym.rollouts import journal as journal_module
-from trl_gym.rollouts.journal import (
-    REDACTED,
-    Journal,
-    journal_files,
-    make_redactor,
-    read_journal,
-    read_line,
-    read_lines,
-    read_objects,
-    secrets_in,
-    secrets_of,
-)
+from trl_gym.rollouts.journal import Journal, journal_files, read_journal, read_line, read_lines, read_objects
 
 
 def record(step: int = 0, mode: str = "train", **fields: object) -> dict[str, object]:
@@ -58,7 +48,7 @@ def test_lines_are_found_again_with_schema_and_rank(tmp_path: Path) -> None:
         ("train", 1, None),
         ("eval", 1, 0.5),
     }
-    assert all(r["schema"] == 1 and r["rank"] == 3 and r["time"] > 0 for r in rollouts)
+    assert all(r["schema"] == 2 and r["rank"] == 3 and r["time"] > 0 for r in rollouts)
     assert any(r.get("text") == "zwei\u2028Zeilen" for r in rollouts)
     journal.close()
     journal.close()
@@ -159,19 +149,52 @@ def test_a_line_can_be_read_again_from_its_place(tmp_path: Path) -> None:
         assert read_line(line.path, line.offset, line.length) == line.record
 
 
+finite = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e100, max_value=1e100)
+
+
+@given(st.lists(finite | st.floats(width=32, allow_nan=False, allow_infinity=False)), st.booleans())
+def test_log_probabilities_are_the_same_to_the_bit(tmp_path_factory: Any, values: list[float], narrow: bool) -> None:
+    numbers = [*values, -0.0] if narrow else [*values, 0.1]  # the latter is no float32
+    rows = [
+        {"logprobs": own, "completion_ids": [1] * len(own), "env_mask": [1] * len(own)} for own in (numbers, values)
+    ]
+    folder = tmp_path_factory.mktemp("journal")
+    journal = Journal(folder)
+    journal.append(record(**rows[0], further_rows=[rows[1]]))
+    journal.close()
+    [line] = read_journal(folder)
+    assert repr([line["logprobs"], line["further_rows"][0]["logprobs"]]) == repr([numbers, values])
+    [raw] = journal_files(folder)[0].read_text().splitlines()
+    name = "float32" if all(array("f", [one])[0] == one for one in numbers if abs(one) < 1e38) else "float64"
+    assert max(map(abs, numbers)) >= 1e38 or list(json.loads(raw)["logprobs"]) == [name]
+
+
+def test_log_probabilities_that_are_no_numbers_are_null(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path)
+    journal.append(record(rollout_id="r", agent="a", logprobs=[-1.0, math.nan], response={"x": math.inf}))
+    journal.close()
+    line = json.loads(journal_files(tmp_path)[0].read_text())
+    assert (line["logprobs"], line["response"]) == ([-1.0, None], {"x": None})
+    assert "`logprobs[]`, `response.x`" in caplog.text
+
+
 def test_secrets_are_on_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "value-of-a-variable")
     journal = Journal(tmp_path, secrets=("key-of-the-server",))
+    key = rollout_key("an-api-key", {"rollout": "r0"})
     journal.append(
         record(
             row={"text": "value-of-a-variable"},
-            response={"policy_api_key": "x"},
+            response={"policy_api_key": "x", "generation_token_ids": [1, key]},  # no place is taken for numbers
             failure={"kind": "k", "text": "key-of-the-server!"},
+            completion_ids=[1],
+            logprobs=[-1.0],
         )
     )
     journal.close()
     [line] = read_journal(tmp_path)
-    assert (line["row"], line["response"]) == ({"text": "[redacted]"}, {"policy_api_key": "[redacted]"})
+    assert line["row"] == {"text": "[redacted]"}
+    assert line["response"] == {"policy_api_key": "[redacted]", "generation_token_ids": [1, "[redacted]"]}
     assert line["failure"]["text"] == "[redacted]!"
 
 
@@ -275,116 +298,6 @@ def test_a_writer_that_is_killed_loses_nothing_that_was_appended_and_disturbs_no
         assert last - first > 50
 
 
-# -- secrets ----------------------------------------------------------------------------------------------------------
-
-
-redact = make_redactor()
-
-plain_text = st.text(st.characters(codec="utf-8", exclude_characters=":=@"), max_size=40)
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | plain_text,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
-)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ({"policy_api_key": "EMPTY"}, {"policy_api_key": REDACTED}),
-        ({"headers": {"Authorization": "Basic dTpw"}}, {"headers": {"Authorization": REDACTED}}),
-        ([{"x-api-key": "a"}, {"SECRET_ACCESS_KEY": "b"}], [{"x-api-key": REDACTED}, {"SECRET_ACCESS_KEY": REDACTED}]),
-    ],
-)
-def test_a_value_under_a_secret_named_key_is_taken_out(value: Any, expected: Any) -> None:
-    assert redact(value) == expected
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"tool": "calculator", "arguments": '{"a": 12, "b": 30}'},
-        {"max_output_tokens": 128, "password": None, "api_key": ""},
-        "The key to the riddle: patience. Tokens are counted at 12:30, see http://host/path?x=1",
-        {"secret_word": "banana"},  # a game's own data
-        # What only looks like a secret is what was said: reward functions and replays must see it as it was.
-        "API_KEY=0123456789abc, Authorization: Bearer abc.def-123456, https://me:geheim123@host/path",
-        {"text": '{"api_key": "sk-proj-Abcdef0123456789xyz"}', "task": ["hf_abcdefghijklmnopqrstuvwxyz"]},
-    ],
-)
-def test_what_is_no_secret_stays(value: Any) -> None:
-    assert redact(value) == value
-
-
-def test_token_ids_are_passed_on_without_a_copy() -> None:
-    record = {
-        "prompt_ids": [1, 2, 3],
-        "response": {"output": [{"generation_token_ids": [4], "generation_log_probs": []}]},
-    }
-    redacted = redact(record)
-    assert redacted == record
-    assert redacted["prompt_ids"] is record["prompt_ids"]
-
-
-def test_secrets_of_the_environment() -> None:
-    environment = {
-        "OPENAI_API_KEY": "0123456789",
-        "HF_TOKEN": "tokentoken",
-        "DB_PASSWORD": "geheim geheim",  # prose, not a secret
-        "MY_SECRET": "short",
-        "TOKENIZERS_PARALLELISM": "false---",
-        "KEYBOARD_LAYOUT": "de_DE.UTF-8",
-        "PATH": "/usr/bin:/bin",
-    }
-    assert secrets_of(environment) == ["0123456789", "tokentoken"]
-
-
-@given(
-    value=json_values,
-    secret=st.from_regex(r"[a-p0-9_-]{4,12}[a-p][a-p0-9_-]{4,11}", fullmatch=True),  # no part of a number
-    where=st.integers(0, 2),
-)
-def test_a_known_secret_is_nowhere_and_nothing_else_changes(value: Any, secret: str, where: int) -> None:
-    redact_known = make_redactor([secret])
-    hidden = [f"x {secret} y", {"note": [secret]}, {"output": [{"content": [{"text": f'"{secret}"'}]}]}][where]
-    text = json.dumps(redact_known({"value": value, "hidden": hidden}), ensure_ascii=False)
-    assert secret not in text.replace(REDACTED, "")
-    assert json.dumps(redact_known(value)) == json.dumps(redact(value)) or secret in json.dumps(value)
-
-
-@given(value=json_values, key=st.sampled_from(["text", "x-api-key", "Authorization", "clientSecret", "private-key"]))
-def test_the_quick_look_misses_nothing(value: Any, key: str) -> None:
-    record = {"value": value, key: "0123456789"}
-    assert redact(record) == journal_module._redact(record, [])
-
-
-@given(value=json_values)
-def test_redaction_is_idempotent_and_keeps_the_shape(value: Any) -> None:
-    once = redact(value)
-    assert redact(once) == once
-    assert type(once) is type(value)
-    if isinstance(value, dict):
-        assert list(once) == list(value)
-
-
-def test_secrets_in_nested_options_are_known_values() -> None:
-    options = {"judge": {"openai_api_key": "0123456789"}, "servers": [{"password": "geheim123"}], "api_key": 3}
-    assert secrets_in(options) == ["0123456789", "geheim123"]
-    assert make_redactor(secrets_in(options))({"said 0123456789": ["geheim123!"]}) == {
-        f"said {REDACTED}": [f"{REDACTED}!"]
-    }
-
-
-def test_rollout_keys_are_redacted_wherever_they_stand() -> None:
-    """An agent's answer may hold the URL, or the key, that it was given for this rollout."""
-    key = rollout_key("an-api-key", {"rollout": "r0"})
-    said = {"params": {"url": f"http://x/trl_gym/rollouts/{key}/v1", key: [key]}, "policy_api_key": key}
-    redacted = make_redactor()(said)
-    assert key not in str(redacted) and key.partition(".")[2] not in str(redacted)
-    assert redacted["params"]["url"] == "http://x/trl_gym/rollouts/[redacted]/v1"
-    assert redacted["policy_api_key"] == "[redacted]"
-
-
 def whole(**changes: Any) -> dict[str, Any]:
     """A line as the journal writes it."""
     tokens = {"prompt_ids": [1], "completion_ids": [3, 4], "env_mask": [1, 1], "logprobs": [-1, -1], "turn_ends": [2]}
@@ -431,6 +344,10 @@ ODD_LINES: dict[str, tuple[str, str]] = {
     "turns are text": (json.dumps(whole(turns=["a", 5])), "$.turns[0]"),
     "response is text": (json.dumps(whole(response="x")), "$.response"),
     "an item is text": (json.dumps(whole(response={"output": ["x", None]})), "$.response.output[0]"),
+    "logprobs of another size": (json.dumps(whole(logprobs={"float32": "AAAA"})), "cannot be unpacked"),
+    "logprobs of other numbers": (json.dumps(whole(logprobs={"float16": "AAA="})), "cannot be unpacked"),
+    "logprobs of no base64": (json.dumps(whole(logprobs={"float64": 5})), "cannot be unpacked"),
+    "fewer logprobs": (json.dumps(whole(logprobs={"float32": "AACAvw=="})), "different lengths"),
     "the row is a list": (json.dumps(whole(row=[1])), "$.row"),
     "the failure is text": (json.dumps(whole(failure="oops")), "$.failure"),
     "a name that cannot be a key": (json.dumps(whole(run=[1])), "$.run"),

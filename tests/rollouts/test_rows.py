@@ -172,7 +172,7 @@ def batch(num_rollouts: int) -> dict[str, torch.Tensor]:
 def rows_with(*shares: float) -> list[Row]:
     """A row of another rollout each, or one that fills up where the share is 0."""
     return [
-        Row(rollout=place if share else None, index=0, trajectory=trajectory(1), share=share)
+        Row(rollout=place if share else None, index=0, trajectories=[trajectory(1)], share=share)
         for place, share in enumerate(shares)
     ]
 

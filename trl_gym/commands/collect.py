@@ -38,8 +38,9 @@ from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.attempts import Progress as CollectionProgress
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
-from trl_gym.rollouts.journal import Attempt, Journal, LineState, journal_files, line_states, read_journal, secrets_in
+from trl_gym.rollouts.journal import Attempt, Journal, LineState, journal_files, line_states, read_journal
 from trl_gym.rollouts.ledger import Ledger
+from trl_gym.rollouts.redaction import secrets_in
 from trl_gym.rollouts.request import PolicyAccess, RolloutRequest, stamp, task_hash
 from trl_gym.rollouts.source import Finisher
 from trl_gym.rollouts.trajectory import from_calls

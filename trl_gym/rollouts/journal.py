@@ -15,23 +15,28 @@ get parts of their own, so no line is torn by another writer or merged with a to
 only be the last of its file; readers leave it out and say so.
 
 JSON has no NaN and no infinity. Where an environment or a dataset has one, the line has null, and a warning names the
-place. Secrets are redacted: values under keys that say so (`api_key`, `Authorization`, …), and the exact values that
-this process knows as secrets. No other text is altered: it is what reward functions get of a recalled or replayed
-rollout. Token ids are left alone; they tell whoever has the tokenizer what the text said.
+place. Secrets are redacted (`redaction.py`).
+
+Log-probabilities are packed in the file, as base64 of little-endian numbers: `"logprobs": {"float32": "…"}`, or
+`float64` where a number is no `float32`. As decimal digits they would be half of a line of many tokens, and most of
+the work of writing it. Whoever reads a line with the functions of this module gets a list of the same numbers, to the
+bit. Lines of schema 1 have lists.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import functools
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,15 +47,15 @@ from typing import Annotated, Any
 import msgspec
 
 from trl_gym.errors import ConfigError, FailureKind, RolloutError
-from trl_gym.policy_server.middleware.identity import KEY_PATTERN
+from trl_gym.rollouts.redaction import Redactor, secrets_of
+from trl_gym.rollouts.trajectory import compact_floats
 from trl_gym.untrusted import MAX_NUMBER, parse_json, shape_problem
 from trl_gym.untrusted import number as as_number
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 TRAINING_LOGPROBS = "training_logprobs"  # folder beside the journal's, see `rollouts.logprobs`
-REDACTED = "[redacted]"
 _MAX_BYTES = 512 * 10**6
 _NAME = re.compile(r"(?:(?P<mode>\w+)-)?step-(?P<step>\d+)\.rank-(?P<rank>\d+)(?:\.part-(?P<part>\d+))?\.jsonl")
 _MAX_NAMED = 8  # places of numbers that are not finite, in one warning
@@ -87,7 +92,7 @@ class Journal:
         self.rank = rank
         self.folder.mkdir(parents=True, exist_ok=True)
         self._max_bytes = max_bytes
-        self._redact: Callable[[Any], Any] = make_redactor([*secrets_of(os.environ), *secrets])
+        self._redactor = Redactor([*secrets_of(os.environ), *secrets])
         self._warned_of: set[tuple[str, str]] = set()  # environment, place in the line
         self._lock = threading.Lock()
         self._parts: dict[tuple[str, int], _Part] = {}
@@ -106,8 +111,10 @@ class Journal:
         Raises:
             RolloutError: The disk is full or gone. Lines written before are intact, this one is not there.
         """
-        stamped = {"schema": SCHEMA, "rank": self.rank, "time": round(time.time(), 3), **self._redact(record)}
-        line = self._encode(stamped)
+        # Tokens are most of a line, and no text: they are not walked.
+        redacted, is_finite = self._redactor.look({name: record[name] for name in record if name not in _TOKENS})
+        stamped = {"schema": SCHEMA, "rank": self.rank, "time": round(time.time(), 3), **record, **redacted}
+        line = self._encode(stamped, is_finite)
         with self._lock:
             part = self._part(record["mode"], record["step"], len(line))
             try:
@@ -144,13 +151,15 @@ class Journal:
             self._parts.clear()
         self.commit()
 
-    def _encode(self, record: dict[str, Any]) -> bytes:
-        try:
-            text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        except ValueError:
-            places: list[str] = []
-            text = json.dumps(without_non_finite(record, "", places), ensure_ascii=False, allow_nan=False)
-            self._warn_of_non_finite(record, places)
+    def _encode(self, record: dict[str, Any], is_finite: bool) -> bytes:
+        packed = _with_logprobs(record, _packed)
+        if is_finite and all(isinstance(row["logprobs"], dict) for row in _rows(packed) if row.get("logprobs")):
+            with contextlib.suppress(UnicodeEncodeError):  # half a surrogate
+                return msgspec.json.encode(packed) + b"\n"
+        places: list[str] = []
+        finite = without_non_finite(packed, "", places)
+        self._warn_of_non_finite(record, places)
+        text = json.dumps(finite, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return f"{text}\n".encode("utf-8", "backslashreplace")
 
     def _warn_of_non_finite(self, record: Mapping[str, Any], places: list[str]) -> None:
@@ -233,6 +242,57 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+_TOKENS = ("prompt_ids", "completion_ids", "env_mask", "logprobs", "turn_ends", "further_rows")
+_ARRAYS = {"float32": "f", "float64": "d"}  # type codes by name in a line
+_NAMES = {code: name for name, code in _ARRAYS.items()}
+
+
+def _with_logprobs(record: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return a line with other log-probabilities in each of its rows."""
+    changed = dict(record)
+    if isinstance(further := record.get("further_rows"), list):
+        changed["further_rows"] = [dict(row) if isinstance(row, Mapping) else row for row in further]
+    for row in _rows(changed):
+        if "logprobs" in row:
+            row["logprobs"] = change(row["logprobs"])
+    return changed
+
+
+def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the objects of a line that have tokens, itself first."""
+    further = record.get("further_rows")
+    return [record, *(row for row in further if isinstance(row, dict))] if isinstance(further, list) else [record]
+
+
+def _packed(values: Any) -> Any:
+    """Pack a list of finite floats, see the module; anything else stays as it is."""
+    try:
+        if not values or not math.isfinite(sum(values)):
+            return values
+        numbers = compact_floats(values)
+    except (TypeError, OverflowError):
+        return values  # which is refused when it is read
+    return {_NAMES[numbers.typecode]: base64.b64encode(_little_endian(numbers).tobytes()).decode()}
+
+
+def _unpacked(values: Any) -> Any:
+    """Return what `_packed` was given. Raises `ValueError` for what it does not write."""
+    if not isinstance(values, dict):
+        return values
+    try:
+        [(name, text)] = values.items()
+        numbers: array[float] = array(_ARRAYS[name], base64.b64decode(text, validate=True))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"`logprobs` cannot be unpacked ({error!r})") from None
+    return _little_endian(numbers).tolist()
+
+
+def _little_endian(numbers: array[float]) -> array[float]:
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
 def without_non_finite(value: Any, place: str, places: list[str]) -> Any:
     """Return a copy of a JSON value with None for NaN and infinities; their places (`row.expected`) go to `places`."""
     if isinstance(value, float):
@@ -292,7 +352,7 @@ def read_line(path: Path, offset: int, length: int) -> dict[str, Any]:
     """Read one line again, from where `read_lines` found it."""
     with open(path, "rb") as file:
         file.seek(offset)
-        return parse_json(file.read(length))
+        return _with_logprobs(parse_json(file.read(length)), _unpacked)
 
 
 def read_objects(path: Path, shape: Any = dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -347,7 +407,11 @@ def _parse(raw: bytes, path: Path, number: int) -> dict[str, Any] | None:
             return None
         problem: str | None = f"not JSON ({error})"
     else:
-        problem = shape_problem(record, _RecordShape) or _contradiction(record)
+        try:
+            record = _with_logprobs(record, _unpacked) if isinstance(record, dict) else record
+            problem = shape_problem(record, _RecordShape) or _contradiction(record)
+        except ValueError as error:
+            problem = str(error)
     if problem is not None:
         raise ConfigError(
             f"The journal is damaged: {path}, line {number}: {problem}. Only the last line of a file may be torn.",
@@ -518,118 +582,3 @@ def line_states(
         for index in best_first[limit:]:
             found[index] = LineState.SUPERSEDED
     return found
-
-
-# -- secrets ----------------------------------------------------------------------------------------------------------
-
-_MIN_SECRET_CHARS = 8
-
-# Long lists of numbers, and most of a journal line: not walked.
-_NUMBERS = (
-    *("prompt_ids", "completion_ids", "env_mask", "logprobs"),
-    *("prompt_token_ids", "generation_token_ids", "generation_log_probs"),
-)
-_SECRET_KEYS = (
-    *("api_key", "apikey", "access_token", "auth_token", "bearer_token", "refresh_token", "authorization"),
-    *("client_secret", "secret_key", "secret_access_key", "private_key", "password"),
-)
-_SECRET_VARIABLE = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-
-
-def make_redactor(secrets: Iterable[str] = ()) -> Callable[[Any], Any]:
-    """Return a function that takes secrets out of a JSON value.
-
-    A value is redacted whole where its key says that it is a secret (`{"policy_api_key": …}`). Everywhere else, keys
-    included, only what is in `secrets` is, wherever it stands in a text, and every rollout key.
-
-    Args:
-        secrets: Secret values; short ones (below 8 characters) are ignored, since they would take ordinary words
-            along.
-
-    Returns:
-        A function from a JSON value to one without secrets: the value itself where there are none, else a copy.
-        Applying it twice changes nothing more.
-    """
-    known = sorted({secret for secret in secrets if len(secret) >= _MIN_SECRET_CHARS}, key=len, reverse=True)
-
-    def redact(value: Any) -> Any:
-        # Almost always there is nothing to find: one look at all the text is cheaper than a look at every string.
-        texts: list[str] = []
-        has_secret_key = _collect_texts(value, texts)
-        text = "\n".join(texts)
-        if has_secret_key or any(secret in text for secret in known) or KEY_PATTERN.search(text):
-            return _redact(value, known)
-        return value
-
-    return redact
-
-
-def secrets_of(environment: Mapping[str, str]) -> list[str]:
-    """Return values of environment variables that are named like keys (`OPENAI_API_KEY`, …) and could be one."""
-    return [
-        value
-        for name, value in environment.items()
-        if _SECRET_VARIABLE.search(name) and len(value) >= _MIN_SECRET_CHARS and not any(c.isspace() for c in value)
-    ]
-
-
-def secrets_in(options: Any) -> list[str]:
-    """Return the values under secret-named keys of nested options, e.g. of NeMo Gym's configuration."""
-    if isinstance(options, Mapping):
-        own = [item for key, item in options.items() if isinstance(item, str) and _is_secret_key(key)]
-        return [*own, *(secret for item in options.values() for secret in secrets_in(item))]
-    if isinstance(options, list | tuple):
-        return [secret for item in options for secret in secrets_in(item)]
-    return []
-
-
-def _redact(value: Any, known: list[str]) -> Any:
-    if isinstance(value, str):
-        return _redact_text(value, known)
-    if isinstance(value, dict):
-        return {
-            _redact_text(key, known) if isinstance(key, str) else key: _redact_item(key, item, known)
-            for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [_redact(item, known) for item in value]
-    return value
-
-
-def _redact_item(key: Any, item: Any, known: list[str]) -> Any:
-    if _is_numbers(key, item):
-        return item
-    if isinstance(item, str) and item and _is_secret_key(key):
-        return REDACTED
-    return _redact(item, known)
-
-
-def _redact_text(text: str, known: list[str]) -> str:
-    for secret in known:
-        text = text.replace(secret, REDACTED)
-    return KEY_PATTERN.sub(REDACTED, text)
-
-
-def _collect_texts(value: Any, texts: list[str]) -> bool:
-    """Add every string in a JSON value, keys included, to `texts`; return whether a key is named like a secret."""
-    found = False
-    if isinstance(value, str):
-        texts.append(value)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if not _is_numbers(key, item):
-                texts.append(str(key))
-                found |= _is_secret_key(key) | _collect_texts(item, texts)
-    elif isinstance(value, list):
-        for item in value:
-            found |= _collect_texts(item, texts)
-    return found
-
-
-def _is_numbers(key: Any, item: Any) -> bool:
-    return key in _NUMBERS and isinstance(item, list) and not (item and isinstance(item[0], str))
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_secret_key(key: Any) -> bool:
-    return isinstance(key, str) and key.lower().replace("-", "_").endswith(_SECRET_KEYS)

@@ -8,7 +8,7 @@ Rollout ─ journal_record ─► a line of the journal ─ from_record ─► t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
 from trl_gym.responses import completion_messages, count_tool_calls, model_call_indices, output_items
 from trl_gym.rollouts.ledger import weight_versions
 from trl_gym.rollouts.request import RolloutRequest, request_hash, task_hash
-from trl_gym.rollouts.trajectory import DriftReport, ModelCall, Trajectory, finish_reason, model_calls
+from trl_gym.rollouts.trajectory import DriftReport, Trajectories, Trajectory, finish_reason
 from trl_gym.untrusted import number
 
 # Fields of a verify response that are the protocol's, not measurements of the environment.
@@ -35,27 +35,22 @@ class Rollout:
         request: The request.
         answer: Gym's answer; None when there is none.
         failure: Why it has no reward; None when it has one.
-        trajectories: The tokens that are trained; empty for a failed rollout. They share the reward.
+        trajectories: The tokens that are trained; empty for a failed rollout. They share the reward. Their lists are
+            made at each look, see `Trajectories`.
         seconds: Wall time.
         drift: Where its history was rewritten first, and why; also for a rollout that failed because of it.
-        records: The policy server's records of its model calls; None when the server keeps none.
+        records: The policy server's records of its model calls, without their tokens; None when the server keeps none.
         counted: Indices, in `records`, of the model calls that count; of a failed rollout, of all that are known.
     """
 
     request: RolloutRequest
     answer: dict[str, Any] | None
     failure: RolloutFailure | None
-    trajectories: list[Trajectory]
+    trajectories: Sequence[Trajectory]
     seconds: float
     drift: DriftReport | None = None
     records: list[CallRecord] | None = None
     counted: tuple[int, ...] = ()
-
-    @property
-    def calls(self) -> list[ModelCall]:
-        """The model calls that count, with their tokens, in order. Unpacked on demand: each has its whole prompt."""
-        by_index = {call.index: call for call in model_calls(self.records or ())}
-        return [by_index[index] for index in self.counted]
 
     @property
     def reward(self) -> float | None:
@@ -192,7 +187,7 @@ def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
         request=request,
         answer=answer,
         failure=None if failure is None else _failure_from(failure),
-        trajectories=[_trajectory_from(tokens) for tokens in recorded_rows(record)],
+        trajectories=Trajectories(map(_trajectory_from, recorded_rows(record))),
         seconds=record["seconds"],
         drift=None if drift is None else DriftReport(**{**drift, "cause": DriftCause(drift["cause"])}),
     )
@@ -274,8 +269,9 @@ def facts_of(rollout: Rollout, reward: float | None, batch: str) -> RolloutFacts
         batch: The name of its generation batch, the same on every rank.
     """
     answer = rollout.answer if rollout.failure is None else None
-    prompts = [len(trajectory.prompt_ids) for trajectory in rollout.trajectories]
-    sampled = [trajectory.env_mask.count(1) for trajectory in rollout.trajectories]
+    trajectories = list(rollout.trajectories)
+    prompts = [len(trajectory.prompt_ids) for trajectory in trajectories]
+    sampled = [trajectory.env_mask.count(1) for trajectory in trajectories]
     components = (answer or {}).get("reward_components")
     calls, errors = count_tool_calls(output_items(answer))
     return RolloutFacts(
@@ -293,9 +289,9 @@ def facts_of(rollout: Rollout, reward: float | None, batch: str) -> RolloutFacts
         seconds=rollout.seconds,
         model_seconds=_total(rollout, "seconds"),
         queue_seconds=_total(rollout, "queue_s"),
-        turns=sum(trajectory.num_turns for trajectory in rollout.trajectories),
+        turns=sum(trajectory.num_turns for trajectory in trajectories),
         prompt_tokens=sum(prompts),
-        environment_tokens=sum(trajectory.env_mask.count(0) for trajectory in rollout.trajectories),
+        environment_tokens=sum(trajectory.env_mask.count(0) for trajectory in trajectories),
         sampled_tokens=sum(sampled),
         row_tokens=tuple(map(sum, zip(prompts, sampled, strict=True))),
         tool_calls=calls,

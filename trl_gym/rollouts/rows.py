@@ -55,9 +55,14 @@ class Row:
 
     rollout: int | None  # index of its rollout on this rank; None for a row that fills up
     index: int  # index of its trajectory in the rollout
-    trajectory: Trajectory  # its tokens
+    trajectories: Sequence[Trajectory]  # those of the rollout
     moved: int = 0  # tokens at the end of its prompt that TRL gets as the beginning of its completion
     share: float  # part of the rollout's sampled tokens that it has: 1 in all rows of one; 0 where it has none
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """Its tokens; their lists are made anew at each look."""
+        return self.trajectories[self.index]
 
 
 # -- which rows there are ---------------------------------------------------------------------------------------------
@@ -113,7 +118,7 @@ def rows_of(
         for place, (rollout, first) in enumerate(zip(rollouts, dropped, strict=True))
     ]
     nothing = Trajectory(prompt_ids=[pad_id], completion_ids=[eos_id], env_mask=[0], logprobs=[0.0], num_turns=0)
-    filler = Row(rollout=None, index=0, trajectory=nothing, share=0.0)
+    filler = Row(rollout=None, index=0, trajectories=[nothing], share=0.0)
     further = [row for own in by_place for row in own[1:]]
     others = iter(further + [filler] * (num_rows - sum(map(len, by_place))))
     rows = [own[0] if own else next(others) for own in by_place] + list(others)
@@ -126,20 +131,21 @@ def _narrow(rows: Sequence[Row]) -> list[Row]:
     TRL pads all prompts to the longest prompt and all completions to the longest completion. The prompt of a further
     row may be as long as the first row with its completion: the batch would be twice as wide as any row.
     """
-    completions = [len(row.trajectory.completion_ids) for row in rows]
-    prompts = [len(row.trajectory.prompt_ids) for row in rows]
+    trajectories = [row.trajectory for row in rows]
+    completions = [len(trajectory.completion_ids) for trajectory in trajectories]
+    prompts = [len(trajectory.prompt_ids) for trajectory in trajectories]
     # The shortest prompts with which no completion becomes longer than the longest is. TRL needs a token in each.
     kept = max(1, *(prompt + own - max(completions) for prompt, own in zip(prompts, completions, strict=True)))
     return [replace(row, moved=max(0, prompt - kept)) for row, prompt in zip(rows, prompts, strict=True)]
 
 
 def _rows_of_one(place: int, trajectories: Sequence[Trajectory], first: int) -> list[Row]:
-    kept = list(enumerate(trajectories))[first:]
-    sampled = [trajectory.env_mask.count(1) for _, trajectory in kept]
+    kept = range(first, len(trajectories))
+    sampled = [trajectories[index].env_mask.count(1) for index in kept]
     total = sum(sampled)
     return [
-        Row(rollout=place, index=index, trajectory=trajectory, share=own / total if total else 1 / len(kept))
-        for (index, trajectory), own in zip(kept, sampled, strict=True)
+        Row(rollout=place, index=index, trajectories=trajectories, share=own / total if total else 1 / len(kept))
+        for index, own in zip(kept, sampled, strict=True)
     ]
 
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import msgspec
+
 from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutError, RolloutFailure, naming
 from trl_gym.rollouts.attempts import CollectionStatus, RolloutResult
 from trl_gym.rollouts.counted_calls import DishonestAnswerError, counted_calls
@@ -36,6 +38,7 @@ from trl_gym.rollouts.trajectory import (
     DriftError,
     DriftPolicy,
     ModelCall,
+    Trajectories,
     Trajectory,
     TrajectoryError,
     finish_reason,
@@ -389,7 +392,7 @@ class Finisher:
         return rollout
 
     def _rollout(self, result: RolloutResult) -> Rollout:
-        failure, trajectories, drift = result.failure, [], None
+        failure, trajectories, drift = result.failure, Trajectories(()), None
         calls: Sequence[ModelCall] = model_calls(result.records or ())
         agent = result.request.agent
         if failure is None and result.records is None and self.has_ledger:
@@ -404,8 +407,9 @@ class Finisher:
                 if result.records is not None:
                     calls = self._counted(result.answer, calls, has_called=bool(result.records))
                 with naming("build_trajectories", result.request.described, unless=TrajectoryError):
-                    trajectories = self.build(result.answer, result.request, calls)
-                drift = next((t.drift for t in trajectories if t.drift is not None), None)
+                    built = self.build(result.answer, result.request, calls)
+                    trajectories = Trajectories(built)
+                drift = next((one.drift for one in built if one.drift is not None), None)
             except DishonestAnswerError as error:
                 text = f"the answer contradicts the policy server, which owns the tokens: {error}"
                 failure = RolloutFailure(kind=FailureKind.ENVIRONMENT, text=text, where=agent)
@@ -419,6 +423,7 @@ class Finisher:
             failure = failure.of(**result.request.identity, seconds=result.seconds)
             if report is not None:
                 failure = dataclasses.replace(failure, text=f"excluded for drift: {report.text}")
+        records = result.records
         return Rollout(
             request=result.request,
             answer=result.answer,
@@ -426,7 +431,7 @@ class Finisher:
             trajectories=trajectories,
             seconds=result.seconds,
             drift=report,
-            records=result.records,
+            records=records and [msgspec.structs.replace(record, tokens=None) for record in records],
             counted=tuple(call.index for call in calls),
         )
 

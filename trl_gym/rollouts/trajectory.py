@@ -23,9 +23,9 @@ import bisect
 import functools
 import itertools
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from trl_gym.policy_server.middleware.ledger import CallDrift, CallRecord, DriftCause, sampled_ids
 from trl_gym.policy_server.middleware.splice import num_common
@@ -98,6 +98,53 @@ class Trajectory:
     num_turns: int
     turn_ends: list[int] = field(default_factory=list)
     drift: Drift | None = None
+
+
+class Trajectories(Sequence[Trajectory]):
+    """Trajectories at rest, as long as a batch lives: numbers of one to eight bytes instead of Python's objects.
+
+    Each look at one makes its lists. Its `drift`, which holds whole prompts, is left out.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, trajectories: Iterable[Trajectory]) -> None:
+        self._packed = [
+            (array("i", one.prompt_ids), array("i", one.completion_ids), array("b", one.env_mask),
+             compact_floats(one.logprobs), one.num_turns, tuple(one.turn_ends))
+            for one in trajectories
+        ]  # fmt: skip
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Trajectory]: ...
+
+    def __getitem__(self, index: int | slice) -> Trajectory | list[Trajectory]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        prompt, completion, mask, logprobs, num_turns, turn_ends = self._packed[index]
+        return Trajectory(
+            prompt_ids=prompt.tolist(),
+            completion_ids=completion.tolist(),
+            env_mask=mask.tolist(),
+            logprobs=logprobs.tolist(),
+            num_turns=num_turns,
+            turn_ends=list(turn_ends),
+        )
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
+def compact_floats(values: Sequence[float]) -> array[float]:
+    """Return numbers as `float32` where that is exact for all of them, which it is for an engine's, else `float64`."""
+    narrow = array("f", values)
+    return narrow if narrow.tolist() == values else array("d", values)
 
 
 def model_calls(records: Sequence[CallRecord]) -> list[ModelCall]:

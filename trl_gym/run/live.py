@@ -19,8 +19,9 @@ from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.ranks import agree_on_loss, agreed
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector
-from trl_gym.rollouts.journal import Journal, secrets_in
+from trl_gym.rollouts.journal import Journal
 from trl_gym.rollouts.ledger import Ledger
+from trl_gym.rollouts.redaction import secrets_in
 from trl_gym.rollouts.request import PolicyAccess
 from trl_gym.rollouts.reuse import Policy, Recall, RecoveringCollector, collect_missing
 from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, TrainerHooks
