@@ -185,10 +185,17 @@ def test_faults_that_exclude_those_are_found_too(tmp_path: Path, policy: Path) -
     assert skipped["gym configs"] == "needs gym interpreter" and skipped["chat template"] == "needs tokenizer"
 
 
-def test_agents_that_no_config_defines(tmp_path: Path, policy: Path) -> None:
+def test_agents_that_no_config_defines_and_limits_of_processes(
+    tmp_path: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trl_gym.doctor.options.resource.getrlimit", lambda _kind: (100, 100))
+    port = {"calculator.resources_servers.calculator.port": 8000}
     rows = write(tmp_path / "other.jsonl", row(), row("calculator_simple_agnt"), row("calculator_simple_agnt"))
-    config = options(tmp_path, policy, train_files=[rows], gym_environments={"gone": {"deadline": 3}})
-    told = failures(examine(config))["agents"]
+    changes = {"gym_environments": {"gone": {"deadline": 3}}, "gym_processes": 2, "gym_overrides": port}
+    found = failures(examine(options(tmp_path, policy, train_files=[rows], **changes)))
+    assert "cannot run in 2 processes (`gym_processes`): `calculator` has the fixed port 8000" in found["gym configs"]
+    assert "a process may open 100 files, and 8 rollouts in flight need up to 160" in found["open files"]
+    told = found["agents"]
     assert "other.jsonl, line 2 and 1 more: the row is for agent calculator_simple_agnt" in told
     assert f"Did you mean {AGENT}?" in told
     assert "`gym_environments` names the unknown agent gone" in told

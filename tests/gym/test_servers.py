@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from trl_gym.errors import ConfigError, GymServerError
 from trl_gym.gym.discovery import HeadView, new_http_session
 from trl_gym.gym.process import GymProcess, bind_head, error_path
-from trl_gym.gym.servers import AgentInfo, GymServers, default_processes, least_busy
+from trl_gym.gym.servers import AgentInfo, GymServers, choose_processes, default_processes, least_busy
 from trl_gym.processes import ChildProcess, ServerState, bind_socket
 
 SECRET = "sk-do-not-print"
@@ -212,17 +212,20 @@ def test_servers_that_need_one_process_get_one(
     monkeypatch.setattr("trl_gym.gym.servers.num_cores", lambda: 64)
     caplog.set_level("INFO", "trl_gym")
     reasons = ["`board` has the fixed port 8000"]
-    assert GymServers(rollouts_in_flight=256)._choose_number([]) == 4 and "in 4 processes, for 256" in caplog.text
-    assert GymServers(rollouts_in_flight=256)._choose_number(reasons) == 1
-    assert "in one process instead of 4: `board` has the fixed port 8000" in caplog.text
-    assert GymServers(processes=1)._choose_number(reasons) == 1 and GymServers(processes=3)._choose_number([]) == 3
+    assert (
+        choose_processes(None, "host", [], 256) == 4
+        and "For 256 rollouts in flight NeMo Gym runs in 4 processes" in caplog.text
+    )
+    assert choose_processes(None, "host", reasons, 256) == 1
+    assert "runs in one process: `board` has the fixed port 8000" in caplog.text
+    assert choose_processes(1, "host", reasons, 256) == 1 and choose_processes(3, "host", [], 1) == 3
     with pytest.raises(
         ConfigError, match=r"cannot run in 2 processes \(`gym_processes`\): `board` has the fixed port"
     ):
-        GymServers(processes=2)._choose_number(reasons)
-    assert GymServers(mode="upstream", rollouts_in_flight=256)._choose_number([]) == 1
+        choose_processes(2, "host", reasons, 256)
+    assert choose_processes(None, "upstream", [], 256) == 1
     with pytest.raises(ConfigError, match="the mode is 'upstream'"):
-        GymServers(mode="upstream", processes=2)._choose_number([])
+        choose_processes(2, "upstream", [], 256)
 
 
 def test_an_attached_gym_that_goes_away(head: FakeHead) -> None:

@@ -45,6 +45,7 @@ CHECKS = (
     Check("options", options.options, (_FILE,)),
     Check("vllm", static.vllm_version, (_FILE,), _starts_policy),
     Check("processes", options.processes, (_FILE,)),
+    Check("open files", options.open_files, (_FILE,), _serves),
     Check("devices", static.devices),
     Check("ports", static.ports, (_FILE,)),
     Check("gym interpreter", live.interpreter, (_FILE,), _starts_gym),

@@ -21,9 +21,10 @@ from trl_gym import compat
 from trl_gym.dataset import ROW_COLUMN
 from trl_gym.doctor.context import Context, Finding, failed, from_error, ok, skipped, warning
 from trl_gym.errors import FailureKind, PolicyServerError, ServerError
-from trl_gym.gym.config import expand_overrides, resolve_configs
+from trl_gym.gym.config import expand_overrides, resolve_configs, single_process_reasons
 from trl_gym.gym.discovery import look_at_head, new_http_session
 from trl_gym.gym.install import SUPPORTED_GYM, find_installation
+from trl_gym.gym.servers import choose_processes
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, server_urls
 from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
 from trl_gym.policy_server.middleware.identity import gym_key
@@ -76,16 +77,18 @@ def configs(context: Context) -> Iterator[Finding]:
     if not context.args.gym_config_paths:
         yield failed("`gym_config_paths` is not set", "Name the YAML of at least one environment.")
         return
-    context.agents = agents = resolve_configs(context.args.gym_config_paths, context.installation.root).agents
-    if isinstance(context.args.gym_overrides, dict):
-        expand_overrides(context.args.gym_overrides)
+    args = context.args
+    found = resolve_configs(args.gym_config_paths, context.installation.root)
+    context.agents = agents = found.agents
+    overrides = expand_overrides(args.gym_overrides if isinstance(args.gym_overrides, dict) else {})
+    choose_processes(args.gym_processes, args.gym_mode, single_process_reasons(found, overrides), 1)
     if not agents:
         yield failed(
             "the configs define no agent (a server of the kind `responses_api_agents`)",
             "Add the config of an agent to `gym_config_paths`.",
         )
     else:
-        yield ok(f"{', '.join(map(str, context.args.gym_config_paths))}: {_agents_text(agents)}")
+        yield ok(f"{', '.join(map(str, args.gym_config_paths))}: {_agents_text(agents)}")
 
 
 def head_server(context: Context) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import resource
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -17,11 +18,15 @@ from trl import ModelConfig, TrlParser
 from trl_gym.config import GymGRPOConfig
 from trl_gym.doctor.context import Context, Finding, failed, ok, warning
 from trl_gym.errors import ConfigError, Problem
+from trl_gym.supervisor import OPEN_FILES
 from trl_gym.train import ScriptArguments
 
 _KINDS = (ScriptArguments, GymGRPOConfig, ModelConfig)
 _ARGUMENT = re.compile(r"argument (?:-\w, )?--(\w+)")
 _MAX_MISTAKES = 50
+# Of a process of NeMo Gym, the one with most: counted in /proc with a hundred rollouts that wait for the policy.
+_FILES_PER_ROLLOUT = 8
+_OTHER_FILES = 128
 _ADVICE = "`accelerate config`, or take one of recipes/accelerate/ with `accelerate launch --config_file`."
 
 
@@ -200,6 +205,25 @@ def processes(context: Context) -> Iterator[Finding]:
     if not problems:
         kind = str(config.get("distributed_type", "NO")).removeprefix("DistributedType.")
         yield ok(f"{path}: {config.get('num_processes', 1)} process(es), {kind}")
+
+
+def open_files(context: Context) -> Iterator[Finding]:
+    """Compare the hard limit of open files with what the rollouts in flight need."""
+    path = context.accelerate_config
+    num_processes = int(read_yaml(path).get("num_processes") or 1) if path is not None else 1
+    in_flight = context.args.rollouts_in_flight(num_processes)
+    hosts = (context.args.gym_processes or 1) if context.starts_gym else 1
+    needed = _OTHER_FILES + _FILES_PER_ROLLOUT * -(-in_flight // hosts)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if allowed >= needed:
+        yield ok(f"{allowed} per process; {in_flight} rollouts in flight need up to {needed}")
+        return
+    yield failed(
+        f"a process may open {allowed} files, and {in_flight} rollouts in flight need up to {needed}",
+        f"Raise the hard limit (`ulimit -Hn`, `--ulimit nofile` of a container, `LimitNOFILE` of a service) to "
+        f"{OPEN_FILES}, or lower `gym_max_inflight`.",
+    )
 
 
 def _process_problems(context: Context, config: dict[str, Any], num_gpus: int) -> Iterator[Problem]:

@@ -237,7 +237,8 @@ class GymServers:
             policy_model_name=policy_model_name,
             policy_api_key=policy_api_key,
         )
-        number = self._choose_number(single_process_reasons(configs, self._overrides))
+        reasons = single_process_reasons(configs, self._overrides)
+        number = choose_processes(self._asked_processes, self._mode, reasons, self._rollouts_in_flight)
         try:
             for index in range(number):
                 which = "" if number == 1 else f" (process {index + 1} of {number})"
@@ -324,28 +325,6 @@ class GymServers:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _choose_number(self, reasons: Sequence[str]) -> int:
-        """Return how many processes to start; a number that was asked for is started or refused.
-
-        Args:
-            reasons: Why the servers need one process, if they do.
-        """
-        asked = self._asked_processes
-        if self._mode != "host":
-            reasons = [f"the mode is {self._mode!r}, where Gym's launcher starts a process per server"]
-        if asked is not None and asked > 1 and reasons:
-            raise ConfigError(
-                f"NeMo Gym cannot run in {asked} processes (`gym_processes`): {', '.join(reasons)}.",
-                "Leave `gym_processes` out, or change what needs a single process.",
-            )
-        wanted = asked or default_processes(self._rollouts_in_flight, num_cores())
-        if reasons and wanted > 1:
-            logger.info("NeMo Gym runs in one process instead of %d: %s", wanted, ", ".join(reasons))
-            return 1
-        if wanted > 1:
-            logger.info("NeMo Gym runs in %d processes, for %d rollouts in flight", wanted, self._rollouts_in_flight)
-        return wanted if not reasons else 1
-
     def _require_same_agents(self) -> None:
         first, *others = self._processes
         for other in others:
@@ -360,6 +339,33 @@ class GymServers:
         if self._state is not state:
             now, needed = self._state, state
             raise GymServerError(f"Cannot {what} NeMo Gym servers that are {now}: they have to be {needed}.")
+
+
+def choose_processes(asked: int | None, mode: str, reasons: Sequence[str], rollouts_in_flight: int) -> int:
+    """Return how many processes a NeMo Gym gets; a number that was asked for is taken or refused.
+
+    Args:
+        asked: `gym_processes`; None for the default.
+        mode: See `GymServers`.
+        reasons: Why its servers must not run in several, from `single_process_reasons`.
+        rollouts_in_flight: Rollouts that run at the same time, over all ranks.
+
+    Raises:
+        ConfigError: More than one was asked for, and that cannot be.
+    """
+    if mode != "host":
+        reasons = [f"the mode is {mode!r}, where Gym's launcher starts a process per server"]
+    if asked is not None and asked > 1 and reasons:
+        raise ConfigError(
+            f"NeMo Gym cannot run in {asked} processes (`gym_processes`): {', '.join(reasons)}.",
+            "Leave `gym_processes` out, or change what needs a single process.",
+        )
+    wanted = asked or default_processes(rollouts_in_flight, num_cores())
+    number = 1 if reasons else wanted
+    if wanted > 1 and mode == "host":
+        chosen = f"one process: {', '.join(reasons)}" if reasons else f"{number} processes"
+        logger.info("For %d rollouts in flight NeMo Gym runs in %s", rollouts_in_flight, chosen)
+    return number
 
 
 def default_processes(rollouts_in_flight: int, num_cores: int) -> int:
