@@ -49,13 +49,59 @@ def cpu_seconds(roles: Sequence[tuple[str, str]] = ROLES, root: int | None = Non
             with process.oneshot():
                 text = f"{process.name()} {' '.join(process.cmdline())}"
                 parents = role_of.get(process.ppid(), "client")
-                role = next((name for word, name in roles if word in text), parents)
-                role_of[process.pid] = role if process.pid != top.pid else "client"
-                times = process.cpu_times()
-                found[role_of[process.pid]] += times.user + times.system
+            role = next((name for word, name in roles if word in text), parents)
         except psutil.Error:
             continue  # it has ended
+        role_of[process.pid] = role if process.pid != top.pid else "client"
+        found[role_of[process.pid]] += cpu_of(process)
     return found
+
+
+class Trees:
+    """CPU seconds so far of the processes that this one has started, each with all below it, by the names given here.
+
+    A call returns them; this process itself is "client".
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+
+    def name_new(self, name: str) -> None:
+        """Give the processes that were started since the last call a name."""
+        for child in psutil.Process().children():
+            self._names.setdefault(child.pid, name)
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Return all processes of that name."""
+        return [process for top, process in self._all() if top == name]
+
+    def __call__(self) -> Counter[str]:
+        found: Counter[str] = Counter(client=cpu_of(psutil.Process()))
+        for name, process in self._all():
+            found[name] += cpu_of(process)
+        return found
+
+    def _all(self) -> list[tuple[str, psutil.Process]]:
+        top_of: dict[int, str] = dict(self._names)
+        found = []
+        for process in psutil.Process().children(recursive=True):  # parents come first
+            try:
+                name = top_of.get(process.pid) or top_of.get(process.ppid())
+            except psutil.Error:
+                continue  # it has ended
+            if name is not None:
+                top_of[process.pid] = name
+                found.append((name, process))
+        return found
+
+
+def cpu_of(process: psutil.Process) -> float:
+    """Return the CPU seconds of one process; 0 if it has ended."""
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return times.user + times.system
 
 
 @dataclass
