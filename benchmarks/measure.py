@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -179,7 +179,8 @@ def machine() -> str:
 def write_json(path: Path | None, spent: Mapping[str, Spent], **facts: Any) -> None:
     """Write what `in_turns` returned, and facts about the run, for programs; nothing without a path."""
     if path is not None:
-        content = {"machine": machine(), **facts, "arms": {name: asdict(one) for name, one in spent.items()}}
+        arms = {name: vars(one) for name, one in spent.items()}
+        content = {"machine": machine(), **facts, "arms": arms}
         path.write_text(json.dumps(content, indent=2) + "\n")
 
 
