@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _GRACE_S = 5.0  # from SIGINT to SIGKILL; "Ctrl-C ends all within 10 s" leaves room for both servers
@@ -78,6 +79,58 @@ def split_urls(given: str | Sequence[str]) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+class Supervisor(Protocol):
+    """The process between us and a server, see `trl_gym.supervisor`. `subprocess.Popen` is one."""
+
+    @property
+    def pid(self) -> int | None: ...  # None until it exists
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
+class Start(Protocol):
+    """Starts a supervisor and the server below it. `death_fd` is the read end of the pipe that it watches; output goes
+    to `log_fd`; `env` is the whole environment; `pass_fds` are for the server.
+
+    Raises:
+        OSError: They cannot be started.
+    """
+
+    def __call__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        log_fd: int,
+        death_fd: int,
+        grace_s: float,
+        pass_fds: Sequence[int],
+    ) -> Supervisor: ...
+
+
+def execute(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    log_fd: int,
+    death_fd: int,
+    grace_s: float,
+    pass_fds: Sequence[int],
+) -> Supervisor:
+    """Run the command, below a supervisor that is a program too. A `Start`."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(_SUPERVISOR), str(death_fd), str(grace_s), "--", *command],
+        stdin=subprocess.DEVNULL,
+        stdout=log_fd,
+        stderr=subprocess.STDOUT,
+        env=env,
+        pass_fds=[death_fd, *pass_fds],
+        # A session of its own: Ctrl-C in the terminal reaches us, and we stop the children in order.
+        start_new_session=True,
+    )
+
+
 class ChildProcess:
     """One server process in a session of its own, with its output in a log file.
 
@@ -87,6 +140,7 @@ class ChildProcess:
         log_path: File that receives stdout and stderr (truncated at start; parent folders are made).
         env: Variables added to (or, when `None`, removed from) our own environment.
         pass_fds: File descriptors that the process inherits, e.g. a socket that was bound for it.
+        start: Starts it: as a program, or from a process that has imported what it needs (`ForkServer.fork`).
     """
 
     def __init__(
@@ -97,24 +151,22 @@ class ChildProcess:
         log_path: Path,
         env: Mapping[str, str | None] | None = None,
         pass_fds: Sequence[int] = (),
+        start: Start = execute,
     ) -> None:
         self.name = name
         self.log_path = Path(log_path)
         self._started_at = time.monotonic()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         death_read, death_write = os.pipe()
-        supervise = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(death_read), str(_GRACE_S), "--"]
         try:
             with open(self.log_path, "wb") as log:
-                self._supervisor = subprocess.Popen(
-                    [*supervise, *(os.fspath(part) for part in command)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
+                self._supervisor = start(
+                    [os.fspath(part) for part in command],
                     env={key: value for key, value in {**os.environ, **(env or {})}.items() if value is not None},
-                    pass_fds=[death_read, *pass_fds],
-                    # A session of its own: Ctrl-C in the terminal reaches us, and we stop the children in order.
-                    start_new_session=True,
+                    log_fd=log.fileno(),
+                    death_fd=death_read,
+                    grace_s=_GRACE_S,
+                    pass_fds=pass_fds,
                 )
         except BaseException:
             os.close(death_write)
@@ -127,8 +179,8 @@ class ChildProcess:
         self._let_go.atexit = False  # `_stop_forgotten_children` does more
 
     @property
-    def pid(self) -> int:
-        """Pid of the supervisor; the server is its child."""
+    def pid(self) -> int | None:
+        """Pid of the supervisor; the server is its child. None while a fork server has not forked it yet."""
         return self._supervisor.pid
 
     def poll(self) -> int | None:
@@ -167,9 +219,9 @@ class ChildProcess:
     def stop(self) -> None:
         """Send SIGINT, and SIGKILL to all that is left a few seconds later. Idempotent; safe in `atexit`."""
         self._let_go()
-        if self.wait(_GRACE_S + 5.0) is None:  # the supervisor itself hangs: cannot happen, must not leak
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._supervisor.pid, signal.SIGKILL)
+        # One that does not exist yet finds the pipe closed and starts nothing.
+        if self._supervisor.pid is not None and self.wait(_GRACE_S + 5.0) is None:
+            self._supervisor.kill()  # it hangs: cannot happen, must not leak; the server dies with it
             self._supervisor.wait()
         _running.discard(self)
 

@@ -1,4 +1,5 @@
-"""Stand between us and one server, so that the server cannot outlive us. Standard library only; run as a script.
+"""Stand between us and one server, so that the server cannot outlive us. Standard library only; run as a script, or
+in a process that was forked for it (`trl_gym.policy_server.engine.forking`).
 
     trainer ──pipe──► supervisor ──► server (own session) ──► its own children
 
@@ -22,11 +23,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 OPEN_FILES = 65_536  # as vLLM does; some programs walk through all numbers below their limit
 POLL_S = 1.0  # how often the parent's pid is looked at, for a pipe end that leaked into a forked process
+
+
+class Child(Protocol):
+    """The server, a child of this process and the leader of its own session. `subprocess.Popen` is one."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
 
 
 def prctl(option: int, value: int) -> None:
@@ -91,7 +103,17 @@ def kill_everything(group: int) -> None:
         time.sleep(0.05)
 
 
-def main(death_fd: int, grace_s: float, command: list[str]) -> int:
+def supervise(death_fd: int, grace_s: float, start: Callable[[], Child]) -> int:
+    """Start the server, and end it when the pipe closes, or a signal asks for it, or the parent of this process ends.
+
+    Args:
+        death_fd: Read end of the pipe whose write end the owner holds.
+        grace_s: Seconds from SIGINT to SIGKILL.
+        start: Starts the server; called once, in the main thread.
+
+    Returns:
+        The server's exit status, or 128 + n if signal n ended it.
+    """
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     raise_open_files()
     parent = os.getppid()
@@ -108,9 +130,7 @@ def main(death_fd: int, grace_s: float, command: list[str]) -> int:
     signal.set_wakeup_fd(wakeup_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
-    os.set_inheritable(death_fd, False)
-    # close_fds=False: the listening socket that the trainer bound travels on to the server.
-    child = subprocess.Popen(command, start_new_session=True, close_fds=False, preexec_fn=prepare_child)
+    child = start()
     while child.poll() is None and not asked_to_stop and os.getppid() == parent:
         ready, _, _ = select.select([death_fd, wakeup_read], [], [], POLL_S)
         if death_fd in ready:
@@ -125,6 +145,16 @@ def main(death_fd: int, grace_s: float, command: list[str]) -> int:
     kill_everything(child.pid)
     status = child.wait()
     return status if status >= 0 else 128 - status
+
+
+def main(death_fd: int, grace_s: float, command: list[str]) -> int:
+    os.set_inheritable(death_fd, False)
+    # close_fds=False: the listening socket that the trainer bound travels on to the server.
+    return supervise(
+        death_fd,
+        grace_s,
+        lambda: subprocess.Popen(command, start_new_session=True, close_fds=False, preexec_fn=prepare_child),
+    )
 
 
 if __name__ == "__main__":

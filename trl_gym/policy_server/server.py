@@ -39,7 +39,8 @@ from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server import command, splice_probe
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.command import ENV_NONCE
-from trl_gym.processes import ChildProcess, ServerState, bind_socket, reachable, wait_until
+from trl_gym.policy_server.fork_server import ForkServer
+from trl_gym.processes import ChildProcess, ServerState, bind_socket, execute, reachable, wait_until
 
 _PROBE_TIMEOUT_S = 2.0  # while the model loads, requests queue at the socket: look at the process this often
 
@@ -110,6 +111,8 @@ class PolicyServer:
         start_timeout_s: How long `wait_ready` waits.
         api_key: Bearer token that the server demands on every route but `/health`.
         devices: GPUs of its own, as for `CUDA_VISIBLE_DEVICES`; it shares ours when not given.
+        fork_server: Forks the process, at a restart too; started and stopped by whoever made it. Default: the process
+            is executed, and imports vLLM.
 
     Raises:
         ConfigError: `vllm_args` cannot be turned into flags.
@@ -128,6 +131,7 @@ class PolicyServer:
         start_timeout_s: float = 600.0,
         api_key: str | None = None,
         devices: str | None = None,
+        fork_server: ForkServer | None = None,
     ) -> None:
         self.model = model
         self.model_name = served_model_name
@@ -140,6 +144,7 @@ class PolicyServer:
         self._log_dir = Path(log_dir)
         self._start_timeout_s = start_timeout_s
         self._api_key = api_key
+        self._fork_server = fork_server
         self._nonce = secrets.token_hex(16)
         self._process: ChildProcess | None = None  # None also for a server that we are attached to
         self._num_starts = 0
@@ -342,6 +347,7 @@ class PolicyServer:
                 # A key of the user's shell must not become the server's without our client knowing it.
                 env={"VLLM_API_KEY": self._api_key, **self._env, ENV_NONCE: self._nonce},
                 pass_fds=[sock.fileno()],
+                start=execute if self._fork_server is None else self._fork_server.how_to_start(),
             )
         except OSError as error:
             raise PolicyServerError(

@@ -1,8 +1,9 @@
 """Run vLLM's server with our defaults. The only file that imports vLLM's server; importing it imports vLLM.
 
 It was read with vLLM 0.30 and run with 0.31, where the server is in `vllm.entrypoints.launchers`. It uses the argument
-parser of `vllm serve`, its validation, and `run_server_worker(listen_address, sock, args)`, which takes a socket that
-is already bound. When a release moves these names, only this file changes.
+parser of `vllm serve`, its validation, and the two parts of its `run_server_worker`: the engine, and the server on a
+socket that is already bound. Between them it chooses how the engine's process is started. When a release moves these
+names, only this file changes.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 import uvloop
 import vllm.logger
-from vllm.entrypoints.launchers.api_server.entry import run_server_worker
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -24,12 +31,16 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs, set_ulimit
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from trl_gym.policy_server.command import DEFAULT_FLAGS, ENV_API_KEYS, ENV_PROMPT_FIELD, MIDDLEWARE, is_loopback
-from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER
+from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, end_with_parent
 from trl_gym.processes import bind_socket
+
+logger = vllm.logger.init_logger("vllm.trl_gym.policy_server")  # to where vLLM's own lines go
 
 # Flags that are refused → the reason. One process answers HTTP: it owns the middleware's caches and counters, and the
 # socket that it gets.
@@ -52,6 +63,7 @@ def serve(argv: Sequence[str], *, listen_fd: int | None) -> None:
         SystemExit: If flags are wrong or refused; names them.
         KeyboardInterrupt: If a signal arrives while the model is loaded.
     """
+    asked = os.environ.get(_START_METHOD)
     cli_env_setup()
     args = parse_args(argv)
     if configure_logging := getattr(vllm.logger, "configure_logging_from_args", None):  # since 0.31
@@ -62,7 +74,113 @@ def serve(argv: Sequence[str], *, listen_fd: int | None) -> None:
     decorate_logs("APIServer")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until uvicorn has its own handlers
     host, port = sock.getsockname()[:2]
-    uvloop.run(run_server_worker(f"http://{host}:{port}", sock, args))
+    uvloop.run(_serve(f"http://{host}:{port}", sock, args, asked))
+
+
+async def _serve(address: str, sock: socket.socket, args: argparse.Namespace, asked: str | None) -> None:
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    if reason := why_spawned(_engine_start(config, asked)):
+        logger.info("The engine is spawned: %s", reason)
+    else:
+        os.environ[_START_METHOD] = "fork"
+        os.register_at_fork(after_in_child=lambda: _be_an_engine(sock))
+    engine = AsyncLLM.from_vllm_config(
+        config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=engine_args.enable_log_requests,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
+    try:
+        await engine.reset_mm_cache()  # what the engine has seen while it warmed up
+        ended = await build_and_serve(engine, address, sock, args)
+    finally:
+        engine.shutdown(timeout=config.shutdown_timeout)
+    try:
+        await ended
+    finally:
+        sock.close()
+
+
+# -- how the engine's process is started ------------------------------------------------------------------------------
+
+_START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
+
+@dataclass(frozen=True)
+class EngineStart:
+    """What decides whether the engine can be forked from the server."""
+
+    asked: str | None  # by the user, as VLLM_WORKER_MULTIPROC_METHOD
+    system: str  # `sys.platform`
+    device: str  # as vLLM calls it, e.g. "cpu", "cuda"
+    executor: str  # of the workers: "uni" runs the only one in the engine
+    num_engines: int = 1
+    needs_spawn: str = ""  # option of vLLM
+    device_in_use: bool = False  # by this process
+    num_threads: int = 1  # of Python, in this process
+    not_preloaded: tuple[str, ...] = ()  # libraries that the dynamic linker was to load first
+
+
+def why_spawned(start: EngineStart) -> str:
+    """Return why the engine must be spawned, which imports vLLM a second time; empty if it can be forked.
+
+    A fork copies the memory of the server and one of its threads. That is safe where nothing that it copies is bound
+    to the process: no device (CUDA and XPU refuse to work after a fork, and so they must not be in use yet), and no
+    lock that another thread holds, as on macOS, where system libraries start threads of their own. It is the same as
+    a spawn where a new process would read nothing anew: workers that vLLM binds to cores, or that the dynamic linker
+    gives other libraries (`LD_PRELOAD`), need one. Engines with several processes (tensor, pipeline and data
+    parallelism, Ray) load for longer than they import, and stay with what `vllm serve` does.
+    """
+    reasons = {
+        f"{_START_METHOD}={start.asked}": start.asked is not None,
+        f"a fork is not safe on {start.system}": start.system != "linux",
+        f"a fork is not known to be safe for {start.device}": start.device not in ("cpu", "cuda"),
+        f"the executor is {start.executor!r}": start.executor != "uni",
+        f"there are {start.num_engines} engines": start.num_engines > 1,
+        f"{start.needs_spawn} needs it": bool(start.needs_spawn),
+        "the device is in use": start.device_in_use,
+        f"{start.num_threads} threads run": start.num_threads > 1,
+        f"{', '.join(start.not_preloaded)} can only be preloaded so": bool(start.not_preloaded),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _engine_start(config: VllmConfig, asked: str | None) -> EngineStart:
+    parallel, model = config.parallel_config, config.model_config
+    multimodal = model.multimodal_config
+    needs = "--numa-bind" if parallel.numa_bind else ""
+    if multimodal is not None and multimodal.mm_tensor_ipc == "torch_shm":
+        needs = "--mm-tensor-ipc torch_shm"
+    mapped = Path("/proc/self/maps")
+    loaded = mapped.read_text() if mapped.exists() else ""
+    preloaded = filter(None, os.environ.get("LD_PRELOAD", "").split(":"))
+    return EngineStart(
+        asked=asked,
+        system=sys.platform,
+        device=current_platform.device_type,
+        executor=str(parallel.distributed_executor_backend),
+        num_engines=parallel.data_parallel_size,
+        needs_spawn=needs,
+        device_in_use=torch.cuda.is_initialized() or torch.xpu.is_initialized(),
+        num_threads=threading.active_count(),
+        not_preloaded=tuple(name for name in preloaded if os.path.realpath(name) not in loaded),
+    )
+
+
+def _be_an_engine(sock: socket.socket) -> None:
+    """Run in a process that was just forked: leave what belongs to the server, and have what a new process has."""
+    sock.close()  # the port is free again when the server has ended
+    signal.set_wakeup_fd(-1)  # of the server's event loop
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent(os.getppid())
+    if current_platform.is_cpu() and (num_threads := os.environ.get("OMP_NUM_THREADS")):
+        torch.set_num_threads(int(num_threads))  # OpenMP has read the variable when it was loaded
+
+
+# -- arguments and environment ----------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -127,6 +245,8 @@ def _configure_environment(args: argparse.Namespace) -> None:
     if args.enforce_eager:
         # vLLM compiles the sampler's helpers anyway: seconds in the first request, and it needs a C++ compiler.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        if os.environ["TORCHDYNAMO_DISABLE"] == "1":
+            torch.compiler.set_stance("force_eager")  # the same for functions that this process has decorated already
     if args.distributed_executor_backend is None and args.tensor_parallel_size * args.pipeline_parallel_size == 1:
         _run_the_worker_in_the_engine(args)
 

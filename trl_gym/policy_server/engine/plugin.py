@@ -48,13 +48,18 @@ def register() -> None:
         _logger.info("This vLLM does not take trl-gym's weight transfer engine `%s`: %r", ENGINE_NAME, error)
 
 
-def end_with_parent() -> None:
-    """Kill this process as soon as its parent has ended, if it is a child of a server of ours. May be called often."""
-    parent = multiprocessing.parent_process()
+def end_with_parent(parent: int | None = None) -> None:
+    """Kill this process as soon as its parent has ended, if it is a child of a server of ours. May be called often.
+
+    Args:
+        parent: Its pid; default: that of the process that started this one through `multiprocessing`, if one did.
+    """
+    if parent is None and (started_by := multiprocessing.parent_process()) is not None:
+        parent = started_by.pid
     if parent is None or not _is_own_server():
         return
     if all(thread.name != _THREAD_NAME for thread in threading.enumerate()):
-        threading.Thread(target=_watch, args=(parent.pid,), name=_THREAD_NAME, daemon=True).start()
+        threading.Thread(target=_watch, args=(parent,), name=_THREAD_NAME, daemon=True).start()
 
 
 def _is_own_server() -> bool:
