@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("untrusted",),
     ("errors", "supervisor"),
-    ("compat", "processes", "responses", "rollout_options"),
+    ("compat", "processes", "responses", "rollout_options", "threads"),
     ("config", "dataset"),
     ("gym", "policy_server", "ranks"),
     ("memory", "rollouts", "weight_sync"),

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import ConfigError, TrlGymError
+from trl_gym.threads import wait_without_spinning
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None, default_model: DefaultModel | None =
 
 def _train(argv: Sequence[str] | None, default_model: DefaultModel | None) -> None:
     quiet()
+    wait_without_spinning()
     started = time.monotonic()
     from accelerate import PartialState
     from transformers.utils import logging as transformers_logging
@@ -125,6 +127,7 @@ def _train(argv: Sequence[str] | None, default_model: DefaultModel | None) -> No
             for label, server in logs.items():
                 if (path := getattr(server, "log_path", None)) is not None:  # one that runs elsewhere has none here
                     sys.stdout.write(f"{label + ':':<18} {path}\n")
+            sys.stdout.write(f"{'threads:':<18} {trainer.threads}\n")
             sys.stdout.flush()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if script.eval_files and args.eval_strategy != "no" and args.max_steps % (args.eval_steps or 1):

@@ -58,6 +58,7 @@ from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, Tra
 from trl_gym.rollouts.trajectory import ModelCall, Trajectory, from_calls, make_decoder
 from trl_gym.run import servers
 from trl_gym.run.live import LiveSource
+from trl_gym.threads import use_threads
 
 with compat.without_vllm():
     from trl import GRPOTrainer
@@ -139,6 +140,7 @@ class GymGRPOTrainer(GRPOTrainer):
         check_build(self.build_trajectories)
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # about `rollout_func`; compat.py watches it for users
         rewards = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        self.threads = use_threads(model, on_gpu=torch.cuda.is_available() and not args.use_cpu)
 
         self._run_id = uuid.uuid4().hex[:8]
         self._requests: list[RolloutRequest] = []

@@ -41,6 +41,7 @@ from trl_gym.gym.discovery import (
 )
 from trl_gym.gym.install import GymInstallation
 from trl_gym.processes import ChildProcess, bind_socket, reachable, wait_until
+from trl_gym.threads import gym_environment
 
 Mode = Literal["host", "upstream"]
 
@@ -321,6 +322,7 @@ def _environment(options: StartOptions, config: Mapping[str, Any], work_dir: Pat
         "NO_PROXY": local,
         "NEMO_GYM_CONFIG_DICT": None,  # Gym passes its config to its children with these; not to be inherited
         "NEMO_GYM_CONFIG_PATH": None,
+        **gym_environment(),
     }
     if options.mode == "upstream":
         env["PATH"] = os.pathsep.join([str(options.installation.python.parent), os.environ.get("PATH", os.defpath)])

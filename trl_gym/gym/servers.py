@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from trl_gym.gym.discovery import AgentInfo, ServerInstance, new_http_session
 from trl_gym.gym.install import find_installation
 from trl_gym.gym.process import LOCALHOST, GymProcess, Mode, StartOptions
 from trl_gym.processes import ServerState, split_urls, stop_all
+from trl_gym.threads import num_cores
 
 logger = logging.getLogger(__name__)
 
@@ -379,13 +379,6 @@ def default_processes(rollouts_in_flight: int, num_cores: int) -> int:
         num_cores: Cores that this process may use.
     """
     return max(1, min(-(-rollouts_in_flight // _ROLLOUTS_PER_PROCESS), num_cores // _CORES_PER_PROCESS))
-
-
-def num_cores() -> int:
-    """Return the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def least_busy(in_flight: Sequence[int], rng: random.Random) -> int:

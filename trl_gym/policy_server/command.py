@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_gym.errors import ConfigError, Problem
+from trl_gym.threads import WAIT_POLICY
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ DEFAULT_ENVIRONMENT = {
     # Gym's connection pool and our own keep connections open between steps. Closed by the server after vLLM's default
     # of 5 s, a request that is just being sent dies with "connection reset".
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
+    WAIT_POLICY: "PASSIVE",
 }
 
 

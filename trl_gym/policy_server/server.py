@@ -41,6 +41,7 @@ from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.command import ENV_NONCE
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.processes import ChildProcess, ServerState, bind_socket, execute, reachable, wait_until
+from trl_gym.threads import server_environment
 
 _PROBE_TIMEOUT_S = 2.0  # while the model loads, requests queue at the socket: look at the process this often
 
@@ -345,7 +346,7 @@ class PolicyServer:
                 ),
                 log_path=self.log_path,
                 # A key of the user's shell must not become the server's without our client knowing it.
-                env={"VLLM_API_KEY": self._api_key, **self._env, ENV_NONCE: self._nonce},
+                env={**server_environment(), "VLLM_API_KEY": self._api_key, **self._env, ENV_NONCE: self._nonce},
                 pass_fds=[sock.fileno()],
                 start=execute if self._fork_server is None else self._fork_server.how_to_start(),
             )

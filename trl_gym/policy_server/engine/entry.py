@@ -39,6 +39,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from trl_gym.policy_server.command import DEFAULT_FLAGS, ENV_API_KEYS, ENV_PROMPT_FIELD, MIDDLEWARE, is_loopback
 from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, end_with_parent
 from trl_gym.processes import bind_socket
+from trl_gym.threads import NUM_THREADS, num_cores, threads_here
 
 logger = vllm.logger.init_logger("vllm.trl_gym.policy_server")  # to where vLLM's own lines go
 
@@ -257,11 +258,13 @@ def _run_the_worker_in_the_engine(args: argparse.Namespace) -> None:
     On a CPU vLLM gives even a single worker its own process, and both spin while they wait for each other: on a small
     machine that takes the cores that Gym and the trainer need. Without it the calculator's rollouts run about 1.5
     times as fast on two cores (`benchmarks/rollouts.py`), and the server starts sooner. vLLM then does not bind OpenMP
-    threads to cores, so their number is limited instead: one core is left to the others.
+    threads to cores: their number is that of `trl_gym.threads`, and they sleep while they wait.
     """
     args.distributed_executor_backend = "uni"
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # otherwise vLLM turns "uni" back into "mp"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
+    engine = threads_here(args.model).policy_server or 1
+    os.environ.setdefault(NUM_THREADS, str(max(1, engine // max(1, args.data_parallel_size or 1))))
+    sys.stderr.write(f"threads: {os.environ[NUM_THREADS]} for each engine, on {num_cores()} cores\n")
 
 
 def _listen(args: argparse.Namespace, listen_fd: int | None) -> socket.socket:
