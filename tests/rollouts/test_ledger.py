@@ -108,6 +108,54 @@ async def test_an_odd_answer_is_an_error_of_the_server(server: Any) -> None:
         assert await Ledger(url).take(session, "r1") == (None, "a")  # it had no room for these tokens
 
 
+async def test_rollouts_that_end_together_are_taken_together(server: Any) -> None:
+    behaviour, url = server
+    names = [f"r{index}" for index in range(70)]
+    behaviour.records |= {name: [record([], [1, 2], [index])] for index, name in enumerate(names)}
+    async with aiohttp.ClientSession() as session:
+        ledger = Ledger(url)
+        found = await asyncio.gather(*(ledger.take(session, name) for name in names))
+        assert await ledger.take(session, "r0") == (behaviour.records["r0"], "first")  # one alone waits for nobody
+    assert found == [(behaviour.records[name], "first") for name in names]
+    asked = [body["rollouts"] for _, body, _ in behaviour.asked]
+    assert asked == [names[:32], names[32:64], names[64:], ["r0"]]
+
+
+async def test_a_rollout_that_the_server_contradicts_itself_about_fails_alone(server: Any) -> None:
+    behaviour, url = server
+    good = record([], [1, 2], [3])
+    assert good.tokens is not None
+    odd = msgspec.structs.replace(good, tokens=msgspec.structs.replace(good.tokens, parent=5))
+    records = msgspec.to_builtins({"good": [good], "odd": [odd], "also good": None}, builtin_types=(bytes,))
+    behaviour.body = msgspec.msgpack.encode({"instance": "a", "rollouts": {**records, "text": "x"}})
+    async with aiohttp.ClientSession() as session:
+        ledger = Ledger(url)
+        names = ["good", "odd", "text", "missing", "also good"]
+        found = await asyncio.gather(*(ledger.take(session, name) for name in names), return_exceptions=True)
+    assert (found[0], found[4]) == (([good], "a"), (None, "a"))
+    assert all("the answer is no ledger" in str(error) for error in found[1:4])
+    assert len(behaviour.asked) == 1
+
+
+async def test_who_is_cancelled_leaves_the_others_theirs(server: Any) -> None:
+    behaviour, url = server
+    behaviour.delay_s = 0.1
+    async with aiohttp.ClientSession() as session:
+        ledger = Ledger(url)
+        first, second = (asyncio.create_task(ledger.take(session, name)) for name in ("r1", "r2"))
+        while not behaviour.asked:
+            await asyncio.sleep(0.001)
+        first.cancel()
+        third = asyncio.create_task(ledger.take(session, "r3"))
+        assert await second == ([], "first") and await third == ([], "first")
+        alone = asyncio.create_task(ledger.take(session, "r4"))
+        await asyncio.sleep(0)
+        alone.cancel()  # nobody waits any more: neither does the request
+        late = asyncio.create_task(ledger.take(session, "r5"))
+        assert await late == ([], "first")
+        assert first.cancelled() or (await asyncio.wait([first, alone]) and first.cancelled() and alone.cancelled())
+
+
 async def test_a_server_without_these_routes_names_the_remedy(server: Any) -> None:
     behaviour, url = server
     behaviour.status = 404

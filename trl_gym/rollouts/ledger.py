@@ -1,13 +1,13 @@
 """Ask the policy servers about the model calls of rollouts: their tokens when a rollout has ended, their state before.
 
-A request per rollout and not one per batch: the journal's line is written when the rollout ends, so that a crash loses
-nothing, and needs them. It takes about a millisecond, while other rollouts go on.
+The journal's line is written when a rollout ends, so that a crash loses nothing, and needs them: no request waits for
+more rollouts to end. Those that end while one runs are in the next one, together.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import msgspec
 
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import root_url, server_urls
-from trl_gym.policy_server.middleware.ledger import CallRecord, CallTokens, Taken
+from trl_gym.policy_server.middleware.ledger import CallRecord, CallTokens
 from trl_gym.untrusted import read_beginning, read_body, redirect_problem
 
 TAKE_PATH = "/trl_gym/rollouts/take"
@@ -25,7 +25,8 @@ CANCEL_PATH = "/trl_gym/rollouts/cancel"
 _TIMEOUT_S = 60.0
 _PEEK_TIMEOUT_S = 5.0  # for questions that only a person waits for
 _PAUSES_S = (0.1, 0.3)  # after a broken connection
-_taken = msgspec.msgpack.Decoder(Taken)
+# Rollouts in one request. A server keeps the newest that were taken in case its answer is lost, of all ranks together.
+_MOST_TAKEN = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,9 @@ class Ledger:
         self._roots = tuple(root_url(url) for url in server_urls(base_urls))
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._silent: list[str] = []
+        self._waiting: dict[str, asyncio.Future[_TakenCalls]] = {}  # by rollout, for the next request
+        self._asked: dict[str, asyncio.Future[_TakenCalls]] = {}  # those of the request that runs
+        self._taker: asyncio.Task[None] | None = None
 
     async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> tuple[list[CallRecord] | None, str]:
         """Fetch the calls of a rollout that has ended; the servers forget it.
@@ -59,22 +63,54 @@ class Ledger:
             processes answered, see `ping`.
 
         Raises:
-            PolicyServerError: A server cannot be reached, or keeps no ledger.
+            PolicyServerError: A server cannot be reached, keeps no ledger, or contradicts itself about this rollout.
         """
-        bodies = await self._post_all(session, TAKE_PATH, {"rollouts": [rollout_id]}, _TIMEOUT_S)
+        future = self._waiting[rollout_id] = asyncio.get_running_loop().create_future()
+        if self._taker is None:
+            self._taker = asyncio.create_task(self._take_waiting(session))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if self._taker is not None and all(one.done() for one in (*self._asked.values(), *self._waiting.values())):
+                self._taker.cancel()
+            raise
+
+    async def _take_waiting(self, session: aiohttp.ClientSession) -> None:
+        """Ask for all rollouts that wait, and for those that come meanwhile, as long as somebody waits."""
+        try:
+            while self._waiting:
+                self._asked = {name: self._waiting.pop(name) for name in list(self._waiting)[:_MOST_TAKEN]}
+                found = await self._take_all(session, list(self._asked))
+                for name, future in self._asked.items():
+                    if not future.done():
+                        one = found[name]
+                        future.set_exception(one) if isinstance(one, Exception) else future.set_result(one)
+        finally:  # somebody may have come while it was cancelled
+            self._taker = asyncio.create_task(self._take_waiting(session)) if self._waiting else None
+
+    async def _take_all(
+        self, session: aiohttp.ClientSession, names: Sequence[str]
+    ) -> Mapping[str, _TakenCalls | Exception]:
+        """Ask for some rollouts in one request; return the calls or the error of each."""
+        try:
+            bodies = await self._post_all(session, TAKE_PATH, {"rollouts": names}, _TIMEOUT_S)
+            answers = [_read_answer(root, body) for root, body in zip(self._roots, bodies, strict=True)]
+        except Exception as error:
+            return dict.fromkeys(names, error)
+        return {name: self._calls_of(name, answers) for name in names}
+
+    def _calls_of(self, rollout_id: str, answers: Sequence[_Answer]) -> _TakenCalls | PolicyServerError:
         joined: list[CallRecord] = []
-        names, is_whole = [], True
-        for root, body in zip(self._roots, bodies, strict=True):
+        is_whole = True
+        for root, answer in zip(self._roots, answers, strict=True):
             try:
-                taken = _taken.decode(body)
-                records = taken.rollouts[rollout_id]
+                records = _records.decode(answer.rollouts[rollout_id])
                 _check(records or ())
             except (msgspec.MsgspecError, KeyError, ValueError) as error:
-                raise PolicyServerError(f"POST {root}{TAKE_PATH}: the answer is no ledger ({error}).") from error
+                return _no_ledger(root, error)
             num_before, is_whole = len(joined), is_whole and records is not None
             joined += [_shifted(record, num_before) for record in records or ()]
-            names.append(taken.instance)
-        return joined if is_whole else None, "+".join(names)
+        return joined if is_whole else None, "+".join(answer.instance for answer in answers)
 
     async def peek(self, session: aiohttp.ClientSession, rollout_ids: Sequence[str]) -> dict[str, CallState]:
         """Return the state of rollouts that have not ended, one entry per id. Nothing is forgotten.
@@ -174,6 +210,31 @@ class Ledger:
             "started it.",
             "Restart it with the installed one (`trl-gym serve MODEL` or `trl-gym gateway --upstream URL`).",
         )
+
+
+_TakenCalls = tuple[list[CallRecord] | None, str]
+
+
+class _Answer(msgspec.Struct):
+    """See `middleware.ledger.Taken`; each rollout is read by itself."""
+
+    instance: str
+    rollouts: dict[str, msgspec.Raw]
+
+
+_answer = msgspec.msgpack.Decoder(_Answer)
+_records = msgspec.msgpack.Decoder(list[CallRecord] | None)
+
+
+def _read_answer(root: str, body: bytes) -> _Answer:
+    try:
+        return _answer.decode(body)
+    except msgspec.MsgspecError as error:
+        raise _no_ledger(root, error) from error
+
+
+def _no_ledger(root: str, error: Exception) -> PolicyServerError:
+    return PolicyServerError(f"POST {root}{TAKE_PATH}: the answer is no ledger ({error}).")
 
 
 class _States(msgspec.Struct):

@@ -113,18 +113,21 @@ class _Found:
     is_finite: bool = True
 
     def walk(self, value: Any) -> None:
-        if isinstance(value, str):
-            self.texts.append(value)
-        elif isinstance(value, dict):
-            for key, item in value.items():
+        children: Iterable[Any] = (value,)
+        if isinstance(value, dict):
+            children = value.values()
+            for key in value:
                 self.texts.append(str(key))
                 self.has_secret_key |= _is_secret_key(key)
-                self.walk(item)
         elif isinstance(value, list):
-            for item in value:
-                self.walk(item)
-        elif isinstance(value, float) and not math.isfinite(value):
-            self.is_finite = False
+            children = value
+        for child in children:  # a call for each of them would take most of the time
+            if isinstance(child, str):
+                self.texts.append(child)
+            elif isinstance(child, dict | list):
+                self.walk(child)
+            elif isinstance(child, float) and not math.isfinite(child):
+                self.is_finite = False
 
 
 @functools.lru_cache(maxsize=4096)
