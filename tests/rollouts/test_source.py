@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
+from accelerate import Accelerator
+from transformers import PretrainedConfig
 
 from tests.rollouts.recorded import POLICY, request, rollout, write
 from trl_gym import GymGRPOConfig
@@ -111,6 +114,16 @@ def test_a_journal_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     journal.close()
     with pytest.raises(ConfigError, match="earlier version"):
         JournalSource(tmp_path)
+
+
+def test_tokens_of_another_model_are_refused_before_training(tmp_path: Path) -> None:
+    write(tmp_path, group(0, [0.1, 0.2]))  # ids up to 9
+    source, hooks, model = JournalSource(tmp_path), cast(Any, None), torch.nn.Linear(1, 1)
+    model.config = PretrainedConfig(vocab_size=10)  # type: ignore[assignment]
+    source.connect(Accelerator(cpu=True), model, hooks)
+    model.config = PretrainedConfig(vocab_size=9)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"token id 9, which is not in the vocabulary of the model \(9 ids\)"):
+        source.connect(Accelerator(cpu=True), model, hooks)
 
 
 def test_staleness_is_in_optimizer_steps_and_known_only_for_training_runs(tmp_path: Path) -> None:

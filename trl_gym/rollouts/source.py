@@ -32,7 +32,7 @@ from trl_gym.rollouts.attempts import CollectionStatus, RolloutResult
 from trl_gym.rollouts.counted_calls import DishonestAnswerError, counted_calls
 from trl_gym.rollouts.journal import Attempt, Journal, Line, LineState, line_states, read_line, read_lines
 from trl_gym.rollouts.request import RolloutRequest, task_hash
-from trl_gym.rollouts.rollout import Rollout, from_record, journal_record
+from trl_gym.rollouts.rollout import Rollout, from_record, journal_record, recorded_rows
 from trl_gym.rollouts.trajectory import (
     Decode,
     DriftError,
@@ -209,7 +209,21 @@ class JournalSource:
         """Do nothing: no server is needed."""
 
     def connect(self, accelerator: Accelerator, model: torch.nn.Module, hooks: TrainerHooks) -> None:
-        """Do nothing: the journal has been read."""
+        """Check that the model has the recorded tokens.
+
+        Raises:
+            ConfigError: An id is not in its vocabulary, so another model sampled it.
+        """
+        config = accelerator.unwrap_model(model).config.get_text_config()
+        largest = max(
+            line.record["largest_id"] for groups in self._groups.values() for own in groups for line in own.values()
+        )
+        if largest >= config.vocab_size:
+            raise ConfigError(
+                f"`gym_replay` is {str(self.folder)!r}, and a rollout in it has the token id {largest}, which is not "
+                f"in the vocabulary of the model ({config.vocab_size} ids): another model sampled it.",
+                "Train the model that was rolled out, or roll out with this one.",
+            )
 
     def server_config(self) -> dict[str, Any]:
         """Say that recorded log-probabilities are those of the distribution that was drawn from."""
@@ -336,6 +350,9 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
         attempts.append(Attempt.of(record, place))
         has_ids = bool(record["completion_ids"])
         kept = {"weight_versions": record["weight_versions"], "place": place, "has_ids": has_ids}
+        kept["largest_id"] = max(
+            (max((*row["prompt_ids"], *row["completion_ids"]), default=0) for row in recorded_rows(record)), default=0
+        )
         lines.append(Line(line.path, line.offset, line.length, kept))
     states = line_states(attempts)
     if not any(line.record["has_ids"] and attempt.has_reward for line, attempt in zip(lines, attempts, strict=True)):
