@@ -157,11 +157,14 @@ def gym_step(model: Path, case: Case, output_dir: Path, *, num_ranks: int = 1) -
     return _step(make_trainer(model, case, output_dir, num_ranks=num_ranks))
 
 
-def make_trainer(model: Path, case: Case, output_dir: Path, *, num_ranks: int = 1, **kwargs: Any) -> PreparedTrainer:
+def make_trainer(
+    model: Path, case: Case, output_dir: Path, *, num_ranks: int = 1, is_padded: bool = False, **kwargs: Any
+) -> PreparedTrainer:
     """`GymGRPOTrainer` on prepared rollouts."""
     args = gym_config(output_dir, case, num_ranks)
+    kind = PaddedTrainer if is_padded else PreparedTrainer
     return _with_other_reference(
-        PreparedTrainer(case, model=str(model), args=args, train_dataset=tasks(range(case.num_tasks)), **kwargs)
+        kind(case, model=str(model), args=args, train_dataset=tasks(range(case.num_tasks)), **kwargs)
     )
 
 
@@ -218,6 +221,11 @@ def gradient_by_hand(
             loss = loss - advantage * (ratio if ratio <= 3 else 0) * (logprobs * mask).sum() / divisor
     loss.backward()
     return {name: own.grad for name, own in policy.named_parameters() if own.grad is not None}
+
+
+def lengths_of(batch: dict[str, torch.Tensor]) -> list[int]:
+    """Tokens of each row."""
+    return (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).tolist()
 
 
 def num_trained(batch: dict[str, torch.Tensor]) -> int:
@@ -286,6 +294,13 @@ class PreparedTrainer(GymGRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self.batches.append(inputs)
         return super()._compute_loss(model, inputs)
+
+
+class PaddedTrainer(PreparedTrainer):
+    """It computes every column, and leaves rows where TRL shuffled them."""
+
+    _get_per_token_logps_and_entropies = GRPOTrainer._get_per_token_logps_and_entropies
+    _prepare_inputs = GRPOTrainer._prepare_inputs
 
 
 class ReferenceTrainer(GRPOTrainer):
@@ -400,11 +415,17 @@ def _with_other_reference(trainer: Any) -> Any:
     return trainer
 
 
-def _step(trainer: Any) -> Step:
+def trained(trainer: Any) -> tuple[Step, list[dict[str, float]]]:
+    """The gradient of the last step, and what was logged of each."""
     kept = _KeepGradient()
     trainer.add_callback(kept)
     trainer.train()
-    return Step(kept.gradient, trainer.state.log_history[0], trainer.batches)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return Step(kept.gradient, history[0], trainer.batches), history
+
+
+def _step(trainer: Any) -> Step:
+    return trained(trainer)[0]
 
 
 def _item(prompt: list[int], sampled: list[int], logprobs: list[float]) -> dict[str, Any]:

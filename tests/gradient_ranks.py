@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from tests.gradient import LOSS_TYPES, Case, gym_step, lean, make_trainer, num_trained, tasks
+from tests.gradient import LOSS_TYPES, Case, gym_step, lean, lengths_of, make_trainer, num_trained, tasks
+from trl_gym.config import TOKEN_MEAN_LOSSES
 from trl_gym.errors import RolloutError
 
 # Rows 0 to 5 are rank 0's, the others rank 1's: group 1 lies across both.
@@ -44,10 +45,15 @@ def cases() -> list[Case]:
 
 
 def in_steps() -> list[Case]:
-    """Two micro-batches on each rank, into which TRL shuffles unequal numbers of rows."""
+    """Two micro-batches on each rank, with unequal numbers of rows, and the KL term where it takes several rows."""
     options = {"gradient_accumulation_steps": 2}
     return [
-        Case(name=f"in_steps-{loss_type}", failed=UNEQUAL, max_rows=3, options=by_token(loss_type) | options)
+        Case(
+            name=f"in_steps-{loss_type}",
+            failed=UNEQUAL,
+            max_rows=3,
+            options=by_token(loss_type) | options | ({} if loss_type in TOKEN_MEAN_LOSSES else {"beta": 0.1}),
+        )
         for loss_type in LOSS_TYPES
         if loss_type != "bnpo"
     ]
@@ -83,7 +89,10 @@ def found(model: Path, folder: Path) -> dict[str, Any]:
         step = gym_step(model, case, folder / "run", num_ranks=2)
         trained = [num_trained(batch) for batch in step.batches]
         sizes = [len(batch["advantages"]) for batch in step.batches]
-        results[case.name] = {"gradient": step.gradient, "logs": step.logs, "trained": trained, "sizes": sizes}
+        lengths = [lengths_of(batch) for batch in step.batches]
+        results[case.name] = {
+            "gradient": step.gradient, "logs": step.logs, "trained": trained, "sizes": sizes, "lengths": lengths,
+        }  # fmt: skip
     try:
         gym_step(model, below_fraction(), folder / "run", num_ranks=2)
     except RolloutError as error:

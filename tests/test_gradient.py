@@ -1,7 +1,7 @@
 """A batch with failed rollouts moves the policy as the batch without them would: TRL's own trainer says how.
 
 Everything is in float64 except what TRL itself computes in float32 (rewards, advantages, log-probabilities), which
-leaves differences of about 1e-7.
+leaves differences of about 1e-7, and the angles of positions, which are others behind padding: about 1e-6.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
 
 from tests.gradient import (
@@ -28,12 +29,14 @@ from tests.gradient import (
     gym_step,
     in_rows,
     lean,
+    lengths_of,
     make_trainer,
     num_rows_of,
     num_trained,
     reference_step,
     save_model,
     tasks,
+    trained,
     trajectory_of,
 )
 from tests.gradient_ranks import (
@@ -47,10 +50,11 @@ from tests.gradient_ranks import (
     evaluation,
     in_steps,
 )
+from tests.policy_server.tiny_model import build_tokenizer
 from trl_gym.config import TOKEN_MEAN_LOSSES
 from trl_gym.errors import ConfigError, RolloutError
 
-TOLERANCE = 1e-6  # of a parameter's gradient, relative to its norm
+TOLERANCE = 3e-6  # of a parameter's gradient, relative to its norm
 ROOT = Path(__file__).resolve().parents[1]
 
 ONE_EACH = {(0, 1), (1, 0), (2, 0)}  # of every task one
@@ -136,6 +140,100 @@ def test_micro_batches_with_unequal_numbers(model: Path, tmp_path: Path, loss_ty
     assert difference(step, reference_step(model, case, tmp_path / "trl")) < TOLERANCE
 
 
+# Two optimizer steps on one generation batch, each in two micro-batches of three rows.
+IN_TWO_STEPS = {
+    "per_device_train_batch_size": 3, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 2,
+}  # fmt: skip
+UNSORTED: dict[str, dict[str, Any]] = {
+    "bnpo": {"loss_type": "bnpo"},
+    "high entropy tokens": {"top_entropy_quantile": 0.5},
+    "entropy bonus": {"entropy_coef": 0.1},
+    "adaptive entropy bonus": {"use_adaptive_entropy": True},
+}
+
+
+def compared(
+    model: Path, folder: Path, options: dict[str, Any], tolerance: float = TOLERANCE
+) -> list[dict[str, torch.Tensor]]:
+    """Check that steps move the policy as they do with all padding, with rows where TRL shuffled them; return our
+    micro-batches."""
+    case = Case(name="padding", failed=ONE_EACH, options=IN_TWO_STEPS | {"beta": 0.1} | options)
+    (padded, expected), (step, history) = (
+        trained(make_trainer(model, case, folder / str(is_padded), is_padded=is_padded)) for is_padded in (True, False)
+    )
+    assert difference(step, padded) < tolerance
+    for theirs, ours in zip(expected, history, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6), name
+    assert len(step.batches) == 4
+    for first in (0, 2):  # TRL's rows of each step
+        ours, theirs = (
+            sorted(lengths_of(batches[first]) + lengths_of(batches[first + 1]))
+            for batches in (step.batches, padded.batches)
+        )
+        assert ours == theirs
+    return step.batches
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "mode"),
+    [
+        ("grpo", "token_truncate"), ("sapo", "sequence_mask"), ("luspo", "token_mask"),
+        ("dr_grpo", "sequence_truncate"), ("dapo", "sequence_mask"), ("cispo", "token_truncate"),
+        ("vespo", "token_mask"),
+    ],
+)  # fmt: skip
+def test_steps_on_sorted_rows_without_padding_are_those_on_shuffled_rows_with_it(
+    model: Path, tmp_path: Path, loss_type: str, mode: str
+) -> None:
+    batches = compared(model, tmp_path, {"loss_type": loss_type, "vllm_importance_sampling_mode": mode})
+    for longer, shorter in (batches[:2], batches[2:]):
+        assert min(lengths_of(longer)) >= max(lengths_of(shorter))
+
+
+@pytest.mark.parametrize("variant", UNSORTED)
+def test_rows_stay_where_the_loss_depends_on_it(model: Path, tmp_path: Path, variant: str) -> None:
+    batches = compared(model, tmp_path, UNSORTED[variant])
+    assert any(min(lengths_of(batches[first])) < max(lengths_of(batches[first + 1])) for first in (0, 2))
+
+
+def test_a_mixture_of_experts_loses_padding_and_keeps_its_router_loss(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    # There are no experts in float64.
+    batches = compared(tmp_path / "model", tmp_path, {"router_aux_loss_coef": 0.1}, tolerance=1e-4)
+    assert any(min(lengths_of(batches[first])) < max(lengths_of(batches[first + 1])) for first in (0, 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "cispo"}, {"importance_sampling_level": "sequence"}])
+def test_metrics_do_not_depend_on_micro_batches(model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Two steps on one generation batch, the second of which is off-policy, in one micro-batch each and in four."""
+    common = {
+        "num_iterations": 2,
+        "max_steps": 2,
+        "beta": 0.1,
+        "epsilon": 1e-3,
+        "epsilon_high": 1e-3,
+        "learning_rate": 0.01,
+    } | options
+    logs = []
+    for num in (1, 4):
+        case = Case(name="metrics", failed=(), options=common | {"gradient_accumulation_steps": num})
+        logs.append(trained(make_trainer(model, case, tmp_path / str(num)))[1])
+    names = {"loss", "grad_norm", "entropy", "kl"} | {
+        name for name in logs[0][1] if "clip_ratio" in name and not name.endswith(("min", "max"))
+    }
+    assert max(logs[0][1][name] for name in names if "clip_ratio" in name) > 0.1
+    for one, four in zip(*logs, strict=True):
+        for name in names:
+            assert four[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name
+
+
 @pytest.mark.parametrize("max_rows", [2, 3])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_rollout_weighs_the_same_in_any_number_of_rows(
@@ -151,9 +249,6 @@ def test_a_rollout_weighs_the_same_in_any_number_of_rows(
     ]  # fmt: skip
     [batch] = step.batches
     assert (num_trained(batch), len(batch["advantages"])) == (sum(counts), max(sum(counts), 3 * NUM_MEMBERS))
-    # No wider than its longest row, although the prompts of further rows are as long as a first row.
-    width = (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).max()
-    assert batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1] == width
     for name in ("reward", "reward_std", "frac_reward_zero_std", "rewards/gym/mean", "entropy"):
         theirs = "rewards/prepared_reward/mean" if name == "rewards/gym/mean" else name
         assert step.logs[name] == pytest.approx(reference.logs[theirs], abs=1e-6), name
@@ -288,6 +383,11 @@ def test_two_ranks_with_several_micro_batches_of_rows(
         assert difference(Step(rank[case.name]["gradient"], {}, []), reference) < TOLERANCE
     assert [sum(rank[case.name]["trained"]) for rank in two_ranks] == [8, 9]
     assert {size for rank in two_ranks for size in rank[case.name]["sizes"]} == {5}
+    for rank in two_ranks:
+        first, second = rank[case.name]["lengths"]
+        assert min(first) >= max(second)
+        for name in {"entropy", "kl"} & reference.logs.keys():
+            assert rank[case.name]["logs"][name] == pytest.approx(reference.logs[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["unequal-dapo", "empty_rank-grpo", "3_rows-dapo", "2_rows-grpo"])

@@ -5,6 +5,7 @@
     before _generate        which rollouts are trained, and in which rows, decided by all ranks together
     after _generate         lengths and truncation of the rollouts that are trained, as Gym reports them
     after scoring           advantages and weights of the rows; the gap between sampling and training
+    after splitting         which rows are in which micro-batch of an optimizer step
     rewards                 NaN for a rollout that is not a sample, for every reward function: out of the baseline
     log, evaluate           metrics of rollouts, named evaluation sets, a random state left as it was
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,7 @@ from trl_gym.rollouts.metrics import (
     rollout_metrics,
     training_metrics,
 )
+from trl_gym.rollouts.padding import TOKEN_WEIGHT, by_length, is_sum_over_rows, num_loss_tokens, token_weights
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts
 from trl_gym.rollouts.rows import Row
 
@@ -52,6 +55,14 @@ logger = logging.getLogger(__name__)
 
 Metrics = MutableMapping[str, list[float]]
 """Values by name since the last log, as TRL keeps them."""
+
+# TRL's means over tokens; those behind the first two are over rows with `importance_sampling_level="sequence"`.
+_TOKEN_MEANS = (
+    "entropy",
+    "kl",
+    *(f"clip_ratio/{name}_mean" for name in ("low", "high", "region")),
+    "cispo_clip_ratio",
+)
 
 
 class Accounting:
@@ -190,6 +201,41 @@ class Accounting:
             num_micro_batches=self._accelerator.num_processes * self._num_micro_steps(mode),
         )
 
+    def arrange(self, micro_batches: Sequence[dict[str, Any]], *, has_router_loss: bool) -> list[dict[str, Any]]:
+        """Return the micro-batches of a generation batch: rows of similar length together, where the loss allows it.
+
+        Args:
+            micro_batches: As TRL split the batch after it shuffled it.
+            has_router_loss: Whether TRL adds the load-balancing loss of a mixture of experts.
+        """
+        args = self._args
+        # In whatever step of the accumulation a generation batch begins, so many in succession are of one step.
+        num_together = math.gcd(args.gradient_accumulation_steps, len(micro_batches))
+        is_sum = is_sum_over_rows(
+            args.loss_type,
+            top_entropy_quantile=args.top_entropy_quantile,
+            has_entropy_bonus=args.use_adaptive_entropy or args.entropy_coef != 0,
+            has_router_loss=has_router_loss,
+        )
+        arranged = by_length(micro_batches, num_together) if is_sum else list(micro_batches)
+        own = torch.stack([num_loss_tokens(batch) for batch in arranged]).float()
+        weights = token_weights(self._accelerator.reduce(own, reduction="sum"), num_together)
+        return [batch | {TOKEN_WEIGHT: weight} for batch, weight in zip(arranged, weights, strict=True)]
+
+    def weigh_means(self, metrics: Metrics, token_weight: torch.Tensor | None) -> None:
+        """Make TRL's means over the tokens of each micro-batch means over the tokens of an optimizer step.
+
+        Args:
+            metrics: TRL's, with those of a micro-batch last.
+            token_weight: Of that micro-batch; None outside of training.
+        """
+        if token_weight is None:
+            return
+        by_token = _TOKEN_MEANS if self._args.importance_sampling_level == "token" else _TOKEN_MEANS[:2]
+        for name in by_token:
+            if metrics.get(name):
+                metrics[name][-1] *= float(token_weight)
+
     def compare_logprobs(self, batch: dict[str, Any], metrics: Metrics, *, mode: str, step: int, same: bool) -> None:
         """Log how far sampling and training are apart; in training, write the trainer's log-probabilities down.
 
@@ -205,7 +251,7 @@ class Accounting:
         Raises:
             RolloutError: On every rank, when they cannot be written.
         """
-        turn_ends = [[row.moved + end for end in row.trajectory.turn_ends] for row in self.rows]
+        turn_ends = [row.trajectory.turn_ends for row in self.rows]
         agents = ["" if row.rollout is None else self.rollouts[row.rollout].request.agent for row in self.rows]
         gaps = logprobs.batch_gaps(batch, turn_ends, agents) if same else {}
         with agreed(self._accelerator):

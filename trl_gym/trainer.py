@@ -51,6 +51,7 @@ from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.batch import checked_rewards, describe_drift, table_columns
 from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
+from trl_gym.rollouts.padding import TOKEN_WEIGHT, Results, compute_rows
 from trl_gym.rollouts.request import RolloutRequest, stamp
 from trl_gym.rollouts.rollout import Rollout, conversation
 from trl_gym.rollouts.rows import joined, training_rows, weighted
@@ -122,6 +123,7 @@ class GymGRPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "trl-gym", "nemo-gym"]  # noqa: RUF012 - as in TRL
     _train_sampler: Any = None
+    _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(
         self,
@@ -385,17 +387,6 @@ class GymGRPOTrainer(GRPOTrainer):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._accounting.exclude_failures(rewards)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        rows, weight = weighted(inputs, self.loss_type)
-        beta = self.beta
-        self.beta = beta * weight
-        try:
-            return super().compute_loss(model, rows, return_outputs, num_items_in_batch)
-        finally:
-            self.beta = beta
-
     def _plan(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[RolloutRequest]]:
         """Choose the examples of this rank's part of a generation batch, and make a request of each.
 
@@ -441,6 +432,58 @@ class GymGRPOTrainer(GRPOTrainer):
             epoch=int(self.state.epoch or 0),
             dataset=self._accounting.dataset,
         )
+
+    # ------------------------------------------------------------------------------------------------- scoring, update
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:  # TRL has generated nothing, or evaluates, for which it keeps nothing
+            return inputs
+        split = self._accounting.arrange(self._buffered_inputs or [], has_router_loss=self.aux_loss_enabled)
+        self._buffered_inputs = split
+        return split[self._step % len(split)]
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Results:
+        theirs = super()._get_per_token_logps_and_entropies
+        options = compute_entropy, compute_aux_loss
+        if any(value is not None for value in (*args, *kwargs.values())):  # images, whose places are in the columns
+            rows = input_ids, attention_mask, logits_to_keep
+            images: Results = theirs(model, *rows, batch_size, *options, *args, **kwargs)
+            return images
+        return compute_rows(
+            lambda *rows: theirs(model, *rows, None, *options),
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            num_rows=batch_size or len(input_ids),
+            multiple=self.args.pad_to_multiple_of or 1,
+        )
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        rows, weight = weighted(inputs, self.loss_type)
+        token_weight = rows.pop(TOKEN_WEIGHT, None)
+        beta = self.beta
+        self.beta = beta * weight
+        try:
+            loss = super().compute_loss(model, rows, return_outputs, num_items_in_batch)
+        finally:
+            self.beta = beta
+        self._accounting.weigh_means(self._metrics[self._mode], token_weight)
+        return loss
 
     # -------------------------------------------------------------------------------------- evaluation, what is logged
 

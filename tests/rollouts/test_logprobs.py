@@ -138,9 +138,8 @@ def write(folder: Path, logprobs: list[list[float]], *rollouts: tuple[Any, int |
 
 
 def test_each_row_has_one_for_each_of_its_tokens(tmp_path: Path) -> None:
-    """Untrained rollouts have none, and dropped rows empty lists. In a batch with further rows, prompts of shorter
-    completions end in them: their first values are of prompt tokens."""
-    logprobs = [[-7.0, -0.5, -1.25], [-7.0, -1.0, -1.5], [-0.125, -2.0, -3.0], [-9.0, -9.0, -9.0]]
+    """Untrained rollouts have none, and dropped rows empty lists. Padding is not written."""
+    logprobs = [[-0.5, -1.25, 0.0], [-1.0, -1.5, 0.0], [-0.125, -2.0, -3.0], [-9.0, 0.0, 0.0]]
     batch = (rollout("a", 2), 0), (rollout("untrained", 3), None), (rollout("b", 1, 3, 2), 1)
     write(tmp_path, logprobs, *batch, step=4, rank=1)
     write(tmp_path, [[-0.5, 0.0, 0.0]], (rollout("c", 1), 0), step=4, rank=1)  # a second batch of that step

@@ -89,31 +89,6 @@ def test_shares_are_by_tokens_and_of_what_is_left() -> None:
     assert places == [(0, 1, 1 / 3), (1, 0, 0.5), (0, 2, 2 / 3), (1, 1, 0.5), (None, 0, 0.0)]
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.booleans()), min_size=1, max_size=6))
-def test_a_batch_is_no_wider_than_its_longest_row(sizes: list[tuple[int, int, bool]]) -> None:
-    """With further rows; one without them is as TRL has it. No completion becomes longer than the longest."""
-    rollouts = [
-        of(trajectory(*[1] * own, prompt=prompt), *([trajectory(1, 1, prompt=prompt + own)] if is_two else []))
-        for prompt, own, is_two in sizes
-    ]
-    whole = [one for rollout in rollouts for one in rollout.trajectories]
-    found = columns(*rollouts, num_rows=len(whole))
-    prompts, completions = ([*map(len, found[name])] for name in ("prompt_ids", "completion_ids"))
-    assert min(prompts) >= 1
-    longest = max(len(one.completion_ids) for one in whole)
-    assert max(completions) == longest
-    if len(whole) > len(rollouts):
-        assert max(prompts) + longest == max(1 + longest, *(len(t.prompt_ids) + len(t.completion_ids) for t in whole))
-    else:
-        assert prompts == [prompt for prompt, *_ in sizes]
-    tokens = [prompt + ids for prompt, ids in zip(found["prompt_ids"], found["completion_ids"], strict=True)]
-    assert sorted(tokens) == sorted(one.prompt_ids + one.completion_ids for one in whole)
-    for ids, mask, logprobs in zip(found["completion_ids"], found["env_mask"], found["logprobs"], strict=True):
-        assert len(ids) == len(mask) == len(logprobs)
-        assert [value for value, own in zip(logprobs, mask, strict=True) if own] == [-0.5] * sum(mask)
-        assert all(value == 0.0 for value, own in zip(logprobs, mask, strict=True) if not own)
-
-
 def test_the_rollouts_with_most_rows_lose_the_oldest() -> None:
     # Rank 0 has 11 rows and room for 8; rank 1 has 4, and as many rows as rank 0 all the same.
     counts = [5, 0, 5, 1, 1, 2, 1, 0]

@@ -133,7 +133,7 @@ def record(
     found: dict[int, dict[int, list[float | None]]] = {}  # by rollout and by its row
     for values, row in zip(logprobs.float().cpu(), rows, strict=True):
         if row.rollout is not None:
-            own = values[row.moved : row.moved + len(row.trajectory.completion_ids)].tolist()
+            own = values[: len(row.trajectory.completion_ids)].tolist()
             rounded = [round(value, _DIGITS) if math.isfinite(value) else None for value in own]
             found.setdefault(row.rollout, {})[row.index] = rounded
     lines = []

@@ -38,7 +38,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,7 +56,6 @@ class Row:
     rollout: int | None  # index of its rollout on this rank; None for a row that fills up
     index: int  # index of its trajectory in the rollout
     trajectories: Sequence[Trajectory]  # those of the rollout
-    moved: int = 0  # tokens at the end of its prompt that TRL gets as the beginning of its completion
     share: float  # part of the rollout's sampled tokens that it has: 1 in all rows of one; 0 where it has none
 
     @property
@@ -121,22 +120,7 @@ def rows_of(
     filler = Row(rollout=None, index=0, trajectories=[nothing], share=0.0)
     further = [row for own in by_place for row in own[1:]]
     others = iter(further + [filler] * (num_rows - sum(map(len, by_place))))
-    rows = [own[0] if own else next(others) for own in by_place] + list(others)
-    return _narrow(rows) if further else rows
-
-
-def _narrow(rows: Sequence[Row]) -> list[Row]:
-    """Move ends of prompts into completions, masked, so that the batch is no wider than its longest row.
-
-    TRL pads all prompts to the longest prompt and all completions to the longest completion. The prompt of a further
-    row may be as long as the first row with its completion: the batch would be twice as wide as any row.
-    """
-    trajectories = [row.trajectory for row in rows]
-    completions = [len(trajectory.completion_ids) for trajectory in trajectories]
-    prompts = [len(trajectory.prompt_ids) for trajectory in trajectories]
-    # The shortest prompts with which no completion becomes longer than the longest is. TRL needs a token in each.
-    kept = max(1, *(prompt + own - max(completions) for prompt, own in zip(prompts, completions, strict=True)))
-    return [replace(row, moved=max(0, prompt - kept)) for row, prompt in zip(rows, prompts, strict=True)]
+    return [own[0] if own else next(others) for own in by_place] + list(others)
 
 
 def _rows_of_one(place: int, trajectories: Sequence[Trajectory], first: int) -> list[Row]:
@@ -172,7 +156,7 @@ def training_rows(
         `prompt_ids` `[R][P]`, `completion_ids`, `logprobs` and `env_mask` `[R][T]`, and for the reward functions
         `gym_reward` `[B]` and `gym_result` `[B]`.
     """
-    trained = [_with_moved(row) for row in rows]
+    trained = [row.trajectory for row in rows]
     cut = [mask_truncated and row.rollout is not None and rollouts[row.rollout].is_truncated for row in rows]
     return {
         "prompt_ids": [trajectory.prompt_ids for trajectory in trained],
@@ -182,19 +166,6 @@ def training_rows(
         "gym_reward": list(rewards),
         "gym_result": [rollout.answer for rollout in rollouts],
     }
-
-
-def _with_moved(row: Row) -> Trajectory:
-    whole, given = row.trajectory, row.moved
-    if not given:
-        return whole
-    return replace(
-        whole,
-        prompt_ids=whole.prompt_ids[:-given],
-        completion_ids=whole.prompt_ids[-given:] + whole.completion_ids,
-        env_mask=[0] * given + whole.env_mask,
-        logprobs=[0.0] * given + whole.logprobs,
-    )
 
 
 def joined(rows: Sequence[Row], num_rollouts: int, *, eos_id: int) -> list[list[int]]:
@@ -214,9 +185,9 @@ NUM_VALID = "num_valid_rollouts"
 NUM_MICRO_BATCHES = "num_micro_batches"
 
 _MEAN_OVER_ROWS = ("grpo", "sapo", "luspo", "dr_grpo")
-_MEAN_OVER_MICRO_BATCH = ("bnpo",)
+MEAN_OVER_MICRO_BATCH = ("bnpo",)
 _MEAN_OVER_ALL_TOKENS = ("dapo", "cispo", "vespo")
-LOSS_TYPES = (*_MEAN_OVER_ROWS, *_MEAN_OVER_MICRO_BATCH, *_MEAN_OVER_ALL_TOKENS)
+LOSS_TYPES = (*_MEAN_OVER_ROWS, *MEAN_OVER_MICRO_BATCH, *_MEAN_OVER_ALL_TOKENS)
 
 
 def mark(batch: dict[str, Any], rows: Sequence[Row], *, num_valid: int, num_micro_batches: int) -> dict[str, Any]:
@@ -273,5 +244,5 @@ def _weight(loss_type: str, num_rows: int, num_valid: float, total: int, num_mic
         )
     if num_valid == 0 or loss_type in _MEAN_OVER_ALL_TOKENS:
         return 1.0  # without a valid row there is only 0 to be weighted
-    counted = num_valid if loss_type in _MEAN_OVER_MICRO_BATCH else num_rows
+    counted = num_valid if loss_type in MEAN_OVER_MICRO_BATCH else num_rows
     return counted * num_micro_batches / total
