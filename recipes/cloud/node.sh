@@ -118,5 +118,4 @@ shift || true
 [[ "$role" == serve || "$role" == train ]] || fail "the first argument is \`serve\` or \`train\`, got '$role'"
 [[ -n "${VLLM_API_KEY:-}" ]] || fail "VLLM_API_KEY is not set: give both nodes the same secret"
 [[ -f "$recipe" ]] || fail "TRL_GYM_RECIPE: $recipe does not exist"
-ulimit -n "$(ulimit -Hn)" # Gym holds a connection per rollout
 "$role" "$@"

@@ -202,8 +202,9 @@ class GymServers:
             return
         if self._state is ServerState.STOPPED:
             raise GymServerError("The NeMo Gym servers have been stopped.", "Make a new GymServers.")
+        is_known = self._state is ServerState.READY
         for process in self._processes:
-            configured = process.view.policy_base_urls() if process.agents else self._policy[0]
+            configured = process.view.policy_base_urls() if is_known else self._policy[0]
             if set(map(_normalized, split_urls(base_url))) != set(map(_normalized, configured)):
                 raise GymServerError(
                     f"The NeMo Gym at {process.head_url} calls the policy at "
