@@ -1,6 +1,10 @@
 """What do exact prompts cost? Seconds, bytes and CPU seconds of whole rollouts, in three ways on one server.
 
     python benchmarks/on_policy_overhead.py [--turns 2 10 30] [--tokens 16000] [--max_tokens 32] [--repeats 3]
+                                            [--concurrency 64] [--only_middleware]
+
+First the middleware alone: CPU milliseconds per call of turns with a handle, around a fake server in process whose own
+time is left out; half of the tokens are sampled, with `logprobs` as vLLM writes them. No socket, no engine.
 
 One stock vLLM server runs with the middleware; a second middleware in front (`Bypass`, below) leads requests with the
 header `x-stock` around it. Each rollout is played by turns
@@ -13,19 +17,24 @@ The policy may sample one letter only, so that stock tokenizes its answers as th
 the engine are equal token by token (checked), and so is what it has cached. Seconds are those of all model calls,
 request bytes those between NeMo Gym and policy server, CPU seconds those of the API server's process, which the
 middleware is part of, and of the engine's; the journal's line is written by the journal. Ratios are to "stock", those
-of the journal to "full". Quote ratios, not milliseconds.
+of the journal to "full". At last as many rollouts of two short turns as `--concurrency` says are played at the same
+time, from threads: CPU milliseconds per call. Quote ratios, not milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import functools
 import itertools
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +45,10 @@ import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.policy_server.fake_vllm import END, FakeVllm
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
+from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.middleware.ledger import Taken
 from trl_gym.processes import ChildProcess, bind_socket
 from trl_gym.rollouts.journal import Journal
@@ -51,8 +62,91 @@ _STOCK = "x-stock"
 _START_TIMEOUT_S = 300.0
 _SENTENCE = "The sum of 12 and 90 is 102. What is 47 + 36? "
 _LETTER = "Q"
+_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+)
 _KINDS = ("stock", "full", "slim")
 _IDS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
+
+
+# -- the middleware alone ---------------------------------------------------------------------------------------------
+
+
+class Untimed:
+    """ASGI; an application whose CPU time is left out."""
+
+    def __init__(self, app: FakeVllm) -> None:
+        self.app, self.seconds = app, 0.0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        started = time.process_time()
+        body = (await receive())["body"] if scope["method"] == "POST" else b""
+        status, payload = self.app.answer(scope["path"], body)
+        answer = json.dumps(payload).encode()
+        self.app.requests.clear()
+        self.seconds += time.process_time() - started
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": answer})
+
+
+async def post_in_process(app: Any, body: bytes) -> Json:
+    pending, sent = [body], []
+
+    async def receive() -> Any:
+        if not pending:
+            await asyncio.Event().wait()  # the client does not hang up
+        return {"type": "http.request", "body": pending.pop(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-length", str(len(body)).encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+    await app(scope, receive, send)
+    assert sent[0]["status"] == 200, sent[1]["body"][:300]
+    return json.loads(sent[1]["body"])
+
+
+async def middleware_ms(num_turns: int, num_tokens: int, repeats: int) -> tuple[float, float]:
+    """CPU milliseconds of a call in the middleware, and of a rollout's last one: medians over rollouts."""
+    rng, per_turn = random.Random(0), max(1, num_tokens // num_turns // 2)
+
+    def as_vllm(answer: Json) -> None:
+        for entry in answer["choices"][0]["logprobs"]["content"]:
+            entry |= {"bytes": [100], "top_logprobs": [], "logprob": -rng.expovariate(2.0)}
+
+    reply = [300 + index % 100 for index in range(per_turn - 1)] + [END]
+    template = (
+        "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    )
+    inner = Untimed(FakeVllm(max_model_len=10**6, reply=reply, change_answer=as_vllm, chat_template=template))
+    app = OnPolicyMiddleware(inner, Settings())
+    means, lasts = [], []
+    for repeat in range(repeats + 2):  # the first two warm up
+        messages: list[Json] = [{"role": "user", "content": "a" * per_turn}]
+        times = []
+        for _ in range(num_turns):
+            tag = {"rollout": f"r{repeat}", "sampling": {"temperature": 1.0}, "completion_budget": 10**6}
+            asked = {"logprobs": True, "top_logprobs": 0, "return_tokens_as_token_ids": True}  # as Gym asks
+            body = json.dumps({"model": "policy", "messages": messages, **asked, "trl_gym": tag}).encode()
+            inner.seconds, started = 0.0, time.process_time()
+            answer = await post_in_process(app, body)
+            times.append(time.process_time() - started - inner.seconds)
+            messages += [answer["choices"][0]["message"], {"role": "user", "content": "b" * per_turn}]
+        means.append(statistics.mean(times))
+        lasts.append(times[-1])
+    return 1e3 * statistics.median(means[2:]), 1e3 * statistics.median(lasts[2:])
+
+
+def print_middleware(repeats: int) -> None:
+    print("middleware alone, CPU ms per call:   turns tokens    mean    last")
+    for num_turns, num_tokens in ((2, 500), (2, 8000), (10, 8000), (30, 16_000), (60, 32_000)):
+        mean, last = asyncio.run(middleware_ms(num_turns, num_tokens, repeats))
+        print(f"{'':37}{num_turns:5} {num_tokens:6} {mean:7.2f} {last:7.2f}", flush=True)
+
+
+# -- on a server ------------------------------------------------------------------------------------------------------
 
 
 class Bypass:
@@ -85,6 +179,9 @@ class Server:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags]
         self.process = ChildProcess("vLLM", command, log_path=folder / "vllm.log", env=environment)
         self.session = requests.Session()
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=256)  # for threads
+        self.session.mount("http://", adapter)
+        self._lengths: dict[str, int] = {}
 
     def wait(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -105,7 +202,15 @@ class Server:
         return seconds[0], sum(seconds[1:])
 
     def num_tokens(self, text: str) -> int:
-        return len(self.post("/tokenize", {"prompt": text})["tokens"])
+        if text not in self._lengths:
+            self._lengths[text] = len(self.post("/tokenize", {"prompt": text})["tokens"])
+        return self._lengths[text]
+
+    @functools.cached_property
+    def letter(self) -> int:
+        """The one token that the policy may sample."""
+        [token] = self.post("/tokenize", {"prompt": _LETTER})["tokens"]
+        return token
 
     def post(self, path: str, body: Json | bytes, *, stock: bool = False) -> Any:
         """Return the JSON of an answer, or its bytes if it is something else."""
@@ -141,7 +246,7 @@ class Played:
     engine_s: float = 0.0
 
 
-def play(server: Server, kind: str, name: str, size: Size) -> Played:
+def play(server: Server, kind: str, name: str, size: Size, *, is_alone: bool = True) -> Played:
     num_repeats = (size.num_tokens // size.num_turns - size.max_tokens - 20) // server.num_tokens(_SENTENCE)
     assert server.num_tokens(_LETTER * size.max_tokens) == size.max_tokens, "the tokenizer joins letters"
     common = {
@@ -151,13 +256,14 @@ def play(server: Server, kind: str, name: str, size: Size) -> Played:
         "ignore_eos": True,
         "logprobs": True,
     }
-    common["allowed_token_ids"] = server.post("/tokenize", {"prompt": _LETTER})["tokens"]
+    common["allowed_token_ids"] = [server.letter]
     more: dict[str, Json] = {
         "stock": {"return_token_ids": True, "top_logprobs": 0},
         "full": {},
         "slim": {"trl_gym": {"rollout": name, "sampling": {"temperature": 0.0}}},
     }
-    server.post("/reset_prefix_cache", b"")
+    if is_alone:
+        server.post("/reset_prefix_cache", b"")
     played, before = Played(), server.cpu_seconds()
     for turn in range(size.num_turns):
         played.messages.append({"role": "user", "content": f"{name} {turn} " + _SENTENCE * max(1, num_repeats)})
@@ -238,13 +344,38 @@ def line(server: Server, size: Size, repeats: int) -> str:
     )
 
 
+def print_crowd(server: Server, num_rollouts: int, repeats: int) -> None:
+    """Play many short rollouts at the same time, of each kind in turns."""
+    size = Size(num_turns=2, num_tokens=500, max_tokens=32)
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in _KINDS}
+    for repeat, kind in itertools.product(range(repeats), _KINDS):
+        server.post("/reset_prefix_cache", b"")
+        before = server.cpu_seconds()
+        with ThreadPoolExecutor(num_rollouts) as pool:
+            names = [f"{kind}-{repeat}-{index}" for index in range(num_rollouts)]
+            list(pool.map(lambda name, kind=kind: play(server, kind, name, size, is_alone=False), names))
+        spent = [1e3 * (now - then) for now, then in zip(server.cpu_seconds(), before, strict=True)]
+        found[kind].append((spent[0] / num_rollouts / size.num_turns, spent[1] / num_rollouts / size.num_turns))
+    print(f"{num_rollouts} rollouts of 2 turns and 500 tokens at the same time, CPU ms per call:")
+    for place, process in enumerate(("API server", "engine")):
+        values = [statistics.median(own[place] for own in found[kind]) for kind in _KINDS]
+        shown = " ".join(f"{kind} {value:.2f}" for kind, value in zip(_KINDS, values, strict=True))
+        ratios = f"full / stock {values[1] / values[0]:.2f}   slim / stock {values[2] / values[0]:.2f}"
+        print(f"  {process:11} {shown}   {ratios}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, nargs="+", default=[2, 10, 30])
     parser.add_argument("--tokens", type=int, default=16_000, help="of the last turn's prompt")
     parser.add_argument("--max_tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--only_middleware", action="store_true")
     options = parser.parse_args()
+    print_middleware(options.repeats)
+    if options.only_middleware:
+        return
     groups = ("seconds", "request kB", "CPU s, API server", "CPU s, engine")
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder), max_model_len=options.tokens + 2000)
@@ -257,6 +388,7 @@ def main() -> None:
             print(" | ".join(["turns tokens", *[kinds] * 4, f"{'full':>7} {'slim':>7} {'ratio':>6}", "    kB"]))
             for num_turns in options.turns:
                 print(line(server, Size(num_turns, options.tokens, options.max_tokens), options.repeats), flush=True)
+            print_crowd(server, options.concurrency, options.repeats)
         finally:
             server.process.stop()
 

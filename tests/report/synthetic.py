@@ -35,7 +35,8 @@ class Plan:
         steps: Optimizer steps with a training batch each; every fifth is evaluated.
         tasks: Groups per step.
         generations: Rollouts per group.
-        words: About so many words of text per rollout.
+        words: About so many words of text per model call.
+        calls: Most model calls of a rollout.
         seed: For everything that looks random.
     """
 
@@ -43,6 +44,7 @@ class Plan:
     tasks: int = 9
     generations: int = 8
     words: int = 24
+    calls: int = 3
     seed: int = 0
 
 
@@ -66,14 +68,13 @@ def write_run(folder: Path, plan: Plan | None = None) -> list[dict[str, Any]]:
 
 def write_repeated(folder: Path, records: list[dict[str, Any]], times: int) -> int:
     """A longer run of the same rollouts, again and again at later steps, quickly. Returns the number of lines."""
-    (folder / "rollouts").mkdir(parents=True)
+    journal = Journal(folder / "rollouts")
     span = 1 + max(record["step"] for record in records)
     for repeat in range(times):
-        path = folder / "rollouts" / f"step-{repeat * span}.rank-0.jsonl"
-        with open(path, "w") as file:
-            for record in records:
-                changed = {"step": record["step"] + repeat * span, "rollout_id": f"{repeat}-{record['rollout_id']}"}
-                file.write(json.dumps(record | changed) + "\n")
+        for record in records:
+            changed = {"step": record["step"] + repeat * span, "rollout_id": f"{repeat}-{record['rollout_id']}"}
+            journal.append(record | changed)
+    journal.close()
     return times * len(records)
 
 
@@ -192,13 +193,14 @@ class _Rollout:
         reward = float(good) if self.kind != "workplace" else round(min(1.0, max(0.0, rng.gauss(self.skill, 0.2))), 3)
         said, turns, ids, mask, logprobs, ends = [], [], [], [], [], []
         prompt = self._encode(tokenizer, "system", "Use tools.") + self._encode(tokenizer, "user", self.question())
-        num_calls = rng.randint(1, 3)
+        num_calls = rng.randint(1, self.plan.calls)
         for call in range(num_calls):
             last = call == num_calls - 1
             text = self._speech(last, reward)
             new = tokenizer.encode(text + END).ids
             turns.append(self._model_turn(len(prompt) + len(ids), len(new)))
-            bundle = {"prompt_token_ids": prompt + ids, "generation_token_ids": new, "generation_log_probs": []}
+            handle = [-1 - call]
+            bundle = {"prompt_token_ids": handle, "generation_token_ids": handle, "generation_log_probs": [0.0]}
             ids, mask = ids + new, mask + [1] * len(new)
             logprobs += [-rng.random() * 10.0 ** rng.randint(-3, 1) for _ in new]
             ends.append(len(ids))
