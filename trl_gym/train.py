@@ -126,7 +126,9 @@ def _train(argv: Sequence[str] | None, default_model: DefaultModel | None) -> No
             logs = {"policy server log": trainer.policy_server, "NeMo Gym log": trainer.gym_servers}
             for label, server in logs.items():
                 if (path := getattr(server, "log_path", None)) is not None:  # one that runs elsewhere has none here
-                    sys.stdout.write(f"{label + ':':<18} {path}\n")
+                    others = getattr(server, "num_processes", 1) - 1
+                    beside = f" (beside it those of {others} further processes)" if others else ""
+                    sys.stdout.write(f"{label + ':':<18} {path}{beside}\n")
             sys.stdout.write(f"{'threads:':<18} {trainer.threads}\n")
             sys.stdout.flush()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

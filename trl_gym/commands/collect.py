@@ -313,6 +313,8 @@ def _run(
             contextlib.closing(_collector(options, endpoint, gym)) as collector,
             _untagged_calls_told(options, endpoint, say),
         ):
+            if gym.num_processes > 1:
+                say(f"NeMo Gym runs in {gym.num_processes} processes")
             session = uuid.uuid4().hex[:8]
             for start in range(0, len(todo), _CHUNK):
                 chunk = todo[start : start + _CHUNK]

@@ -33,7 +33,7 @@ from trl_gym.threads import num_cores
 
 logger = logging.getLogger(__name__)
 
-# A rollout of two turns costs a process about 20 ms of its thread, one of 30 turns up to a second.
+# They keep a process busy if each takes as many seconds as it costs times 64: 1 s at two turns, 4 s at ten.
 _ROLLOUTS_PER_PROCESS = 64
 _CORES_PER_PROCESS = 4  # the others are for policy server, trainer and what environments start
 
