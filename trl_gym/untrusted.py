@@ -25,6 +25,7 @@ MAX_CONTAINERS = 2_000_000  # lists and objects in one value
 MAX_BODY_BYTES = 256 * 2**20  # of an answer
 MAX_ERROR_BYTES = 4 * 2**20  # of an answer that is an error: as much of it as is read
 MAX_NUMBER = 1e100  # of a measurement: sums of as many as there will ever be stay finite
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 _CHUNK_BYTES = 2**16
 _MAX_SHOWN_CHARS = 100  # of an address
 
@@ -78,9 +79,9 @@ def check_depth(value: Any) -> None:
 
 def _containers(level: list[Any]) -> Iterator[Any]:
     for node in level:
-        for child in node.values() if isinstance(node, dict) else node:
-            if isinstance(child, dict | list):
-                yield child
+        children = node.values() if isinstance(node, dict) else node
+        if not _SCALARS.issuperset(map(type, children)):  # long lists of numbers are common
+            yield from (child for child in children if isinstance(child, dict | list))
 
 
 def shape_problem(value: Any, shape: Any) -> str | None:

@@ -211,12 +211,13 @@ def from_calls(calls: Sequence[ModelCall], drift: DriftPolicy = "truncate") -> l
 
 def contiguous_head(calls: Sequence[ModelCall]) -> Trajectory:
     """Join model calls up to the first one whose prompt does not start with the tokens already seen."""
-    seen = calls[0].prompt_ids + calls[0].generation_ids
-    for turn, call in enumerate(calls[1:], start=1):
+    for turn, (before, call) in enumerate(itertools.pairwise(calls), start=1):
+        if call.parent == before.index:
+            continue  # its prompt was made of these tokens
+        seen = before.prompt_ids + before.generation_ids
         if call.prompt_ids[: len(seen)] != seen:
             head = _joined(calls[:turn])
             return replace(head, drift=_drift(turn, head, call))
-        seen = call.prompt_ids + call.generation_ids
     return _joined(calls)
 
 
