@@ -20,7 +20,8 @@ TRL shuffled them:
     router loss                   products of means over the tokens that a micro-batch has
 
 An optimizer step, of which there may be several per generation batch, keeps the rows that TRL has drawn for it.
-Gradients are equal but for the order in which floating-point numbers are added.
+Gradients are equal but for rounding: of sums, and of the angles of positions. TRL counts padding on the left as
+positions; a model that has learned them, rather than rotations, is computed here as the policy server computes it.
 """
 
 from __future__ import annotations
