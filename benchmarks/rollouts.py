@@ -88,7 +88,7 @@ class Call:
 
 
 def calls_of(rollout: Any) -> list[Call]:
-    """Return the model calls of a rollout: tokens from the ledger, text from Gym's answer."""
+    """Return the model calls of a rollout: tokens of its trajectory, text of Gym's answer."""
     from trl_gym.responses import completion_messages, model_call_indices
 
     items = rollout.answer["response"]["output"]
@@ -106,10 +106,15 @@ def calls_of(rollout: Any) -> list[Call]:
         for call in message.get("tool_calls", ()):
             call["id"] = item["call_id"]
         history.append(message)
-    calls = rollout.calls
-    assert len(calls) == len(fronts), (len(calls), items)
-    parts = zip(calls, fronts, results, strict=False)
-    return [Call(one.prompt_ids, len(one.generation_ids), front, said) for one, front, said in parts]
+    [trajectory] = rollout.trajectories
+    calls = []
+    begin, completion, mask = 0, trajectory.completion_ids, trajectory.env_mask
+    for end, front, said in zip(trajectory.turn_ends, fronts, results, strict=False):
+        start = mask.index(1, begin)
+        calls.append(Call([*trajectory.prompt_ids, *completion[:start]], end - start, front, said))
+        begin = end
+    assert len(calls) == len(fronts) == trajectory.num_turns, items
+    return calls
 
 
 def load_rows(number: int) -> list[Json]:
