@@ -192,6 +192,7 @@ async def test_an_upstream_that_is_still_loading_is_waited_for() -> None:
         ({"POST /tokenize": (400, {"error": "no chat template"})}, "does not render chats.*no chat template"),
         ({"POST /v1/chat/completions": (500, {"error": "broken"})}, "answered HTTP 500: .*broken"),
         ({"POST /v1/chat/completions": (400, {"error": "extra"})}, "takes exact prompts neither"),
+        ({"POST /v1/chat/completions": (200, ["no", "object"])}, "takes exact prompts neither"),
     ],
 )
 async def test_what_cannot_be_an_upstream(answers: dict[str, Any], words: str) -> None:
