@@ -108,10 +108,11 @@ def test_a_flag_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
     assert "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
 
 
-def test_the_key_is_that_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_arrive_and_the_key_is_that_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "from the environment")
     (tmp_path / "a.jsonl").touch()
     command = ["rollout", "--dataset", str(tmp_path / "a.jsonl"), "--base-url", "http://x/v1", "--model", "m"]
     command += ["--output-dir", str(tmp_path / "out"), "--gym-config-paths", "gym.yaml"]
     assert parse(parse_args(command), "rollout").api_key == "from the environment"
     assert parse(parse_args([*command, "--api-key", "given"]), "rollout").api_key == "given"
+    assert parse(parse_args([*command, "--gym-processes", "3"]), "eval").processes == 3

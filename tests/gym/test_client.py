@@ -336,6 +336,10 @@ def test_more_rollouts_than_the_soft_limit_of_open_files(hard_limit: int, words:
     assert words in outcome and left == "0", done.stderr
 
 
-def test_a_gym_that_may_open_too_few_files_is_named_as_well() -> None:
-    kind, text = read_error(b'"Cannot connect to host 127.0.0.1:1 [Too many open files]"', 500)
-    assert kind is FailureKind.INFRASTRUCTURE and "Too many open files" in text
+async def test_a_gym_that_may_open_too_few_files_is_named_as_well(
+    session: aiohttp.ClientSession, serve: Serve
+) -> None:
+    agent = await serve(answering(b'"Cannot connect to host 127.0.0.1:1 [Too many open files]"', status=500))
+    failure = await run_rollout(session, agent, ROW, deadline_s=30)
+    assert isinstance(failure, RolloutFailure) and failure.kind is FailureKind.INFRASTRUCTURE
+    assert "[Too many open files]. The limit of open files is" in failure.text and "`ulimit -Hn`" in failure.text
