@@ -28,6 +28,7 @@ LOG = os.path.join(ROOT, ".setup", "setup.log")
 TRAINER_PYTHONS = ("3.12", "3.11", "3.13")
 GYM_BY_PYTHON = (("3.12", "0.4.0"), ("3.13", "0.7.0"))  # first interpreter found wins for .gym-venv
 GYM_FLOOR = "3.13.14"  # what nemo-gym >= 0.5 declares; see above
+GYM_EXTRAS = ["httptools"]  # with which Gym's servers parse HTTP; nemo-gym asks for it from 0.7 on
 ENVIRONMENT_PACKAGES = ["reasoning-gym", "tiktoken"]  # the environments that the tests roll out import these
 # Imported once after an installation: it proves that the packages fit together, and compiles their bytecode, which
 # three processes would otherwise do side by side at their first start.
@@ -284,7 +285,7 @@ def set_up_gym(uv, links, name, choices, packages):
     uv = environment.create(interpreter, uv)
     below_floor = version.startswith("3.13.") and int(version.split(".")[2]) < int(GYM_FLOOR.split(".")[2])
     extra = ["--python-version", GYM_FLOOR] if below_floor else []
-    install(uv, environment, [f"nemo-gym=={gym}", *packages], links, extra)
+    install(uv, environment, [f"nemo-gym=={gym}", *GYM_EXTRAS, *packages], links, extra)
     environment.finish(mark, GYM_IMPORTS)
 
 

@@ -23,11 +23,9 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
 import aiohttp
@@ -40,6 +38,7 @@ CALLER_HEADER = "x-trl-gym-caller"
 PREFIX = "/trl_gym/rollouts/"
 AGENTS, MODELS, RESOURCES = "responses_api_agents", "responses_api_models", "resources_servers"
 
+_ROLLOUT_BYTES, _CALLER_BYTES = ROLLOUT_HEADER.encode(), CALLER_HEADER.encode()  # ASGI's names are in lower case
 _PREFIXED = re.compile(rf"^{PREFIX}(?P<key>[^/]+)(?P<rest>/.*)$")
 _LOOPBACK = ("127.0.0.1", "localhost", "0.0.0.0")
 
@@ -47,8 +46,7 @@ Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """The request that is being answered."""
 
     key: str | None = None  # rollout key
@@ -94,30 +92,31 @@ class Carrier:
             name: Its name in the config.
         """
 
+        own = f"{kind}/{name}"
+
         async def carrying(scope: Scope, receive: Any, send: Any) -> None:
             if scope["type"] != "http":
                 return await app(scope, receive, send)
-            prefixed, given = _strip_prefix(scope), _header(scope, ROLLOUT_HEADER)
+            prefixed, (given, caller) = _strip_prefix(scope), _carried(scope)
             if prefixed and given and prefixed != given:
                 return await _refuse(send, name)
-            call = Call(key=prefixed or given, caller=self._caller(scope, kind, name), kind=kind)
+            call = Call(prefixed or given, self._caller(caller, kind, own), kind)
             # Set for every request, also to nothing: a server may start one in the context of another.
             token = self._current.set(call)
             is_rollout = scope["path"] == "/run"
-            self._running[f"{kind}/{name}"] += is_rollout
+            self._running[own] += is_rollout
             try:
                 await app(scope, receive, send)
             finally:
-                self._running[f"{kind}/{name}"] -= is_rollout
+                self._running[own] -= is_rollout
                 self._current.reset(token)
 
         return carrying
 
-    def _caller(self, scope: Scope, kind: str, name: str) -> str | None:
-        caller = _header(scope, CALLER_HEADER)
+    def _caller(self, caller: str | None, kind: str, own: str) -> str | None:
         if kind != MODELS:
             is_side = caller is not None and caller.startswith(f"{RESOURCES}/")
-            return caller if is_side else f"{kind}/{name}"
+            return caller if is_side else own
         if caller is None:  # a subprocess, or a client that does not carry: whose it is may be known all the same
             running = [agent for agent, number in self._running.items() if number > 0]
             return running[0] if len(running) == 1 else None
@@ -207,8 +206,11 @@ class Carrier:
 
         async def plain_request(self_: Any, *args: Any, **kwargs: Any) -> Any:
             call = self._current.get()
-            with self._as(replace(call, kind="")):
+            token = self._current.set(Call(call.key, call.caller))
+            try:
                 return await request(self_, *args, **kwargs)
+            finally:
+                self._current.reset(token)
 
         client._build_server_base_url = build_server_base_url
         client.request = plain_request
@@ -216,8 +218,11 @@ class Carrier:
             resolve = client._resolve_base_url
 
             def resolve_base_url(self_: Any, server_name: str) -> str:
-                with self._as(_NO_CALL):
+                token = self._current.set(_NO_CALL)
+                try:
                     return resolve(self_, server_name)
+                finally:
+                    self._current.reset(token)
 
             client._resolve_base_url = resolve_base_url
 
@@ -227,14 +232,6 @@ class Carrier:
         if call.kind != AGENTS or call.key is None or _origin(base_url) not in self._model_servers:
             return base_url
         return f"{base_url}{PREFIX}{call.key}"
-
-    @contextmanager
-    def _as(self, call: Call) -> Iterator[None]:
-        token = self._current.set(call)
-        try:
-            yield
-        finally:
-            self._current.reset(token)
 
 
 def _extend_init(client_class: Any, extend: Callable[[Any, dict[str, Any]], None]) -> None:
@@ -267,9 +264,15 @@ def _strip_prefix(scope: Scope) -> str | None:
     return match["key"]
 
 
-def _header(scope: Scope, name: str) -> str | None:
-    wanted = name.encode()
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key.lower() == wanted), None)
+def _carried(scope: Scope) -> tuple[str | None, str | None]:
+    """Return the rollout and the caller that a request names."""
+    rollout = caller = None
+    for name, value in scope["headers"]:
+        if rollout is None and name == _ROLLOUT_BYTES:
+            rollout = value.decode("latin-1")
+        elif caller is None and name == _CALLER_BYTES:
+            caller = value.decode("latin-1")
+    return rollout, caller
 
 
 async def _refuse(send: Any, name: str) -> None:

@@ -2,16 +2,17 @@
 
     gym-python -P host.py SETTINGS.json
 
-It imports the standard library, nemo_gym, what nemo_gym needs, and `carrier.py` by its path: the trainer's packages do
-not exist here, and with `-P` neither do its neighbours in this folder, whose names (`client`, `config`) environments
-use for their own modules.
+It imports the standard library, nemo_gym, what nemo_gym needs, and by their paths `carrier.py` and `local_calls.py`:
+the trainer's packages do not exist here, and with `-P` neither do its neighbours in this folder, whose names
+(`client`, `config`) environments use for their own modules.
 `servers.py` writes the settings, a file that only its owner can read, and reads what this script leaves behind.
 
 * `mode: host` runs the head server and all servers of the configs on one event loop, without Ray and without an
   environment per server. Gym's own `run_webserver` builds every application, so sessions, error handling and
   cancellation are the real ones; only its last step, `uvicorn.run`, is recorded instead of executed. Every socket is
   bound and listening before its port is written into the config. The head server answers only when all others do.
-  Every model call carries the rollout that it is made for (`carrier.py`).
+  Every model call carries the rollout that it is made for (`carrier.py`), and the servers call each other without
+  sockets (`local_calls.py`).
 * `mode: upstream` does what `gym env start` does (Ray, one process per server), with prepared virtual environments.
 
 When the script fails, before or after the servers are ready, it writes one readable text to the file `error_path` and
@@ -56,6 +57,7 @@ logger = logging.getLogger("trl_gym.host")
 
 
 _BACKLOG = 2048
+_GC_THRESHOLDS = (100_000, 5, 5)
 _SERVER_KINDS = ("environment_servers", "resources_servers", "responses_api_agents", "responses_api_models")
 _RAY_IMPORT = re.compile(r"^\s*(import ray\b|from ray\b)", re.MULTILINE)
 
@@ -260,6 +262,29 @@ def adapt_server_class(instances: Sequence[Instance]) -> None:
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 
+def remember_addresses() -> None:
+    """Look every server up once. Gym walks the config for each call between servers, which costs more than the call.
+
+    The config of servers does not change once they run; Gym 0.7 remembers their URLs, too.
+    """
+    find, build = server_utils.get_first_server_config_dict, server_utils.ServerClient._build_server_base_url
+    nodes: dict[tuple[int, str], tuple[Any, Any]] = {}  # with what was walked, so that its id stays its own
+    urls: dict[int, tuple[Any, str]] = {}
+
+    def find_once(config: DictConfig, name: str) -> Any:
+        if (id(config), name) not in nodes:
+            nodes[id(config), name] = config, find(config, name)
+        return nodes[id(config), name][1]
+
+    def build_once(client: Any, server_config: DictConfig) -> str:
+        if id(server_config) not in urls:
+            urls[id(server_config)] = server_config, build(client, server_config)
+        return urls[id(server_config)][1]
+
+    server_utils.get_first_server_config_dict = find_once
+    server_utils.ServerClient._build_server_base_url = build_once
+
+
 def needs_ray(server_class: type, folder: Path) -> bool:
     """Tell whether a server needs Ray: by its class (0.5 and later), else by the imports of its modules."""
     declared = getattr(server_class, "ray_enabled", None)
@@ -370,7 +395,9 @@ class _Server(uvicorn.Server):
         yield  # `serve` has one handler for all servers
 
 
-async def serve(applications: Sequence[tuple[dict[str, Any], socket.socket]], head: tuple[Any, socket.socket]) -> None:
+async def serve(
+    applications: Sequence[tuple[dict[str, Any], socket.socket]], head: tuple[Any, socket.socket], local_calls: Any
+) -> None:
     """Serve until SIGINT or SIGTERM. The head server starts when all others are up.
 
     Raises:
@@ -384,13 +411,17 @@ async def serve(applications: Sequence[tuple[dict[str, Any], socket.socket]], he
     while not all(server.started for server in servers):
         _raise_if_ended(servers, tasks)
         await asyncio.sleep(0.01)
+    for server, (kwargs, _) in zip(servers, applications, strict=True):
+        local_calls.open(server, kwargs["host"], kwargs["port"])
 
     head_app, head_socket = head
     servers.append(_make_server({"app": head_app}))
     tasks.append(asyncio.create_task(servers[-1].serve(sockets=[head_socket])))
-    # Modules imported so far live as long as the process: keep the collector from walking them again and again.
+    # Modules imported so far live as long as the process: keep the collector from walking them again and again. Nor
+    # does it have to look for cycles after every 700 objects: a request makes thousands, and they free themselves.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     _raise_if_ended(servers, tasks)
     await asyncio.gather(*tasks)
@@ -413,7 +444,12 @@ def run_host(settings: Mapping[str, Any]) -> None:
     instances = find_instances(config, [*map(Path, settings["search_roots"]), PARENT_DIR])
     sockets = bind_all(instances)
     adapt_server_class(instances)
-    carrier = _load_carrier(instances, settings["policy_urls"])
+    remember_addresses()
+    servers = [(instance.kind, str(instance.config.host), int(instance.config.port)) for instance in instances]
+    carrier = _load_neighbour("carrier").Carrier(servers, settings["policy_urls"])
+    local_calls = _load_neighbour("local_calls").LocalCalls(carrier.mark)
+    carrier.install()  # before any server makes an HTTP client
+    local_calls.install()
     for root in settings["search_roots"]:
         sys.path.append(root)  # `import resources_servers.<name>` for servers outside of the installation
     applications = load_applications(instances)
@@ -428,24 +464,19 @@ def run_host(settings: Mapping[str, Any]) -> None:
     sys.stdout.write(f"serving {', '.join(instance.name for instance in instances)}\n")
     sys.stdout.flush()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        served = serve(list(zip(applications, sockets, strict=True)), (head.setup_webserver(), head_socket))
+        served = serve(
+            list(zip(applications, sockets, strict=True)), (head.setup_webserver(), head_socket), local_calls
+        )
         runner.run(served)
 
 
-def _load_carrier(instances: Sequence[Instance], policy_urls: Sequence[str]) -> Any:
-    """Make what carries rollouts from server to server, and install it before any server makes an HTTP client.
-
-    It is loaded from its file: neighbours of this script cannot be imported.
-    """
-    path = Path(__file__).with_name("carrier.py")
-    spec = importlib.util.spec_from_file_location("trl_gym_carrier", path)
+def _load_neighbour(name: str) -> ModuleType:
+    """Load a script beside this one from its file: neighbours cannot be imported."""
+    spec = importlib.util.spec_from_file_location(f"trl_gym_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    servers = [(instance.kind, str(instance.config.host), int(instance.config.port)) for instance in instances]
-    carrier = module.Carrier(servers, policy_urls)
-    carrier.install()
-    return carrier
+    return module
 
 
 def _loop_factory() -> Any:
