@@ -64,7 +64,11 @@ class Halves(SimpleResourcesServer):
         if body.responses_create_params.input[0].content == "boom":
             raise ValueError("the verifier tripped")
         if body.responses_create_params.input[0].content == "hang":
-            await asyncio.Event().wait()
+            print("hanging", flush=True)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                print("let go", flush=True)
         return BaseVerifyResponse(**body.model_dump(), reward=REWARD * late_helper.SIGN)
 
 from nemo_gym.base_resources_server import BaseVerifyRequest
@@ -197,6 +201,21 @@ async def fail_halves(servers: GymServers) -> None:
     assert isinstance(unusable, RolloutFailure) and "HTTP 422" in unusable.text
 
 
+async def leave_halves(servers: GymServers) -> None:
+    """A rollout that is given up: from 0.7 on, Gym cancels what its servers do for it, whoever called them."""
+    assert servers.log_path is not None
+    async with new_session(1) as session:
+        call = run_rollout(session, servers.agent("halves_agent"), HANGS, deadline_s=DEADLINE_S)
+        rollout = asyncio.create_task(call)
+        await asyncio.to_thread(wait_for, lambda: "hanging" in servers.log_path.read_text(), "it hangs")
+        rollout.cancel()
+        await asyncio.gather(rollout, return_exceptions=True)
+    if not servers.gym_version.startswith("0.4"):
+        await asyncio.to_thread(
+            wait_for, lambda: "let go" in servers.log_path.read_text(), "the verifier is cancelled"
+        )
+
+
 async def test_server_beside_its_config(gym: GymInstallation, tmp_path: Path, policy: FakePolicy) -> None:
     config = write_custom_environment(tmp_path / "env", trl_gym_single_process=True)  # which Gym ignores
     with pytest.raises(ConfigError, match=r"cannot run in 2 processes .*`halves` demands a single process"):
@@ -209,6 +228,7 @@ async def test_server_beside_its_config(gym: GymInstallation, tmp_path: Path, po
         assert servers.sole_agent == "halves_agent" and servers.agents["halves_agent"].resources_server == "halves"
         await roll_out_halves(servers)
         await fail_halves(servers)
+        await leave_halves(servers)
         attached = await asyncio.to_thread(GymServers.attach, servers.head_url)
         attached.connect_policy(policy.base_url, "policy")
         await roll_out_halves(attached)

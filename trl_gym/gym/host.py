@@ -43,6 +43,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import anyio
 import uvicorn
 from nemo_gym import PARENT_DIR, global_config, server_utils
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -294,7 +295,12 @@ def needs_ray(server_class: type, folder: Path) -> bool:
     return any(_RAY_IMPORT.search(path.read_text(errors="replace")) for path in sources)
 
 
-_GYM_FUNCTIONS = frozenset({"add_session_id", "exception_handling_middleware"})
+# Middleware functions of Gym by the file that defines them.
+_GYM_FUNCTIONS = {
+    PARENT_DIR / "nemo_gym" / "server_utils.py": {"add_session_id", "exception_handling_middleware"},
+    PARENT_DIR / "responses_api_models" / "vllm_model" / "app.py": {"context_error_middleware"},
+}
+GONE_EXTENSION = "trl_gym.caller_gone"  # in ASGI scopes of `local_calls.py`
 
 Dispatch = Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]
 
@@ -309,8 +315,8 @@ class _AlreadySent(Response):
 class DirectMiddleware:
     """Run a `dispatch` function that passes the response on unchanged or, after an exception, makes one.
 
-    Gym wraps every application in two such functions, registered with `@app.middleware("http")`: one gives the session
-    an id, one turns exceptions into answers. Starlette's `BaseHTTPMiddleware` starts a task and a memory stream per
+    Gym wraps every application in such functions, registered with `@app.middleware("http")`: one gives the session an
+    id, others turn exceptions into answers. Starlette's `BaseHTTPMiddleware` starts a task and a memory stream per
     request and layer, so that they may read or replace the response; Gym's functions do not. This class calls the
     application in place, to the same effect. A two-turn rollout has about seven requests with two layers each.
     """
@@ -346,16 +352,40 @@ class DirectMiddleware:
         await response(scope, receive, send)
 
 
+class CancelWhenGone:
+    """Cancel a request whose caller is gone, as Gym's `ClientDisconnectCancellationMiddleware` (0.7) does.
+
+    Gym's starts two tasks per request, of which one waits for `http.disconnect`. A call in process says in its scope
+    whom to tell when the caller is gone, so that no task has to wait; other requests get Gym's.
+    """
+
+    def __init__(self, app: ASGIApp, over_socket: Callable[[ASGIApp], ASGIApp]) -> None:
+        self.app = app
+        self.over_socket = over_socket(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        when_gone = scope.get("extensions", {}).get(GONE_EXTENSION)
+        if when_gone is None:
+            await self.over_socket(scope, receive, send)
+            return
+        with anyio.CancelScope() as cancel_scope:
+            when_gone(cancel_scope.cancel)
+            await self.app(scope, receive, send)
+
+
 def replace_middleware(app: Starlette) -> None:
-    """Run Gym's two middleware functions through `DirectMiddleware`; middleware of the server's own stays as it is."""
+    """Let middleware of Gym's own cost less, to the same effect; middleware of the server stays as it is."""
+    cancelling = getattr(server_utils, "ClientDisconnectCancellationMiddleware", None)  # 0.7
     for index, middleware in enumerate(app.user_middleware):
         if middleware.cls is BaseHTTPMiddleware and _is_of_gym(middleware.kwargs.get("dispatch")):
             app.user_middleware[index] = Middleware(DirectMiddleware, dispatch=middleware.kwargs["dispatch"])
+        elif middleware.cls is cancelling:
+            app.user_middleware[index] = Middleware(CancelWhenGone, over_socket=cancelling)
 
 
 def _is_of_gym(dispatch: Any) -> bool:
-    module, name = getattr(dispatch, "__module__", ""), getattr(dispatch, "__name__", "")
-    return module == "nemo_gym.server_utils" and name in _GYM_FUNCTIONS
+    code = getattr(dispatch, "__code__", None)
+    return code is not None and code.co_name in _GYM_FUNCTIONS.get(Path(code.co_filename), ())
 
 
 def run_fields(app: Starlette) -> list[str]:
@@ -447,7 +477,7 @@ def run_host(settings: Mapping[str, Any]) -> None:
     remember_addresses()
     servers = [(instance.kind, str(instance.config.host), int(instance.config.port)) for instance in instances]
     carrier = _load_neighbour("carrier").Carrier(servers, settings["policy_urls"])
-    local_calls = _load_neighbour("local_calls").LocalCalls(carrier.mark)
+    local_calls = _load_neighbour("local_calls").LocalCalls(carrier.mark, GONE_EXTENSION)
     carrier.install()  # before any server makes an HTTP client
     local_calls.install()
     for root in settings["search_roots"]:

@@ -105,10 +105,13 @@ class LocalCalls:
 
     Args:
         mark: Adds what a request to a URL carries to its headers (`carrier.Carrier.mark`).
+        gone_extension: Key in a scope's `extensions` of a function that takes what to call when the caller is gone
+            before it has the whole answer.
     """
 
-    def __init__(self, mark: Callable[[MutableMapping[str, Any], str], None]) -> None:
+    def __init__(self, mark: Callable[[MutableMapping[str, Any], str], None], gone_extension: str) -> None:
         self._mark = mark
+        self._gone_extension = gone_extension
         self._targets: dict[tuple[str, str | None, int | None], _Target] = {}
 
     def install(self) -> None:
@@ -152,7 +155,7 @@ class LocalCalls:
         self._mark(request.headers, str(url))
         exchange = _Exchange(request, target)
         response = _new_response(request, target.loop)
-        exchange.begin()
+        exchange.begin(self._gone_extension)
         try:
             await response.start(exchange)
         except BaseException:
@@ -306,16 +309,18 @@ class _Exchange:
         self._body: bytes | None = request.body  # until the application has it
         self._ended = asyncio.Event()  # closed or complete
         self._writable: asyncio.Event | None = None  # while the reader lags behind
+        self._when_gone: list[Callable[[], object]] = []
         self._is_closed = False
         self._is_started = False
         self._is_complete = False
         self._length: int | None = None  # of the body, as announced; None: it is sent in chunks
         self._sent = 0
 
-    def begin(self) -> None:
+    def begin(self, gone_extension: str) -> None:
         """Run the application in a task that its server knows as its own."""
         target = self._target
-        task = target.loop.create_task(self._run(), context=target.context.copy())
+        scope = {**self._scope(), "extensions": {gone_extension: self._when_gone.append}}
+        task = target.loop.create_task(self._run(scope), context=target.context.copy())
         tasks = target.server.server_state.tasks
         tasks.add(task)
         task.add_done_callback(tasks.discard)
@@ -344,6 +349,8 @@ class _Exchange:
 
     def close(self) -> None:
         """The caller is gone."""
+        for tell in () if self._is_closed or self._is_complete else self._when_gone:
+            tell()
         self._is_closed = True
         self._ended.set()
         self.resume_reading()
@@ -378,10 +385,10 @@ class _Exchange:
             "query_string": url.raw_query_string.encode("ascii"),
         }
 
-    async def _run(self) -> None:
+    async def _run(self, scope: dict[str, Any]) -> None:
         """Run the application to its end, and do what uvicorn does where it leaves the answer out."""
         try:
-            result = await self._target.server.config.loaded_app(self._scope(), self.receive, self.send)
+            result = await self._target.server.config.loaded_app(scope, self.receive, self.send)
         except BaseException as error:
             _uvicorn_logger.error("Exception in ASGI application\n", exc_info=error)
             await self._answer_500_or_hang_up()
