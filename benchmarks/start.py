@@ -1,12 +1,16 @@
 """What a start costs: CPU seconds from the command to the first optimizer step, per process and per phase.
 
     .venv/bin/python benchmarks/start.py [--repeats 3] [--before CHECKOUT] [-- any option of the recipe]
+    .venv/bin/python benchmarks/start.py --server [--repeats 3] [--before CHECKOUT]
 
 Runs the quickstart as `make quickstart` does (`recipes/grpo.py` with `recipes/quickstart.yaml`), ends it after its
 first step, and sums the CPU seconds of all processes that it started, those that had ended included.
 The evaluation before the first step, which the quickstart makes, is a phase of its own. With `--before`, another
 checkout of this repository (`git worktree add`) runs in turns with this one, with the same interpreters, and the ratio
 is printed; `--before-launch accelerate` starts it as the quickstart was started there.
+
+With `--server` it starts policy servers alone, and counts until the first sampled token: executed, forked from a
+`ForkServer` that has imported vLLM, and with `--before` executed in the other checkout.
 
 Everything is cached by a first run of each that is not counted. CPU seconds hold on a busy machine, wall times do not.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -25,6 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -35,7 +41,9 @@ ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backe
 EVERY_S = 0.05
 ROLES = (  # the first text that a command line contains
     ("accelerate.commands.launch", "accelerate launch"),
-    ("supervisor.py", "supervisors"),
+    ("supervisor", "supervisors"),
+    ("engine.forking", "fork server"),
+    ("fork server", "fork server"),
     ("EngineCore", "vLLM engine"),
     ("trl_gym.policy_server", "policy server"),
     ("host.py", "NeMo Gym"),
@@ -120,6 +128,54 @@ def measure(checkout: Path, launch: list[str], options: list[str]) -> dict[str, 
         return dict(sorted(found.items(), key=lambda item: item[1].total))
 
 
+# Starts a server and samples; says before and after what is counted, and waits for an answer each time.
+SERVE = """
+import sys, time
+from trl_gym.policy_server.server import PolicyServer
+model, logs, how = sys.argv[1:]
+options = {}
+if how == "forked":
+    from trl_gym.policy_server.fork_server import ForkServer
+    options["fork_server"] = ForkServer().start()
+flags = {"max-model-len": 512, "enforce-eager": True, "dtype": "float32", "max-num-seqs": 128}
+def say(text):
+    print(text, flush=True)
+    sys.stdin.readline()
+def sample(say):
+    say("start")
+    with PolicyServer(model, vllm_args=flags, log_dir=logs, **options) as server:
+        server.client.chat(messages=[{"role": "user", "content": "2 + 2 ="}], max_tokens=8)
+        say("sampled")
+if how == "forked":
+    sample(lambda _: None)
+sample(say)
+if how == "forked":
+    options["fork_server"].stop()
+"""
+
+
+def measure_server(checkout: Path, how: str) -> dict[str, Spent]:
+    """Start a policy server; return what was used until its first token, by process."""
+    with tempfile.TemporaryDirectory(prefix="trl-gym-start-") as folder:
+        command = [sys.executable, "-c", SERVE, str(ROOT / "runs" / "small_policy"), folder, how]
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        with subprocess.Popen(
+            command, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as run:
+            assert run.stdin is not None and run.stdout is not None
+            tree, looks = Tree(run.pid), []
+            for word in ("start", "sampled"):
+                if run.stdout.readline().strip() != word:
+                    run.kill()
+                    sys.exit(f"the server was not {word}")
+                looks.append(tree.look())
+                run.stdin.write("\n")
+                run.stdin.flush()
+        start, sampled = looks
+        roles = sampled.roles - start.roles
+        return {"first token": Spent(sampled.wall_s - start.wall_s, sampled.total - start.total, roles)}
+
+
 def metrics(out: Path) -> str:
     path = out / "metrics.jsonl"
     return path.read_text() if path.exists() else ""
@@ -127,7 +183,7 @@ def metrics(out: Path) -> str:
 
 def report(name: str, runs: list[dict[str, Spent]]) -> float:
     """Print the run whose total is the median; return that total."""
-    runs = sorted(runs, key=lambda run: run["first optimizer step"].total)
+    runs = sorted(runs, key=lambda run: max(spent.total for spent in run.values()))
     run = runs[len(runs) // 2]
     print(f"\n{name}: CPU seconds (seconds) until …")
     before = Spent()
@@ -138,7 +194,7 @@ def report(name: str, runs: list[dict[str, Spent]]) -> float:
                 print(f"  {'':14}    {seconds:6.1f}  {part}")
         before = spent
     print("  in all:", ", ".join(f"{part} {used:.1f}" for part, used in before.roles.most_common() if used >= 0.1))
-    totals = [run["first optimizer step"].total for run in runs]
+    totals = [max(spent.total for spent in run.values()) for run in runs]
     print(f"  totals of {len(runs)}: {', '.join(f'{total:.1f}' for total in totals)}")
     return statistics.median(totals)
 
@@ -146,6 +202,7 @@ def report(name: str, runs: list[dict[str, Spent]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--server", action="store_true", help="policy servers alone, until they have sampled")
     parser.add_argument("--before", type=Path, help="another checkout, to compare with")
     parser.add_argument("--before-launch", choices=("python", "accelerate"), default="accelerate")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -156,15 +213,19 @@ def main() -> None:
     if args.before is not None:
         launch = ACCELERATE if args.before_launch == "accelerate" else [sys.executable]
         cases = {"before": (args.before.resolve(), launch), **cases}
-    runs: dict[str, list[dict[str, Spent]]] = {name: [] for name in cases}
+    run = {name: partial(measure, *case, args.options) for name, case in cases.items()}
+    if args.server:
+        run = {name: partial(measure_server, checkout, "executed") for name, (checkout, _) in cases.items()}
+        run["forked"] = partial(measure_server, ROOT, "forked")
+    runs: dict[str, list[dict[str, Spent]]] = {name: [] for name in run}
     for repeat in range(args.repeats + 1):
-        for name, (checkout, launch) in cases.items():
-            spent = measure(checkout, launch, args.options)
+        for name, once in run.items():
+            spent = once()
             if repeat:  # the first fills caches
                 runs[name].append(spent)
     totals = {name: report(name, found) for name, found in runs.items()}
-    if len(totals) == 2:
-        print(f"\nbefore / this checkout: {totals['before'] / totals['this checkout']:.2f}")
+    for first, second in itertools.pairwise(totals):
+        print(f"\n{first} / {second}: {totals[first] / totals[second]:.2f}")
     if args.json is not None:
         args.json.write_text(json.dumps(totals) + "\n")
 

@@ -95,6 +95,7 @@ def third_party(module: ast.Module) -> Iterator[str]:
 
 def test_public_names() -> None:
     assert sorted(trl_gym.__all__) == [
+        "ForkServer",
         "GymGRPOConfig",
         "GymGRPOTrainer",
         "GymServers",

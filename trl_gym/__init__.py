@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
+    "ForkServer": "trl_gym.policy_server.fork_server",
     "GymGRPOConfig": "trl_gym.config",
     "GymGRPOTrainer": "trl_gym.trainer",
     "GymServers": "trl_gym.gym.servers",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from trl_gym.dataset import mix_gym_datasets as mix_gym_datasets
     from trl_gym.errors import TrlGymError as TrlGymError
     from trl_gym.gym.servers import GymServers as GymServers
+    from trl_gym.policy_server.fork_server import ForkServer as ForkServer
     from trl_gym.policy_server.server import PolicyServer as PolicyServer
     from trl_gym.trainer import GymGRPOTrainer as GymGRPOTrainer
 

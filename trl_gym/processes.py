@@ -119,8 +119,9 @@ def execute(
     pass_fds: Sequence[int],
 ) -> Supervisor:
     """Run the command, below a supervisor that is a program too. A `Start`."""
+    numbers = [str(death_fd), str(grace_s), *map(str, pass_fds)]
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(_SUPERVISOR), str(death_fd), str(grace_s), "--", *command],
+        [sys.executable, "-I", "-S", str(_SUPERVISOR), *numbers, "--", *command],
         stdin=subprocess.DEVNULL,
         stdout=log_fd,
         stderr=subprocess.STDOUT,

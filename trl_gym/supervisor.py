@@ -9,7 +9,7 @@ parent-death signal alone would not do: it is tied to the *thread* that forked, 
 thread would die with that thread, and it does not reach grandchildren such as vLLM's engine process. The supervisor
 declares itself sub-reaper, so grandchildren that lose their parent, or leave the session, are found and killed too.
 
-    python supervisor.py DEATH_FD GRACE_S -- COMMAND [ARG …]
+    python supervisor.py DEATH_FD GRACE_S [FD …] -- COMMAND [ARG …]
 
 Exit status: that of the command (128 + n if signal n ended it).
 """
@@ -147,16 +147,17 @@ def supervise(death_fd: int, grace_s: float, start: Callable[[], Child]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def main(death_fd: int, grace_s: float, command: list[str]) -> int:
-    os.set_inheritable(death_fd, False)
-    # close_fds=False: the listening socket that the trainer bound travels on to the server.
-    return supervise(
-        death_fd,
-        grace_s,
-        lambda: subprocess.Popen(command, start_new_session=True, close_fds=False, preexec_fn=prepare_child),
-    )
+def main(death_fd: int, grace_s: float, pass_fds: list[int], command: list[str]) -> int:
+    def start() -> Child:
+        child = subprocess.Popen(command, start_new_session=True, pass_fds=pass_fds, preexec_fn=prepare_child)
+        for fd in pass_fds:
+            os.close(fd)  # what the trainer gave the server is closed when the server has ended
+        return child
+
+    return supervise(death_fd, grace_s, start)
 
 
 if __name__ == "__main__":
     separator = sys.argv.index("--")
-    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[separator + 1 :]))
+    death, grace, *fds = sys.argv[1:separator]
+    sys.exit(main(int(death), float(grace), [int(fd) for fd in fds], sys.argv[separator + 1 :]))

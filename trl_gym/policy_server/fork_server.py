@@ -32,12 +32,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from trl_gym.processes import ChildProcess, Start, execute
+from trl_gym.processes import ChildProcess, Supervisor, execute
 
 logger = logging.getLogger(__name__)
 
 _PROCESS = "trl_gym.policy_server.engine.forking"
+_NOTICED_S = 5.0
 NUM_BYTES = 8  # of a length, a pid, and an exit status
 _KILLED = 128 + signal.SIGKILL  # as supervisors say it
 
@@ -97,15 +99,6 @@ class ForkServer:
         """Pid of its supervisor; None when it does not run."""
         return None if self._process is None else self._process.pid
 
-    def how_to_start(self) -> Start:
-        """Return how a server is started: by `fork` while the process runs, by `execute` otherwise."""
-        if self._process is None or self._control is None:
-            return execute
-        if self._process.poll() is not None:
-            logger.warning("The fork server %s: the policy server imports vLLM itself.", self._process.describe_end())
-            return execute
-        return self.fork
-
     def fork(
         self,
         command: Sequence[str],
@@ -115,34 +108,33 @@ class ForkServer:
         death_fd: int,
         grace_s: float,
         pass_fds: Sequence[int],
-    ) -> Forked:
-        """Ask for a supervisor and a server below it; return at once. A `trl_gym.processes.Start`.
+    ) -> Supervisor:
+        """Start a supervisor and a server below it; return at once. A `trl_gym.processes.Start`.
+
+        Where the process does not run the command is executed, with a warning if it was started.
 
         Args:
             command: `[python, "-m", MODULE, …]`. Descriptors in it follow `--listen-fd`.
 
         Raises:
-            OSError: The process has ended.
+            OSError: It could not be executed either.
         """
+        options: dict[str, Any] = {"log_fd": log_fd, "death_fd": death_fd, "grace_s": grace_s, "pass_fds": pass_fds}
+        if self._process is None or self._control is None:
+            return execute(command, env=env, **options)
         request, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        told = {
-            "command": list(command),
-            "environment": dict(env),
-            "folder": os.getcwd(),
-            "grace_s": grace_s,
-            "pass_fds": list(pass_fds),
-        }
-        body = json.dumps(told).encode()
+        told = {"command": list(command), "environment": dict(env), "folder": os.getcwd()}
+        body = json.dumps({**told, "grace_s": grace_s, "pass_fds": list(pass_fds)}).encode()
         try:
             with theirs, self._sending:
-                if self._control is None:
-                    raise OSError("the fork server was stopped")
                 socket.send_fds(self._control, [b"\0"], [theirs.fileno()])
             socket.send_fds(request, [len(body).to_bytes(NUM_BYTES, "big")], [log_fd, death_fd, *pass_fds])
             request.sendall(body)
-        except BaseException:
+        except ConnectionError:
             request.close()
-            raise
+            self._process.wait(_NOTICED_S)  # its supervisor is about to say how it ended
+            logger.warning("The fork server %s: the policy server imports vLLM itself.", self._process.describe_end())
+            return execute(command, env=env, **options)
         return Forked(request)
 
 

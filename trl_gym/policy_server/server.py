@@ -348,7 +348,7 @@ class PolicyServer:
                 # A key of the user's shell must not become the server's without our client knowing it.
                 env={**server_environment(), "VLLM_API_KEY": self._api_key, **self._env, ENV_NONCE: self._nonce},
                 pass_fds=[sock.fileno()],
-                start=execute if self._fork_server is None else self._fork_server.how_to_start(),
+                start=execute if self._fork_server is None else self._fork_server.fork,
             )
         except OSError as error:
             raise PolicyServerError(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -56,6 +58,50 @@ def test_an_engine_of_ours_ends_with_its_parent(method: str) -> None:
     assert psutil.wait_procs([orphan], timeout=20)[1] == []
 
 
+# An event loop that serves, and then forks an engine as vLLM does: within the loop, through `multiprocessing`.
+FORKING = """
+import multiprocessing, os, signal, socket, sys, time, uvloop
+from trl_gym.policy_server.engine.plugin import leave_the_server
+def engine():
+    fds = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if name != str(os.getpid())
+           and os.path.exists(f"/proc/self/fd/{name}")]
+    try:
+        print(os.getpid(), listening in fds, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, flush=True)
+        time.sleep(600)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        time.sleep(600)
+async def serve():
+    process = multiprocessing.get_context("fork").Process(target=engine)
+    process.start()
+    print(os.getpid(), listening, flush=True)
+    while True:
+        import asyncio
+        await asyncio.sleep(600)
+with socket.create_server(("127.0.0.1", 0)) as sock:
+    listening = os.readlink(f"/proc/self/fd/{sock.fileno()}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.register_at_fork(after_in_child=lambda: leave_the_server(sock))
+    uvloop.run(serve())
+"""
+
+
+def test_a_forked_engine_has_nothing_of_the_server_and_ends_with_it() -> None:
+    env = {**os.environ, ENV_OWN_SERVER: "1"}
+    with subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, text=True, env=env) as server:
+        try:
+            assert server.stdout is not None
+            lines = sorted((server.stdout.readline().split() for _ in range(2)), key=len)
+            [[_, listening], [pid, *facts]] = lines
+            assert listening.startswith("socket:") and facts == ["False", "True"]
+            os.kill(int(pid), signal.SIGINT)
+            assert server.stdout.readline() == "interrupted\n"
+            assert server.poll() is None, "the signal was the engine's alone"
+        finally:
+            server.kill()
+    assert psutil.wait_procs([psutil.Process(int(pid))] if psutil.pid_exists(int(pid)) else [], timeout=20)[1] == []
+
+
 def test_an_engine_of_another_vllm_is_left_alone() -> None:
     orphan, num_threads = orphaned("spawn", "")
     try:
@@ -95,6 +141,28 @@ def test_a_vllm_of_another_version_starts_without_our_engine(tmp_path: Path, fac
     assert json.loads(foreign.stdout) == [], "loading the plugin imports nothing heavy"
     own = registered(tmp_path, "1")
     assert own.returncode != 0 and "Error" in own.stderr
+
+
+def test_the_engine_is_forked_only_where_that_is_safe_and_the_same() -> None:
+    from trl_gym.policy_server.engine.entry import EngineStart, why_not_forked
+
+    one = EngineStart(asked=None, system="linux", device="cuda", executor="uni")
+    for fine in (one, replace(one, device="cpu")):
+        assert why_not_forked(fine) == ""
+    for changed, words in {
+        "asked=spawn": (replace(one, asked="spawn"), "VLLM_WORKER_MULTIPROC_METHOD=spawn"),
+        "asked=fork": (replace(one, asked="fork"), "VLLM_WORKER_MULTIPROC_METHOD=fork"),
+        "macOS": (replace(one, system="darwin"), "darwin"),
+        "another device": (replace(one, device="xpu"), "xpu"),
+        "tensor parallel": (replace(one, executor="mp"), "'mp'"),
+        "ray": (replace(one, executor="ray"), "'ray'"),
+        "data parallel": (replace(one, num_engines=2), "2 engines"),
+        "NUMA": (replace(one, needs_spawn="--numa-bind"), "--numa-bind"),
+        "CUDA in use": (replace(one, device_in_use=True), "device is in use"),
+        "threads": (replace(one, num_threads=3), "3 threads"),
+        "preload": (replace(one, not_preloaded=("/lib/libtcmalloc.so",)), "libtcmalloc"),
+    }.values():
+        assert words in why_not_forked(changed)
 
 
 def test_a_server_that_we_start_marks_its_engines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ from vllm.utils.system_utils import decorate_logs, set_ulimit
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from trl_gym.policy_server.command import DEFAULT_FLAGS, ENV_API_KEYS, ENV_PROMPT_FIELD, MIDDLEWARE, is_loopback
-from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, end_with_parent
+from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, leave_the_server
 from trl_gym.processes import bind_socket
 from trl_gym.threads import NUM_THREADS, num_cores, threads_here
 
@@ -81,11 +81,11 @@ def serve(argv: Sequence[str], *, listen_fd: int | None) -> None:
 async def _serve(address: str, sock: socket.socket, args: argparse.Namespace, asked: str | None) -> None:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-    if reason := why_spawned(_engine_start(config, asked)):
-        logger.info("The engine is spawned: %s", reason)
+    if reason := why_not_forked(_engine_start(config, asked)):
+        logger.info("The engine's process is left to vLLM, which may import everything again: %s", reason)
     else:
         os.environ[_START_METHOD] = "fork"
-        os.register_at_fork(after_in_child=lambda: _be_an_engine(sock))
+    os.register_at_fork(after_in_child=lambda: _be_an_engine(sock))
     engine = AsyncLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -124,8 +124,8 @@ class EngineStart:
     not_preloaded: tuple[str, ...] = ()  # libraries that the dynamic linker was to load first
 
 
-def why_spawned(start: EngineStart) -> str:
-    """Return why the engine must be spawned, which imports vLLM a second time; empty if it can be forked.
+def why_not_forked(start: EngineStart) -> str:
+    """Return why the start of the engine is left to vLLM, which spawns it mostly; empty if it can be forked.
 
     A fork copies the memory of the server and one of its threads. That is safe where nothing that it copies is bound
     to the process: no device (CUDA and XPU refuse to work after a fork, and so they must not be in use yet), and no
@@ -171,14 +171,9 @@ def _engine_start(config: VllmConfig, asked: str | None) -> EngineStart:
 
 
 def _be_an_engine(sock: socket.socket) -> None:
-    """Run in a process that was just forked: leave what belongs to the server, and have what a new process has."""
-    sock.close()  # the port is free again when the server has ended
-    signal.set_wakeup_fd(-1)  # of the server's event loop
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent(os.getppid())
+    leave_the_server(sock)
     if current_platform.is_cpu() and (num_threads := os.environ.get("OMP_NUM_THREADS")):
-        torch.set_num_threads(int(num_threads))  # OpenMP has read the variable when it was loaded
+        torch.set_num_threads(int(num_threads.partition(",")[0]))  # OpenMP has read the variable when it was loaded
 
 
 # -- arguments and environment ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -143,6 +144,8 @@ def supervise(request: socket.socket, imported: Imported) -> NoReturn:
     head, fds, _, _ = socket.recv_fds(request, NUM_BYTES, _MAX_FDS)
     told = json.loads(received(request, int.from_bytes(head, "big")))
     log, death, *passed = fds
+    if select.select([death], [], [], 0.0)[0]:
+        os._exit(0)  # the owner gave up before this process had imported anything
     for stream in (1, 2):
         os.dup2(log, stream)
     for fd in (log, request.fileno(), death):
@@ -153,16 +156,21 @@ def supervise(request: socket.socket, imported: Imported) -> NoReturn:
     reason = why_not_forked(command, told["environment"], imported)
 
     def start() -> supervisor.Child:
+        child: supervisor.Child
         if reason:
             sys.stderr.write(f"trl-gym: this server imports vLLM itself: {reason}\n")
             sys.stderr.flush()
-            return _executed(command, told, passed)
-        if (pid := os.fork()) != 0:
-            return Forked(pid)
-        for fd in (log, death):
-            os.close(fd)
-        request.close()
-        become(command[2:], imported.environment(told["environment"]), told["folder"])
+            child = _executed(command, told, passed)
+        elif (pid := os.fork()) != 0:
+            child = Forked(pid)
+        else:
+            for fd in (log, death):
+                os.close(fd)
+            request.close()
+            become(command[2:], imported.environment(told["environment"]), told["folder"])
+        for fd in passed:
+            os.close(fd)  # a port is free again when its server has ended
+        return child
 
     status = supervisor.supervise(death, told["grace_s"], start)
     with contextlib.suppress(OSError):  # nobody waits any more

@@ -7,8 +7,8 @@ ends such a process.
 with an environment variable, it also starts a thread that ends the engine when its parent ends. `trl_gym.supervisor`
 kills what a server leaves behind; if it is killed together with the server, vLLM's engines would wait forever with the
 GPU's memory (run with 0.31). A parent-death signal is tied to the thread that forked, which vLLM chooses; so each
-engine looks at its parent itself. Processes that load no plugin are not reached: the coordinator of a data parallel
-server, a process without a device.
+engine looks at its parent itself (`leave_the_server`, where it was forked). Processes that load no plugin are not
+reached: the coordinator of a data parallel server, a process without a device.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -60,6 +61,19 @@ def end_with_parent(parent: int | None = None) -> None:
         return
     if all(thread.name != _THREAD_NAME for thread in threading.enumerate()):
         threading.Thread(target=_watch, args=(parent,), name=_THREAD_NAME, daemon=True).start()
+
+
+def leave_the_server(sock: socket.socket) -> None:
+    """In an engine that was just forked from the server: give up what is the server's, and end with it.
+
+    A forked process loads no plugin: the server has loaded them. It has the server's listening socket, which would
+    keep the port, and its signal handlers, of which the event loop's would wake the server instead.
+    """
+    sock.close()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent(os.getppid())
 
 
 def _is_own_server() -> bool:
