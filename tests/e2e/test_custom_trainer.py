@@ -82,7 +82,7 @@ def test_the_curriculum_begins_with_sums_and_spares_evaluation(run: Any) -> None
 def test_no_turn_is_longer_than_it_may_be(run: Any) -> None:
     rollouts = [rollout for batch in run.seen for rollout in batch["rollouts"]]
     assert {r.request.row["responses_create_params"]["max_output_tokens"] for r in rollouts} == {TURN_TOKENS}
-    longest = max(len(call.generation_ids) for r in rollouts for call in r.calls)
+    longest = max(len(call.generation_ids) for r in rollouts for call in run.calls[r.request.rollout_id])
     assert 8 < longest <= TURN_TOKENS
 
 
@@ -92,7 +92,7 @@ def test_only_the_turn_that_decided_is_trained(run: Any) -> None:
     for batch in run.seen:
         trained = (batch["completion_mask"] * batch["tool_mask"]).sum(1).tolist()
         for row, rollout in enumerate(batch["rollouts"]):
-            lengths = [len(call.generation_ids) for call in rollout.calls]
+            lengths = [len(call.generation_ids) for call in run.calls[rollout.request.rollout_id]]
             is_cut = not rollout.answer["call_correct"]
             assert trained[row] == (lengths[0] if is_cut else sum(lengths))
             num_cut += is_cut and len(lengths) > 1
@@ -105,7 +105,8 @@ def test_the_advantages_are_of_the_rewards_as_they_were_formed(run: Any, recipe:
     for batch in batches(run):
         rollouts = batch["rollouts"]
         formed = torch.tensor(
-            [r.answer["reward"] - TURN_COST * (len(r.calls) - 1) for r in rollouts], dtype=torch.float32
+            [r.answer["reward"] - TURN_COST * (len(run.calls[r.request.rollout_id]) - 1) for r in rollouts],
+            dtype=torch.float32,
         )
         bare = torch.tensor(
             recipe.bare_answer(completions=[[recipe_message(r)] for r in rollouts]), dtype=torch.float32

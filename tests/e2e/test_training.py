@@ -59,7 +59,7 @@ def test_every_trained_trajectory_is_contiguous(run: RecordingTrainer) -> None:
     assert all(rollout.failure is None for rollout in rollouts)
     num_turns = set()
     for rollout in rollouts:
-        calls = rollout.calls
+        calls = run.calls[rollout.request.rollout_id]
         num_turns.add(len(calls))
         for before, after in itertools.pairwise(calls):
             seen = before.prompt_ids + before.generation_ids

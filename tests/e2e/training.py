@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trl_gym import GymGRPOConfig, GymGRPOTrainer
+from trl_gym.rollouts.request import RolloutRequest
+from trl_gym.rollouts.trajectory import ModelCall, Trajectory
 
 ROOT = Path(__file__).resolve().parents[2]
 CALCULATOR = ROOT / "recipes" / "environments" / "calculator"
@@ -15,11 +18,18 @@ NUM_STEPS = 8
 
 
 class RecordingTrainer(GymGRPOTrainer):
-    """Keeps what reaches the loss, and the rollouts it came from."""
+    """Keeps what reaches the loss, the rollouts it came from, and their model calls by rollout id."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seen: list[dict[str, Any]] = []
+        self.calls: dict[str, Sequence[ModelCall]] = {}
         super().__init__(*args, **kwargs)
+
+    def build_trajectories(
+        self, answer: dict[str, Any], request: RolloutRequest, calls: Sequence[ModelCall]
+    ) -> list[Trajectory]:
+        self.calls[request.rollout_id] = calls
+        return super().build_trajectories(answer, request, calls)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
