@@ -194,7 +194,7 @@ def test_agents_that_no_config_defines_and_limits_of_processes(
     changes = {"gym_environments": {"gone": {"deadline": 3}}, "gym_processes": 2, "gym_overrides": port}
     found = failures(examine(options(tmp_path, policy, train_files=[rows], **changes)))
     assert "cannot run in 2 processes (`gym_processes`): `calculator` has the fixed port 8000" in found["gym configs"]
-    assert "a process may open 100 files, and 8 rollouts in flight need up to 160" in found["open files"]
+    assert "a process may open 100 files, and 8 rollouts in flight need 136 to 160" in found["open files"]
     told = found["agents"]
     assert "other.jsonl, line 2 and 1 more: the row is for agent calculator_simple_agnt" in told
     assert f"Did you mean {AGENT}?" in told

@@ -33,7 +33,7 @@ from trl_gym.threads import num_cores
 
 logger = logging.getLogger(__name__)
 
-# They keep a process busy if each takes as many seconds as it costs times 64: 1 s at two turns, 4 s at ten.
+# They keep a process busy if each takes as many seconds as it costs times 64: 1 s at two turns, 2 s at ten.
 _ROLLOUTS_PER_PROCESS = 64
 _CORES_PER_PROCESS = 4  # the others are for policy server, trainer and what environments start
 
