@@ -305,13 +305,14 @@ class _Exchange:
         self._target = target
         self._content: aiohttp.StreamReader = _STREAM(self, _STREAM_LIMIT, loop=target.loop)
         self._decoder: Any = None
-        self._head: asyncio.Future[tuple[_Head, aiohttp.StreamReader]] = target.loop.create_future()
+        self._head: asyncio.Future[_Head] = target.loop.create_future()
         self._body: bytes | None = request.body  # until the application has it
         self._ended = asyncio.Event()  # closed or complete
         self._writable: asyncio.Event | None = None  # while the reader lags behind
         self._when_gone: list[Callable[[], object]] = []
         self._is_closed = False
         self._is_started = False
+        self._is_read = False
         self._is_complete = False
         self._length: int | None = None  # of the body, as announced; None: it is sent in chunks
         self._sent = 0
@@ -340,7 +341,10 @@ class _Exchange:
         return self._writable is not None
 
     async def read(self) -> tuple[_Head, aiohttp.StreamReader]:
-        return await self._head
+        head, content = await self._head, self._content
+        self._is_read = True
+        self._let_go()
+        return head, content
 
     def release(self) -> None:
         """The response has been read, or nobody will read it."""
@@ -466,7 +470,7 @@ class _Exchange:
         raw = tuple((name, value.strip(b" \t")) for name, value in sent)
         decoded = CIMultiDict([(_NAMES.get(name) or _text(name), _text(value)) for name, value in raw])
         if not self._head.done():
-            self._head.set_result((_Head(status, _reason(status), CIMultiDictProxy(decoded), raw), self._content))
+            self._head.set_result(_Head(status, _reason(status), CIMultiDictProxy(decoded), raw))
 
     def _send_body(self, body: bytes, *, is_last: bool) -> None:
         self._sent += len(body)
@@ -482,7 +486,12 @@ class _Exchange:
             self._is_complete = True
             self._ended.set()
             self._content.feed_eof()
-            del self._content  # which knows this exchange: nothing is left for the garbage collector
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget the stream, which knows this exchange, so that nothing is left for the garbage collector."""
+        if self._is_complete and self._is_read:
+            del self._content
 
     def _decode(self, body: bytes) -> None:
         try:
