@@ -38,10 +38,9 @@ from urllib.parse import unquote
 
 import aiohttp
 import uvicorn
-from aiohttp import hdrs
+from aiohttp import hdrs, http_parser
 from aiohttp.http import SERVER_SOFTWARE
 from aiohttp.http_exceptions import ContentLengthError, TransferEncodingError
-from aiohttp.http_parser import DeflateBuffer
 from multidict import CIMultiDict, CIMultiDictProxy, istr
 from nemo_gym import server_utils
 from yarl import URL
@@ -70,7 +69,7 @@ _BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _COMPRESSIONS = ("gzip", "deflate", "br", "zstd")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _STREAM_LIMIT = 2**16
-_NAMES = {name.lower().encode(): name for name in vars(hdrs).values() if isinstance(name, istr)}  # as aiohttp spells
+_SPELLINGS = {name.lower().encode(): name for name in vars(hdrs).values() if isinstance(name, istr)}
 _QUOTE = SimpleCookie().value_encode
 # What builds an answer takes a connection and a protocol; an `_Exchange` is both, as far as they use them.
 _RESPONSE: Any = aiohttp.ClientResponse
@@ -125,11 +124,8 @@ class LocalCalls:
             session = original(**options)
             try:
                 _check(session)
-            except TypeError as error:
-                text = (
-                    "servers call each other over sockets, which costs more CPU time: aiohttp %s has another form: %s"
-                )
-                logger.warning(text, aiohttp.__version__, error)
+            except (TypeError, AttributeError) as error:
+                logger.warning("servers call each other over sockets: aiohttp %s: %s", aiohttp.__version__, error)
             else:
                 session._request = functools.partial(self.call, session._request)
             return session
@@ -168,11 +164,11 @@ class LocalCalls:
 
 
 def _check(session: aiohttp.ClientSession) -> None:
-    """Raise `TypeError` if aiohttp takes other arguments than this file gives, or the session adds to requests."""
+    """Raise `TypeError` or `AttributeError` if aiohttp has another form, or its session adds to requests."""
     names = ("writer", "continue100", "timer", "request_info", "traces", "loop", "session", "stream_writer")
     inspect.signature(aiohttp.ClientResponse).bind("GET", URL(), **dict.fromkeys(names))
     inspect.signature(aiohttp.StreamReader).bind(None, 1, loop=None)
-    inspect.signature(DeflateBuffer).bind(None, "gzip")
+    inspect.signature(http_parser.DeflateBuffer).bind(None, "gzip")
     is_plain = (
         isinstance(session.cookie_jar, aiohttp.DummyCookieJar)
         and session.timeout == aiohttp.ClientTimeout()
@@ -462,13 +458,13 @@ class _Exchange:
             if name == b"content-length":
                 self._length = int(value)
             elif name == b"content-encoding" and value.lower().decode() in _COMPRESSIONS:
-                self._decoder = DeflateBuffer(self._content, value.lower().decode())
+                self._decoder = http_parser.DeflateBuffer(self._content, value.lower().decode())
         if status in (204, 304):
             self._length = 0
         elif self._length is None and (b"transfer-encoding", b"chunked") not in sent:
             sent.append((b"transfer-encoding", b"chunked"))
         raw = tuple((name, value.strip(b" \t")) for name, value in sent)
-        decoded = CIMultiDict([(_NAMES.get(name) or _text(name), _text(value)) for name, value in raw])
+        decoded = CIMultiDict([(_SPELLINGS.get(name) or _text(name), _text(value)) for name, value in raw])
         if not self._head.done():
             self._head.set_result(_Head(status, _reason(status), CIMultiDictProxy(decoded), raw))
 
