@@ -144,6 +144,10 @@ def supervise(death_fd: int, grace_s: float, start: Callable[[], Child]) -> int:
             child.wait(timeout=grace_s)
     kill_everything(child.pid)
     status = child.wait()
+    # Zombies that this process has adopted would be the next sub-reaper's, which may live long and reaps none.
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
     return status if status >= 0 else 128 - status
 
 

@@ -7,18 +7,13 @@ ran before.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
-from tests.conftest import wait_for
-from tests.e2e import warm_vllm
 from tests.e2e.servers import (
     SHARED,
     OneAtATime,
@@ -31,7 +26,8 @@ from tests.e2e.servers import (
 )
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym import GymServers, PolicyServer
-from trl_gym.policy_server import command
+from trl_gym.policy_server import fork_server, server
+from trl_gym.policy_server.fork_server import ForkServer
 
 RUNS = Path(__file__).resolve().parents[2] / "runs"
 ORIGINAL = "original"
@@ -74,31 +70,18 @@ def running() -> Iterator[OneAtATime]:
 
 
 @pytest.fixture(scope="session")
-def warm_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What forks policy servers; see `warm_vllm.py`."""
-    folder = tmp_path_factory.mktemp("warm")
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.warm_vllm", str(folder / "socket")], stdout=log, stderr=log
-        )
-    wait_for(lambda: (folder / "socket").exists() or process.poll() is not None, "vLLM is imported", timeout_s=300)
-    assert process.poll() is None, (folder / "log").read_text()
-    yield folder / "socket"
-    process.kill()
-    process.wait()
+def forks() -> Iterator[ForkServer]:
+    with ForkServer() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def warm(warm_socket: Path) -> Iterator[None]:
-    """Let `PolicyServer` fork its servers while tests of this module run."""
-
-    def serve_command(model: Any, *, host: str, port: int, listen_fd: int, name: str, flags: list[str]) -> list[str]:
-        arguments = [str(model), "--listen-fd", "LISTEN_FD", "--host", host, "--port", str(port)]
-        stand_in = [sys.executable, "-I", "-S", warm_vllm.__file__, str(warm_socket), str(listen_fd)]
-        return [*stand_in, *arguments, "--served-model-name", name, *flags]
-
+def warm(forks: ForkServer) -> Iterator[None]:
+    """Let every `PolicyServer`, also those that trainers make, fork its servers while tests of this module run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "serve_command", serve_command)
+        patch.setattr(ForkServer, "start", lambda self: self)  # a trainer's own, which would import vLLM once more
+        for module in (fork_server, server):
+            patch.setattr(module, "execute", forks.fork)
         yield
 
 

@@ -20,8 +20,8 @@ from tests.e2e.servers import forked
 from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, config, gap
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import PolicyServerError
-from trl_gym.policy_server import command
-from trl_gym.policy_server.command import serve_command
+from trl_gym.policy_server import server as server_module
+from trl_gym.processes import execute
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.request import RolloutRequest
 
@@ -206,11 +206,11 @@ def test_when_the_restarts_are_used_up_it_says_so(killed: Killing) -> None:
 
 @pytest.fixture(scope="module")
 def elsewhere(alone: None, small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
-    """Not a warm one: its processes are what a test looks at."""
+    """Executed, as a user starts it: its processes are what a test looks at."""
     flags = {"dtype": "float32", "max-model-len": 512, "enforce-eager": True, "data-parallel-size": 2}
     logs = tmp_path_factory.mktemp("elsewhere")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "serve_command", serve_command)
+        patch.setattr(server_module, "execute", execute)
         with PolicyServer(small_policy, vllm_args=SERVER_FLAGS | flags, api_key=KEY, log_dir=logs) as server:
             yield server
 

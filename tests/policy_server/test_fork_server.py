@@ -219,6 +219,7 @@ def test_stopping_one_ends_its_whole_family_and_no_other(shared: ForkServer, run
     pids = pids_of(hanging)
     hanging.stop()
     assert gone(pids) and hanging.poll() == 128 + signal.SIGKILL
+    wait_for(lambda: not set(pids) & {child.pid for child in psutil.Process(shared.pid).children(recursive=True)})
     assert said(other) and other.poll() is None
 
 

@@ -115,7 +115,7 @@ class EngineStart:
 
     asked: str | None  # by the user, as VLLM_WORKER_MULTIPROC_METHOD
     system: str  # `sys.platform`
-    device: str  # as vLLM calls it, e.g. "cpu", "cuda"
+    device: str  # as vLLM names it: "cpu", "cuda", "rocm", "xpu", …
     executor: str  # of the workers: "uni" runs the only one in the engine
     num_engines: int = 1
     needs_spawn: str = ""  # option of vLLM
@@ -160,7 +160,7 @@ def _engine_start(config: VllmConfig, asked: str | None) -> EngineStart:
     return EngineStart(
         asked=asked,
         system=sys.platform,
-        device=current_platform.device_type,
+        device=current_platform.device_name,
         executor=str(parallel.distributed_executor_backend),
         num_engines=parallel.data_parallel_size,
         needs_spawn=needs,
