@@ -9,6 +9,7 @@ overridden on the command line. At the end it prints a table of what the run ach
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -19,10 +20,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from trl_gym.errors import ConfigError, TrlGymError
+from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.threads import wait_without_spinning
 
 if TYPE_CHECKING:
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig
 
 DefaultModel = Callable[[str, int], Path]  # folder, seed → the folder with a model
+
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # where accelerate looks, in its order
 
 
 @dataclass
@@ -69,8 +76,13 @@ def main(argv: Sequence[str] | None = None, default_model: DefaultModel | None =
         argv: Options without the program's name, as TRL's parser takes them; default: those of this process.
         default_model: Makes a model where `model_name_or_path` is not set.
     """
+    quiet()
+    wait_without_spinning()
     try:
-        _train(argv, default_model)
+        # vLLM is imported while this process imports torch and TRL.
+        early = early_fork_server(sys.argv[1:] if argv is None else argv, os.environ)
+        with early or contextlib.nullcontext() as forks:
+            _train(argv, default_model, forks)
     except TrlGymError as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
         return 1
@@ -80,9 +92,37 @@ def main(argv: Sequence[str] | None = None, default_model: DefaultModel | None =
     return 0
 
 
-def _train(argv: Sequence[str] | None, default_model: DefaultModel | None) -> None:
-    quiet()
-    wait_without_spinning()
+def early_fork_server(argv: Sequence[str], environment: Mapping[str, str]) -> ForkServer | None:
+    """Return the fork server for the policy server that this run will start, not started yet; None if it starts none.
+
+    Args:
+        argv: Options, without the program's name.
+        environment: Variables by which launchers tell a process its rank; rank 0 starts servers.
+    """
+    options = told_options(argv)
+    rank = next((environment[name] for name in _RANKS if name in environment), "0")
+    elsewhere = options.get("vllm_mode") == "server" or options.get("gym_replay") is not None
+    if rank != "0" or elsewhere or not options or options.keys() & {"h", "help"}:
+        return None
+    devices = options.get("gym_server_devices")
+    return ForkServer(env={} if devices is None else {"CUDA_VISIBLE_DEVICES": str(devices)})
+
+
+def told_options(argv: Sequence[str]) -> dict[str, Any]:
+    """Read options without TRL's parser, which takes seconds to import: those of the YAML, and over them those of the
+    command line, as texts. What cannot be read is left out; the parser says what is wrong with it."""
+    given = {}
+    for word, following in pairwise([*argv, ""]):
+        name, equals, value = word.partition("=")
+        if name.startswith("-"):
+            given[name.lstrip("-")] = value if equals else following
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        found = yaml.safe_load(Path(given["config"]).read_text()) if "config" in given else {}
+        return {**(found if isinstance(found, dict) else {}), **given}
+    return {}
+
+
+def _train(argv: Sequence[str] | None, default_model: DefaultModel | None, forks: ForkServer | None) -> None:
     started = time.monotonic()
     from accelerate import PartialState
     from transformers.utils import logging as transformers_logging
@@ -120,6 +160,7 @@ def _train(argv: Sequence[str] | None, default_model: DefaultModel | None) -> No
         train_dataset=load_train(script, args.seed),
         eval_dataset=load_gym_dataset(script.eval_files, agent=script.agent) if script.eval_files else None,
         peft_config=get_peft_config(model),
+        fork_server=forks,
     ) as trainer:
         up = time.monotonic()
         if state.is_main_process:
@@ -164,6 +205,7 @@ def parse_options(
 def quiet() -> None:
     """Keep libraries from talking over the progress bar; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TRL sets it when it is imported; the fork server is earlier
     logging.basicConfig(level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

@@ -35,6 +35,7 @@ from trl_gym.errors import naming
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.offload import measured_peak
 from trl_gym.model_card import add_section, describe, settings_of
+from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.progress import PhaseClock, make_progress
 from trl_gym.ranks import agreed
@@ -112,6 +113,9 @@ class GymGRPOTrainer(GRPOTrainer):
             A server to use instead of one that the trainer starts and stops itself.
         gym_servers ([`GymServers`], *optional*):
             A NeMo Gym to use instead of one that the trainer starts and stops itself.
+        fork_server ([`ForkServer`], *optional*):
+            Process that has imported vLLM, or is doing so, and forks the trainer's policy server. By default the
+            trainer starts one itself.
         kwargs:
             Everything else that [`~trl.GRPOTrainer`] takes, except `tools`, `environment_factory` and `rollout_func`:
             a Gym environment brings its own tools.
@@ -135,6 +139,7 @@ class GymGRPOTrainer(GRPOTrainer):
         *,
         policy_server: PolicyBackend | None = None,
         gym_servers: GymServers | None = None,
+        fork_server: ForkServer | None = None,
         **kwargs: Any,
     ) -> None:
         compat.check_versions()
@@ -151,7 +156,7 @@ class GymGRPOTrainer(GRPOTrainer):
         self._num_batches = 0
         self._progress = make_progress(live=not args.disable_tqdm)
         self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
-        self._source = self._new_source(args, model, policy_server, gym_servers, kwargs)
+        self._source = self._new_source(args, model, policy_server, gym_servers, fork_server, kwargs)
         servers.close_previous(args.output_dir, self)  # before a second server is started beside the first
         try:
             self._source.start()  # servers load while the model does
@@ -275,6 +280,7 @@ class GymGRPOTrainer(GRPOTrainer):
         model: str | PreTrainedModel,
         policy_server: PolicyBackend | None,
         gym_servers: GymServers | None,
+        fork_server: ForkServer | None,
         kwargs: dict[str, Any],
     ) -> RolloutSource:
         """Choose where rollouts come from: the one place that knows which sources there are."""
@@ -282,7 +288,8 @@ class GymGRPOTrainer(GRPOTrainer):
             check_replay(args, has_servers=policy_server is not None or gym_servers is not None)
             return JournalSource(args.gym_replay)
         own = {name: kwargs.get(name) for name in ("processing_class", "peft_config", "quantization_config")}
-        return LiveSource(args, servers.servers_for(args, model, policy=policy_server, gym=gym_servers, **own))
+        given = {"policy": policy_server, "gym": gym_servers, "fork_server": fork_server}
+        return LiveSource(args, servers.servers_for(args, model, **given, **own))
 
     def _generation_backend(self, **_: Any) -> compat.ServedGeneration:
         """Its weight sync is reached when weights changed and no callback has pushed them: at the start, on resume."""

@@ -28,6 +28,7 @@ from trl_gym.errors import ConfigError, Problem
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.plan import this_device, try_estimate
 from trl_gym.policy_server.command import api_key_from_environment
+from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice
@@ -51,6 +52,7 @@ def servers_for(
     gym: GymServers | None = None,
     peft_config: Any = None,
     quantization_config: Any = None,
+    fork_server: ForkServer | None = None,
 ) -> RunServers:
     """Return the two servers of a run, not started yet. For the arguments see `RunServers`."""
     return RunServers(
@@ -59,6 +61,7 @@ def servers_for(
         policy,
         gym,
         lambda: server_options(args, model, peft_config, quantization_config, PartialState().num_processes),
+        fork_server,
     )
 
 
@@ -72,6 +75,7 @@ class RunServers:
         gym: A NeMo Gym to borrow.
         start_options: Makes flags and environment of the server; called on rank 0 when one is started. See
             `server_options`.
+        fork_server: Forks the policy server when one is started. Default: one of its own, for restarts.
 
     Raises:
         ConfigError: The configuration names no policy server, or no NeMo Gym.
@@ -84,10 +88,13 @@ class RunServers:
         policy: PolicyBackend | None = None,
         gym: GymServers | None = None,
         start_options: Callable[[], tuple[dict[str, Any], Mapping[str, str]]] = lambda: ({}, {}),
+        fork_server: ForkServer | None = None,
     ) -> None:
         self._args = args
         self._servable = servable
         self._start_options = start_options
+        self._fork_server = fork_server
+        self._own_fork_server: ForkServer | None = None
         self._owns_policy = policy is None or policy.state is ServerState.NEW
         self._owns_gym = gym is None or gym.state is ServerState.NEW
         self._process = PartialState()
@@ -174,6 +181,8 @@ class RunServers:
         finally:
             if self._owns_policy and self.policy is not None:
                 self.policy.stop()
+            if self._own_fork_server is not None:
+                self._own_fork_server.stop()
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -202,6 +211,10 @@ class RunServers:
             key = api_key_from_environment()
             return PolicyServer.attach(args.vllm_server_base_url, api_key=key, timeout_s=args.vllm_server_timeout)
         flags, environment = self._start_options()
+        if self._fork_server is None:
+            devices = args.gym_server_devices
+            placed = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+            self._fork_server = self._own_fork_server = ForkServer(env={**environment, **placed}).start()
         return PolicyServer(
             self._servable(),
             vllm_args=flags,
@@ -210,6 +223,7 @@ class RunServers:
             start_timeout_s=args.gym_server_start_timeout,
             api_key=api_key_from_environment() or secrets.token_urlsafe(_API_KEY_BYTES),
             devices=args.gym_server_devices,
+            fork_server=self._fork_server,
         )
 
     def new_gym(self) -> GymServers:

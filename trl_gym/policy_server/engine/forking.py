@@ -73,7 +73,7 @@ def why_not_forked(command: Sequence[str], wanted: Mapping[str, str], imported: 
         name
         for name in imported.before.keys() | there.keys()
         if name.startswith(_READ_BY_IMPORTS) and name not in _READ_LATER
-        if imported.before.get(name) != there.get(name)
+        if there.get(name) not in (imported.before.get(name), imported.after.get(name))  # torch sets some itself
     )
     return f"the environment differs in {', '.join(names)}, which may be read while importing" if names else ""
 
