@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.conftest import RECIPES
+from tests.conftest import RECIPES, wait_for
 from trl_gym.cli import main
-from trl_gym.train import make_data, newest_checkpoint, summarize
+from trl_gym.train import early_fork_server, make_data, newest_checkpoint, summarize, told_options
 
 MINIMAL = ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
 
@@ -49,10 +51,64 @@ def test_mistakes_in_options_are_one_message(
 
 @pytest.mark.parametrize("script", [["-m", "trl_gym.train"], [str(RECIPES / "grpo.py")]])
 def test_the_module_and_the_recipe_are_the_same_script(tmp_path: Path, script: list[str]) -> None:
+    """Both begin with a fork server, and end it when the options turn out to be wrong."""
     command = [sys.executable, *script, *MINIMAL, "--gym_deadline", "0"]
     environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "`gym_deadline` is 0.0." in done.stderr and "Traceback" not in done.stderr
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        started = wait_for(lambda: psutil.Process(run.pid).children(recursive=True), "a child")
+        assert any("policy_server.engine.forking" in word for child in started for word in child.cmdline())
+        told = run.stderr.read()
+    assert run.returncode == 1 and "`gym_deadline` is 0.0." in told and "Traceback" not in told
+    wait_for(lambda: not any(map(runs, started)), lambda: f"still there: {started}")
+
+
+def runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "starts"),
+    [
+        (["--output_dir", "out"], {}, True),
+        (["--output_dir", "out"], {"RANK": "0", "OMPI_COMM_WORLD_RANK": "3"}, True),
+        (["--output_dir", "out"], {"RANK": "1"}, False),
+        (["--output_dir", "out"], {"PMI_RANK": "2"}, False),
+        (["--vllm_mode", "server"], {}, False),
+        (["--vllm_mode=server"], {}, False),
+        (["--gym_replay", "rollouts"], {}, False),
+        (["--config", "elsewhere.yaml"], {}, False),
+        (["--config", "elsewhere.yaml", "--vllm_mode", "colocate"], {}, True),
+        (["--vllm_mode", "colocate", "--config=elsewhere.yaml"], {}, True),
+        (["--config", "missing.yaml"], {}, False),
+        (["--config", "broken.yaml"], {}, False),
+        (["--config", "list.yaml"], {}, True),
+        (["--config"], {}, False),
+        (["--config", "elsewhere.yaml", "--help"], {}, False),
+        ([], {}, False),
+    ],
+)
+def test_a_fork_server_is_started_early_where_a_policy_server_will_be(
+    here: Path, argv: list[str], environment: dict[str, str], starts: bool
+) -> None:
+    (here / "elsewhere.yaml").write_text("vllm_mode: server\n")
+    (here / "broken.yaml").write_text("vllm_mode: [server\n")
+    (here / "list.yaml").write_text("- 1\n")
+    assert (early_fork_server(argv, environment) is not None) == starts
+
+
+def test_options_are_told_as_the_parser_takes_them(here: Path) -> None:
+    (here / "run.yaml").write_text("gym_server_devices: 0\nlearning_rate: 1.0e-5\nvllm_mode: colocate\n")
+    told = told_options(["--config", "run.yaml", "--learning_rate=1e-6", "--seed", "1", "--seed", "2", "--resume"])
+    assert told == {
+        "config": "run.yaml",
+        "gym_server_devices": 0,
+        "learning_rate": "1e-6",
+        "vllm_mode": "colocate",
+        "seed": "2",
+        "resume": "",
+    }
 
 
 def test_the_help_says_how_several_processes_are_launched(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,8 @@ def test_the_quickstart_shortened(small_policy: Path, tmp_path: Path) -> None:
     assert len(lines) < 40, output  # no log spam
     for expected in ("policy server log:", "NeMo Gym log:", "step 2/2: reward", "before → after", "checkpoint: "):
         assert expected in output, output
+    [log] = (tmp_path / "logs").glob("policy_server-*.log")
+    assert "imports vLLM itself" not in log.read_text()  # forked, from what imported it while the trainer started
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [0, 1, 2]
     assert [row["step"] for row in metrics if "eval_reward" in row] == [0, 2]

@@ -214,7 +214,7 @@ class RunServers:
         if self._fork_server is None:
             devices = args.gym_server_devices
             placed = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
-            self._fork_server = self._own_fork_server = ForkServer(env={**environment, **placed}).start()
+            self._fork_server = self._own_fork_server = ForkServer(env={**environment, **placed})
         return PolicyServer(
             self._servable(),
             vllm_args=flags,
@@ -247,6 +247,8 @@ class RunServers:
             self.policy = self.new_policy()
         if self.policy.state is ServerState.NEW:
             compat.check_versions(("vllm",))
+            if self._own_fork_server is not None:
+                self._own_fork_server.start()
             self.policy.start()
         elif self.policy.state is ServerState.READY:  # refused before a model is loaded for nothing
             self._check_splice_unless_paused()

@@ -37,7 +37,9 @@ _READ_BY_IMPORTS = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "HOME", "NO_COLOR", "FORCE_COLOR"),
 )
 # Those that are read when a server starts, whatever was imported; `entry.py` sees to the number of threads.
-_READ_LATER = frozenset({"VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS"})
+_READ_LATER = frozenset(
+    {"VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_INSECURE_SERIALIZATION", "OMP_NUM_THREADS"}
+)
 
 _MAX_FDS = 64
 
