@@ -30,13 +30,17 @@ GYM_BY_PYTHON = (("3.12", "0.4.0"), ("3.13", "0.7.0"))  # first interpreter foun
 GYM_FLOOR = "3.13.14"  # what nemo-gym >= 0.5 declares; see above
 GYM_EXTRAS = ["httptools"]  # with which Gym's servers parse HTTP; nemo-gym asks for it from 0.7 on
 ENVIRONMENT_PACKAGES = ["reasoning-gym", "tiktoken"]  # the environments that the tests roll out import these
-# Imported once after an installation: it proves that the packages fit together, and compiles their bytecode, which
-# three processes would otherwise do side by side at their first start.
+# Run once after an installation: it proves that the packages fit together, and compiles the bytecode of what a start
+# imports, which three processes would otherwise do side by side, each time where PYTHONDONTWRITEBYTECODE is set.
 TRAINER_IMPORTS = (
-    "trl_gym.trainer, trl_gym.gym.servers, vllm.entrypoints.openai.api_server, vllm.v1.engine.core, "
-    "vllm.model_executor.models.qwen3"
+    "import sys, trl_gym.trainer, trl_gym.train, trl_gym.gym.servers, vllm.model_executor.models.qwen3\n"
+    "from trl_gym.policy_server.engine.forking import import_all\n"
+    "problem = import_all([]).problem\n"
+    "sys.exit(problem if 'importing failed' in problem else 0)"
 )
-GYM_IMPORTS = "nemo_gym.rollout_collection, responses_api_agents.simple_agent.app, responses_api_models.vllm_model.app"
+GYM_IMPORTS = (
+    "import nemo_gym.rollout_collection, responses_api_agents.simple_agent.app, responses_api_models.vllm_model.app"
+)
 DEEPSPEED = ["deepspeed==0.19.8", "hjson", "msgpack"]  # with what .venv lacks of its requirements
 NOTEBOOKS = ("nbclient", "ipykernel", "tensorboardX")  # what executes them, and what `report_to` is tested with
 VISION_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
@@ -178,9 +182,9 @@ class Environment:
         return own_uv
 
     def finish(self, mark, imports):
-        """Try the imports, then write the stamp."""
-        import_all = [self.python, "-W", "ignore", "-c", f"import {imports}"]
-        check(import_all, f"importing what was installed into {self.name}", {"PYTHONDONTWRITEBYTECODE": ""})
+        """Run the imports, then write the stamp."""
+        command = [self.python, "-W", "ignore", "-c", imports]
+        check(command, f"importing what was installed into {self.name}", {"PYTHONDONTWRITEBYTECODE": ""})
         with open(self.stamp, "w") as stamp:
             json.dump({"fingerprint": mark}, stamp)
 
