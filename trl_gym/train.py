@@ -105,7 +105,9 @@ def early_fork_server(argv: Sequence[str], environment: Mapping[str, str]) -> Fo
     if rank != "0" or elsewhere or not options or options.keys() & {"h", "help"}:
         return None
     devices = options.get("gym_server_devices")
-    return ForkServer(env={} if devices is None else {"CUDA_VISIBLE_DEVICES": str(devices)})
+    placed = {} if devices is None else {"CUDA_VISIBLE_DEVICES": str(devices)}
+    # As TRL will set it here when it is imported: a server whose environment differs would not be forked.
+    return ForkServer(env={"VLLM_LOGGING_LEVEL": environment.get("VLLM_LOGGING_LEVEL", "ERROR"), **placed})
 
 
 def told_options(argv: Sequence[str]) -> dict[str, Any]:
@@ -205,7 +207,6 @@ def parse_options(
 def quiet() -> None:
     """Keep libraries from talking over the progress bar; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # TRL sets it when it is imported; the fork server is earlier
     logging.basicConfig(level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

@@ -34,13 +34,19 @@ def run(options: argparse.Namespace) -> int:
 
     from trl_gym.doctor import checks
     from trl_gym.doctor.context import Context
+    from trl_gym.train import early_fork_server
 
     console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
     begin = partial(_tell, to_terminal=console.is_terminal and not options.json)
     entries: list[checks.Entry] = []
     argv = [*options.run_options, *(("--config", options.config) if options.config else ())]
     accelerate_config = Path(options.accelerate_config) if options.accelerate_config else None
-    with _quiet(), Context(argv=argv, quick=options.quick, accelerate_config=accelerate_config) as context:
+    early = None if options.quick else early_fork_server(argv, os.environ)
+    with (
+        _quiet(),
+        early or contextlib.nullcontext() as forks,
+        Context(argv=argv, quick=options.quick, accelerate_config=accelerate_config, fork_server=forks) as context,
+    ):
         for entry in checks.run_checks(checks.CHECKS, context, begin):
             entries.append(entry)
             if not options.json:

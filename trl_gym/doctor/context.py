@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig
     from trl_gym.gym.install import GymInstallation
     from trl_gym.gym.servers import GymServers
+    from trl_gym.policy_server.fork_server import ForkServer
     from trl_gym.policy_server.server import PolicyBackend
     from trl_gym.run.servers import RunServers
     from trl_gym.train import ScriptArguments
@@ -78,6 +79,7 @@ class Context:
     quick: bool = False  # whether no server is started
     # File for `accelerate launch --config_file`; accelerate's own default when None.
     accelerate_config: Path | None = None
+    fork_server: ForkServer | None = None  # started before the checks, stopped after them
     # Options of the training script; valid once "options file" has passed, like the next two.
     script: ScriptArguments = field(init=False)
     args: GymGRPOConfig = field(init=False)  # options of the trainer; may hold values that "options" complains of

@@ -334,7 +334,8 @@ def _own_args(context: Context) -> GymGRPOConfig:
 def _new_run(context: Context) -> RunServers:
     from trl_gym.run.servers import RunServers
 
-    return RunServers(_own_args(context), lambda: context.model, start_options=lambda: run_options(context))
+    options, forks = lambda: run_options(context), context.fork_server
+    return RunServers(_own_args(context), lambda: context.model, start_options=options, fork_server=forks)
 
 
 def _load_model(context: Context) -> Any:
