@@ -34,6 +34,7 @@ ENVIRONMENT_PACKAGES = ["reasoning-gym", "tiktoken"]  # the environments that th
 # imports, which three processes would otherwise do side by side, each time where PYTHONDONTWRITEBYTECODE is set.
 TRAINER_IMPORTS = (
     "import sys, trl_gym.trainer, trl_gym.train, trl_gym.gym.servers, vllm.model_executor.models.qwen3\n"
+    "import matplotlib.pyplot\n"
     "from trl_gym.policy_server.engine.forking import import_all\n"
     "problem = import_all([]).problem\n"
     "sys.exit(problem if 'importing failed' in problem else 0)"

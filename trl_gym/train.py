@@ -10,6 +10,7 @@ overridden on the command line. At the end it prints a table of what the run ach
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -126,13 +127,14 @@ def told_options(argv: Sequence[str]) -> dict[str, Any]:
 
 def _train(argv: Sequence[str] | None, default_model: DefaultModel | None, forks: ForkServer | None) -> None:
     started = time.monotonic()
+    from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset  # isort: skip  # imports the others, too
     from accelerate import PartialState
     from transformers.utils import logging as transformers_logging
     from trl import get_peft_config
 
-    from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
     from trl_gym.resume import last_complete_checkpoint
 
+    gc.freeze()  # what was imported stays, and need not be walked through again
     transformers_logging.disable_progress_bar()
     script, args, model = parse_options(argv, GymGRPOConfig)
     state = PartialState()
