@@ -22,6 +22,7 @@ from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server import server as server_module
 from trl_gym.processes import execute
+from trl_gym.rollouts.engine_metrics import engine_metrics, parse_counters
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.request import RolloutRequest
 
@@ -276,6 +277,24 @@ def test_a_trainer_killed_in_a_transfer_leaves_a_server_that_the_next_one_can_us
     replicas = [elsewhere.client.prompt_logprobs(batch)[0] for _ in range(6)]  # they are asked by turns
     for one, other in itertools.pairwise(replicas):
         assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_the_turns_of_a_rollout_find_their_prefix_on_their_replica(elsewhere: PolicyServer) -> None:
+    client, rollouts = elsewhere.client, [f"sticky-{number}" for number in range(6)]
+    before = parse_counters(client.prometheus(), at=0.0)
+    for number, rollout in enumerate(rollouts):  # no two prompts begin alike
+        messages = [{"role": "user", "content": f"{number} " + "1 + 2 = ? " * 30}]
+        for _ in range(2):
+            answer = client.chat(messages=messages, max_tokens=8, trl_gym={"rollout": rollout})
+            messages += [answer["choices"][0]["message"], {"role": "user", "content": "2"}]
+    records = client.rollout_records(rollouts)
+    assert [[call["cached_tokens"] > 0 for call in records[rollout]] for rollout in rollouts] == [[False, True]] * 6
+    metrics = engine_metrics(before, parse_counters(client.prometheus(), at=1.0))
+    calls = [call for rollout in rollouts for call in records[rollout]]
+    assert metrics["engine/generation_tokens_per_second"] == sum(call["completion_tokens"] for call in calls)
+    assert metrics["engine/prompt_tokens_per_second"] == sum(call["prompt_tokens"] for call in calls)
+    assert 0 < metrics["engine/prefix_cache_hit_rate"] < 0.5  # of two turns, the second one's prefix
+    assert metrics["engine/preemptions"] == 0 < metrics["engine/running"]
 
 
 def test_engines_do_not_outlive_a_server_that_is_killed_with_its_supervisor(elsewhere: PolicyServer) -> None:

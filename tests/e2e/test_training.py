@@ -129,6 +129,7 @@ def test_metrics_are_on_disk_with_phases(run: RecordingTrainer) -> None:
     assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
     for line in lines:
         assert {"reward", "success", "seconds/rollouts", "seconds/update", "seconds/weight_sync"} <= set(line)
+        assert {"engine/running", "engine/generation_tokens_per_second"} <= set(line)
         assert line["rollouts/failed_fraction"] == 0.0
         assert line["rollouts/drift_fraction"] == 0.0
         gaps = {name: value for name, value in line.items() if "logprob_gap/" in name and not name.endswith("/max")}

@@ -38,7 +38,7 @@ class FakeUpstream:
 
     Attributes:
         requests: What it was asked: method, target, body, headers by lower case name.
-        answers: `"METHOD /path"` → status and JSON, instead of what it would say.
+        answers: `"METHOD /path"` → status and JSON (or bytes), instead of what it would say.
         breaks: Paths on which it closes the connection without an answer.
         hangs: Paths on which it never answers.
         breaks_off: Paths on which it stops in the middle of its answer.
@@ -108,6 +108,8 @@ class FakeUpstream:
             return await self._sse(request)
         status, payload = self.answers.get(f"{request.method} {path}") or self._answer(path, body)
         own = {"X-Served-By": str(self.port), "Connection": "X-Private", "X-Private": "1"}
+        if isinstance(payload, bytes):
+            return web.Response(body=payload, status=status, headers=own, content_type="text/plain")
         return web.json_response(payload, status=status, headers=own)
 
     async def _sse(self, request: web.Request) -> web.StreamResponse:

@@ -25,7 +25,7 @@ from tests.policy_server.fake_vllm import END, render
 from trl_gym.cli import main
 from trl_gym.errors import ConfigError, PolicyServerError
 from trl_gym.policy_server import gateway
-from trl_gym.policy_server.gateway import UpstreamFacts, check_upstreams, takes_prompt_field
+from trl_gym.policy_server.gateway import UpstreamFacts, check_upstreams, shared_replicas, takes_prompt_field
 from trl_gym.policy_server.middleware.identity import KEY_PATTERN, PREFIX, ROLLOUT_HEADER, rollout_key
 from trl_gym.processes import bind_socket
 
@@ -117,6 +117,16 @@ async def test_what_is_found_out() -> None:
     [facts] = await facts_of(fake, api_key="k")
     assert facts == UpstreamFacts(fake.url, ("policy",), 200, "0.31.0", False, True, False)
     assert {headers["authorization"] for *_, headers in fake.requests} == {"Bearer k"}
+
+
+async def test_replicas_are_counted_where_all_upstreams_have_as_many() -> None:
+    engines = [
+        b"".join(b'vllm:num_requests_running{engine="%d",model_name="p"} 0.0\n' % n for n in range(k)) for k in (2, 4)
+    ]
+    fakes = [FakeUpstream(answers={"GET /metrics": (200, engines[place])}) for place in (0, 0, 1)]
+    facts = await facts_of(*fakes)
+    assert [fact.num_replicas for fact in facts] == [2, 2, 4]
+    assert (shared_replicas(facts[:2]), shared_replicas(facts)) == (2, 1)
 
 
 @pytest.mark.parametrize(

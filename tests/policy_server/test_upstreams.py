@@ -16,6 +16,7 @@ from tests.policy_server.adapter_folder import write_adapter
 from tests.policy_server.fake_upstream import Call, FakeUpstream, ask, serving, without_way_out
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.upstreams import CONTROL_PATHS, UpstreamApp, UpstreamLostError
+from trl_gym.rollouts.engine_metrics import engine_metrics, parse_counters
 
 CHAT = "/v1/chat/completions"
 BODY = json.dumps({"messages": [{"role": "user", "content": "0"}]}).encode()
@@ -462,3 +463,23 @@ async def test_nothing_made_up_here_is_retried_for_ever() -> None:
         assert not statuses & RETRIED_FOREVER
         for fake in fakes:
             await fake.start()
+
+
+async def test_metrics_are_those_of_all_upstreams_or_none() -> None:
+    fakes = FakeUpstream(), FakeUpstream()
+    async with serving(*fakes) as app:
+        for fake, preemptions in zip(fakes, (3, 4), strict=True):
+            said = f'# TYPE x counter\nvllm:num_preemptions_total{{engine="0"}} {preemptions}.0\nup 1\n'
+            fake.answers["GET /metrics"] = (200, said.encode())
+        text = (await ask(app, "GET", "/metrics")).text
+        first, second = (fake.url for fake in fakes)
+        assert text.splitlines() == [
+            f'up{{upstream="{first}"}} 1',
+            f'up{{upstream="{second}"}} 1',
+            f'vllm:num_preemptions_total{{upstream="{first}",engine="0"}} 3.0',
+            f'vllm:num_preemptions_total{{upstream="{second}",engine="0"}} 4.0',
+        ]
+        looks = [parse_counters([text.replace(" 3.0", f" {number}.0")], at=float(number)) for number in (3, 5)]
+        assert engine_metrics(*looks) == {"engine/preemptions": 2.0}
+        fakes[1].answers["GET /metrics"] = (404, {"detail": "Not Found"})
+        assert (await ask(app, "GET", "/metrics")).status == 404

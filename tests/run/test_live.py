@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, RolloutError
+from trl_gym.policy_server.client import PolicyResponseError
 from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.run.live import LiveSource
 
@@ -52,21 +53,29 @@ def test_calls_of_no_rollout_are_counted_and_their_agents_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any], expected: float, words: str
 ) -> None:
     counts = UntaggedCalls(gym=Counter({"responses_api_agents/chat": 6, "": 1}), others=9)
-    policy = SimpleNamespace(client=SimpleNamespace(untagged_calls=lambda: counts))
     args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], **options)
-    servers = SimpleNamespace(policy=policy, owns_gym=args.gym_mode != "attach")
-    live = LiveSource(args, servers)  # type: ignore[arg-type]
-    live._accelerator = Accelerator(cpu=True)
+    live = LiveSource(args, SimpleNamespace(owns_gym=args.gym_mode != "attach"))  # type: ignore[arg-type]
     before = UntaggedCalls(gym=Counter({"responses_api_agents/chat": 2}), others=7)
-    assert live._untagged_metrics(before) == {"rollouts/untagged_calls": [expected]}
+    assert live._untagged_metrics(counts.since(before)) == {"rollouts/untagged_calls": [expected]}
     assert words in caplog.text and "gym_untagged_calls" in caplog.text
     caplog.clear()
-    assert live._untagged_metrics(counts) == {}
+    assert live._untagged_metrics(counts.since(counts)) == {}
     assert caplog.text == ""
 
 
 def test_other_clients_of_the_policy_server_are_not_taken_for_our_gym(tmp_path: Path) -> None:
-    policy = SimpleNamespace(client=SimpleNamespace(untagged_calls=lambda: UntaggedCalls(others=9)))
-    live = source(tmp_path, policy=policy, owns_gym=True)
+    live = source(tmp_path, owns_gym=True)
+    assert live._untagged_metrics(UntaggedCalls(others=9)) == {}
+
+
+def test_a_server_without_metrics_ends_no_batch(tmp_path: Path) -> None:
+    def refuse() -> list[str]:
+        raise PolicyResponseError("GET /metrics: HTTP 404", 404)
+
+    client = SimpleNamespace(untagged_calls=lambda: UntaggedCalls(others=9), prometheus=refuse)
+    live = source(tmp_path, policy=SimpleNamespace(client=client))
     live._accelerator = Accelerator(cpu=True)
-    assert live._untagged_metrics(UntaggedCalls()) == {}
+    untagged, counters = live._look()
+    assert untagged.others == 9 and counters.values == {}
+    client.prometheus = lambda: ["vllm:num_preemptions_total 3.0"]
+    assert list(live._look()[1].values.values()) == [3.0]

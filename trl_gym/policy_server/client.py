@@ -194,6 +194,11 @@ class PolicyClient:
             counts.others += info["untagged_calls"]["others"]
         return counts
 
+    def prometheus(self, *, timeout_s: float = 10.0) -> list[str]:
+        """Return what each server counts (`GET /metrics`), in Prometheus' text format."""
+        bodies = self._call_all("GET", "/metrics", timeout_s=timeout_s, raw=True)
+        return [body.decode(errors="replace") for body in bodies]
+
     def models(self) -> list[dict[str, Any]]:
         """Return the models that the server serves, adapters included."""
         return self._call("GET", "/v1/models", shape=_with("data", list[dict[str, Any]]))["data"]
@@ -505,8 +510,10 @@ class PolicyClient:
         params: dict[str, Any] | None = None,
         timeout_s: float | None = None,
         shape: Any = Any,
+        raw: bool = False,
     ) -> Any:
-        """Send one request. Return the parsed JSON, which has the given shape, or `None` for an empty answer.
+        """Send one request. Return the parsed JSON, which has the given shape, or `None` for an empty answer; with
+        `raw`, the body.
 
         Raises:
             PolicyServerError: See the module's docstring.
@@ -528,6 +535,8 @@ class PolicyClient:
             redirect = redirect_problem(url, status, response.headers.get("Location"))
             said = redirect or f"HTTP {status}: {_quote(error_body_text(body[:MAX_ERROR_BYTES]))}"
             raise PolicyResponseError(f"{method} {url}: {said}", status)
+        if raw:
+            return body
         try:
             answer = parse_json(body) if body else None
         except ValueError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -63,6 +64,7 @@ class UpstreamFacts:
     has_transfer_params: bool  # whether it takes one in `kv_transfer_params`
     # Whether its logprobs are those before temperature; `None` if that could not be measured.
     raw_logprobs: bool | None
+    num_replicas: int = 1  # of its data-parallel engine
 
 
 class _UnusableError(PolicyServerError):
@@ -104,6 +106,12 @@ async def check_upstreams(
 def takes_prompt_field(facts: Sequence[UpstreamFacts]) -> bool:
     """Return whether exact prompts go into `prompt_token_ids` (else into `kv_transfer_params`) for all upstreams."""
     return all(fact.has_prompt_field for fact in facts)
+
+
+def shared_replicas(facts: Sequence[UpstreamFacts]) -> int:
+    """Return how many replicas each upstream has, where all have as many: a request names one of any upstream's."""
+    counts = {fact.num_replicas for fact in facts}
+    return counts.pop() if len(counts) == 1 else 1
 
 
 def _differences(facts: Sequence[UpstreamFacts]) -> list[Problem]:
@@ -174,7 +182,8 @@ class _Check:
                 "Run vLLM 0.27 or newer.",
             )
         raw = await self._has_raw_logprobs(names[0], by_field if has_field else by_params)
-        return UpstreamFacts(self.url, names, max_model_len, version, has_field, has_params, raw)
+        replicas = await self._num_replicas()
+        return UpstreamFacts(self.url, names, max_model_len, version, has_field, has_params, raw, replicas)
 
     async def _models(self) -> tuple[tuple[str, ...], int]:
         reply = await self._call("GET", "/v1/models")
@@ -234,6 +243,12 @@ class _Check:
             raise _UnusableError(f"POST /v1/chat/completions answered HTTP {reply.status}: {quote(reply.body)}")
         answer = reply.json()
         return isinstance(answer, dict) and answer.get("prompt_token_ids") == ids
+
+    async def _num_replicas(self) -> int:
+        """Count engines by their metrics, the only public route that tells; 1 for a server that has none."""
+        reply = await self._call("GET", "/metrics")
+        found = re.findall(rb'^vllm:num_requests_running\{[^}]*engine="(\d+)"', reply.body, re.MULTILINE)
+        return max(1, len(set(found))) if reply.ok else 1
 
     async def _has_raw_logprobs(self, model: str, how: dict[str, Any]) -> bool | None:
         """Halving the temperature doubles the distances between processed logprobs and leaves raw ones alone."""
@@ -365,7 +380,9 @@ async def _serve(
     facts = await check_upstreams(urls, api_key=key, timeout_s=options.start_timeout_s, note=note)
     upstreams = UpstreamApp(urls, api_key=key)
     settings = Settings(
-        api_keys=(options.api_key,) if options.api_key else (), has_prompt_field=takes_prompt_field(facts)
+        api_keys=(options.api_key,) if options.api_key else (),
+        has_prompt_field=takes_prompt_field(facts),
+        num_replicas=shared_replicas(facts),
     )
     config = uvicorn.Config(
         build_app(upstreams, settings),

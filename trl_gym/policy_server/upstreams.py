@@ -390,6 +390,8 @@ class UpstreamApp:
                 reply = await self._weight_info(request)
             elif (request.method, request.path) == ("GET", "/health"):
                 reply = self._health()
+            elif (request.method, request.path) == ("GET", "/metrics"):
+                reply = await self._metrics(request)
             else:
                 return await self._forward(request, affinity, answering)
         except UpstreamLostError:
@@ -508,6 +510,19 @@ class UpstreamApp:
             )
         return next(iter(replies.values()))
 
+    async def _metrics(self, request: ForwardedRequest) -> Reply:
+        """Return the metrics of all upstreams in rotation in one text, each told by a label `upstream`."""
+        asked = [upstream for upstream in self.upstreams if upstream.in_rotation]
+        answers = await asyncio.gather(*(self._ask_or_mark_down(upstream, request) for upstream in asked))
+        replies = {upstream.url: reply for upstream, reply in zip(asked, answers, strict=True) if reply is not None}
+        if not replies:
+            raise self._nobody_left()
+        if (refusal := next((reply for reply in replies.values() if not reply.ok), None)) is not None:
+            return refusal  # those of some would be taken for those of all
+        lines = [_labelled(line, url) for url, reply in replies.items() for line in reply.body.splitlines()]
+        lines = sorted(filter(None, lines), key=lambda line: line.partition(b"{")[0])  # a metric's lines are together
+        return Reply(200, b"\n".join(lines) + b"\n", b"text/plain; version=0.0.4; charset=utf-8")
+
     async def _ask_or_mark_down(self, upstream: Upstream, request: ForwardedRequest) -> Reply | None:
         try:
             return await self._ask(upstream, request)
@@ -568,6 +583,18 @@ class UpstreamApp:
 def _rank(affinity: str, url: str) -> bytes:
     """Rendezvous hashing: the highest rank answers; without that upstream only its own keys move."""
     return hashlib.blake2b(f"{affinity}\0{url}".encode(), digest_size=8).digest()
+
+
+def _labelled(line: bytes, url: str) -> bytes:
+    """Return a sample of Prometheus' text format with one label more; nothing for a comment."""
+    if not line or line.startswith(b"#"):
+        return b""
+    label = b'upstream="' + url.encode() + b'"'
+    name, brace, rest = line.partition(b"{")
+    if not brace:
+        name, _, value = line.partition(b" ")
+        return name + b"{" + label + b"} " + value
+    return name + b"{" + label + (b"" if rest.startswith(b"}") else b",") + rest
 
 
 def _says_no(reply: Reply) -> bool:

@@ -9,16 +9,18 @@ collect ── server awake ── recall what an interrupted run has finished �
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.compat import installed_version
-from trl_gym.errors import ConfigError, RolloutError
+from trl_gym.errors import ConfigError, PolicyServerError, RolloutError
 from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.ranks import agree_on_loss, agreed
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector
+from trl_gym.rollouts.engine_metrics import EngineCounters, engine_metrics, parse_counters
 from trl_gym.rollouts.journal import Journal
 from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.redaction import secrets_in
@@ -139,24 +141,33 @@ class LiveSource:
                 recall = self._recall if batch.mode == "train" else None
                 recalled = {} if recall is None else recall.take_all(requests, policy)
             finish = self._finisher(self._journal, batch, policy)
-            untagged = self._untagged_calls()
+            untagged, counters = self._look()
             rollouts = collect_missing(self._collector, requests, recalled, finish, self._hooks.progress)
             with agreed(self._accelerator):
                 self._journal.commit()
-            metrics = self._untagged_metrics(untagged)
+            untagged_now, counters_now = self._look()
+            metrics = self._untagged_metrics(untagged_now.since(untagged))
+            metrics |= {name: [value] for name, value in engine_metrics(counters, counters_now).items()}
         if self._accelerator.is_main_process:  # which counts restarts
             metrics["policy_server/restarts"] = [float(self._servers.num_restarts)]
         return Collected(rollouts=rollouts, metrics=metrics)
 
-    def _untagged_calls(self) -> UntaggedCalls:
-        """Return those so far, on rank 0, in whose server log they are one count."""
+    def _look(self) -> tuple[UntaggedCalls, EngineCounters]:
+        """Return what the policy server has counted so far, on rank 0; the other ranks wait."""
         with agreed(self._accelerator):
-            is_main = self._accelerator.is_main_process
-            return self.policy_server.client.untagged_calls() if is_main else UntaggedCalls()
+            if not self._accelerator.is_main_process:
+                return UntaggedCalls(), EngineCounters(0.0)
+            client = self.policy_server.client
+            untagged = client.untagged_calls()
+            try:
+                texts = client.prometheus()
+            except PolicyServerError as error:  # a server without such metrics; a lost one is noticed elsewhere
+                logger.info("no metrics of the engine: %s", error)
+                texts = []
+            return untagged, parse_counters(texts, time.monotonic())
 
-    def _untagged_metrics(self, before: UntaggedCalls) -> dict[str, list[float]]:
+    def _untagged_metrics(self, found: UntaggedCalls) -> dict[str, list[float]]:
         """Count the batch's model calls that belong to no rollout, and say whose they are."""
-        found = self._untagged_calls().since(before)
         # A Gym that was not started here has the server's own key, as other clients may.
         number = found.gym.total() + (0 if self._servers.owns_gym else found.others)
         if not number:

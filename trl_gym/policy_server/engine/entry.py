@@ -36,7 +36,14 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs, set_ulimit
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from trl_gym.policy_server.command import DEFAULT_FLAGS, ENV_API_KEYS, ENV_PROMPT_FIELD, MIDDLEWARE, is_loopback
+from trl_gym.policy_server.command import (
+    DEFAULT_FLAGS,
+    ENV_API_KEYS,
+    ENV_PROMPT_FIELD,
+    ENV_REPLICAS,
+    MIDDLEWARE,
+    is_loopback,
+)
 from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, leave_the_server
 from trl_gym.processes import bind_socket
 from trl_gym.threads import NUM_THREADS, num_cores, threads_here
@@ -81,6 +88,9 @@ def serve(argv: Sequence[str], *, listen_fd: int | None) -> None:
 async def _serve(address: str, sock: socket.socket, args: argparse.Namespace, asked: str | None) -> None:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    parallel = config.parallel_config
+    replicas = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
+    os.environ[ENV_REPLICAS] = str(replicas)  # those that a request may name
     if reason := why_not_forked(_engine_start(config, asked)):
         logger.info("The engine's process is left to vLLM, which may import everything again: %s", reason)
     else:

@@ -32,7 +32,7 @@ from typing import Any
 import msgspec
 
 import trl_gym
-from trl_gym.policy_server.command import ENV_API_KEYS, ENV_NONCE, ENV_PROMPT_FIELD
+from trl_gym.policy_server.command import ENV_API_KEYS, ENV_NONCE, ENV_PROMPT_FIELD, ENV_REPLICAS
 from trl_gym.policy_server.middleware.adapters import AdapterControl
 from trl_gym.policy_server.middleware.chat import CHAT_PATH, ChatTurns
 from trl_gym.policy_server.middleware.http import (
@@ -53,6 +53,7 @@ from trl_gym.policy_server.middleware.http import (
 )
 from trl_gym.policy_server.middleware.identity import Gate, RefusedError, UntaggedCalls, identity_of
 from trl_gym.policy_server.middleware.ledger import CallRecord, Taken
+from trl_gym.policy_server.middleware.replicas import Replicas
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import RenderRefusedError
 from trl_gym.policy_server.middleware.turn import InvalidTurnError, Turn, checked_sampling
@@ -73,14 +74,16 @@ class Settings:
     # Accepted bearer tokens, needed on every route but `/health`; none are needed if it is empty.
     api_keys: tuple[str, ...] = ()
     has_prompt_field: bool = False  # whether the server takes `prompt_token_ids` as a field of a chat request
+    num_replicas: int = 1  # of a data-parallel engine, which a request may name in `X-data-parallel-rank`
 
     @classmethod
     def from_env(cls) -> Settings:
-        """Read `TRL_GYM_NONCE`, `TRL_GYM_SERVER_API_KEYS`, `TRL_GYM_PROMPT_FIELD`: vLLM builds middleware itself."""
+        """Read the variables named in `command.py`: vLLM builds middleware itself."""
         return cls(
             nonce=os.environ.get(ENV_NONCE) or None,
             api_keys=tuple(key for key in os.environ.get(ENV_API_KEYS, "").splitlines() if key),
             has_prompt_field=os.environ.get(ENV_PROMPT_FIELD) == "1",
+            num_replicas=int(os.environ.get(ENV_REPLICAS) or 1),
         )
 
 
@@ -101,6 +104,7 @@ class OnPolicyMiddleware:
         self._instance = secrets.token_hex(8)
         self._gate = Gate(settings.api_keys)
         self._untagged = UntaggedCalls()
+        self._replicas = Replicas(settings.num_replicas)
         self._server_info = ServerInfo()
         self._adapters = AdapterControl(self._server_info)
         self._chat = ChatTurns(self._server_info, self._adapters, has_prompt_field=settings.has_prompt_field)
@@ -160,7 +164,10 @@ class OnPolicyMiddleware:
             await self._forward(server, body, send)  # vLLM's own answer, or its own complaint
             return None
         if (affinity := _affinity(turn)) is not None:
-            server = WrappedServer(server.app, {**server.scope, AFFINITY: affinity}, server.receive)
+            scope: Scope = {**server.scope, AFFINITY: affinity}
+            if turn.rollout is not None and not self._chat.book.has_ended(turn.rollout):
+                scope = self._replicas.placed(scope, turn.rollout, lambda: _beginning(turn))
+            server = WrappedServer(server.app, scope, server.receive)
         return await self._chat.answer(server, turn)
 
     async def _refuse_turns(self, server: WrappedServer, send: Send) -> Reply | None:
@@ -233,6 +240,7 @@ class OnPolicyMiddleware:
     async def _take(self, server: WrappedServer, _send: Send) -> Reply:
         names = _names(_required_object(await read_body(server.receive)))
         taken = Taken(self._instance, self._chat.book.take(names))
+        self._replicas.release(names)
         await self._adapters.release(server, names)
         return Reply(200, msgspec.msgpack.encode(taken), b"application/msgpack")
 
@@ -240,6 +248,7 @@ class OnPolicyMiddleware:
         request = _required_object(await read_body(server.receive))
         names = _names(request)
         aborted = self._chat.book.cancel(names)
+        self._replicas.release(names)
         await self._adapters.release(server, names)
         return Reply.from_json(200, {"aborted": aborted})
 
@@ -288,3 +297,8 @@ def _affinity(turn: Turn) -> str | None:
     if turn.rollout is not None or turn.seen is None:
         return turn.rollout
     return hashlib.blake2b(array("q", turn.seen[: turn.num_first_prompt]).tobytes(), digest_size=16).hexdigest()
+
+
+def _beginning(turn: Turn) -> bytes:
+    """Return a digest of what a rollout begins with: the rollouts of one task begin alike."""
+    return hashlib.blake2b(msgspec.json.encode(turn.messages) + turn.options_key, digest_size=16).digest()
