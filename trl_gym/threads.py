@@ -83,9 +83,8 @@ def wanted_threads(
             a launcher's then, a larger number for the user's.
         command: The parent's command.
     """
-    text = environment.get(NUM_THREADS, "").partition(",")[0].strip()  # OpenMP takes a list, for nested regions
-    number = int(text) if text.isascii() and text.isdecimal() else 0
-    if number < 1:
+    number = number_in(environment)
+    if number is None:
         return None
     if not any(name in environment for name in _LAUNCHED_BY):
         return number
@@ -93,6 +92,12 @@ def wanted_threads(
         return number if number > 1 else None
     asked = NUM_THREADS in launcher or any(word.partition("=")[0] in _OPTIONS for word in command)
     return number if asked else None
+
+
+def number_in(environment: Mapping[str, str]) -> int | None:
+    """Return the number in OMP_NUM_THREADS, the first one of a list; None where there is none."""
+    text = environment.get(NUM_THREADS, "").partition(",")[0].strip()
+    return int(text) or None if text.isascii() and text.isdecimal() else None
 
 
 def threads_here(model: object, *, on_gpu: bool = False) -> Threads:
@@ -124,8 +129,7 @@ def use_threads(model: object, *, on_gpu: bool) -> Threads:
     import torch
 
     threads = threads_here(model, on_gpu=on_gpu)
-    launchers = os.environ.get(NUM_THREADS)
-    if threads.wanted is None and launchers is not None and torch.get_num_threads() == int(launchers or 0):
+    if threads.wanted is None and torch.get_num_threads() == number_in(os.environ):
         torch.set_num_threads(threads.trainer)
     logger.info("threads: %s; this process computes with %d", threads, torch.get_num_threads())
     return threads

@@ -46,7 +46,7 @@ from trl_gym.policy_server.command import (
 )
 from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, leave_the_server
 from trl_gym.processes import bind_socket
-from trl_gym.threads import NUM_THREADS, num_cores, threads_here
+from trl_gym.threads import NUM_THREADS, num_cores, number_in, threads_here
 
 logger = vllm.logger.init_logger("vllm.trl_gym.policy_server")  # to where vLLM's own lines go
 
@@ -182,8 +182,8 @@ def _engine_start(config: VllmConfig, asked: str | None) -> EngineStart:
 
 def _be_an_engine(sock: socket.socket) -> None:
     leave_the_server(sock)
-    if current_platform.is_cpu() and (num_threads := os.environ.get("OMP_NUM_THREADS")):
-        torch.set_num_threads(int(num_threads.partition(",")[0]))  # OpenMP has read the variable when it was loaded
+    if current_platform.is_cpu() and (num_threads := number_in(os.environ)):
+        torch.set_num_threads(num_threads)  # OpenMP has read the variable when it was loaded
 
 
 # -- arguments and environment ----------------------------------------------------------------------------------------
