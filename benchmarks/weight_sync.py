@@ -311,7 +311,7 @@ def between_gpus(name: str, repeats: int, transport_name: str) -> dict[str, str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transport", default="file", choices=["file", "adapter", "ipc", "nccl"])
-    parser.add_argument("--sizes", default="10M,100M,300M,1B")
+    parser.add_argument("--sizes", default="10M,135M,300M,1B")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no_server", action="store_true", help="only the transport alone")

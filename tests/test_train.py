@@ -141,7 +141,14 @@ def test_a_run_is_summed_up_from_what_is_on_disk(tmp_path: Path, capsys: pytest.
     (tmp_path / "rollouts" / "step-1.rank-0.jsonl").write_text(json.dumps(retried) + "\n")
     rows = [
         {"step": 0, "eval_reward": 0.2, "eval_success": 0.1, "eval_seconds/rollouts": 1.0},
-        {"step": 1, "reward": 0.5, "seconds/rollouts": 2.0, "eval_reward": 0.6, "eval_success": 0.4},
+        {
+            "step": 1,
+            "reward": 0.5,
+            "seconds/rollouts": 2.0,
+            "weight_sync/seconds/pause": 99.0,
+            "eval_reward": 0.6,
+            "eval_success": 0.4,
+        },
     ]
     torn = '{"step": 2, "rew'  # by a full disk
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)

@@ -363,7 +363,7 @@ def _table(metrics: Sequence[Mapping[str, Any]], counted: Mapping[str, int], sta
     for row in metrics:
         for name, value in row.items():
             prefix, _, phase = name.partition("seconds/")
-            if phase and value is not None:
+            if phase and value is not None and not prefix.endswith("/"):  # not `weight_sync/seconds/…`, parts of one
                 phases["evaluation" if prefix else phase.replace("_", " ")] += value
     for phase, seconds in phases.items():
         table.add_row(f"seconds: {phase}", f"{seconds:.1f}")
