@@ -10,7 +10,6 @@ overridden on the command line. At the end it prints a table of what the run ach
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import re
@@ -134,7 +133,6 @@ def _train(argv: Sequence[str] | None, default_model: DefaultModel | None, forks
 
     from trl_gym.resume import last_complete_checkpoint
 
-    gc.freeze()  # what was imported stays, and need not be walked through again
     transformers_logging.disable_progress_bar()
     script, args, model = parse_options(argv, GymGRPOConfig)
     state = PartialState()
