@@ -260,7 +260,7 @@ def play(server: Server, kind: str, name: str, size: Size, *, is_alone: bool = T
     more: dict[str, Json] = {
         "stock": {"return_token_ids": True, "top_logprobs": 0},
         "full": {},
-        "slim": {"trl_gym": {"rollout": name, "sampling": {"temperature": 0.0}}},
+        "slim": {"trl_gym": {"rollout": name}},  # pinned parameters would leave `allowed_token_ids` out
     }
     if is_alone:
         server.post("/reset_prefix_cache", b"")
