@@ -29,6 +29,7 @@ from typing import Protocol
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 OPEN_FILES = 65_536  # as vLLM does; some programs walk through all numbers below their limit
+REAP_S = 3.0  # for memory and devices of killed processes
 POLL_S = 1.0  # how often the parent's pid is looked at, for a pipe end that leaked into a forked process
 
 
@@ -103,6 +104,16 @@ def kill_everything(group: int) -> None:
         time.sleep(0.05)
 
 
+def reap_everything() -> None:
+    """Wait for what was killed. Zombies that this process has adopted would be the next sub-reaper's, which may live
+    long and reaps none. A process whose first thread has ended looks like one before the kernel gives it up."""
+    deadline = time.monotonic() + REAP_S
+    with contextlib.suppress(ChildProcessError):  # none is left
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.01)
+
+
 def supervise(death_fd: int, grace_s: float, start: Callable[[], Child]) -> int:
     """Start the server, and end it when the pipe closes, or a signal asks for it, or the parent of this process ends.
 
@@ -144,10 +155,7 @@ def supervise(death_fd: int, grace_s: float, start: Callable[[], Child]) -> int:
             child.wait(timeout=grace_s)
     kill_everything(child.pid)
     status = child.wait()
-    # Zombies that this process has adopted would be the next sub-reaper's, which may live long and reaps none.
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    reap_everything()
     return status if status >= 0 else 128 - status
 
 
