@@ -100,13 +100,16 @@ def test_a_fork_server_is_started_early_where_a_policy_server_will_be(
 
 def test_options_are_told_as_the_parser_takes_them(here: Path) -> None:
     (here / "run.yaml").write_text("gym_server_devices: 0\nlearning_rate: 1.0e-5\nvllm_mode: colocate\n")
-    told = told_options(["--config", "run.yaml", "--learning_rate=1e-6", "--seed", "1", "--seed", "2", "--resume"])
+    told = told_options(
+        ["--config", "run.yaml", "--learning_rate=1e-6", "--seed", "1", "--seed", "2", "--gym-replay", "x", "--resume"]
+    )
     assert told == {
         "config": "run.yaml",
         "gym_server_devices": 0,
         "learning_rate": "1e-6",
         "vllm_mode": "colocate",
         "seed": "2",
+        "gym_replay": "x",
         "resume": "",
     }
 

@@ -117,7 +117,7 @@ def told_options(argv: Sequence[str]) -> dict[str, Any]:
     for word, following in pairwise([*argv, ""]):
         name, equals, value = word.partition("=")
         if name.startswith("-"):
-            given[name.lstrip("-")] = value if equals else following
+            given[name.lstrip("-").replace("-", "_")] = value if equals else following  # argparse takes both
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
         found = yaml.safe_load(Path(given["config"]).read_text()) if "config" in given else {}
         return {**(found if isinstance(found, dict) else {}), **given}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.rollouts.sampled import record
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.middleware.ledger import CallRecord, Taken, token_ids
 from trl_gym.rollouts.ledger import CallState, Ledger, weight_versions
+from trl_gym.untrusted import read_body
 
 
 def answered(version: str | None = "1", status: int = 200) -> CallRecord:
@@ -119,6 +121,22 @@ async def test_rollouts_that_end_together_are_taken_together(server: Any) -> Non
     assert found == [(behaviour.records[name], "first") for name in names]
     asked = [body["rollouts"] for _, body, _ in behaviour.asked]
     assert asked == [names[:32], names[32:64], names[64:], ["r0"]]
+
+
+async def test_an_answer_that_is_too_long_costs_the_rollout_that_makes_it_so(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behaviour, url = server
+    names = [f"r{index}" for index in range(9)]
+    behaviour.records |= {name: [record([], [1, 2], [3] * 100)] for name in names}
+    behaviour.records["r4"] = [record([], [1, 2], [3] * 1000)]
+    one = len(msgspec.msgpack.encode(behaviour.records["r0"]))
+    monkeypatch.setattr("trl_gym.rollouts.ledger.read_body", functools.partial(read_body, limit=3 * one))
+    async with aiohttp.ClientSession() as session:
+        ledger = Ledger(url)
+        found = await asyncio.gather(*(ledger.take(session, name) for name in names), return_exceptions=True)
+    assert "the answer is longer than" in str(found.pop(4))
+    assert found == [(behaviour.records[name], "first") for name in names if name != "r4"]
 
 
 async def test_a_rollout_that_the_server_contradicts_itself_about_fails_alone(server: Any) -> None:

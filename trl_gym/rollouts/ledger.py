@@ -17,7 +17,7 @@ import msgspec
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import root_url, server_urls
 from trl_gym.policy_server.middleware.ledger import CallRecord, CallTokens
-from trl_gym.untrusted import read_beginning, read_body, redirect_problem
+from trl_gym.untrusted import BodyTooLongError, read_beginning, read_body, redirect_problem
 
 TAKE_PATH = "/trl_gym/rollouts/take"
 RECORDS_PATH = "/trl_gym/rollouts/records"
@@ -91,11 +91,17 @@ class Ledger:
     async def _take_all(
         self, session: aiohttp.ClientSession, names: Sequence[str]
     ) -> Mapping[str, _TakenCalls | Exception]:
-        """Ask for some rollouts in one request; return the calls or the error of each."""
+        """Ask for some rollouts in one request; return the calls or the error of each.
+
+        Servers keep those that were taken last: halves of an answer that was too long can be asked for again.
+        """
         try:
             bodies = await self._post_all(session, TAKE_PATH, {"rollouts": names}, _TIMEOUT_S)
             answers = [_read_answer(root, body) for root, body in zip(self._roots, bodies, strict=True)]
         except Exception as error:
+            if isinstance(error.__cause__, BodyTooLongError) and len(names) > 1:
+                halves = names[: len(names) // 2], names[len(names) // 2 :]
+                return {name: one for half in halves for name, one in (await self._take_all(session, half)).items()}
             return dict.fromkeys(names, error)
         return {name: self._calls_of(name, answers) for name in names}
 

@@ -424,7 +424,7 @@ class Finisher:
                 if result.records is not None:
                     calls = self._counted(result.answer, calls, has_called=bool(result.records))
                 with naming("build_trajectories", result.request.described, unless=TrajectoryError):
-                    built = self.build(result.answer, result.request, calls)
+                    built = list(self.build(result.answer, result.request, calls))
                     trajectories = Trajectories(built)
                 drift = next((one.drift for one in built if one.drift is not None), None)
             except DishonestAnswerError as error:
