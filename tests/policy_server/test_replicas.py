@@ -98,6 +98,13 @@ def test_it_is_one_policy(replicas: tuple[list[Replica], str], fleet: PolicyServ
     fleet.stop()
 
 
+def test_how_our_own_server_accepts_weights_is_not_asked_of_vllm() -> None:
+    app = Replica()
+    with served(OnPolicyMiddleware(app, Settings(weight_transports=("ipc", "adapter")))) as client:
+        assert PolicyServer.attach(client.base_url).weight_transports == ("ipc", "adapter")
+    assert "/server_info" not in app.asked()
+
+
 def test_control_reaches_all_and_reads_one(replicas: tuple[list[Replica], str], fleet: PolicyServer) -> None:
     apps, _ = replicas
     for app in apps:

@@ -58,6 +58,7 @@ class _Info(TypedDict):
     model_names: Annotated[list[str], msgspec.Meta(min_length=1)]
     max_model_len: Annotated[int, msgspec.Meta(ge=1)]
     untagged_calls: NotRequired[_Untagged]
+    weight_transports: NotRequired[list[str] | None]
 
 
 class _Held(TypedDict):

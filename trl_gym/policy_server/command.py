@@ -27,6 +27,7 @@ _OLD_KEY_VARIABLES = ("TRL_GYM_API_KEY",)  # read by the clients of versions bef
 ENV_NONCE = "TRL_GYM_NONCE"
 ENV_API_KEYS = "TRL_GYM_SERVER_API_KEYS"  # one per line; set by the server process for itself
 ENV_REPLICAS = "TRL_GYM_REPLICAS"  # of a data-parallel engine, as many as a request may choose from
+ENV_WEIGHT_TRANSPORTS = "TRL_GYM_WEIGHT_TRANSPORTS"  # ways in which the server accepts weights, with commas
 ENV_PROMPT_FIELD = "TRL_GYM_PROMPT_FIELD"  # "1" if the server takes `prompt_token_ids` as a field of the request
 
 MIDDLEWARE = "trl_gym.policy_server.middleware.app.OnPolicyMiddleware"

@@ -414,7 +414,9 @@ def _require_replicas(base_urls: Sequence[str], infos: Sequence[Mapping[str, Any
 
 
 def _accepted_by(client: PolicyClient) -> tuple[str, ...]:
-    config = client.server_config()
+    if (told := client.info().get("weight_transports")) is not None:
+        return tuple(told)
+    config = client.server_config()  # behind a gateway, or of an older version; vLLM runs `pip list` for its answer
     backend = (config.get("weight_transfer_config") or {}).get("backend")
     return (*filter(None, [backend]), *(("adapter",) if config.get("lora_config") else ()))
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, end_with_parent
+from trl_gym.policy_server.middleware.app import Settings
 
 # Starts a child that calls it twice and then sleeps, and prints the child's pid and number of threads that look.
 PARENT = """
@@ -171,3 +172,7 @@ def test_a_server_that_we_start_marks_its_engines(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != ENV_OWN_SERVER})
     entry._configure_environment(entry.parse_args(["some/model"]))
     assert os.environ[ENV_OWN_SERVER] == "1"
+    assert Settings.from_env().weight_transports == ("file",)
+    nccl = ["--weight-transfer-config", '{"backend": "nccl"}', "--enable-lora"]
+    entry._configure_environment(entry.parse_args(["some/model", *nccl]))
+    assert Settings.from_env().weight_transports == ("nccl", "adapter")

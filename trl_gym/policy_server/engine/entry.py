@@ -41,6 +41,7 @@ from trl_gym.policy_server.command import (
     ENV_API_KEYS,
     ENV_PROMPT_FIELD,
     ENV_REPLICAS,
+    ENV_WEIGHT_TRANSPORTS,
     MIDDLEWARE,
     is_loopback,
 )
@@ -240,6 +241,9 @@ def _configure_environment(args: argparse.Namespace) -> None:
     """Set what the middleware and the plugin read, and what vLLM needs to share a small machine."""
     os.environ[ENV_OWN_SERVER] = "1"
     os.environ[ENV_API_KEYS] = "\n".join(_api_keys(args))
+    weights = args.weight_transfer_config
+    transports = [*([weights.backend] if weights else []), *(["adapter"] if args.enable_lora else [])]
+    os.environ[ENV_WEIGHT_TRANSPORTS] = ",".join(transports)
     if args.enable_lora:
         # The route needs the key, as every route that changes weights.
         os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")

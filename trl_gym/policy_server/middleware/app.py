@@ -32,7 +32,13 @@ from typing import Any
 import msgspec
 
 import trl_gym
-from trl_gym.policy_server.command import ENV_API_KEYS, ENV_NONCE, ENV_PROMPT_FIELD, ENV_REPLICAS
+from trl_gym.policy_server.command import (
+    ENV_API_KEYS,
+    ENV_NONCE,
+    ENV_PROMPT_FIELD,
+    ENV_REPLICAS,
+    ENV_WEIGHT_TRANSPORTS,
+)
 from trl_gym.policy_server.middleware.adapters import AdapterControl
 from trl_gym.policy_server.middleware.chat import CHAT_PATH, ChatTurns
 from trl_gym.policy_server.middleware.http import (
@@ -74,15 +80,18 @@ class Settings:
     # Accepted bearer tokens, needed on every route but `/health`; none are needed if it is empty.
     api_keys: tuple[str, ...] = ()
     has_prompt_field: bool = False  # whether the server takes `prompt_token_ids` as a field of a chat request
+    weight_transports: tuple[str, ...] | None = None  # ways in which it accepts weights; None if only vLLM knows
     num_replicas: int = 1  # of a data-parallel engine, which a request may name in `X-data-parallel-rank`
 
     @classmethod
     def from_env(cls) -> Settings:
         """Read the variables named in `command.py`: vLLM builds middleware itself."""
+        transports = os.environ.get(ENV_WEIGHT_TRANSPORTS)
         return cls(
             nonce=os.environ.get(ENV_NONCE) or None,
             api_keys=tuple(key for key in os.environ.get(ENV_API_KEYS, "").splitlines() if key),
             has_prompt_field=os.environ.get(ENV_PROMPT_FIELD) == "1",
+            weight_transports=tuple(transports.split(",")) if transports else None,
             num_replicas=int(os.environ.get(ENV_REPLICAS) or 1),
         )
 
@@ -101,6 +110,7 @@ class OnPolicyMiddleware:
         self.app = app
         settings = settings or Settings.from_env()
         self._nonce = settings.nonce
+        self._weight_transports = settings.weight_transports
         self._instance = secrets.token_hex(8)
         self._gate = Gate(settings.api_keys)
         self._untagged = UntaggedCalls()
@@ -206,6 +216,7 @@ class OnPolicyMiddleware:
                 **server_info,
                 "weight_version": await self._server_info.weight_version(server),
                 "turn_end_token_id": turn_end,
+                "weight_transports": self._weight_transports,
                 "adapters": self._adapters.describe(),
                 "untagged_calls": self._untagged.describe(),
                 "counters": {
