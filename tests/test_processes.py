@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import wait_for
-from trl_gym import processes
+from trl_gym import processes, supervisor
 from trl_gym.processes import ChildProcess, bind_socket
 
 GRACE_S = 0.5  # instead of 5 s, for children that ignore SIGINT
@@ -96,6 +96,43 @@ def test_nothing_survives_the_owner(tmp_path: Path, how: signal.Signals) -> None
     os.kill(owner.pid, how)
     owner.wait()
     wait_for(lambda: not any(map(alive, pids)), timeout_s=10.0)
+
+
+def test_a_child_of_a_script_that_forgets_it_is_told_to_end(tmp_path: Path) -> None:
+    """Finalizers do nothing any more when children are stopped at interpreter exit."""
+    owner = (
+        "import sys, time; from pathlib import Path; from trl_gym.processes import ChildProcess\n"
+        "log = Path(sys.argv[1])\n"
+        f"child = ChildProcess('polite', [sys.executable, '-c', {POLITE!r}], log_path=log)\n"
+        "while 'up' not in log.read_text(): time.sleep(0.01)\n"
+    )
+    subprocess.run([sys.executable, "-c", owner, str(tmp_path / "log")], check=True, timeout=120)
+    assert (tmp_path / "log").read_text() == "up\nbye\n"
+
+
+def test_a_supervisor_gets_all_the_time_that_it_may_need(tmp_path: Path) -> None:
+    """A stand-in hangs; a real one would need devices that are slow to let go."""
+    waited: list[float | None] = []
+
+    class Hanging:
+        pid, returncode = 1, None
+
+        def poll(self) -> int | None:
+            return self.returncode
+
+        def wait(self, timeout: float | None = None) -> int:
+            waited.append(timeout)
+            if timeout is not None:
+                raise subprocess.TimeoutExpired("hanging", timeout)
+            return -signal.SIGKILL
+
+        def kill(self) -> None:
+            waited.append(0.0)
+
+    ChildProcess("hanging", ["none"], log_path=tmp_path / "log", start=lambda *_, **__: Hanging()).stop()
+    [first, *others] = waited
+    assert first is not None and first > processes._GRACE_S + supervisor.KILL_S + supervisor.REAP_S
+    assert others == [0.0, None], "killed, then awaited"
 
 
 def test_environment_can_be_added_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

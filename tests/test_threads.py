@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from trl_gym.threads import (
     Threads,
     choose_threads,
     num_cores,
+    num_that_run,
     wait_without_spinning,
     wanted_threads,
 )
@@ -98,3 +100,11 @@ def test_threads_sleep_while_they_wait_unless_the_user_wants_them_to_spin() -> N
     for before, then in (({}, "PASSIVE"), ({WAIT_POLICY: "ACTIVE"}, "ACTIVE")):
         wait_without_spinning(environment := dict(before))
         assert environment[WAIT_POLICY] == then
+
+
+def test_threads_of_libraries_count_too() -> None:
+    """One that Python was not told about stands for them."""
+    before, lock = num_that_run(), _thread.allocate_lock()
+    with lock:
+        _thread.start_new_thread(lock.acquire, ())
+        assert num_that_run() == before + 1

@@ -20,8 +20,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from trl_gym.supervisor import KILL_S, POLL_S, REAP_S
+
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _GRACE_S = 5.0  # from SIGINT to SIGKILL; "Ctrl-C ends all within 10 s" leaves room for both servers
+_END_S = POLL_S + KILL_S + REAP_S + 5.0  # what a supervisor may take besides, and something for a busy machine
 
 
 class ServerState(StrEnum):
@@ -117,9 +120,10 @@ def execute(
     death_fd: int,
     grace_s: float,
     pass_fds: Sequence[int],
+    adopts: bool = True,
 ) -> Supervisor:
-    """Run the command, below a supervisor that is a program too. A `Start`."""
-    numbers = [str(death_fd), str(grace_s), *map(str, pass_fds)]
+    """Run the command, below a supervisor that is a program too. A `Start`; `adopts` as for `supervisor.supervise`."""
+    numbers = [str(death_fd), str(grace_s), str(int(adopts)), *map(str, pass_fds)]
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(_SUPERVISOR), *numbers, "--", *command],
         stdin=subprocess.DEVNULL,
@@ -175,9 +179,10 @@ class ChildProcess:
         finally:
             os.close(death_read)
         _running.add(self)
-        # A server without references ends too: a notebook cell with `policy = PolicyServer(…)` may be run again.
-        self._let_go = weakref.finalize(self, os.close, death_write)  # once, whoever calls it
-        self._let_go.atexit = False  # `_stop_forgotten_children` does more
+        self._death_pipe = os.fdopen(death_write, "wb", buffering=0)  # a file closes its descriptor once
+        # A server without references ends too: a notebook cell with `policy = PolicyServer(…)` may be run again. At
+        # interpreter exit finalizers do nothing any more when `_stop_forgotten_children` runs.
+        weakref.finalize(self, self._death_pipe.close).atexit = False
 
     @property
     def pid(self) -> int | None:
@@ -219,9 +224,9 @@ class ChildProcess:
 
     def stop(self) -> None:
         """Send SIGINT, and SIGKILL to all that is left a few seconds later. Idempotent; safe in `atexit`."""
-        self._let_go()
+        self._death_pipe.close()
         # One that does not exist yet finds the pipe closed and starts nothing.
-        if self._supervisor.pid is not None and self.wait(_GRACE_S + 5.0) is None:
+        if self._supervisor.pid is not None and self.wait(_GRACE_S + _END_S) is None:
             self._supervisor.kill()  # it hangs: cannot happen, must not leak; the server dies with it
             self._supervisor.wait()
         _running.discard(self)
@@ -238,7 +243,7 @@ def wait_until(deadline: float) -> bool:
 def stop_all(children: Sequence[ChildProcess]) -> None:
     """Stop several processes, side by side. Idempotent."""
     for child in children:
-        child._let_go()  # all of them first, so that their grace periods overlap
+        child._death_pipe.close()  # all of them first, so that their grace periods overlap
     for child in children:
         child.stop()
 

@@ -9,7 +9,9 @@ parent-death signal alone would not do: it is tied to the *thread* that forked, 
 thread would die with that thread, and it does not reach grandchildren such as vLLM's engine process. The supervisor
 declares itself sub-reaper, so grandchildren that lose their parent, or leave the session, are found and killed too.
 
-    python supervisor.py DEATH_FD GRACE_S [FD …] -- COMMAND [ARG …]
+    python supervisor.py DEATH_FD GRACE_S ADOPTS [FD …] -- COMMAND [ARG …]
+
+ADOPTS is 0 for a fork server, whose forks have supervisors of their own and outlive it; else 1.
 
 Exit status: that of the command (128 + n if signal n ended it).
 """
@@ -29,8 +31,9 @@ from typing import Protocol
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 OPEN_FILES = 65_536  # as vLLM does; some programs walk through all numbers below their limit
+KILL_S = 2.5  # until all are killed
 REAP_S = 3.0  # for memory and devices of killed processes
-POLL_S = 1.0  # how often the parent's pid is looked at, for a pipe end that leaked into a forked process
+POLL_S = 1.0  # how often the owner's pid is looked at, for a pipe end that leaked into a forked process
 
 
 class Child(Protocol):
@@ -90,12 +93,24 @@ def descendants(root: int) -> list[int]:
     return found
 
 
-def kill_everything(group: int) -> None:
-    """SIGKILL the group and every descendant until none is left."""
-    for _ in range(50):
+def exists(pid: int) -> bool:
+    """Return whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def kill_everything(group: int, *, adopts: bool) -> None:
+    """SIGKILL the group and, if this process adopts them, every descendant until none is left."""
+    deadline = time.monotonic() + KILL_S
+    while time.monotonic() < deadline:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signal.SIGKILL)
-        alive = descendants(os.getpid())
+        alive = descendants(os.getpid()) if adopts else []
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -114,20 +129,28 @@ def reap_everything() -> None:
                 time.sleep(0.01)
 
 
-def supervise(death_fd: int, grace_s: float, start: Callable[[], Child]) -> int:
-    """Start the server, and end it when the pipe closes, or a signal asks for it, or the parent of this process ends.
+def supervise(
+    death_fd: int, grace_s: float, start: Callable[[], Child], *, owner: int | None = None, adopts: bool = True
+) -> int:
+    """Start the server, and end it when the pipe closes, or a signal asks for it, or the owner ends.
 
     Args:
         death_fd: Read end of the pipe whose write end the owner holds.
         grace_s: Seconds from SIGINT to SIGKILL.
         start: Starts the server; called once, in the main thread.
+        owner: Pid of the owner; default: the parent of this process.
+        adopts: Whether the server's descendants end with it, those too that have left its process group.
 
     Returns:
         The server's exit status, or 128 + n if signal n ended it.
     """
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_CHILD_SUBREAPER, int(adopts))
     raise_open_files()
     parent = os.getppid()
+
+    def is_owned() -> bool:
+        return os.getppid() == parent if owner is None else exists(owner)
+
     asked_to_stop = False
 
     def on_signal(_signum: int, _frame: object) -> None:
@@ -142,7 +165,7 @@ def supervise(death_fd: int, grace_s: float, start: Callable[[], Child]) -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
     child = start()
-    while child.poll() is None and not asked_to_stop and os.getppid() == parent:
+    while child.poll() is None and not asked_to_stop and is_owned():
         ready, _, _ = select.select([death_fd, wakeup_read], [], [], POLL_S)
         if death_fd in ready:
             break
@@ -153,23 +176,23 @@ def supervise(death_fd: int, grace_s: float, start: Callable[[], Child]) -> int:
             os.killpg(child.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=grace_s)
-    kill_everything(child.pid)
+    kill_everything(child.pid, adopts=adopts)
     status = child.wait()
     reap_everything()
     return status if status >= 0 else 128 - status
 
 
-def main(death_fd: int, grace_s: float, pass_fds: list[int], command: list[str]) -> int:
+def main(death_fd: int, grace_s: float, adopts: bool, pass_fds: list[int], command: list[str]) -> int:
     def start() -> Child:
         child = subprocess.Popen(command, start_new_session=True, pass_fds=pass_fds, preexec_fn=prepare_child)
         for fd in pass_fds:
             os.close(fd)  # what the trainer gave the server is closed when the server has ended
         return child
 
-    return supervise(death_fd, grace_s, start)
+    return supervise(death_fd, grace_s, start, adopts=adopts)
 
 
 if __name__ == "__main__":
     separator = sys.argv.index("--")
-    death, grace, *fds = sys.argv[1:separator]
-    sys.exit(main(int(death), float(grace), [int(fd) for fd in fds], sys.argv[separator + 1 :]))
+    death, grace, adopting, *fds = sys.argv[1:separator]
+    sys.exit(main(int(death), float(grace), adopting == "1", [int(fd) for fd in fds], sys.argv[separator + 1 :]))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,20 @@ class Threads:
             return f"{self.wanted} in every process ({NUM_THREADS})"
         server = "as vLLM decides" if self.policy_server is None else self.policy_server
         return f"trainer {self.trainer}, policy server {server}, NeMo Gym {self.gym}"
+
+
+def num_that_run() -> int:
+    """Return how many threads this process has, which decides whether a fork of it is safe.
+
+    OpenBLAS ends its idle threads before a fork and starts them when it needs them, so one is forked before they are
+    counted. Where there is no /proc, threads of Python count alone.
+    """
+    if not os.path.isdir("/proc/self/task"):
+        return threading.active_count()
+    if (pid := os.fork()) == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return len(os.listdir("/proc/self/task"))
 
 
 def choose_threads(

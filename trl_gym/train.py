@@ -106,8 +106,7 @@ def early_fork_server(argv: Sequence[str], environment: Mapping[str, str]) -> Fo
         return None
     devices = options.get("gym_server_devices")
     placed = {} if devices is None else {"CUDA_VISIBLE_DEVICES": str(devices)}
-    # As TRL will set it here when it is imported: a server whose environment differs would not be forked.
-    return ForkServer(env={"VLLM_LOGGING_LEVEL": environment.get("VLLM_LOGGING_LEVEL", "ERROR"), **placed})
+    return ForkServer(env=placed)
 
 
 def told_options(argv: Sequence[str]) -> dict[str, Any]:

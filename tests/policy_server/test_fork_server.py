@@ -3,6 +3,7 @@ would differ. Small modules stand for vLLM and the server."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,25 @@ from tests.conftest import wait_for
 from trl_gym import processes
 from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
 from trl_gym.policy_server.engine.forking import Imported, why_not_forked
-from trl_gym.policy_server.fork_server import ForkServer
+from trl_gym.policy_server.fork_server import NUM_BYTES, Forked, ForkServer
+from trl_gym.policy_server.server import cause_of_death
 from trl_gym.processes import ChildProcess, bind_socket
 
 # What is imported: each process that imports it has another token. It waits for a file or starts a thread if told to.
 PRELOADED = """
-import os, threading, time
+import errno, itertools, os, threading, time
 TOKEN = os.urandom(8).hex()
 while (gate := os.environ.get("TEST_GATE")) and not os.path.exists(gate):
     time.sleep(0.01)
 if os.environ.get("TEST_THREAD"):
     threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+if os.environ.get("TEST_FORK"):  # the first one is made to count threads
+    fork, calls = os.fork, itertools.count()
+    def fork_or_fail():
+        if next(calls) == 1:
+            raise BlockingIOError(errno.EAGAIN, "no more processes")
+        return fork()
+    os.fork = fork_or_fail
 os.environ["SET_BY_IMPORT"] = "1"
 """
 
@@ -49,6 +59,7 @@ elif sys.argv[-1] == "sleep":
     try:
         time.sleep(600)
     except KeyboardInterrupt:
+        print("interrupted", flush=True)
         sys.exit(7)
 elif sys.argv[-1] == "hang":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -66,6 +77,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("modules")
     (folder / "preloaded.py").write_text(PRELOADED)
     (folder / "served.py").write_text(SERVED)
+    (folder / "leaves.py").write_text("raise SystemExit('this is why')")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("REMOVED", "1")
@@ -177,6 +189,7 @@ def test_a_variable_that_is_read_while_importing_is_read_again(
     [
         (["preloaded"], {"TEST_THREAD": "1"}, "importing started 1 threads"),
         (["preloaded", "not_there"], {}, "importing failed: ModuleNotFoundError"),
+        (["preloaded", "leaves"], {}, "importing failed: SystemExit('this is why')"),
     ],
 )
 def test_where_a_fork_is_not_safe_the_command_is_executed(
@@ -193,7 +206,8 @@ def test_where_a_fork_is_not_safe_the_command_is_executed(
 def test_a_server_that_is_asked_for_early_waits_and_may_be_given_up(run: Run, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with ForkServer(preload=["preloaded"], env={"TEST_GATE": str(gate)}) as forks:
-        given_up, awaited = run(forks, "sleep"), run(forks, "sleep")
+        large: dict[str, str | None] = {f"LARGE_{n}": 100_000 * "x" for n in range(10)}  # than a socket's buffer
+        given_up, awaited = run(forks, "sleep", env=large), run(forks, "sleep", env=large)
         assert awaited.pid is None and awaited.poll() is None and awaited.wait(0.01) is None
         given_up.stop()
         gate.touch()
@@ -223,43 +237,106 @@ def test_stopping_one_ends_its_whole_family_and_no_other(shared: ForkServer, run
     assert said(other) and other.poll() is None
 
 
-def test_a_server_ends_with_its_fork_server_and_the_next_one_is_executed(
+def process_of(forks: ForkServer) -> psutil.Process:
+    return wait_for(psutil.Process(forks.pid).children)[0]
+
+
+def test_a_server_outlives_its_fork_server_and_the_next_one_is_executed(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     forks = ForkServer(preload=["preloaded"]).start()
-    child = run(forks, "hang")
-    pids = pids_of(child)
-    [process] = psutil.Process(forks.pid).children()
-    process.kill()
-    assert child.wait(20) == 128 + signal.SIGKILL
-    wait_for(lambda: gone(pids))
+    child, hanging = run(forks, "sleep"), run(forks, "hang")
+    pids, says = pids_of(hanging), said(child)
+    process_of(forks).kill()
+    assert forks._process is not None and forks._process.wait(20) == 128 + signal.SIGKILL
     with caplog.at_level(logging.WARNING):
         next_one = run(forks, "sleep")
     assert "The fork server ended within" in caplog.text and "SIGKILL" in caplog.text
-    assert said(next_one)["argv"] == ["sleep"]
+    assert said(next_one)["argv"] == ["sleep"] and said(next_one)["token"] != says["token"]
     forks.stop()
-    assert next_one.poll() is None
+    assert [one.poll() for one in (child, hanging, next_one)] == [None, None, None]
+    child.stop()
+    assert child.poll() == 7 and "interrupted" in child.log_tail()
+    hanging.stop()
+    assert hanging.poll() == 128 + signal.SIGKILL and gone(pids)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_survives_the_owner(tmp_path: Path, how: signal.Signals) -> None:
+def test_a_fork_server_that_ends_before_it_forks_is_named_as_the_cause(run: Run, tmp_path: Path) -> None:
+    with ForkServer(preload=["preloaded"], env={"TEST_GATE": str(tmp_path / "never")}) as forks:
+        child = run(forks, "sleep")
+        process_of(forks).kill()
+        assert child.wait(20) == 1 and child.pid is None
+    cause = cause_of_death(child.log_path)
+    assert "the fork server ended before it had forked it" in child.describe_death()
+    assert "the fork server ended" in cause.text and "imports vLLM itself" in cause.remedy
+
+
+def test_a_fork_that_fails_costs_one_server(run: Run) -> None:
+    with ForkServer(preload=["preloaded"], env={"TEST_FORK": "1"}) as forks:
+        failed, other = run(forks, "sleep"), run(forks, "sleep")
+        assert failed.wait(20) == 1 and said(other)["argv"] == ["sleep"]
+        reason = f"the fork server could not fork it: {os.strerror(errno.EAGAIN)}"
+        assert reason in failed.log_tail() and "ulimit" in cause_of_death(failed.log_path).remedy
+
+
+def test_many_threads_learn_of_the_same_end(tmp_path: Path) -> None:
+    """As when calls of many rollouts fail at once, and each asks whether the server lives."""
+    for _ in range(20):
+        request, theirs = socket.socketpair()
+        with open(tmp_path / "log", "wb", buffering=0) as log, ThreadPoolExecutor(16) as pool:
+            supervisor = Forked(request, log)
+            ends = [pool.submit(supervisor.wait, 60.0) for _ in range(16)]
+            with theirs:
+                for byte in os.getpid().to_bytes(NUM_BYTES, "big") + (3).to_bytes(NUM_BYTES, "big"):
+                    theirs.sendall(bytes([byte]))
+            assert [end.result() for end in ends] == 16 * [3] and supervisor.pid == os.getpid()
+
+
+def test_folders_that_the_environment_names_stay_importable(run: Run, tmp_path: Path) -> None:
+    """`-m` puts no folder of its own first then."""
+    with ForkServer(preload=["preloaded"], env={"PYTHONSAFEPATH": "1"}) as forks:
+        child = run(forks, "print(*sys.path, sep=chr(10))", env={"PYTHONSAFEPATH": "1"})
+        assert child.wait(20) == 0, child.log_tail()
+        assert os.environ["PYTHONPATH"].split(os.pathsep)[0] in child.log_path.read_text().splitlines()
+
+
+def test_the_level_that_trl_sets_when_it_is_imported_is_no_difference(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    with ForkServer(preload=["preloaded"]) as forks:
+        before = said(run(forks, "sleep"))
+        assert said(run(forks, "sleep", env={"VLLM_LOGGING_LEVEL": "ERROR"}))["token"] == before["token"]
+
+
+@pytest.mark.parametrize(
+    ("how", "what"), [("SIGKILL", "hang"), ("SIGTERM", "hang"), ("SIGKILL", "sleep"), ("SIGKILL", "")]
+)
+def test_nothing_survives_the_owner(tmp_path: Path, how: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it hangs, ends as it should when it is told to, or waits while vLLM is imported."""
     log = tmp_path / "log"
+    if not what:
+        monkeypatch.setenv("TEST_GATE", str(tmp_path / "never"))
     code = (
         "import sys, time; from trl_gym import processes; from trl_gym.policy_server.fork_server import ForkServer\n"
         "processes._GRACE_S = 0.5\n"
         "forks = ForkServer(preload=['preloaded']).start()\n"
-        f"child = processes.ChildProcess('s', [sys.executable, '-m', 'served', 'hang'], log_path={str(log)!r},\n"
+        f"child = processes.ChildProcess('s', [sys.executable, '-m', 'served', {what!r}], log_path={str(log)!r},\n"
         "    start=forks.fork)\n"
-        "while child.pid is None: time.sleep(0.01)\n"
         "time.sleep(600)\n"
     )
+    num_expected = {"hang": 5, "sleep": 4, "": 2}[what]  # two supervisors, fork server, server, its child
+
+    def family() -> list[int]:
+        return [process.pid for process in psutil.Process(owner.pid).children(recursive=True)]
+
     owner = subprocess.Popen([sys.executable, "-c", code])
-    wait_for(lambda: len(numbers_in(log)) == 2)
-    family = [process.pid for process in psutil.Process(owner.pid).children(recursive=True)]
-    assert len(family) >= 4, "two supervisors, fork server, server"
-    owner.send_signal(how)
+    wait_for(lambda: len(family()) == num_expected and (not what or (log.exists() and "{" in log.read_text())))
+    pids = [*family(), *numbers_in(log)]
+    owner.send_signal(signal.Signals[how])
     owner.wait()
-    wait_for(lambda: gone([*family, *numbers_in(log)]))
+    wait_for(lambda: gone(pids))
+    assert ("interrupted" in log.read_text()) == (what == "sleep")
 
 
 def test_off_linux_nothing_is_started(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,19 +11,21 @@ A forked server is what `python -m trl_gym.policy_server …` would be: it has t
 session and supervisor of one that was executed, and its own exit status. `trl_gym.policy_server.engine.forking` is the
 other side of the socket; where a fork would differ it executes the command, and says why in the server's log.
 
-Whoever makes a fork server stops it, after the servers that were forked from it: it takes them with it. It ends with
-its owner, however that ends. It has no name in the file system: its owner alone can reach it.
+It and the servers that it forked end with their owner, however that ends. Servers do not end with the fork server:
+it may be stopped, or killed for its memory, while they run. It has no name in the file system: its owner alone can
+reach it.
 
 Forks are made on Linux only. Elsewhere, and without vLLM, no process is started, and every server is executed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -31,8 +33,9 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trl_gym.processes import ChildProcess, Supervisor, execute
 
@@ -40,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 _PROCESS = "trl_gym.policy_server.engine.forking"
 _NOTICED_S = 5.0
-NUM_BYTES = 8  # of a length, a pid, and an exit status
+NUM_BYTES = 8  # of a pid, and of an exit status
 _KILLED = 128 + signal.SIGKILL  # as supervisors say it
 
 
@@ -51,11 +54,19 @@ class ForkServer:
         env: Variables added to (or, when None, removed from) our environment, for what is read while importing, e.g.
             `{"CUDA_VISIBLE_DEVICES": "1"}`. A server whose environment differs in such a variable is not forked.
         preload: Modules to import; default: what an engine on this machine imports.
+        log_path: File for what it writes while importing; default: none, since servers have logs of their own.
     """
 
-    def __init__(self, *, env: Mapping[str, str | None] | None = None, preload: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        env: Mapping[str, str | None] | None = None,
+        preload: Sequence[str] = (),
+        log_path: str | os.PathLike[str] = os.devnull,
+    ) -> None:
         self._env = dict(env or {})
         self._preload = list(preload)
+        self._log_path = Path(log_path)
         self._process: ChildProcess | None = None
         self._control: socket.socket | None = None
         self._sending = threading.Lock()
@@ -72,15 +83,16 @@ class ForkServer:
             self._process = ChildProcess(
                 "fork server",
                 [sys.executable, "-m", _PROCESS, str(theirs.fileno()), *self._preload],
-                log_path=Path(os.devnull),  # what matters is in the logs of the servers
+                log_path=self._log_path,
                 env=self._env,
                 pass_fds=[theirs.fileno()],
+                start=partial(execute, adopts=False),
             )
         self._control = ours
         return self
 
     def stop(self) -> None:
-        """End the process, and the servers that it forked. Idempotent."""
+        """End the process. Servers that it forked run on, and those that still wait for it fail. Idempotent."""
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -123,30 +135,37 @@ class ForkServer:
         if self._process is None or self._control is None:
             return execute(command, env=env, **options)
         request, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        told = {"command": list(command), "environment": dict(env), "folder": os.getcwd()}
-        body = json.dumps({**told, "grace_s": grace_s, "pass_fds": list(pass_fds)}).encode()
+        told = {"command": list(command), "environment": dict(env), "folder": os.getcwd(), "owner": os.getpid()}
         try:
-            with theirs, self._sending:
-                socket.send_fds(self._control, [b"\0"], [theirs.fileno()])
-            socket.send_fds(request, [len(body).to_bytes(NUM_BYTES, "big")], [log_fd, death_fd, *pass_fds])
-            request.sendall(body)
+            # A file, since nobody receives while the fork server imports: a socket might not hold all of it.
+            with theirs, open(os.memfd_create("request"), "w") as body:
+                json.dump({**told, "grace_s": grace_s, "pass_fds": list(pass_fds)}, body)
+                body.flush()
+                socket.send_fds(request, [b"\0"], [body.fileno(), log_fd, death_fd, *pass_fds])
+                with self._sending:
+                    socket.send_fds(self._control, [b"\0"], [theirs.fileno()])
         except ConnectionError:
             request.close()
             self._process.wait(_NOTICED_S)  # its supervisor is about to say how it ended
             logger.warning("The fork server %s: the policy server imports vLLM itself.", self._process.describe_end())
             return execute(command, env=env, **options)
-        return Forked(request)
+        return Forked(request, open(os.dup(log_fd), "ab", buffering=0))
 
 
 class Forked:
-    """A supervisor that a fork server forked, or will fork. A `trl_gym.processes.Supervisor`.
+    """A supervisor that a fork server forked, or will fork. A `trl_gym.processes.Supervisor`, for any thread.
 
     Args:
-        request: Says its pid, and later its exit status; closed without it if the supervisor is killed.
+        request: Says its pid, or a negative `errno`, and later its exit status; closed without it if the supervisor is
+            killed, and without either if the fork server ended before.
+        log: The server's, for saying why there is none.
     """
 
-    def __init__(self, request: socket.socket) -> None:
+    def __init__(self, request: socket.socket, log: BinaryIO | io.RawIOBase) -> None:
         self._request = request
+        self._log = log
+        self._said = b""
+        self._reading = threading.Lock()
         self._pid: int | None = None
         self._status: int | None = None
 
@@ -157,9 +176,13 @@ class Forked:
         return self._pid
 
     def poll(self) -> int | None:
-        """Return the exit status, or None while it runs or is awaited."""
-        while self._status is None and self._has_said_more(0.0):
-            self._receive()
+        """Return the exit status, or None while it runs, is awaited, or another thread asks."""
+        if self._status is None and self._reading.acquire(blocking=False):  # as `subprocess.Popen` does
+            try:
+                if self._status is None:
+                    self._read()
+            finally:
+                self._reading.release()
         return self._status
 
     def wait(self, timeout: float | None = None) -> int:
@@ -169,46 +192,39 @@ class Forked:
             subprocess.TimeoutExpired: It still runs.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self._status is None:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not self._has_said_more(left):
+        while (status := self.poll()) is None:
+            if deadline is not None and time.monotonic() >= deadline:
                 raise subprocess.TimeoutExpired("the supervisor of a forked server", timeout or 0.0)
-            self._receive()
-        return self._status
+            time.sleep(0.01)
+        return status
 
     def kill(self) -> None:
         """Kill it, if it exists; its server dies with it."""
         if self.poll() is None and self._pid is not None:
-            os.kill(self._pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
 
-    def _has_said_more(self, timeout_s: float | None) -> bool:
-        poller = select.poll()
-        poller.register(self._request, select.POLLIN)
-        return bool(poller.poll(None if timeout_s is None else 1000.0 * timeout_s))
-
-    def _receive(self) -> None:
+    def _read(self) -> None:
+        """Take what has come; never wait."""
+        ended = True
         try:
-            number = int.from_bytes(received(self._request, NUM_BYTES), "big")
-        except (EOFError, ConnectionError):  # it was killed, or the fork server was
-            self._status = _KILLED
-        else:
-            if self._pid is None:
-                self._pid = number
-                return
-            self._status = number
+            while part := self._request.recv(2 * NUM_BYTES, socket.MSG_DONTWAIT):
+                self._said += part
+        except BlockingIOError:
+            ended = False
+        except ConnectionError:
+            pass
+        parts = [self._said[start : start + NUM_BYTES] for start in range(0, len(self._said), NUM_BYTES)]
+        numbers = [int.from_bytes(part, "big", signed=True) for part in parts if len(part) == NUM_BYTES]
+        if numbers and numbers[0] > 0:
+            self._pid = numbers[0]
+            self._log.close()
+        if len(numbers) < 2 and not ended:
+            return
+        if self._pid is None:
+            with contextlib.suppress(OSError):  # the status counts, also on a full disk
+                why = f"could not fork it: {os.strerror(-numbers[0])}" if numbers else "ended before it had forked it"
+                self._log.write(f"error: the fork server {why}\n".encode())
+            self._log.close()
         self._request.close()
-
-
-def received(connection: socket.socket, num_bytes: int) -> bytes:
-    """Receive exactly so many bytes.
-
-    Raises:
-        EOFError: The other side closed the connection before.
-    """
-    data = b""
-    while len(data) < num_bytes:
-        part = connection.recv(num_bytes - len(data))
-        if not part:
-            raise EOFError("the other side has ended")
-        data += part
-    return data
+        self._status = (numbers[1] if len(numbers) > 1 else _KILLED) if self._pid is not None else 1

@@ -477,6 +477,11 @@ _REMEDIES: list[tuple[str, str]] = [
         r"no vLLM implementation",
         "Choose another model or version of vLLM: this one cannot serve the architecture in the model's config.json.",
     ),
+    (
+        r"the fork server ended",
+        "Start it again, and it imports vLLM itself. Out of memory is what ends a fork server most often.",
+    ),
+    (r"the fork server could not fork", "Free memory, or raise the number of processes that are allowed (ulimit -u)."),
     (r"chat template", "Give --chat-template FILE, or save the tokenizer with its chat_template."),
     (r"[Aa]ddress already in use|cannot listen on", "Choose another port or leave it at 0: this one is taken."),
     (

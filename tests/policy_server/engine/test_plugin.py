@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -176,3 +177,21 @@ def test_a_server_that_we_start_marks_its_engines(monkeypatch: pytest.MonkeyPatc
     nccl = ["--weight-transfer-config", '{"backend": "nccl"}', "--enable-lora"]
     entry._configure_environment(entry.parse_args(["some/model", *nccl]))
     assert Settings.from_env().weight_transports == ("nccl", "adapter")
+
+
+def test_the_log_level_is_the_one_that_is_set_when_the_server_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM was imported before, by the fork server, where TRL had not set it yet."""
+    from trl_gym.policy_server.engine import entry
+
+    told, handler = logging.getLogger("vllm"), logging.StreamHandler()
+    told.addHandler(handler)  # whether vLLM has made one depends on its version
+    had = [(one, one.level) for one in (told, *told.handlers)]
+    try:
+        for level in ("ERROR", "debug"):
+            monkeypatch.setenv("VLLM_LOGGING_LEVEL", level)
+            entry._log_as_told()
+            assert {one.level for one, _ in had} == {getattr(logging, level.upper())}
+    finally:
+        for one, level in had:
+            one.setLevel(level)
+        told.removeHandler(handler)

@@ -9,11 +9,11 @@ names, only this file changes.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ from trl_gym.policy_server.command import (
 )
 from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, leave_the_server
 from trl_gym.processes import bind_socket
-from trl_gym.threads import NUM_THREADS, num_cores, number_in, threads_here
+from trl_gym.threads import NUM_THREADS, num_cores, num_that_run, number_in, threads_here
 
 logger = vllm.logger.init_logger("vllm.trl_gym.policy_server")  # to where vLLM's own lines go
 
@@ -73,6 +73,7 @@ def serve(argv: Sequence[str], *, listen_fd: int | None) -> None:
         KeyboardInterrupt: If a signal arrives while the model is loaded.
     """
     asked = os.environ.get(_START_METHOD)
+    _log_as_told()
     cli_env_setup()
     args = parse_args(argv)
     if configure_logging := getattr(vllm.logger, "configure_logging_from_args", None):  # since 0.31
@@ -131,7 +132,7 @@ class EngineStart:
     num_engines: int = 1
     needs_spawn: str = ""  # option of vLLM
     device_in_use: bool = False  # by this process
-    num_threads: int = 1  # of Python, in this process
+    num_threads: int = 1  # of this process
     not_preloaded: tuple[str, ...] = ()  # libraries that the dynamic linker was to load first
 
 
@@ -176,7 +177,7 @@ def _engine_start(config: VllmConfig, asked: str | None) -> EngineStart:
         num_engines=parallel.data_parallel_size,
         needs_spawn=needs,
         device_in_use=torch.cuda.is_initialized() or torch.xpu.is_initialized(),
-        num_threads=threading.active_count(),
+        num_threads=num_that_run(),
         not_preloaded=tuple(name for name in preloaded if os.path.realpath(name) not in loaded),
     )
 
@@ -235,6 +236,17 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
 
 def _api_keys(args: argparse.Namespace) -> list[str]:
     return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY", "")]) if key]
+
+
+def _log_as_told() -> None:
+    """Set the level that VLLM_LOGGING_LEVEL has now. vLLM 0.30 sets the one that it had when vLLM was imported, which
+    may have been in another process, before TRL was imported in the owner's and set the variable."""
+    told = logging.getLogger("vllm")
+    if told.handlers and not os.environ.get("VLLM_LOGGING_CONFIG_PATH"):
+        level = os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper()
+        told.setLevel(level)
+        for handler in told.handlers:
+            handler.setLevel(level)
 
 
 def _configure_environment(args: argparse.Namespace) -> None:

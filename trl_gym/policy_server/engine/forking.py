@@ -28,7 +28,8 @@ from typing import Any, NoReturn
 
 from trl_gym import supervisor
 from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
-from trl_gym.policy_server.fork_server import NUM_BYTES, received
+from trl_gym.policy_server.fork_server import NUM_BYTES
+from trl_gym.threads import num_that_run
 
 # Variables that vLLM, torch, the libraries below them or Python read while they are imported, or may.
 _READ_BY_IMPORTS = (
@@ -36,9 +37,13 @@ _READ_BY_IMPORTS = (
     *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "PROMETHEUS_", "RAY_", "PYTHON", "LD_", "XDG_", "TMP"),
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "HOME", "NO_COLOR", "FORCE_COLOR"),
 )
-# Those that are read when a server starts, whatever was imported; `entry.py` sees to the number of threads.
+# Those that are read when a server starts, whatever was imported; `entry.py` sees to the number of threads and to the
+# level, which TRL sets in its process when it is imported there.
 _READ_LATER = frozenset(
-    {"VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_INSECURE_SERIALIZATION", "OMP_NUM_THREADS"}
+    {
+        *("VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_LOGGING_LEVEL"),
+        "OMP_NUM_THREADS",
+    }
 )
 
 _MAX_FDS = 64
@@ -91,7 +96,7 @@ def import_all(names: Sequence[str]) -> Imported:
             importlib.import_module(name)
         if not names:
             _import_vllm()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Imported(before, before, f"importing failed: {error!r}")
     finally:
         gc.enable()
@@ -117,11 +122,11 @@ def _import_vllm() -> None:
 
 def _unsafe() -> str:
     """Return what makes any fork unsafe; empty if nothing does."""
-    if (pid := os.fork()) == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)  # OpenBLAS ends its idle threads before a fork, and starts them when it needs them
-    if (count := len(os.listdir("/proc/self/task"))) > 1:
-        return f"importing started {count - 1} threads"
+    try:
+        if (count := num_that_run()) > 1:
+            return f"importing started {count - 1} threads"
+    except OSError as error:
+        return f"a fork fails: {error}"
     torch = sys.modules.get("torch")
     if torch is not None and (torch.cuda.is_initialized() or torch.xpu.is_initialized()):
         return "importing initialized a device"
@@ -135,20 +140,26 @@ def serve(control: socket.socket, imported: Imported) -> int:
         data, fds, _, _ = socket.recv_fds(control, 1, 1)
         if not data:
             return 0
-        request = socket.socket(fileno=fds[0])
-        if os.fork() == 0:
-            control.close()
-            supervise(request, imported)
-        request.close()
+        with socket.socket(fileno=fds[0]) as request:
+            try:
+                pid = os.fork()
+            except OSError as error:  # too many processes, or too little memory, for this one
+                with contextlib.suppress(OSError):
+                    request.sendall((-(error.errno or 1)).to_bytes(NUM_BYTES, "big", signed=True))
+                continue
+            if pid == 0:
+                control.close()
+                supervise(request, imported)
 
 
 def supervise(request: socket.socket, imported: Imported) -> NoReturn:
     """Be the supervisor of one server; tell the pid and, in the end, the server's exit status."""
     os.setsid()
     _set_title("trl-gym: supervisor of a forked server")
-    head, fds, _, _ = socket.recv_fds(request, NUM_BYTES, _MAX_FDS)
-    told = json.loads(received(request, int.from_bytes(head, "big")))
-    log, death, *passed = fds
+    _, (body, log, death, *passed), _, _ = socket.recv_fds(request, 1, _MAX_FDS)
+    with open(body, "rb") as file:
+        file.seek(0)  # where it was written
+        told = json.load(file)
     if select.select([death], [], [], 0.0)[0]:
         os._exit(0)  # the owner gave up before this process had imported anything
     for stream in (1, 2):
@@ -157,7 +168,8 @@ def supervise(request: socket.socket, imported: Imported) -> NoReturn:
         os.set_inheritable(fd, False)
     numbers = dict(zip(map(str, told["pass_fds"]), map(str, passed), strict=True))
     command = with_numbers(told["command"], numbers)
-    request.sendall(os.getpid().to_bytes(NUM_BYTES, "big"))
+    supervisor_pid = os.getpid()
+    request.sendall(supervisor_pid.to_bytes(NUM_BYTES, "big"))
     reason = why_not_forked(command, told["environment"], imported)
 
     def start() -> supervisor.Child:
@@ -177,7 +189,14 @@ def supervise(request: socket.socket, imported: Imported) -> NoReturn:
             os.close(fd)  # a port is free again when its server has ended
         return child
 
-    status = supervisor.supervise(death, told["grace_s"], start)
+    try:
+        status = supervisor.supervise(death, told["grace_s"], start, owner=told["owner"])
+    except OSError as error:
+        if os.getpid() != supervisor_pid:
+            raise  # it is the server's own
+        sys.stderr.write(f"error: this server cannot be started: {error}\n")
+        sys.stderr.flush()
+        status = 1
     with contextlib.suppress(OSError):  # nobody waits any more
         request.sendall(status.to_bytes(NUM_BYTES, "big"))
     os._exit(0)  # handlers of what was imported are the servers'
@@ -208,7 +227,8 @@ def become(arguments: Sequence[str], environment: Mapping[str, str], folder: str
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.chdir(folder)
-    sys.path[0] = folder
+    if not sys.flags.safe_path:
+        sys.path[0] = folder
     os.environ.clear()
     os.environ.update(environment)
     module, *rest = arguments
