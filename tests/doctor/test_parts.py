@@ -28,7 +28,7 @@ def table(*rows: tuple[int, int, str]) -> dict[int, Process]:
 
 
 SERVER = "python -m trl_gym.policy_server model --listen-fd 3"
-SUPERVISOR = f"python -I -S /x/trl_gym/supervisor.py 4 5.0 -- {SERVER}"
+SUPERVISOR = f"python -I -S /x/trl_gym/supervisor.py 4 5.0 1 -- {SERVER}"
 
 
 def test_a_server_whose_supervisor_is_gone_is_an_orphan() -> None:
@@ -41,6 +41,10 @@ def test_a_server_whose_supervisor_is_gone_is_an_orphan() -> None:
         (21, 20, "VLLM::EngineCore"),
         (30, 1, "VLLM::DPCoordinator"),
         (31, 9, "python /x/trl_gym/gym/host.py settings.json"),
+        (32, 1, "trl-gym: supervisor of a forked server"),
+        (33, 32, SERVER),
+        (34, 1, "python -m trl_gym.policy_server.engine.forking 5"),
+        (35, 34, SERVER),
         (40, 1, "vllm serve somebody/elses"),
         (41, 40, "VLLM::EngineCore"),
     )

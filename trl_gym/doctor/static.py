@@ -199,7 +199,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 # -- leftovers: named, never removed ---------------------------------------------------------------------------------
 
 _SERVER = re.compile(r"-m trl_gym\.policy_server .*--listen-fd|trl_gym/gym/host\.py ")
-_SUPERVISOR = "trl_gym/supervisor.py"
+# A forked server's outlives the fork server; it has a title, or the command line of that.
+_SUPERVISOR = re.compile(r"trl_gym/supervisor\.py|trl-gym: supervisor|trl_gym\.policy_server\.engine\.forking")
 _INIT = 1  # adopts processes whose parent has ended
 _ADAPTERS = re.compile(r"trl-gym-adapters-(\d+)-")
 
@@ -255,8 +256,8 @@ def orphans(table: Mapping[int, Process]) -> list[Process]:
         if (process.command.startswith("VLLM::") and process.parent == _INIT)
         or (
             _SERVER.search(process.command)
-            and _SUPERVISOR not in process.command
-            and not any(_SUPERVISOR in ancestor.command for ancestor in _ancestors(process, table))
+            and not _SUPERVISOR.search(process.command)
+            and not any(_SUPERVISOR.search(ancestor.command) for ancestor in _ancestors(process, table))
         )
     ]
 
