@@ -279,6 +279,13 @@ def test_a_fork_that_fails_costs_one_server(run: Run) -> None:
         assert reason in failed.log_tail() and "ulimit" in cause_of_death(failed.log_path).remedy
 
 
+def test_a_command_that_cannot_be_executed_is_named_in_its_log(shared: ForkServer, tmp_path: Path) -> None:
+    child = ChildProcess("server", ["/no/such/program"], log_path=tmp_path / "log", start=shared.fork)
+    assert child.wait(20) == 1
+    assert "error: this server cannot be started: [Errno 2]" in child.log_tail()
+    child.stop()
+
+
 def test_many_threads_learn_of_the_same_end(tmp_path: Path) -> None:
     """As when calls of many rollouts fail at once, and each asks whether the server lives."""
     for _ in range(20):

@@ -479,7 +479,7 @@ _REMEDIES: list[tuple[str, str]] = [
     ),
     (
         r"the fork server ended",
-        "Start it again, and it imports vLLM itself. Out of memory is what ends a fork server most often.",
+        "Start it again: in the same process it imports vLLM itself then. Out of memory is the usual cause.",
     ),
     (r"the fork server could not fork", "Free memory, or raise the number of processes that are allowed (ulimit -u)."),
     (r"chat template", "Give --chat-template FILE, or save the tokenizer with its chat_template."),
