@@ -15,7 +15,8 @@ import sys
 import textwrap
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -92,45 +93,32 @@ class Supervisor(Protocol):
     def kill(self) -> None: ...
 
 
-class Start(Protocol):
-    """Starts a supervisor and the server below it. `death_fd` is the read end of the pipe that it watches; output goes
-    to `log_fd`; `env` is the whole environment; `pass_fds` are for the server.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What is started: a supervisor and the server below it."""
 
-    Raises:
-        OSError: They cannot be started.
-    """
-
-    def __call__(
-        self,
-        command: Sequence[str],
-        *,
-        env: Mapping[str, str],
-        log_fd: int,
-        death_fd: int,
-        grace_s: float,
-        pass_fds: Sequence[int],
-    ) -> Supervisor: ...
+    command: Sequence[str]  # of the server
+    env: Mapping[str, str]  # the whole environment
+    log_fd: int  # where output goes
+    death_fd: int  # read end of the pipe that the supervisor watches
+    grace_s: float  # from SIGINT to SIGKILL
+    pass_fds: Sequence[int]  # for the server
 
 
-def execute(
-    command: Sequence[str],
-    *,
-    env: Mapping[str, str],
-    log_fd: int,
-    death_fd: int,
-    grace_s: float,
-    pass_fds: Sequence[int],
-    adopts: bool = True,
-) -> Supervisor:
+Start = Callable[[Launch], Supervisor]
+"""Starts both. Raises `OSError` if they cannot be started."""
+
+
+def execute(launch: Launch, *, adopts: bool = True) -> Supervisor:
     """Run the command, below a supervisor that is a program too. A `Start`; `adopts` as for `supervisor.supervise`."""
-    numbers = [str(death_fd), str(grace_s), str(int(adopts)), *map(str, pass_fds)]
+    numbers = [str(launch.death_fd), str(launch.grace_s), str(int(adopts)), *map(str, launch.pass_fds)]
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(_SUPERVISOR), *numbers, "--", *command],
+        [sys.executable, "-I", "-S", str(_SUPERVISOR), *numbers, "--", *launch.command],
         stdin=subprocess.DEVNULL,
-        stdout=log_fd,
+        stdout=launch.log_fd,
         stderr=subprocess.STDOUT,
-        env=env,
-        pass_fds=[death_fd, *pass_fds],
+        env=launch.env,
+        pass_fds=[launch.death_fd, *launch.pass_fds],
         # A session of its own: Ctrl-C in the terminal reaches us, and we stop the children in order.
         start_new_session=True,
     )
@@ -165,14 +153,15 @@ class ChildProcess:
         death_read, death_write = os.pipe()
         try:
             with open(self.log_path, "wb") as log:
-                self._supervisor = start(
-                    [os.fspath(part) for part in command],
+                launch = Launch(
+                    command=[os.fspath(part) for part in command],
                     env={key: value for key, value in {**os.environ, **(env or {})}.items() if value is not None},
                     log_fd=log.fileno(),
                     death_fd=death_read,
                     grace_s=_GRACE_S,
                     pass_fds=pass_fds,
                 )
+                self._supervisor = start(launch)
         except BaseException:
             os.close(death_write)
             raise

@@ -35,9 +35,9 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from trl_gym.processes import ChildProcess, Supervisor, execute
+from trl_gym.processes import ChildProcess, Launch, Supervisor, execute
 
 logger = logging.getLogger(__name__)
 
@@ -111,45 +111,43 @@ class ForkServer:
         """Pid of its supervisor; None when it does not run."""
         return None if self._process is None else self._process.pid
 
-    def fork(
-        self,
-        command: Sequence[str],
-        *,
-        env: Mapping[str, str],
-        log_fd: int,
-        death_fd: int,
-        grace_s: float,
-        pass_fds: Sequence[int],
-    ) -> Supervisor:
+    def fork(self, launch: Launch) -> Supervisor:
         """Start a supervisor and a server below it; return at once. A `trl_gym.processes.Start`.
 
         Where the process does not run the command is executed, with a warning if it was started.
 
         Args:
-            command: `[python, "-m", MODULE, …]`. Descriptors in it follow `--listen-fd`.
+            launch: Its command is `[python, "-m", MODULE, …]`. Descriptors in it follow `--listen-fd`.
 
         Raises:
             OSError: It could not be executed either.
         """
-        options: dict[str, Any] = {"log_fd": log_fd, "death_fd": death_fd, "grace_s": grace_s, "pass_fds": pass_fds}
         if self._process is None or self._control is None:
-            return execute(command, env=env, **options)
+            return execute(launch)
         request, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        told = {"command": list(command), "environment": dict(env), "folder": os.getcwd(), "owner": os.getpid()}
+        told = {
+            "command": list(launch.command),
+            "environment": dict(launch.env),
+            "folder": os.getcwd(),
+            "owner": os.getpid(),
+            "grace_s": launch.grace_s,
+            "pass_fds": list(launch.pass_fds),
+        }
         try:
             # A file, since nobody receives while the fork server imports: a socket might not hold all of it.
             with theirs, open(os.memfd_create("request"), "w") as body:
-                json.dump({**told, "grace_s": grace_s, "pass_fds": list(pass_fds)}, body)
+                json.dump(told, body)
                 body.flush()
-                socket.send_fds(request, [b"\0"], [body.fileno(), log_fd, death_fd, *pass_fds])
+                fds = [body.fileno(), launch.log_fd, launch.death_fd, *launch.pass_fds]
+                socket.send_fds(request, [b"\0"], fds)
                 with self._sending:
                     socket.send_fds(self._control, [b"\0"], [theirs.fileno()])
         except ConnectionError:
             request.close()
             self._process.wait(_NOTICED_S)  # its supervisor is about to say how it ended
             logger.warning("The fork server %s: the policy server imports vLLM itself.", self._process.describe_end())
-            return execute(command, env=env, **options)
-        return Forked(request, open(os.dup(log_fd), "ab", buffering=0))
+            return execute(launch)
+        return Forked(request, open(os.dup(launch.log_fd), "ab", buffering=0))
 
 
 class Forked:
