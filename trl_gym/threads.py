@@ -9,9 +9,10 @@ alone the two cannot be told apart; by the launcher they can, for it is our pare
 and the command that it was started with.
 
 Threads that wait for each other must sleep (OMP_WAIT_POLICY=PASSIVE). By default they spin, and the processes of a run
-share their cores: with one core taken by another process, an update on two threads cost 2.7 times the CPU time of one
-on a single thread, and with sleeping threads as much as that (`benchmarks/threads.py`). OpenMP reads the variable when
-torch is imported, so the main script sets it (`wait_without_spinning`); a script of your own can do the same.
+share their cores: with one core taken by another process, an update on two threads cost 1.8 times the CPU time of one
+on a single thread, and with sleeping threads 1.1 times (`benchmarks/threads.py` beside a busy loop). OpenMP reads the
+variable when torch is imported, so the main script sets it (`wait_without_spinning`); a script of your own can do the
+same.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # 62 log-probabilities: their mean tells a gap of 1.3 times the tolerance from one within it as surely as four times as
-# many do from 1.15 times, and they cost a quarter (`tests/weight_sync/test_sync.py`, `benchmarks/weight_sync.py`).
+# many do from 1.15 times (`tests/weight_sync/test_sync.py`), and each costs a forward pass on both sides.
 _NUM_PROBES = 2
 _PROBE_TOKENS = 32
 
