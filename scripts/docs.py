@@ -110,7 +110,7 @@ def configuration() -> str:
 
 def server_flags() -> str:
     """Flags of `vllm serve` that `gym_vllm_args` refuses."""
-    from trl_gym.config import OWNED_VLLM_FLAGS
+    from trl_gym.config_checks import OWNED_VLLM_FLAGS
 
     return _table(("flag", "why, or what to use"), [(f"`--{f}`", why) for f, why in OWNED_VLLM_FLAGS.items()])
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tests.gradient import LOSS_TYPES, Case, gym_step, lean, lengths_of, make_trainer, num_trained, tasks
-from trl_gym.config import TOKEN_MEAN_LOSSES
+from trl_gym.config_checks import TOKEN_MEAN_LOSSES
 from trl_gym.errors import RolloutError
 
 # Rows 0 to 5 are rank 0's, the others rank 1's: group 1 lies across both.

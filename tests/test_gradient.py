@@ -51,7 +51,7 @@ from tests.gradient_ranks import (
     in_steps,
 )
 from tests.policy_server.tiny_model import build_tokenizer
-from trl_gym.config import TOKEN_MEAN_LOSSES
+from trl_gym.config_checks import TOKEN_MEAN_LOSSES
 from trl_gym.errors import ConfigError, RolloutError
 
 TOLERANCE = 3e-6  # of a parameter's gradient, relative to its norm

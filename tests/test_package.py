@@ -21,6 +21,7 @@ ROOMS = (
     ("untrusted",),
     ("errors", "supervisor"),
     ("compat", "processes", "responses", "rollout_options", "threads"),
+    ("config_checks",),
     ("config", "dataset"),
     ("gym", "policy_server", "ranks"),
     ("memory", "rollouts", "weight_sync"),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
-from trl_gym.config import TOKEN_MEAN_LOSSES
+from trl_gym.config_checks import TOKEN_MEAN_LOSSES
 from trl_gym.errors import ConfigError
 from trl_gym.ranks import agreed
 from trl_gym.rollouts import logprobs

@@ -1,4 +1,4 @@
-"""Every option of trl-gym on top of TRL's `GRPOConfig`, for Python, YAML and the command line; and their checks.
+"""Every option of trl-gym on top of TRL's `GRPOConfig`, for Python, YAML and the command line.
 
 `GymGRPOConfig.__post_init__` reports everything that is wrong in one `ConfigError`, one `Problem` per option.
 """
@@ -10,61 +10,18 @@ import json
 import os
 import re
 import types
-import typing
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from trl import GRPOConfig
 
 from trl_gym import compat
+from trl_gym.config_checks import find_problems, replace_wrong_types
 from trl_gym.errors import ConfigError, Problem
-from trl_gym.rollout_options import (
-    DEFAULT_RETRIES,
-    SAMPLING_KEYS,
-    RolloutOptions,
-    Sampling,
-    by_kind,
-    number_problems,
-)
+from trl_gym.rollout_options import DEFAULT_RETRIES, RolloutOptions, Sampling, by_kind
 
-# Flags of the policy server that belong to us; each names the option that sets it, or why it cannot be set.
-OWNED_VLLM_FLAGS = {
-    "host": "the managed server is reachable from this machine only",
-    "port": "the operating system chooses it",
-    "listen-fd": "it is how the port reaches the server",
-    "served-model-name": "NeMo Gym is told the same name",
-    "weight-transfer-config": "the weight transport is chosen from the placement",
-    "logprobs-mode": "training needs `processed_logprobs`",
-    "max-model-len": "set `vllm_max_model_length`",
-    "gpu-memory-utilization": "set `vllm_gpu_memory_utilization`",
-    "tensor-parallel-size": "set `vllm_tensor_parallel_size`",
-}
-# Values of `loss_type` with a mean over each row's tokens. The rows of a rollout weigh by their tokens there, which a
-# single `beta` for all of them cannot express.
-TOKEN_MEAN_LOSSES = ("grpo", "sapo")
 _JSON_OPTIONS = ("gym_overrides", "gym_vllm_args", "gym_retries", "gym_environments", "gym_eval_sampling")
-_SECONDS = (
-    "gym_start_timeout",
-    "gym_server_start_timeout",
-    "gym_server_reconnect_timeout",
-    "gym_stall_timeout",
-    "gym_sync_timeout",
-)
-_AT_LEAST = {
-    "gym_min_group_size": 2,  # a group of one has no baseline
-    "gym_verify_sync_steps": 0,
-    "gym_server_restarts": 0,
-    "gym_max_adapters": 2,  # one is loaded while the other is used
-    "gym_weight_buffer_mb": 1,
-}
-# Options of TRL that the rollout path cannot honour are refused: silence would be worse.
-_NOT_HONOURED = {
-    "vllm_structured_outputs_regex": "NeMo Gym's agents make the requests",
-    "generation_kwargs": "server-wide settings belong into `gym_vllm_args`",
-    "use_transformers_continuous_batching": "rollouts are served by vLLM",
-}
 
 
 @dataclass
@@ -246,7 +203,7 @@ class GymGRPOConfig(GRPOConfig):
     gym_log_dir: str | None = None
 
     def __post_init__(self) -> None:
-        problems = [*self._parse_json_options(), *self._replace_wrong_types()]
+        problems = [*self._parse_json_options(), *replace_wrong_types(self)]
         self._spell_out_retries()
         if self.bf16 is None and (self.use_cpu or not _has_accelerator()):
             # TRL turns bf16 on by default. On a CPU, autocast is slower than float32 and widens the gap to the server.
@@ -326,22 +283,6 @@ class GymGRPOConfig(GRPOConfig):
                     )
         return problems
 
-    def _replace_wrong_types(self) -> list[Problem]:
-        """Put the default where a value is of a wrong type, so that all other checks can be made; list such values.
-
-        YAML's `null`, and text where a number belongs, would otherwise end in a TypeError somewhere later. Of TRL's
-        options only numbers are looked at: others convert what they take.
-        """
-        hints = typing.get_type_hints(type(self))
-        problems = []
-        for one in fields(self):
-            value, hint = getattr(self, one.name), hints[one.name]
-            is_checked = one.name.startswith("gym_") or set(_alternatives(hint)) <= _NUMBERS
-            if is_checked and not _is_of(value, hint) and value != _default(one):
-                setattr(self, one.name, _default(one))
-                problems.append(Problem(f"`{one.name}` is {value!r}.", f"Set it to {_spelled(hint)}."))
-        return problems
-
     def _spell_out_retries(self) -> None:
         """Write retries by failure kind, where a number stands for infrastructure failures."""
         self.gym_retries = by_kind(DEFAULT_RETRIES if self.gym_retries is None else self.gym_retries)
@@ -395,208 +336,7 @@ def checked_args(args: GymGRPOConfig | None, model: Any, kwargs: dict[str, Any])
     return args
 
 
-# -- types ------------------------------------------------------------------------------------------------------------
-
-_TYPES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "a mapping",
-    type(None): "null",
-}
-_NUMBERS = {int, float, bool, type(None)}
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    """Return the types of a union, without their parameters; of any other type, that type."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return tuple(typing.get_origin(one) or one for one in (typing.get_args(hint) if union else (hint,)))
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value is of an option's type. An option with a type that is not in `_TYPES` takes everything."""
-    wanted = _alternatives(hint)
-    if not set(wanted) <= _TYPES.keys():
-        return True
-    if isinstance(value, bool):  # is an int to Python
-        return bool in wanted
-    return isinstance(value, wanted) or (float in wanted and isinstance(value, int))
-
-
-def _spelled(hint: Any) -> str:
-    return " or ".join(_TYPES[one] for one in _alternatives(hint))
-
-
-def _default(one: Field[Any]) -> Any:
-    return one.default_factory() if one.default_factory is not MISSING else one.default
-
-
 def _has_accelerator() -> bool:
     import torch
 
     return torch.accelerator.is_available()
-
-
-# -- values -----------------------------------------------------------------------------------------------------------
-
-
-def find_problems(config: GymGRPOConfig) -> list[Problem]:
-    """List everything that is wrong with our own options; their types are right."""
-    return [
-        *_choice_problems(config),
-        *_gym_problems(config),
-        *_server_problems(config),
-        *_length_problems(config),
-        *_number_problems(config),
-        *config.rollout_options.problems(lambda name: f"gym_{name}"),
-        *_eval_sampling_problems(config),
-        *_row_problems(config),
-        *_shared_gpu_problems(config),
-        *_unused_option_problems(config),
-    ]
-
-
-def _choice_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    choices = {
-        one.name: one.metadata["choices"]
-        for one in fields(config)
-        if one.name.startswith("gym_") and "choices" in one.metadata
-    }
-    for name, allowed in {**choices, "vllm_mode": ("colocate", "server")}.items():
-        if getattr(config, name) not in allowed:
-            yield Problem(f"`{name}` is {getattr(config, name)!r}.", f"Choose one of {', '.join(allowed)}.")
-
-
-def _gym_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    if config.gym_mode == "attach" and config.gym_head_url is None:
-        yield Problem(
-            "`gym_mode` is 'attach' and `gym_head_url` is not set.", "Set it to the URL of that Gym's head server."
-        )
-    if config.gym_head_url is not None and config.gym_config_paths:
-        yield Problem(
-            "`gym_head_url` attaches to a running Gym and `gym_config_paths` would start one.", "Set only one."
-        )
-    if config.gym_processes is not None:
-        yield from number_problems("gym_processes", config.gym_processes, least=1, whole=True)
-        if config.gym_processes > 1 and config.gym_mode != "host":
-            yield Problem(
-                f"`gym_processes` is {config.gym_processes} and `gym_mode` {config.gym_mode!r}: only the processes of "
-                "'host' are ours to count.",
-                "Set `gym_mode` to 'host', or leave `gym_processes` out.",
-            )
-    if not isinstance(config.gym_overrides, dict | None):
-        yield Problem(f"`gym_overrides` is {config.gym_overrides!r}.", "Set it to a mapping, or to a JSON object.")
-    for name in ("gym_weight_dir", "gym_replay"):
-        folder = getattr(config, name)
-        if folder is not None and not Path(folder).is_dir():
-            yield Problem(f"`{name}` is {folder!r}, which is not a folder.", "Create it, or correct the path.")
-
-
-def _server_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    if not config.use_vllm:
-        yield Problem("`use_vllm` is false, and rollouts need a policy server.", "Leave it at true.")
-    if config.vllm_mode == "colocate" and config.vllm_server_base_url is not None:
-        yield Problem(
-            "`vllm_server_base_url` names a running server and `vllm_mode` is 'colocate', which starts one.",
-            "Set `vllm_mode` to 'server', or leave the URL out.",
-        )
-    if not isinstance(config.gym_vllm_args, dict | None):
-        yield Problem(f"`gym_vllm_args` is {config.gym_vllm_args!r}.", "Set it to a mapping, or to a JSON object.")
-    elif config.gym_vllm_args:
-        if config.vllm_mode == "server":
-            yield Problem(
-                "`gym_vllm_args` has no effect with `vllm_mode` 'server': that server runs already.",
-                "Start the server with these flags, and remove them here.",
-            )
-        for flag in config.gym_vllm_args:
-            if (reason := OWNED_VLLM_FLAGS.get(flag.lstrip("-").replace("_", "-"))) is not None:
-                yield Problem(f"`gym_vllm_args` must not set {flag!r}: {reason}.", "Remove it.")
-    for name in ("gym_server_start_timeout", "gym_server_reconnect_timeout"):
-        if (seconds := getattr(config, name)) >= config.ddp_timeout:
-            yield Problem(
-                f"`{name}` is {seconds:g} and `ddp_timeout` {config.ddp_timeout}: the ranks that wait for the one "
-                "which waits for the server would give up first.",
-                "Set `ddp_timeout` higher.",
-            )
-
-
-def _length_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    length, context = config.max_completion_length, config.vllm_max_model_length
-    if length is None:
-        yield Problem(
-            "`max_completion_length` must be set: it bounds the tokens of a conversation after its first prompt.",
-            "Set it below `vllm_max_model_length`.",
-        )
-    elif context is not None and length >= context:
-        yield Problem(
-            f"`max_completion_length` ({length}) leaves no room for a prompt in `vllm_max_model_length` ({context}).",
-            "Lower the first, or raise the second.",
-        )
-
-
-def _number_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    for name in _SECONDS:
-        yield from number_problems(name, getattr(config, name), above=0, unit="seconds")
-    for name, least in _AT_LEAST.items():
-        yield from number_problems(name, getattr(config, name), least=least, whole=True)
-    yield from number_problems("gym_min_valid_fraction", config.gym_min_valid_fraction, least=0, most=1)
-    yield from number_problems("gym_max_rows_factor", config.gym_max_rows_factor, least=1)
-    yield from number_problems("gym_journal_max_mb", config.gym_journal_max_mb, above=0, unit="MB")
-    if config.gym_probe_tolerance is not None:
-        yield from number_problems("gym_probe_tolerance", config.gym_probe_tolerance, above=0, unit="nats")
-
-
-def _eval_sampling_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    sampling = config.gym_eval_sampling
-    if not isinstance(sampling, dict | None):
-        yield Problem(f"`gym_eval_sampling` is {sampling!r}.", "Set it to a mapping, or to a JSON object.")
-        return
-    for name, value in (sampling or {}).items():
-        if name not in SAMPLING_KEYS:
-            yield Problem(
-                f"`gym_eval_sampling` has the unknown key {name!r}.", f"Choose among {', '.join(SAMPLING_KEYS)}."
-            )
-        else:
-            yield from number_problems(f"gym_eval_sampling[{name!r}]", value, least=-1)
-
-
-def _row_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    if config.gym_train_calls == "all" and not config.has_further_rows:
-        yield Problem(
-            f"`gym_train_calls` is 'all' and `gym_drift` {config.gym_drift!r}: calls that do not continue each other "
-            "would have no row.",
-            "Set `gym_drift` to 'split'.",
-        )
-    if config.has_further_rows and config.beta and config.loss_type in TOKEN_MEAN_LOSSES:
-        yield Problem(
-            f"`gym_drift` is 'split', `loss_type` {config.loss_type!r} and `beta` {config.beta:g}: the KL term would "
-            "count each row of a rollout as a rollout.",
-            f"Set `beta` to 0, or `loss_type` to another one than {' and '.join(TOKEN_MEAN_LOSSES)}.",
-        )
-
-
-def _shared_gpu_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    if config.vllm_enable_sleep_mode and (config.vllm_mode == "server" or config.gym_server_devices is not None):
-        yield Problem(
-            "`vllm_enable_sleep_mode` makes trainer and server take turns on the same GPUs, and the server has its "
-            "own (`vllm_mode` 'server' or `gym_server_devices`).",
-            "Leave it out.",
-        )
-    if config.gym_offload_optimizer and not config.vllm_enable_sleep_mode:
-        yield Problem(
-            "`gym_offload_optimizer` makes room for a server that sleeps during updates.",
-            "Set `vllm_enable_sleep_mode` too, or leave it out.",
-        )
-    if config.gym_server_devices is not None and config.vllm_mode == "server":
-        yield Problem(
-            "`gym_server_devices` places a server that we start and `vllm_mode` is 'server', where one runs already.",
-            "Set `vllm_mode` to 'colocate', or leave the devices out.",
-        )
-
-
-def _unused_option_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    for name, reason in _NOT_HONOURED.items():
-        if getattr(config, name):
-            yield Problem(f"`{name}` has no effect on Gym rollouts: {reason}.", "Remove it.")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rollouts.test_batch import OUTPUT, bad, good, request
-from trl_gym.config import TOKEN_MEAN_LOSSES
+from trl_gym.config_checks import TOKEN_MEAN_LOSSES
 from trl_gym.errors import ConfigError
 from trl_gym.rollouts.rollout import Rollout, facts_of, from_record, journal_record
 from trl_gym.rollouts.rows import LOSS_TYPES, Row, fit, joined, mark, rows_of, training_rows, weighted

@@ -43,7 +43,7 @@ from typing import Any
 
 import torch
 
-from trl_gym.config import TOKEN_MEAN_LOSSES
+from trl_gym.config_checks import TOKEN_MEAN_LOSSES
 from trl_gym.errors import ConfigError
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.trajectory import Trajectory
