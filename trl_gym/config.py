@@ -118,6 +118,27 @@ class GymGRPOConfig(GRPOConfig):
             the identity: such a call has its own sampling parameters, no budget, and is not trained. `"error"` refuses
             it, which fails the rollout; `"warn"` serves it. Either way they are counted, and their agents named.
 
+        > Parameters that control overlap
+
+        gym_max_staleness (`int`, *optional*, defaults to `0`):
+            Optimizer steps that may lie between the weights that a rollout begins with and the step that first trains
+            it. 0: rollouts and training take turns. Otherwise rollouts of the next generation batches run while
+            training does, as many batches ahead as that allows; tasks come in the same order. With it
+            `vllm_importance_sampling_mode` is `"token_truncate"` unless set: TRL's default would drop long rollouts.
+        gym_on_stale (`str`, *optional*, defaults to `"wait"`):
+            What to do with a rollout that would become staler than `gym_max_staleness`: with `"wait"` training waits
+            for it; `"drop"` cancels it, and it counts as failed (kind `cancelled`).
+        gym_eval_overlap (`str`, *optional*, defaults to `"drain"`):
+            What an evaluation does with rollouts of training in flight: `"drain"` lets them end first, `"share"` runs
+            beside them. Weights do not change during an evaluation either way.
+        gym_refill_rounds (`int`, *optional*, defaults to `0`):
+            How often groups that teach nothing (all rewards equal, or fewer than `gym_min_group_size` of them) are
+            replaced by groups of further tasks, in each generation batch. What is left after that is trained as it
+            is, and counted.
+        gym_oversample (`int`, *optional*, defaults to `0`):
+            Further rollouts of each group: the first `num_generations` that have a reward make the group, the others
+            are cancelled. It favours short rollouts.
+
         > Parameters that control weight sync
 
         gym_weight_transport (`str`, *optional*, defaults to `"auto"`):
@@ -191,6 +212,11 @@ class GymGRPOConfig(GRPOConfig):
     gym_train_calls: str = field(default="answer", metadata={"choices": ["answer", "all"]})
     gym_max_rows_factor: float = 2.0
     gym_untagged_calls: str = field(default="error", metadata={"choices": ["error", "warn"]})
+    gym_max_staleness: int = 0
+    gym_on_stale: str = field(default="wait", metadata={"choices": ["wait", "drop"]})
+    gym_eval_overlap: str = field(default="drain", metadata={"choices": ["drain", "share"]})
+    gym_refill_rounds: int = 0
+    gym_oversample: int = 0
     gym_weight_transport: str = field(default="auto", metadata={"choices": ["auto", "ipc", "nccl", "file", "adapter"]})
     gym_weight_dir: str | None = None
     gym_weight_buffer_mb: int = 512

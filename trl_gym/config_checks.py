@@ -39,6 +39,9 @@ _SECONDS = (
 )
 _AT_LEAST = {
     "gym_min_group_size": 2,  # a group of one has no baseline
+    "gym_max_staleness": 0,
+    "gym_refill_rounds": 0,
+    "gym_oversample": 0,
     "gym_verify_sync_steps": 0,
     "gym_server_restarts": 0,
     "gym_max_adapters": 2,  # one is loaded while the other is used
