@@ -114,7 +114,7 @@ async def test_an_environment_that_hangs_does_not_hold_the_others_up(agent: Any)
 
     rows = [{"seconds": 30, "agent": "hangs"}] * 10 + [{"agent": "works"}] * 10
     collector = make(lookup, max_inflight=3, deadline_s=60.0)
-    future = collector.submit(requests(*rows), finish)
+    future = collector.submit(requests(*rows), finish).future
     await until(lambda: ends.count("works") == 10)
     assert ends == ["works"] * 10
     future.cancel()
@@ -255,7 +255,7 @@ async def test_a_stall_lists_who_waits_for_what(agent: Any, caplog: Any) -> None
     ledger.calls = {"r0": CallState(2, 0), "r1": CallState(0, 1)}
     collector = make(lookup, max_inflight=2, ledger=ledger, stall_timeout_s=0.5, deadline_s=60.0)
     with caplog.at_level(logging.WARNING):
-        future = collector.submit(requests(*[{"seconds": 30}] * 3), lambda result: result)
+        future = collector.submit(requests(*[{"seconds": 30}] * 3), lambda result: result).future
         await until(lambda: "No rollout has ended" in caplog.text)
         future.cancel()
         await asyncio.to_thread(collector.close)

@@ -151,7 +151,7 @@ async def test_giving_up_tells_the_policy_server_before_the_session_closes(agent
     behaviour, lookup = agent
     ledger = Ledger()
     collector = make(lookup, deadline_s=60.0, ledger=ledger)
-    future = collector.submit(requests({"seconds": 30}, {"seconds": 30}), lambda result: result)
+    future = collector.submit(requests({"seconds": 30}, {"seconds": 30}), lambda result: result).future
     await until(lambda: behaviour.running == 2)
     future.cancel()
     await asyncio.to_thread(collector.close)
@@ -162,7 +162,7 @@ async def test_closing_gives_up_what_still_runs(agent: Any) -> None:
     behaviour, lookup = agent
     ledger = Ledger()
     collector = make(lookup, deadline_s=60.0, ledger=ledger)
-    future = collector.submit(requests({"seconds": 30}), lambda result: result)
+    future = collector.submit(requests({"seconds": 30}), lambda result: result).future
     await until(lambda: behaviour.running)
     await asyncio.to_thread(collector.close)
     assert future.cancelled()

@@ -320,7 +320,7 @@ def _run(
                 chunk = todo[start : start + _CHUNK]
                 requests = [_request(job, options, endpoint, gym, session) for job in chunk]
                 finish = _finisher(chunk, journal, endpoint, options)
-                _wait(collector.submit(requests, finish, progress), journal)
+                _wait(collector.submit(requests, finish, progress).future, journal)
     except KeyboardInterrupt:
         done_now = len(jobs) - len(missing(jobs, done(read_journal(options.journal_dir))))
         raise InterruptedCollectionError(f"{done_now} of {len(jobs)} rollouts") from None

@@ -46,7 +46,7 @@ _CAUSE_S = 2.0  # for a server that has just died to be seen as dead
 _GIVE_UP_TIMEOUT_S = 5.0  # for telling a policy server that may be the reason for giving up
 _MAX_LISTED = 16  # outstanding rollouts; more are grouped
 # Failures after which a server behind the agent may go on with the rollout.
-_MAY_GO_ON = frozenset({FailureKind.DEADLINE, FailureKind.INFRASTRUCTURE})
+_MAY_GO_ON = frozenset({FailureKind.DEADLINE, FailureKind.INFRASTRUCTURE, FailureKind.CANCELLED})
 
 
 class Ended(Protocol):
@@ -111,6 +111,7 @@ class Collection(Generic[T]):
         session: For all requests.
         admission: Shared with other collections of the rank.
         finish, progress: See `RolloutCollector.submit`.
+        unwanted: Why rollouts shall end before their time, by place; more come with `interrupt`.
     """
 
     def __init__(
@@ -120,7 +121,9 @@ class Collection(Generic[T]):
         admission: Admission,
         finish: Callable[[RolloutResult], T],
         progress: Progress | None,
+        unwanted: Mapping[int, str],
     ) -> None:
+        self._unwanted = dict(unwanted)
         self._context, self._session, self._admission = context, session, admission
         self._finish, self._progress = finish, progress
         self._clock = asyncio.get_running_loop().time
@@ -129,7 +132,7 @@ class Collection(Generic[T]):
         self._tasks: list[asyncio.Task[T]] = []
         self._current: list[RolloutRequest] = []  # the newest attempt of each rollout
         self._down: dict[str, str] = {}  # environments that are skipped, and why
-        self._interrupted: set[int] = set()  # rollouts that are cancelled because of that
+        self._interrupted: dict[int, RolloutFailure] = {}  # rollouts whose tasks are cancelled, and how they end
         self._num_suspicious = 0
         self._suspicion, self._looked = asyncio.Event(), asyncio.Event()
         self._num_unanswered_pings = 0
@@ -154,6 +157,23 @@ class Collection(Generic[T]):
             await asyncio.gather(*self._tasks, watch, rollouts, return_exceptions=True)
             await self._give_up()
 
+    def interrupt(self, unwanted: Mapping[int, str]) -> None:
+        """End rollouts before their time, as failures of kind `cancelled`.
+
+        Args:
+            unwanted: Why, by place among the requests. What has ended, or is being recorded, ends as it would.
+        """
+        self._unwanted |= unwanted
+        for index in unwanted:
+            one = self._tally.outstanding.get(index)
+            if one is not None and one.phase is not Phase.RECORDING and index not in self._interrupted:
+                self._interrupted[index] = self._unwanted_failure(index)
+                self._tasks[index].cancel()
+
+    def _unwanted_failure(self, index: int) -> RolloutFailure:
+        where = f"{self._current[index].agent} /run"
+        return RolloutFailure(kind=FailureKind.CANCELLED, text=self._unwanted[index], where=where)
+
     # -- one rollout --------------------------------------------------------------------------------------------------
 
     async def _rollout(self, index: int) -> T:
@@ -176,6 +196,8 @@ class Collection(Generic[T]):
         request = self._current[index]
         started: float | None = None
         try:
+            if index in self._unwanted:
+                return self._result(request, self._unwanted_failure(index), 0.0)
             if failed:
                 self._enter(index, Phase.PAUSED)
                 await asyncio.sleep(backoff_s(failed.total(), self._rng))
@@ -195,9 +217,8 @@ class Collection(Generic[T]):
             task = asyncio.current_task()
             if index not in self._interrupted or task is None or task.uncancel() > 0:
                 raise
-            self._interrupted.discard(index)
             seconds = 0.0 if started is None else self._clock() - started
-            return self._result(request, self._down_failure(request), seconds)
+            return self._result(request, self._interrupted.pop(index), seconds)
 
     async def _run(self, request: RolloutRequest, deadline_s: float) -> GymAnswer | RolloutFailure:
         agent, access = self._context.agent(request.agent), self._context.access
@@ -334,8 +355,8 @@ class Collection(Generic[T]):
             logger.warning("%s. Its %d outstanding rollouts fail; the next batch tries it again.", text, len(indices))
             self._down[agent] = text
             for index in indices:
-                if outstanding[index].phase is not Phase.RECORDING:
-                    self._interrupted.add(index)
+                if outstanding[index].phase is not Phase.RECORDING and index not in self._interrupted:
+                    self._interrupted[index] = self._down_failure(self._current[index])
                     self._tasks[index].cancel()
 
     def _down_failure(self, request: RolloutRequest) -> RolloutFailure:

@@ -4,6 +4,7 @@ trainer thread                       collector thread (one event loop, for the c
 ──────────────                       ─────────────────────────────────────────────────────────────────
 submit(requests) ────────────────►   a `Collection`: one task per request, a watch beside them
 future.result()                      `finish` and `progress` are called here
+interrupt(places) ───────────────►   these end as failures
                  ◄────────────────   the values of `finish`, in the order of the requests
 """
 
@@ -25,7 +26,7 @@ from trl_gym.rollouts.attempts import Collection, CollectionContext, Ended, Prog
 from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.request import PolicyAccess, RolloutRequest
 
-__all__ = ["Ended", "Progress", "RolloutCollector", "RolloutResult"]
+__all__ = ["Ended", "Progress", "RolloutCollector", "RolloutResult", "Submission"]
 
 _CLOSE_TIMEOUT_S = 10.0
 
@@ -86,7 +87,7 @@ class RolloutCollector(Generic[T]):
         progress: Progress | None = None,
     ) -> list[T]:
         """Run all requests and wait. See `submit`."""
-        future = self.submit(requests, finish, progress)
+        future = self.submit(requests, finish, progress).future
         try:
             return future.result()
         except BaseException:  # Ctrl-C arrives here, in the trainer's thread
@@ -98,7 +99,7 @@ class RolloutCollector(Generic[T]):
         requests: Sequence[RolloutRequest],
         finish: Callable[[RolloutResult], T],
         progress: Progress | None = None,
-    ) -> concurrent.futures.Future[list[T]]:
+    ) -> Submission[T]:
         """Start running all requests.
 
         Args:
@@ -118,18 +119,72 @@ class RolloutCollector(Generic[T]):
             self._worker = _Worker(self._context.budgets)
             # Also when nobody calls `close`: at the latest when the interpreter ends.
             self._finalizer = weakref.finalize(self, self._worker.close)
-        worker, context = self._worker, self._context
-
-        async def run() -> list[T]:
-            return await Collection(context, worker.session, worker.admission, finish, progress).run(requests)
-
-        return worker.start(run)
+        return Submission(self._worker, self._context, requests, finish, progress)
 
     def close(self) -> None:
         """Give up what still runs, close connections, end the thread. Idempotent; the collector can be used again."""
         if self._finalizer is not None:
             self._finalizer()
         self._worker = self._finalizer = None
+
+
+class Submission(Generic[T]):
+    """Requests that run; made by `RolloutCollector.submit`, which says what the arguments are.
+
+    Attributes:
+        future: The values of `finish`, in the order of the requests.
+    """
+
+    def __init__(
+        self,
+        worker: _Worker,
+        context: CollectionContext,
+        requests: Sequence[RolloutRequest],
+        finish: Callable[[RolloutResult], T],
+        progress: Progress | None,
+    ) -> None:
+        self._worker = worker
+        self._unwanted: dict[int, str] = {}
+        self._collection: Collection[T] | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+        async def run() -> list[T]:
+            self._task = asyncio.current_task()
+            parts = context, worker.session, worker.admission, finish, progress, self._unwanted
+            self._collection = Collection(*parts)
+            return await self._collection.run(requests)
+
+        self.future = worker.start(run)
+
+    def interrupt(self, places: Sequence[int], why: str) -> None:
+        """End rollouts before their time, as failures of kind `cancelled` that are not retried. Returns at once, and
+        may be called in any thread, in `finish` too.
+
+        Args:
+            places: Among the requests; those that have ended, or are being recorded, end as they would.
+            why: The failures' text.
+        """
+        if not self.future.done():
+            self._worker.call(self._interrupt, dict.fromkeys(places, why))
+
+    def cancel(self) -> None:
+        """Give all of it up, and wait until what ran is recorded and the policy server told. Idempotent. May be called
+        in any thread but the collector's."""
+        if not self.future.done():
+            self._worker.run(self._wind_up()).result(timeout=_CLOSE_TIMEOUT_S)
+
+    def _interrupt(self, unwanted: dict[int, str]) -> None:
+        if self._collection is None:  # it has not begun
+            self._unwanted |= unwanted
+        else:
+            self._collection.interrupt(unwanted)
+
+    async def _wind_up(self) -> None:
+        # `run` was handed to the loop before this was, so that it has begun.
+        assert self._task is not None, "the loop takes what it is handed in order"
+        if not self._task.cancelling():  # a second cancellation would interrupt the telling
+            self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
 
 class _Worker:
@@ -145,6 +200,9 @@ class _Worker:
 
     def run(self, coroutine: Coroutine[Any, Any, R]) -> concurrent.futures.Future[R]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> None:
+        self._loop.call_soon_threadsafe(function, *args)
 
     def start(self, collection: Callable[[], Coroutine[Any, Any, R]]) -> concurrent.futures.Future[R]:
         return self.run(self._tracked(collection))
