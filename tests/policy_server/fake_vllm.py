@@ -107,7 +107,7 @@ class FakeVllm:
                 return 200, {"tokens": tokens, "token_strs": [chr(token) for token in tokens]}
             case "/v1/chat/completions":
                 return self.chat(request)
-            case "/health":
+            case "/health" | "/pause" | "/resume":
                 return 200, {}
         return 404, {"detail": "Not Found"}
 

@@ -116,7 +116,7 @@ def test_turns_have_what_the_server_measured() -> None:
     measured = {"queue_s": 0.01, "prefill_s": 0.02, "decode_s": 0.03}
     first, second = records_of({"response": {"output": OUTPUT}})
     first = msgspec.structs.replace(first, cached_tokens=1, **measured)
-    second = msgspec.structs.replace(second, cached_tokens=3, weight_version="4", **measured)
+    second = msgspec.structs.replace(second, cached_tokens=3, last_version="4", **measured)
     refused = CallRecord(status=400, prompt="exact", seconds=0.1)
     records = [first, refused, second, record([first], [9], [9, 9], weight_version="4")]
     calls = model_calls(records)
@@ -128,7 +128,11 @@ def test_turns_have_what_the_server_measured() -> None:
         (4, 1, 3, 0.01, 0.02, 0.03),
         (1, 2, None, None, None, None),
     ]
-    assert [turn["weight_version"] for turn in models] == ["3", "4", "4"]
+    assert [(turn["weight_version"], turn.get("last_version")) for turn in models] == [
+        ("3", None),
+        ("3", "4"),
+        ("4", None),
+    ]
     assert line["weight_versions"] == ["3", "4"]
     assert line["turns"][1] == {"kind": "tool", "name": "add", "seconds": None, "error": None}
 

@@ -276,5 +276,6 @@ def _shifted(record: CallRecord, num_before: int) -> CallRecord:
 
 def weight_versions(records: Sequence[CallRecord]) -> list[str]:
     """Return the versions that answered a rollout's calls, each once, in order of use."""
-    versions = (record.weight_version for record in records if record.status == 200)
+    answered = (record for record in records if record.status == 200)
+    versions = (version for record in answered for version in (record.weight_version, record.last_version))
     return list(dict.fromkeys(version for version in versions if version is not None))

@@ -215,12 +215,15 @@ def _turns(rollout: Rollout) -> Iterator[dict[str, Any]]:
 
 
 def _model_turn(record: CallRecord | None) -> dict[str, Any]:
-    return {
+    turn = {
         "kind": "model",
         "prompt_tokens": getattr(record, "prompt_tokens", None),
         "generation_tokens": getattr(record, "completion_tokens", None),
         **{name: getattr(record, name, None) for name in _MEASURED},
     }
+    if record is not None and record.last_version is not None:
+        turn["last_version"] = record.last_version  # weights changed while it ran
+    return turn
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------

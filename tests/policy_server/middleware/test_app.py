@@ -803,6 +803,40 @@ async def test_the_weight_version_follows_an_update(http: Http, app: FakeVllm) -
     assert sum(path == "/weight_info" for path, _ in app.requests) == 2  # cached in between
 
 
+async def test_a_call_that_spans_two_versions_says_so(http: Http, app: FakeVllm) -> None:
+    sent, release = asyncio.Event(), asyncio.Event()
+    app.change_answer = lambda answer: answer.pop("metrics")  # known is when it was sent and answered
+
+    async def held(scope: Json, receive: Any, send: Any) -> None:
+        if scope["path"] == "/v1/chat/completions":
+            sent.set()
+            await release.wait()
+        await app(scope, receive, send)
+
+    http.middleware = OnPolicyMiddleware(held)
+    assert (await http("GET", "/trl_gym/info"))[1]["weight_version"] == "default"
+
+    async def push(version: str, call: asyncio.Task[Any], *, ends_first: bool) -> None:
+        await sent.wait()
+        if ends_first:
+            release.set()
+            await call
+        assert (await http("POST", "/pause"))[0] == 200
+        assert (await http("POST", "/finish_weight_update", {"weight_version": version}))[0] == 200
+        assert (await http("POST", "/resume"))[0] == 200
+        release.set()
+        await call
+        sent.clear()
+        release.clear()
+
+    for version, ends_first in (("7", False), ("8", True)):
+        await push(version, asyncio.create_task(http.chat([USER], trl_gym=TAG)), ends_first=ends_first)
+    release.set()
+    assert (await http.chat([USER], trl_gym=TAG))["weight_version"] == "8"
+    spans = [(one.weight_version, one.last_version) for one in await http.take("r0")]
+    assert spans == [("default", "7"), ("7", None), ("8", None)]
+
+
 async def test_with_a_key_every_route_but_health_demands_it(app: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRL_GYM_SERVER_API_KEYS", "first\nsecond")
     http = Http(app)

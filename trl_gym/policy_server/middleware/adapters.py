@@ -41,6 +41,7 @@ from trl_gym.policy_server.middleware.http import (
     json_object,
 )
 from trl_gym.policy_server.middleware.turn import InvalidTurnError
+from trl_gym.policy_server.middleware.versions import Sampled
 
 _logger = logging.getLogger("trl_gym.adapters")
 
@@ -206,11 +207,15 @@ class AdapterControl:
         """Return the names under which the policy is served. Raises `AnsweredError`."""
         return (await self._server_info.all(server))["model_names"] if self.book.held else ()
 
-    async def version_of(self, adapter: Adapter | None, server: WrappedServer) -> str | None:
-        """Return the weight version that answered a call. Raises `AnsweredError`."""
+    async def versions_of(
+        self, adapter: Adapter | None, server: WrappedServer, sampled: Sampled
+    ) -> tuple[str | None, str | None]:
+        """Return the weight versions of the first and of the last token of a call. Raises `AnsweredError`."""
         if adapter is not None:
-            return adapter.version
-        return await self._server_info.weight_version(server) if self.book.current is None else self._own_version
+            return adapter.version, adapter.version
+        if self.book.current is not None:
+            return self._own_version, self._own_version
+        return self._server_info.history.versions(sampled, await self._server_info.weight_version(server))
 
     @contextmanager
     def routed(self, model: Any, rollout: str | None, policy_names: Sequence[str]) -> Iterator[Adapter | None]:
@@ -247,7 +252,7 @@ class AdapterControl:
         """Load an adapter and make it current. Replies 400 if it cannot be served, 409 if there is no room for it."""
         name, path, version = (_text(request, key) for key in ("name", "path", "version"))
         max_adapters, wait_s = _number(request, "max_adapters", 2), _number(request, "wait_s", 0)
-        server = _on_its_own(server)
+        server = on_its_own(server)
         async with self._changing:
             await self._make_room(server, name, max_adapters, wait_s)
             try:
@@ -269,7 +274,7 @@ class AdapterControl:
             server: The wrapped server.
             new_weights: Whether these weights are new, so that their version is set already.
         """
-        server = _on_its_own(server)
+        server = on_its_own(server)
         async with self._changing:
             was_adapted = self.book.current is not None
             self.book.retire()
@@ -284,7 +289,7 @@ class AdapterControl:
         self.book.release(rollouts)
         if self.book.idle() and not self._changing.locked():  # the holder of the lock unloads at its end
             async with self._changing:
-                await self._unload_idle(_on_its_own(server))
+                await self._unload_idle(on_its_own(server))
 
     async def _make_room(self, server: WrappedServer, name: str, max_adapters: float, wait_s: float) -> None:
         """Wait until one more adapter may be loaded. Raises `AnsweredError`."""
@@ -346,7 +351,7 @@ async def _refusal(server: WrappedServer, adapter: Adapter, reply: Reply) -> Rep
     return Reply.error(400 if is_alive else 500, text)
 
 
-def _on_its_own(server: WrappedServer) -> WrappedServer:
+def on_its_own(server: WrappedServer) -> WrappedServer:
     """Return the same server for a change that must not end half-way because the client hangs up."""
     return replace(server, receive=_never)
 

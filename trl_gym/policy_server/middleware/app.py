@@ -39,12 +39,13 @@ from trl_gym.policy_server.command import (
     ENV_REPLICAS,
     ENV_WEIGHT_TRANSPORTS,
 )
-from trl_gym.policy_server.middleware.adapters import AdapterControl
+from trl_gym.policy_server.middleware.adapters import AdapterControl, on_its_own
 from trl_gym.policy_server.middleware.chat import CHAT_PATH, ChatTurns
 from trl_gym.policy_server.middleware.http import (
     AnsweredError,
     App,
     ClientGoneError,
+    Message,
     Receive,
     Reply,
     Scope,
@@ -66,6 +67,7 @@ from trl_gym.policy_server.middleware.turn import InvalidTurnError, Turn, checke
 
 AFFINITY = "trl_gym.affinity"  # key in the scope: requests with the same value should reach the same engine
 INFO_PATH = "/trl_gym/info"
+_RESUME_PATHS = ("/resume", "/wake_up")
 _FINISH_PATH = "/finish_weight_update"
 _VERSION_PATHS = (_FINISH_PATH, "/update_weight_version")
 _OTHER_PATHS = ("/v1/completions", "/v1/responses", "/v1/messages")
@@ -127,6 +129,8 @@ class OnPolicyMiddleware:
             ("POST", "/trl_gym/sampling"): self._pin_sampling,
             ("POST", "/trl_gym/adapters"): self._load_adapter,
             ("POST", "/trl_gym/adapters/clear"): self._clear_adapters,
+            ("POST", "/pause"): self._pause,
+            **{("POST", path): self._resume for path in _RESUME_PATHS},
             **{("POST", path): self._change_version for path in _VERSION_PATHS},
             **{("POST", path): self._refuse_turns for path in _OTHER_PATHS},
         }
@@ -228,13 +232,28 @@ class OnPolicyMiddleware:
         )
 
     async def _change_version(self, server: WrappedServer, _send: Send) -> Reply:
-        """Pass the request on, and forget the cached version before the client has its answer."""
-        path = path_of(server.scope)
-        reply = await server.ask("POST", path, await read_body(server.receive))
-        self._server_info.weights_changed()
+        """Pass the request on, and learn the new version before the client has its answer."""
+        path, body = path_of(server.scope), await read_body(server.receive)
+        server, before = on_its_own(server), self._server_info.known_version
+        reply = await server.ask("POST", path, body)
+        await self._server_info.follow_change(server, before)
         if reply.ok and path == _FINISH_PATH:
             await self._adapters.clear(server, new_weights=True)  # they were trained on other weights
         return reply
+
+    async def _pause(self, server: WrappedServer, send: Send) -> None:
+        """Let the application answer, and take note of when nothing is sampled any more."""
+
+        async def watched(message: Message) -> None:
+            if message.get("status") == 200:
+                self._server_info.history.paused()
+            await send(message)
+
+        await self.app(server.scope, server.receive, watched)
+
+    async def _resume(self, server: WrappedServer, send: Send) -> None:
+        self._server_info.history.resuming()
+        await self.app(server.scope, server.receive, send)
 
     async def _load_adapter(self, server: WrappedServer, _send: Send) -> Reply:
         return await self._adapters.load(server, _required_object(await read_body(server.receive)))

@@ -42,6 +42,7 @@ from trl_gym.policy_server.middleware.ledger import (
 )
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
 from trl_gym.policy_server.middleware.turn import Turn
+from trl_gym.policy_server.middleware.versions import Sampled
 
 CHAT_PATH = "/v1/chat/completions"
 _OVERFLOW = "maximum context length"  # Gym ends a rollout gracefully when it reads "context length" in a 400
@@ -75,6 +76,7 @@ class Served:
     reply: Reply
     answer: dict[str, Any] | None = None  # the chat completion in it; None if it is an error
     tokens: CallTokens | None = None  # for the ledger; None for an error, and without a tag
+    last_version: str | None = None  # weight version of its last token
     prompt: Prompt = field(default_factory=Prompt)  # the prompt, as far as it was found
 
 
@@ -132,6 +134,7 @@ class ChatTurns:
             served.answer,
             exact=served.prompt.forced is not None,
             seconds=time.monotonic() - started,
+            last_version=served.last_version,
             drift=served.prompt.drift,
             tokens=served.tokens,
             caller=turn.caller,
@@ -158,13 +161,18 @@ class ChatTurns:
             if not reply.ok:
                 return Served(reply, prompt=prompt)
             answer, tokens = await self._complete(server, turn, prompt, adapter, reply)
+            first, last = await self._adapters.versions_of(adapter, server, _sampled(turn, answer))
         except AnsweredError as answered:
             return Served(answered.reply, prompt=prompt)
+        if first is None:  # a server without versions of its own may still name one
+            first = last = answer.get("weight_version")
+        if first is not None:
+            answer["weight_version"] = str(first)
         if not (turn.is_ours and turn.is_streamed):
-            return Served(Reply(200, msgspec.json.encode(answer)), answer, tokens, prompt)
+            return Served(Reply(200, msgspec.json.encode(answer)), answer, tokens, last, prompt)
         include_usage = bool((turn.body.get("stream_options") or {}).get("include_usage"))
         events = openai.events(answer, include_usage=include_usage)
-        return Served(Reply(200, events, openai.CONTENT_TYPE), answer, tokens, prompt)
+        return Served(Reply(200, events, openai.CONTENT_TYPE), answer, tokens, last, prompt)
 
     async def _prompt(self, server: WrappedServer, turn: Turn) -> Prompt:
         if turn.is_tagged and turn.has_media:
@@ -260,14 +268,19 @@ class ChatTurns:
 
     async def _send(self, server: WrappedServer, turn: Turn, prompt: Prompt, abort: asyncio.Event | None) -> Reply:
         request = turn.sampling_request(prompt.forced, self._has_prompt_field)
+        clock = self._server_info.history.clock
+        turn.sent = clock()
         if abort is None:
-            return await server.ask("POST", CHAT_PATH, request)
-        return await server.ask_until(abort, "POST", CHAT_PATH, request)
+            reply = await server.ask("POST", CHAT_PATH, request)
+        else:
+            reply = await server.ask_until(abort, "POST", CHAT_PATH, request)
+        turn.answered = clock()
+        return reply
 
     async def _complete(
         self, server: WrappedServer, turn: Turn, prompt: Prompt, adapter: Adapter | None, reply: Reply
     ) -> tuple[dict[str, Any], CallTokens | None]:
-        """Add bundle or handle, version and drift to the answer, and return its tokens for the ledger.
+        """Add bundle or handle and drift to the answer, and return its tokens for the ledger.
 
         Raises:
             AnsweredError: The bundle of a rollout's turn is not exact, or the answer is no chat completion.
@@ -289,11 +302,6 @@ class ChatTurns:
             openai.slim(answer, tokens.handle, with_logprobs=not turn.asks_for_ids)
         if adapter is not None:
             answer["model"] = turn.body.get("model") or (await self._server_info.all(server))["model_names"][0]
-        version = await self._adapters.version_of(adapter, server)
-        if version is None:
-            version = answer.get("weight_version")
-        if version is not None:
-            answer["weight_version"] = str(version)
         if prompt.drift is not None:
             answer["trl_gym"] = {"drift": msgspec.to_builtins(prompt.drift)}
         return answer, tokens
@@ -315,6 +323,10 @@ class ChatTurns:
         self.counters.cancelled += 1
         text = f"The rollout {rollout} has ended or was cancelled; its {_OVERFLOW} counts as reached."
         return Reply.error(400, text)
+
+
+def _sampled(turn: Turn, answer: dict[str, Any]) -> Sampled:
+    return Sampled.of(turn.sent, turn.answered, answer.get("metrics"))
 
 
 def _stopped_by_itself(turn: Turn, answer: dict[str, Any], max_model_len: int) -> bool:

@@ -16,6 +16,7 @@ import msgspec
 
 from trl_gym.errors import error_body_text
 from trl_gym.policy_server.middleware.templates import RenderRefusedError
+from trl_gym.policy_server.middleware.versions import WeightHistory
 from trl_gym.untrusted import parse_json, shape_problem
 
 Message = MutableMapping[str, Any]
@@ -299,7 +300,11 @@ def _own_scope(scope: Scope, method: str, path: str, num_body_bytes: int) -> Sco
 
 
 class ServerInfo:
-    """Cache what the wrapped server says about itself; ask for the weight version again when weights change."""
+    """Cache what the wrapped server says about itself; ask for the weight version again when weights change.
+
+    Attributes:
+        history: When its own weights changed.
+    """
 
     def __init__(self) -> None:
         self._info: dict[str, Any] | None = None
@@ -307,6 +312,7 @@ class ServerInfo:
         self._version: str | None = None
         self._has_versions = True
         self._num_changes = 0
+        self.history = WeightHistory()
 
     async def all(self, server: WrappedServer) -> dict[str, Any]:
         """Return `vllm_version`, `max_model_len` and `model_names` (of the model itself, without adapters)."""
@@ -357,3 +363,23 @@ class ServerInfo:
         """Ask for the version again in the next call."""
         self._version = None
         self._num_changes += 1
+
+    async def follow_change(self, server: WrappedServer, before: str | None) -> None:
+        """Ask for the version at once, while a call that is answered later can still be told from one of before.
+
+        Args:
+            server: The wrapped server, after new weights or a new version.
+            before: The version until then, as far as it is known.
+        """
+        self.weights_changed()
+        try:
+            now = await self.weight_version(server)
+        except AnsweredError:  # of a gateway whose servers differ, which says so to every later call
+            now = None
+        if now != before:
+            self.history.changed(before)
+
+    @property
+    def known_version(self) -> str | None:
+        """The weight version if it was asked for since weights changed, without a request."""
+        return self._version

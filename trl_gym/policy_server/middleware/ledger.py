@@ -103,7 +103,8 @@ class CallRecord(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int | None = None
     cached_tokens: int | None = None
     finish_reason: str | None = None
-    weight_version: str | None = None
+    weight_version: str | None = None  # of its first token
+    last_version: str | None = None  # of its last token, where weights changed in between
     seconds: float  # in the middleware, in total
     queue_s: float | None = None
     prefill_s: float | None = None
@@ -148,6 +149,7 @@ def record_of(
     *,
     exact: bool,
     seconds: float,
+    last_version: str | None = None,
     drift: CallDrift | None = None,
     tokens: CallTokens | None = None,
     caller: str | None = None,
@@ -159,6 +161,7 @@ def record_of(
         answer: The chat completion in it; None after an error.
         exact: Whether the prompt was forced.
         seconds: Wall time that it took.
+        last_version: Weight version of its last token.
         drift: The cause why the prompt is not exact, if it should have been.
         tokens: Its tokens.
         caller: The NeMo Gym server that made it, where it is known.
@@ -172,7 +175,8 @@ def record_of(
         completion_tokens=usage.get("completion_tokens"),
         cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
         finish_reason=(answer.get("choices") or [{}])[0].get("finish_reason"),
-        weight_version=answer.get("weight_version"),
+        weight_version=(version := answer.get("weight_version")),
+        last_version=None if last_version is None or str(last_version) == version else str(last_version),
         seconds=round(seconds, 6),
         queue_s=_seconds(metrics.get("queue_time_ms")),
         prefill_s=_seconds(metrics.get("time_to_first_token_ms")),

@@ -84,6 +84,9 @@ class Turn:
     options_key: bytes = b""  # hash of `render_options`
     caller: str | None = None  # `kind/name` of the Gym server that called, if it says so
     served_model: str | None = None  # model to sample from if it is not the request's (an adapter), else None
+    # When it was sent to the server, for the last time, and answered; in seconds of the weights' history.
+    sent: float = 0.0
+    answered: float = 0.0
 
     @classmethod
     def from_json(cls, raw: bytes, identity: Identity = NOBODY) -> Turn | None:
