@@ -140,7 +140,8 @@ def test_the_trainers_logprobs_are_written_for_every_row(model: Path, tmp_path: 
     lines = (tmp_path / "training_logprobs" / "step-0.rank-0.jsonl").read_text().splitlines()
     found = {line["rollout_id"]: [line["logprobs"], *line.get("further_rows", [])] for line in map(json.loads, lines)}
     rollouts = {rollout.request.rollout_id: rollout for rollout in trainer._accounting.rollouts}
-    assert len(found) == 11
+    assert len(found) == 11 and {json.loads(line)["step"] for line in lines} == {0}
+    assert 0 < trainer.state.log_history[0]["sampling/importance_sampling_ratio/fraction_cut"] < 1  # of made-up ones
     for name, rows in found.items():
         expected = [len(trajectory.completion_ids) for trajectory in rollouts[name].trajectories]
         assert [len(row) for row in rows] == expected

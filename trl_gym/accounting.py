@@ -36,7 +36,9 @@ from trl_gym.rollouts.logprobs import ratio_sum
 from trl_gym.rollouts.metrics import (
     NEWEST,
     MetricsBuffer,
+    ValueSum,
     completion_metrics,
+    merge_cut,
     merge_gaps,
     merge_ratios,
     rollout_metrics,
@@ -108,7 +110,7 @@ class Accounting:
             rollouts: `[B]`, of this rank.
             rewards: `[B]`, checked (`batch.checked_rewards`).
             mode: `"train"` or `"eval"`.
-            step: Optimizer step whose weights sampled them.
+            step: Optimizer steps in the weights that are trained next, from which staleness is counted.
             where: Tells the user where to read more about failures: a sentence that begins with a verb.
             pad_id: See `rows.rows_of`.
             eos_id: See `rows.rows_of`.
@@ -128,6 +130,7 @@ class Accounting:
             batch=f"{mode}-{self._num_settled}",
             rank=self._accelerator.process_index,
             gather=gather_object,
+            step=step,
         )
         if mode == "train":
             self.shared = self.shared.without_small_groups(self._args.gym_min_group_size)
@@ -265,15 +268,26 @@ class Accounting:
                     rank=self._accelerator.process_index,
                 )
         is_trained = [row.rollout is not None for row in self.rows]
-        ranks = gather_object([(gaps, ratio_sum(batch, is_trained))])
-        self._run_metrics[mode].add_gaps([gaps for gaps, _ in ranks])
-        corrected = merge_ratios([ratios for _, ratios in ranks])
+        ranks = gather_object([(gaps, ratio_sum(batch, is_trained), self._cut(batch, is_trained))])
+        self._run_metrics[mode].add_gaps([gaps for gaps, _, _ in ranks])
+        corrected = merge_ratios([ratios for _, ratios, _ in ranks])
         if corrected:
-            merged = merge_gaps([gaps for gaps, _ in ranks])
+            merged = merge_gaps([gaps for gaps, _, _ in ranks])
+            for name, value in merge_cut([cut for _, _, cut in ranks]).items():
+                metrics[name].append(value)
             for name in ("mean", "max"):
                 corrected[f"sampling/sampling_logp_difference/{name}"] = merged.get(f"logprob_gap/{name}", torch.nan)
         for name, value in corrected.items():
             metrics[name][-1] = value
+
+    def _cut(self, batch: dict[str, Any], is_trained: Sequence[bool]) -> ValueSum | None:
+        return logprobs.cut_tokens(
+            batch,
+            is_trained,
+            mode=self._args.vllm_importance_sampling_mode,
+            clip_min=self._args.vllm_importance_sampling_clip_min,
+            clip_max=self._args.vllm_importance_sampling_clip_max,
+        )
 
     # -------------------------------------------------------------------------------------- evaluation, what is logged
 

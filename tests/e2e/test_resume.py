@@ -244,7 +244,7 @@ def test_training_from_the_journal_needs_no_server(
     for name in ("prompt_ids", "completion_ids", "tool_mask", "advantages", "sampling_per_token_logps"):
         assert torch.equal(first[name], recorded[name]), name
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert metrics[0]["rollouts/staleness"] == 0.0
+    assert metrics[0]["rollouts/staleness/mean"] == 0.0
     trainer.close()
 
 

@@ -19,6 +19,7 @@ from tests.report.synthetic import Plan, write_run
 from trl_gym.cli import main
 from trl_gym.errors import ConfigError
 from trl_gym.report import PageOptions, open_run, show, write_page
+from trl_gym.report.source import read_training_logprobs
 
 
 def blob(page: Path | str, name: str) -> Any:
@@ -102,6 +103,17 @@ def test_a_full_disk_or_a_diverged_run_does_not_end_the_view(tmp_path: Path, cap
     ]
     gaps = [body["gaps"] for bodies in blob(page.path, "t0")["rollouts"] for body in bodies]
     assert any(own and set(own) == {None} for own in gaps)
+
+
+def test_log_probabilities_are_found_wherever_a_rollout_was_trained(tmp_path: Path) -> None:
+    """Later than it was sampled, perhaps; after a resume a second time, which counts."""
+    [trained, *_] = [r for r in write_run(tmp_path / "run", Plan(steps=1, tasks=1)) if r["completion_ids"]]
+    folder, name = tmp_path / "run" / "training_logprobs", trained["rollout_id"]
+    for step in (10, 9):
+        line = {"rollout_id": name, "step": step, "logprobs": [-float(step)] * len(trained["completion_ids"])}
+        (folder / f"step-{step}.rank-0.jsonl").write_text(json.dumps(line))
+    found = dict(read_training_logprobs(open_run(tmp_path / "run")))
+    assert set(found[name][0]) == {-10.0}
 
 
 def test_damage_elsewhere_is_an_error_with_a_remedy(tmp_path: Path) -> None:

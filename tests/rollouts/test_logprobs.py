@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_gym.errors import RolloutError
-from trl_gym.rollouts.logprobs import batch_gaps, record
-from trl_gym.rollouts.metrics import ValueSum, merge_gaps
+from trl_gym.rollouts.logprobs import batch_gaps, cut_tokens, record
+from trl_gym.rollouts.metrics import ValueSum, merge_cut, merge_gaps
 from trl_gym.rollouts.rows import rows_of
 from trl_gym.rollouts.trajectory import Trajectory
 
@@ -112,6 +112,63 @@ def test_ranks_together_say_what_one_would(batch: list, split: int) -> None:
         assert metrics[f"logprob_gap/turn_{turn}"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
 
 
+# -- ratios that are cut ----------------------------------------------------------------------------------------------
+
+
+def trl_ratios(
+    batch: dict[str, torch.Tensor], mode: str, low: float | None, high: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ratios before and after TRL 1.16 cuts them (`grpo_trainer.py`, "Compute the importance sampling ratio")."""
+    mask = batch["completion_mask"] * batch["tool_mask"]
+    difference = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"]) * mask
+    difference = torch.nan_to_num(difference, nan=0.0)
+    if mode in ("sequence_mask", "sequence_truncate"):
+        difference = difference.sum(dim=-1, keepdim=True)
+    ratio = torch.exp(difference)
+    if mode in ("sequence_truncate", "token_truncate"):
+        return ratio, torch.clamp(ratio, min=low, max=high)
+    invalid = (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
+    return ratio, ratio.masked_fill(invalid, value=0.0)
+
+
+logps = st.lists(st.sampled_from([math.nan, 0.0, -0.25, -0.5, -1.0, -1.5, -3.0, -8.0]), min_size=5, max_size=5)
+flags = st.lists(st.integers(0, 1), min_size=5, max_size=5)
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@given(
+    rows=st.lists(st.tuples(logps, logps, flags, flags, st.booleans()), min_size=1, max_size=4),
+    low=st.sampled_from([None, 0.25, 0.5, math.exp(-0.5), 1.0]),
+    high=st.sampled_from([None, 1.0, math.exp(0.5), 2.0, 3.0]),
+)
+def test_tokens_are_cut_whose_ratio_trl_changes(mode: str, rows: Any, low: float | None, high: float | None) -> None:
+    if low is None and high is None and mode.endswith("truncate"):
+        return  # torch.clamp refuses it
+    training, sampling, completion, tool, valid = zip(*rows, strict=True)
+    batch = {
+        "old_per_token_logps": torch.tensor(training),
+        "sampling_per_token_logps": torch.tensor(sampling),
+        "completion_mask": torch.tensor(completion),
+        "tool_mask": torch.tensor(tool),
+    }
+    before, after = (ratio.expand(len(rows), 5) for ratio in trl_ratios(batch, mode, low, high))
+    is_trained = (batch["completion_mask"] * batch["tool_mask"]).bool() & torch.tensor(valid)[:, None]
+    found = cut_tokens(batch, valid, mode=mode, clip_min=low, clip_max=high)
+    assert (found.total, found.count) == ((before != after)[is_trained].sum(), is_trained.sum())
+
+
+def test_the_fraction_that_is_cut_is_over_the_tokens_of_all_ranks() -> None:
+    batch = {"completion_mask": torch.ones(1, 4), "sampling_per_token_logps": torch.full((1, 4), -2.0)}
+    assert cut_tokens(batch, [True], mode="token_mask", clip_min=None, clip_max=2.0) is None
+    batch["old_per_token_logps"] = torch.tensor([[-2.0, -1.0, -2.0, -3.0]])
+    token, whole, nothing = (
+        cut_tokens(batch, [valid], mode=mode, clip_min=None, clip_max=2.0)
+        for mode, valid in (("token_truncate", True), ("sequence_mask", True), ("token_mask", False))
+    )
+    assert merge_cut([token, whole, nothing, None]) == {"sampling/importance_sampling_ratio/fraction_cut": 1 / 8}
+    assert merge_cut([nothing, None]) == {}
+
+
 # -- the trainer's log-probabilities on disk --------------------------------------------------------------------------
 
 
@@ -145,9 +202,9 @@ def test_each_row_has_one_for_each_of_its_tokens(tmp_path: Path) -> None:
     write(tmp_path, [[-0.5, 0.0, 0.0]], (rollout("c", 1), 0), step=4, rank=1)  # a second batch of that step
     lines = (tmp_path / "training_logprobs" / "step-4.rank-1.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [
-        {"rollout_id": "a", "logprobs": [-0.5, -1.25]},
-        {"rollout_id": "b", "logprobs": [], "further_rows": [[-0.125, -2.0, -3.0], [-1.0, -1.5]]},
-        {"rollout_id": "c", "logprobs": [-0.5]},
+        {"rollout_id": "a", "step": 4, "logprobs": [-0.5, -1.25]},
+        {"rollout_id": "b", "step": 4, "logprobs": [], "further_rows": [[-0.125, -2.0, -3.0], [-1.0, -1.5]]},
+        {"rollout_id": "c", "step": 4, "logprobs": [-0.5]},
     ]
 
 
@@ -160,7 +217,7 @@ def test_a_torn_line_does_not_swallow_the_next_and_nan_is_null(tmp_path: Path) -
     torn, *whole = file.read_text().splitlines()
     assert torn == '{"rollout_id": "torn", "logp'
     assert [json.loads(line) for line in whole] == [
-        {"rollout_id": name, "logprobs": [None, None, -0.5]} for name in "ab"
+        {"rollout_id": name, "step": 0, "logprobs": [None, None, -0.5]} for name in "ab"
     ]
 
 

@@ -24,7 +24,8 @@ from trl_gym.rollouts.metrics import (
     rollout_metrics,
     training_metrics,
 )
-from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of
+from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of, from_record, journal_record
+from trl_gym.rollouts.trajectory import model_calls
 
 
 def facts(*rollouts: Rollout) -> list[RolloutFacts]:
@@ -159,6 +160,27 @@ def test_ranks_together_log_what_one_would(kinds: list[str], data: st.DataObject
     assert [batch.facts for batch in together] == [alone[0].facts] * len(pieces)
     assert together[0].causes == failure_causes(rollouts)
     assert [f for batch in together for f in batch.facts[batch.own]] == alone[0].facts
+
+
+def test_staleness_is_of_tokens_and_of_the_oldest_call() -> None:
+    """Calls that do not count are left out, also of what is read back from the journal."""
+    first = record([], [1, 2], [3], weight_version="3")
+    second = record([first], [1, 2, 3, 4], [5, 5, 5], weight_version="4", last_version="5")
+    other = record([], [7], [8] * 9, weight_version="1")
+    calls = model_calls([first, second, other])
+    stale = with_records(good(), [first, second, other], calls[:2])
+    fresh = with_records(good(), [record([], [1, 2], [3, 4], weight_version="5")], calls[:1])
+    named = with_records(good(), [record([], [1], [2], weight_version="default")], calls[:1])
+    again = from_record(journal_record(stale, step=5, mode="train", weight_version="5"), stale.request)
+    assert again.sampled_calls == stale.sampled_calls
+    for one in (stale, again):
+        measured = [facts_of(each, each.reward, "b", step=5) for each in (fresh, one, named, bad())]
+        assert [fact.staleness for fact in measured] == [{0: 2}, {2: 1, 1: 3}, {}, {}]
+        metrics = training_metrics(measured)
+        found = {name: metrics[f"rollouts/{name}"] for name in ("staleness/mean", "staleness/max", "spans_versions")}
+        assert found == {"staleness/mean": 1.0, "staleness/max": 2.0, "spans_versions": 0.5}
+        assert metrics["rollouts/staleness/token_mean"] == pytest.approx((0 * 2 + 2 * 1 + 1 * 3) / 6)
+    assert not any("staleness" in name for name in training_metrics(facts(stale)))
 
 
 def test_small_groups_and_small_batches() -> None:

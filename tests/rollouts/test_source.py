@@ -14,6 +14,8 @@ from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, FailureKind, RolloutFailure
 from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.journal import Journal
+from trl_gym.rollouts.metrics import training_metrics
+from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of
 from trl_gym.rollouts.source import BatchInfo, JournalSource, check_replay
 
 FAILURE = RolloutFailure(kind=FailureKind.ENVIRONMENT, text="the verifier raised", where="calculator /run")
@@ -130,10 +132,16 @@ def test_staleness_is_in_optimizer_steps_and_known_only_for_training_runs(tmp_pa
     write(tmp_path, group(0, [0.1, 0.2]))
     asked = [request(0, 0), request(0, 1)]
     source = JournalSource(tmp_path)
-    assert source.collect(asked, batch(step=10)).metrics == {"rollouts/staleness": [7.0, 7.0]}
-    assert source.collect(asked[:1], batch()).metrics == {"rollouts/staleness": [-3.0]}
+    for step in (10, 0):
+        metrics = training_metrics(facts(source.collect(asked, batch(step=step)).rollouts, step))
+        assert (metrics["rollouts/staleness/mean"], metrics["rollouts/spans_versions"]) == (step - 3, 0.0)
     write(tmp_path / "other", group(0, [0.1, 0.2]), weight_versions=["default"])
-    assert JournalSource(tmp_path / "other").collect(asked, batch()).metrics == {}
+    others = JournalSource(tmp_path / "other").collect(asked, batch(step=10)).rollouts
+    assert [fact.staleness for fact in facts(others, 10)] == [{}, {}]
+
+
+def facts(rollouts: list[Rollout], step: int) -> list[RolloutFacts]:
+    return [facts_of(rollout, rollout.reward, "b", step) for rollout in rollouts]
 
 
 def test_what_needs_servers_is_refused_all_at_once(tmp_path: Path) -> None:

@@ -81,11 +81,16 @@ def read_training_logprobs(run: RecordedRun) -> Iterator[tuple[str, list[list[fl
 
     Those of each row are `[T]`, in nats, `T` as in the journal line's `completion_ids` or `further_rows`, or empty;
     what stands where the environment's tokens are is not looked at, and None stands where they were not finite. See
-    `rollouts.logprobs`.
+    `rollouts.logprobs`. They are in the file of the step that trained the rollout, which need not be the one that
+    sampled it; of one that was trained again after a resume those of the last step come last.
     """
-    for path in sorted((run.folder / TRAINING_LOGPROBS).glob("*.jsonl")):
+    for path in sorted((run.folder / TRAINING_LOGPROBS).glob("*.jsonl"), key=_numbers_in):
         for record in read_objects(path, _LogprobsShape):
             yield record["rollout_id"], [record["logprobs"], *record.get("further_rows", [])]
+
+
+def _numbers_in(path: Path) -> tuple[list[int], str]:
+    return [int(digits) for digits in re.findall(r"\d+", path.name)], path.name
 
 
 def _named_tokenizer(path: Path) -> Path:

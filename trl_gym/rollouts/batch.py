@@ -189,6 +189,7 @@ def share(
     batch: str,
     rank: int,
     gather: Callable[[list[RankReport]], list[RankReport]],
+    step: int | None = None,
 ) -> SharedBatch:
     """Tell the other ranks about this rank's rollouts, and return what all have told. Every rank calls it in step.
 
@@ -198,9 +199,10 @@ def share(
         batch: Name of the batch, the same on every rank.
         rank: This rank.
         gather: From a list on every rank to the list of all, by rank (accelerate's `gather_object`).
+        step: Optimizer steps in the weights that are trained next, for staleness.
     """
     facts = [
-        facts_of(rollout, reward if rollout.trajectories else None, batch)
+        facts_of(rollout, reward if rollout.trajectories else None, batch, step)
         for rollout, reward in zip(rollouts, rewards, strict=True)
     ]
     reports = gather([(facts, failure_causes(rollouts))])

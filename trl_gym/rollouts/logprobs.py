@@ -10,9 +10,10 @@ no gap is logged: it would cost a forward pass of its own.
 
 On disk the trainer's log-probabilities stand beside the journal, in `<output_dir>/training_logprobs/*.jsonl`: a
 rollout is journaled before it is trained on, and these are known later. One object per trained rollout:
-`{"rollout_id": …, "logprobs": [T]}`, in nats, one for each of the journal's `completion_ids`; null for one that is not
-finite. With several rows, `further_rows` has `[T]` of each of the journal's `further_rows`. A row that was dropped
-(`gym_max_rows_factor`) has an empty list.
+`{"rollout_id": …, "step": …, "logprobs": [T]}`, in nats, one for each of the journal's `completion_ids`; null for one
+that is not finite. With several rows, `further_rows` has `[T]` of each of the journal's `further_rows`. A row that was
+dropped (`gym_max_rows_factor`) has an empty list. `step` trained the rollout; the journal's line has the `step` that
+sampled it and the versions of its calls, which with `gym_max_staleness` are earlier ones.
 """
 
 from __future__ import annotations
@@ -102,6 +103,40 @@ def ratio_sum(batch: Mapping[str, Any], valid: Sequence[bool]) -> ValueSum | Non
     return _sum(ratios[rows].flatten() if ratios.shape[1] == 1 else ratios[mask.bool() & rows[:, None]])
 
 
+def cut_tokens(
+    batch: Mapping[str, Any], valid: Sequence[bool], *, mode: str, clip_min: float | None, clip_max: float | None
+) -> ValueSum | None:
+    """Return which trained tokens have a ratio that TRL clipped or masked: 1 for each that has, 0 for others.
+
+    With overlap rollouts are staler and ratios farther from 1. TRL's modes for sequences cut all tokens of a rollout
+    whose ratios multiply to something out of bounds, which long stale rollouts do (`GRPOTrainer`, "Compute the
+    importance sampling ratio": the ratio is `exp` of the difference of log-probabilities, of NaN 1).
+
+    Args:
+        batch: See `batch_gaps`; from `GRPOTrainer._generate_and_score_completions`.
+        valid: `[B]`, rows that are trained.
+        mode: `vllm_importance_sampling_mode`: truncation and masking cut the same tokens.
+        clip_min: `vllm_importance_sampling_clip_min`; None for no bound.
+        clip_max: `vllm_importance_sampling_clip_max`; None for no bound.
+
+    Returns:
+        None where one of the two log-probabilities is missing.
+    """
+    training, sampling = batch.get("old_per_token_logps"), batch.get("sampling_per_token_logps")
+    if training is None or sampling is None:
+        return None
+    mask = batch["completion_mask"]
+    if (tool_mask := batch.get("tool_mask")) is not None:
+        mask = mask * tool_mask
+    differences = torch.nan_to_num((training - sampling) * mask, nan=0.0)
+    if mode.startswith("sequence"):
+        differences = differences.sum(dim=-1, keepdim=True)
+    ratios = differences.exp()
+    lower, upper = (-math.inf if clip_min is None else clip_min), (math.inf if clip_max is None else clip_max)
+    is_cut = ((ratios < lower) | (ratios > upper)).expand(mask.shape)
+    return _sum(is_cut[mask.bool() & torch.tensor(valid, device=mask.device)[:, None]].float())
+
+
 # -- on disk ----------------------------------------------------------------------------------------------------------
 
 _DIGITS = 5
@@ -123,7 +158,7 @@ def record(
         logprobs: `[R, T]`, in nats, as the trainer computed them before the update.
         rows: `[R]`; rollouts that have none are left out.
         rollouts: `[B]`.
-        step: Optimizer steps that went into the weights.
+        step: Optimizer steps in the weights that are trained next. Earlier ones may have sampled the rollouts.
         rank: This process's rank.
 
     Raises:
@@ -139,7 +174,7 @@ def record(
     lines = []
     for place, by_row in found.items():
         first, *further = (by_row.get(index, []) for index in range(len(rollouts[place].trajectories)))
-        line: dict[str, Any] = {"rollout_id": rollouts[place].request.rollout_id, "logprobs": first}
+        line: dict[str, Any] = {"rollout_id": rollouts[place].request.rollout_id, "step": step, "logprobs": first}
         line |= {"further_rows": further} if further else {}
         lines.append(json.dumps(line, separators=(",", ":")) + "\n")
     try:

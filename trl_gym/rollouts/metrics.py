@@ -23,8 +23,13 @@ as `gym/<agent>/<name>`, beside the numbers of its verify response:
 | `groups/size` | trained rollouts per group that is trained |
 | `groups/zero_variance_fraction` | of the groups that are trained, the ones whose rewards are all the same |
 | `groups/dropped_fraction` | of all groups, the ones left out as too small |
+| `staleness/mean`, `staleness/max` | of the rollouts that are trained, the staleness of each one's oldest call |
+| `staleness/token_mean` | the same over their sampled tokens |
+| `spans_versions` | of these rollouts, the fraction that weights of several versions sampled |
 
-From `reward` on, rollouts that did not fail. `groups/…` only in training, by the environment's reward. Besides:
+From `reward` on, rollouts that did not fail. From `groups/…` on only in training: groups by the environment's reward,
+the rest as `rollouts/<name>` alone. The **staleness** of a token is the optimizer step that trains it minus the weight
+version of the call that sampled it. Besides:
 
 | name | meaning |
 |---|---|
@@ -82,15 +87,16 @@ class MetricsBuffer:
 
 
 def training_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
-    """Return `rollout_metrics` and the metrics of groups."""
+    """Return `rollout_metrics`, and the metrics of groups and of staleness."""
     metrics = rollout_metrics(facts) | _prefixed("rollouts/groups", _group_metrics(facts))
+    metrics |= _prefixed("rollouts", _staleness(facts))
     for agent, own in by_agent(facts).items():
         metrics |= _prefixed(f"gym/{agent}/rollouts/groups", _group_metrics(own))
     return metrics
 
 
 def rollout_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
-    """Return the metrics of the tables above, but for `groups/…`; one that no rollout has a value for is left out.
+    """Return the metrics of the tables above that are not of training alone; one that no rollout has is left out.
 
     Args:
         facts: At least one.
@@ -214,6 +220,21 @@ def _group_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
     return metrics
 
 
+def _staleness(facts: Sequence[RolloutFacts]) -> dict[str, float]:
+    """Return how stale trained rollouts are whose versions are optimizer steps."""
+    known = [fact for fact in facts if fact.is_valid and fact.staleness]
+    if not known:
+        return {}
+    oldest = [max(fact.staleness) for fact in known]
+    by_token = [(steps, count) for fact in known for steps, count in fact.staleness.items()]
+    return {
+        "staleness/mean": fmean(oldest),
+        "staleness/max": float(max(oldest)),
+        "staleness/token_mean": sum(steps * count for steps, count in by_token) / sum(count for _, count in by_token),
+        "spans_versions": _fraction(known, lambda fact: fact.spans_versions),
+    }
+
+
 def _fraction(facts: Sequence[RolloutFacts], holds: Callable[[RolloutFacts], bool]) -> float:
     return sum(map(holds, facts)) / len(facts)
 
@@ -257,6 +278,18 @@ def merge_gaps(ranks: Sequence[Mapping[str, ValueSum]]) -> dict[str, float]:
     largest = [gap.largest for gap in by_name["logprob_gap"]]
     highest = math.nan if any(map(math.isnan, largest)) else max(largest)  # `max` alone may lose a NaN
     return {"logprob_gap/mean": overall, "logprob_gap/max": highest, **metrics}
+
+
+def merge_cut(ranks: Sequence[ValueSum | None]) -> dict[str, float]:
+    """Return `sampling/importance_sampling_ratio/fraction_cut` over the trained tokens of all ranks; empty where there
+    are none.
+
+    Args:
+        ranks: The values of `logprobs.cut_tokens` on each.
+    """
+    sums = [own for own in ranks if own is not None and own.count]
+    count = sum(own.count for own in sums)
+    return {f"{_RATIO}/fraction_cut": sum(own.total for own in sums) / count} if count else {}
 
 
 def merge_ratios(ranks: Sequence[ValueSum | None]) -> dict[str, float]:

@@ -8,6 +8,8 @@ Rollout ─ journal_record ─► a line of the journal ─ from_record ─► t
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +27,22 @@ _NOT_METRICS = ("responses_create_params", "response", "reward", "agent_ref")
 # Fields of Gym's answer that a journal's line has elsewhere, or can do without: the parameters are in the row.
 _MEASURED = ("cached_tokens", "queue_s", "prefill_s", "decode_s", "weight_version")  # of a model call
 _NOT_VERIFIED = ("responses_create_params", "response")
+_STEP = re.compile(r"[0-9]{1,15}")  # a weight version that is an optimizer step
+
+
+@dataclass(frozen=True, slots=True)
+class VersionedCall:
+    """What one model call sampled, and under which weights."""
+
+    first: str  # weight version of its first token
+    last: str  # of its last token: another one where weights were pushed in between
+    num_tokens: int  # that it sampled
+
+    @classmethod
+    def of(cls, first: Any, last: Any, num_tokens: Any) -> VersionedCall | None:
+        """Return the call; None where its version or its tokens are not known."""
+        is_known = first is not None and isinstance(num_tokens, int) and num_tokens > 0
+        return cls(str(first), str(last or first), num_tokens) if is_known else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +59,7 @@ class Rollout:
         drift: Where its history was rewritten first, and why; also for a rollout that failed because of it.
         records: The policy server's records of its model calls, without their tokens; None when the server keeps none.
         counted: Indices, in `records`, of the model calls that count; of a failed rollout, of all that are known.
+        recorded: What `sampled_calls` returns of a rollout that was read from the journal, which has no `records`.
     """
 
     request: RolloutRequest
@@ -51,6 +70,19 @@ class Rollout:
     drift: DriftReport | None = None
     records: list[CallRecord] | None = None
     counted: tuple[int, ...] = ()
+    recorded: tuple[VersionedCall, ...] = ()
+
+    @property
+    def sampled_calls(self) -> tuple[VersionedCall, ...]:
+        """The model calls that count and that sampled tokens under a known version, in order."""
+        if self.records is None:
+            return self.recorded
+        records = self.records
+        found = (
+            VersionedCall.of(one.weight_version, one.last_version, one.completion_tokens)
+            for one in (records[index] for index in self.counted)
+        )
+        return tuple(filter(None, found))
 
     @property
     def reward(self) -> float | None:
@@ -190,7 +222,19 @@ def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
         trajectories=Trajectories(map(_trajectory_from, recorded_rows(record))),
         seconds=record["seconds"],
         drift=None if drift is None else DriftReport(**{**drift, "cause": DriftCause(drift["cause"])}),
+        recorded=tuple(_recorded_calls(record)),
     )
+
+
+def _recorded_calls(record: Mapping[str, Any]) -> Iterator[VersionedCall]:
+    """Yield the calls of a line; one call that sampled everything where it does not tell them apart."""
+    turns = [turn for turn in record.get("turns") or () if turn.get("kind") == "model"]
+    names = ("weight_version", "last_version", "generation_tokens")
+    found = [VersionedCall.of(*map(turn.get, names)) for turn in turns]
+    if not any(found) and (versions := record.get("weight_versions")):
+        num_tokens = sum(list(row["env_mask"]).count(1) for row in recorded_rows(record))
+        found = [VersionedCall.of(versions[0], versions[-1], num_tokens)]
+    yield from filter(None, found)
 
 
 def _failure_from(failure: Mapping[str, Any]) -> RolloutFailure:
@@ -259,17 +303,22 @@ class RolloutFacts:
     tool_calls: int = 0  # tool calls in Gym's answer
     tool_errors: int = 0  # tool results that say that the call failed
     is_truncated: bool = False  # whether Gym reports that the rollout was cut
+    # Sampled tokens by staleness: the step that trains them minus the version of the call that sampled them; empty
+    # where versions are no steps. Below 0 with `gym_replay` of a run that had come further.
+    staleness: dict[int, int] = field(default_factory=dict)
+    spans_versions: bool = False  # whether its tokens were sampled under several versions
     fields: dict[str, float] = field(default_factory=dict)  # finite numbers of the verify response by name
     components: dict[str, float] = field(default_factory=dict)  # finite numbers of its `reward_components` by name
 
 
-def facts_of(rollout: Rollout, reward: float | None, batch: str) -> RolloutFacts:
+def facts_of(rollout: Rollout, reward: float | None, batch: str, step: int | None = None) -> RolloutFacts:
     """Return the numbers of a rollout whose group is not left out so far.
 
     Args:
         rollout: The rollout.
         reward: The reward to train on; None for a rollout that is not trained.
         batch: The name of its generation batch, the same on every rank.
+        step: Optimizer steps in the weights that are trained next, for staleness; None leaves it out.
     """
     answer = rollout.answer if rollout.failure is None else None
     trajectories = list(rollout.trajectories)
@@ -300,9 +349,21 @@ def facts_of(rollout: Rollout, reward: float | None, batch: str) -> RolloutFacts
         tool_calls=calls,
         tool_errors=errors,
         is_truncated=rollout.is_truncated,
+        staleness={} if step is None else _staleness(rollout.sampled_calls, step),
+        spans_versions=len({version for call in rollout.sampled_calls for version in (call.first, call.last)}) > 1,
         fields=rollout.metrics(),
         components=_numbers(components if isinstance(components, dict) else {}),
     )
+
+
+def _staleness(calls: Sequence[VersionedCall], step: int) -> dict[int, int]:
+    """Count tokens by staleness. A call during which weights changed has that of its first token: where in it they
+    changed is not known."""
+    found: Counter[int] = Counter()
+    for call in calls:
+        if _STEP.fullmatch(call.first):
+            found[step - int(call.first)] += call.num_tokens
+    return dict(found)
 
 
 def _total(rollout: Rollout, name: str) -> float | None:

@@ -9,7 +9,7 @@ A recorded group is replayed whole: its members were sampled by the same weights
 baseline. On its first pass over the dataset a run takes a task's first recorded group, on the next pass the next one,
 and starts again after the last. The choice depends on the pass alone, so every rank makes the same one and a resumed
 run continues where it was. The recorded log-probabilities are those of the weights that sampled. TRL's importance
-ratio is computed from them, so training is off policy and accounts for it; `rollouts/staleness` says by how many
+ratio is computed from them, so training is off policy and accounts for it; `rollouts/staleness/…` says by how many
 optimizer steps.
 
 `Finisher` turns an attempt that has ended into a rollout: trajectory, explained drift, a line in the journal.
@@ -253,15 +253,9 @@ class JournalSource:
                 "Set `eval_strategy` to 'no', or train with servers.",
             )
         lines = [self._line(request, batch.epoch) for request in requests]
-        versions = (line.record["weight_versions"] for line in lines)
-        steps = [int(own[0]) for own in versions if own and own[0].isdecimal()]
+        found = zip(lines, requests, strict=True)
         return Collected(
-            rollouts=[
-                from_record(read_line(line.path, line.offset, line.length), request)
-                for line, request in zip(lines, requests, strict=True)
-            ],
-            # Below 0 where the journal is of a run that had come further.
-            metrics={"rollouts/staleness": [float(batch.step - step) for step in steps]} if steps else {},
+            rollouts=[from_record(read_line(line.path, line.offset, line.length), request) for line, request in found]
         )
 
     def resumed(self) -> None:
@@ -349,7 +343,7 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
         place = record["task_hash"], group, record["member"]
         attempts.append(Attempt.of(record, place))
         has_ids = bool(record["completion_ids"])
-        kept = {"weight_versions": record["weight_versions"], "place": place, "has_ids": has_ids}
+        kept = {"place": place, "has_ids": has_ids}
         kept["largest_id"] = max(
             (max((*row["prompt_ids"], *row["completion_ids"]), default=0) for row in recorded_rows(record)), default=0
         )

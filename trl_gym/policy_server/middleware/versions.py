@@ -10,10 +10,10 @@ two such pauses, in which they lie:
       x────x                      ┄┄              "wait": ended before; only its answer is late: "3"
 
 The engine says how long a call was queued, and how long it took to its first and last token
-(`--enable-per-request-metrics`). Counted from when the call was sent, this is when they were sampled, too early by what
-the API server needed for the prompt; counted back from the answer, too late by what it needed for that. Mostly both
-err by less than a pause takes. Where they disagree the earlier one holds: a token is never said to be fresher than it
-is. Of a server that does not measure it is known when calls were sent and answered.
+(`--enable-per-request-metrics`). Counted from when the call was sent, this is when they were sampled, too early by
+what the API server needed for the prompt; counted back from the answer, too late by what it needed for that. Mostly
+both err by less than a pause takes. Where they disagree the earlier one holds: a token is never said to be fresher
+than it is. Of a server that does not measure it is known when calls were sent and answered.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ const CURATED = [
   /^kl$/,
   /^rollouts\/groups\/zero_variance_fraction$/,
   /^frac_reward_zero_std$/,
-  /^rollouts\/staleness$/,
+  /^rollouts\/staleness\/mean$/,
   /^sampling\/importance_sampling_ratio\/mean$/,
   /^seconds\//,
 ];
