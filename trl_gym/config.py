@@ -154,7 +154,7 @@ class GymGRPOConfig(GRPOConfig):
             After the first sync, send only parameters that are trained.
         gym_pause_mode (`str`, *optional*, defaults to `"wait"`):
             What a sync does with requests that are being answered: `"wait"` lets them finish, `"keep"` freezes them;
-            they continue with the new weights.
+            they continue with the new weights, which compute the keys and values of their tokens again.
         gym_sync_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds for each step of a sync before it counts as failed.
         gym_verify_sync_steps (`int`, *optional*, defaults to `50`):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
 from tests.weight_sync.test_source import model
-from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError, WeightMismatchError, WeightSyncError
 from trl_gym.policy_server.engine.worker import value_sum
 from trl_gym.weight_sync import sync as sync_module
 from trl_gym.weight_sync.protocol import WeightStream
@@ -126,6 +126,18 @@ def test_a_failed_sync_never_resumes_the_server(tmp_path: Path, step: str) -> No
     with pytest.raises(PolicyServerError, match=step):
         sync_with(server, tmp_path).push(other_policy(), 0)
     assert "resume" not in server.calls
+
+
+@pytest.mark.parametrize("mode", ["wait", "keep"])
+def test_calls_that_do_not_end_in_time_are_named(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pause(self: RecordingServer, mode: str) -> None:
+        raise PolicyServerLostError("POST /pause: no answer within 600 s.")
+
+    monkeypatch.setattr(RecordingServer, "pause", pause, raising=False)
+    monkeypatch.setattr(RecordingServer, "health", lambda self: True, raising=False)
+    with pytest.raises(PolicyServerLostError, match="within 600 s") as caught:
+        sync_with(RecordingServer(), tmp_path, pause_mode=mode).push(other_policy(), 0)
+    assert ("`gym_pause_mode` is 'wait'" in str(caught.value)) == (mode == "wait")
 
 
 def test_weights_are_written_in_the_servers_precision(tmp_path: Path) -> None:

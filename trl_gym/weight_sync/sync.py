@@ -3,6 +3,11 @@
     rank 0     pause ── start ──┐               ┌── finish(version) ── reset caches ── resume ──┐
     all ranks                   └── transfer ───┘                                               └── probe, sometimes
 
+Rollouts may be in flight. While the server is paused nothing is scheduled but, with `wait`, what runs already, so that
+calls without end cannot hold it up; calls that come are held by the engine. With `keep` what runs is frozen, and its
+keys and values are dropped with all others: they are computed again, by the new weights, before it goes on. (vLLM
+drops them when it pauses, and the reset makes sure of it.) `policy_server/middleware/versions.py` stamps such calls.
+
 A transfer that fails leaves the server paused: resuming it would serve half-updated weights. The probe comes after the
 resume, because it asks the server to compute. An update can be answered with 200 and still not arrive: wrong names are
 skipped, tied embeddings keep an old copy, a cache survives. So both sides compute the log-probabilities of one fixed
@@ -23,7 +28,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
-from trl_gym.errors import Problem, WeightMismatchError, WeightSyncError
+from trl_gym.errors import PolicyServerLostError, Problem, WeightMismatchError, WeightSyncError
 from trl_gym.ranks import on_all, on_main
 from trl_gym.weight_sync.source import AdapterSource, WeightSource
 from trl_gym.weight_sync.sums import explain, fingerprint, sent_sums
@@ -177,7 +182,15 @@ class WeightSync:
         return WeightSource(model, self._accelerator, dtype=self._options.dtype, only_trainable=partial)
 
     def _begin(self, client: PolicyClient) -> None:
-        client.pause(self._options.pause_mode)
+        try:
+            client.pause(self._options.pause_mode)
+        except PolicyServerLostError as error:
+            if self._options.pause_mode != "wait" or not client.health():
+                raise
+            raise PolicyServerLostError(
+                f"{error.problem} It is well: model calls in flight have not ended, and `gym_pause_mode` is 'wait'.",
+                "Raise `gym_sync_timeout` above what the longest answer takes, or set `gym_pause_mode` to 'keep'.",
+            ) from error
         client.start_weight_update()
 
     def _install(self, client: PolicyClient, version: str) -> None:

@@ -135,7 +135,11 @@ def test_the_flags_of_a_server_for_adapters(tmp_path: Path) -> None:
     folder = str(build_random_policy(tmp_path / "policy"))
     asked = {"gym_weight_transport": "adapter"}
     assert flags(folder, LoraConfig(**LORA)) == {}
-    assert flags(folder, LoraConfig(**LORA), **asked)["max-loras"] == 3
+    assert flags(folder, LoraConfig(**LORA), **asked, gym_max_staleness=2)["max-loras"] == 3
+    with pytest.raises(ConfigError, match="`gym_max_adapters` is 3 and `gym_max_staleness` 3") as caught:
+        flags(folder, LoraConfig(**LORA), **asked, gym_max_staleness=3)
+    assert caught.value.remedy == "Set `gym_max_adapters` to 4 or more."
+    assert flags(folder, LoraConfig(**LORA), gym_max_staleness=3) == {}
     assert flags(folder, LoraConfig(**LORA), model_init_kwargs=QUANTIZATION)["enable-lora"]
     assert flags(quantized(), None)["enable-lora"]
     with pytest.raises(ConfigError, match="no LoRA adapter is trained"):

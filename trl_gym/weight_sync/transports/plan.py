@@ -366,6 +366,12 @@ def _servable(args: GymGRPOConfig, adapter: AdapterPlan | None, quantized: str |
     """Return an adapter that vLLM can serve, or raise `ConfigError`."""
     problem = "no LoRA adapter is trained" if adapter is None else adapter.problem
     if adapter is not None and problem is None:
+        if args.gym_max_adapters <= args.gym_max_staleness:
+            raise ConfigError(
+                f"`gym_max_adapters` is {args.gym_max_adapters} and `gym_max_staleness` {args.gym_max_staleness}: "
+                "rollouts in flight hold that many older versions of the adapter, and a new one has no room.",
+                f"Set `gym_max_adapters` to {args.gym_max_staleness + 1} or more.",
+            )
         return adapter
     remedy = "Train plain LoRA on linear layers of the blocks (`peft_config`)"
     if quantized is not None:
