@@ -24,6 +24,7 @@ from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.sampled import calls_in
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, compat
 from trl_gym.errors import FailureKind, RolloutFailure
+from trl_gym.rollouts.queue import EndedGroup, TaskGroup
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.rows import LOSS_TYPES as LOSS_TYPES
@@ -237,6 +238,7 @@ class PreparedSource:
     """Rollouts that are there already. A `RolloutSource`."""
 
     policy_server = gym_servers = None
+    in_flight: Sequence[TaskGroup] = ()
 
     def __init__(self, case: Case, folder: Path) -> None:
         self._case = case
@@ -244,11 +246,20 @@ class PreparedSource:
         self.requests: list[RolloutRequest] = []
         self.optimizer: Any = None
 
-    def collect(self, requests: Sequence[RolloutRequest], batch: BatchInfo) -> Collected:
+    def collect(self, groups: Sequence[TaskGroup], number: int, batch: BatchInfo) -> Collected:
         assert batch.mode != "train" or isinstance(self.optimizer, AcceleratedOptimizer)
-        self.requests += requests
+        assert number == len(groups)
+        self.requests += [request for group in groups for request in group.requests]
+        return Collected(groups=[self._ended(group, batch) for group in groups])
+
+    def _ended(self, group: TaskGroup, batch: BatchInfo) -> EndedGroup:
         case = self._case
-        return Collected(rollouts=[rollout_of(request, case.failed, case.max_rows) for request in requests])
+        rollouts = [rollout_of(request, case.failed, case.max_rows) for request in group.requests]
+        return EndedGroup(task=group, rollouts=rollouts, born=batch.step)
+
+    def drain(self) -> None: ...
+
+    def abandon(self) -> None: ...
 
     def agent_of(self, row: Mapping[str, Any]) -> str:
         return AGENT

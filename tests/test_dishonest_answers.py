@@ -350,6 +350,7 @@ class Source(LiveSource):
         )
         self._journal = Journal(self.folder)
         self._collector = self._new_collector()
+        self._queue = self._new_queue(self._collector)
 
     def push_weights(self, model: Any, step: int) -> dict[str, float]:
         return {}

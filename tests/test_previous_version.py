@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from trl import ModelConfig, TrlParser
 
+from tests.rollouts.recorded import grouped
 from trl_gym.cli import main, parse_args
 from trl_gym.commands.collect import all_jobs, claim, done, load_tasks, missing
 from trl_gym.commands.rollout_flags import CollectOptions, NamedFile
@@ -109,7 +110,10 @@ def test_its_journal_is_replayed() -> None:
     records = sorted(read_journal(folder), key=lambda record: record["member"])
     requests = [request_of(record) for record in records]
     batch = BatchInfo(run="new", step=0, mode="train")
-    replayed = JournalSource(folder).collect(requests, batch).rollouts
+    groups = grouped(requests)
+    replayed = [
+        one for group in JournalSource(folder).collect(groups, len(groups), batch).groups for one in group.rollouts
+    ]
     assert [rollout.reward for rollout in replayed] == [record["reward"] for record in records]
     for rollout, record in zip(replayed, records, strict=True):
         [trajectory] = rollout.trajectories

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.gradient import NUM_MEMBERS, Case, PreparedTrainer, gym_config, make_trainer, save_model, tasks
 from trl_gym.errors import ConfigError
+from trl_gym.resume import QueueState
+from trl_gym.rollouts.request import RolloutRequest
+from trl_gym.rollouts.source import BatchInfo
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +30,20 @@ def test_a_curriculum_chooses_the_task_of_a_whole_group(
     def easy_first(example: dict[str, Any], group: int) -> dict[str, Any]:
         return examples[0] if group < 2 else example
 
-    given, requests = trainer._plan(rows)
-    assert given == rows
+    def planned() -> tuple[list[int], list[RolloutRequest]]:
+        batch = trainer._batches.train(
+            rows, NUM_MEMBERS, number=0, info=BatchInfo(run="run", step=0, mode="train"), ahead=lambda number: None
+        )
+        trainer._batches.restore(QueueState())
+        return [example["task_index"] for example in batch.examples], [one.request for one in batch.rollouts]
+
+    trainer._source.optimizer = trainer.accelerator.prepare(torch.optim.SGD(trainer.model.parameters()))
+    tasks_of, requests = planned()
+    assert tasks_of == [row["task_index"] for row in rows]
     assert [request.task_index for request in requests[::NUM_MEMBERS]] == [0, 1, 2]
     monkeypatch.setattr(trainer, "choose_task", easy_first)
-    given, requests = trainer._plan(rows)
-    assert given == [row for index in (0, 0, 2) for row in rows[index * NUM_MEMBERS :][:NUM_MEMBERS]]
+    tasks_of, requests = planned()
+    assert tasks_of == [task for task in (0, 0, 2) for _ in range(NUM_MEMBERS)]
     assert [(r.group, r.task_index) for r in requests] == [(g, t) for g, t in ((0, 0), (1, 0), (2, 2)) for _ in "abcd"]
     assert len({request.rollout_id for request in requests}) == 3 * NUM_MEMBERS
 

@@ -86,7 +86,6 @@ class Accounting:
     def __init__(self, args: GymGRPOConfig, accelerator: Accelerator) -> None:
         self._args, self._accelerator = args, accelerator
         self._run_metrics = {"train": MetricsBuffer(NEWEST), "eval": MetricsBuffer()}
-        self._num_settled = 0
         self.rollouts: Sequence[Rollout] = ()
         self.rows: list[Row] = []
         self.evaluation: EvaluationProgress | None = None
@@ -123,11 +122,10 @@ class Accounting:
             ConfigError: On every rank, when a rollout has several rows and the loss cannot weigh them exactly.
         """
         self.rollouts = rollouts
-        self._num_settled += 1
         self.shared = share(
             rollouts,
             rewards,
-            batch=f"{mode}-{self._num_settled}",
+            mode=mode,
             rank=self._accelerator.process_index,
             gather=gather_object,
             step=step,

@@ -10,7 +10,8 @@ that, three things are lost with the process (checked in TRL 1.16), and are put 
     the epoch's order      TRL's sampler draws a new order per epoch, and in a new process the first one again.
 
 The first two are written to the checkpoint folder (`trl_gym_state.rank-<r>.pt`), before transformers writes
-`trainer_state.json`; the third follows from the epoch. With it goes the id of the run, which a resumed one keeps.
+`trainer_state.json`; the third follows from the epoch. With them go the groups of rollouts that are in flight
+(`gym_max_staleness`), and the id of the run, which a resumed one keeps.
 
 A checkpoint holds weights between two optimizer steps, and no gradients. One that is asked for within an accumulation
 window (transformers' `enable_jit_checkpoint` does so on SIGTERM, just before the optimizer steps) is written when that
@@ -20,11 +21,13 @@ step has been made: before, it could only be resumed by computing the window aga
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +47,15 @@ _INCOMPLETE = "checkpoint-is-incomplete.txt"  # stands in the folder while trans
 
 
 @dataclass(frozen=True, slots=True)
+class QueueState:
+    """Groups of rollouts that are in flight on a rank."""
+
+    num_planned: int = 0  # generation batches whose tasks have been drawn, in the run
+    # By age, and as plain data: `example`, `batch`, `group`, `members`, and `begun`, the policy that it began with.
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
 class RunState:
     """The state that a checkpoint needs beside what transformers writes."""
 
@@ -52,6 +64,7 @@ class RunState:
     num_ranks: int  # ranks of the run
     # The rest of the generation batch: one entry per micro-step; None between two batches.
     buffered: list[dict[str, Any]] | None
+    queue: QueueState = field(default_factory=QueueState)
 
 
 class _StateShape(msgspec.Struct):
@@ -65,9 +78,27 @@ def save_state(folder: str | Path, rank: int, state: RunState) -> None:
     path = _path(folder, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
+    _require_plain(state.queue)
     fields = {name: getattr(state, name) for name in RunState.__slots__}
-    torch.save({"schema": _SCHEMA, **fields}, beside)
+    torch.save({"schema": _SCHEMA, **fields, "queue": asdict(state.queue)}, beside)
     os.replace(beside, path)
+
+
+def _require_plain(queue: QueueState) -> None:
+    """Refuse examples that could not be read back: a checkpoint holds no code."""
+    if not queue.groups:
+        return
+    written = io.BytesIO()
+    torch.save(queue.groups, written)
+    written.seek(0)
+    try:
+        torch.load(written, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            "A checkpoint cannot hold the tasks that are in flight (`gym_max_staleness`): a column of the dataset has "
+            f"other values than text, numbers, lists, mappings and tensors ({str(error)[:200]}).",
+            "Remove the column, or store it as text.",
+        ) from error
 
 
 def load_state(folder: str | Path, rank: int, device: Any = "cpu") -> RunState | None:
@@ -82,7 +113,8 @@ def load_state(folder: str | Path, rank: int, device: Any = "cpu") -> RunState |
     try:
         fields = torch.load(path, map_location=device, weights_only=True)
         schema = fields.pop("schema", None)
-        state = RunState(**fields) if schema == _SCHEMA else None
+        queue = QueueState(**fields.pop("queue", {}))  # an earlier version had none
+        state = RunState(**fields, queue=queue) if schema == _SCHEMA else None
     except Exception as error:  # whatever a pickle that is none comes to
         raise ConfigError(
             f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}).",
@@ -124,6 +156,12 @@ def restored(
     """
     if own is not None and all(num == len(num_ranks) for num in num_ranks):
         return own
+    if own is not None and own.queue.groups:
+        raise ConfigError(
+            f"{checkpoint} was written by {own.num_ranks} ranks with groups of rollouts in flight "
+            f"(`gym_max_staleness`), which {len(num_ranks)} ranks cannot take over.",
+            f"Resume with {own.num_ranks} ranks.",
+        )
     if num_micro_steps % generate_every:
         writers = max((num for num in num_ranks if num is not None), default=None)
         cause = f"it was written by {writers} ranks" if writers else "it was not written by trl-gym"

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from trl_gym import compat
 from trl_gym import ranks as rank_agreement
 from trl_gym.accounting import Accounting
+from trl_gym.batches import Batches, GenerationBatch
 from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig, checked_args
 from trl_gym.dataset import gym_row
@@ -53,10 +54,12 @@ from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.batch import checked_rewards, describe_drift, table_columns
 from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
 from trl_gym.rollouts.padding import TOKEN_WEIGHT, Results, compute_rows
+from trl_gym.rollouts.queue import TaskGroup
 from trl_gym.rollouts.request import RolloutRequest, stamp
 from trl_gym.rollouts.rollout import Rollout, conversation
 from trl_gym.rollouts.rows import joined, training_rows, weighted
 from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_build, check_replay
+from trl_gym.rollouts.tasks import LookAhead
 from trl_gym.rollouts.trajectory import ModelCall, Trajectory, from_calls, make_decoder
 from trl_gym.run import servers
 from trl_gym.run.live import LiveSource
@@ -150,10 +153,11 @@ class GymGRPOTrainer(GRPOTrainer):
         self.threads = use_threads(model, on_gpu=torch.cuda.is_available() and not args.use_cpu)
 
         self._run_id = uuid.uuid4().hex[:8]
-        self._requests: list[RolloutRequest] = []
         self._completions: list[list[dict[str, Any]]] = []
         self._columns: dict[str, list[Any]] = {}
-        self._num_batches = 0
+        self._num_eval_batches = 0
+        self._first_micro_step = 0  # of the optimizer step
+        self._look_ahead = LookAhead(args.batches_ahead, args.steps_per_generation * args.num_iterations)
         self._progress = make_progress(live=not args.disable_tqdm)
         self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
         self._source = self._new_source(args, model, policy_server, gym_servers, fork_server, kwargs)
@@ -175,6 +179,15 @@ class GymGRPOTrainer(GRPOTrainer):
             self._run = broadcast_object_list([self._run_id])[0]
             self._accounting = Accounting(args, self.accelerator)
             self._source.connect(self.accelerator, self.model_wrapped, self._hooks())
+            self._batches = Batches(
+                self.accelerator,
+                self._source,
+                num_ahead=min(args.gym_batches_ahead, args.batches_ahead),
+                most_ahead=args.batches_ahead,
+                choose=self._choose,
+                plan=self._plan,
+                reward=self._rewards,
+            )
             self._set_callbacks()
         except BaseException:
             self._source.close()
@@ -190,8 +203,9 @@ class GymGRPOTrainer(GRPOTrainer):
             group: Index of the group in this generation batch, over all ranks.
 
         Returns:
-            That example, or another one of the dataset. It is asked once per member, on the rank of that member: the
-            choice must depend on nothing but `group`, `self.state` and what all ranks know alike.
+            That example, or another one of the dataset. It is asked once per group, on every rank that has members of
+            it: the choice must depend on nothing but `group`, `self.state` and what all ranks know alike. With
+            `gym_max_staleness` it is asked up to so many optimizer steps before the group is trained.
         """
         return example
 
@@ -262,6 +276,7 @@ class GymGRPOTrainer(GRPOTrainer):
             with rank_agreement.explained(*ranks, lambda: f"in step {self.state.global_step}"):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self._source.abandon()
             self._progress.stop()  # also when a notebook's cell is interrupted
 
     def close(self) -> None:
@@ -328,40 +343,72 @@ class GymGRPOTrainer(GRPOTrainer):
     # ------------------------------------------------------------------------------------------------------ rollouts
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        with agreed(self.accelerator):
-            rows, self._requests = self._plan(inputs)
+        if self.state.global_step != self._last_loaded_step:
+            self.vllm_generation.sync_weights()
+        with self._clock.phase("rollouts"):
+            batch = self._next_batch(inputs)
+        for name, values in batch.metrics.items():
+            self._pending_metrics[name] += values
+        self._settle(batch)
         with self._clock.phase("scoring"):
-            batch = super()._generate_and_score_completions(rows)
+            scored = super()._generate_and_score_completions(batch.examples)
             same = self._sampling == self._trained_sampling
             metrics, step = self._metrics[self._mode], self.state.global_step
-            self._accounting.compare_logprobs(batch, metrics, mode=self._mode, step=step, same=same)
-            return self._accounting.mark(batch, self._mode)
+            self._accounting.compare_logprobs(scored, metrics, mode=self._mode, step=step, same=same)
+            return self._accounting.mark(scored, self._mode)
 
-    def _roll_out(self) -> dict[str, list[Any]]:
-        """Roll out the planned requests, and return what TRL asks its `rollout_func` for."""
-        with self._clock.phase("rollouts"):
-            collected = self._source.collect(self._requests, self._batch_info())
-        for name, values in collected.metrics.items():
-            self._pending_metrics[name] += values
-        rollouts = collected.rollouts
+    def _next_batch(self, inputs: list[dict[str, Any]]) -> GenerationBatch:
+        """Return rollouts for a generation batch: of its tasks, or of those whose rollouts have ended first.
+
+        Args:
+            inputs: `[B]`; TRL has repeated each example for every member of its group.
+        """
+        if self._mode == "eval":
+            self._num_eval_batches += 1
+            return self._batches.evaluate(
+                inputs, self.num_generations_eval, number=self._num_eval_batches, info=self._batch_info()
+            )
+        return self._batches.train(
+            inputs,
+            self.num_generations,
+            number=self._step // self._generate_every,
+            info=self._batch_info(),
+            ahead=self._ahead,
+        )
+
+    def _ahead(self, number: int) -> tuple[list[dict[str, Any]], int] | None:
+        """Return the examples of a generation batch to come, and the optimizer steps made before it."""
+        rows = self._look_ahead.rows(number)
+        if rows is None:
+            return None
+        micro_steps = number * self._generate_every - self._first_micro_step
+        return rows, self.state.global_step + micro_steps // self.args.gradient_accumulation_steps
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Read the micro-batches of an optimizer step, as in transformers, and further ones, whose turn comes later."""
+        self._first_micro_step = self._step
+        num_left = (self.state.max_steps - self.state.global_step) * self.args.gradient_accumulation_steps
+        micro_batches = self._look_ahead.read(epoch_iterator, num_batches, micro_step=self._step, num_left=num_left)
+        return super().get_batch_samples(micro_batches, num_batches, device)
+
+    def _settle(self, batch: GenerationBatch) -> None:
+        """Decide with all ranks what is trained of a batch, and make of it what TRL asks its `rollout_func` for."""
+        rollouts = batch.rollouts
         with agreed(self.accelerator):
             for line in describe_drift(rollouts):
                 logger.warning(line)
             self._completions = [conversation(rollout) for rollout in rollouts]
-            with naming("compute_rewards", f"the {len(rollouts)} rollouts of step {self.state.global_step}"):
-                given = self.compute_rewards(rollouts)
-            rewards = checked_rewards(given, len(rollouts))
         logs = f"Read the rollouts in {self._source.folder} and the servers' logs in {self.args.gym_log_dir}."
         rewards = self._accounting.settle(
             rollouts,
-            rewards,
+            batch.rewards,
             mode=self._mode,
             step=self.state.global_step,
             where=logs,
             pad_id=self._tokenizer.pad_token_id,
             eos_id=self._tokenizer.eos_token_id,
         )
-        return training_rows(
+        self._columns = training_rows(
             self._accounting.rows,
             rollouts,
             rewards,
@@ -370,10 +417,7 @@ class GymGRPOTrainer(GRPOTrainer):
         )
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        # TRL wants as many prompts as completions, and how many rows there are is known after the rollouts.
-        if self.state.global_step != self._last_loaded_step:
-            self.vllm_generation.sync_weights()
-        self._columns = self._roll_out()
+        # TRL wants as many prompts as completions.
         num_tokens, num_rows = self.state.num_input_tokens_seen, len(self._accounting.rows)
         prompt_ids, completion_ids, tool_mask, _, *rest = super()._generate(prompts[:1] * num_rows)
         num_tokens += self._accounting.correct_lengths(self._metrics[self._mode])
@@ -394,25 +438,20 @@ class GymGRPOTrainer(GRPOTrainer):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._accounting.exclude_failures(rewards)
 
-    def _plan(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[RolloutRequest]]:
-        """Choose the examples of this rank's part of a generation batch, and make a request of each.
+    def _choose(self, example: dict[str, Any], group: int) -> dict[str, Any]:
+        with naming("choose_task", f"group {group} of step {self.state.global_step}"):
+            return self.choose_task(example, group)
 
-        Args:
-            inputs: `[B]`; TRL has repeated each example `num_generations` times.
-        """
-        num_members = self.num_generations if self._mode == "train" else self.num_generations_eval
-        first = self.accelerator.process_index * len(inputs)
-        places = [divmod(first + index, num_members) for index in range(len(inputs))]
-        with naming("choose_task", f"the groups of step {self.state.global_step}"):
-            rows = [self.choose_task(example, group) for example, (group, _) in zip(inputs, places, strict=True)]
-        batch = f"{self._run_id}-{self._mode}{self.state.global_step}-b{self._num_batches}"
-        self._num_batches += 1
-        return rows, [self._request(row, batch, *place) for row, place in zip(rows, places, strict=True)]
+    def _plan(self, example: dict[str, Any], *, batch: int, group: int, members: Sequence[int]) -> TaskGroup:
+        """Make the requests of a group; see `batches.Plan`."""
+        prefix = f"{self._run_id}-{self._mode}{self.state.global_step}-b{batch}-g{group}"
+        requests = [self._request(example, prefix, batch=batch, group=group, member=member) for member in members]
+        return TaskGroup(batch=batch, index=group, example=example, requests=tuple(requests), num_wanted=len(members))
 
-    def _request(self, example: dict[str, Any], batch: str, group: int, member: int) -> RolloutRequest:
+    def _request(self, example: dict[str, Any], prefix: str, *, batch: int, group: int, member: int) -> RolloutRequest:
         row = gym_row(example)
         identity: dict[str, Any] = {
-            "rollout_id": f"{batch}-g{group}-m{member}-a0",
+            "rollout_id": f"{prefix}-m{member}-a0",
             "task_index": int(example.get("task_index", group)),
             "member": member,
         }
@@ -424,12 +463,17 @@ class GymGRPOTrainer(GRPOTrainer):
             chat_template_kwargs=self.chat_template_kwargs,
         )
         agent = self._source.agent_of(row)
-        request = RolloutRequest(**identity, group=group, attempt=0, agent=agent, row=stamped)
+        request = RolloutRequest(**identity, batch=batch, group=group, attempt=0, agent=agent, row=stamped)
         with naming("build_request", request.described):
             own = self.build_request(row, request)
             if own is not stamped:
                 json.dumps(own)  # it has to be one that can be sent
         return dataclasses.replace(request, row=own)
+
+    def _rewards(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        with naming("compute_rewards", f"the {len(rollouts)} rollouts of step {self.state.global_step}"):
+            given = self.compute_rewards(rollouts)
+        return checked_rewards(given, len(rollouts))
 
     def _batch_info(self) -> BatchInfo:
         return BatchInfo(
@@ -507,6 +551,8 @@ class GymGRPOTrainer(GRPOTrainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         num_rollouts = len(dataset) * self.num_generations_eval if hasattr(dataset, "__len__") else None
+        if self.args.gym_eval_overlap == "drain":
+            self._source.drain()
         step, has_table = self.state.global_step, self.log_completions and self.accelerator.is_main_process
         # A completions table of its own: TRL would mix its rows with training's.
         training, self._logs = self._logs, emptied(self._logs)
@@ -557,6 +603,7 @@ class GymGRPOTrainer(GRPOTrainer):
                 num_micro_steps=self._step,
                 num_ranks=self.accelerator.num_processes,
                 buffered=self._buffered_inputs if self._step % self._generate_every else None,
+                queue=self._batches.state(),
             )
             with agreed(self.accelerator):
                 save_state(Path(self.args.output_dir) / f"checkpoint-{step}", self.accelerator.process_index, state)
@@ -584,6 +631,7 @@ class GymGRPOTrainer(GRPOTrainer):
         )
         self._run, self._step, self._buffered_inputs = state.run, state.num_micro_steps, state.buffered
         self._last_loaded_step = -1  # the policy server's weights are not known
+        self._batches.restore(state.queue)
         if self._train_sampler is not None:
             draw_orders(self._train_sampler, int(self.state.epoch or 0))
         self._source.resumed()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.rollouts.sampled import calls_in
 from trl_gym.errors import RolloutFailure
 from trl_gym.rollouts.journal import Journal
+from trl_gym.rollouts.queue import TaskGroup
 from trl_gym.rollouts.request import RolloutRequest, Sampling, stamp
 from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.rollout import Rollout, journal_record
@@ -30,6 +33,22 @@ def request(
     stamped = stamp(row, **identity, sampling=sampling or Sampling(), completion_budget=64)
     group = task if group is None else group
     return RolloutRequest(**identity, group=group, attempt=0, agent=agent, row=stamped)
+
+
+def grouped(requests: Sequence[RolloutRequest], begun: Policy | None = None) -> list[TaskGroup]:
+    """As the trainer hands requests over: by batch and group."""
+    parts = itertools.groupby(requests, key=lambda one: (one.batch, one.group))
+    return [
+        TaskGroup(
+            batch=batch,
+            index=group,
+            example={"task_index": own[0].task_index},
+            requests=own,
+            num_wanted=len(own),
+            begun=begun,
+        )
+        for (batch, group), own in ((place, tuple(found)) for place, found in parts)
+    ]
 
 
 def rollout(asked: RolloutRequest, reward: float = 1.0, failure: RolloutFailure | None = None) -> Rollout:

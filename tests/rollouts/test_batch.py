@@ -149,8 +149,8 @@ def test_journal_record_has_the_agreed_keys() -> None:
     assert record["weight_versions"] == ["3"]
     assert record["drift"] is None
     assert set(record) == {
-        "step", "mode", "task_index", "task_hash", "request_hash", "group", "member", "rollout_id", "attempt",
-        "agent", "weight_versions", "reward", "reward_components", "failure", "drift", "finish_reason", "prompt_ids",
+        "step", "mode", "task_index", "task_hash", "request_hash", "batch", "group", "member", "rollout_id",
+        "attempt", "agent", "weight_versions", "reward", "reward_components", "failure", "drift", "finish_reason", "prompt_ids",
         "completion_ids", "env_mask", "logprobs", "turn_ends", "further_rows", "turns", "seconds", "row", "response",
         "verify",
     }  # fmt: skip

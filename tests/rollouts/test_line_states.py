@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.rollouts.recorded import POLICY, request, rollout
+from tests.rollouts.recorded import POLICY, grouped, request, rollout
 from trl_gym.commands.collect import Job, Task, done, missing
 from trl_gym.commands.summary import outcomes
 from trl_gym.errors import ConfigError, FailureKind, RolloutFailure
@@ -74,7 +74,9 @@ def in_viewer(folder: Path, tried: list[Tried]) -> float | str | None:
 def in_replay(folder: Path, tried: list[Tried]) -> float | str | None:
     write(folder, tried)
     try:
-        [replayed] = JournalSource(folder).collect([request(0)], BatchInfo(run="r", step=0, mode="train")).rollouts
+        info = BatchInfo(run="r", step=0, mode="train")
+        [group] = JournalSource(folder).collect(grouped([request(0)]), 1, info).groups
+        [replayed] = group.rollouts
     except ConfigError as error:
         assert "no rollout of the task" in str(error)
         return None
@@ -83,7 +85,7 @@ def in_replay(folder: Path, tried: list[Tried]) -> float | str | None:
 
 def in_recall(folder: Path, tried: list[Tried]) -> float | str | None:
     write(folder, tried)
-    recalled = Recall(folder).take_all([request(0)], POLICY)
+    recalled = Recall(folder).take_all([request(0)], POLICY, newest=POLICY.step)
     return recalled[0].reward if recalled else None
 
 

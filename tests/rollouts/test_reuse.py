@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,10 @@ import pytest
 from tests.rollouts.recorded import POLICY, request, rollout, write
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.rollouts.request import RolloutRequest, Sampling
-from trl_gym.rollouts.reuse import Policy, Recall, collect_missing
-from trl_gym.rollouts.rollout import Rollout, conversation
+from trl_gym.rollouts.reuse import Policy, Recall
+from trl_gym.rollouts.rollout import conversation
 
 FAILURE = RolloutFailure(kind=FailureKind.DEADLINE, text="too long", where="calculator /run")
-
-
-class Counting:
-    """A collector that answers at once and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[RolloutRequest] = []
-
-    def collect(
-        self, requests: Sequence[RolloutRequest], finish: Callable[[Any], Rollout], progress: Any = None
-    ) -> list[Rollout]:
-        self.asked += requests
-        return [rollout(one, reward=0.0) for one in requests]
-
-    def close(self) -> None: ...
 
 
 def batch(**changes: Any) -> list[RolloutRequest]:
@@ -40,7 +24,7 @@ def test_a_recorded_rollout_is_the_same_rollout(tmp_path: Path) -> None:
     before = rollout(request(1, 2, rollout_id="old"), reward=0.5)
     write(tmp_path, [before])
     now = request(1, 2, rollout_id="new")
-    [recalled] = Recall(tmp_path).take_all([now], POLICY).values()
+    [recalled] = Recall(tmp_path).take_all([now], POLICY, newest=3).values()
     assert recalled.request is now
     assert recalled.trajectories == before.trajectories
     assert (recalled.reward, recalled.success, recalled.seconds) == (before.reward, before.success, before.seconds)
@@ -50,25 +34,29 @@ def test_a_recorded_rollout_is_the_same_rollout(tmp_path: Path) -> None:
     assert recalled.failure is None
 
 
-def test_only_what_is_missing_is_collected_and_the_order_is_kept(tmp_path: Path) -> None:
+def test_what_is_recorded_is_found_by_its_place_and_the_rest_is_missing(tmp_path: Path) -> None:
     requests = batch()
-    write(tmp_path, [rollout(requests[4]), rollout(requests[1])])
-    collector = Counting()
-    rollouts = collect_missing(collector, requests, Recall(tmp_path).take_all(requests, POLICY), rollout)
-    assert [one.request for one in rollouts] == requests
-    assert [one.reward for one in rollouts] == [0.0, 1.0, 0.0, 0.0, 1.0, 0.0]
-    assert collector.asked == [requests[index] for index in (0, 2, 3, 5)]
+    write(tmp_path, [rollout(requests[4]), rollout(requests[1])], rank=0)
+    write(tmp_path, [rollout(requests[0], reward=0.5)], rank=1)  # another number of ranks than now
+    recalled = Recall(tmp_path).take_all(requests, POLICY, newest=3)
+    assert {index: (one.request, one.reward) for index, one in recalled.items()} == {
+        0: (requests[0], 0.5), 1: (requests[1], 1.0), 4: (requests[4], 1.0),
+    }  # fmt: skip
 
 
-def test_a_complete_batch_asks_nobody_and_a_run_that_was_not_resumed_asks_for_everything(tmp_path: Path) -> None:
-    requests = batch()
-    write(tmp_path, [rollout(one) for one in requests[:2]], rank=0)
-    write(tmp_path, [rollout(one) for one in requests[2:]], rank=1)  # another number of ranks than now
-    collector = Counting()
-    assert len(collect_missing(collector, requests, Recall(tmp_path).take_all(requests, POLICY), rollout)) == 6
-    assert collector.asked == []
-    collect_missing(collector, requests, {}, rollout)
-    assert collector.asked == requests
+def test_a_rollout_that_continued_with_weights_that_the_resumed_run_has_had_counts(tmp_path: Path) -> None:
+    asked = [request(task) for task in range(3)]
+    for one, versions in zip(asked, (["3"], ["3", "4"], ["4", "5"]), strict=True):
+        write(tmp_path, [rollout(one)], weight_versions=versions)
+    assert sorted(Recall(tmp_path).take_all(asked, POLICY, newest=4)) == [0, 1]
+    assert sorted(Recall(tmp_path).take_all(asked, POLICY, newest=5)) == [0, 1, 2]
+
+
+def test_a_rollout_of_another_batch_of_the_same_weights_is_another(tmp_path: Path) -> None:
+    write(tmp_path, [rollout(dataclasses.replace(request(), batch=4))])
+    recall = Recall(tmp_path)
+    assert recall.take_all([request()], POLICY, newest=3) == {}
+    assert list(recall.take_all([dataclasses.replace(request(), batch=4)], POLICY, newest=3)) == [0]
 
 
 @pytest.mark.parametrize(
@@ -82,8 +70,8 @@ def test_a_complete_batch_asks_nobody_and_a_run_that_was_not_resumed_asks_for_ev
 )
 def test_another_request_is_not_answered(tmp_path: Path, now: RolloutRequest) -> None:
     write(tmp_path, [rollout(request(0, 2))])
-    assert Recall(tmp_path).take_all([now], POLICY) == {}
-    assert len(Recall(tmp_path).take_all([request(0, 2)], POLICY)) == 1
+    assert Recall(tmp_path).take_all([now], POLICY, newest=3) == {}
+    assert len(Recall(tmp_path).take_all([request(0, 2)], POLICY, newest=3)) == 1
 
 
 @pytest.mark.parametrize(
@@ -100,36 +88,36 @@ def test_rollouts_of_another_policy_are_not_taken(
 ) -> None:
     write(tmp_path, [rollout(one) for one in batch()])
     with caplog.at_level(logging.WARNING):
-        assert Recall(tmp_path).take_all(batch(), policy) == {}
+        assert Recall(tmp_path).take_all(batch(), policy, newest=3) == {}
     assert ("6 recorded rollouts of step 3 were sampled by other weights" in caplog.text) == (policy.weights == "abd")
 
 
 def test_a_version_that_answered_in_between_rules_a_rollout_out(tmp_path: Path) -> None:
     write(tmp_path, [rollout(request())], weight_versions=["2", "3"])
-    assert Recall(tmp_path).take_all([request()], POLICY) == {}
+    assert Recall(tmp_path).take_all([request()], POLICY, newest=3) == {}
 
 
 def test_failed_rollouts_are_tried_again_and_none_is_given_out_twice(tmp_path: Path) -> None:
     write(tmp_path, [rollout(request(0, 0), failure=FAILURE), rollout(request(0, 1))])
     recall = Recall(tmp_path)
-    assert list(recall.take_all([request(0, 0), request(0, 1), request(0, 1)], POLICY)) == [1]
-    assert recall.take_all([request(0, 1)], POLICY) == {}
+    assert list(recall.take_all([request(0, 0), request(0, 1), request(0, 1)], POLICY, newest=3)) == [1]
+    assert recall.take_all([request(0, 1)], POLICY, newest=3) == {}
 
 
 def test_what_was_rewarded_as_the_policy_server_was_lost_is_run_again(tmp_path: Path) -> None:
     write(tmp_path, [rollout(request(0, 0))], retried=True)
-    assert Recall(tmp_path).take_all([request(0, 0)], POLICY) == {}
+    assert Recall(tmp_path).take_all([request(0, 0)], POLICY, newest=3) == {}
 
 
 def test_evaluations_are_not_recalled(tmp_path: Path) -> None:
     write(tmp_path, [rollout(request())], mode="eval")
-    assert Recall(tmp_path).take_all([request()], POLICY) == {}
+    assert Recall(tmp_path).take_all([request()], POLICY, newest=3) == {}
 
 
 def test_what_is_written_while_a_step_goes_on_is_not_recalled_in_it(tmp_path: Path) -> None:
     """Two generation batches of one step: the second must not find rollouts of the first."""
     write(tmp_path, [rollout(request(0, 0))])
     recall = Recall(tmp_path)
-    assert len(recall.take_all([request(0, 0)], POLICY)) == 1
+    assert len(recall.take_all([request(0, 0)], POLICY, newest=3)) == 1
     write(tmp_path, [rollout(request(0, 1))])
-    assert recall.take_all([request(0, 1)], dataclasses.replace(POLICY)) == {}
+    assert recall.take_all([request(0, 1)], dataclasses.replace(POLICY), newest=3) == {}

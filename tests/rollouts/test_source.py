@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +10,13 @@ import torch
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
-from tests.rollouts.recorded import POLICY, request, rollout, write
+from tests.rollouts.recorded import POLICY, grouped, request, rollout, write
 from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, FailureKind, RolloutFailure
 from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.journal import Journal
 from trl_gym.rollouts.metrics import training_metrics
+from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of
 from trl_gym.rollouts.source import BatchInfo, JournalSource, check_replay
 
@@ -29,10 +31,16 @@ def batch(step: int = 0, epoch: int = 0) -> BatchInfo:
     return BatchInfo(run="run", step=step, mode="train", epoch=epoch)
 
 
+def replay(folder: Path, asked: Sequence[RolloutRequest], info: BatchInfo) -> list[Rollout]:
+    groups = grouped(asked)
+    ended = JournalSource(folder).collect(groups, len(groups), info).groups
+    return [one for group in ended for one in group.rollouts]
+
+
 def replayed(folder: Path, task: int, number: int, size: int = 2) -> list[float | None]:
     # Another place in another batch, sampled otherwise: only the task counts.
     asked = [request(task, member, group=7, sampling=Sampling(temperature=0.3)) for member in range(size)]
-    return [one.reward for one in JournalSource(folder).collect(asked, batch(epoch=number)).rollouts]
+    return [one.reward for one in replay(folder, asked, batch(epoch=number))]
 
 
 def test_a_pass_over_the_dataset_takes_the_next_recorded_group(tmp_path: Path) -> None:
@@ -47,7 +55,7 @@ def test_a_pass_over_the_dataset_takes_the_next_recorded_group(tmp_path: Path) -
 def test_tokens_are_as_recorded_and_failures_stay_failures(tmp_path: Path) -> None:
     recorded = [rollout(request(0, 0)), rollout(request(0, 1), failure=FAILURE)]
     write(tmp_path, recorded)
-    first, second = JournalSource(tmp_path).collect([request(0, 0), request(0, 1)], batch()).rollouts
+    first, second = replay(tmp_path, [request(0, 0), request(0, 1)], batch())
     assert first.trajectories == recorded[0].trajectories
     assert (second.reward, second.failure, second.trajectories) == (None, FAILURE, [])
 
@@ -57,7 +65,7 @@ def test_all_rows_of_a_recorded_rollout_are_replayed(tmp_path: Path) -> None:
     [first] = recorded.trajectories
     recorded = dataclasses.replace(recorded, trajectories=[first, dataclasses.replace(first, prompt_ids=[7, 8])])
     write(tmp_path, [recorded, rollout(request(0, 1))])
-    replayed = JournalSource(tmp_path).collect([request(0, 0), request(0, 1)], batch()).rollouts
+    replayed = replay(tmp_path, [request(0, 0), request(0, 1)], batch())
     assert [len(one.trajectories) for one in replayed] == [2, 1]
     assert replayed[0].trajectories == recorded.trajectories
 
@@ -131,12 +139,11 @@ def test_tokens_of_another_model_are_refused_before_training(tmp_path: Path) -> 
 def test_staleness_is_in_optimizer_steps_and_known_only_for_training_runs(tmp_path: Path) -> None:
     write(tmp_path, group(0, [0.1, 0.2]))
     asked = [request(0, 0), request(0, 1)]
-    source = JournalSource(tmp_path)
     for step in (10, 0):
-        metrics = training_metrics(facts(source.collect(asked, batch(step=step)).rollouts, step))
+        metrics = training_metrics(facts(replay(tmp_path, asked, batch(step=step)), step))
         assert (metrics["rollouts/staleness/mean"], metrics["rollouts/spans_versions"]) == (step - 3, 0.0)
     write(tmp_path / "other", group(0, [0.1, 0.2]), weight_versions=["default"])
-    others = JournalSource(tmp_path / "other").collect(asked, batch(step=10)).rollouts
+    others = replay(tmp_path / "other", asked, batch(step=10))
     assert [fact.staleness for fact in facts(others, 10)] == [{}, {}]
 
 

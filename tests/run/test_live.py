@@ -75,7 +75,7 @@ def test_a_server_without_metrics_ends_no_batch(tmp_path: Path) -> None:
     client = SimpleNamespace(untagged_calls=lambda: UntaggedCalls(others=9), prometheus=refuse)
     live = source(tmp_path, policy=SimpleNamespace(client=client))
     live._accelerator = Accelerator(cpu=True)
-    untagged, counters = live._look()
-    assert untagged.others == 9 and counters.values == {}
+    look = live._look()
+    assert look.untagged.others == 9 and look.engine.values == {}
     client.prometheus = lambda: ["vllm:num_preemptions_total 3.0"]
-    assert list(live._look()[1].values.values()) == [3.0]
+    assert list(live._look().engine.values.values()) == [3.0]

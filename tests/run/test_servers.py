@@ -323,6 +323,7 @@ def test_a_rank_that_cannot_connect_its_source_ends_all(
         servers = SimpleNamespace(wait_ready=lambda: None, secrets=())
         source = LiveSource(SimpleNamespace(output_dir=tmp_path, gym_journal_max_mb=1, gym_overrides={}), servers)
         source._new_collector = lambda: None  # type: ignore[method-assign]
+        source._new_queue = lambda collector: None  # type: ignore[method-assign]
         source.connect(SimpleNamespace(process_index=rank), None, None)
 
     gather_here(monkeypatch)

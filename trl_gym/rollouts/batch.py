@@ -186,7 +186,7 @@ def share(
     rollouts: Sequence[Rollout],
     rewards: Sequence[float | None],
     *,
-    batch: str,
+    mode: str,
     rank: int,
     gather: Callable[[list[RankReport]], list[RankReport]],
     step: int | None = None,
@@ -196,13 +196,13 @@ def share(
     Args:
         rollouts: `[B]`, of this rank.
         rewards: `[B]`, the rewards to train on. Without a token there is nothing to train, whatever the reward.
-        batch: Name of the batch, the same on every rank.
+        mode: `"train"` or `"eval"`.
         rank: This rank.
         gather: From a list on every rank to the list of all, by rank (accelerate's `gather_object`).
         step: Optimizer steps in the weights that are trained next, for staleness.
     """
     facts = [
-        facts_of(rollout, reward if rollout.trajectories else None, batch, step)
+        facts_of(rollout, reward if rollout.trajectories else None, mode, step)
         for rollout, reward in zip(rollouts, rewards, strict=True)
     ]
     reports = gather([(facts, failure_causes(rollouts))])

@@ -155,6 +155,7 @@ def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: st
         "task_index": request.task_index,
         "task_hash": task_hash(request.row),
         "request_hash": request_hash(request.row),
+        "batch": request.batch,
         "group": request.group,
         "member": request.member,
         "rollout_id": request.rollout_id,
@@ -278,7 +279,7 @@ class RolloutFacts:
     """One rollout in numbers."""
 
     agent: str  # name of the Gym agent
-    group: str  # its group, unique over all batches: `"<batch>-g<index>"`
+    group: str  # its group, unique over all batches: `"<mode>-b<batch>-g<index>"`
     task: int  # index of the dataset row
     is_valid: bool  # whether it is trained: it has a reward to train on, and its group was not left out
     # The reward to train on, see `GymGRPOTrainer.compute_rewards`; None when there is none.
@@ -311,13 +312,13 @@ class RolloutFacts:
     components: dict[str, float] = field(default_factory=dict)  # finite numbers of its `reward_components` by name
 
 
-def facts_of(rollout: Rollout, reward: float | None, batch: str, step: int | None = None) -> RolloutFacts:
+def facts_of(rollout: Rollout, reward: float | None, mode: str, step: int | None = None) -> RolloutFacts:
     """Return the numbers of a rollout whose group is not left out so far.
 
     Args:
         rollout: The rollout.
         reward: The reward to train on; None for a rollout that is not trained.
-        batch: The name of its generation batch, the same on every rank.
+        mode: `"train"` or `"eval"`.
         step: Optimizer steps in the weights that are trained next, for staleness; None leaves it out.
     """
     answer = rollout.answer if rollout.failure is None else None
@@ -328,7 +329,7 @@ def facts_of(rollout: Rollout, reward: float | None, batch: str, step: int | Non
     calls, errors = count_tool_calls(output_items(answer))
     return RolloutFacts(
         agent=rollout.request.agent,
-        group=f"{batch}-g{rollout.request.group}",
+        group=f"{mode}-b{rollout.request.batch}-g{rollout.request.group}",
         task=rollout.request.task_index,
         is_valid=reward is not None,
         trained_reward=reward,

@@ -1,6 +1,6 @@
 """The source of a run's rollouts: the seam between the trainer and whatever makes them.
 
-    dataset rows ──► requests ──► RolloutSource.collect ──► one rollout per request
+    dataset rows ──► groups of requests ──► RolloutSource.collect ──► groups of rollouts that have ended
 
 `RolloutSource` is all that the trainer knows. `trl_gym.run.live.LiveSource` samples on a policy server and a NeMo Gym;
 `JournalSource`, in this module, looks rollouts up that an earlier run has recorded, and needs no server.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutError, Roll
 from trl_gym.rollouts.attempts import CollectionStatus, RolloutResult
 from trl_gym.rollouts.counted_calls import DishonestAnswerError, counted_calls
 from trl_gym.rollouts.journal import Attempt, Journal, Line, LineState, line_states, read_line, read_lines
+from trl_gym.rollouts.queue import EndedGroup, TaskGroup
 from trl_gym.rollouts.request import RolloutRequest, task_hash
 from trl_gym.rollouts.rollout import Rollout, from_record, journal_record, recorded_rows
 from trl_gym.rollouts.trajectory import (
@@ -70,6 +72,9 @@ class BatchInfo:
     mode: str  # `"train"` or `"eval"`
     epoch: int = 0  # passes over the dataset made so far
     dataset: str = ""  # name of the evaluation set where there are several, else empty
+    # Of each generation batch to come for which rollouts may be in flight, the optimizer steps made before it.
+    later_steps: tuple[int, ...] = ()
+    per_batch: int = 0  # groups of each of these on this rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +89,9 @@ class TrainerHooks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """The rollouts of one rank's requests."""
+    """Groups of one rank whose rollouts have ended."""
 
-    rollouts: list[Rollout]  # in the order of the requests, failures included
+    groups: list[EndedGroup]  # as many as were asked for, by age
     # Values to log with this batch, by name; a name that several ranks have is averaged over all values.
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
@@ -141,12 +146,27 @@ class RolloutSource(Protocol):
     def take_optimizer(self, optimizer: Any) -> None:
         """Note the trainer's optimizer, which exists only when training begins."""
 
-    def collect(self, requests: Sequence[RolloutRequest], batch: BatchInfo) -> Collected:
-        """Return one rollout for each of this rank's requests.
+    def collect(self, groups: Sequence[TaskGroup], number: int, batch: BatchInfo) -> Collected:
+        """Take further groups of this rank, and return some that have ended: of these, or of those taken before.
+
+        Args:
+            groups: Further groups.
+            number: How many to return. What is left is in flight until it is asked for.
+            batch: The batch that they are for.
 
         Raises:
-            TrlGymError: The batch cannot be had; on every rank.
+            TrlGymError: They cannot be had; on every rank.
         """
+
+    @property
+    def in_flight(self) -> list[TaskGroup]:
+        """The groups of training that were taken and not returned, by age, with the policy that they began with."""
+
+    def drain(self) -> None:
+        """Wait until nothing samples any more."""
+
+    def abandon(self) -> None:
+        """Give up what is in flight: training has ended. Local."""
 
     def resumed(self) -> None:
         """Note that the run continues from a checkpoint: rollouts that were recorded after it count again."""
@@ -240,8 +260,13 @@ class JournalSource:
     def take_optimizer(self, optimizer: Any) -> None:
         """Do nothing: no device is shared."""
 
-    def collect(self, requests: Sequence[RolloutRequest], batch: BatchInfo) -> Collected:
-        """Return the recorded rollout of each request.
+    @property
+    def in_flight(self) -> list[TaskGroup]:
+        """Nothing: rollouts are there at once."""
+        return []
+
+    def collect(self, groups: Sequence[TaskGroup], number: int, batch: BatchInfo) -> Collected:
+        """Return the recorded rollouts of each group.
 
         Raises:
             RolloutError: An evaluation was asked for.
@@ -252,11 +277,28 @@ class JournalSource:
                 "`gym_replay` has no rollouts of the current weights; nothing can be evaluated.",
                 "Set `eval_strategy` to 'no', or train with servers.",
             )
+        requests = [request for group in groups for request in group.requests]
         lines = [self._line(request, batch.epoch) for request in requests]
-        found = zip(lines, requests, strict=True)
+        found = iter(zip(lines, requests, strict=True))
         return Collected(
-            rollouts=[from_record(read_line(line.path, line.offset, line.length), request) for line, request in found]
+            groups=[
+                EndedGroup(
+                    task=group,
+                    rollouts=[
+                        from_record(read_line(line.path, line.offset, line.length), request)
+                        for line, request in itertools.islice(found, len(group.requests))
+                    ],
+                    born=batch.step,
+                )
+                for group in groups
+            ]
         )
+
+    def drain(self) -> None:
+        """Do nothing: nothing is in flight."""
+
+    def abandon(self) -> None:
+        """Do nothing: nothing is in flight."""
 
     def resumed(self) -> None:
         """Do nothing: recorded rollouts are always used."""

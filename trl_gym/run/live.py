@@ -1,9 +1,8 @@
 """Rollouts that are sampled while training runs: a policy server and a NeMo Gym behind the trainer's `RolloutSource`.
 
 collect ── server awake ── recall what an interrupted run has finished ── roll out the rest ── journal on disk
-                                                            │ policy server lost
-                                                            ▼
-                                   ranks agree ── server restarted ── weights pushed ── lost rollouts again
+
+What is in flight, and what happens when the policy server is lost, is in `rollouts/queue.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.compat import installed_version
-from trl_gym.errors import ConfigError, PolicyServerError, RolloutError
+from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, RolloutError
 from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.ranks import agree_on_loss, agreed
 from trl_gym.rollouts.admission import budgets_from_options
@@ -23,9 +23,10 @@ from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.engine_metrics import EngineCounters, engine_metrics, parse_counters
 from trl_gym.rollouts.journal import Journal
 from trl_gym.rollouts.ledger import Ledger
+from trl_gym.rollouts.queue import RolloutQueue, Sampler, TaskGroup
 from trl_gym.rollouts.redaction import secrets_in
 from trl_gym.rollouts.request import PolicyAccess
-from trl_gym.rollouts.reuse import Policy, Recall, RecoveringCollector, collect_missing
+from trl_gym.rollouts.reuse import Policy, Recall
 from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, TrainerHooks
 from trl_gym.run.weights import PolicyWeights, check_model
 
@@ -55,7 +56,8 @@ class LiveSource:
     _accelerator: Accelerator
     _hooks: TrainerHooks
     _weights: PolicyWeights
-    _collector: RecoveringCollector | None = None
+    _collector: RolloutCollector[Rollout] | None = None
+    _queue: RolloutQueue  # of training
     _journal: Journal | None = None
 
     def __init__(self, args: GymGRPOConfig, servers: RunServers) -> None:
@@ -64,6 +66,8 @@ class LiveSource:
         self._step = -1  # of the weights that were pushed last; nothing is sampled before
         self._fingerprint = ""  # of those weights
         self._recall: Recall | None = None
+        self._run = ""  # id of the training run
+        self._looked: _Look | None = None  # what the policy server had counted when rollouts in flight began
 
     @property
     def policy_server(self) -> PolicyBackend:
@@ -98,6 +102,7 @@ class LiveSource:
             )
             self._weights = PolicyWeights(self._args, accelerator, self._servers, model)
             self._collector = self._new_collector()
+            self._queue = self._new_queue(self._collector)
 
     def server_config(self) -> dict[str, Any]:
         """Return the policy server's resolved configuration."""
@@ -126,7 +131,7 @@ class LiveSource:
         """Note the optimizer, whose state may leave the device while the server samples."""
         self._weights.take_optimizer(optimizer)
 
-    def collect(self, requests: Sequence[RolloutRequest], batch: BatchInfo) -> Collected:
+    def collect(self, groups: Sequence[TaskGroup], number: int, batch: BatchInfo) -> Collected:
         """See `RolloutSource.collect`. The rollouts are on disk when it returns.
 
         Raises:
@@ -135,28 +140,44 @@ class LiveSource:
             ServerError: A server was lost and did not come back.
         """
         assert self._collector is not None and self._journal is not None, "connect first"
-        with self._weights.sampling(self._hooks.push, again=batch.mode == "eval"):
-            policy = Policy(run=batch.run, step=batch.step, weights=self._fingerprint)
-            with agreed(self._accelerator):
-                recall = self._recall if batch.mode == "train" else None
-                recalled = {} if recall is None else recall.take_all(requests, policy)
-            finish = self._finisher(self._journal, batch, policy)
-            untagged, counters = self._look()
-            rollouts = collect_missing(self._collector, requests, recalled, finish, self._hooks.progress)
+        self._run = batch.run
+        is_evaluation = batch.mode == "eval"
+        queue = self._new_queue(self._collector, batch) if is_evaluation else self._queue
+        with self._weights.sampling(self._hooks.push, again=is_evaluation):
+            before = (None if is_evaluation else self._looked) or self._look()
+            ended = queue.collect(
+                groups, number, step=batch.step, later_steps=batch.later_steps, per_batch=batch.per_batch
+            )
             with agreed(self._accelerator):
                 self._journal.commit()
-            untagged_now, counters_now = self._look()
-            metrics = self._untagged_metrics(untagged_now.since(untagged))
-            metrics |= {name: [value] for name, value in engine_metrics(counters, counters_now).items()}
+            now = self._look()
+            metrics = self._untagged_metrics(now.untagged.since(before.untagged))
+            metrics |= {name: [value] for name, value in engine_metrics(before.engine, now.engine).items()}
+        if not is_evaluation:
+            self._looked = now if len(queue) else None
         if self._accelerator.is_main_process:  # which counts restarts
             metrics["policy_server/restarts"] = [float(self._servers.num_restarts)]
-        return Collected(rollouts=rollouts, metrics=metrics)
+        return Collected(groups=ended, metrics=metrics)
 
-    def _look(self) -> tuple[UntaggedCalls, EngineCounters]:
+    @property
+    def in_flight(self) -> list[TaskGroup]:
+        """See `RolloutSource.in_flight`."""
+        return self._queue.in_flight
+
+    def drain(self) -> None:
+        """See `RolloutSource.drain`."""
+        self._queue.drain()
+
+    def abandon(self) -> None:
+        """See `RolloutSource.abandon`."""
+        if self._collector is not None:
+            self._queue.abandon()
+
+    def _look(self) -> _Look:
         """Return what the policy server has counted so far, on rank 0; the other ranks wait."""
         with agreed(self._accelerator):
             if not self._accelerator.is_main_process:
-                return UntaggedCalls(), EngineCounters(0.0)
+                return _Look(UntaggedCalls(), EngineCounters(0.0))
             client = self.policy_server.client
             untagged = client.untagged_calls()
             try:
@@ -164,7 +185,7 @@ class LiveSource:
             except PolicyServerError as error:  # a server without such metrics; a lost one is noticed elsewhere
                 logger.info("no metrics of the engine: %s", error)
                 texts = []
-            return untagged, parse_counters(texts, time.monotonic())
+            return _Look(untagged, parse_counters(texts, time.monotonic()))
 
     def _untagged_metrics(self, found: UntaggedCalls) -> dict[str, list[float]]:
         """Count the batch's model calls that belong to no rollout, and say whose they are."""
@@ -180,8 +201,11 @@ class LiveSource:
         self._recall = Recall(self.folder)
 
     def before_saving(self) -> None:
-        """Bring the optimizer's state back to the device, from where it is saved."""
+        """Bring the optimizer's state back to the device, from where it is saved; put what has ended on disk."""
         self._weights.before_saving()
+        with agreed(self._accelerator):
+            assert self._journal is not None, "connect first"
+            self._journal.commit()
 
     def describe(self) -> dict[str, str]:
         """Return the rows of the model card about Gym, policy server and weight sync. Also after `close`."""
@@ -196,6 +220,7 @@ class LiveSource:
         """Stop what was started here; servers that were passed in keep running."""
         try:
             if self._collector is not None:
+                self._queue.abandon()
                 self._collector.close()
             if self._journal is not None:
                 self._journal.close()
@@ -206,11 +231,11 @@ class LiveSource:
     def _version(self) -> str:
         return str(self._step)
 
-    def _new_collector(self) -> RecoveringCollector:
+    def _new_collector(self) -> RolloutCollector[Rollout]:
         args, policy, gym = self._args, self.policy_server, self.gym_servers
         budgets = budgets_from_options(args.rollout_options)
         budgets.check_agents(gym.agents)
-        collector: RolloutCollector[Rollout] = RolloutCollector(
+        return RolloutCollector(
             gym.agent,
             budgets=budgets,
             check=self._servers.check,
@@ -221,38 +246,52 @@ class LiveSource:
             access=PolicyAccess(policy.base_urls, policy.client.api_key),
             stall_timeout_s=args.gym_stall_timeout,
         )
-        return RecoveringCollector(
-            collector,
-            self._recover,
-            version=lambda: self._version,
+
+    def _new_queue(self, collector: RolloutCollector[Rollout], evaluation: BatchInfo | None = None) -> RolloutQueue:
+        """Return a queue for training, or for a batch of an evaluation."""
+        args = self._args
+        sampler = Sampler(
+            collector=collector,
+            agree=lambda error: agree_on_loss(self._accelerator, error),
+            recover=self._recover,
+            policy=lambda: Policy(run=self._run, step=self._step, weights=self._fingerprint),
+            finisher=lambda policy: self._finisher(policy, evaluation),
+            recall=self._recalled if evaluation is None else lambda requests, policy: {},
             before=self._servers.check_before_rollouts,
             after=self._check_version,
-            cancel=policy.client.cancel_rollouts,
+            cancel=self.policy_server.client.cancel_rollouts,
+            progress=self._hooks.progress,
+        )
+        return RolloutQueue(
+            sampler,
+            max_staleness=0 if evaluation else args.gym_max_staleness,
+            in_order=evaluation is not None or not args.gym_max_staleness or not args.has_whole_groups,
+            drops=args.gym_on_stale == "drop",
         )
 
-    def _finisher(self, journal: Journal, batch: BatchInfo, policy: Policy) -> Finisher:
-        dataset = {"dataset": batch.dataset} if batch.dataset else {}
+    def _recalled(self, requests: Sequence[RolloutRequest], policy: Policy) -> Mapping[int, Rollout]:
+        return {} if self._recall is None else self._recall.take_all(requests, policy, newest=self._step)
+
+    def _finisher(self, policy: Policy, evaluation: BatchInfo | None) -> Finisher:
+        assert self._journal is not None, "connect first"
+        dataset = {"dataset": evaluation.dataset} if evaluation is not None and evaluation.dataset else {}
         return Finisher(
             build=self._hooks.build,
             decode=self._hooks.decode,
-            journal=journal,
+            journal=self._journal,
             tags=policy.tags() | dataset,
             drift_policy=self._args.gym_drift,
             train_calls=self._args.gym_train_calls,
-            step=batch.step,
-            mode=batch.mode,
+            step=policy.step,
+            mode="train" if evaluation is None else "eval",
             weight_version=self._version,
         )
 
-    def _recover(self, error: Exception | None, lost: Sequence[RolloutRequest]) -> bool:
-        """See `reuse.Recover`. When it returns True, the policy server is back and holds the current weights."""
-        loss = agree_on_loss(self._accelerator, error)
-        if loss is None:
-            return False
-        logger.warning("%d of this rank's rollouts are lost with the policy server and will run again", len(lost))
+    def _recover(self, loss: PolicyServerLostError, num_lost: int) -> None:
+        """Get the policy server back, with the current weights."""
+        logger.warning("%d of this rank's rollouts are lost with the policy server and will run again", num_lost)
         self._weights.recover(loss)
         self._hooks.push()
-        return True
 
     def _check_version(self) -> None:
         if not self._accelerator.is_main_process:  # which tells the others
@@ -264,6 +303,14 @@ class LiveSource:
                 f"The policy server's weights changed from version {self._version} to {now} during rollouts.",
                 "Let nobody else push weights to this server while it is trained with.",
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What the policy server has counted so far."""
+
+    untagged: UntaggedCalls
+    engine: EngineCounters
 
 
 def describe_untagged(found: UntaggedCalls, number: int, policy: str) -> str:
