@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pickle
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from trl import TrlParser
+from hypothesis import given
+from hypothesis import strategies as st
+from trl import GRPOConfig, TrlParser
 
 from trl_gym.config import GymGRPOConfig
+from trl_gym.config_checks import reward_problems
 from trl_gym.errors import ConfigError
 from trl_gym.rollout_options import RolloutOptions, Sampling
 
@@ -72,6 +76,163 @@ def test_rollouts_in_flight_are_those_of_a_batch_or_what_may_be_at_a_time() -> N
     assert GymGRPOConfig(**BASE | batches).rollouts_in_flight(2) == 128
     assert GymGRPOConfig(**BASE | batches, gym_max_inflight=10).rollouts_in_flight(3) == 30
     assert GymGRPOConfig(**BASE | batches | {"per_device_eval_batch_size": 80}).rollouts_in_flight(1) == 80
+
+
+def test_rollouts_in_flight_are_also_those_of_batches_ahead_and_further_members() -> None:
+    options = BASE | {"per_device_train_batch_size": 16, "gym_max_staleness": 2, "gym_max_inflight": 1000}
+    assert GymGRPOConfig(**options).rollouts_in_flight(1) == 16 * 3
+    assert GymGRPOConfig(**options, gym_oversample=3).rollouts_in_flight(2) == 2 * (16 + 2 * 3) * 3
+    assert GymGRPOConfig(**options | {"gym_max_inflight": 40}, gym_oversample=3).rollouts_in_flight(2) == 80
+    options["per_device_eval_batch_size"] = 200
+    assert GymGRPOConfig(**options).rollouts_in_flight(1) == 200
+    assert GymGRPOConfig(**options, gym_eval_overlap="share").rollouts_in_flight(1) == 200 + 16 * 2
+
+
+def optimizer_steps_at_batches(num_batches: int, generate_every: int, accumulated: int) -> list[int]:
+    """Count, micro-step by micro-step, the optimizer steps done when each generation batch of an epoch is taken."""
+    steps, taken = 0, []
+    for micro_step in range(num_batches * generate_every):
+        if micro_step % generate_every == 0:
+            taken.append(steps)
+        if (micro_step + 1) % accumulated == 0:
+            steps += 1
+    return taken
+
+
+@given(
+    staleness=st.integers(0, 4),
+    accumulated=st.integers(1, 12),
+    steps_per_generation=st.integers(1, 12),
+    num_iterations=st.integers(1, 3),
+)
+def test_batches_ahead_are_as_many_as_staleness_allows_at_the_worst_moment(
+    staleness: int, accumulated: int, steps_per_generation: int, num_iterations: int
+) -> None:
+    # `__post_init__` refuses some of these values, and needs longer than all else here.
+    config = object.__new__(GymGRPOConfig)
+    config.gym_max_staleness, config.gradient_accumulation_steps = staleness, accumulated
+    config.steps_per_generation, config.num_iterations = steps_per_generation, num_iterations
+    ahead = config.most_batches_ahead
+    taken = optimizer_steps_at_batches(
+        2 * ahead + 2 + 2 * accumulated, steps_per_generation * num_iterations, accumulated
+    )
+
+    def stalest(distance: int) -> int:
+        return max(later - earlier for earlier, later in zip(taken, taken[distance:], strict=False))
+
+    assert stalest(ahead) <= staleness < stalest(ahead + 1)
+
+
+def test_long_rollouts_are_not_left_out_for_older_weights_unless_asked_for(tmp_path: Path) -> None:
+    of_trl = GRPOConfig.vllm_importance_sampling_mode
+    assert of_trl not in (None, "token_truncate")
+    mode = "vllm_importance_sampling_mode"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, of_trl),
+        ({"gym_max_staleness": 1}, "token_truncate"),
+        ({"gym_max_staleness": 1, mode: of_trl}, of_trl),
+        ({mode: "sequence_truncate"}, "sequence_truncate"),
+    ]
+    for options, expected in cases:
+        config = GymGRPOConfig(**BASE | options)
+        assert config.vllm_importance_sampling_mode == expected
+        assert pickle.loads(pickle.dumps(config)).vllm_importance_sampling_mode == expected
+        again = {**config.to_dict(), "generation_batch_size": None}  # TRL takes one of two that it sets
+        names = {one.name for one in fields(GymGRPOConfig) if one.init}
+        again = {name: value for name, value in again.items() if name in names}
+        assert GymGRPOConfig(**again).vllm_importance_sampling_mode == expected
+        words = ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
+        words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        (parsed,) = TrlParser([GymGRPOConfig]).parse_args_and_config(words)
+        assert parsed.vllm_importance_sampling_mode == expected
+        path = tmp_path / "config.yaml"
+        lines = ["output_dir: out", "use_cpu: true", *(f"{name}: {value}" for name, value in options.items())]
+        path.write_text("\n".join(lines))
+        (parsed,) = TrlParser([GymGRPOConfig]).parse_args_and_config(["--config", str(path)])
+        assert parsed.vllm_importance_sampling_mode == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ({"gym_max_staleness": -1}, ["`gym_max_staleness` is -1"]),
+        ({"gym_refill_rounds": -1, "gym_oversample": -1}, ["`gym_refill_rounds` is -1", "`gym_oversample` is -1"]),
+        ({"gym_on_stale": "cancel", "gym_max_staleness": 1}, ["Choose one of wait, drop."]),
+        ({"gym_eval_overlap": "both", "gym_max_staleness": 1}, ["Choose one of drain, share."]),
+        ({"gym_on_stale": "drop"}, ["`gym_on_stale` is 'drop' and `gym_max_staleness` 0"]),
+        ({"gym_eval_overlap": "share"}, ["`gym_eval_overlap` is 'share' and `gym_max_staleness` 0"]),
+        ({"gym_max_staleness": 1, "vllm_enable_sleep_mode": True}, ["the server sleeps then"]),
+        ({"gym_max_staleness": 1, "num_iterations": 2, "gradient_accumulation_steps": 2}, ["`num_iterations` 2"]),
+        (
+            {"gym_max_staleness": 1, "steps_per_generation": 3},
+            ["Set `gym_max_staleness` to 0 or at least 3, or lower `steps_per_generation`."],
+        ),
+        (
+            {
+                "gym_max_staleness": 1,
+                "vllm_enable_sleep_mode": True,
+                "vllm_importance_sampling_correction": False,
+                "num_iterations": 2,
+                "gym_replay": ".",
+                "steps_per_generation": 2,
+                "gym_refill_rounds": 1,
+                "gym_oversample": 2,
+            },
+            [
+                "the server sleeps then",
+                "nothing would correct",
+                "`num_iterations` 2",
+                "`gym_max_staleness` is 1 and `gym_replay` '.'",
+                "`gym_refill_rounds` is 1 and `gym_replay` '.'",
+                "`gym_oversample` is 2 and `gym_replay` '.'",
+                "a generation batch lasts longer",
+            ],
+        ),
+        ({"gym_min_group_size": 9}, ["Set `gym_min_group_size` to at most 8."]),
+    ],
+)
+def test_what_overlap_cannot_be_combined_with_is_named_at_once(options: dict[str, Any], texts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        GymGRPOConfig(**BASE | options)
+    assert f"{len(texts)} problem(s)" in str(caught.value)
+    for text in texts:
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gym_max_staleness": 1, "gym_on_stale": "drop", "gym_eval_overlap": "share", "gym_pause_mode": "keep"},
+        {"gym_max_staleness": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2},
+        {"gym_refill_rounds": 2, "gym_oversample": 1},
+    ],
+)
+def test_overlap_refill_and_over_sampling_need_no_further_options(options: dict[str, Any]) -> None:
+    assert GymGRPOConfig(**BASE | options)
+
+
+def test_groups_that_lie_across_ranks_can_neither_be_refilled_nor_over_sampled() -> None:
+    @dataclasses.dataclass
+    class TwoRanks(GymGRPOConfig):
+        world_size = 2
+
+    options = BASE | {"per_device_train_batch_size": 4}
+    assert TwoRanks(**options, gym_max_staleness=1).most_batches_ahead == 1
+    assert TwoRanks(**options, gym_oversample=1, steps_per_generation=2)
+    with pytest.raises(
+        ConfigError, match=r"2 problem.*\n.*`gym_refill_rounds` is 2 and.*\n.*`gym_oversample` is 1 and"
+    ) as e:
+        TwoRanks(**options, gym_refill_rounds=2, gym_oversample=1)
+    assert "on each rank, which has `per_device_train_batch_size` 4 × `steps_per_generation` 1 rollouts" in str(
+        e.value
+    )
+
+
+def test_refilled_groups_are_judged_by_the_rewards_of_the_environment_alone() -> None:
+    config = GymGRPOConfig(**BASE, gym_refill_rounds=1)
+    assert reward_problems(config, 0) == reward_problems(GymGRPOConfig(**BASE, gym_oversample=1), 2) == []
+    (problem,) = reward_problems(config, 2)
+    assert "2 `reward_funcs`" in problem.text and "`compute_rewards`" in problem.remedy
 
 
 def test_a_server_url_needs_server_mode() -> None:

@@ -27,7 +27,7 @@ ROOMS = (
     ("memory", "rollouts", "weight_sync"),
     ("run",),
     ("accounting", "model_card", "progress", "resume"),
-    ("callbacks",),
+    ("batches", "callbacks"),
     ("trainer",),
     ("train",),
     ("doctor", "report"),

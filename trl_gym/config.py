@@ -17,11 +17,12 @@ from typing import Any
 from trl import GRPOConfig
 
 from trl_gym import compat
-from trl_gym.config_checks import find_problems, replace_wrong_types
+from trl_gym.config_checks import batch_problems, find_problems, replace_wrong_types
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.rollout_options import DEFAULT_RETRIES, RolloutOptions, Sampling, by_kind
 
 _JSON_OPTIONS = ("gym_overrides", "gym_vllm_args", "gym_retries", "gym_environments", "gym_eval_sampling")
+_SYNCHRONOUS_MODE: str = GRPOConfig.vllm_importance_sampling_mode  # TRL's default
 
 
 @dataclass
@@ -32,7 +33,8 @@ class GymGRPOConfig(GRPOConfig):
     It has every option of [`~trl.GRPOConfig`]; those that mean something special here are `vllm_mode` (`"colocate"`:
     we start the policy server on the training devices; `"server"`: nothing is started, `vllm_server_base_url` names a
     running one), `vllm_max_model_length`, `vllm_gpu_memory_utilization` and `vllm_tensor_parallel_size` (passed to the
-    server that we start).
+    server that we start), and `vllm_importance_sampling_mode` (`"token_truncate"` by default with
+    `gym_max_staleness`).
 
     Parameters:
         > Parameters that control NeMo Gym
@@ -121,10 +123,14 @@ class GymGRPOConfig(GRPOConfig):
         > Parameters that control overlap
 
         gym_max_staleness (`int`, *optional*, defaults to `0`):
-            Optimizer steps that may lie between the weights that a rollout begins with and the step that first trains
-            it. 0: rollouts and training take turns. Otherwise rollouts of the next generation batches run while
-            training does, as many batches ahead as that allows; tasks come in the same order. With it
-            `vllm_importance_sampling_mode` is `"token_truncate"` unless set: TRL's default would drop long rollouts.
+            Optimizer steps that may lie between the weights that a rollout begins with and the first step that trains
+            its generation batch. 0: rollouts and training take turns. Otherwise rollouts of the next batches run while
+            training does, and groups are trained as they end; tasks come in the same order. With it
+            `vllm_importance_sampling_mode` is `"token_truncate"` unless set: TRL's default would leave long rollouts
+            out.
+        gym_batches_ahead (`int`, *optional*, defaults to `1`):
+            Generation batches that are begun beside the one that is trained next, as far as `gym_max_staleness`
+            allows; more are, up to its limit, where groups of earlier batches have not ended.
         gym_on_stale (`str`, *optional*, defaults to `"wait"`):
             What to do with a rollout that would become staler than `gym_max_staleness`: with `"wait"` training waits
             for it; `"drop"` cancels it, and it counts as failed (kind `cancelled`).
@@ -182,6 +188,14 @@ class GymGRPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "Always true: rollouts are served by a vLLM server."},
     )
+    vllm_importance_sampling_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "How ratios of training to sampling probabilities are bounded: token_truncate, token_mask, "
+            "sequence_truncate or sequence_mask. Default: token_truncate with gym_max_staleness, else "
+            f"{_SYNCHRONOUS_MODE}."
+        },
+    )
     gym_config_paths: list[str] = field(default_factory=list)
     gym_mode: str = field(default="host", metadata={"choices": ["host", "upstream", "attach"]})
     gym_processes: int | None = None
@@ -213,6 +227,7 @@ class GymGRPOConfig(GRPOConfig):
     gym_max_rows_factor: float = 2.0
     gym_untagged_calls: str = field(default="error", metadata={"choices": ["error", "warn"]})
     gym_max_staleness: int = 0
+    gym_batches_ahead: int = 1
     gym_on_stale: str = field(default="wait", metadata={"choices": ["wait", "drop"]})
     gym_eval_overlap: str = field(default="drain", metadata={"choices": ["drain", "share"]})
     gym_refill_rounds: int = 0
@@ -236,11 +251,16 @@ class GymGRPOConfig(GRPOConfig):
             self.bf16 = False
         if self.gym_head_url is not None:
             self.gym_mode = "attach"
+        if self.vllm_importance_sampling_mode is None:
+            # The ratio of a whole sequence grows with its length, and rollouts ahead begin with older weights.
+            self.vllm_importance_sampling_mode = "token_truncate" if self.gym_max_staleness > 0 else _SYNCHRONOUS_MODE
         problems += find_problems(self)
         try:
             super().__post_init__()
         except ValueError as error:  # TRL's and transformers' own checks stop at their first complaint
             problems.append(Problem(str(error)))
+        if self.steps_per_generation and self.num_generations:  # resolved by TRL, unless it complained before
+            problems += batch_problems(self)
         if problems:
             raise ConfigError(f"{len(problems)} problem(s) in the configuration:", problems=problems)
         if self.gym_log_dir is None:
@@ -265,14 +285,39 @@ class GymGRPOConfig(GRPOConfig):
             environments=self.gym_environments or {},  # type: ignore[arg-type]
         )
 
+    @property
+    def has_whole_groups(self) -> bool:
+        """Whether no group of a generation batch lies across ranks."""
+        return self.per_device_train_batch_size * self.steps_per_generation % self.num_generations == 0
+
+    @property
+    def most_batches_ahead(self) -> int:
+        """How many generation batches may be rolled out before the one that is trained has been.
+
+        A generation batch is taken every E = `steps_per_generation` × `num_iterations` micro-steps, and G =
+        `gradient_accumulation_steps` of them make an optimizer step. Between taking two batches that are i apart lie
+        at most ⌈i·E/G⌉ optimizer steps, whatever the first micro-step is within its optimizer step; so i = ⌊S·G/E⌋ is
+        the largest that stays within S = `gym_max_staleness`. An epoch may end with a shorter optimizer step: this
+        holds for batches of one epoch.
+        """
+        return self.gym_max_staleness * self.gradient_accumulation_steps // self._generate_every
+
     def rollouts_in_flight(self, num_processes: int) -> int:
-        """Return how many rollouts run at the same time at most.
+        """Return how many rollouts run at the same time at most, in training or evaluation.
 
         Args:
             num_processes: Number of training processes.
         """
         batch = self.per_device_train_batch_size * (self.steps_per_generation or 1)
-        return num_processes * min(self.gym_max_inflight, max(batch, self.per_device_eval_batch_size))
+        batch += batch // (self.num_generations or 1) * self.gym_oversample
+        ahead = self.most_batches_ahead * batch
+        evaluated = self.per_device_eval_batch_size + (ahead if self.gym_eval_overlap == "share" else 0)
+        return num_processes * min(self.gym_max_inflight, max(batch + ahead, evaluated))
+
+    @property
+    def _generate_every(self) -> int:
+        """Micro-steps for which one generation batch is trained."""
+        return (self.steps_per_generation or 1) * self.num_iterations
 
     @property
     def has_further_rows(self) -> bool:

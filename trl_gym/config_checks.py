@@ -40,6 +40,7 @@ _SECONDS = (
 _AT_LEAST = {
     "gym_min_group_size": 2,  # a group of one has no baseline
     "gym_max_staleness": 0,
+    "gym_batches_ahead": 1,
     "gym_refill_rounds": 0,
     "gym_oversample": 0,
     "gym_verify_sync_steps": 0,
@@ -53,6 +54,8 @@ _NOT_HONOURED = {
     "generation_kwargs": "server-wide settings belong into `gym_vllm_args`",
     "use_transformers_continuous_batching": "rollouts are served by vLLM",
 }
+_OVERLAP_ONLY = {"gym_on_stale": "wait", "gym_eval_overlap": "drain"}  # their defaults; others need overlap
+_GROUP_OPTIONS = ("gym_refill_rounds", "gym_oversample")
 
 # -- types ------------------------------------------------------------------------------------------------------------
 
@@ -124,6 +127,7 @@ def find_problems(config: GymGRPOConfig) -> list[Problem]:
         *_eval_sampling_problems(config),
         *_row_problems(config),
         *_shared_gpu_problems(config),
+        *_overlap_problems(config),
         *_unused_option_problems(config),
     ]
 
@@ -270,3 +274,98 @@ def _unused_option_problems(config: GymGRPOConfig) -> Iterator[Problem]:
     for name, reason in _NOT_HONOURED.items():
         if getattr(config, name):
             yield Problem(f"`{name}` has no effect on Gym rollouts: {reason}.", "Remove it.")
+
+
+def _overlap_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    staleness = f"`gym_max_staleness` is {config.gym_max_staleness}"
+    synchronous = "Set `gym_max_staleness` to 0"
+    if config.gym_max_staleness > 0:
+        if config.vllm_enable_sleep_mode:
+            yield Problem(
+                f"{staleness} and `vllm_enable_sleep_mode` true: rollouts cannot run while training does, since the "
+                "server sleeps then.",
+                f"{synchronous}, or leave `vllm_enable_sleep_mode` out.",
+            )
+        if not config.vllm_importance_sampling_correction:
+            yield Problem(
+                f"{staleness} and `vllm_importance_sampling_correction` false: nothing would correct for the older "
+                "weights that tokens were sampled with.",
+                "Set `vllm_importance_sampling_correction` to true, or `gym_max_staleness` to 0.",
+            )
+        if config.num_iterations > 1:
+            yield Problem(
+                f"{staleness} and `num_iterations` {config.num_iterations}: each further pass over a generation batch "
+                "would train rollouts that are staler than that.",
+                f"{synchronous}, or `num_iterations` to 1.",
+            )
+    for name, default in _OVERLAP_ONLY.items():
+        if config.gym_max_staleness == 0 and getattr(config, name) != default:
+            yield Problem(
+                f"`{name}` is {getattr(config, name)!r} and `gym_max_staleness` 0: no rollout runs during training.",
+                f"Set `gym_max_staleness` to at least 1, or leave `{name}` out.",
+            )
+    for name in ("gym_max_staleness", *_GROUP_OPTIONS):
+        if config.gym_replay is not None and (value := getattr(config, name)) > 0:
+            yield Problem(
+                f"`{name}` is {value} and `gym_replay` {config.gym_replay!r}: recorded rollouts are looked up, and no "
+                "others can be made.",
+                f"Set `{name}` to 0, or leave `gym_replay` out.",
+            )
+
+
+# -- batches and rewards ----------------------------------------------------------------------------------------------
+
+
+def batch_problems(config: GymGRPOConfig) -> list[Problem]:
+    """List what is wrong with our options given the sizes of batches that TRL has resolved."""
+    return [*_small_group_problems(config), *_batch_ahead_problems(config), *_whole_group_problems(config)]
+
+
+def _small_group_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    if config.gym_min_group_size > config.num_generations:
+        yield Problem(
+            f"`gym_min_group_size` is {config.gym_min_group_size} and `num_generations` {config.num_generations}: "
+            "every group would be left out of the loss.",
+            f"Set `gym_min_group_size` to at most {config.num_generations}.",
+        )
+
+
+def _batch_ahead_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    steps, accumulated = config.steps_per_generation, config.gradient_accumulation_steps
+    if config.gym_max_staleness > 0 and steps > config.gym_max_staleness * accumulated:
+        yield Problem(
+            f"`gym_max_staleness` is {config.gym_max_staleness}, and a generation batch lasts longer: "
+            f"`steps_per_generation` {steps} ÷ `gradient_accumulation_steps` {accumulated} optimizer steps. No "
+            "rollout could begin ahead of its batch.",
+            f"Set `gym_max_staleness` to 0 or at least {-(-steps // accumulated)}, or lower `steps_per_generation`.",
+        )
+
+
+def _whole_group_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    size, steps = config.per_device_train_batch_size, config.steps_per_generation
+    product = f"`per_device_train_batch_size` {size} × `steps_per_generation` {steps}"
+    for name in _GROUP_OPTIONS:
+        if (value := getattr(config, name)) > 0 and size * steps % config.num_generations:
+            yield Problem(
+                f"`{name}` is {value} and needs whole groups of `num_generations` {config.num_generations} on each "
+                f"rank, which has {product} rollouts.",
+                f"Make that product a multiple of `num_generations`, or leave `{name}` out.",
+            )
+
+
+def reward_problems(config: GymGRPOConfig, num_reward_funcs: int) -> list[Problem]:
+    """List what cannot be combined with reward functions.
+
+    Args:
+        config: Options of the run.
+        num_reward_funcs: Reward functions that the trainer was given besides the environment's reward.
+    """
+    if config.gym_refill_rounds == 0 or num_reward_funcs == 0:
+        return []
+    return [
+        Problem(
+            f"`gym_refill_rounds` is {config.gym_refill_rounds} and there are {num_reward_funcs} `reward_funcs`: "
+            "groups are judged before these are called, by what `compute_rewards` returns.",
+            "Add their rewards in `compute_rewards`, or leave `gym_refill_rounds` out.",
+        )
+    ]

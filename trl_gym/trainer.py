@@ -157,7 +157,7 @@ class GymGRPOTrainer(GRPOTrainer):
         self._columns: dict[str, list[Any]] = {}
         self._num_eval_batches = 0
         self._first_micro_step = 0  # of the optimizer step
-        self._look_ahead = LookAhead(args.batches_ahead, args.steps_per_generation * args.num_iterations)
+        self._look_ahead = LookAhead(args.most_batches_ahead, args.steps_per_generation * args.num_iterations)
         self._progress = make_progress(live=not args.disable_tqdm)
         self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
         self._source = self._new_source(args, model, policy_server, gym_servers, fork_server, kwargs)
@@ -182,8 +182,8 @@ class GymGRPOTrainer(GRPOTrainer):
             self._batches = Batches(
                 self.accelerator,
                 self._source,
-                num_ahead=min(args.gym_batches_ahead, args.batches_ahead),
-                most_ahead=args.batches_ahead,
+                num_ahead=min(args.gym_batches_ahead, args.most_batches_ahead),
+                most_ahead=args.most_batches_ahead,
                 choose=self._choose,
                 plan=self._plan,
                 reward=self._rewards,
@@ -385,7 +385,7 @@ class GymGRPOTrainer(GRPOTrainer):
         return rows, self.state.global_step + micro_steps // self.args.gradient_accumulation_steps
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Read the micro-batches of an optimizer step, as in transformers, and further ones, whose turn comes later."""
+        """Read the micro-batches of an optimizer step, as in transformers, and those whose turn comes later."""
         self._first_micro_step = self._step
         num_left = (self.state.max_steps - self.state.global_step) * self.args.gradient_accumulation_steps
         micro_batches = self._look_ahead.read(epoch_iterator, num_batches, micro_step=self._step, num_left=num_left)

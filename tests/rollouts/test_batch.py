@@ -150,9 +150,9 @@ def test_journal_record_has_the_agreed_keys() -> None:
     assert record["drift"] is None
     assert set(record) == {
         "step", "mode", "task_index", "task_hash", "request_hash", "batch", "group", "member", "rollout_id",
-        "attempt", "agent", "weight_versions", "reward", "reward_components", "failure", "drift", "finish_reason", "prompt_ids",
-        "completion_ids", "env_mask", "logprobs", "turn_ends", "further_rows", "turns", "seconds", "row", "response",
-        "verify",
+        "attempt", "agent", "weight_versions", "reward", "reward_components", "failure", "drift", "finish_reason",
+        "prompt_ids", "completion_ids", "env_mask", "logprobs", "turn_ends", "further_rows", "turns", "seconds", "row",
+        "response", "verify",
     }  # fmt: skip
     assert [(turn["kind"], turn.get("name")) for turn in record["turns"]] == [
         ("model", None),

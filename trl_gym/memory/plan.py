@@ -571,7 +571,7 @@ def _serving(args: GymGRPOConfig, device: DeviceMemory, context: int, length: in
     tokens, sequences = (16384, 1024) if total >= 160 * GIB else (8192, 1024) if total >= 70 * GIB else (2048, 256)
     sequences = int(flags.get("max-num-seqs", sequences))
     replicas = int(flags.get("data-parallel-size", 1))
-    rollouts = num_processes * min(args.gym_max_inflight, args.per_device_train_batch_size * args.steps_per_generation)
+    rollouts = args.rollouts_in_flight(num_processes)
     packed = args.gym_weight_transport in ("auto", "ipc", "nccl")
     return ServingShape(
         context=context,
