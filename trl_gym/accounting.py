@@ -282,7 +282,7 @@ class Accounting:
         return logprobs.cut_tokens(
             batch,
             is_trained,
-            mode=self._args.vllm_importance_sampling_mode,
+            mode=str(self._args.vllm_importance_sampling_mode),
             clip_min=self._args.vllm_importance_sampling_clip_min,
             clip_max=self._args.vllm_importance_sampling_clip_max,
         )
