@@ -154,7 +154,7 @@ class FailureKind(StrEnum):
     """Nothing to train on: no sampled token (the first prompt overflows the context), or excluded for drift."""
 
     CANCELLED = "cancelled"
-    """The collection ended while it ran. Never retried, never in a batch that is trained; in the journal only."""
+    """It was ended early, alone or with its collection. Never retried, never in a batch that is trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

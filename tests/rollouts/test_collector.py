@@ -6,18 +6,19 @@ import asyncio
 import dataclasses
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.conftest import until
 from tests.rollouts.fake_agent import Ledger, collect, make, requests
-from trl_gym.errors import FailureKind, PolicyServerError, ServerError
+from trl_gym.errors import FailureKind, PolicyServerError, PolicyServerLostError, ServerError
 from trl_gym.gym.servers import AgentInfo
 from trl_gym.policy_server.middleware.identity import ROLLOUT_HEADER, rollout_key
 from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.attempts import CollectionStatus
-from trl_gym.rollouts.collector import RolloutResult
+from trl_gym.rollouts.collector import RolloutCollector, RolloutResult, Submission
 from trl_gym.rollouts.request import PolicyAccess, stamp
 
 
@@ -232,3 +233,168 @@ async def test_a_failure_quotes_no_key(agent: Any) -> None:
     key = rollout_key("the-key", {"rollout": "r0"})
     [result] = await collect(lookup, [{"do": "raise", "text": f"POST http://x/trl_gym/rollouts/{key}/v1: HTTP 404"}])
     assert result.failure.text == "POST http://x/trl_gym/rollouts/[redacted]/v1: HTTP 404"
+
+
+# -- single rollouts that are ended early, and collections that are given up ------------------------------------------
+
+
+class Recording:
+    """A `finish` that keeps what it is given, and may do something when a rollout ends."""
+
+    def __init__(self, then: Callable[[RolloutResult], None] = lambda result: None) -> None:
+        self.ended: list[RolloutResult] = []
+        self.then = then
+
+    def __call__(self, result: RolloutResult) -> RolloutResult:
+        self.ended.append(result)
+        self.then(result)
+        return result
+
+    def names(self) -> list[str]:
+        return [result.request.rollout_id for result in self.ended]
+
+
+async def outcome(submission: Submission[RolloutResult]) -> list[RolloutResult]:
+    return await asyncio.wrap_future(submission.future)
+
+
+async def leave(collector: RolloutCollector[Any]) -> None:
+    """Close a collector in which nothing runs any more, and no place is taken."""
+    worker = collector._worker
+    assert worker is not None
+    await until(lambda: asyncio.run_coroutine_threadsafe(_tasks(), worker._loop).result() == 1, "no task is left")
+    assert not worker._running and not worker.admission._running.total() and not worker.session.connector._acquired
+    await asyncio.to_thread(collector.close)
+
+
+async def test_a_rollout_that_runs_is_ended_alone_and_its_records_are_kept(agent: Any) -> None:
+    behaviour, lookup = agent
+    ledger, finish = Ledger(), Recording()
+    options = {"retries": {"infrastructure": 3, "deadline": 3}, "max_inflight": 2, "deadline_s": 60.0}
+    collector = make(lookup, ledger=ledger, **options)
+    submission = collector.submit(requests({"seconds": 30}, {"seconds": 30}, {}), finish)
+    await until(lambda: behaviour.running == 2)
+    submission.interrupt([0], "its group has enough")
+    submission.interrupt([0], "again")
+    await until(lambda: sorted(finish.names()) == ["r0", "r2"], "the place went to the one that waited")
+    submission.interrupt([1, 2, 0], "the batch is full")
+    results = await outcome(submission)
+    assert [result.failure and (result.failure.kind, result.failure.text) for result in results] == [
+        (FailureKind.CANCELLED, "its group has enough"),
+        (FailureKind.CANCELLED, "the batch is full"),
+        None,
+    ]
+    assert results[0].failure.as_json().items() >= {"rollout_id": "r0", "where": "a /run", "attempt": 0}.items()
+    assert results[0].failure.seconds > 0
+    assert [result.records for result in results] == [[{"status": 200, "of": f"r{place}"}] for place in range(3)]
+    assert ledger.cancelled == [["r0"], ["r1"]] and sorted(ledger.taken) == ["r0", "r1", "r2"]
+    assert sorted(finish.names()) == ["r0", "r1", "r2"] and behaviour.started == 3
+    submission.interrupt([0, 1, 2], "too late")
+    await leave(collector)
+    submission.interrupt([0, 1, 2], "much too late")
+    submission.cancel()
+
+
+async def test_what_never_ran_is_not_told_to_the_policy_server(agent: Any) -> None:
+    """One waits for a place; one pauses before another attempt; one has not even begun."""
+    behaviour, lookup = agent
+    ledger, finish = Ledger(), Recording()
+    collector = make(lookup, ledger=ledger, max_inflight=1, deadline_s=60.0, retries={"infrastructure": 5})
+    first = collector.submit(requests({"do": "drop"}), finish)
+    await until(lambda: finish.names() == ["r0"])
+    blocker = collector.submit(requests({"seconds": 30, "name": "blocker"}), lambda result: result)
+    await until(lambda: behaviour.running == 1 and ledger.cancelled, "the blocker runs, the other pauses or waits")
+    asked = (list(ledger.cancelled), list(ledger.taken))
+    first.interrupt([0], "enough")
+    second = collector.submit(requests({}, {}), finish)
+    second.interrupt([0, 1], "enough")
+    results = [*await outcome(first), *await outcome(second)]
+    assert [(result.failure.kind, result.seconds, result.records) for result in results] == [
+        (FailureKind.CANCELLED, 0.0, [])
+    ] * 3
+    assert [result.request.rollout_id for result in results] == ["r0-a1", "r0", "r1"]
+    assert (ledger.cancelled, ledger.taken) == asked and behaviour.started == 2
+    await asyncio.to_thread(blocker.cancel)
+    await leave(collector)
+
+
+async def test_finish_ends_siblings_and_what_ends_meanwhile_stays_as_it_is(agent: Any) -> None:
+    behaviour, lookup = agent
+
+    def enough(result: RolloutResult) -> None:
+        if result.failure is None:
+            submission.interrupt(range(4), "its group has enough")
+
+    finish = Recording(enough)
+    collector = make(lookup, deadline_s=60.0, ledger=Ledger())
+    submission = collector.submit(requests({"seconds": 0.2}, *[{"seconds": 30}] * 3), finish)
+    results = await outcome(submission)
+    assert [result.failure and result.failure.text for result in results] == [None, *["its group has enough"] * 3]
+    await until(lambda: behaviour.cancelled == 3)
+    await leave(collector)
+
+
+async def test_no_attempt_follows_one_whose_records_are_fetched_when_it_is_ended(agent: Any) -> None:
+    _, lookup = agent
+    asked, may_answer = threading.Event(), threading.Event()
+
+    class Slow(Ledger):
+        async def take(self, session: Any, rollout_id: str) -> tuple[list[Any], str]:
+            asked.set()
+            await asyncio.to_thread(may_answer.wait)
+            return await super().take(session, rollout_id)
+
+    collector = make(lookup, ledger=Slow(), retries={"environment": 5})
+    finish = Recording()
+    submission = collector.submit(requests({"do": "raise"}), finish)
+    await asyncio.to_thread(asked.wait)
+    submission.interrupt([0], "enough")
+    may_answer.set()
+    [result] = await outcome(submission)
+    assert finish.ended == [result] and result.retried_kinds == frozenset()
+    assert result.failure.kind is FailureKind.ENVIRONMENT and result.records == [{"status": 200, "of": "r0"}]
+    await leave(collector)
+
+
+async def test_an_end_that_the_policy_server_cannot_be_told_is_that_of_the_collection(agent: Any) -> None:
+    behaviour, lookup = agent
+    ledger, finish = Ledger(), Recording()
+    collector = make(lookup, ledger=ledger, deadline_s=60.0)
+    submission = collector.submit(requests({"seconds": 30}, {"seconds": 30}), finish)
+    await until(lambda: behaviour.running == 2)
+    ledger.broken = PolicyServerLostError("no answer within 60 s")
+    submission.interrupt([0], "enough")
+    with pytest.raises(PolicyServerLostError, match="no answer within"):
+        await outcome(submission)
+    submission.cancel()
+    texts = [(result.failure.text, result.records, result.was_lost) for result in finish.ended]
+    assert texts == [("enough", None, True), ("the collection ended while it ran", None, False)]
+    await leave(collector)
+
+
+async def test_giving_up_waits_until_the_policy_server_was_told(agent: Any) -> None:
+    behaviour, lookup = agent
+    ledger, finish = Ledger(), Recording()
+    collector = make(lookup, ledger=ledger, deadline_s=60.0)
+    other = collector.submit(requests({"seconds": 30, "name": "other"}), finish)
+    submission = collector.submit(requests({}, {"seconds": 30}), finish)
+    await until(lambda: behaviour.running == 2 and finish.ended)
+    for _ in range(2):
+        await asyncio.to_thread(submission.cancel)
+        assert ledger.cancelled == [["r1"]] and finish.names() == ["r0", "r1"]
+    assert submission.future.cancelled() and not other.future.done()
+    unborn = collector.submit(requests({}), finish)
+    unborn.cancel()
+    assert finish.names() == ["r0", "r1"]
+    await asyncio.to_thread(other.cancel)
+    await leave(collector)
+
+
+async def test_a_place_that_does_not_exist_is_the_callers_error(agent: Any) -> None:
+    _, lookup = agent
+    collector = make(lookup)
+    submission = collector.submit(requests({}), lambda result: result)
+    with pytest.raises(IndexError):
+        submission.interrupt([1], "enough")
+    assert (await outcome(submission))[0].failure is None
+    await leave(collector)

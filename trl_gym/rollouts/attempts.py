@@ -5,10 +5,13 @@
                      └───────────────── pause ◄── a new rollout id ◄──────────────┘
     watch      about every second: are the servers there? has anything ended lately?
 
-A rollout that fails is a value like any other. What ends the collection is an exception: the policy server or the
-whole Gym is gone, an environment is down and may not be skipped, `finish` raised, or the caller gave up. Then every
-task is cancelled, what ran is recorded as cancelled, and the policy server is told that nobody waits any more: NeMo
-Gym before 0.7 goes on with a rollout whose client has left.
+A rollout that fails is a value like any other. So is one that is ended early, because its environment is down or its
+caller has no use for it: its failure stands in `Collection._ends`, and its task is cancelled.
+
+What ends the collection is an exception: the policy server or the whole Gym is gone, an environment is down and may
+not be skipped, `finish` raised, or the caller gave up. Then every task is cancelled, what ran is recorded as
+cancelled, and the policy server is told that nobody waits any more: NeMo Gym before 0.7 goes on with a rollout whose
+client has left.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import contextlib
 import dataclasses
 import logging
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +76,8 @@ class RolloutResult:
         answer: Gym's answer; None when the attempt failed.
         failure: Why it failed; None when it did not.
         seconds: Wall time from dispatch (after waiting for a place) to the end.
-        records: The policy server's records of its model calls; None without a ledger.
+        records: The policy server's records of its model calls; empty when it was never dispatched, None without a
+            ledger.
         retried_kinds: If it has failed for one of these, also for a reason that only `finish` sees, another attempt
             follows and this one is not the last word.
         was_lost: Whether the policy server was lost before it could tell of this attempt's model calls. If the server
@@ -104,14 +109,13 @@ class CollectionContext:
 
 
 class Collection(Generic[T]):
-    """Run one batch of rollouts, once.
+    """Run one batch of rollouts, once. Made in any thread; used in that of the event loop.
 
     Args:
         context: The servers that it works with, and the limits.
         session: For all requests.
         admission: Shared with other collections of the rank.
-        finish, progress: See `RolloutCollector.submit`.
-        unwanted: Why rollouts shall end before their time, by place; more come with `interrupt`.
+        requests, finish, progress: See `RolloutCollector.submit`.
     """
 
     def __init__(
@@ -119,20 +123,19 @@ class Collection(Generic[T]):
         context: CollectionContext,
         session: aiohttp.ClientSession,
         admission: Admission,
+        requests: Sequence[RolloutRequest],
         finish: Callable[[RolloutResult], T],
         progress: Progress | None,
-        unwanted: Mapping[int, str],
     ) -> None:
-        self._unwanted = dict(unwanted)
         self._context, self._session, self._admission = context, session, admission
         self._finish, self._progress = finish, progress
-        self._clock = asyncio.get_running_loop().time
+        self._clock = time.monotonic
         self._rng = random.Random()
-        self._tally = Tally(0)
+        self._tally = Tally(len(requests))
         self._tasks: list[asyncio.Task[T]] = []
-        self._current: list[RolloutRequest] = []  # the newest attempt of each rollout
-        self._down: dict[str, str] = {}  # environments that are skipped, and why
-        self._interrupted: dict[int, RolloutFailure] = {}  # rollouts whose tasks are cancelled, and how they end
+        self._current = list(requests)  # the newest attempt of each rollout
+        self._ends: dict[int, RolloutFailure] = {}  # what rollouts end with that were ended early, by their place
+        self._down: set[str] = set()  # environments that are skipped
         self._num_suspicious = 0
         self._suspicion, self._looked = asyncio.Event(), asyncio.Event()
         self._num_unanswered_pings = 0
@@ -140,11 +143,9 @@ class Collection(Generic[T]):
         self._server: str | None = None  # what its process said of itself
         self._last_end = self._last_warning = self._clock()
 
-    async def run(self, requests: Sequence[RolloutRequest]) -> list[T]:
+    async def run(self) -> list[T]:
         """Run all requests; return the values of `finish` in their order."""
-        self._tally = Tally(len(requests))
-        self._current = list(requests)
-        self._tasks = [asyncio.create_task(self._rollout(index)) for index in range(len(requests))]
+        self._tasks = [asyncio.create_task(self._rollout(index)) for index in range(len(self._current))]
         watch = asyncio.create_task(self._watch())
         rollouts = asyncio.gather(*self._tasks)
         try:
@@ -157,22 +158,19 @@ class Collection(Generic[T]):
             await asyncio.gather(*self._tasks, watch, rollouts, return_exceptions=True)
             await self._give_up()
 
-    def interrupt(self, unwanted: Mapping[int, str]) -> None:
-        """End rollouts before their time, as failures of kind `cancelled`.
+    def end_early(self, failures: Mapping[int, RolloutFailure]) -> None:
+        """End rollouts, by their place, with these failures.
 
-        Args:
-            unwanted: Why, by place among the requests. What has ended, or is being recorded, ends as it would.
+        One that has ended, or whose records are being fetched, ends as it would; no attempt follows. Of several ends
+        of one rollout the first holds.
         """
-        self._unwanted |= unwanted
-        for index in unwanted:
+        for index, failure in failures.items():
+            if index in self._ends:
+                continue
+            self._ends[index] = failure
             one = self._tally.outstanding.get(index)
-            if one is not None and one.phase is not Phase.RECORDING and index not in self._interrupted:
-                self._interrupted[index] = self._unwanted_failure(index)
-                self._tasks[index].cancel()
-
-    def _unwanted_failure(self, index: int) -> RolloutFailure:
-        where = f"{self._current[index].agent} /run"
-        return RolloutFailure(kind=FailureKind.CANCELLED, text=self._unwanted[index], where=where)
+            if one is not None and one.phase is not Phase.RECORDING:
+                self._tasks[index].cancel()  # one that has not begun looks for itself
 
     # -- one rollout --------------------------------------------------------------------------------------------------
 
@@ -180,10 +178,10 @@ class Collection(Generic[T]):
         failed: Counter[FailureKind] = Counter()
         while True:
             result = await self._attempt(index, failed)
-            value = await self._end_attempt(index, result)
+            value, retried_kinds = await self._end_attempt(index, result)
             failure = value.failure
             self._last_end = self._clock()
-            if failure is None or failure.kind not in result.retried_kinds:
+            if failure is None or failure.kind not in retried_kinds:
                 self._tally.num_done += 1
                 self._tally.num_failed += failure is not None
                 self._report()
@@ -196,13 +194,11 @@ class Collection(Generic[T]):
         request = self._current[index]
         started: float | None = None
         try:
-            if index in self._unwanted:
-                return self._result(request, self._unwanted_failure(index), 0.0)
             if failed:
                 self._enter(index, Phase.PAUSED)
                 await asyncio.sleep(backoff_s(failed.total(), self._rng))
-            if request.agent in self._down:
-                return self._result(request, self._down_failure(request), 0.0)
+            if index in self._ends:
+                return self._result(request, self._ends[index], 0.0)
             self._enter(index, Phase.WAITING)
             budget = self._context.budgets.budget_for(request.agent)
             async with self._admission.place(request.agent):
@@ -215,10 +211,10 @@ class Collection(Generic[T]):
             return self._result(request, outcome, seconds, budget.retried_kinds(failed))
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if index not in self._interrupted or task is None or task.uncancel() > 0:
+            if index not in self._ends or task is None or task.uncancel() > 0:  # the collection ends
                 raise
             seconds = 0.0 if started is None else self._clock() - started
-            return self._result(request, self._interrupted.pop(index), seconds)
+            return self._result(request, self._ends[index], seconds)
 
     async def _run(self, request: RolloutRequest, deadline_s: float) -> GymAnswer | RolloutFailure:
         agent, access = self._context.agent(request.agent), self._context.access
@@ -245,30 +241,38 @@ class Collection(Generic[T]):
             retried_kinds=retried_kinds,
         )
 
-    async def _end_attempt(self, index: int, result: RolloutResult) -> T:
-        """Fetch the records of an attempt that has ended and hand it to `finish`, whatever the policy server says."""
+    async def _end_attempt(self, index: int, result: RolloutResult) -> tuple[T, frozenset[FailureKind]]:
+        """Fetch the records of an attempt that has ended and hand it to `finish`, whatever the policy server says.
+
+        Returns:
+            The value of `finish`, and the kinds of failure after which another attempt follows.
+        """
+        before = self._tally.outstanding.get(index)
+        has_run = before is not None and before.phase is Phase.RUNNING
         self._enter(index, Phase.RECORDING)
         ledger, rollout_id = self._context.ledger, result.request.rollout_id
-        records: list[CallRecord] | None = None
+        records: list[CallRecord] | None = None if ledger is None else []
         broken: PolicyServerError | None = None
         try:
-            if ledger is not None:
+            if ledger is not None and has_run:
                 if result.failure is not None and result.failure.kind in _MAY_GO_ON:
                     await ledger.cancel(self._session, [rollout_id])
                 records, who = await ledger.take(self._session, rollout_id)
                 self._require_same_server(who)
         except PolicyServerError as error:
-            broken = error
+            broken, records = error, None
         except asyncio.CancelledError:
             self._record_last(dataclasses.replace(result, retried_kinds=frozenset(), was_lost=self._is_lost))
             raise
         self._tally.leave(index)
+        if index in self._ends:
+            result = dataclasses.replace(result, retried_kinds=frozenset())
         was_lost = isinstance(broken, PolicyServerLostError)
         value = self._finish(dataclasses.replace(result, records=records, was_lost=was_lost))
         if broken is not None:
             self._is_lost = was_lost
             await self._raise_with_cause(broken)
-        return value
+        return value, result.retried_kinds
 
     async def _raise_with_cause(self, error: PolicyServerError) -> NoReturn:
         """Raise, if possible with what a dead process says: that is more than the connection that it closed tells."""
@@ -342,7 +346,7 @@ class Collection(Generic[T]):
 
     def _mark_down(self, down: Mapping[str, str]) -> None:
         outstanding = self._tally.outstanding
-        for agent in {one.agent for one in outstanding.values()} & (down.keys() - self._down.keys()):
+        for agent in {one.agent for one in outstanding.values()} & (down.keys() - self._down):
             indices = [index for index, one in outstanding.items() if one.agent == agent]
             text = f"the environment `{agent}` is down: {down[agent]}"
             if self._context.on_environment_down == "fail":
@@ -353,15 +357,9 @@ class Collection(Generic[T]):
                     "Restart it, or set `gym_on_environment_down` to 'skip' to go on without it.",
                 )
             logger.warning("%s. Its %d outstanding rollouts fail; the next batch tries it again.", text, len(indices))
-            self._down[agent] = text
-            for index in indices:
-                if outstanding[index].phase is not Phase.RECORDING and index not in self._interrupted:
-                    self._interrupted[index] = self._down_failure(self._current[index])
-                    self._tasks[index].cancel()
-
-    def _down_failure(self, request: RolloutRequest) -> RolloutFailure:
-        text = self._down[request.agent]
-        return RolloutFailure(kind=FailureKind.INFRASTRUCTURE, text=text, where=f"{request.agent} /run")
+            self._down.add(agent)
+            failure = RolloutFailure(kind=FailureKind.INFRASTRUCTURE, text=text, where=f"{agent} /run")
+            self.end_early(dict.fromkeys(indices, failure))
 
     async def _warn_of_stall(self) -> None:
         running = [one.rollout_id for one in self._tally.running.values()]
@@ -432,7 +430,7 @@ class Outstanding:
     rollout_id: str  # id of the current attempt
     attempt: int  # 0 for the first try
     phase: Phase  # the phase that it is in
-    since: float  # when that phase began, in seconds on the event loop's clock
+    since: float  # when that phase began, in seconds of `time.monotonic`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,8 @@
 trainer thread                       collector thread (one event loop, for the collector's whole life)
 ──────────────                       ─────────────────────────────────────────────────────────────────
 submit(requests) ────────────────►   a `Collection`: one task per request, a watch beside them
+interrupt(places) ───────────────►   the tasks of some of them end
 future.result()                      `finish` and `progress` are called here
-interrupt(places) ───────────────►   these end as failures
                  ◄────────────────   the values of `finish`, in the order of the requests
 """
 
@@ -14,11 +14,12 @@ import asyncio
 import concurrent.futures
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 import aiohttp
 
+from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.gym.client import new_session
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.rollouts.admission import Admission, Budgets
@@ -100,7 +101,7 @@ class RolloutCollector(Generic[T]):
         finish: Callable[[RolloutResult], T],
         progress: Progress | None = None,
     ) -> Submission[T]:
-        """Start running all requests.
+        """Start running all requests, beside those that run already.
 
         Args:
             requests: The rollouts to run.
@@ -119,7 +120,9 @@ class RolloutCollector(Generic[T]):
             self._worker = _Worker(self._context.budgets)
             # Also when nobody calls `close`: at the latest when the interpreter ends.
             self._finalizer = weakref.finalize(self, self._worker.close)
-        return Submission(self._worker, self._context, requests, finish, progress)
+        worker = self._worker
+        collection = Collection(self._context, worker.session, worker.admission, requests, finish, progress)
+        return Submission(worker, collection, requests, worker.start(collection))
 
     def close(self) -> None:
         """Give up what still runs, close connections, end the thread. Idempotent; the collector can be used again."""
@@ -129,62 +132,52 @@ class RolloutCollector(Generic[T]):
 
 
 class Submission(Generic[T]):
-    """Requests that run; made by `RolloutCollector.submit`, which says what the arguments are.
+    """A collection that was started; see `RolloutCollector.submit`.
 
     Attributes:
-        future: The values of `finish`, in the order of the requests.
+        future: Gets the values of `finish`, in the order of the requests.
     """
 
     def __init__(
         self,
         worker: _Worker,
-        context: CollectionContext,
+        collection: Collection[T],
         requests: Sequence[RolloutRequest],
-        finish: Callable[[RolloutResult], T],
-        progress: Progress | None,
+        future: concurrent.futures.Future[list[T]],
     ) -> None:
-        self._worker = worker
-        self._unwanted: dict[int, str] = {}
-        self._collection: Collection[T] | None = None
-        self._task: asyncio.Task[Any] | None = None
+        self._worker, self._collection = worker, collection
+        self._agents = [request.agent for request in requests]
+        self.future = future
 
-        async def run() -> list[T]:
-            self._task = asyncio.current_task()
-            parts = context, worker.session, worker.admission, finish, progress, self._unwanted
-            self._collection = Collection(*parts)
-            return await self._collection.run(requests)
+    def interrupt(self, places: Iterable[int], why: str) -> None:
+        """End some rollouts; the others go on. Returns at once; callable in any thread, also from `finish`.
 
-        self.future = worker.start(run)
-
-    def interrupt(self, places: Sequence[int], why: str) -> None:
-        """End rollouts before their time, as failures of kind `cancelled` that are not retried. Returns at once, and
-        may be called in any thread, in `finish` too.
+        One that waits, pauses or runs ends as a failure of kind `cancelled`, with the records of the model calls that
+        it has made; the policy server refuses further ones. One that has ended, or whose records are being fetched,
+        ends as it would. No attempt follows.
 
         Args:
-            places: Among the requests; those that have ended, or are being recorded, end as they would.
-            why: The failures' text.
+            places: Indices of their requests.
+            why: The text of the failure.
+
+        Raises:
+            IndexError: There is no such request.
         """
-        if not self.future.done():
-            self._worker.call(self._interrupt, dict.fromkeys(places, why))
+        failures = {
+            place: RolloutFailure(kind=FailureKind.CANCELLED, text=why, where=f"{self._agents[place]} /run")
+            for place in places
+        }
+        self._worker.call(self._collection.end_early, failures)
 
     def cancel(self) -> None:
-        """Give all of it up, and wait until what ran is recorded and the policy server told. Idempotent. May be called
-        in any thread but the collector's."""
-        if not self.future.done():
-            self._worker.run(self._wind_up()).result(timeout=_CLOSE_TIMEOUT_S)
+        """Give the collection up. When this returns, what ran has been recorded as cancelled, the policy server was
+        told, and `finish` is not called any more. Idempotent.
 
-    def _interrupt(self, unwanted: dict[int, str]) -> None:
-        if self._collection is None:  # it has not begun
-            self._unwanted |= unwanted
-        else:
-            self._collection.interrupt(unwanted)
-
-    async def _wind_up(self) -> None:
-        # `run` was handed to the loop before this was, so that it has begun.
-        assert self._task is not None, "the loop takes what it is handed in order"
-        if not self._task.cancelling():  # a second cancellation would interrupt the telling
-            self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        Raises:
+            TimeoutError: That took longer than 10 s.
+        """
+        self.future.cancel()
+        self._worker.wait_for(self._collection)
 
 
 class _Worker:
@@ -194,18 +187,36 @@ class _Worker:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trl-gym-collector", daemon=True)
         self._thread.start()
-        self._collections: set[asyncio.Task[Any]] = set()
+        self._running: dict[Collection[Any], asyncio.Task[Any]] = {}
         self.admission = Admission(budgets)
         self.session = self.run(_new_session(budgets.max_inflight)).result()
 
     def run(self, coroutine: Coroutine[Any, Any, R]) -> concurrent.futures.Future[R]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def call(self, function: Callable[..., Any], *args: Any) -> None:
-        self._loop.call_soon_threadsafe(function, *args)
-
-    def start(self, collection: Callable[[], Coroutine[Any, Any, R]]) -> concurrent.futures.Future[R]:
+    def start(self, collection: Collection[T]) -> concurrent.futures.Future[list[T]]:
         return self.run(self._tracked(collection))
+
+    def call(self, function: Callable[[R], None], argument: R) -> None:
+        """Call a function in the worker's thread, after what was started before; never once the worker has ended."""
+        try:
+            self._loop.call_soon_threadsafe(function, argument)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+    def wait_for(self, collection: Collection[Any]) -> None:
+        """Wait, in another thread, until a collection that was given up has ended."""
+        assert threading.current_thread() is not self._thread, "`finish` would wait for itself"
+        ended = self._ended(collection)
+        try:
+            future = self.run(ended)
+        except RuntimeError:
+            ended.close()
+            if not self._loop.is_closed():
+                raise
+        else:
+            future.result(timeout=_CLOSE_TIMEOUT_S)
 
     def close(self) -> None:
         self.run(self._wind_up()).result(timeout=_CLOSE_TIMEOUT_S)
@@ -213,18 +224,23 @@ class _Worker:
         self._thread.join(timeout=_CLOSE_TIMEOUT_S)
         self._loop.close()
 
-    async def _tracked(self, collection: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    async def _tracked(self, collection: Collection[T]) -> list[T]:
         task = asyncio.current_task()
         assert task is not None  # a coroutine that runs has one
-        self._collections.add(task)
+        self._running[collection] = task
         try:
-            return await collection()
+            return await collection.run()
         finally:
-            self._collections.discard(task)
+            del self._running[collection]
+
+    async def _ended(self, collection: Collection[Any]) -> None:
+        # One that was given up before its first step never runs; that step would have come before this one.
+        if (task := self._running.get(collection)) is not None:
+            await asyncio.wait([task])
 
     async def _wind_up(self) -> None:
         """Let collections that are given up tell the policy server, then close the session that they do it over."""
-        collections = list(self._collections)
+        collections = list(self._running.values())
         for task in collections:
             if not task.cancelling():  # a second cancellation would interrupt the telling
                 task.cancel()
