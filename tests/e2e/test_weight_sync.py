@@ -265,9 +265,9 @@ def test_weights_are_pushed_while_calls_run(served: Served, random_policy: Path,
     pauses: list[float] = []
 
     def while_paused() -> None:
-        pauses.append(served.metric(counted) - before)
         calls.append(pool.submit(long_call, client, late))
         wait_for(lambda: is_running(client, late), "a call arrives during the pause")
+        pauses.append(served.metric(counted) - before)
 
     before = served.metric(counted)
     with ThreadPoolExecutor(9) as pool:

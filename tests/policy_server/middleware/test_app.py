@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -835,6 +836,34 @@ async def test_a_call_that_spans_two_versions_says_so(http: Http, app: FakeVllm)
     assert (await http.chat([USER], trl_gym=TAG))["weight_version"] == "8"
     spans = [(one.weight_version, one.last_version) for one in await http.take("r0")]
     assert spans == [("default", "7"), ("7", None), ("8", None)]
+
+
+async def test_an_update_whose_client_hangs_up_ends_all_the_same(http: Http, app: FakeVllm) -> None:
+    async def cancellable(scope: Json, receive: Any, send: Any) -> None:
+        """As vLLM's routes, of which some look out for a client that is gone."""
+        first = await receive()
+        listening = asyncio.ensure_future(receive())
+        await asyncio.sleep(0)
+        if not listening.done():
+            await app(scope, partial(asyncio.sleep, 0, first), send)
+        listening.cancel()
+
+    http.middleware = OnPolicyMiddleware(cancellable)
+    assert (await http.chat([USER]))["weight_version"] == "default"
+    messages = [
+        {"type": "http.request", "body": b'{"weight_version": "7"}', "more_body": False},
+        *[{"type": "http.disconnect"}] * 2,
+    ]
+
+    async def receive() -> Json:
+        return messages.pop(0)
+
+    async def send(message: Json) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/finish_weight_update", "headers": []}
+    await http.middleware(scope, receive, send)
+    assert app.weight_version == "7" == (await http.chat([USER]))["weight_version"]
 
 
 async def test_with_a_key_every_route_but_health_demands_it(app: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
