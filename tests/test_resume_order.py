@@ -22,6 +22,7 @@ from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.resume import load_state
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.tasks import LookAhead
 from trl_gym.rollouts.trajectory import Trajectory
 
 NUM_TASKS, NUM_MEMBERS = 6, 2
@@ -35,11 +36,30 @@ SCHEDULES = {
 
 
 class Watched(GymGRPOTrainer):
-    """Keeps the tasks of every generation batch, with the step at which it was made."""
+    """Keeps the tasks of every generation batch, with the step at which it was made.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Args:
+        num_ahead: Generation batches whose tasks are read before their turn.
+    """
+
+    def __init__(self, *, num_ahead: int = 0, **kwargs: Any) -> None:
         self.batches: list[tuple[int, list[int]]] = []
+        self.foretold: list[tuple[list[int], list[int]]] = []  # tasks of a batch, and as they were known before
         super().__init__(**kwargs)
+        self._look_ahead = LookAhead(num_ahead, self._generate_every)
+        self._coming: dict[int, list[int]] = {}
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        samples = super().get_batch_samples(*args)
+        for number in range(1 + self._step // self._generate_every, 8 + self._step // self._generate_every):
+            if (rows := self._look_ahead.rows(number)) is not None:
+                self._coming[number] = [row["task_index"] for row in rows]
+        return samples
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if coming := self._coming.get(self._step // self._generate_every):
+            self.foretold.append(([row["task_index"] for row in inputs], coming))
+        return super()._generate_and_score_completions(inputs)
 
     def build_request(self, row: dict[str, Any], request: RolloutRequest) -> dict[str, Any]:
         if not self.batches or len(self.batches[-1][1]) == 4:
@@ -107,6 +127,7 @@ def trainer(recorded: tuple[Path, Path], tokenizer: Any, output_dir: Path, **cha
         "disable_tqdm": True,
     }
     return Watched(
+        num_ahead=changes.pop("num_ahead", 0),
         model=model,
         processing_class=tokenizer,
         args=GymGRPOConfig(**(options | changes)),
@@ -132,12 +153,16 @@ def test_resumed_from_checkpoints(
         assert len(rest["advantages"]) > 2  # more rows than rollouts
     # Step 1 is within a batch where one lasts for two steps, 4 and 6 are in or before the second epoch.
     for step in (1, 4, 6):
-        resumed = trainer(recorded, tokenizer, tmp_path / f"from-{step}", **schedule, save_only_model=True)
+        options = {**schedule, "save_only_model": True}
+        resumed = trainer(recorded, tokenizer, tmp_path / f"from-{step}", **options, num_ahead=2 if step < 6 else 0)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert resumed.batches == [batch for batch in whole.batches if batch[0] >= step], step
         for expected, actual in zip(weights(whole), weights(resumed), strict=True):
             assert torch.equal(expected, actual), step
         assert resumed._run == whole._run
+        # The whole run has read nothing ahead. From step 1, at least the second batch of the epoch is known before.
+        assert all(tasks == known for tasks, known in resumed.foretold)
+        assert resumed.foretold or step > 1
 
 
 class Terminated(TrainerCallback):
