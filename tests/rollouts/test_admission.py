@@ -71,6 +71,37 @@ async def test_places_go_to_the_agent_with_the_fewest() -> None:
     assert runs.order.index("b") < 4 and Counter(runs.order[4:12]) == {"b": 8}
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12), st.integers(1, 3))
+def test_of_an_agent_the_older_collection_goes_first(who: list[tuple[int, bool]], cap: int) -> None:
+    """Also what asks later than the younger one's, as a further attempt does; those of one collection in turn."""
+    started: list[tuple[int, int]] = []
+
+    async def go() -> None:
+        admission = Admission(budgets(cap))
+        may_end = asyncio.Event()
+
+        async def hold() -> None:
+            async with admission.place("a"):
+                await may_end.wait()
+
+        async def run(since: int, number: int) -> None:
+            async with admission.place("a", since):
+                started.append((since, number))
+
+        holders = [asyncio.create_task(hold()) for _ in range(cap)]
+        await asyncio.sleep(0.001)
+        tasks = [asyncio.create_task(run(since, number)) for number, (since, _) in enumerate(who)]
+        await asyncio.sleep(0)
+        for task, (_, is_cancelled) in zip(tasks, who, strict=True):
+            if is_cancelled:
+                task.cancel()
+        may_end.set()
+        await asyncio.gather(*holders, *tasks, return_exceptions=True)
+
+    asyncio.run(go())
+    assert started == sorted((since, number) for number, (since, is_cancelled) in enumerate(who) if not is_cancelled)
+
+
 async def test_a_waiting_rollout_of_a_full_agent_holds_no_place() -> None:
     runs = Runs(budgets(3, environments={"a": {"max_inflight": 1}}))
     await asyncio.gather(*(runs.run("a", 20) for _ in range(5)), *(runs.run("b", 20) for _ in range(4)))

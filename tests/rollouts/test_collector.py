@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from trl_gym.errors import FailureKind, PolicyServerError, PolicyServerLostError
 from trl_gym.gym.servers import AgentInfo
 from trl_gym.policy_server.middleware.identity import ROLLOUT_HEADER, rollout_key
 from trl_gym.rollout_options import Sampling
-from trl_gym.rollouts.attempts import CollectionStatus
+from trl_gym.rollouts.attempts import CollectionStatus, Phase
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult, Submission
 from trl_gym.rollouts.request import PolicyAccess, stamp
 
@@ -398,3 +399,34 @@ async def test_a_place_that_does_not_exist_is_the_callers_error(agent: Any) -> N
         submission.interrupt([1], "enough")
     assert (await outcome(submission))[0].failure is None
     await leave(collector)
+
+
+async def test_places_and_stall_warnings_belong_to_the_collection_that_they_are_for(agent: Any, caplog: Any) -> None:
+    """One place: the older collection's further attempt gets it before the younger one, which warns of its own."""
+    behaviour, lookup = agent
+    collector = make(lookup, max_inflight=1, deadline_s=60.0, retries={"infrastructure": 1}, stall_timeout_s=0.2)
+    blocker, older, younger = (
+        collector.submit([dataclasses.replace(one, rollout_id=name) for one in requests(*rows)], Recording())
+        for name, rows in (
+            ("blocker", [{"seconds": 30, "name": "blocker"}]),
+            ("older", [{"do": "drop", "times": 1, "name": "older"}]),
+            ("younger", [{"seconds": 30, "name": "younger"}] * 2),
+        )
+    )
+    with caplog.at_level(logging.WARNING):
+        await until(lambda: len(set(_outstanding(caplog.text))) == 3, "each warns")
+    assert all(len(set(_outstanding(record.message))) == 1 for record in caplog.records)
+    await asyncio.to_thread(blocker.cancel)
+    waits = (Phase.WAITING, 1)
+    await until(lambda: [(one.phase, one.attempt) for one in older._collection._tally.outstanding.values()] == [waits])
+    younger.interrupt([0], "enough")
+    assert (await outcome(older))[0].request.attempt == 1
+    await until(lambda: behaviour.started == 5)
+    names = [row["name"] for _, row in behaviour.received]
+    assert names == ["blocker", "older", "younger", "older", "younger"]
+    await asyncio.to_thread(younger.cancel)
+    await leave(collector)
+
+
+def _outstanding(warning: str) -> list[str]:
+    return re.findall(r"^  (\w+) \(", warning, re.MULTILINE)

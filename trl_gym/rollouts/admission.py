@@ -2,7 +2,8 @@
 
 One `Budget` per agent: the options of the run, overruled by those that `gym_environments` has for that agent. A
 rollout that waits holds nothing. When a place is free it goes to the agent that has the fewest running rollouts, so an
-environment whose rollouts hang can fill its share and no more: the others go on in theirs.
+environment whose rollouts hang can fill its share and no more: the others go on in theirs. Among the rollouts of one
+agent those of the older collection go first, also further attempts: training waits for them first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import difflib
-from collections import Counter, deque
+import heapq
+import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -107,16 +110,23 @@ class Admission:
 
     def __init__(self, budgets: Budgets) -> None:
         self._budgets = budgets
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, list[tuple[float, int, asyncio.Future[None]]]] = {}  # heaps
+        self._numbers = itertools.count()
         self._running: Counter[str] = Counter()
         self._next_start: dict[str | None, float] = {}  # by agent; of the rank under None
         self._timer: asyncio.TimerHandle | None = None
 
     @asynccontextmanager
-    async def place(self, agent: str) -> AsyncIterator[None]:
-        """Wait for a place and hold it. First come, first served among the rollouts of one agent."""
+    async def place(self, agent: str, since: float = 0.0) -> AsyncIterator[None]:
+        """Wait for a place and hold it.
+
+        Args:
+            agent: Whose rollout it is.
+            since: When its collection began. Among the rollouts of an agent the least goes first; of equals, who came
+                first.
+        """
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(agent, deque()).append(turn)
+        heapq.heappush(self._waiting.setdefault(agent, []), (since, next(self._numbers), turn))
         # Not at once: those who ask in the same turn of the loop, as a batch does, are chosen from together.
         self._come_back(asyncio.get_running_loop().time())
         try:
@@ -147,14 +157,15 @@ class Admission:
                 self._come_back(min(opens.values()))
                 return
             agent = min(ready, key=self._running.__getitem__)
-            self._waiting[agent].popleft().set_result(None)
+            *_, turn = heapq.heappop(self._waiting[agent])
+            turn.set_result(None)
             self._running[agent] += 1
             self._count_start(agent, now)
 
     def _has_waiting(self, agent: str) -> bool:
         waiting = self._waiting[agent]
-        while waiting and waiting[0].done():  # cancelled while it waited
-            waiting.popleft()
+        while waiting and waiting[0][-1].done():  # cancelled while it waited
+            heapq.heappop(waiting)
         if not waiting:
             del self._waiting[agent]
         return bool(waiting)

@@ -141,7 +141,7 @@ class Collection(Generic[T]):
         self._num_unanswered_pings = 0
         self._is_lost = False  # the policy server
         self._server: str | None = None  # what its process said of itself
-        self._last_end = self._last_warning = self._clock()
+        self._began = self._last_end = self._last_warning = self._clock()
 
     async def run(self) -> list[T]:
         """Run all requests; return the values of `finish` in their order."""
@@ -201,7 +201,7 @@ class Collection(Generic[T]):
                 return self._result(request, self._ends[index], 0.0)
             self._enter(index, Phase.WAITING)
             budget = self._context.budgets.budget_for(request.agent)
-            async with self._admission.place(request.agent):
+            async with self._admission.place(request.agent, self._began):
                 self._enter(index, Phase.RUNNING)
                 started = self._clock()
                 outcome = await self._run(request, budget.deadline_s)
