@@ -33,7 +33,10 @@ class CustomTrainer(GymGRPOTrainer):
     """A curriculum, a limit per turn, credit for the turn that decided, and a reward that counts turns."""
 
     def choose_task(self, example: dict[str, Any], group: int) -> dict[str, Any]:
-        """Curriculum: sums first. Evaluation asks as well, and gets what it asked for."""
+        """Curriculum: sums first. Evaluation asks as well, and gets what it asked for.
+
+        One by the success rate of tasks is `trl_gym.rollouts.pools.TaskPools`.
+        """
         if not self.model.training or self.state.global_step >= self.args.easy_steps or is_sum(example):
             return example
         # Chosen by the example alone: the members of a group may be on different ranks and must get the same task.

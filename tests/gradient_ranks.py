@@ -6,6 +6,7 @@ python -m tests.fork_ranks 2 tests.gradient_ranks MODEL FOLDER
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def in_steps() -> list[Case]:
     ]
 
 
-SEAMS = ("choose_task", "build_request", "compute_rewards")  # what a subclass may override, in the trainer's thread
+# What a subclass may override, in the trainer's thread.
+SEAMS = ("choose_task", "build_request", "compute_rewards", "on_rollouts")
 
 
 def broken(*_: Any) -> Any:
@@ -97,6 +99,11 @@ def found(model: Path, folder: Path) -> dict[str, Any]:
         gym_step(model, below_fraction(), folder / "run", num_ranks=2)
     except RolloutError as error:
         results["error"] = str(error)
+    told: list[Any] = []
+    trainer = make_trainer(model, Case(name="told", failed=UNEQUAL), folder / "run", num_ranks=2)
+    trainer.on_rollouts = told.append
+    trainer.train()
+    results["told"] = [[asdict(fact) for fact in facts] for facts in told]
     for seam in SEAMS:
         trainer = make_trainer(model, Case(name=seam, failed=()), folder / "run", num_ranks=2)
         if os.environ["RANK"] == "1":

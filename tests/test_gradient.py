@@ -413,6 +413,13 @@ def test_two_ranks_evaluate_what_one_would(two_ranks: list[dict[str, Any]], mode
         assert {key: rank["evaluation"][key] for key in compared} == pytest.approx(compared)
 
 
+def test_every_rank_is_told_of_the_rollouts_of_all(two_ranks: list[dict[str, Any]]) -> None:
+    [facts] = two_ranks[0]["told"]
+    assert two_ranks[1]["told"] == [facts]
+    assert {(fact["task"], fact["is_valid"]) for fact in facts} == {(t, v) for t in range(3) for v in (True, False)}
+    assert len(facts) == 3 * NUM_MEMBERS
+
+
 def test_no_rank_raises_alone(two_ranks: list[dict[str, Any]]) -> None:
     assert "Only 7 of the 12 rollouts" in two_ranks[0]["error"]
     assert two_ranks[0]["error"] == two_ranks[1]["error"]

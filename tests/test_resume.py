@@ -11,7 +11,13 @@ import torch
 from accelerate import Accelerator
 
 from trl_gym.errors import ConfigError
-from trl_gym.resume import RunState, last_complete_checkpoint, load_state, restored, save_state
+from trl_gym.resume import (
+    RunState,
+    last_complete_checkpoint,
+    load_state,
+    restored,
+    save_state,
+)
 from trl_gym.weight_sync.sums import fingerprint
 
 BUFFERED = [
@@ -21,14 +27,24 @@ BUFFERED = [
 
 
 def test_state_is_read_back_as_it_was(tmp_path: Path) -> None:
-    state = RunState(run="r", num_micro_steps=6, num_ranks=2, buffered=BUFFERED)
+    user = {"seen": [[1, 0.5], ["a", None]], "weights": torch.arange(3), 4: {"b": (True,)}}
+    state = RunState(run="r", num_micro_steps=6, num_ranks=2, buffered=BUFFERED, user=user)
     save_state(tmp_path / "checkpoint-3", 1, state)
     assert [path.name for path in (tmp_path / "checkpoint-3").iterdir()] == ["trl_gym_state.rank-1.pt"]
     read = load_state(tmp_path / "checkpoint-3", 1)
     assert (read.run, read.num_micro_steps, read.num_ranks) == ("r", 6, 2)
     for expected, actual in zip(BUFFERED, read.buffered, strict=True):
         torch.testing.assert_close(actual, expected, equal_nan=True)
+    torch.testing.assert_close(read.user.pop("weights"), torch.arange(3))
+    assert read.user == {"seen": [[1, 0.5], ["a", None]], 4: {"b": (True,)}}
     assert load_state(tmp_path / "checkpoint-3", 0) is None
+
+
+@pytest.mark.parametrize("user", [{"a": Path("x")}, {"a": [lambda: 0]}, {"a": RunState}, RunState, [1]])
+def test_a_state_of_code_is_refused(tmp_path: Path, user: Any) -> None:
+    with pytest.raises(ConfigError, match="cannot hold what `checkpoint_state` returned"):
+        save_state(tmp_path, 0, RunState(run="r", num_micro_steps=6, num_ranks=2, buffered=None, user=user))
+    assert load_state(tmp_path, 0) is None
 
 
 def test_state_of_another_schema_is_refused(tmp_path: Path) -> None:
@@ -46,6 +62,7 @@ def test_state_of_another_schema_is_refused(tmp_path: Path) -> None:
         {"schema": 1},
         {"schema": 1, "run": 5, "num_micro_steps": 1, "num_ranks": 1, "buffered": None},
         {"schema": 1, "run": "r", "num_micro_steps": -1, "num_ranks": 1, "buffered": None},
+        {"schema": 1, "run": "r", "num_micro_steps": 1, "num_ranks": 1, "buffered": None, "user": [1]},
     ],
 )
 def test_a_damaged_state_is_refused(tmp_path: Path, written: Any) -> None:

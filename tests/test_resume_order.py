@@ -3,8 +3,10 @@ for bit. Rollouts come from a journal (`gym_replay`), so that nothing but resumi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.recorded import POLICY, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
 from trl_gym.errors import ConfigError, RolloutError
-from trl_gym.resume import load_state
+from trl_gym.resume import load_state, save_state
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.tasks import LookAhead
@@ -82,7 +84,8 @@ def sampled(task: int, member: int) -> Rollout:
         )
         for _ in range(1 + (task + member) % 3)
     ]
-    answer = {"response": {"output": []}, "reward": rng.random()}
+    success = (0.0, 1.0, float(member))[task % 3]  # solved never, always, sometimes
+    answer = {"response": {"output": []}, "reward": rng.random(), "success": success}
     row = {"responses_create_params": {"input": f"{task}?"}}
     asked = RolloutRequest(
         rollout_id=f"{task}-{member}", task_index=task, group=task, member=member, attempt=0, agent="a", row=row
@@ -107,7 +110,9 @@ def tokenizer() -> Iterator[PreTrainedTokenizerFast]:
         yield build_tokenizer()
 
 
-def trainer(recorded: tuple[Path, Path], tokenizer: Any, output_dir: Path, **changes: Any) -> Watched:
+def trainer(
+    recorded: tuple[Path, Path], tokenizer: Any, output_dir: Path, kind: type[Watched] = Watched, **changes: Any
+) -> Watched:
     model: Qwen3ForCausalLM = build_model(tokenizer, tie=True, seed=0)
     options = {
         "output_dir": str(output_dir),
@@ -126,7 +131,7 @@ def trainer(recorded: tuple[Path, Path], tokenizer: Any, output_dir: Path, **cha
         "report_to": [],
         "disable_tqdm": True,
     }
-    return Watched(
+    return kind(
         num_ahead=changes.pop("num_ahead", 0),
         model=model,
         processing_class=tokenizer,
@@ -163,6 +168,58 @@ def test_resumed_from_checkpoints(
         # The whole run has read nothing ahead. From step 1, at least the second batch of the epoch is known before.
         assert all(tasks == known for tasks, known in resumed.foretold)
         assert resumed.foretold or step > 1
+
+
+@pytest.fixture(scope="module")
+def learning() -> type[Watched]:
+    """The curriculum of `docs/custom_trainer.md`, watched."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "custom_trainer.md").read_text()
+    code = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(next(block for block in code if "class Curriculum" in block), names)
+    return type("Learning", (Watched, names["Curriculum"]), {})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_resumed_curriculum_draws_the_same_tasks(
+    recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path, learning: type[Watched], schedule: dict[str, int]
+) -> None:
+    options = {**schedule, "kind": learning, "max_steps": 12}
+    whole: Any = trainer(recorded, tokenizer, tmp_path / "whole", **options)
+    whole.train()
+    tasks = [task for _, batch in whole.batches for task in batch]
+    num_sometimes = sum(task % 3 == 2 for task in tasks)
+    assert num_sometimes / len(tasks) > 0.4  # a third without a curriculum, 0.74 in the long run
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    resumed: Any = trainer(recorded, tokenizer, tmp_path / "again", **options, save_only_model=True)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.batches == [batch for batch in whole.batches if batch[0] >= 5]
+    assert resumed.pools.state_dict() == whole.pools.state_dict()
+    for expected, actual in zip(weights(whole), weights(resumed), strict=True):
+        assert torch.equal(expected, actual)
+
+
+def test_what_a_trainer_has_learned_outlives_another_number_of_ranks(
+    recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path, learning: type[Watched]
+) -> None:
+    options: dict[str, Any] = {**SCHEDULES["a batch per step"], "kind": learning}
+    trainer(recorded, tokenizer, tmp_path / "whole", **options, max_steps=2).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    state = load_state(checkpoint, 0)
+    assert state is not None and state.user is not None and state.user["pools"]["batches"] == 2
+    save_state(checkpoint, 0, dataclasses.replace(state, num_ranks=2))
+    resumed: Any = trainer(recorded, tokenizer, tmp_path / "again", **options, max_steps=3)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.pools.state_dict()["batches"] == 3
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused(
+    recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(recorded, tokenizer, tmp_path, max_steps=1, steps_per_generation=2, gradient_accumulation_steps=2)
+    monkeypatch.setattr(made, "checkpoint_state", lambda: {"path": tmp_path})
+    with pytest.raises(ConfigError, match=r"(?s)returned \(pathlib.*Return a dict"):
+        made.train()
 
 
 class Terminated(TrainerCallback):

@@ -24,7 +24,6 @@ import contextlib
 import io
 import logging
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -65,12 +64,14 @@ class RunState:
     # The rest of the generation batch: one entry per micro-step; None between two batches.
     buffered: list[dict[str, Any]] | None
     queue: QueueState = field(default_factory=QueueState)
+    user: dict[str, Any] | None = None  # what `GymGRPOTrainer.checkpoint_state` returned on rank 0; there alone
 
 
 class _StateShape(msgspec.Struct):
     run: str
     num_micro_steps: Annotated[int, msgspec.Meta(ge=0)]
     num_ranks: Annotated[int, msgspec.Meta(ge=1)]
+    user: dict[Any, Any] | None = None
 
 
 def save_state(folder: str | Path, rank: int, state: RunState) -> None:
@@ -78,27 +79,39 @@ def save_state(folder: str | Path, rank: int, state: RunState) -> None:
     path = _path(folder, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    _require_plain(state.queue)
+    _require_plain(state)
     fields = {name: getattr(state, name) for name in RunState.__slots__}
     torch.save({"schema": _SCHEMA, **fields, "queue": asdict(state.queue)}, beside)
     os.replace(beside, path)
 
 
-def _require_plain(queue: QueueState) -> None:
-    """Refuse examples that could not be read back: a checkpoint holds no code."""
-    if not queue.groups:
-        return
-    written = io.BytesIO()
-    torch.save(queue.groups, written)
-    written.seek(0)
-    try:
-        torch.load(written, weights_only=True)
-    except pickle.UnpicklingError as error:
+def _require_plain(state: RunState) -> None:
+    """Refuse what could not be read back: a checkpoint holds no code."""
+    if (problem := _plain_problem(state.queue.groups)) is not None:
         raise ConfigError(
             "A checkpoint cannot hold the tasks that are in flight (`gym_max_staleness`): a column of the dataset has "
-            f"other values than text, numbers, lists, mappings and tensors ({str(error)[:200]}).",
+            f"other values than text, numbers, lists, mappings and tensors ({problem}).",
             "Remove the column, or store it as text.",
-        ) from error
+        )
+    problem = _plain_problem(state.user) if isinstance(state.user, dict | None) else f"{type(state.user)}"
+    if problem is not None:
+        raise ConfigError(
+            f"A checkpoint cannot hold what `checkpoint_state` returned ({problem}).",
+            "Return a dict of text, numbers, lists, mappings and tensors.",
+        )
+
+
+def _plain_problem(value: Any) -> str | None:
+    if not value:
+        return None
+    written = io.BytesIO()
+    try:
+        torch.save(value, written)
+    except Exception as error:  # whatever a value comes to that cannot be pickled
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    written.seek(0)
+    kinds = torch.serialization.get_unsafe_globals_in_checkpoint(written)
+    return ", ".join(kinds[:5]) or None
 
 
 def load_state(folder: str | Path, rank: int, device: Any = "cpu") -> RunState | None:

@@ -56,7 +56,7 @@ from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
 from trl_gym.rollouts.padding import TOKEN_WEIGHT, Results, compute_rows
 from trl_gym.rollouts.queue import TaskGroup
 from trl_gym.rollouts.request import RolloutRequest, stamp
-from trl_gym.rollouts.rollout import Rollout, conversation
+from trl_gym.rollouts.rollout import Rollout, RolloutFacts, conversation
 from trl_gym.rollouts.rows import joined, training_rows, weighted
 from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_build, check_replay
 from trl_gym.rollouts.tasks import LookAhead
@@ -97,7 +97,9 @@ class GymGRPOTrainer(GRPOTrainer):
     ```
 
     To change which tasks are rolled out, how rows become requests, how answers become trajectories or how rewards are
-    formed, override [`choose_task`], [`build_request`], [`build_trajectories`] or [`compute_rewards`].
+    formed, override [`choose_task`], [`build_request`], [`build_trajectories`] or [`compute_rewards`]. To learn from
+    rollouts, and keep that in checkpoints, override [`on_rollouts`], [`checkpoint_state`] and
+    [`restore_checkpoint_state`].
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -204,8 +206,9 @@ class GymGRPOTrainer(GRPOTrainer):
 
         Returns:
             That example, or another one of the dataset. It is asked once per group, on every rank that has members of
-            it: the choice must depend on nothing but `group`, `self.state` and what all ranks know alike. With
-            `gym_max_staleness` it is asked up to so many optimizer steps before the group is trained.
+            it: the choice must depend on nothing but `group`, `self.state` and what all ranks know alike, which
+            includes what `on_rollouts` is told. It is asked when rollouts begin: with `gym_max_staleness`, up to so
+            many optimizer steps before the group is trained, when the batches before it have not been, either.
         """
         return example
 
@@ -250,6 +253,27 @@ class GymGRPOTrainer(GRPOTrainer):
                 stay out whatever reward they get: they have no token to train.
         """
         return [rollout.reward for rollout in rollouts]
+
+    def on_rollouts(self, facts: Sequence[RolloutFacts]) -> None:
+        """Learn from a generation batch of training; does nothing by default.
+
+        It is called once it is decided what is trained of the batch. Tasks of later batches are chosen after that;
+        with `gym_max_staleness`, of those that are not in flight yet.
+
+        Args:
+            facts: Of the rollouts of all ranks, failed ones included; the same in the same order on every rank.
+        """
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps for `restore_checkpoint_state`, as plain data: text, numbers, lists,
+        mappings, tensors. It is called on every rank; what the main process returns is kept."""
+        return {}
+
+    def restore_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `checkpoint_state` has returned; does nothing by default.
+
+        It is called on every rank before the first task of a resumed run is chosen, if the checkpoint has a state.
+        """
 
     # ----------------------------------------------------------------------------------------------- life of servers
 
@@ -408,6 +432,8 @@ class GymGRPOTrainer(GRPOTrainer):
             pad_id=self._tokenizer.pad_token_id,
             eos_id=self._tokenizer.eos_token_id,
         )
+        if self._mode == "train":
+            self._tell_rollouts()
         self._columns = training_rows(
             self._accounting.rows,
             rollouts,
@@ -415,6 +441,14 @@ class GymGRPOTrainer(GRPOTrainer):
             mask_truncated=self.args.mask_truncated_completions,
             with_logprobs=self._sampling == self._trained_sampling,
         )
+
+    def _tell_rollouts(self) -> None:
+        facts = self._accounting.shared.facts
+        with (
+            agreed(self.accelerator),
+            naming("on_rollouts", f"the {len(facts)} rollouts of step {self.state.global_step}"),
+        ):
+            self.on_rollouts(facts)
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         # TRL wants as many prompts as completions.
@@ -598,12 +632,15 @@ class GymGRPOTrainer(GRPOTrainer):
             return
         self._source.before_saving()
         if not self.args.save_only_model:
+            with agreed(self.accelerator), naming("checkpoint_state", f"the checkpoint of step {step}"):
+                user = self.checkpoint_state()
             state = RunState(
                 run=self._run,
                 num_micro_steps=self._step,
                 num_ranks=self.accelerator.num_processes,
                 buffered=self._buffered_inputs if self._step % self._generate_every else None,
                 queue=self._batches.state(),
+                user=user or None if self.accelerator.is_main_process else None,
             )
             with agreed(self.accelerator):
                 save_state(Path(self.args.output_dir) / f"checkpoint-{step}", self.accelerator.process_index, state)
@@ -632,9 +669,17 @@ class GymGRPOTrainer(GRPOTrainer):
         self._run, self._step, self._buffered_inputs = state.run, state.num_micro_steps, state.buffered
         self._last_loaded_step = -1  # the policy server's weights are not known
         self._batches.restore(state.queue)
+        self._restore_user(own)
         if self._train_sampler is not None:
             draw_orders(self._train_sampler, int(self.state.epoch or 0))
         self._source.resumed()
+
+    def _restore_user(self, own: RunState | None) -> None:
+        """Give every rank the state of a subclass that the main process saved, of however many ranks that was one."""
+        user = broadcast_object_list([own and own.user])[0]
+        if user is not None:
+            with agreed(self.accelerator), naming("restore_checkpoint_state", f"{self._checkpoint}"):
+                self.restore_checkpoint_state(user)
 
     @property
     def _generate_every(self) -> int:
