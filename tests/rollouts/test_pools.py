@@ -135,6 +135,15 @@ def test_in_the_long_run_tasks_are_drawn_in_proportion_to_their_weights(weights:
         assert abs(counts[task] / num_draws - share) <= 5 * (share * (1 - share) / num_draws) ** 0.5
 
 
+def test_a_task_does_not_always_give_its_turn_to_the_same_one() -> None:
+    pools = shown(ALL_POOLS)
+    drawn = set()
+    for _ in range(20):
+        drawn.add(pools.choose(DATA[2], 0)["task_index"])
+        pools.observe([])
+    assert len(drawn) > 2
+
+
 def test_what_was_shown_is_forgotten() -> None:
     """Eight failures are half a rollout after four half-lives; eight more, in between, last as much longer."""
     pools = shown([[(0, 0.0)] * 8], half_life=2)
