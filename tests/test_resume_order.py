@@ -7,7 +7,7 @@ import dataclasses
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from tests.rollouts.recorded import POLICY, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
 from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.resume import load_state, save_state
+from trl_gym.rollouts.queue import TaskGroup
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.source import BatchInfo, Collected, JournalSource
 from trl_gym.rollouts.tasks import LookAhead
 from trl_gym.rollouts.trajectory import Trajectory
 
@@ -197,6 +199,40 @@ def test_a_resumed_curriculum_draws_the_same_tasks(
     assert resumed.pools.state_dict() == whole.pools.state_dict()
     for expected, actual in zip(weights(whole), weights(resumed), strict=True):
         assert torch.equal(expected, actual)
+
+
+class Behind(JournalSource):
+    """Recorded rollouts that end when it is their batch's turn, however early they have begun."""
+
+    _in_flight: Sequence[TaskGroup] = ()
+
+    @property
+    def in_flight(self) -> list[TaskGroup]:
+        return list(self._in_flight)
+
+    def collect(self, groups: Sequence[TaskGroup], number: int, batch: BatchInfo) -> Collected:
+        waiting = [*self._in_flight, *groups]
+        self._in_flight = waiting[number:]
+        return super().collect(waiting[:number], number, batch)
+
+
+def test_a_resumed_curriculum_draws_the_same_tasks_ahead(
+    recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path, learning: type[Watched]
+) -> None:
+    class Overlapped(learning):  # type: ignore[misc, valid-type]
+        def _new_source(self, *_: Any) -> Behind:
+            return Behind(recorded[0])
+
+    options = {**SCHEDULES["a batch per step"], "kind": Overlapped, "num_ahead": 1, "max_steps": 12}
+    options |= {"gym_replay": None, "gym_max_staleness": 1}
+    whole: Any = trainer(recorded, tokenizer, tmp_path / "whole", **options)
+    whole.train()
+    assert [step for step, _ in whole.batches] == [0, 0, 1, 3, 3, 4, 6, 6, 7, 9, 9, 10]  # epochs have three batches
+    tasks = [batch for _, batch in whole.batches]
+    resumed: Any = trainer(recorded, tokenizer, tmp_path / "again", **options, save_only_model=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert resumed.batches == [(5, tasks[5]), *[batch for batch in whole.batches if batch[0] > 5]]
+    assert resumed.pools.state_dict() == whole.pools.state_dict()
 
 
 def test_what_a_trainer_has_learned_outlives_another_number_of_ranks(
