@@ -42,6 +42,7 @@ from trl_gym.progress import PhaseClock, make_progress
 from trl_gym.ranks import agreed
 from trl_gym.resume import (
     CheckpointCallback,
+    QueueState,
     RunState,
     draw_orders,
     last_complete_checkpoint,
@@ -649,12 +650,18 @@ class GymGRPOTrainer(GRPOTrainer):
 
     def _begin(self) -> None:
         self._source.take_optimizer(self.optimizer)  # as wrapped by accelerate; there is none before training begins
-        self._restore()
+        self._last_loaded_step = -1  # the policy server's weights are not known
+        # `train` may be called again, as in a notebook after Ctrl-C: the policy server refuses names of rollouts that
+        # have ended, and what was in flight or left of a generation batch is gone.
+        self._run_id = uuid.uuid4().hex[:8]
+        if self._checkpoint:
+            self._restore()
+        else:
+            self._step += -self._step % self._generate_every
+            self._batches.restore(QueueState())
 
     def _restore(self) -> None:
-        """Put back what transformers does not restore, before anything is sampled. Does nothing in a new run."""
-        if not self._checkpoint:
-            return
+        """Put back what transformers does not restore, before anything is sampled."""
         checkpoint = str(self._checkpoint)
         with agreed(self.accelerator):
             own = load_state(checkpoint, self.accelerator.process_index, self.accelerator.device)
@@ -667,7 +674,6 @@ class GymGRPOTrainer(GRPOTrainer):
             generate_every=self._generate_every,
         )
         self._run, self._step, self._buffered_inputs = state.run, state.num_micro_steps, state.buffered
-        self._last_loaded_step = -1  # the policy server's weights are not known
         self._batches.restore(state.queue)
         self._restore_user(own)
         if self._train_sampler is not None:

@@ -444,3 +444,67 @@ def test_what_is_abandoned_is_forgotten() -> None:
     future.result(10)
     queue.abandon()
     assert len(queue) == 0 and collector.submissions[0].future.cancelled()
+
+
+@pytest.mark.parametrize("error", [LOSS, GymServerError("Gym is gone")])
+def test_what_is_recorded_as_cancelled_while_a_collection_ends_is_no_result(error: Exception) -> None:
+    """A collection that ends records what ran before its error is there: such a group is not whole."""
+    heard: list[Exception | None] = []
+
+    def hear(error: Exception | None) -> PolicyServerLostError | None:
+        heard.append(error)
+        return agree(error)
+
+    def play(collector: Scripted) -> None:
+        if len(collector.submissions) > 1:
+            collector.submissions[-1].end_all()
+            return
+        submission = collector.submissions[0]
+        submission.end(0)
+        for place in (1, 2, 3):
+            submission._finish(result_of(submission._requests[place], "cancelled"))
+        threading.Timer(0.2, submission.fail, [error]).start()  # the policy server is being told meanwhile
+
+    collector = Scripted(play)
+    queue = RolloutQueue(World(collector, agree=hear).sampler)
+    if isinstance(error, GymServerError):
+        with pytest.raises(GymServerError, match="Gym is gone"):
+            queue.collect([group(0)], 1, step=STEP)
+    else:
+        assert ids(queue.collect([group(0)], 1, step=STEP)) == ["b0g0m0-a0", *(f"b0g0m{m}-a1" for m in (1, 2, 3))]
+    assert heard[0] is error
+
+
+def test_an_error_is_told_before_what_has_ended_is_taken() -> None:
+    """What was lost then runs again during the update, and not after it."""
+    collector = Scripted()
+    world = World(collector)
+    queue = overlapped(world, max_staleness=1)
+    future = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=7, later_steps=(8,), per_batch=1)
+    wait_for(lambda: collector.submissions)
+    with queue._changed:  # the trainer looks when both have happened
+        collector.submissions[0].end(0)
+        collector.submissions[0].end(1)
+        collector.submissions[0].fail(LOSS)
+    assert ids(future.result(10)) == ["b0g0m0-a0", "b0g0m1-a0"]
+    assert world.recovered == [2] and collector.asked[1] == ["b1g0m0-a1", "b1g0m1-a1"]
+
+
+def test_a_loss_that_somebody_else_has_noticed_costs_no_further_recovery() -> None:
+    """A weight sync has found the server dead, and it is back."""
+    collector = Scripted()
+    world = World(collector)
+    queue = overlapped(world, max_staleness=1)
+    first = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=7, later_steps=(8,), per_batch=1)
+    wait_for(lambda: collector.submissions)
+    for place in (0, 1, 2):
+        collector.submissions[0].end(place)
+    assert names(first.result(10)) == [(0, 0)]
+    assert queue.give_up_lost() == 1 and queue.give_up_lost() == 0
+    assert collector.submissions[0].future.cancelled()
+    second = collecting(queue, [group(0, batch=2, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
+    wait_for(lambda: len(collector.asked) == 2)
+    assert collector.asked[1] == ["b1g0m1-a1", "b2g0m0-a0", "b2g0m1-a0"]
+    assert world.cancelled == [["b1g0m1-a0"]] and world.recovered == []
+    collector.submissions[1].end_all()
+    assert ids(second.result(10)) == ["b1g0m0-a0", "b1g0m1-a1"]

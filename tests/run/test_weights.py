@@ -42,6 +42,7 @@ def weights_with(recorder: Recorder, *, sharing: bool = True) -> PolicyWeights:
     weights._sync = weights._servers = recorder  # type: ignore[assignment]
     weights._sharing = recorder if sharing else None  # type: ignore[assignment]
     weights._accelerator, weights._offloads = SimpleNamespace(process_index=0), False
+    weights.num_recoveries = 0
     return weights
 
 

@@ -35,7 +35,6 @@ from trl_gym.rollouts.request import RolloutRequest, next_attempt
 from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.rollout import Rollout
 
-_LOSABLE = frozenset({FailureKind.INFRASTRUCTURE, FailureKind.CANCELLED})
 _POLL_S = 0.5  # for Ctrl-C to arrive while groups are waited for
 
 Finish = Callable[[RolloutResult], Rollout]
@@ -205,6 +204,20 @@ class RolloutQueue:
         self._give_up_launches()
         self._entries = []
 
+    def give_up_lost(self) -> int:
+        """Give up every launch, since the policy server was lost. Local; the next `collect` or `drain` launches what
+        has not ended again.
+
+        Returns:
+            How many rollouts will run again.
+        """
+        launched = [entry for entry in self._entries if entry.launch is not None]
+        self._give_up_launches()
+        newest = self._sampler.policy().step
+        lost = [rollout_id for entry in launched for rollout_id in entry.give_up_lost(newest)]
+        self._given_up += lost
+        return len(lost)
+
     @property
     def _begun(self) -> list[_Entry]:
         return [entry for entry in self._entries if entry.begun is not None]
@@ -233,7 +246,7 @@ class RolloutQueue:
                 if loss is None:
                     assert found is not None, "an error is raised on every rank"
                     return found
-                self._sampler.recover(loss, self._give_up_lost())
+                self._sampler.recover(loss, self.give_up_lost())
         except BaseException:  # Ctrl-C arrives here, in the trainer's thread
             self.abandon()
             raise
@@ -250,9 +263,11 @@ class RolloutQueue:
             self._launch(room)
             self._is_waiting = True
             with self._changed:
-                while (found := ready()) is None:
-                    for launch in self._launches:
+                while True:
+                    for launch in self._launches:  # first: what was lost shall run again while training goes on
                         launch.check()
+                    if (found := ready()) is not None:
+                        break
                     self._changed.wait(_POLL_S)
             self._sampler.after()
         except Exception as error:
@@ -279,14 +294,6 @@ class RolloutQueue:
             if recalled or begun == policy:
                 return begun, recalled
         return policy, self._sampler.recall(task.requests, policy)
-
-    def _give_up_lost(self) -> int:
-        """Give up every launch after a loss. Return how many rollouts will run again."""
-        self._give_up_launches()
-        newest = self._sampler.policy().step
-        lost = [rollout_id for entry in self._entries for rollout_id in entry.give_up_lost(newest)]
-        self._given_up += lost
-        return len(lost)
 
     def _give_up_launches(self) -> None:
         for launch in self._launches:
@@ -365,6 +372,10 @@ class _Entry:
             self._interrupted.update(places)
             self.launch.interrupt([self.newest[place] for place in places], why)
 
+    def has_interrupted(self, place: int) -> bool:
+        """Tell whether a rollout is cancelled because this group does not want it any more."""
+        return place in self._interrupted
+
     def give_up_lost(self, newest_step: int) -> list[str]:
         """Prepare further attempts of what the loss of the server may have ended, or will not let end; return the ids
         of those that it replaces.
@@ -400,7 +411,7 @@ class _Entry:
 def _may_be_lost(rollout: Rollout, ours: set[str]) -> bool:
     """Tell whether the loss of the server may be why a rollout ended as it did."""
     kind = None if rollout.failure is None else rollout.failure.kind
-    return kind in _LOSABLE or not ours.issuperset(weight_versions(rollout.records or []))
+    return kind is FailureKind.INFRASTRUCTURE or not ours.issuperset(weight_versions(rollout.records or []))
 
 
 class _Launch:
@@ -451,9 +462,11 @@ class _Launch:
         with self._changed:
             _, entry, place = self._place[_key(result.request)]
             entry.newest[place] = result.request
-            # Where the policy server could not tell which tokens it sampled, its error is on the way.
+            # Where the policy server could not tell which tokens it sampled, or where the whole collection ends, an
+            # error is on the way.
             is_known = result.failure is not None or result.records is not None
-            if is_known and not result.was_lost and kind not in result.retried_kinds:
+            is_given_up = kind is FailureKind.CANCELLED and not entry.has_interrupted(place)
+            if is_known and not is_given_up and not result.was_lost and kind not in result.retried_kinds:
                 entry.keep(place, rollout)
                 self._changed.notify_all()
         return rollout

@@ -121,7 +121,10 @@ class LiveSource:
 
     def push_weights(self, model: torch.nn.Module, step: int) -> dict[str, float]:
         """Send the weights to the policy server. Return the metrics `weight_sync/…`."""
+        num_recoveries = self._weights.num_recoveries
         report = self._weights.push(model, step)
+        if self._weights.num_recoveries > num_recoveries:  # and with it, what was in flight during the update
+            self._note_loss(self._queue.give_up_lost())
         self._step, self._fingerprint = step, report.fingerprint
         metrics = {"weight_sync/bytes": float(report.num_bytes)}
         metrics |= {f"weight_sync/seconds/{phase}": seconds for phase, seconds in report.seconds.items()}
@@ -154,7 +157,7 @@ class LiveSource:
             metrics = self._untagged_metrics(now.untagged.since(before.untagged))
             metrics |= {name: [value] for name, value in engine_metrics(before.engine, now.engine).items()}
         if not is_evaluation:
-            self._looked = now if len(queue) else None
+            self._looked = now if batch.later_steps else None  # as on every rank: looking is a collective
         if self._accelerator.is_main_process:  # which counts restarts
             metrics["policy_server/restarts"] = [float(self._servers.num_restarts)]
         return Collected(groups=ended, metrics=metrics)
@@ -289,9 +292,14 @@ class LiveSource:
 
     def _recover(self, loss: PolicyServerLostError, num_lost: int) -> None:
         """Get the policy server back, with the current weights."""
-        logger.warning("%d of this rank's rollouts are lost with the policy server and will run again", num_lost)
+        self._note_loss(num_lost)
         self._weights.recover(loss)
+        self._note_loss(self._queue.give_up_lost())  # those of training, where it was an evaluation that noticed
         self._hooks.push()
+
+    def _note_loss(self, num_lost: int) -> None:
+        if num_lost:
+            logger.warning("%d of this rank's rollouts are lost with the policy server and will run again", num_lost)
 
     def _check_version(self) -> None:
         if not self._accelerator.is_main_process:  # which tells the others

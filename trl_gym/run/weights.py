@@ -45,6 +45,7 @@ class PolicyWeights:
 
     Attributes:
         transport_name: Name of the transport in use, as in `gym_weight_transport`.
+        num_recoveries: How often the server was lost and came back.
 
     Raises:
         ConfigError: No transport fits, or the optimizer's state cannot be moved as was asked.
@@ -59,6 +60,7 @@ class PolicyWeights:
         plan = _plan(args, accelerator, model)
         transport = plan.connect(servers.policy)
         self.transport_name = transport.name
+        self.num_recoveries = 0
         self._sharing = self._new_sharing(args, transport)
         options = SyncOptions(
             dtype=getattr(torch, args.serving_dtype),
@@ -99,6 +101,7 @@ class PolicyWeights:
                 self._sharing.make_room()  # a server that starts needs its memory
         self._servers.recover(error)
         self._sync.disconnect()
+        self.num_recoveries += 1
         if self._sharing is not None:
             self._sharing.reset()
 

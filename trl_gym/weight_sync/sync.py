@@ -112,12 +112,13 @@ class WeightSync:
         self._sharing = sharing
         self._connected = False
         self._complete = False  # whether the server has had every parameter from us
+        self._is_open = False  # whether an update was begun and not ended, because Ctrl-C came in between
         self._verified_at: int | None = None
 
     def disconnect(self) -> None:
         """Forget the server: the next push connects to another one, sends everything and is verified."""
         self.transport.disconnect()
-        self._connected = self._complete = False
+        self._connected = self._complete = self._is_open = False
         self._verified_at = None
 
     def push(self, model: torch.nn.Module, step: int) -> SyncReport:
@@ -136,6 +137,7 @@ class WeightSync:
         watch = _Stopwatch()
         partial = self._options.only_trainable and self._complete and self.transport.replaces
         weights = self._weights(model, partial)
+        self._complete = False
         watch.lap("plan")
         is_due = self._prepare(step, watch)
         try:
@@ -147,6 +149,7 @@ class WeightSync:
                 self._sharing.before_sampling()
             if self.transport.replaces:
                 self._on_main(lambda client: client.resume())
+                self._is_open = False
             watch.lap("finish")
         finally:
             self.transport.release()
@@ -172,6 +175,9 @@ class WeightSync:
             self._connected = True
             watch.lap("connect")
         if self.transport.replaces:
+            if self._is_open:
+                self._on_main(lambda client: client.abandon_weight_update())
+            self._is_open = True
             self._on_main(self._begin)
             watch.lap("pause")
         return is_due
