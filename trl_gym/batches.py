@@ -39,7 +39,7 @@ class Plan(Protocol):
             example: Of the dataset.
             batch: Number of the generation batch, in the run.
             group: Index in that batch, over all ranks.
-            members: Indices of its members that are on this rank.
+            members: Indices of its members that are on this rank. Those of `gym_oversample` come behind them.
         """
 
 
@@ -143,7 +143,7 @@ class Batches:
                     "example": group.example,
                     "batch": group.batch,
                     "group": group.index,
-                    "members": [request.member for request in group.requests],
+                    "members": [request.member for request in group.requests[: group.num_wanted]],
                     "begun": None if group.begun is None else dataclasses.astuple(group.begun),
                 }
                 for group in self._source.in_flight

@@ -480,7 +480,11 @@ class GymGRPOTrainer(GRPOTrainer):
     def _plan(self, example: dict[str, Any], *, batch: int, group: int, members: Sequence[int]) -> TaskGroup:
         """Make the requests of a group; see `batches.Plan`."""
         prefix = f"{self._run_id}-{self._mode}{self.state.global_step}-b{batch}-g{group}"
-        requests = [self._request(example, prefix, batch=batch, group=group, member=member) for member in members]
+        num_further = self.args.gym_oversample if self._mode == "train" else 0
+        wanted_and_further = (*members, *range(self.num_generations, self.num_generations + num_further))
+        requests = [
+            self._request(example, prefix, batch=batch, group=group, member=member) for member in wanted_and_further
+        ]
         return TaskGroup(batch=batch, index=group, example=example, requests=tuple(requests), num_wanted=len(members))
 
     def _request(self, example: dict[str, Any], prefix: str, *, batch: int, group: int, member: int) -> RolloutRequest:
