@@ -101,7 +101,7 @@ class ScriptedSubmission:
     def __init__(self, requests: list[RolloutRequest], finish: Any) -> None:
         self.future: Future[Any] = Future()
         self._requests, self._finish = dict(enumerate(requests)), finish
-        self.interrupted: list[str] = []
+        self.interrupted: list[Any] = []
 
     def end(self, place: int, outcome: str = "ok") -> None:
         self._finish(result_of(self._requests[place], outcome))
@@ -395,6 +395,79 @@ def test_of_more_members_the_first_with_a_reward_make_the_group() -> None:
     assert collector.submissions[0].interrupted == ["b0g0m3-a0"]
     assert [one.request.member for one in ended.rollouts] == [1, 2, 4]
     assert [one.request.member for one in ended.surplus] == [0, 3]
+
+
+def test_what_a_group_has_no_use_for_does_not_run_again_after_a_loss() -> None:
+    """It was cancelled, and had not ended when the server was lost; the other group waits for one of two."""
+    collector = Scripted()
+    world = World(collector)
+    queue = overlapped(world, max_staleness=0)
+    future = collecting(queue, [group(0, size=3, wanted=2), group(1, size=3, wanted=2)], 2, step=7)
+    wait_for(lambda: collector.submissions)
+    submission = collector.submissions[0]
+    submission.interrupt = lambda places, why: submission.interrupted.extend(places)  # type: ignore[method-assign]
+    for place in (0, 2, 3):
+        submission.end(place)
+    assert submission.interrupted == [1]
+    submission.fail(LOSS)
+    wait_for(lambda: len(collector.asked) == 2)
+    assert world.recovered == [2] and world.cancelled == [["b0g0m1-a0", "b0g1m1-a0", "b0g1m2-a0"]]
+    assert collector.asked[1] == ["b0g1m1-a1", "b0g1m2-a1"]
+    collector.submissions[1].end(1)
+    ended = future.result(10)
+    assert ids(ended) == ["b0g0m0-a0", "b0g0m2-a0", "b0g1m0-a0", "b0g1m2-a1"]
+    assert [[one.request.member for one in group.surplus] for group in ended] == [[], [1]]
+
+
+def test_a_lost_reward_is_made_up_for_though_others_were_cancelled() -> None:
+    checks: list[PolicyServerLostError | None] = [LOSS, None]
+
+    def after() -> None:
+        if (loss := checks.pop(0)) is not None:
+            raise loss
+
+    def play(collector: Scripted) -> None:
+        for place, outcome in enumerate(["ok", "stale"] if len(collector.asked) == 1 else ["ok"]):
+            collector.submissions[-1].end(place, outcome)
+
+    collector = Scripted(play)
+    world = World(collector, after=after)
+    [ended] = RolloutQueue(world.sampler).collect([group(0, size=3, wanted=2)], 1, step=STEP)
+    assert collector.asked[1] == ["b0g0m1-a1"]
+    assert ids([ended]) == ["b0g0m0-a0", "b0g0m1-a1"] and [one.request.member for one in ended.surplus] == [2]
+
+
+@pytest.mark.parametrize("num_done", [1, 2])
+def test_a_resumed_run_cancels_nobody_again(num_done: int) -> None:
+    """The journal has the rewards of an over-sampled group, all of them or some; cancelled members are not in it."""
+    asked = group(0, size=4, wanted=2).requests
+    done = {place: rollout(asked[place], reward=0.5) for place in (1, 3)[:num_done]}
+    collector = Scripted(lambda it: it.submissions[-1].end(0))
+    world = World(collector, recall=lambda requests, policy: done)
+    [ended] = RolloutQueue(world.sampler).collect([group(0, size=4, wanted=2)], 1, step=STEP)
+    assert collector.asked == ([] if num_done == 2 else [["b0g0m0-a0", "b0g0m2-a0", "b0g0m3-a0"]])
+    assert [one.request.member for one in ended.rollouts] == ([1, 3] if num_done == 2 else [0, 1])
+
+
+def test_what_was_dropped_stays_dropped_after_a_loss() -> None:
+    """It is asked for once more and cancelled before anything is sampled: its group is still due."""
+    collector = Scripted()
+    world = World(collector)
+    queue = overlapped(world, max_staleness=1, drops=True)
+    first = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=7, later_steps=(8,), per_batch=1)
+    wait_for(lambda: collector.submissions)
+    submission = collector.submissions[0]
+    submission.interrupt = lambda places, why: submission.interrupted.extend(places)  # type: ignore[method-assign]
+    for place in (0, 2, 3):
+        submission.end(place)
+    assert names(first.result(10)) == [(1, 0)]
+    world.step = 8
+    second = collecting(queue, [group(0, batch=2, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
+    wait_for(lambda: submission.interrupted)
+    submission.fail(LOSS)
+    [ended] = second.result(10)
+    assert [one.failure and one.failure.kind for one in ended.rollouts] == [None, FailureKind.CANCELLED]
+    assert [name for names in collector.asked for name in names].count("b0g0m0-a0") == 1
 
 
 def test_a_loss_in_the_background_is_told_when_groups_are_collected_and_costs_only_what_was_lost() -> None:

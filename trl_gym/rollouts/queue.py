@@ -214,9 +214,8 @@ class RolloutQueue:
         launched = [entry for entry in self._entries if entry.launch is not None]
         self._give_up_launches()
         newest = self._sampler.policy().step
-        lost = [rollout_id for entry in launched for rollout_id in entry.give_up_lost(newest)]
-        self._given_up += lost
-        return len(lost)
+        self._given_up += [rollout_id for entry in launched for rollout_id in entry.give_up_lost(newest)]
+        return sum(len(entry.missing()) for entry in launched)
 
     @property
     def _begun(self) -> list[_Entry]:
@@ -377,8 +376,8 @@ class _Entry:
         return place in self._interrupted
 
     def give_up_lost(self, newest_step: int) -> list[str]:
-        """Prepare further attempts of what the loss of the server may have ended, or will not let end; return the ids
-        of those that it replaces.
+        """Prepare further attempts of what the loss of the server may have ended, or will not let end, and return the
+        ids of the lost ones. A group that has enough rewards without them needs no further attempts.
 
         Args:
             newest_step: Optimizer step of the weights that the server held last.
@@ -386,15 +385,18 @@ class _Entry:
         if self.begun is None:
             return []
         ours = {str(step) for step in range(self.begun.step, newest_step + 1)}
-        lost = []
+        lost = {}
         for place, request in self.newest.items():
             kept = self.kept.get(place)
             if kept is None or (place not in self._interrupted and _may_be_lost(kept, ours)):
                 self.kept.pop(place, None)
-                lost.append(request.rollout_id)
-                self.newest[place] = next_attempt(request)
+                lost[place] = request
+        if self._has_enough:
+            self.newest = {place: self.newest[place] for place in self.newest if place in self.kept}
+        else:
+            self.newest |= {place: next_attempt(request) for place, request in lost.items()}
         self._interrupted.intersection_update(self.kept)
-        return sorted(lost)
+        return sorted(request.rollout_id for request in lost.values())
 
     def ended(self) -> EndedGroup:
         """Return what the group is made of: of more rollouts than wanted, the first that ended with a reward."""
