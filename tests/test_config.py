@@ -159,6 +159,7 @@ def test_long_rollouts_are_not_left_out_for_older_weights_unless_asked_for(tmp_p
         ({"gym_refill_rounds": -1, "gym_oversample": -1}, ["`gym_refill_rounds` is -1", "`gym_oversample` is -1"]),
         ({"gym_on_stale": "cancel", "gym_max_staleness": 1}, ["Choose one of wait, drop."]),
         ({"gym_eval_overlap": "both", "gym_max_staleness": 1}, ["Choose one of drain, share."]),
+        ({"gym_batches_ahead": 2}, ["`gym_batches_ahead` is 2 and `gym_max_staleness` 0"]),
         ({"gym_on_stale": "drop"}, ["`gym_on_stale` is 'drop' and `gym_max_staleness` 0"]),
         ({"gym_eval_overlap": "share"}, ["`gym_eval_overlap` is 'share' and `gym_max_staleness` 0"]),
         ({"gym_max_staleness": 1, "vllm_enable_sleep_mode": True}, ["the server sleeps then"]),

@@ -54,7 +54,8 @@ _NOT_HONOURED = {
     "generation_kwargs": "server-wide settings belong into `gym_vllm_args`",
     "use_transformers_continuous_batching": "rollouts are served by vLLM",
 }
-_OVERLAP_ONLY = {"gym_on_stale": "wait", "gym_eval_overlap": "drain"}  # their defaults; others need overlap
+# Their defaults; other values need overlap.
+_OVERLAP_ONLY = {"gym_batches_ahead": 1, "gym_on_stale": "wait", "gym_eval_overlap": "drain"}
 _GROUP_OPTIONS = ("gym_refill_rounds", "gym_oversample")
 
 # -- types ------------------------------------------------------------------------------------------------------------
