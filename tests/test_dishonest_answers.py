@@ -371,7 +371,11 @@ class Trainer(GymGRPOTrainer):
         nothing = {"check": lambda: None, "check_before_rollouts": lambda: None, "require_same_policy": lambda: None}
         policy = SimpleNamespace(base_urls=(self.world.url,), client=PolicyClient(self.world.url), stop=lambda: None)
         gym = SimpleNamespace(
-            sole_agent=AGENT, agents={AGENT: agent}, agent=lambda name: agent, agents_down=dict, log_end=lambda: ""
+            sole_agent=AGENT,
+            agents={AGENT: agent},
+            agent=lambda name: agent,
+            agents_down=lambda refused: {},
+            log_end=lambda: "",
         )
         return Source(
             args, SimpleNamespace(policy=policy, gym=gym, num_restarts=0, owns_gym=True, stop=lambda: None, **nothing)

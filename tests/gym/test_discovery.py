@@ -7,16 +7,18 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from trl_gym.gym.discovery import (
     ServerInstance,
-    ServerProbe,
     is_alive,
     needed_servers,
     new_http_session,
+    servers_gone,
     with_run_fields,
 )
 from trl_gym.processes import bind_socket
@@ -29,25 +31,42 @@ def server(url: str, pid: int | None = None) -> ServerInstance:
 def test_a_refused_connection_counts_when_it_repeats() -> None:
     sock = bind_socket()
     address = server(f"http://127.0.0.1:{sock.getsockname()[1]}")
-    probe = ServerProbe()
-    assert probe.gone([address], knows_processes=False) == {}
+    refused: Counter[str] = Counter()
+
+    def look(refused: Counter[str]) -> dict[str, str]:
+        return servers_gone([address], refused, knows_processes=False)
+
+    assert look(refused) == {}
     sock.close()
-    assert probe.gone([address], knows_processes=False) == {}
-    assert probe.gone([address], knows_processes=False) == {}
-    assert probe.gone([address], knows_processes=False) == {"tools": f"{address.url} refuses connections"}
+    assert look(refused) == {}
+    assert look(refused) == {}
+    assert look(refused) == {"tools": f"{address.url} refuses connections"}
     with bind_socket(port=int(address.url.rpartition(":")[2])):
-        assert probe.gone([address], knows_processes=False) == {}
-    assert probe.gone([address], knows_processes=False) == {}, "counted again"
+        assert look(refused) == {}
+    assert look(refused) == {}, "counted again"
+
+
+def test_several_watches_count_for_themselves() -> None:
+    """Each rollout collection has one: together they would take a pause of one look for three."""
+    with bind_socket() as sock:
+        address = server(f"http://127.0.0.1:{sock.getsockname()[1]}")
+    watches: list[Counter[str]] = [Counter() for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        looks = [
+            list(pool.map(lambda refused: servers_gone([address], refused, knows_processes=False), watches))
+            for _ in range(3)
+        ]
+    assert looks == [[{}] * 8, [{}] * 8, [{"tools": f"{address.url} refuses connections"}] * 8]
 
 
 def test_a_process_that_ended_counts_at_once_where_it_is_ours() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as child, bind_socket() as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         child.wait()
-        gone = ServerProbe().gone([server(url, child.pid)], knows_processes=True)
+        gone = servers_gone([server(url, child.pid)], Counter(), knows_processes=True)
         assert gone == {"tools": f"its process (pid {child.pid}) has ended"}
-        assert ServerProbe().gone([server(url, child.pid)], knows_processes=False) == {}
-        assert ServerProbe().gone([server(url, os.getpid())], knows_processes=True) == {}
+        assert servers_gone([server(url, child.pid)], Counter(), knows_processes=False) == {}
+        assert servers_gone([server(url, os.getpid())], Counter(), knows_processes=True) == {}
     assert is_alive(os.getpid()) and is_alive(None)
 
 

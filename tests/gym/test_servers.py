@@ -165,7 +165,10 @@ def test_every_process_of_an_attached_gym_is_looked_at(head: FakeHead, other_hea
         tools = f"http://127.0.0.1:{sock.getsockname()[1]}"
     instances = gym._processes[1].view.instances
     instances[0] = dataclasses.replace(instances[0], url=tools)
-    assert [gym.agents_down() for _ in range(3)][-1] == {"math_agent": f"server `math`: {tools} refuses connections"}
+    refused: Counter[str] = Counter()
+    assert [gym.agents_down(refused) for _ in range(3)][-1] == {
+        "math_agent": f"server `math`: {tools} refuses connections"
+    }
     other_head.close()
     with pytest.raises(GymServerError, match=f"No NeMo Gym head server answers at {other_head.url}"):
         gym.check()
@@ -241,11 +244,13 @@ def test_agents_whose_servers_are_gone_are_named_with_the_server(head: FakeHead)
         gym = GymServers.attach(head.url)
     instances = gym._processes[0].view.instances
     instances[0] = dataclasses.replace(instances[0], url=tools)
-    looks = [gym.agents_down() for _ in range(3)]
+    refused: Counter[str] = Counter()
+    looks = [gym.agents_down(refused) for _ in range(3)]
     assert looks == [{}, {}, {"math_agent": f"server `math`: {tools} refuses connections"}]
+    assert gym.agents_down(Counter()) == {}, "another watch has not looked yet"
     gym.check_process()
     gym.stop()
-    assert gym.agents_down() == {}
+    assert gym.agents_down(refused) == {}
 
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))

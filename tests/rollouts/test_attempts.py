@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from tests.conftest import until
 from tests.rollouts.fake_agent import Ledger, collect, make, requests
 from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, PolicyServerLostError, RolloutFailure
-from trl_gym.gym.discovery import ServerProbe
+from trl_gym.gym.discovery import servers_gone
 from trl_gym.gym.servers import AgentInfo, ServerInstance
 from trl_gym.rollouts.attempts import CollectionStatus, Outstanding, Phase, Tally, describe_stall, waits_for
 from trl_gym.rollouts.collector import RolloutResult
@@ -130,7 +131,7 @@ async def test_an_environment_that_is_down_ends_the_collection_and_is_named(agen
         await collect(
             lookup,
             [{"agent": "bad", "seconds": 30}] * 2 + [{"agent": "good", "seconds": 30}],
-            agents_down=lambda: {"bad": "server `bad_tools`: gone", "unused": "server `x`: gone"},
+            agents_down=lambda refused: {"bad": "server `bad_tools`: gone", "unused": "server `x`: gone"},
             gym_log=lambda: "LOG",
         )
 
@@ -139,7 +140,7 @@ async def test_an_environment_that_is_down_is_left_out_and_tried_again_with_the_
     behaviour, lookup = agent
     down: dict[str, str] = {}
 
-    def agents_down() -> dict[str, str]:
+    def agents_down(refused: Counter[str]) -> dict[str, str]:
         return dict(down) if behaviour.running == 3 or down.get("now") else {}
 
     down["bad"] = "server `bad_tools`: gone"
@@ -162,11 +163,10 @@ async def test_a_dead_environment_is_noticed_before_its_rollouts_use_up_their_at
     """Refused connections fail in milliseconds: without a closer look they would all fail before anybody knew why."""
     info = AgentInfo("a", f"http://127.0.0.1:{unused_tcp_port}", None, "simple_agent")
     instance = ServerInstance("a", "responses_api_agents", "simple_agent", info.url, None)
-    probe = ServerProbe()
     ended: list[RolloutResult] = []
 
-    def agents_down() -> dict[str, str]:
-        return probe.gone([instance], knows_processes=False)
+    def agents_down(refused: Counter[str]) -> dict[str, str]:
+        return servers_gone([instance], refused, knows_processes=False)
 
     with pytest.raises(GymServerError, match=r"`a` is down: .*refuses connections"):
         await collect(lambda name: info, [{}] * 3, agents_down=agents_down, finish=ended.append)

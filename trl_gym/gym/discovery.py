@@ -4,7 +4,7 @@ The config that a head server returns (`/global_config_dict_yaml`) holds API key
 into a message or a log.
 
 Gym's servers retry a refused connection forever: a rollout whose resources server has died hangs until its deadline
-and never says why. `ServerProbe` therefore looks at every server directly.
+and never says why. `servers_gone` therefore looks at every server directly.
 """
 
 from __future__ import annotations
@@ -248,35 +248,32 @@ def _resources_server(config: Mapping[str, Any], instance: ServerInstance) -> st
     return node if isinstance(node, str) else None
 
 
-class ServerProbe:
-    """Notice servers that are gone.
+def servers_gone(
+    instances: Iterable[ServerInstance], refused: Counter[str], *, knows_processes: bool
+) -> dict[str, str]:
+    """Look once at every server, and return those that are gone.
 
     A process of ours counts as gone at once when it has ended, any other server when its address has refused
-    connections three times in a row. A server that is slow, or whose queue is full, is not gone.
+    connections in three looks in a row. A server that is slow, or whose queue is full, is not gone.
+
+    Args:
+        instances: Servers to look at.
+        refused: By URL, how many looks in a row were refused; changed in place. It is of one watch, which looks at
+            regular intervals: where several watches shared it, a short pause would count as several looks.
+        knows_processes: Whether their pids are of this machine, one per server.
+
+    Returns:
+        Name of each server that is gone → what is wrong with it.
     """
-
-    def __init__(self) -> None:
-        self._refused: Counter[str] = Counter()
-
-    def gone(self, instances: Iterable[ServerInstance], *, knows_processes: bool) -> dict[str, str]:
-        """Look once at every server.
-
-        Args:
-            instances: Servers to look at.
-            knows_processes: Whether their pids are of this machine, one per server.
-
-        Returns:
-            Name of each server that is gone → what is wrong with it.
-        """
-        gone = {}
-        for instance in instances:
-            if knows_processes and not is_alive(instance.pid):
-                gone[instance.name] = f"its process (pid {instance.pid}) has ended"
-                continue
-            self._refused[instance.name] = self._refused[instance.name] + 1 if _refuses(instance.url) else 0
-            if self._refused[instance.name] >= _REFUSALS_IN_A_ROW:
-                gone[instance.name] = f"{instance.url} refuses connections"
-        return gone
+    gone = {}
+    for instance in instances:
+        if knows_processes and not is_alive(instance.pid):
+            gone[instance.name] = f"its process (pid {instance.pid}) has ended"
+            continue
+        refused[instance.url] = refused[instance.url] + 1 if _refuses(instance.url) else 0
+        if refused[instance.url] >= _REFUSALS_IN_A_ROW:
+            gone[instance.name] = f"{instance.url} refuses connections"
+    return gone
 
 
 def _refuses(url: str) -> bool:

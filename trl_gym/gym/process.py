@@ -16,6 +16,7 @@ import shutil
 import socket
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,11 +33,11 @@ from trl_gym.gym.discovery import (
     HeadUnreachable,
     HeadView,
     InFlight,
-    ServerProbe,
     answers,
     is_alive,
     look_at_head,
     needed_servers,
+    servers_gone,
     with_run_fields,
 )
 from trl_gym.gym.install import GymInstallation
@@ -94,7 +95,6 @@ class GymProcess:
         self._agents: dict[str, AgentInfo] = {}
         self._has_process_per_server = False
         self._work_dir: Path | None = None
-        self._probe = ServerProbe()
 
     @property
     def head_url(self) -> str:
@@ -180,9 +180,9 @@ class GymProcess:
         if self.child is not None and self.child.poll() is not None:
             raise self._death(self.child)
 
-    def agents_down(self) -> dict[str, str]:
+    def agents_down(self, refused: Counter[str]) -> dict[str, str]:
         """Look once at every server; see `GymServers.agents_down`."""
-        gone = self._probe.gone(self.view.instances, knows_processes=self._has_process_per_server)
+        gone = servers_gone(self.view.instances, refused, knows_processes=self._has_process_per_server)
         return {
             agent: "; ".join(f"server `{name}`: {gone[name]}" for name in sorted(needed & gone.keys()))
             for agent in self._agents

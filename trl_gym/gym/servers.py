@@ -18,6 +18,7 @@ import difflib
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -292,15 +293,18 @@ class GymServers:
         for process in self._processes:
             process.check_process()
 
-    def agents_down(self) -> dict[str, str]:
+    def agents_down(self, refused: Counter[str]) -> dict[str, str]:
         """Return the agents that cannot run rollouts: name → which server that they need is gone, and why.
 
         An agent is down as soon as it is in one of several processes. A server that refuses connections counts as gone
-        in the third call in a row; call this about every second.
+        in a watch's third call in a row; call this about every second, in any thread.
+
+        Args:
+            refused: Of this watch, empty at first; see `discovery.servers_gone`.
         """
         down: dict[str, str] = {}
         for process in self._processes if self._state is ServerState.READY else ():
-            for agent, reason in process.agents_down().items():
+            for agent, reason in process.agents_down(refused).items():
                 down[agent] = f"{down[agent]}; {reason}" if agent in down else reason
         return down
 

@@ -100,7 +100,7 @@ class CollectionContext:
     agent: Callable[[str], AgentInfo]
     budgets: Budgets
     check: Callable[[], None]
-    agents_down: Callable[[], Mapping[str, str]]
+    agents_down: Callable[[Counter[str]], Mapping[str, str]]
     on_environment_down: Literal["fail", "skip"]
     gym_log: Callable[[], str]
     ledger: Ledger | None
@@ -136,6 +136,7 @@ class Collection(Generic[T]):
         self._current = list(requests)  # the newest attempt of each rollout
         self._ends: dict[int, RolloutFailure] = {}  # what rollouts end with that were ended early, by their place
         self._down: set[str] = set()  # environments that are skipped
+        self._refused: Counter[str] = Counter()  # of this watch, by server
         self._num_suspicious = 0
         self._suspicion, self._looked = asyncio.Event(), asyncio.Event()
         self._num_unanswered_pings = 0
@@ -325,7 +326,7 @@ class Collection(Generic[T]):
             self._server = who or self._server
             if self._num_unanswered_pings >= _PATIENCE:
                 raise PolicyServerLostError(self._context.ledger.describe_silence())
-        self._mark_down(await asyncio.to_thread(self._context.agents_down))
+        self._mark_down(await asyncio.to_thread(self._context.agents_down, self._refused))
 
     def _require_same_server(self, who: str | None) -> None:
         """Raise if another process answers. It may have been down for less than a look; its ledger is lost, and those

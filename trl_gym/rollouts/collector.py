@@ -14,6 +14,7 @@ import asyncio
 import concurrent.futures
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
@@ -42,9 +43,9 @@ class RolloutCollector(Generic[T]):
         agent: Finds the address of an agent by name; raises for one that is unknown.
         budgets: Deadlines, caps, rates and retries.
         check: Raises when rollouts cannot go on at all: the policy server, or the whole Gym, has ended. Called about
-            every second, in a thread.
-        agents_down: Returns agents that cannot run rollouts now, by name, with the reason; see
-            `GymServers.agents_down`. Called as often as `check`.
+            every second by each collection that runs, in threads.
+        agents_down: Returns agents that cannot run rollouts now, by name, with the reason, given a counter of this
+            collection's; see `GymServers.agents_down`. Called as often as `check`.
         on_environment_down: `"fail"` ends a collection with outstanding rollouts of such an agent; `"skip"` makes
             these fail at once.
         gym_log: Returns the end of the Gym's log, for messages.
@@ -60,7 +61,7 @@ class RolloutCollector(Generic[T]):
         *,
         budgets: Budgets,
         check: Callable[[], None] = lambda: None,
-        agents_down: Callable[[], Mapping[str, str]] = dict,
+        agents_down: Callable[[Counter[str]], Mapping[str, str]] = lambda refused: {},
         on_environment_down: Literal["fail", "skip"] = "fail",
         gym_log: Callable[[], str] = str,
         ledger: Ledger | None = None,
