@@ -29,7 +29,7 @@ NUM_TASKS, NUM_MEMBERS, NUM_AHEAD = 13, 2, 2
 SIZES = (1, 2, 4)
 SCHEDULES = [
     {"gradient_accumulation_steps": steps, "steps_per_generation": rows, "num_iterations": passes}
-    for steps, rows, passes in itertools.product(SIZES, SIZES, (1, 2))
+    for steps, rows, passes in [*itertools.product(SIZES, SIZES, (1,)), (2, 2, 2)]
 ]
 
 
@@ -210,9 +210,9 @@ def main(folder: str) -> None:
 
 
 def on_two_ranks() -> list[tuple[dict[str, int], int]]:
-    """Schedules of all kinds, and optimizer steps: training ends within the third epoch."""
-    chosen = [own for own in SCHEDULES if own["gradient_accumulation_steps"] * own["steps_per_generation"] == 4]
-    return [(own, epochs_of(own, 2)[1] * 5 // 2) for own in chosen if own["num_iterations"] == 1 or own == chosen[-1]]
+    """Schedules, and optimizer steps: training ends within the third epoch."""
+    chosen = [own for own in SCHEDULES if own["gradient_accumulation_steps"] == 2 and own["steps_per_generation"] != 2]
+    return [(own, epochs_of(own, 2)[1] * 5 // 2) for own in chosen]
 
 
 def test_two_ranks(tmp_path: Path) -> None:
