@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOConfig, TrlParser
 
 from trl_gym.config import GymGRPOConfig
-from trl_gym.config_checks import reward_problems
+from trl_gym.config_checks import check_refill
 from trl_gym.errors import ConfigError
 from trl_gym.rollout_options import RolloutOptions, Sampling
 
@@ -229,11 +230,14 @@ def test_groups_that_lie_across_ranks_can_neither_be_refilled_nor_over_sampled()
     )
 
 
-def test_refilled_groups_are_judged_by_the_rewards_of_the_environment_alone() -> None:
-    config = GymGRPOConfig(**BASE, gym_refill_rounds=1)
-    assert reward_problems(config, 0) == reward_problems(GymGRPOConfig(**BASE, gym_oversample=1), 2) == []
-    (problem,) = reward_problems(config, 2)
-    assert "2 `reward_funcs`" in problem.text and "`compute_rewards`" in problem.remedy
+def test_what_groups_cannot_be_refilled_with() -> None:
+    config, dataset = GymGRPOConfig(**BASE, gym_refill_rounds=1), Dataset.from_list([{"gym_row": "{}"}])
+    check_refill(config, 0, dataset)
+    check_refill(GymGRPOConfig(**BASE, gym_oversample=1), 2, dataset.to_iterable_dataset())
+    with pytest.raises(ConfigError, match=r"(?s)`gym_refill_rounds` is 1 .*2 `reward_funcs`.*`compute_rewards`"):
+        check_refill(config, 2, dataset)
+    with pytest.raises(ConfigError, match=r"(?s)`gym_refill_rounds` is 1 .*a IterableDataset: it has no length"):
+        check_refill(config, 0, dataset.to_iterable_dataset())
 
 
 def test_a_server_url_needs_server_mode() -> None:

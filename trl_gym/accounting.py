@@ -15,6 +15,7 @@ What the loss divides by is in `trl_gym.rollouts.rows`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -97,6 +98,7 @@ class Accounting:
         rollouts: Sequence[Rollout],
         rewards: Sequence[float | None],
         *,
+        replaced: Sequence[tuple[Rollout, float | None]] = (),
         mode: str,
         step: int,
         where: str,
@@ -108,6 +110,7 @@ class Accounting:
         Args:
             rollouts: `[B]`, of this rank.
             rewards: `[B]`, checked (`batch.checked_rewards`).
+            replaced: Rollouts whose groups were replaced, with their rewards: counted, and not trained.
             mode: `"train"` or `"eval"`.
             step: Optimizer steps in the weights that are trained next, from which staleness is counted.
             where: Tells the user where to read more about failures: a sentence that begins with a verb.
@@ -129,12 +132,15 @@ class Accounting:
             rank=self._accelerator.process_index,
             gather=gather_object,
             step=step,
+            replaced=replaced,
         )
         if mode == "train":
             self.shared = self.shared.without_small_groups(self._args.gym_min_group_size)
             self.shared.check(self._args.gym_min_valid_fraction, step=step, where=where)
         self._fit_rows(self._num_micro_steps(mode), pad_id=pad_id, eos_id=eos_id)
-        counted: Sequence[RolloutFacts] = self.shared.facts
+        # Failures of rollouts that were replaced are the environment's all the same, and their rewards the policy's.
+        untrained = [dataclasses.replace(fact, is_valid=False) for fact in self.shared.replaced]
+        counted: Sequence[RolloutFacts] = [*self.shared.facts, *untrained]
         if mode != "train" and self.evaluation is not None:
             counted = self.evaluation.counted(self.shared)
         self._run_metrics[mode].add(counted)

@@ -1,28 +1,41 @@
 """Which groups a generation batch is made of: planned as far ahead as `gym_max_staleness` allows, taken as they end.
 
     tasks of this batch, and of those ahead ── plan ── RolloutSource.collect ── rewards ── the groups that are trained
+                                                 ▲                               │
+                                                 └── further tasks ── `gym_refill_rounds`: groups that teach nothing
 
 TRL's loop hands over the tasks of one batch, and gets the rollouts of as many groups: with overlap, of those that have
 ended, which may be others than those of the tasks. Every task is rolled out once and trained once, in whichever batch.
+
+A group whose rewards are all the same has advantages of 0, and one with too few rewards is left out of the loss. Such
+groups are replaced by groups of further tasks (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2). A round submits
+n of them and takes n that have ended, so that as many stay in flight. What is left of such groups after the last round
+is trained as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trl_gym.ranks import agreed
+from trl_gym.dataset import gym_row
+from trl_gym.ranks import Gather, agreed
 from trl_gym.resume import QueueState
 from trl_gym.rollouts.queue import EndedGroup, TaskGroup
+from trl_gym.rollouts.request import task_hash
 from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.source import BatchInfo, RolloutSource
+from trl_gym.rollouts.tasks import further_tasks, own_share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_EQUAL = 1e-8  # rewards that are no further apart are the same
 
 Example = dict[str, Any]
 Ahead = Callable[[int], tuple[Sequence[Example], int] | None]
@@ -43,24 +56,76 @@ class Plan(Protocol):
         """
 
 
+class Dataset(Protocol):
+    """A dataset of known length: `datasets.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Example: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refill:
+    """How groups that teach nothing are replaced."""
+
+    dataset: Dataset  # that further tasks are drawn from
+    num_rounds: int  # for each batch, at most
+    min_group_size: int  # fewest rollouts with a reward that are trained
+    seed: int  # of the draw
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardedGroup:
+    """A group whose rollouts have ended, and their rewards."""
+
+    ended: EndedGroup
+    rewards: list[float | None]  # by rollout, checked; None takes one out
+
+    @property
+    def valid(self) -> list[float]:
+        """The rewards of rollouts that can be trained: without a token there is nothing to train."""
+        rewards = zip(self.ended.rollouts, self.rewards, strict=True)
+        return [reward for rollout, reward in rewards if reward is not None and rollout.trajectories]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether all of these rewards are the same, of two at least."""
+        # Not by the standard deviation: rounding leaves one to rewards of which none is a sum of powers of 2.
+        return len(self.valid) > 1 and max(self.valid) - min(self.valid) <= _EQUAL
+
+    def teaches(self, min_group_size: int) -> bool:
+        """Tell whether an advantage of it may differ from 0."""
+        return len(self.valid) >= min_group_size and not self.is_flat
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationBatch:
     """The groups of one rank that are trained or evaluated together."""
 
-    groups: list[EndedGroup]
-    rewards: list[float | None]  # `[B]`, checked; None takes a rollout out
+    groups: list[RewardedGroup]
+    replaced: list[RewardedGroup] = field(default_factory=list)  # groups that others have taken the place of
     # Values to log with this batch, by name; a name that several ranks have is averaged over all values.
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def rollouts(self) -> list[Rollout]:
         """`[B]`, group by group."""
-        return [rollout for group in self.groups for rollout in group.rollouts]
+        return [rollout for group in self.groups for rollout in group.ended.rollouts]
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """`[B]`, checked; None takes a rollout out."""
+        return [reward for group in self.groups for reward in group.rewards]
+
+    @property
+    def replaced_rollouts(self) -> list[tuple[Rollout, float | None]]:
+        """The rollouts of `replaced`, with their rewards."""
+        return [pair for group in self.replaced for pair in zip(group.ended.rollouts, group.rewards, strict=True)]
 
     @property
     def examples(self) -> list[Example]:
         """`[B]`, of the dataset; a mapping of its own for each, since TRL writes into them."""
-        return [dict(group.task.example) for group in self.groups for _ in group.rollouts]
+        return [dict(group.ended.task.example) for group in self.groups for _ in group.rewards]
 
 
 class Batches:
@@ -74,6 +139,8 @@ class Batches:
         choose: Returns the example that a group rolls out, given the one whose turn it is and the group's index.
         plan: See `Plan`.
         reward: Returns the rewards of rollouts, checked.
+        refill: How groups that teach nothing are replaced in training; None leaves them.
+        gather: From a list on every rank to the list of all, by rank; accelerate's unless given.
     """
 
     def __init__(
@@ -86,10 +153,13 @@ class Batches:
         choose: Callable[[Example, int], Example],
         plan: Plan,
         reward: Callable[[Sequence[Rollout]], list[float | None]],
+        refill: Refill | None = None,
+        gather: Gather | None = None,
     ) -> None:
         self._accelerator, self._source = accelerator, source
         self._num_ahead, self._most_ahead = num_ahead, most_ahead
         self._choose, self._plan, self._reward = choose, plan, reward
+        self._refill, self._gather = refill, gather or _gather
         self._num_planned = 0  # generation batches of training that are planned, in the run
         self._restored: list[dict[str, Any]] = []  # groups that were in flight when the checkpoint was written
 
@@ -97,7 +167,7 @@ class Batches:
         self, examples: Sequence[Example], num_members: int, *, number: int, info: BatchInfo
     ) -> GenerationBatch:
         """Roll a batch of an evaluation out; see `train`."""
-        with agreed(self._accelerator):
+        with agreed(self._accelerator, self._gather):
             groups = self._groups(examples, num_members, number)
         return self._collected(groups, len(groups), info)
 
@@ -117,7 +187,7 @@ class Batches:
             TrlGymError: On every rank, when rollouts cannot be had.
         """
         per_batch = len(self._parts(len(examples), num_members))
-        with agreed(self._accelerator):
+        with agreed(self._accelerator, self._gather):
             groups = [self._planned_again(saved) for saved in self._restored]
             self._restored = []
             late = sum(group.batch < number for group in (*groups, *self._source.in_flight))
@@ -131,7 +201,10 @@ class Batches:
                 if index <= num_ahead:
                     groups += self._planned(coming[0], num_members, number + index)
         info = dataclasses.replace(info, later_steps=tuple(later_steps), per_batch=per_batch)
-        return self._collected(groups, per_batch, info)
+        if self._refill is None:
+            return self._collected(groups, per_batch, info)
+        batch = self._collected(groups, per_batch, dataclasses.replace(info, is_last=False))
+        return self._refilled(batch, self._refill, num_members, number=number, info=info)
 
     def state(self) -> QueueState:
         """Return what a checkpoint needs: the groups that are in flight."""
@@ -167,18 +240,119 @@ class Batches:
 
     def _groups(self, examples: Sequence[Example], num_members: int, number: int) -> list[TaskGroup]:
         return [
-            self._plan(self._choose(examples[first], group), batch=number, group=group, members=members)
+            self._group(examples[first], members, number=number, group=group)
             for group, first, members in self._parts(len(examples), num_members)
         ]
+
+    def _group(self, example: Example, members: Sequence[int], *, number: int, group: int) -> TaskGroup:
+        return self._plan(self._choose(example, group), batch=number, group=group, members=members)
 
     def _parts(self, num_examples: int, num_members: int) -> list[tuple[int, int, list[int]]]:
         return group_parts(num_examples, num_members, rank=self._accelerator.process_index)
 
     def _collected(self, groups: Sequence[TaskGroup], number: int, info: BatchInfo) -> GenerationBatch:
         collected = self._source.collect(groups, number, info)
-        with agreed(self._accelerator):
-            rewards = self._reward([rollout for group in collected.groups for rollout in group.rollouts])
-        return GenerationBatch(groups=collected.groups, rewards=rewards, metrics=collected.metrics)
+        with agreed(self._accelerator, self._gather):
+            rewards = iter(self._reward([rollout for group in collected.groups for rollout in group.rollouts]))
+        rewarded = [
+            RewardedGroup(ended=group, rewards=list(itertools.islice(rewards, len(group.rollouts))))
+            for group in collected.groups
+        ]
+        return GenerationBatch(groups=rewarded, metrics=collected.metrics)
+
+    # ------------------------------------------------------------------------------------- groups that teach nothing
+
+    def _refilled(
+        self, batch: GenerationBatch, refill: Refill, num_members: int, *, number: int, info: BatchInfo
+    ) -> GenerationBatch:
+        """Replace groups that teach nothing, round by round; every rank makes as many rounds.
+
+        Args:
+            batch: What was collected first.
+            refill: How it is done.
+            num_members: Members of a group, all of them on one rank.
+            number: Number of the batch, in the run.
+            info: The batch.
+        """
+        groups, replaced, metrics = list(batch.groups), list[RewardedGroup](), batch.metrics
+        num_groups = len(groups) * self._accelerator.num_processes  # so many have an index
+        num_rounds = num_replaced = 0
+        while num_rounds < refill.num_rounds:
+            places = [place for place, group in enumerate(groups) if not group.teaches(refill.min_group_size)]
+            told = self._gather([(len(places), self._tasks([*groups, *replaced]))])
+            counts = [count for count, _ in told]
+            if not any(counts):
+                break
+            with agreed(self._accelerator, self._gather):
+                known = {task for _, own in told for task in own}
+                rows = self._further(refill, counts, known, number=number, round_index=num_rounds)
+                first = num_groups + sum(counts[: self._accelerator.process_index])
+                further = [
+                    self._group(refill.dataset[row], range(num_members), number=number, group=first + place)
+                    for place, row in enumerate(rows)
+                ]
+            num_rounds += 1
+            num_groups += sum(counts)
+            num_replaced += min(sum(counts), len(refill.dataset))
+            # A rank that lacks nothing takes part: ranks agree on lost servers while they collect.
+            info = dataclasses.replace(info, is_first=False, is_last=num_rounds == refill.num_rounds)
+            new = self._collected(further, len(further), info)
+            metrics = new.metrics  # of all rounds so far
+            for place, group in zip(places, new.groups, strict=False):  # a small dataset has fewer tasks
+                replaced.append(groups[place])
+                groups[place] = group
+        metrics = metrics | refill_metrics(batch.groups, groups, refill.min_group_size)
+        metrics |= {"refill/groups_replaced": [float(num_replaced)], "refill/rounds": [float(num_rounds)]}
+        return GenerationBatch(groups=groups, replaced=replaced, metrics=metrics)
+
+    def _tasks(self, groups: Sequence[RewardedGroup]) -> list[str]:
+        """Return what this rank has rolled out for a batch, or is rolling out for any."""
+        own = [*(group.ended.task for group in groups), *self._source.in_flight]
+        return [_task(group.example) for group in own]
+
+    def _further(
+        self, refill: Refill, counts: Sequence[int], known: Collection[str], *, number: int, round_index: int
+    ) -> list[int]:
+        """Return the rows of the dataset that this rank rolls out in a round."""
+        stream = further_tasks(
+            len(refill.dataset),
+            seed=refill.seed,
+            batch=number,
+            round_index=round_index,
+            exclude=known,
+            identity=lambda row: _task(refill.dataset[row]),
+        )
+        return own_share(stream, counts, self._accelerator.process_index)
+
+
+def refill_metrics(
+    before: Sequence[RewardedGroup], after: Sequence[RewardedGroup], min_group_size: int
+) -> dict[str, list[float]]:
+    """Return values to log of one rank's groups, before any of them was replaced and after; see `docs/reference`.
+
+    Args:
+        before: What was collected first.
+        after: What is trained.
+        min_group_size: Fewest rollouts with a reward that are trained.
+    """
+    metrics = {
+        "refill/reward_before": [reward for group in before for reward in group.valid],
+        "refill/zero_variance_before": [float(group.is_flat) for group in before],
+        "refill/too_small_before": [float(len(group.valid) < min_group_size) for group in before],
+        "refill/left_fraction": [float(not group.teaches(min_group_size)) for group in after],
+    }
+    return {name: values for name, values in metrics.items() if values}
+
+
+def _task(example: Example) -> str:
+    # Not `task_index`: concatenated datasets each count from 0, and mixed ones have rows that are there twice.
+    return task_hash(gym_row(example))
+
+
+def _gather(items: list[Any]) -> list[Any]:
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
 
 
 def group_parts(num_examples: int, num_members: int, *, rank: int) -> list[tuple[int, int, list[int]]]:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.errors import Problem
+from trl_gym.errors import ConfigError, Problem
 from trl_gym.rollout_options import SAMPLING_KEYS, number_problems
 
 if TYPE_CHECKING:
@@ -354,19 +354,35 @@ def _whole_group_problems(config: GymGRPOConfig) -> Iterator[Problem]:
             )
 
 
-def reward_problems(config: GymGRPOConfig, num_reward_funcs: int) -> list[Problem]:
-    """List what cannot be combined with reward functions.
+def check_refill(config: GymGRPOConfig, num_reward_funcs: int, dataset: Any) -> None:
+    """Refuse what groups cannot be replaced with.
 
     Args:
         config: Options of the run.
         num_reward_funcs: Reward functions that the trainer was given besides the environment's reward.
+        dataset: That it was given to train on.
+
+    Raises:
+        ConfigError: Groups are replaced, and there are such functions, or further tasks cannot be drawn.
     """
-    if config.gym_refill_rounds == 0 or num_reward_funcs == 0:
-        return []
-    return [
-        Problem(
-            f"`gym_refill_rounds` is {config.gym_refill_rounds} and there are {num_reward_funcs} `reward_funcs`: "
-            "groups are judged before these are called, by what `compute_rewards` returns.",
-            "Add their rewards in `compute_rewards`, or leave `gym_refill_rounds` out.",
+    if config.gym_refill_rounds == 0:
+        return
+    problems, option = [], f"`gym_refill_rounds` is {config.gym_refill_rounds}"
+    if num_reward_funcs:
+        problems.append(
+            Problem(
+                f"There are {num_reward_funcs} `reward_funcs`, and groups are judged before these are called, by what "
+                "`compute_rewards` returns.",
+                "Add their rewards in `compute_rewards`.",
+            )
         )
-    ]
+    if dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        problems.append(
+            Problem(
+                f"`train_dataset` is a {type(dataset).__name__}: it has no length, and further tasks are drawn by "
+                "their row numbers.",
+                "Load it whole, as `load_gym_dataset` does.",
+            )
+        )
+    if problems:
+        raise ConfigError(f"{option} and cannot be combined with this trainer's arguments:", problems=problems)

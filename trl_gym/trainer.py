@@ -28,9 +28,10 @@ from transformers import PreTrainedModel
 from trl_gym import compat
 from trl_gym import ranks as rank_agreement
 from trl_gym.accounting import Accounting
-from trl_gym.batches import Batches, GenerationBatch
+from trl_gym.batches import Batches, GenerationBatch, Refill
 from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig, checked_args
+from trl_gym.config_checks import check_refill
 from trl_gym.dataset import gym_row
 from trl_gym.errors import naming
 from trl_gym.gym.servers import GymServers
@@ -153,6 +154,7 @@ class GymGRPOTrainer(GRPOTrainer):
         check_build(self.build_trajectories)
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # about `rollout_func`; compat.py watches it for users
         rewards = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        check_refill(args, len(rewards), train_dataset)
         self.threads = use_threads(model, on_gpu=torch.cuda.is_available() and not args.use_cpu)
 
         self._run_id = uuid.uuid4().hex[:8]
@@ -190,6 +192,7 @@ class GymGRPOTrainer(GRPOTrainer):
                 choose=self._choose,
                 plan=self._plan,
                 reward=self._rewards,
+                refill=self._refill(),
             )
             self._set_callbacks()
         except BaseException:
@@ -420,13 +423,14 @@ class GymGRPOTrainer(GRPOTrainer):
         """Decide with all ranks what is trained of a batch, and make of it what TRL asks its `rollout_func` for."""
         rollouts = batch.rollouts
         with agreed(self.accelerator):
-            for line in describe_drift(rollouts):
+            for line in describe_drift([*rollouts, *(rollout for rollout, _ in batch.replaced_rollouts)]):
                 logger.warning(line)
             self._completions = [conversation(rollout) for rollout in rollouts]
         logs = f"Read the rollouts in {self._source.folder} and the servers' logs in {self.args.gym_log_dir}."
         rewards = self._accounting.settle(
             rollouts,
             batch.rewards,
+            replaced=batch.replaced_rollouts,
             mode=self._mode,
             step=self.state.global_step,
             where=logs,
@@ -508,6 +512,16 @@ class GymGRPOTrainer(GRPOTrainer):
             if own is not stamped:
                 json.dumps(own)  # it has to be one that can be sent
         return dataclasses.replace(request, row=own)
+
+    def _refill(self) -> Refill | None:
+        if self.args.gym_refill_rounds == 0:
+            return None
+        return Refill(
+            dataset=self.train_dataset,
+            num_rounds=self.args.gym_refill_rounds,
+            min_group_size=self.args.gym_min_group_size,
+            seed=self.args.seed,
+        )
 
     def _rewards(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         with naming("compute_rewards", f"the {len(rollouts)} rollouts of step {self.state.global_step}"):

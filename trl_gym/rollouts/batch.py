@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trl_gym.errors import Problem, RolloutError
 from trl_gym.gym.client import MAX_REWARD
@@ -99,8 +99,9 @@ def checked_rewards(rewards: Sequence[float | None], num_rollouts: int) -> list[
 # -- what ranks decide together ---------------------------------------------------------------------------------------
 
 
-RankReport = tuple[list[RolloutFacts], Counter[str]]
-"""What a rank tells the others: the facts of its rollouts, `[B]` by place, and the causes of its failures, counted."""
+RankReport = tuple[list[RolloutFacts], list[RolloutFacts], Counter[str]]
+"""What a rank tells the others: the facts of its rollouts, `[B]` by place; of those that were replaced; and the causes of
+their failures, counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +111,17 @@ class SharedBatch:
     facts: list[RolloutFacts]  # `[N]`, by rank and place: the order that `accelerate.utils.gather` makes
     own: slice  # this rank's rollouts among them
     causes: Counter[str]  # causes of failures, counted
+    # Of rollouts whose groups were replaced, and that are not trained; valid are those that could have been.
+    replaced: list[RolloutFacts] = field(default_factory=list)
 
     @property
     def num_valid(self) -> int:
         return sum(fact.is_valid for fact in self.facts)
+
+    @property
+    def finished(self) -> list[RolloutFacts]:
+        """Every rollout that was collected for the batch, trained or not."""
+        return [*self.facts, *self.replaced]
 
     @property
     def own_dropped(self) -> list[int | None]:
@@ -132,17 +140,20 @@ class SharedBatch:
             RolloutError: A group has rollouts of several tasks: its baseline would mean nothing.
         """
         task_of: dict[str, tuple[str, int]] = {}
-        for fact in self.facts:
+        for fact in self.finished:
             task = fact.agent, fact.task
             if task_of.setdefault(fact.group, task) != task:
                 raise RolloutError(
                     f"Group {fact.group} has rollouts of the tasks {task_of[fact.group]} and {task}.",
                     "Put the rollouts of a task next to each other in your own sampler or data loader, as TRL's does.",
                 )
-        sizes = Counter(fact.group for fact in self.facts if fact.is_valid)
+        sizes = Counter(fact.group for fact in self.finished if fact.is_valid)
         small = {group for group in task_of if sizes[group] < min_group_size}
-        facts = [dataclasses.replace(f, is_valid=False) if f.group in small else f for f in self.facts]
-        return dataclasses.replace(self, facts=facts)
+        facts, replaced = (
+            [dataclasses.replace(fact, is_valid=False) if fact.group in small else fact for fact in found]
+            for found in (self.facts, self.replaced)
+        )
+        return dataclasses.replace(self, facts=facts, replaced=replaced)
 
     def fitted(self, *, num_ranks: int, multiple: int, factor: float) -> tuple[SharedBatch, int]:
         """Return the same batch, in which no rank has too many rows, and the rows of each rank; see `rows.fit`."""
@@ -155,21 +166,22 @@ class SharedBatch:
         return dataclasses.replace(self, facts=facts), num_rows
 
     def check(self, min_valid_fraction: float, *, step: int, where: str) -> None:
-        """Check that enough of the rollouts are trained.
+        """Check that enough of the rollouts are trained, or could be: replacing groups does not hide failures.
 
         Args:
-            min_valid_fraction: Fraction of the rollouts that must be trained.
+            min_valid_fraction: Fraction of the rollouts, replaced ones included, that must be valid.
             step: Optimizer step whose weights sampled them.
             where: Tells the user where to read more: a sentence that begins with a verb.
 
         Raises:
             RolloutError: Too few of the rollouts can be trained on.
         """
-        num_total, num_valid = len(self.facts), self.num_valid
+        found = self.finished if self.num_valid else self.facts  # nothing may be left to train of what was replaced
+        num_total, num_valid = len(found), sum(fact.is_valid for fact in found)
         if num_valid and num_valid >= min_valid_fraction * num_total:
             return
-        num_failed = sum(fact.failure is not None for fact in self.facts)
-        num_without = sum(fact.failure is None and fact.trained_reward is None for fact in self.facts)
+        num_failed = sum(fact.failure is not None for fact in found)
+        num_without = sum(fact.failure is None and fact.trained_reward is None for fact in found)
         num_dropped = num_total - num_valid - num_failed - num_without
         if num_failed == num_total:
             summary = f"All {num_total} rollouts of step {step} failed; there is nothing to train on"
@@ -190,6 +202,7 @@ def share(
     rank: int,
     gather: Callable[[list[RankReport]], list[RankReport]],
     step: int | None = None,
+    replaced: Sequence[tuple[Rollout, float | None]] = (),
 ) -> SharedBatch:
     """Tell the other ranks about this rank's rollouts, and return what all have told. Every rank calls it in step.
 
@@ -200,15 +213,17 @@ def share(
         rank: This rank.
         gather: From a list on every rank to the list of all, by rank (accelerate's `gather_object`).
         step: Optimizer steps in the weights that are trained next, for staleness.
+        replaced: Rollouts of this rank whose groups were replaced, with their rewards.
     """
-    facts = [
-        facts_of(rollout, reward if rollout.trajectories else None, mode, step)
-        for rollout, reward in zip(rollouts, rewards, strict=True)
-    ]
-    reports = gather([(facts, failure_causes(rollouts))])
-    first = sum(len(own) for own, _ in reports[:rank])
+    facts, others = (
+        [facts_of(rollout, reward if rollout.trajectories else None, mode, step) for rollout, reward in pairs]
+        for pairs in (zip(rollouts, rewards, strict=True), replaced)
+    )
+    reports = gather([(facts, others, failure_causes([*rollouts, *(rollout for rollout, _ in replaced)]))])
+    first = sum(len(own) for own, _, _ in reports[:rank])
     return SharedBatch(
-        facts=[fact for own, _ in reports for fact in own],
+        facts=[fact for own, _, _ in reports for fact in own],
         own=slice(first, first + len(facts)),
-        causes=sum((causes for _, causes in reports), Counter()),
+        causes=sum((causes for _, _, causes in reports), Counter()),
+        replaced=[fact for _, own, _ in reports for fact in own],
     )

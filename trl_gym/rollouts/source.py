@@ -75,6 +75,9 @@ class BatchInfo:
     # Of each generation batch to come for which rollouts may be in flight, the optimizer steps made before it.
     later_steps: tuple[int, ...] = ()
     per_batch: int = 0  # groups of each of these on this rank
+    # A batch is collected in several rounds where groups of it are replaced.
+    is_first: bool = True  # nothing was collected for it before
+    is_last: bool = True  # nothing will be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,8 @@ class Collected:
     """Groups of one rank whose rollouts have ended."""
 
     groups: list[EndedGroup]  # as many as were asked for, by age
-    # Values to log with this batch, by name; a name that several ranks have is averaged over all values.
+    # Values to log with this batch, by name; a name that several ranks have is averaged over all values. They are over
+    # all rounds of the batch so far.
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
 

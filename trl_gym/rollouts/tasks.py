@@ -11,7 +11,7 @@ import itertools
 import random
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -85,7 +85,13 @@ class LookAhead:
 
 
 def further_tasks(
-    num_tasks: int, *, seed: int, batch: int, round_index: int, exclude: Collection[int] = ()
+    num_tasks: int,
+    *,
+    seed: int,
+    batch: int,
+    round_index: int,
+    exclude: Collection[Hashable] = (),
+    identity: Callable[[int], Hashable] = lambda index: index,
 ) -> Iterator[int]:
     """Yield tasks for groups that are replaced, each once, in a random order that is the same on every rank.
 
@@ -93,25 +99,27 @@ def further_tasks(
     of it is drawn as is asked for: a Fisher-Yates shuffle of which only the places that were swapped are stored.
 
     Args:
-        num_tasks: Tasks of the training dataset.
+        num_tasks: Rows of the training dataset.
         seed: Of the run.
         batch: Number of the generation batch.
         round_index: Round of replacements in it.
         exclude: Tasks that come last, when there are no others left: those that the batch already has.
+        identity: Returns the task of a row. Rows of a task that has been yielded come last too.
 
     Yields:
         Indices into the dataset: all of it when asked to the end.
     """
     drawn = random.Random(f"trl-gym further tasks {seed} {batch} {round_index}")
-    last, swapped, postponed = set(exclude), dict[int, int](), []
+    last, swapped, postponed = set(exclude), dict[int, int](), list[int]()
     for place in range(num_tasks):
         other = drawn.randrange(place, num_tasks)
-        task = swapped.get(other, other)
+        row = swapped.get(other, other)
         swapped[other] = swapped.pop(place, place)
-        if task in last:
-            postponed.append(task)
+        if (task := identity(row)) in last:
+            postponed.append(row)
         else:
-            yield task
+            last.add(task)
+            yield row
     yield from postponed
 
 

@@ -59,6 +59,7 @@ class LiveSource:
     _collector: RolloutCollector[Rollout] | None = None
     _queue: RolloutQueue  # of training
     _journal: Journal | None = None
+    _before: _Look  # what the policy server had counted before the batch that is collected; set with its first round
 
     def __init__(self, args: GymGRPOConfig, servers: RunServers) -> None:
         self._args, self._servers = args, servers
@@ -146,16 +147,17 @@ class LiveSource:
         self._run = batch.run
         is_evaluation = batch.mode == "eval"
         queue = self._new_queue(self._collector, batch) if is_evaluation else self._queue
-        with self._weights.sampling(self._hooks.push, again=is_evaluation):
-            before = (None if is_evaluation else self._looked) or self._look()
+        with self._weights.sampling(self._hooks.push, again=is_evaluation or not batch.is_last):
+            if batch.is_first:
+                self._before = (None if is_evaluation else self._looked) or self._look()
             ended = queue.collect(
                 groups, number, step=batch.step, later_steps=batch.later_steps, per_batch=batch.per_batch
             )
             with agreed(self._accelerator):
                 self._journal.commit()
             now = self._look()
-            metrics = self._untagged_metrics(now.untagged.since(before.untagged))
-            metrics |= {name: [value] for name, value in engine_metrics(before.engine, now.engine).items()}
+            metrics = self._untagged_metrics(now.untagged.since(self._before.untagged))
+            metrics |= {name: [value] for name, value in engine_metrics(self._before.engine, now.engine).items()}
         if not is_evaluation:
             self._looked = now if batch.later_steps else None  # as on every rank: looking is a collective
         if self._accelerator.is_main_process:  # which counts restarts
