@@ -41,7 +41,7 @@ _PROBLEM = ("problem", "text")  # arguments that say what is wrong
 _SHORTEST = 12  # characters of fixed text below which a message says nothing that could be looked up
 _IN_WORDS = re.compile(r"[A-Za-z`'] [A-Za-z`'…]")  # two words or more
 _CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
-_METRIC = re.compile(r"(?:logprob_gap|memory|policy_server|rollouts|seconds|weight_sync)/[\w@…/]*[a-z0-9…]")
+_METRIC = re.compile(r"(?:logprob_gap|memory|policy_server|refill|rollouts|seconds|weight_sync)/[\w@…/]*[a-z0-9…]")
 
 
 @dataclass(frozen=True, slots=True, order=True)

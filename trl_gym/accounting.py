@@ -15,7 +15,6 @@ What the loss divides by is in `trl_gym.rollouts.rows`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -138,9 +137,9 @@ class Accounting:
             self.shared = self.shared.without_small_groups(self._args.gym_min_group_size)
             self.shared.check(self._args.gym_min_valid_fraction, step=step, where=where)
         self._fit_rows(self._num_micro_steps(mode), pad_id=pad_id, eos_id=eos_id)
+        self.shared = self.shared.with_replaced_untrained()
         # Failures of rollouts that were replaced are the environment's all the same, and their rewards the policy's.
-        untrained = [dataclasses.replace(fact, is_valid=False) for fact in self.shared.replaced]
-        counted: Sequence[RolloutFacts] = [*self.shared.facts, *untrained]
+        counted: Sequence[RolloutFacts] = self.shared.finished
         if mode != "train" and self.evaluation is not None:
             counted = self.evaluation.counted(self.shared)
         self._run_metrics[mode].add(counted)

@@ -253,7 +253,8 @@ class Batches:
     def _collected(self, groups: Sequence[TaskGroup], number: int, info: BatchInfo) -> GenerationBatch:
         collected = self._source.collect(groups, number, info)
         with agreed(self._accelerator, self._gather):
-            rewards = iter(self._reward([rollout for group in collected.groups for rollout in group.rollouts]))
+            rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
+            rewards = iter(self._reward(rollouts) if rollouts else [])
         rewarded = [
             RewardedGroup(ended=group, rewards=list(itertools.islice(rewards, len(group.rollouts))))
             for group in collected.groups

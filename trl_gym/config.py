@@ -99,7 +99,8 @@ class GymGRPOConfig(GRPOConfig):
         gym_min_group_size (`int`, *optional*, defaults to `2`):
             A group with fewer rollouts that have a reward is left out of the loss.
         gym_min_valid_fraction (`float`, *optional*, defaults to `0.1`):
-            A generation batch in which a smaller part of the rollouts can be trained on stops training.
+            A generation batch in which a smaller part of the rollouts can be trained on stops training. Rollouts of
+            groups that `gym_refill_rounds` replaces count, too.
         gym_eval_sampling (`dict` or `str`, *optional*):
             Sampling parameters of evaluation that differ from training: `temperature`, `top_p`, `top_k`, `min_p`,
             `repetition_penalty`.
@@ -139,8 +140,9 @@ class GymGRPOConfig(GRPOConfig):
             beside them. Weights do not change during an evaluation either way.
         gym_refill_rounds (`int`, *optional*, defaults to `0`):
             How often groups that teach nothing (all rewards equal, or fewer than `gym_min_group_size` of them) are
-            replaced by groups of further tasks, in each generation batch. What is left after that is trained as it
-            is, and counted.
+            replaced by groups of further tasks, in each generation batch: tasks that it does not have, as long as the
+            dataset has others, in an order that follows from `seed` and the batch. What is left after that is trained
+            as it is, and counted.
         gym_oversample (`int`, *optional*, defaults to `0`):
             Further rollouts of each group: the first `num_generations` that have a reward make the group, the others
             are cancelled. It favours short rollouts.

@@ -254,7 +254,8 @@ class GymGRPOTrainer(GRPOTrainer):
 
         Args:
             rollouts: This rank's rollouts of one generation batch, failed ones included. Those without trajectories
-                stay out whatever reward they get: they have no token to train.
+                stay out whatever reward they get: they have no token to train. With `gym_refill_rounds` it is called
+                again in each round, with the rollouts that take the place of others.
         """
         return [rollout.reward for rollout in rollouts]
 
@@ -265,7 +266,8 @@ class GymGRPOTrainer(GRPOTrainer):
         with `gym_max_staleness`, of those that are not in flight yet.
 
         Args:
-            facts: Of the rollouts of all ranks, failed ones included; the same in the same order on every rank.
+            facts: Of the rollouts of all ranks, failed and replaced ones included; the same in the same order on every
+                rank.
         """
 
     def checkpoint_state(self) -> dict[str, Any]:
@@ -448,7 +450,7 @@ class GymGRPOTrainer(GRPOTrainer):
         )
 
     def _tell_rollouts(self) -> None:
-        facts = self._accounting.shared.facts
+        facts = self._accounting.shared.finished
         with (
             agreed(self.accelerator),
             naming("on_rollouts", f"the {len(facts)} rollouts of step {self.state.global_step}"),

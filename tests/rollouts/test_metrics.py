@@ -158,7 +158,8 @@ def test_ranks_together_log_what_one_would(kinds: list[str], data: st.DataObject
     together = _share(pieces)
     alone = _share([rollouts])
     assert [batch.facts for batch in together] == [alone[0].facts] * len(pieces)
-    assert together[0].causes == failure_causes(rollouts)
+    assert all(batch.replaced == batch.facts for batch in together)
+    assert together[0].causes == failure_causes(rollouts * 2)
     assert [f for batch in together for f in batch.facts[batch.own]] == alone[0].facts
 
 
@@ -197,6 +198,22 @@ def test_small_groups_and_small_batches() -> None:
         kept.check(0.0, step=1, where="See there.")
 
 
+def test_failures_that_were_replaced_count_and_what_could_have_been_trained_does() -> None:
+    """Two rollouts are trained. Of four that were replaced one failed, and leaves its group too small."""
+    [valid], [failed] = facts(good()), facts(bad())
+    groups = [dataclasses.replace(valid, group=group) for group in ("b", "b", "equal", "equal", "small")]
+    replaced = [*groups[2:], dataclasses.replace(failed, group="small")]
+    batch = SharedBatch(facts=groups[:2], own=slice(0, 2), causes=Counter(), replaced=replaced).without_small_groups(2)
+    assert [one.is_valid for one in batch.finished] == [True] * 4 + [False] * 2 and batch.own_dropped == [0, 0]
+    batch.check(0.66, step=1, where="See there.")
+    with pytest.raises(RolloutError, match=r"Only 4 of the 6 .*: 1 failed, 0 got no reward, 1 are in groups with"):
+        batch.check(0.67, step=1, where="See there.")
+    assert [one.is_valid for one in batch.with_replaced_untrained().finished] == [True] * 2 + [False] * 4
+    lost = dataclasses.replace(batch, facts=[dataclasses.replace(failed, group="b")] * 2)
+    with pytest.raises(RolloutError, match="All 2 rollouts of step 1 failed"):
+        lost.check(0.0, step=1, where="See there.")
+
+
 def _share(pieces: list[list[Rollout]]) -> list[SharedBatch]:
     """What each rank of a group would know."""
     reports: list[RankReport] = []
@@ -207,9 +224,10 @@ def _share(pieces: list[list[Rollout]]) -> list[SharedBatch]:
 
     def rank(index: int, gather: Any) -> SharedBatch:
         rewards = [rollout.reward for rollout in pieces[index]]
-        return share(pieces[index], rewards, batch="b", rank=index, gather=gather)
+        replaced = list(zip(pieces[index], rewards, strict=True))
+        return share(pieces[index], rewards, mode="train", rank=index, gather=gather, replaced=replaced)
 
     for index in range(len(pieces)):
-        rank_is_alone = [([], Counter())] * index
+        rank_is_alone = [([], [], Counter())] * index
         rank(index, lambda own, before=rank_is_alone: [*before, *tell(own)])
     return [rank(index, lambda own: reports) for index in range(len(pieces))]

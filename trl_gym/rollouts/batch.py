@@ -100,7 +100,7 @@ def checked_rewards(rewards: Sequence[float | None], num_rollouts: int) -> list[
 
 
 RankReport = tuple[list[RolloutFacts], list[RolloutFacts], Counter[str]]
-"""What a rank tells the others: the facts of its rollouts, `[B]` by place; of those that were replaced; and the causes of
+"""What a rank tells the others: facts of its rollouts, `[B]` by place, and of those that were replaced; the causes of
 their failures, counted."""
 
 
@@ -154,6 +154,12 @@ class SharedBatch:
             for found in (self.facts, self.replaced)
         )
         return dataclasses.replace(self, facts=facts, replaced=replaced)
+
+    def with_replaced_untrained(self) -> SharedBatch:
+        """Return the same batch, in which no rollout that was replaced is valid."""
+        return dataclasses.replace(
+            self, replaced=[dataclasses.replace(fact, is_valid=False) for fact in self.replaced]
+        )
 
     def fitted(self, *, num_ranks: int, multiple: int, factor: float) -> tuple[SharedBatch, int]:
         """Return the same batch, in which no rank has too many rows, and the rows of each rank; see `rows.fit`."""

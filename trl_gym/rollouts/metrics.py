@@ -9,7 +9,7 @@ as `gym/<agent>/<name>`, beside the numbers of its verify response:
 |---|---|
 | `count` | rollouts since the last log |
 | `failed_fraction`, `failed/<kind>`* | of them, the ones that failed; by kind, 0 included |
-| `untrained_fraction` | of them, the ones that are not trained: failed, no reward, or their group was left out |
+| `untrained_fraction` | of them, the ones not trained: failed, no reward, or their group was left out or replaced |
 | `retried_fraction` | of them, the ones that were run more than once |
 | `drift_fraction`* | of those with tokens, the ones that drifted; also those excluded for it |
 | `reward`*, `reward_std`* | the environment's reward |
@@ -22,7 +22,7 @@ as `gym/<agent>/<name>`, beside the numbers of its verify response:
 | `model_seconds_p50`, `…_p95`, `queue_seconds_…` | per rollout in model calls, and of that in the engine's queue |
 | `groups/size` | trained rollouts per group that is trained |
 | `groups/zero_variance_fraction` | of the groups that are trained, the ones whose rewards are all the same |
-| `groups/dropped_fraction` | of all groups, the ones left out as too small |
+| `groups/dropped_fraction` | of all groups, the ones left out as too small, or replaced |
 | `staleness/mean`, `staleness/max` | of the rollouts that are trained, the staleness of each one's oldest call |
 | `staleness/token_mean` | the same over their sampled tokens |
 | `spans_versions` | of these rollouts, the fraction that weights of several versions sampled |
