@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.sampled import calls_in
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, compat
+from trl_gym.batches import GenerationBatch
 from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.rollouts.queue import EndedGroup, TaskGroup
 from trl_gym.rollouts.request import RolloutRequest
@@ -44,6 +46,9 @@ class Case:
         name: Unique.
         failed: Rollouts that fail, as (task, member).
         num_tasks: Groups.
+        num_further: Tasks of the dataset that are not of the batch.
+        equal: Tasks whose rollouts all have the same reward.
+        kept: Tasks that are trained, where others than the first are.
         max_rows: Most rows of a rollout; they have one to so many, see `num_rows_of`.
         options: Of the configuration, beyond what all cases have.
         parts: For the reference: rows of each micro-batch that TRL shall take its means over, where that is not all.
@@ -52,6 +57,9 @@ class Case:
     name: str
     failed: Failed
     num_tasks: int = 3
+    num_further: int = 0
+    equal: Collection[int] = ()
+    kept: Sequence[int] | None = None
     max_rows: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     parts: Sequence[int] | None = None
@@ -60,10 +68,18 @@ class Case:
     def surviving(self) -> dict[int, list[int]]:
         """Members by task; the same number for every task that has any."""
         members = {
-            task: [member for member in range(NUM_MEMBERS) if (task, member) not in self.failed]
-            for task in range(self.num_tasks)
+            task: [member for member in self.members(task) if (task, member) not in self.failed]
+            for task in self.kept or range(self.num_tasks)
         }
         return {task: own for task, own in members.items() if own}
+
+    def members(self, task: int) -> list[int]:
+        """Those that make the group: of an over-sampled one, the first with a reward. The last ones end first."""
+        ending = reversed(range(NUM_MEMBERS + self.options.get("gym_oversample", 0)))
+        return sorted(sorted(ending, key=lambda member: (task, member) in self.failed)[:NUM_MEMBERS])
+
+    def reward(self, task: int, member: int) -> float:
+        return 0.5 if task in self.equal else trajectory_of(task, member)[1]
 
 
 @dataclass(frozen=True)
@@ -74,11 +90,13 @@ class Step:
         gradient: By parameter.
         logs: What was logged of the step.
         batches: Micro-batches as they were handed to TRL's loss.
+        kept: Tasks that were trained.
     """
 
     gradient: dict[str, torch.Tensor]
     logs: dict[str, float]
     batches: list[dict[str, torch.Tensor]]
+    kept: Sequence[int] = ()
 
 
 def trajectory_of(task: int, member: int) -> tuple[Trajectory, float, bool]:
@@ -124,12 +142,13 @@ def in_rows(whole: Trajectory, num_rows: int) -> list[Trajectory]:
     ]
 
 
-def rollout_of(request: RolloutRequest, failed: Failed, max_rows: int = 1) -> Rollout:
+def rollout_of(request: RolloutRequest, case: Case) -> Rollout:
     """The rollout that Gym would have answered with."""
-    if (request.task_index, request.member) in failed:
+    if (request.task_index, request.member) in case.failed:
         failure = RolloutFailure(kind=FailureKind.DEADLINE, text="took too long", where=f"{AGENT} /run")
         return Rollout(request=request, answer=None, failure=failure, trajectories=[], seconds=9.0)
-    trajectory, reward, is_cut = trajectory_of(request.task_index, request.member)
+    trajectory, _, is_cut = trajectory_of(request.task_index, request.member)
+    reward = case.reward(request.task_index, request.member)
     cut = {"incomplete_details": {"reason": "max_output_tokens"}} if is_cut else {}
     first, last = trajectory.turn_ends[0], trajectory.turn_ends[1]
     second_prompt = trajectory.prompt_ids + trajectory.completion_ids[: first + 3]
@@ -141,7 +160,7 @@ def rollout_of(request: RolloutRequest, failed: Failed, max_rows: int = 1) -> Ro
     ]
     answer = {"reward": reward, "steps": 2 + request.member, "response": {"output": output, **cut}}
     [whole] = from_calls(calls_in(answer))
-    rows = in_rows(whole, num_rows_of(request.task_index, request.member, max_rows))
+    rows = in_rows(whole, num_rows_of(request.task_index, request.member, case.max_rows))
     return Rollout(request=request, answer=answer, failure=None, trajectories=rows, seconds=1.0)
 
 
@@ -165,7 +184,9 @@ def make_trainer(
     args = gym_config(output_dir, case, num_ranks)
     kind = PaddedTrainer if is_padded else PreparedTrainer
     return _with_other_reference(
-        kind(case, model=str(model), args=args, train_dataset=tasks(range(case.num_tasks)), **kwargs)
+        kind(
+            case, model=str(model), args=args, train_dataset=tasks(range(case.num_tasks + case.num_further)), **kwargs
+        )
     )
 
 
@@ -175,10 +196,9 @@ def reference_step(model: Path, case: Case, output_dir: Path) -> Step:
     assert len(sizes) == 1, "TRL's groups are of one size"
     num_members = sizes.pop()
     num_rows = num_members * len(case.surviving)
-    taken = {"gym_min_group_size", "gym_min_valid_fraction", "gym_max_rows_factor"}
     args = GRPOConfig(
         **_common(output_dir, num_rows, num_members)
-        | {name: value for name, value in case.options.items() if name not in taken}
+        | {name: value for name, value in case.options.items() if not name.startswith("gym_")}
         | {"gradient_accumulation_steps": 1, "use_vllm": True}
     )
     with compat.generation_backend(lambda **_: compat.ServedGeneration(lambda: None, dict)):
@@ -253,9 +273,14 @@ class PreparedSource:
         return Collected(groups=[self._ended(group, batch) for group in groups])
 
     def _ended(self, group: TaskGroup, batch: BatchInfo) -> EndedGroup:
-        case = self._case
-        rollouts = [rollout_of(request, case.failed, case.max_rows) for request in group.requests]
-        return EndedGroup(task=group, rollouts=rollouts, born=batch.step)
+        rollouts = [rollout_of(request, self._case) for request in group.requests]
+        members = self._case.members(group.example["task_index"])
+        wanted, surplus = (
+            ([one for one in rollouts if (one.request.member in members) == is_wanted] for is_wanted in (True, False))
+            if batch.mode == "train"
+            else (rollouts, [])
+        )
+        return EndedGroup(task=group, rollouts=wanted, surplus=surplus, born=batch.step)
 
     def drain(self) -> None: ...
 
@@ -293,6 +318,7 @@ class PreparedTrainer(GymGRPOTrainer):
     def __init__(self, case: Case, **kwargs: Any) -> None:
         self._case = case
         self.batches: list[dict[str, Any]] = []
+        self.kept: list[int] = []
         super().__init__(**kwargs)
 
     @property
@@ -301,6 +327,11 @@ class PreparedTrainer(GymGRPOTrainer):
 
     def _new_source(self, args: GymGRPOConfig, *_: Any) -> PreparedSource:
         return PreparedSource(self._case, Path(args.output_dir))
+
+    def _next_batch(self, inputs: list[dict[str, Any]]) -> GenerationBatch:
+        batch = super()._next_batch(inputs)
+        self.kept = [group.ended.task.example["task_index"] for group in batch.groups]
+        return batch
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self.batches.append(inputs)
@@ -334,7 +365,7 @@ class ReferenceTrainer(GRPOTrainer):
             "env_mask": [
                 [0] * len(t.env_mask) if m else t.env_mask for (t, *_), m in zip(prepared, masked, strict=True)
             ],
-            "prepared": [reward for _, reward, _ in prepared],
+            "prepared": [self._case.reward(task, own) for task, of in self._case.surviving.items() for own in of],
         }
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -363,9 +394,9 @@ def gym_config(output_dir: Path, case: Case, num_ranks: int) -> GymGRPOConfig:
 
 
 def tasks(indices: Collection[int]) -> Dataset:
-    row = '{"responses_create_params": {"input": "?"}}'
     question = [{"role": "user", "content": "?"}]
-    return Dataset.from_list([{"prompt": question, "task_index": task, "gym_row": row} for task in indices])
+    rows = {task: json.dumps({"responses_create_params": {"input": f"{task}?"}}) for task in indices}
+    return Dataset.from_list([{"prompt": question, "task_index": task, "gym_row": rows[task]} for task in indices])
 
 
 def _common(output_dir: Path, num_rows: int, num_members: int) -> dict[str, Any]:
@@ -432,7 +463,7 @@ def trained(trainer: Any) -> tuple[Step, list[dict[str, float]]]:
     trainer.add_callback(kept)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return Step(kept.gradient, history[0], trainer.batches), history
+    return Step(kept.gradient, history[0], trainer.batches, getattr(trainer, "kept", ())), history
 
 
 def _step(trainer: Any) -> Step:

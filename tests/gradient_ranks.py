@@ -45,6 +45,31 @@ def cases() -> list[Case]:
     return found
 
 
+def refilled(loss_type: str) -> Case:
+    """Four groups, on two ranks or on one. Of the first two one has equal rewards and one fails, and of the further
+    tasks four have equal rewards. One rollout of each of the others fails."""
+    options = {"loss_type": loss_type, "gym_refill_rounds": 9} | (VESPO if loss_type == "vespo" else {})
+    failed = {(task, task % 4) for task in range(10)} | {(1, member) for member in range(4)}
+    equal, parts = {0, 4, 5, 6, 8}, (6, 6) if loss_type == "bnpo" else None
+    return Case(
+        name=f"refilled-{loss_type}",
+        failed=failed,
+        equal=equal,
+        num_tasks=4,
+        num_further=6,
+        options=options,
+        parts=parts,
+    )
+
+
+def oversampled(loss_type: str) -> Case:
+    """Two groups of six rollouts, of which the first four to end with a reward are wanted; three have one."""
+    options = {"loss_type": loss_type, "gym_oversample": 2} | (VESPO if loss_type == "vespo" else {})
+    failed = {(0, 5), (0, 2), (0, 0), (1, 0), (1, 3), (1, 4)}
+    parts = (3, 3) if loss_type == "bnpo" else None
+    return Case(name=f"oversampled-{loss_type}", failed=failed, num_tasks=2, options=options, parts=parts)
+
+
 def in_steps() -> list[Case]:
     """Two micro-batches on each rank, with unequal numbers of rows, and the KL term where it takes several rows."""
     options = {"gradient_accumulation_steps": 2}
@@ -87,13 +112,15 @@ def main(model: str, folder: str) -> None:
 
 def found(model: Path, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for case in [*cases(), *in_steps()]:
+    kept_groups = [kind(loss_type) for kind in (refilled, oversampled) for loss_type in LOSS_TYPES]
+    for case in [*cases(), *in_steps(), *kept_groups]:
         step = gym_step(model, case, folder / "run", num_ranks=2)
         trained = [num_trained(batch) for batch in step.batches]
         sizes = [len(batch["advantages"]) for batch in step.batches]
         lengths = [lengths_of(batch) for batch in step.batches]
         results[case.name] = {
             "gradient": step.gradient, "logs": step.logs, "trained": trained, "sizes": sizes, "lengths": lengths,
+            "kept": step.kept,
         }  # fmt: skip
     try:
         gym_step(model, below_fraction(), folder / "run", num_ranks=2)

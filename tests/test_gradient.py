@@ -6,12 +6,13 @@ leaves differences of about 1e-7, and the angles of positions, which are others 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ from tests.gradient_ranks import (
     cases,
     evaluation,
     in_steps,
+    oversampled,
+    refilled,
 )
 from tests.policy_server.tiny_model import build_tokenizer
 from trl_gym.config_checks import TOKEN_MEAN_LOSSES
@@ -116,6 +119,51 @@ def test_failed_rollouts_leave_no_trace(model: Path, tmp_path: Path, loss_type: 
     # That the test can tell: with one rollout more than failed, the gradient is another.
     other = gym_step(model, Case(name="other", failed=UNEQUAL | {(0, 0)}, options=options), tmp_path / "other")
     assert difference(other, step) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("kind", [refilled, oversampled])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_groups_that_were_replaced_and_rollouts_beyond_a_group_leave_no_trace(
+    model: Path, tmp_path: Path, loss_type: str, kind: Callable[[str], Case]
+) -> None:
+    case = dataclasses.replace(kind(loss_type), parts=None)
+    step = gym_step(model, case, tmp_path / "gym")
+    case = dataclasses.replace(case, kept=step.kept)
+    reference = reference_step(model, case, tmp_path / "trl")
+    assert difference(step, reference) < TOLERANCE
+    check_weights(step.batches, num_valid=3 * case.num_tasks)
+    assert all(step.logs[name] == pytest.approx(reference.logs[name], abs=1e-6) for name in ("reward", "reward_std"))
+    if kind is oversampled:
+        assert {member for task in range(2) for member in case.surviving[task]} == {1, 2, 3, 4, 5}
+        return
+    assert sorted(step.kept) == [2, 3, 7, 9] and step.kept[2:] == [2, 3]
+    # What was there before, and what was replaced, is counted all the same.
+    first = [case.reward(task, member) for task in (0, 2, 3) for member in range(NUM_MEMBERS) if member != task % 4]
+    assert step.logs["refill/reward_before"] == pytest.approx(sum(first) / 9)
+    assert step.logs["refill/zero_variance_before"] == step.logs["refill/too_small_before"] == 0.25
+    assert step.logs["refill/left_fraction"] == step.logs["frac_reward_zero_std"] == 0
+    num_groups = step.logs["refill/groups_replaced"] + 4
+    assert 6 <= num_groups <= 10 and step.logs["rollouts/count"] == 4 * num_groups
+    assert step.logs["rollouts/failed_fraction"] == pytest.approx((num_groups + 3) / (4 * num_groups))
+    assert step.logs["rollouts/untrained_fraction"] == pytest.approx(1 - 12 / (4 * num_groups))
+    assert step.logs["rollouts/groups/dropped_fraction"] == pytest.approx(1 - 4 / num_groups)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_a_group_that_still_teaches_nothing_is_trained_as_trl_would(
+    model: Path, tmp_path: Path, loss_type: str
+) -> None:
+    """It counts in the divisor, with advantages of 0."""
+    options = {"loss_type": loss_type, "gym_refill_rounds": 1}
+    case = Case(name="left", failed=(), equal=range(1, 9), num_tasks=2, num_further=6, options=options)
+    step = gym_step(model, case, tmp_path / "gym")
+    assert step.kept[0] == 0 and step.kept[1] > 1
+    reference = reference_step(model, dataclasses.replace(case, kept=step.kept), tmp_path / "trl")
+    assert difference(step, reference) < TOLERANCE
+    assert step.logs["refill/left_fraction"] == step.logs["frac_reward_zero_std"] == 0.5
+    [batch] = step.batches
+    assert sorted((batch["advantages"] != 0).tolist()) == [False] * 4 + [True] * 4
+    assert num_trained(batch) == 8
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -373,6 +421,22 @@ def test_two_ranks_with_unequal_failures(
     assert trained == [[sum(own[: len(own) // 2])], [sum(own[len(own) // 2 :])]]
 
 
+@pytest.mark.parametrize("kind", [refilled, oversampled])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_two_ranks_train_the_groups_that_are_kept(
+    loss_type: str, kind: Callable[[str], Case], two_ranks: list[dict[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    """The groups of one rank alone are replaced."""
+    case = kind(loss_type)
+    kept = [task for rank in two_ranks for task in rank[case.name]["kept"]]
+    if kind is refilled:
+        assert sorted(kept[:2]) == [7, 9] and kept[2:] == [2, 3]
+    reference = reference_step(model, dataclasses.replace(case, kept=kept), tmp_path)
+    for rank in two_ranks:
+        assert difference(Step(rank[case.name]["gradient"], {}, []), reference) < TOLERANCE
+        assert rank[case.name]["trained"] == [3 * case.num_tasks // 2]
+
+
 @pytest.mark.parametrize("case", in_steps(), ids=lambda case: case.name)
 def test_two_ranks_with_several_micro_batches_of_rows(
     case: Case, two_ranks: list[dict[str, Any]], model: Path, tmp_path: Path
@@ -390,11 +454,12 @@ def test_two_ranks_with_several_micro_batches_of_rows(
             assert rank[case.name]["logs"][name] == pytest.approx(reference.logs[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["unequal-dapo", "empty_rank-grpo", "3_rows-dapo", "2_rows-grpo"])
+@pytest.mark.parametrize("name", ["unequal-dapo", "empty_rank-grpo", "3_rows-dapo", "2_rows-grpo", "refilled-dapo"])
 def test_two_ranks_log_what_one_would(name: str, two_ranks: list[dict[str, Any]], model: Path, tmp_path: Path) -> None:
-    case = next(case for case in cases() if case.name == name)
+    case = next(case for case in [*cases(), refilled("dapo")] if case.name == name)
     expected = gym_step(model, case, tmp_path).logs
     prefixes = ("rollouts/", "gym/", "completions/", "reward", "success", "logprob_gap", "sampling/", "num_tokens")
+    prefixes += ("refill/",)
     compared = {key: value for key, value in expected.items() if key.startswith(prefixes)}
     assert len(compared) > 50
     for key, value in compared.items():
