@@ -123,6 +123,11 @@ class GenerationBatch:
         return [pair for group in self.replaced for pair in zip(group.ended.rollouts, group.rewards, strict=True)]
 
     @property
+    def ended(self) -> list[EndedGroup]:
+        """Every group that was collected for it."""
+        return [group.ended for group in (*self.groups, *self.replaced)]
+
+    @property
     def examples(self) -> list[Example]:
         """`[B]`, of the dataset; a mapping of its own for each, since TRL writes into them."""
         return [dict(group.ended.task.example) for group in self.groups for _ in group.rewards]

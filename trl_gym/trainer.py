@@ -55,6 +55,7 @@ from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.batch import checked_rewards, describe_drift, table_columns
 from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
+from trl_gym.rollouts.metrics import oversample_metrics
 from trl_gym.rollouts.padding import TOKEN_WEIGHT, Results, compute_rows
 from trl_gym.rollouts.queue import TaskGroup
 from trl_gym.rollouts.request import RolloutRequest, stamp
@@ -377,7 +378,10 @@ class GymGRPOTrainer(GRPOTrainer):
             self.vllm_generation.sync_weights()
         with self._clock.phase("rollouts"):
             batch = self._next_batch(inputs)
-        for name, values in batch.metrics.items():
+        pending = dict(batch.metrics)
+        if self._mode == "train" and self.args.gym_oversample:
+            pending |= oversample_metrics((group.rollouts, group.surplus) for group in batch.ended)
+        for name, values in pending.items():
             self._pending_metrics[name] += values
         self._settle(batch)
         with self._clock.phase("scoring"):

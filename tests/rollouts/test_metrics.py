@@ -20,6 +20,7 @@ from trl_gym.rollouts.metrics import (
     MetricsBuffer,
     ValueSum,
     completion_metrics,
+    oversample_metrics,
     percentile,
     rollout_metrics,
     training_metrics,
@@ -182,6 +183,41 @@ def test_staleness_is_of_tokens_and_of_the_oldest_call() -> None:
         assert found == {"staleness/mean": 1.0, "staleness/max": 2.0, "spans_versions": 0.5}
         assert metrics["rollouts/staleness/token_mean"] == pytest.approx((0 * 2 + 2 * 1 + 1 * 3) / 6)
     assert not any("staleness" in name for name in training_metrics(facts(stale)))
+
+
+def sampling(rollout: Rollout, *tokens: int) -> Rollout:
+    """With a model call for each number, which sampled so many tokens."""
+    records = [record([], [1], list(range(number))) for number in tokens]
+    return with_records(rollout, records, model_calls(records))
+
+
+def test_kept_and_cancelled_rollouts_are_compared_by_what_is_known_of_them() -> None:
+    kept = [sampling(good(1.0), 3, 5), sampling(good(0.0), 2), sampling(bad(), 9)]
+    cancelled, beside = sampling(bad(FailureKind.CANCELLED), 4), sampling(good(0.5), 1, 1)
+    failed = sampling(bad(FailureKind.ENVIRONMENT), 100)
+    found = oversample_metrics([(kept[:2], [cancelled, failed]), (kept[2:], [beside])])
+    means = {name.removeprefix("oversample/"): numpy.mean(values) for name, values in found.items()}
+    assert means == {
+        "kept/turns_mean": 1.5,
+        "kept/tokens_mean": 5.0,
+        "kept/seconds_mean": kept[0].seconds,
+        "kept/reward_mean": 0.5,
+        "cancelled/turns_mean": 1.5,
+        "cancelled/tokens_mean": 3.0,
+        "cancelled/seconds_mean": (cancelled.seconds + beside.seconds) / 2,
+        "cancelled/reward_mean": 0.5,
+        "cancelled_fraction": pytest.approx(2 / 6),
+        "failed_fraction": pytest.approx(1 / 6),
+        "wasted_tokens_fraction": pytest.approx((4 / 14 + 2 / 2) / 2),
+    }
+    unknown = oversample_metrics([([good(1.0)], [dataclasses.replace(bad(FailureKind.CANCELLED), records=None)])])
+    assert unknown["oversample/cancelled/tokens_mean"] == [0.0] and "oversample/cancelled/reward_mean" not in unknown
+    assert oversample_metrics([]) == {}
+
+
+def test_what_was_dropped_as_too_stale_is_counted() -> None:
+    assert training_metrics(facts(good(), bad(FailureKind.CANCELLED), bad()))["rollouts/dropped_stale"] == 1.0
+    assert "rollouts/dropped_stale" not in training_metrics(facts(good(), bad()))
 
 
 def test_small_groups_and_small_batches() -> None:

@@ -26,6 +26,7 @@ as `gym/<agent>/<name>`, beside the numbers of its verify response:
 | `staleness/mean`, `staleness/max` | of the rollouts that are trained, the staleness of each one's oldest call |
 | `staleness/token_mean` | the same over their sampled tokens |
 | `spans_versions` | of these rollouts, the fraction that weights of several versions sampled |
+| `dropped_stale` | rollouts that `gym_on_stale: drop` cancelled; missing where there are none |
 
 From `reward` on, rollouts that did not fail. From `groups/…` on only in training: groups by the environment's reward,
 the rest as `rollouts/<name>` alone. The **staleness** of a token is the optimizer step that trains it minus the weight
@@ -48,7 +49,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from trl_gym.errors import FailureKind
-from trl_gym.rollouts.rollout import RolloutFacts
+from trl_gym.rollouts.rollout import Rollout, RolloutFacts
 
 NEWEST = 65_536  # rollouts of training between two logs; about a kilobyte each, on every rank
 _PERCENTILES = (50, 95)
@@ -90,6 +91,9 @@ def training_metrics(facts: Sequence[RolloutFacts]) -> dict[str, float]:
     """Return `rollout_metrics`, and the metrics of groups and of staleness."""
     metrics = rollout_metrics(facts) | _prefixed("rollouts/groups", _group_metrics(facts))
     metrics |= _prefixed("rollouts", _staleness(facts))
+    # Nothing else cancels a member of a group: what was lost with a server runs again.
+    if num_dropped := sum(fact.failure == FailureKind.CANCELLED for fact in facts):
+        metrics["rollouts/dropped_stale"] = float(num_dropped)
     for agent, own in by_agent(facts).items():
         metrics |= _prefixed(f"gym/{agent}/rollouts/groups", _group_metrics(own))
     return metrics
@@ -246,6 +250,45 @@ def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
 def _put(metrics: dict[str, float], name: str, value: float | None) -> None:
     if value is not None:
         metrics[name] = value
+
+
+# -- over-sampled groups ----------------------------------------------------------------------------------------------
+
+
+def oversample_metrics(groups: Iterable[tuple[Sequence[Rollout], Sequence[Rollout]]]) -> dict[str, list[float]]:
+    """Return values whose means say what `gym_oversample` costs, and which rollouts it favours.
+
+    A rollout that was cancelled has the tokens and turns of the model calls that the policy server had answered, and
+    the seconds until then: what it would have had is not known, and is more. Rollouts that ended beside those that
+    made the group count as cancelled, with their reward; those that failed by themselves would not have been trained.
+
+    Args:
+        groups: Of one rank, whole: the rollouts that make each, and those that it has no use for.
+
+    Returns:
+        `oversample/…` by rollout, and by group for the tokens that are wasted; nothing where there are no values.
+    """
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for kept, surplus in groups:
+        kept_tokens = _add_sizes(found, "kept", [one for one in kept if one.failure is None])
+        cancelled = [one for one in surplus if one.failure is None or one.failure.kind is FailureKind.CANCELLED]
+        lost_tokens = _add_sizes(found, "cancelled", cancelled)
+        num_failed, num_all = len(surplus) - len(cancelled), len(kept) + len(surplus)
+        found["oversample/cancelled_fraction"] += [1.0] * len(cancelled) + [0.0] * (num_all - len(cancelled))
+        found["oversample/failed_fraction"] += [1.0] * num_failed + [0.0] * (num_all - num_failed)
+        if kept_tokens + lost_tokens:
+            found["oversample/wasted_tokens_fraction"].append(lost_tokens / (kept_tokens + lost_tokens))
+    return {name: values for name, values in found.items() if values}
+
+
+def _add_sizes(found: Mapping[str, list[float]], which: str, rollouts: Sequence[Rollout]) -> int:
+    """Add the sizes of rollouts that were kept, or not. Return the tokens that they sampled."""
+    sizes = [one.sampled for one in rollouts]
+    found[f"oversample/{which}/turns_mean"].extend(float(turns) for turns, _ in sizes)
+    found[f"oversample/{which}/tokens_mean"].extend(float(tokens) for _, tokens in sizes)
+    found[f"oversample/{which}/seconds_mean"].extend(one.seconds for one in rollouts)
+    found[f"oversample/{which}/reward_mean"].extend(one.reward for one in rollouts if one.reward is not None)
+    return sum(tokens for _, tokens in sizes)
 
 
 # -- sums over the tokens of ranks ------------------------------------------------------------------------------------

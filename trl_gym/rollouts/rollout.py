@@ -85,6 +85,15 @@ class Rollout:
         return tuple(filter(None, found))
 
     @property
+    def sampled(self) -> tuple[int, int]:
+        """The number of model calls that count, and of the tokens that these sampled; also of a failed rollout, as far
+        as the policy server has told."""
+        if self.records is None:
+            rows = list(self.trajectories)
+            return sum(row.num_turns for row in rows), sum(row.env_mask.count(1) for row in rows)
+        return len(self.counted), sum(self.records[index].completion_tokens or 0 for index in self.counted)
+
+    @property
     def reward(self) -> float | None:
         """The environment's reward; None for a failed rollout, which leaves loss and group baseline."""
         return None if self.failure is not None or self.answer is None else float(self.answer["reward"])
