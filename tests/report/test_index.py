@@ -101,6 +101,33 @@ def test_two_rewards_for_one_task_are_two_rollouts_in_training_and_one_repeated_
     assert states([row(mode="eval"), row(mode="eval")]) == [LineState.SUPERSEDED, LineState.COUNTED]
 
 
+def test_a_group_is_one_of_its_batch_whichever_weights_its_members_began_with() -> None:
+    """Several batches begin with the same weights; after a lost server, members of one group begin with newer ones."""
+    rows = [
+        row(batch=7, member=0),
+        row(batch=8, member=0),
+        failed(batch=8, member=1, is_retried=True),
+        row(batch=8, member=1, attempt=1, step=4, sampler=("a", "newer")),
+        row(batch=8, member=0, step=5, sampler=("a", "resumed"), reward=0.5),
+        row(batch=8, member=0, sampler=("another run", "w"), time=9.0, step=9),
+    ]
+    keys = [one.group_key for one in rows]
+    assert keys[1] == keys[2] == keys[3] == keys[4] and len(set(keys)) == 3
+    counted = LineState.COUNTED
+    assert states(rows) == [counted, LineState.SUPERSEDED, LineState.RETRIED, counted, counted, counted]
+    assert [row_of(RECORD | {"batch": 7, "mode": mode}).batch for mode in ("train", "eval")] == [7, None]
+    mixed = [*rows, row(batch=None), row(mode="eval")]  # a run that an earlier version began
+    assert sorted(ordered(mixed)) == list(range(len(mixed)))
+
+
+def test_a_rollout_that_was_ended_early_is_no_failure() -> None:
+    ended = dataclasses.replace(failed(batch=7, member=1), failure="cancelled")
+    rows = [row(batch=7), ended]
+    assert causes(rows, states(rows)) == []
+    [stats] = step_stats(rows, states(rows))
+    assert (stats.rollouts, stats.failures, stats.others) == (1, {}, {"cancelled": 1})
+
+
 def test_numbers_of_a_step_are_over_its_counted_rollouts() -> None:
     rewards = [0.0, 0.25, 1.0]
     rows = [row(member=m, reward=r, success=float(r == 1), seconds=1.0 + m) for m, r in enumerate(rewards)]

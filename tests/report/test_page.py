@@ -112,8 +112,9 @@ def test_log_probabilities_are_found_wherever_a_rollout_was_trained(tmp_path: Pa
     for step in (10, 9):
         line = {"rollout_id": name, "step": step, "logprobs": [-float(step)] * len(trained["completion_ids"])}
         (folder / f"step-{step}.rank-0.jsonl").write_text(json.dumps(line))
-    found = dict(read_training_logprobs(open_run(tmp_path / "run")))
-    assert set(found[name][0]) == {-10.0}
+    found = {one: (step, rows) for one, step, rows in read_training_logprobs(open_run(tmp_path / "run"))}
+    step, [logprobs] = found[name]
+    assert (step, set(logprobs)) == (10, {-10.0})
 
 
 def test_damage_elsewhere_is_an_error_with_a_remedy(tmp_path: Path) -> None:

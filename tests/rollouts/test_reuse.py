@@ -52,6 +52,14 @@ def test_a_rollout_that_continued_with_weights_that_the_resumed_run_has_had_coun
     assert sorted(Recall(tmp_path).take_all(asked, POLICY, newest=5)) == [0, 1, 2]
 
 
+def test_lines_of_earlier_versions_have_no_batch_and_are_recalled_all_the_same(tmp_path: Path) -> None:
+    write(tmp_path, [rollout(request(), 0.5)], batch=None)
+    recall = Recall(tmp_path)
+    asked = dataclasses.replace(request(), batch=4)
+    assert [one.reward for one in recall.take_all([asked], POLICY, newest=3).values()] == [0.5]
+    assert recall.take_all([asked], POLICY, newest=3) == {}, "given out once"
+
+
 def test_a_rollout_of_another_batch_of_the_same_weights_is_another(tmp_path: Path) -> None:
     write(tmp_path, [rollout(dataclasses.replace(request(), batch=4))])
     recall = Recall(tmp_path)

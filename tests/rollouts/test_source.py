@@ -99,6 +99,40 @@ def test_members_of_different_weights_are_not_one_group(tmp_path: Path) -> None:
     assert [replayed(tmp_path, 0, number) for number in (0, 1)] == [[0.1, 0.2], [0.3, 0.4]]
 
 
+def test_an_over_sampled_group_is_replayed_without_those_that_were_cancelled(tmp_path: Path) -> None:
+    """Members of it are missing, and others have numbers above `num_generations`."""
+    cancelled = dataclasses.replace(FAILURE, kind=FailureKind.CANCELLED)
+    recorded = [
+        rollout(request(0, 0), failure=FAILURE),
+        rollout(request(0, 1), failure=cancelled),
+        rollout(request(0, 2), 0.2),
+        rollout(request(0, 3), failure=cancelled),
+        rollout(request(0, 4), 0.4),
+    ]
+    write(tmp_path, recorded)
+    assert replayed(tmp_path, task=0, number=0) == [0.2, 0.4]
+    assert replayed(tmp_path, task=0, number=0, size=3) == [0.2, 0.4, None]
+    with pytest.raises(ConfigError, match="groups of at most 3; `num_generations`"):
+        replayed(tmp_path, task=0, number=0, size=4)
+
+
+def test_groups_of_several_batches_of_the_same_weights_are_apart(tmp_path: Path) -> None:
+    write(tmp_path, group(0, [0.1, 0.2]), batch=4)
+    write(tmp_path, group(0, [0.3, 0.4]), batch=5)
+    assert [replayed(tmp_path, 0, number) for number in (0, 1)] == [[0.1, 0.2], [0.3, 0.4]]
+
+
+def test_members_that_ran_again_under_newer_weights_are_of_their_group(tmp_path: Path) -> None:
+    """The policy server was lost while training ran. The third was sampled again after a resume."""
+    later = dataclasses.replace(POLICY, step=4, weights="later")
+    write(tmp_path, [rollout(request(0, 0), 0.1), rollout(request(0, 1), failure=FAILURE)], batch=4, retried=True)
+    write(tmp_path, [rollout(request(0, 0), 0.1)], batch=4)
+    write(tmp_path, [rollout(request(0, 1), 0.2)], batch=4, policy=later)
+    assert replayed(tmp_path, task=0, number=0) == [0.1, 0.2]
+    write(tmp_path, group(0, [0.5, 0.6]), batch=4, policy=dataclasses.replace(later, weights="resumed"))
+    assert [replayed(tmp_path, 0, number) for number in (0, 1)] == [[0.1, 0.2], [0.5, 0.6]]
+
+
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     write(tmp_path, group(0, [0.1, 0.2]))
     with pytest.raises(ConfigError, match=r"gym_replay.*no rollout of the task with index 5 \(5 \+ 1\?\)"):

@@ -1,7 +1,7 @@
 """Rows of a journal → which of them count, what is shown, numbers per step and environment. Pure.
 
-A journal holds more than what was trained on: attempts that were tried again, rollouts of a batch that was given up,
-and, after a resume, steps that were sampled twice. All of it is shown, and counted once.
+A journal holds more than what was trained on: attempts that were tried again, rollouts that were ended early, alone or
+with their batch, and, after a resume, steps that were sampled twice. All of it is shown, and counted once.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def states(rows: Sequence[Row]) -> list[LineState]:
     """Decide which rows count, `[N]`.
 
     In training and evaluation, what older weights sampled at a step is superseded by what newer ones did; then the
-    rule of `journal.line_states` holds. Two rewards for one rollout are two rollouts in training (the same task twice
-    in a step) and one that was repeated elsewhere.
+    rule of `journal.line_states` holds. Where no batch is recorded, two rewards for one rollout are two rollouts in
+    training (the same task twice in a step) and one that was repeated elsewhere.
 
     Args:
         rows: `[N]`, in the order of the journal.
@@ -92,20 +92,24 @@ def states(rows: Sequence[Row]) -> list[LineState]:
     newest = _newest_samplers(rows)
     found = [LineState.SUPERSEDED] * len(rows)
     current = [index for index, row in enumerate(rows) if _is_of_newest(row, newest)]
-    attempts = [Attempt((row.mode, row.slot), row.failure, row.is_retried) for row in (rows[i] for i in current)]
-    own = line_states(attempts, lambda rollout: None if rollout[0] == "train" else 1)
+    attempts = [
+        Attempt((row.mode == "train" and row.batch is None, row.slot), row.failure, row.is_retried)
+        for row in (rows[i] for i in current)
+    ]
+    own = line_states(attempts, lambda rollout: None if rollout[0] else 1)
     for index, state in zip(current, own, strict=True):
         found[index] = state
     return found
 
 
 def ordered(rows: Sequence[Row]) -> list[int]:
-    """Return the indices of the rows in the order in which they are shown: by mode, step, group and member."""
+    """Return the indices of the rows in the order in which they are shown: by mode, step, batch, group and member."""
 
     def place(index: int) -> tuple[Any, ...]:
         row = rows[index]
         mode = _MODES.index(row.mode) if row.mode in _MODES else len(_MODES)
-        return mode, row.mode, row.dataset, row.step, row.group, row.group_key, row.member, row.attempt, index
+        batch = -1 if row.batch is None else row.batch
+        return mode, row.mode, row.dataset, row.step, batch, row.group, row.group_key, row.member, row.attempt, index
 
     return sorted(range(len(rows)), key=place)
 
@@ -159,10 +163,10 @@ def step_stats(rows: Sequence[Row], found: Sequence[LineState]) -> list[StepStat
 
 
 def causes(rows: Sequence[Row], found: Sequence[LineState]) -> list[Cause]:
-    """Group failures by their words, the most frequent first."""
+    """Group failures by their words, the most frequent first. A rollout that was ended early has not failed."""
     grouped: defaultdict[tuple[str, str, str, str], list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        if row.failure is not None:
+        if row.failure is not None and found[index] is not LineState.CANCELLED:
             grouped[row.failure, row.where or "", row.agent, row.cause or ""].append(index)
     listed = [
         Cause(*key, len(own), sum(found[i] is LineState.COUNTED for i in own), rows[own[0]].rollout_id)

@@ -52,7 +52,7 @@ _STYLES = ("base.css", "views.css", "rollout.css")
 # Columns of the index that hold one of few texts: as numbers into a list.
 _NAMED = ("mode", "dataset", "agent", "failure", "drift", "finish", "version")
 _PLAIN = (
-    *("rollout_id", "step", "group", "member", "attempt", "time", "reward", "success", "turns", "rows"),
+    *("rollout_id", "step", "batch", "group", "member", "attempt", "time", "reward", "success", "turns", "rows"),
     *("prompt_tokens", "environment_tokens", "sampled_tokens", "tool_calls", "tool_errors", "seconds"),
 )
 
@@ -116,12 +116,15 @@ def render(run: RecordedRun, file: IO[bytes], options: PageOptions) -> tuple[int
     )
     head = head.replace("{{title}}", html.escape(run.name)).replace("{{policy}}", policy).replace("{{style}}", style)
     file.write(head.encode())
-    training = _training_logprobs(run, {rows[i].rollout_id for i in shown}) if options.with_tokens else {}
+    wanted = {rows[i].rollout_id for i in shown} if options.with_tokens else set()
+    training, steps = _training_logprobs(run, wanted) if wanted else ({}, {})
     places = _write_chunks(file, [lines[i] for i in shown], pieces, training, options.with_tokens)
     _write_blob(file, "pieces", {"text": pieces.text, "special": pieces.special()})
     _write_blob(file, "metrics", read_metrics(run))
     facts = {"tokenizer": pieces.is_known, "with_tokens": options.with_tokens, "training": len(training)}
-    _write_blob(file, "index", _index(run, rows, found, shown, places) | facts)
+    index = _index(run, rows, found, shown, places)
+    index["columns"]["trained"] = [steps.get(rows[i].rollout_id) for i in shown]
+    _write_blob(file, "index", index | facts)
     file.write(tail.replace("{{script}}", script).encode())
     return len(rows), len(shown)
 
@@ -140,13 +143,18 @@ def _read(run: RecordedRun) -> tuple[list[Line], list[Row]]:
     return lines, rows
 
 
-def _training_logprobs(run: RecordedRun, wanted: set[str]) -> dict[str, list[array[float]]]:
-    """Return the trainer's log-probabilities by rollout id, NaN where they are not finite, of rollouts in the page."""
-    return {
-        name: [array("d", (math.nan if value is None else value for value in values)) for values in rows]
-        for name, rows in read_training_logprobs(run)
-        if name in wanted
-    }
+def _training_logprobs(
+    run: RecordedRun, wanted: set[str]
+) -> tuple[dict[str, list[array[float]]], dict[str, int | None]]:
+    """Return, by rollout id, the trainer's log-probabilities, NaN where they are not finite, of rollouts in the page,
+    and the steps that trained them."""
+    found: dict[str, list[array[float]]] = {}
+    steps: dict[str, int | None] = {}
+    for name, step, rows in read_training_logprobs(run):
+        if name in wanted:
+            found[name] = [array("d", (math.nan if value is None else value for value in values)) for values in rows]
+            steps[name] = step
+    return found, steps
 
 
 def _write_chunks(

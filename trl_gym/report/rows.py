@@ -24,11 +24,13 @@ class Row:
     Attributes:
         rollout_id: Its name in links.
         mode: `"train"`, `"eval"` or `"rollout"`.
-        step: Optimizer step whose weights sampled it.
+        step: Optimizer step whose weights it began with.
         dataset: Name of the dataset; `""` where none is recorded.
         agent: Name of the Gym agent, which is the environment.
         sampler: Run and fingerprint of the weights; what another one sampled at the same step is of another try.
         task: Key of its task.
+        batch: Number of its generation batch in the run; None outside of training, and in lines of earlier versions,
+            where the step tells batches apart.
         group, member: Its place in the batch.
         attempt: 0 for the first try.
         time: Seconds since 1970 when it ended; 0.0 where that is not recorded.
@@ -50,6 +52,7 @@ class Row:
     agent: str
     sampler: tuple[str, str]
     task: str
+    batch: int | None
     group: int
     member: int
     attempt: int
@@ -79,13 +82,20 @@ class Row:
 
     @property
     def group_key(self) -> tuple[Any, ...]:
-        """Key of its group."""
-        return self.mode, self.dataset, self.step, self.sampler, self.group, self.agent, self.task
+        """Key of its group, whose members may have begun with several weights."""
+        sampler = self.sampler if self.batch is None else self.sampler[:1]
+        return self.mode, self.dataset, *self._batch, sampler, self.group, self.agent, self.task
 
     @property
     def slot(self) -> tuple[Any, ...]:
         """Key of its rollout: the same for all attempts at it, tries by other weights included."""
-        return self.mode, self.dataset, self.step, self.group, self.agent, self.task, self.member
+        run = "" if self.batch is None else self.sampler[0]
+        return self.mode, self.dataset, *self._batch, run, self.group, self.agent, self.task, self.member
+
+    @property
+    def _batch(self) -> tuple[int, int]:
+        """What tells generation batches apart: their number, or the step."""
+        return (-1, self.step) if self.batch is None else (self.batch, -1)
 
 
 def row_of(record: Mapping[str, Any]) -> Row:
@@ -103,6 +113,7 @@ def row_of(record: Mapping[str, Any]) -> Row:
         agent=str(record.get("agent")),
         sampler=(str(record.get("run") or ""), str(record.get("weights") or "")),
         task=str(record.get("task_hash") or record.get("task_index")),
+        batch=record.get("batch") if record.get("mode") in (None, "train") else None,
         group=int(record.get("group") or 0),
         member=_member(record),
         attempt=int(record.get("attempt") or 0),

@@ -20,6 +20,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 class _LogprobsShape(msgspec.Struct):
     rollout_id: str
     logprobs: list[float | None]
+    step: int | None = None
     further_rows: list[list[float | None]] = []
 
 
@@ -76,8 +77,9 @@ def read_metrics(run: RecordedRun) -> list[dict[str, Any]]:
     return [] if run.metrics is None else list(read_objects(run.metrics))
 
 
-def read_training_logprobs(run: RecordedRun) -> Iterator[tuple[str, list[list[float | None]]]]:
-    """Yield the trainer's log-probabilities of sampled tokens, by rollout id, where a run has recorded them.
+def read_training_logprobs(run: RecordedRun) -> Iterator[tuple[str, int | None, list[list[float | None]]]]:
+    """Yield rollout id, the step that trained it, and the trainer's log-probabilities of sampled tokens, where a run
+    has recorded them. Lines of earlier versions do not name the step.
 
     Those of each row are `[T]`, in nats, `T` as in the journal line's `completion_ids` or `further_rows`, or empty;
     what stands where the environment's tokens are is not looked at, and None stands where they were not finite. See
@@ -86,7 +88,7 @@ def read_training_logprobs(run: RecordedRun) -> Iterator[tuple[str, list[list[fl
     """
     for path in sorted((run.folder / TRAINING_LOGPROBS).glob("*.jsonl"), key=_numbers_in):
         for record in read_objects(path, _LogprobsShape):
-            yield record["rollout_id"], [record["logprobs"], *record.get("further_rows", [])]
+            yield record["rollout_id"], record.get("step"), [record["logprobs"], *record.get("further_rows", [])]
 
 
 def _numbers_in(path: Path) -> tuple[list[int], str]:

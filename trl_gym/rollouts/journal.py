@@ -1,7 +1,7 @@
 """Append-only record of every rollout: what was asked, what came back, which tokens are trained.
 
 One JSON object per line in `<output_dir>/rollouts/step-<k>.rank-<r>.jsonl` (`eval-step-<k>.…` for evaluation,
-`rollout-step-0.…` for `trl-gym rollout`), where k is the optimizer step whose weights sampled it. A file that has
+`rollout-step-0.…` for `trl-gym rollout`), where k is the optimizer step whose weights it began with. A file that has
 grown too large goes on in `step-<k>.rank-<r>.part-1.jsonl`. Viewer, debugging, resume and offline training read the
 same files.
 
@@ -468,6 +468,7 @@ class _RecordShape(_TokensShape, kw_only=True):
     weights: str | None = None
     task_hash: str = ""
     request_hash: str = ""
+    batch: int | None = None
     group: int | None = None
     member: int = 0
     attempt: int = 0
@@ -516,7 +517,7 @@ class LineState(StrEnum):
     """An attempt with an answer that came as the policy server was lost: it is run again, or never counts."""
 
     CANCELLED = "cancelled"
-    """Given up with its batch, which was never trained on."""
+    """Ended early: its group had enough rewards or had become too stale, or its batch was given up."""
 
     SUPERSEDED = "superseded"
     """Another line about the same rollout counts."""

@@ -87,7 +87,9 @@ class Recall:
 
 
 def _take(found: dict[_Key, list[Line]], request: RolloutRequest) -> Rollout | None:
-    lines = found.get(_key(request))
+    task, whole, batch, *place = _key(request)
+    # Earlier versions recorded no batch: then all batches of one step's weights were told apart by their tasks.
+    lines = found.get((task, whole, batch, *place)) or found.get((task, whole, None, *place))
     if not lines:
         return None
     line = lines.pop()

@@ -151,7 +151,7 @@ def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: st
 
     Args:
         rollout: The rollout.
-        step: Optimizer step whose weights sampled it.
+        step: Optimizer step whose weights it began with.
         mode: `"train"`, `"eval"` or `"rollout"`.
         weight_version: The version that the policy server held, for a rollout without records of its model calls.
     """

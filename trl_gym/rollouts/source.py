@@ -21,7 +21,7 @@ import dataclasses
 import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -209,7 +209,7 @@ _NEEDED = (  # a journal of an earlier trl-gym lacks some of them
 )
 
 
-_Group = dict[int, Line]  # the rollouts of a recorded group: where the line of each member stands
+_Group = list[Line]  # where the lines of a recorded group stand that count, those with a reward first
 
 
 class JournalSource:
@@ -239,9 +239,7 @@ class JournalSource:
             ConfigError: An id is not in its vocabulary, so another model sampled it.
         """
         config = accelerator.unwrap_model(model).config.get_text_config()
-        largest = max(
-            line.record["largest_id"] for groups in self._groups.values() for own in groups for line in own.values()
-        )
+        largest = max(line.record["largest_id"] for groups in self._groups.values() for own in groups for line in own)
         if largest >= config.vocab_size:
             raise ConfigError(
                 f"`gym_replay` is {str(self.folder)!r}, and a rollout in it has the token id {largest}, which is not "
@@ -326,15 +324,15 @@ class JournalSource:
                 f"{request.task_index} ({question}).",
                 "Train on the dataset that was rolled out, or roll this one out: `trl-gym rollout --dataset FILE …`.",
             )
-        members = groups[epoch % len(groups)]
-        if request.member not in members:
+        recorded = groups[epoch % len(groups)]
+        if request.member >= len(recorded):  # by rank: of an over-sampled group members were cancelled, and others not
             largest = max(map(len, groups))
             raise ConfigError(
                 f"`gym_replay` is {str(self.folder)!r}, and its rollouts of the task with index {request.task_index} "
                 f"are in groups of at most {largest}; `num_generations` is above that.",
                 f"Set `num_generations` to {largest} or less.",
             )
-        return members[request.member]
+        return recorded[request.member]
 
 
 def check_replay(args: GymGRPOConfig, *, has_servers: bool) -> None:
@@ -373,7 +371,7 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
     Groups of which members are missing (the run was interrupted) come last, so that they are used only where nothing
     else is there.
     """
-    groups: defaultdict[str, dict[Hashable, _Group]] = defaultdict(dict)
+    found: defaultdict[str, dict[_Place, dict[int, Line]]] = defaultdict(dict)
     lines, attempts = [], []
     for line in read_lines(folder):
         record = line.record
@@ -385,11 +383,11 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
                 f"{', '.join(missing)}); it can be viewed and not trained on.",
                 "Roll the tasks out again with this version.",
             )
-        group = record.get("run"), record.get("weights"), record["step"], record["group"], record.get("dataset")
-        place = record["task_hash"], group, record["member"]
+        batch = record.get("run"), record.get("batch"), record["group"], record.get("dataset")
+        place = record["task_hash"], (batch, (record.get("weights"), record["step"])), record["member"]
         attempts.append(Attempt.of(record, place))
         has_ids = bool(record["completion_ids"])
-        kept = {"place": place, "has_ids": has_ids}
+        kept = {"place": place, "has_ids": has_ids, "has_failed": record["failure"] is not None}
         kept["largest_id"] = max(
             (max((*row["prompt_ids"], *row["completion_ids"]), default=0) for row in recorded_rows(record)), default=0
         )
@@ -405,8 +403,32 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
     for line, state in zip(lines, states, strict=True):
         if state is LineState.COUNTED:
             task, group, member = line.record["place"]
-            groups[task].setdefault(group, {})[member] = line
-    return {task: sorted(recorded.values(), key=len, reverse=True) for task, recorded in groups.items()}
+            found[task].setdefault(group, {})[member] = line
+    return {task: _ordered(_joined(recorded)) for task, recorded in found.items()}
+
+
+_Place = tuple[tuple[Any, ...], tuple[Any, ...]]  # a group in a run, and the policy that it began with
+
+
+def _joined(recorded: Mapping[_Place, dict[int, Line]]) -> list[dict[int, Line]]:
+    """Join what began with several policies and is one group all the same: other members of it were lost with the
+    policy server, and ran again when there were newer weights. A group that was sampled twice has a member twice."""
+    by_group: defaultdict[Any, list[dict[int, Line]]] = defaultdict(list)
+    for (batch, policy), members in recorded.items():
+        others = by_group[batch, policy if batch[1] is None else None]  # earlier versions recorded no batch
+        if others and others[-1].keys().isdisjoint(members):
+            others[-1] |= members
+        else:
+            others.append(dict(members))
+    return [members for own in by_group.values() for members in own]
+
+
+def _ordered(groups: Sequence[Mapping[int, Line]]) -> list[_Group]:
+    """Return the groups, the largest first, each by member and with its failures last."""
+    return [
+        [members[member] for member in sorted(members, key=lambda one: (members[one].record["has_failed"], one))]
+        for members in sorted(groups, key=len, reverse=True)
+    ]
 
 
 # -- what happens to each rollout as it ends --------------------------------------------------------------------------

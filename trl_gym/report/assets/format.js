@@ -66,12 +66,13 @@ function outcome(i) {
   const drift = run.get("drift", i);
   const state = run.get("state", i);
   const marks = [];
-  if (failure) marks.push([failure, "bad", `failed: ${failure}`]);
+  if (state === "cancelled") marks.push([state, "note", STATES[state]]);
+  else if (failure) marks.push([failure, "bad", `failed: ${failure}`]);
   if (drift) marks.push(["drift", "warn", `drift: ${drift}`]);
   if (run.isTruncated(i)) marks.push(["truncated", "warn", `truncated: ${run.get("finish", i)}`]);
   const errors = run.columns.tool_errors[i];
   if (errors) marks.push([plural(errors, "tool error"), "note", "tool results that say that the call failed"]);
-  if (state !== "counted" && state !== failure) marks.push([state, "note", STATES[state]]);
+  if (!["counted", "cancelled"].includes(state)) marks.push([state, "note", STATES[state]]);
   return marks;
 }
 
@@ -79,7 +80,7 @@ const STATES = {
   counted: "counted in the numbers per step",
   retried: "failed and tried again under a new id; not counted",
   lost: "the policy server was lost as it ended; tried again under a new id; not counted",
-  cancelled: "given up with its batch; not counted",
+  cancelled: "ended early: its group had enough or was too stale, or its batch was given up; not counted",
   superseded: "the rollout, or its step, was sampled again later; not counted",
 };
 
@@ -88,7 +89,7 @@ const KINDS = {
   deadline: "took longer than its deadline",
   environment: "tool, verifier or agent raised, or the answer has no usable reward",
   policy: "nothing to train on: no sampled token, or excluded for drift",
-  cancelled: "the collection ended while it ran; never trained, never retried",
+  cancelled: "ended early, alone or with its batch; never trained, never retried",
 };
 
 function badges(i) {
@@ -99,6 +100,8 @@ function badges(i) {
 function rewardChip(i, href = null) {
   const reward = run.columns.reward[i];
   const failure = run.get("failure", i);
+  if (run.get("state", i) === "cancelled")
+    return el(href ? "a" : "span", { class: "chip uncounted", title: STATES.cancelled, href }, NONE);
   if (reward === null) {
     const text = failure ? "fail" : NONE;
     return el(

@@ -50,12 +50,12 @@ function facts() {
     [
       "rollouts",
       num(rollouts),
-      other ? `and ${num(other)} lines that are not counted (tried again, given up, superseded)` : "",
+      other ? `and ${num(other)} lines that are not counted (tried again, ended early, superseded)` : "",
     ],
     [
       Math.min(...steps) === Math.max(...steps) ? "step" : "steps",
       [...new Set([Math.min(...steps), Math.max(...steps)])].map((step) => num(step)).join("–"),
-      "optimizer steps whose weights sampled",
+      "optimizer steps with whose weights rollouts began",
     ],
     ["environments", num(run.agents.length), run.agents.join("\n")],
     ["failed", share(failed, rollouts), plural(failed, "rollout")],

@@ -116,6 +116,7 @@ function headline(i) {
 function sidebar(i) {
   const get = (name) => run.columns[name][i];
   const total = run.tokens(i);
+  const isLate = get("trained") !== null && get("trained") !== get("step");
   const rows = [
     ["prompt", total && plural(get("prompt_tokens"), "token")],
     ["environment", total && plural(get("environment_tokens"), "token")],
@@ -130,6 +131,9 @@ function sidebar(i) {
     ["finish", run.get("finish", i)],
     ["success", get("success") === null ? null : num(get("success"))],
     ["weights", run.get("version", i)],
+    ["began with", isLate ? `weights of step ${num(get("step"))}` : null],
+    ["trained in", isLate ? `step ${num(get("trained"))}` : null],
+    ["batch", get("batch") === null ? null : String(get("batch"))],
     ["attempt", num(get("attempt") + 1)],
     ["ended", get("time") ? new Date(get("time") * 1000).toISOString().slice(0, 19).replace("T", " ") + " UTC" : null],
     ["id", el("code", {}, get("rollout_id"))],

@@ -15,9 +15,9 @@ function stepColumns(withAgent) {
   const get = (name) => (s) => s[name];
   const decimal = (name, decimals) => (s) => fixed(s[name], decimals);
   const reward = (s) => el("b", { title: String(s.reward) }, fixed(s.reward, 4));
-  const others = "lines that are not counted: tried again, given up, superseded";
+  const others = "lines that are not counted: tried again, ended early, superseded";
   return [
-    numbers("step", "step", "44px", get("step"), undefined, "optimizer step whose weights sampled"),
+    numbers("step", "step", "44px", get("step"), undefined, "optimizer step with whose weights rollouts began"),
     words("set", "set", "minmax(76px, 110px)", set, (s) => [el("i", { class: `dot ${s.mode}` }), set(s)]),
     withAgent && words("env", "environment", "minmax(150px, 3fr)", get("agent")),
     numbers("rollouts", "rollouts", track(62), get("rollouts")),
