@@ -239,6 +239,13 @@ def test_further_tasks_are_those_of_the_seed_and_the_batch_and_chosen_again() ->
     assert tasks_of(batch.groups) == [task + 100 for task, _ in asked[2:]]
 
 
+def test_evaluations_are_not_refilled() -> None:
+    source = Source(teaching())
+    info = BatchInfo(run="r", step=0, mode="eval")
+    batch = batches(source).evaluate([example(task) for task in (0, 0, 1, 1)], 2, number=1, info=info)
+    assert (tasks_of(batch.groups), batch.replaced, len(source.asked)) == ([0, 1], [], 1)
+
+
 # -- ranks ------------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +350,26 @@ def test_with_overlap_as_many_stay_in_flight_and_every_planned_task_is_taken_onc
     )
     places = [(group.ended.task.batch, group.ended.task.index) for b in trained for group in (*b.groups, *b.replaced)]
     assert len(set(places)) == len(places)
+
+
+def test_groups_that_replace_others_are_not_late_at_first() -> None:
+    """Two batches may be ahead, and one is, as long as no group is waited for longer than that."""
+
+    def num_ahead(order: Callable[[list[TaskGroup]], list[TaskGroup]]) -> list[int]:
+        source = Source(lambda task: EQUAL if task < 10 else SPREAD, order=order)
+        made = batches(source, num_rounds=1, num_ahead=1, most_ahead=2)
+        for number in range(3):
+            train(made, [2 * number, 2 * number + 1], number, lambda other: [2 * other, 2 * other + 1])
+        first = [tasks for tasks, _, info in source.asked if info.is_first]
+        return [len(tasks) // 2 for tasks in first]  # the batch itself, and those ahead
+
+    assert num_ahead(lambda groups: groups) == [2, 1, 1]
+    # The two groups that replace those of the first batch end last: in the third batch they are late.
+    assert num_ahead(lambda groups: sorted(groups, key=lambda group: group.batch == 0 and group.index > 1)) == [
+        2,
+        1,
+        2,
+    ]
 
 
 def test_what_is_in_flight_is_not_drawn_again() -> None:

@@ -48,6 +48,12 @@ def test_a_curriculum_chooses_the_task_of_a_whole_group(
     assert len({request.rollout_id for request in requests}) == 3 * NUM_MEMBERS
 
 
+def test_reward_functions_and_refilled_groups_are_refused_before_anything_starts(model: Path, tmp_path: Path) -> None:
+    case = Case(name="refill", failed=(), options={"gym_refill_rounds": 2})
+    with pytest.raises(ConfigError, match="There are 1 `reward_funcs`, and groups are judged before these are called"):
+        make_trainer(model, case, tmp_path, reward_funcs=lambda prompts, **_: [0.0] * len(prompts))
+
+
 class WithoutCalls(PreparedTrainer):
     def build_trajectories(self, answer: Any, request: Any) -> Any:  # type: ignore[override]
         return []

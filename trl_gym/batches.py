@@ -195,7 +195,10 @@ class Batches:
         with agreed(self._accelerator, self._gather):
             groups = [self._planned_again(saved) for saved in self._restored]
             self._restored = []
-            late = sum(group.batch < number for group in (*groups, *self._source.in_flight))
+            # A group that took the place of another in a batch began with those of the next one.
+            num_planned = per_batch * self._accelerator.num_processes
+            begun = (*groups, *self._source.in_flight)
+            late = sum(group.batch + (group.index >= num_planned) < number for group in begun)
             num_ahead = min(self._num_ahead + math.ceil(late / per_batch), self._most_ahead)
             groups += self._planned(examples, num_members, number)
             later_steps: list[int] = []

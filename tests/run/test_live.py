@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.policy_server.client import PolicyResponseError
 from trl_gym.policy_server.middleware.identity import UntaggedCalls
+from trl_gym.rollouts.source import BatchInfo
 from trl_gym.run.live import LiveSource
 
 
@@ -79,3 +81,27 @@ def test_a_server_without_metrics_ends_no_batch(tmp_path: Path) -> None:
     assert look.untagged.others == 9 and look.engine.values == {}
     client.prometheus = lambda: ["vllm:num_preemptions_total 3.0"]
     assert list(live._look().engine.values.values()) == [3.0]
+
+
+def test_metrics_of_a_batch_are_over_all_of_its_rounds(tmp_path: Path) -> None:
+    """The engine's counter goes up by one with every look; between two batches without overlap others may count."""
+    numbers, kept, text = iter(range(99)), list[bool](), "vllm:num_preemptions_total {}.0"
+    client = SimpleNamespace(untagged_calls=UntaggedCalls, prometheus=lambda: [text.format(next(numbers))])
+    live = source(tmp_path, policy=SimpleNamespace(client=client), owns_gym=True, num_restarts=0)
+
+    def sampling(push: Any, *, again: bool) -> Any:
+        kept.append(again)
+        return contextlib.nullcontext()
+
+    live._accelerator, live._hooks = Accelerator(cpu=True), SimpleNamespace(push=None)
+    live._collector = live._journal = SimpleNamespace(commit=lambda: None)
+    live._weights = SimpleNamespace(sampling=sampling)
+    live._queue = SimpleNamespace(collect=lambda *_, **__: [])
+    rounds = [(True, False), (False, False), (False, True), (True, True)]
+    found = [
+        live.collect([], 0, BatchInfo(run="r", step=0, mode="train", is_first=first, is_last=last)).metrics
+        for first, last in rounds
+    ]
+    assert [metrics["engine/preemptions"] for metrics in found] == [[1.0], [2.0], [3.0], [1.0]]
+    # A server that sleeps keeps its weights while more rounds may come.
+    assert kept == [True, True, False, False]
