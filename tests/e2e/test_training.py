@@ -19,6 +19,7 @@ from trl_gym import GymGRPOTrainer, GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import RolloutError
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.rollout import Rollout
+from trl_gym.rollouts.source import JournalSource
 from trl_gym.rollouts.trajectory import finish_reason
 
 pytestmark = [pytest.mark.e2e, pytest.mark.shares("small")]
@@ -252,6 +253,44 @@ def test_a_subclass_with_an_extra_reward_and_an_adapter(
     trainer.close()
     policy.check()  # borrowed servers run on
     gym.check()
+
+
+def test_the_first_of_each_group_are_trained_and_the_others_are_no_failures(
+    small_policy: Path, policy: PolicyServer, gym: GymServers, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Two further members of each group of eight, while the next batch's rollouts run."""
+    trainer = RecordingTrainer(
+        model=str(small_policy),
+        args=config(tmp_path, max_steps=3, eval_strategy="no", gym_max_staleness=1, gym_oversample=2),
+        train_dataset=load_gym_dataset(data[0]),
+        policy_server=policy,
+        gym_servers=gym,
+    )
+    trainer.train()
+    lines = defaultdict(list)
+    for line in read_journal(tmp_path / "rollouts"):
+        lines[line["batch"], line["group"]].append(line)
+    recorded = JournalSource(tmp_path / "rollouts")._groups
+    for batch in trainer.seen:
+        groups = defaultdict(list)
+        for rollout in batch["rollouts"]:
+            groups[rollout.request.batch, rollout.request.group].append(rollout)
+        assert {len(own) for own in groups.values()} == {8}
+        for key, own in groups.items():
+            assert all(rollout.reward is not None for rollout in own)
+            trained = {rollout.request.rollout_id for rollout in own}
+            others = [line for line in lines[key] if line["rollout_id"] not in trained]
+            assert len(lines[key]) == 10 and {line["member"] for line in lines[key]} == set(range(10))
+            assert all(line["failure"] is None or line["failure"]["kind"] == "cancelled" for line in others)
+            assert {len(own) for own in recorded[lines[key][0]["task_hash"]]} <= {8, 9, 10}
+    for line in (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        assert line["rollouts/count"] == 64 and line["rollouts/failed_fraction"] == 0
+        assert line["oversample/cancelled_fraction"] == pytest.approx(0.2)
+        assert line["oversample/failed_fraction"] == 0
+        assert line["oversample/kept/reward_mean"] == pytest.approx(line["rollouts/reward"])
+        assert line["oversample/kept/tokens_mean"] == pytest.approx(line["rollouts/tokens_out"])
+        assert 0 <= line["oversample/wasted_tokens_fraction"] < 0.5
+    trainer.close()
 
 
 def test_rollouts_without_a_reward_move_nothing(
