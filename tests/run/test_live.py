@@ -105,3 +105,23 @@ def test_metrics_of_a_batch_are_over_all_of_its_rounds(tmp_path: Path) -> None:
     assert [metrics["engine/preemptions"] for metrics in found] == [[1.0], [2.0], [3.0], [1.0]]
     # A server that sleeps keeps its weights while more rounds may come.
     assert kept == [True, True, False, False]
+
+
+def test_a_sync_that_finds_the_server_dead_gives_up_what_was_in_flight(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Weights:
+        num_recoveries = 0
+
+        def push(self, model: Any, step: int) -> Any:
+            self.num_recoveries += step == 2
+            return SimpleNamespace(fingerprint=f"w{step}", num_bytes=1, seconds={}, probe=None)
+
+    live = source(tmp_path)
+    given_up: list[int] = []  # the step of the weights that what is given up began with, at most
+    live._weights = Weights()  # type: ignore[assignment]
+    live._queue = SimpleNamespace(give_up_lost=lambda: given_up.append(live._step) or 3)  # type: ignore[assignment]
+    for step in (1, 2, 3):
+        live.push_weights(SimpleNamespace(), step)  # type: ignore[arg-type]
+    assert given_up == [1] and live._step == 3
+    assert caplog.text.count("3 of this rank's rollouts are lost with the policy server and will run again") == 1

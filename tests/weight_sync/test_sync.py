@@ -128,6 +128,26 @@ def test_a_failed_sync_never_resumes_the_server(tmp_path: Path, step: str) -> No
     assert "resume" not in server.calls
 
 
+def test_an_update_that_ctrl_c_cut_short_is_ended_by_the_next_push(tmp_path: Path) -> None:
+    server = RecordingServer()
+    sync = sync_with(server, tmp_path)
+    sync.push(other_policy(), 0)
+
+    def interrupted(info: dict[str, str]) -> None:
+        raise KeyboardInterrupt
+
+    server.update_weights = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        sync.push(other_policy(), 1)
+    del server.update_weights
+    server.calls.clear()
+    sync.push(other_policy(), 2)
+    assert server.calls[:3] == ["abandon_weight_update", "pause", "start_weight_update"]
+    server.calls.clear()
+    sync.push(other_policy(), 3)
+    assert "abandon_weight_update" not in server.calls and server.version == "3"
+
+
 @pytest.mark.parametrize("mode", ["wait", "keep"])
 def test_calls_that_do_not_end_in_time_are_named(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def pause(self: RecordingServer, mode: str) -> None:
