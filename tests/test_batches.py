@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from tests.rollouts.recorded import request, rollout
 from tests.test_ranks import on_ranks
 from trl_gym.batches import Batches, GenerationBatch, Refill, RewardedGroup, group_parts
-from trl_gym.errors import FailureKind, RolloutError, RolloutFailure
+from trl_gym.errors import ConfigError, FailureKind, RolloutError, RolloutFailure
 from trl_gym.resume import QueueState
 from trl_gym.rollouts.queue import EndedGroup, TaskGroup
 from trl_gym.rollouts.request import RolloutRequest
+from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.source import BatchInfo, Collected
 
@@ -83,6 +84,7 @@ def batches(
         "choose": lambda example, group: example,
         "plan": plan,
         "reward": lambda rollouts: [one.reward for one in rollouts],
+        "options": {"gym_max_staleness": 2, "num_generations": 2},
         "refill": Refill(dataset=data, num_rounds=num_rounds, min_group_size=2, seed=1) if num_rounds else None,
     }
     process: Any = SimpleNamespace(process_index=rank, num_processes=num_ranks)
@@ -222,7 +224,6 @@ def test_further_tasks_are_those_of_the_seed_and_the_batch_and_chosen_again() ->
         source = Source(teaching())
         data = [example(task) for task in range(100)]
         made = batches(source, refill=Refill(dataset=data, num_rounds=2, min_group_size=2, seed=seed))
-        made.restore(QueueState(num_planned=number))
         train(made, [0, 1], number)
         return [task for tasks, _, _ in source.asked[1:] for task in tasks]
 
@@ -391,6 +392,29 @@ def test_a_resumed_run_rolls_the_further_groups_in_flight_out_again() -> None:
     batch = train(resumed, [2, 3], 1)
     assert again.asked[0][0] == further == tasks_of(batch.groups)
     assert [(group.ended.task.batch, group.ended.task.index) for group in batch.groups] == [(0, 2), (0, 3)]
+
+
+def in_flight_of_another(**options: int) -> QueueState:
+    saved = {"example": example(2), "batch": 1, "group": 0, "members": [0, 1], "begun": ("run", 6, "w6")}
+    return QueueState(num_planned=2, groups=[saved], options={"gym_max_staleness": 2, "num_generations": 2} | options)
+
+
+def test_groups_in_flight_fit_no_other_batches_and_those_that_may_become_too_old_begin_anew() -> None:
+    source = Source(teaching())
+    made = batches(source, num_rounds=0)
+    with pytest.raises(ConfigError, match="`num_generations` is 2 and was 4"):
+        made.restore(in_flight_of_another(num_generations=4))
+    for before, begun in ((1, Policy("run", 6, "w6")), (2, Policy("run", 6, "w6")), (3, None)):
+        made.restore(in_flight_of_another(gym_max_staleness=before))
+        assert made._planned_again(made._restored[0]).begun == begun
+
+
+def test_a_run_without_groups_in_flight_goes_on_with_other_batches() -> None:
+    """Batches are numbered by their length: those that are planned next may have had their numbers before."""
+    source = Source(teaching())
+    made = batches(source, num_rounds=0)
+    made.restore(QueueState(num_planned=10, options={"gym_max_staleness": 0, "steps_per_generation": 2}))
+    assert tasks_of(train(made, [0, 1], 5).groups) == [0, 1]
 
 
 # -- group_parts ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from accelerate import Accelerator
 
 from trl_gym.errors import ConfigError
 from trl_gym.resume import (
+    QueueState,
     RunState,
     last_complete_checkpoint,
     load_state,
+    require_plain_tasks,
     restored,
     save_state,
 )
@@ -135,3 +138,21 @@ def test_a_fingerprint_sees_every_bit_and_every_name(dtype: torch.dtype) -> None
         assert fingerprint(changed, accelerator) != expected
     renamed = torch.nn.ModuleDict({"a": model()[0], "b": model()[1]})
     assert fingerprint(renamed, accelerator) != expected
+
+
+def test_groups_in_flight_are_read_back_and_fit_no_other_number_of_ranks(tmp_path: Path) -> None:
+    saved = {"example": {"prompt": "?"}, "batch": 4, "group": 1, "members": [0, 1], "begun": ("r", 3, "abc")}
+    queue = QueueState(num_planned=5, options={"num_generations": 2}, groups=[saved])
+    save_state(tmp_path, 0, RunState(run="r", num_micro_steps=4, num_ranks=2, buffered=None, queue=queue))
+    own = load_state(tmp_path, 0)
+    assert own is not None and own.queue == queue
+    numbers = {"run": "x", "num_micro_steps": 4, "generate_every": 2}
+    assert restored("c", own, [2, 2], **numbers) == own
+    with pytest.raises(ConfigError, match="written by 2 ranks with groups of rollouts in flight"):
+        restored("c", own, [2], **numbers)
+
+
+def test_tasks_that_no_checkpoint_can_hold_are_refused() -> None:
+    require_plain_tasks([{"prompt": [{"role": "user"}], "weight": 0.5, "ids": torch.arange(2), "none": None}])
+    with pytest.raises(ConfigError, match=r"a column of the dataset has .*datetime"):
+        require_plain_tasks({"prompt": "?", "when": datetime.datetime(2026, 1, 1)})

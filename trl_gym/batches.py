@@ -17,16 +17,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trl_gym.dataset import gym_row
+from trl_gym.errors import ConfigError, naming
 from trl_gym.ranks import Gather, agreed
 from trl_gym.resume import QueueState
+from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.queue import EndedGroup, TaskGroup
-from trl_gym.rollouts.request import task_hash
+from trl_gym.rollouts.request import RolloutRequest, stamp, task_hash
 from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.source import BatchInfo, RolloutSource
@@ -35,6 +38,12 @@ from trl_gym.rollouts.tasks import further_tasks, own_share
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_STALENESS = "gym_max_staleness"
+BATCH_OPTIONS = (
+    _STALENESS,
+    *("num_generations", "per_device_train_batch_size", "steps_per_generation", "num_iterations"),
+    "gradient_accumulation_steps",
+)
 _EQUAL = 1e-8  # rewards that are no further apart are the same
 
 Example = dict[str, Any]
@@ -141,6 +150,7 @@ class Batches:
         source: Where rollouts come from.
         num_ahead: Generation batches of training that are begun beside the one that is trained next.
         most_ahead: How many may be, to make up for groups of earlier batches that have not ended.
+        options: `gym_max_staleness`, and the options that say what a batch is, by name.
         choose: Returns the example that a group rolls out, given the one whose turn it is and the group's index.
         plan: See `Plan`.
         reward: Returns the rewards of rollouts, checked.
@@ -155,6 +165,7 @@ class Batches:
         *,
         num_ahead: int = 0,
         most_ahead: int = 0,
+        options: Mapping[str, int],
         choose: Callable[[Example, int], Example],
         plan: Plan,
         reward: Callable[[Sequence[Rollout]], list[float | None]],
@@ -162,7 +173,7 @@ class Batches:
         gather: Gather | None = None,
     ) -> None:
         self._accelerator, self._source = accelerator, source
-        self._num_ahead, self._most_ahead = num_ahead, most_ahead
+        self._num_ahead, self._most_ahead, self._options = num_ahead, most_ahead, dict(options)
         self._choose, self._plan, self._reward = choose, plan, reward
         self._refill, self._gather = refill, gather or _gather
         self._num_planned = 0  # generation batches of training that are planned, in the run
@@ -218,6 +229,7 @@ class Batches:
         """Return what a checkpoint needs: the groups that are in flight."""
         return QueueState(
             num_planned=self._num_planned,
+            options=self._options,
             groups=self._restored
             + [
                 {
@@ -233,8 +245,28 @@ class Batches:
 
     def restore(self, state: QueueState) -> None:
         """Continue with the groups that were in flight when a checkpoint was written; what they had finished is in the
-        journal."""
+        journal.
+
+        Raises:
+            ConfigError: There are some, and options that say what a batch is have changed.
+        """
+        self._num_planned, self._restored = 0, []
+        if not state.groups:  # all that was planned is trained
+            return
+        changed = [
+            f"`{name}` is {self._options.get(name)} and was {value}"
+            for name, value in state.options.items()
+            if name != _STALENESS and self._options.get(name) != value
+        ]
+        if changed:
+            raise ConfigError(
+                f"The checkpoint has {len(state.groups)} groups of rollouts in flight (`{_STALENESS}`), which fit no "
+                f"other batches: {', '.join(changed)}.",
+                "Resume with the former values.",
+            )
         self._num_planned, self._restored = state.num_planned, list(state.groups)
+        if self._options[_STALENESS] < state.options[_STALENESS]:  # they may be too old when their turn comes
+            self._restored = [saved | {"begun": None} for saved in state.groups]
 
     def _planned_again(self, saved: dict[str, Any]) -> TaskGroup:
         group = self._plan(saved["example"], batch=saved["batch"], group=saved["group"], members=saved["members"])
@@ -362,6 +394,61 @@ def _gather(items: list[Any]) -> list[Any]:
     from accelerate.utils import gather_object
 
     return gather_object(items)
+
+
+def plan_group(
+    example: Example,
+    name: str,
+    *,
+    batch: int,
+    group: int,
+    members: Sequence[int],
+    num_wanted: int,
+    agent_of: Callable[[Mapping[str, Any]], str],
+    build: Callable[[dict[str, Any], RolloutRequest], dict[str, Any]],
+    sampling: Sampling,
+    completion_budget: int,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> TaskGroup:
+    """Make the requests of a group.
+
+    Args:
+        example: Of the dataset.
+        name: The group's, unique over all ranks and processes; names of rollouts begin with it.
+        batch, group: See `Plan`.
+        members: Indices of its members, those that are wanted first.
+        num_wanted: See `TaskGroup`.
+        agent_of: Returns the agent of a row.
+        build: Returns what is posted for a row; gets the request with the stamped one.
+        sampling, completion_budget, chat_template_kwargs: See `request.stamp`.
+
+    Raises:
+        DatasetError: The row cannot be sent.
+        TrlGymError: `build` is wrong.
+    """
+    requests = []
+    for member in members:
+        row = gym_row(example)
+        identity: dict[str, Any] = {
+            "rollout_id": f"{name}-m{member}-a0",
+            "task_index": int(example.get("task_index", group)),
+            "member": member,
+        }
+        stamped = stamp(
+            row,
+            **identity,
+            sampling=sampling,
+            completion_budget=completion_budget,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        place: dict[str, Any] = {"batch": batch, "group": group, "attempt": 0}
+        request = RolloutRequest(**identity, **place, agent=agent_of(row), row=stamped)
+        with naming("build_request", request.described):
+            own = build(row, request)
+            if own is not stamped:
+                json.dumps(own)  # it has to be one that can be sent
+        requests.append(dataclasses.replace(request, row=own))
+    return TaskGroup(batch=batch, index=group, example=example, requests=tuple(requests), num_wanted=num_wanted)
 
 
 def group_parts(num_examples: int, num_members: int, *, rank: int) -> list[tuple[int, int, list[int]]]:

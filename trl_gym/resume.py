@@ -50,6 +50,7 @@ class QueueState:
     """Groups of rollouts that are in flight on a rank."""
 
     num_planned: int = 0  # generation batches whose tasks have been drawn, in the run
+    options: dict[str, int] = field(default_factory=dict)  # that say what a batch is, and how stale it may become
     # By age, and as plain data: `example`, `batch`, `group`, `members`, and `begun`, the policy that it began with.
     groups: list[dict[str, Any]] = field(default_factory=list)
 
@@ -85,14 +86,22 @@ def save_state(folder: str | Path, rank: int, state: RunState) -> None:
     os.replace(beside, path)
 
 
-def _require_plain(state: RunState) -> None:
-    """Refuse what could not be read back: a checkpoint holds no code."""
-    if (problem := _plain_problem(state.queue.groups)) is not None:
+def require_plain_tasks(tasks: Any) -> None:
+    """Check that a checkpoint can hold examples of the dataset: it holds no code.
+
+    Raises:
+        ConfigError: It could not be read back.
+    """
+    if (problem := _plain_problem(tasks)) is not None:
         raise ConfigError(
             "A checkpoint cannot hold the tasks that are in flight (`gym_max_staleness`): a column of the dataset has "
             f"other values than text, numbers, lists, mappings and tensors ({problem}).",
             "Remove the column, or store it as text.",
         )
+
+
+def _require_plain(state: RunState) -> None:
+    require_plain_tasks(state.queue.groups)
     problem = _plain_problem(state.user) if isinstance(state.user, dict | None) else f"{type(state.user)}"
     if problem is not None:
         raise ConfigError(

@@ -12,8 +12,6 @@ TRL's loop is not touched, and no method of it is copied. The overrides call TRL
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import os
 import uuid
@@ -28,11 +26,10 @@ from transformers import PreTrainedModel
 from trl_gym import compat
 from trl_gym import ranks as rank_agreement
 from trl_gym.accounting import Accounting
-from trl_gym.batches import Batches, GenerationBatch, Refill
+from trl_gym.batches import BATCH_OPTIONS, Batches, GenerationBatch, Refill, plan_group
 from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig, checked_args
 from trl_gym.config_checks import check_refill
-from trl_gym.dataset import gym_row
 from trl_gym.errors import naming
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.offload import measured_peak
@@ -48,6 +45,7 @@ from trl_gym.resume import (
     draw_orders,
     last_complete_checkpoint,
     load_state,
+    require_plain_tasks,
     restored,
     save_state,
 )
@@ -58,7 +56,7 @@ from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
 from trl_gym.rollouts.metrics import oversample_metrics
 from trl_gym.rollouts.padding import TOKEN_WEIGHT, Results, compute_rows
 from trl_gym.rollouts.queue import TaskGroup
-from trl_gym.rollouts.request import RolloutRequest, stamp
+from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts, conversation
 from trl_gym.rollouts.rows import joined, training_rows, weighted
 from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_build, check_replay
@@ -190,6 +188,7 @@ class GymGRPOTrainer(GRPOTrainer):
                 self._source,
                 num_ahead=min(args.gym_batches_ahead, args.most_batches_ahead),
                 most_ahead=args.most_batches_ahead,
+                options={name: getattr(args, name) for name in BATCH_OPTIONS},
                 choose=self._choose,
                 plan=self._plan,
                 reward=self._rewards,
@@ -307,8 +306,8 @@ class GymGRPOTrainer(GRPOTrainer):
             with rank_agreement.explained(*ranks, lambda: f"in step {self.state.global_step}"):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._source.abandon()
             self._progress.stop()  # also when a notebook's cell is interrupted
+            self._source.abandon()
 
     def close(self) -> None:
         """Stop what the trainer started; servers that were passed in keep running. Also done at interpreter exit."""
@@ -489,35 +488,20 @@ class GymGRPOTrainer(GRPOTrainer):
 
     def _plan(self, example: dict[str, Any], *, batch: int, group: int, members: Sequence[int]) -> TaskGroup:
         """Make the requests of a group; see `batches.Plan`."""
-        prefix = f"{self._run_id}-{self._mode}{self.state.global_step}-b{batch}-g{group}"
         num_further = self.args.gym_oversample if self._mode == "train" else 0
-        wanted_and_further = (*members, *range(self.num_generations, self.num_generations + num_further))
-        requests = [
-            self._request(example, prefix, batch=batch, group=group, member=member) for member in wanted_and_further
-        ]
-        return TaskGroup(batch=batch, index=group, example=example, requests=tuple(requests), num_wanted=len(members))
-
-    def _request(self, example: dict[str, Any], prefix: str, *, batch: int, group: int, member: int) -> RolloutRequest:
-        row = gym_row(example)
-        identity: dict[str, Any] = {
-            "rollout_id": f"{prefix}-m{member}-a0",
-            "task_index": int(example.get("task_index", group)),
-            "member": member,
-        }
-        stamped = stamp(
-            row,
-            **identity,
+        return plan_group(
+            example,
+            f"{self._run_id}-{self._mode}{self.state.global_step}-b{batch}-g{group}",
+            batch=batch,
+            group=group,
+            members=(*members, *range(self.num_generations, self.num_generations + num_further)),
+            num_wanted=len(members),
+            agent_of=self._source.agent_of,
+            build=self.build_request,
             sampling=self._sampling,
             completion_budget=self.max_completion_length,
             chat_template_kwargs=self.chat_template_kwargs,
         )
-        agent = self._source.agent_of(row)
-        request = RolloutRequest(**identity, batch=batch, group=group, attempt=0, agent=agent, row=stamped)
-        with naming("build_request", request.described):
-            own = self.build_request(row, request)
-            if own is not stamped:
-                json.dumps(own)  # it has to be one that can be sent
-        return dataclasses.replace(request, row=own)
 
     def _refill(self) -> Refill | None:
         if self.args.gym_refill_rounds == 0:
@@ -611,7 +595,8 @@ class GymGRPOTrainer(GRPOTrainer):
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         num_rollouts = len(dataset) * self.num_generations_eval if hasattr(dataset, "__len__") else None
         if self.args.gym_eval_overlap == "drain":
-            self._source.drain()
+            with self._clock.phase("rollouts"):
+                self._source.drain()
         step, has_table = self.state.global_step, self.log_completions and self.accelerator.is_main_process
         # A completions table of its own: TRL would mix its rows with training's.
         training, self._logs = self._logs, emptied(self._logs)
@@ -683,6 +668,8 @@ class GymGRPOTrainer(GRPOTrainer):
         else:
             self._step += -self._step % self._generate_every
             self._batches.restore(QueueState())
+        if self.args.gym_max_staleness and self.args.save_strategy != "no" and hasattr(self.train_dataset, "__len__"):
+            require_plain_tasks(self.train_dataset[0])  # not hours later, at the first checkpoint
 
     def _restore(self) -> None:
         """Put back what transformers does not restore, before anything is sampled."""
@@ -698,7 +685,8 @@ class GymGRPOTrainer(GRPOTrainer):
             generate_every=self._generate_every,
         )
         self._run, self._step, self._buffered_inputs = state.run, state.num_micro_steps, state.buffered
-        self._batches.restore(state.queue)
+        with agreed(self.accelerator):
+            self._batches.restore(state.queue)
         self._restore_user(own)
         if self._train_sampler is not None:
             draw_orders(self._train_sampler, int(self.state.epoch or 0))

@@ -82,9 +82,9 @@ def test_they_roll_out_through_the_trainer(tmp_path: Path, venv: str, policy: Po
         policy_server=policy,
         train_dataset=load_gym_dataset(example_rows(tmp_path / "two.jsonl", installation, TRAINED, 2)),
     ) as trainer:
-        _, trainer._requests = trainer._plan([example for example in every for _ in range(2)])
         trainer._push_weights()  # as TRL does
-        rows = trainer._roll_out()
+        trainer._settle(trainer._next_batch([example for example in every for _ in range(2)]))
+        rows = trainer._columns
         rollouts = trainer._accounting.rollouts
         assert [(r.request.agent, r.failure.text) for r in rollouts if r.failure is not None] == []
         assert {rollout.request.agent for rollout in rollouts} == set(AGENTS.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -27,6 +28,11 @@ STEP = 7
 
 
 # -- which groups are taken -------------------------------------------------------------------------------------------
+
+
+def test_those_that_stand_by_another_order_than_their_age_are_no_choice() -> None:
+    with pytest.raises(AssertionError, match="by age"):
+        choose([Candidate(1, True), Candidate(0, True)], 1, num_later=1, per_batch=1)
 
 
 @st.composite
@@ -378,6 +384,10 @@ def test_groups_that_would_become_too_stale_are_cut_short_by_option() -> None:
     collector.submissions[0].end(0)
     world.step = 8
     second = collecting(queue, [group(0, batch=2, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
+    wait_for(lambda: len(collector.submissions) == 2)
+    collector.submissions[1].end(0)
+    assert not collector.submissions[0].interrupted, "nothing else could be trained yet"
+    collector.submissions[1].end(1)
     [ended] = second.result(10)
     assert collector.submissions[0].interrupted == ["b0g0m1-a0"]
     assert [one.failure and one.failure.kind for one in ended.rollouts] == [None, FailureKind.CANCELLED]
@@ -463,8 +473,14 @@ def test_what_was_dropped_stays_dropped_after_a_loss() -> None:
     assert names(first.result(10)) == [(1, 0)]
     world.step = 8
     second = collecting(queue, [group(0, batch=2, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
+    wait_for(lambda: len(collector.submissions) == 2)
+    collector.submissions[1].end_all()
     wait_for(lambda: submission.interrupted)
     submission.fail(LOSS)
+    wait_for(lambda: len(collector.submissions) == 3)
+    assert collector.asked[2] == ["b0g0m1-a1", "b2g0m0-a1", "b2g0m1-a1"]
+    for place in (1, 2):
+        collector.submissions[2].end(place)
     [ended] = second.result(10)
     assert [one.failure and one.failure.kind for one in ended.rollouts] == [None, FailureKind.CANCELLED]
     assert [name for names in collector.asked for name in names].count("b0g0m0-a0") == 1
@@ -505,6 +521,48 @@ def test_what_a_resumed_run_recalls_keeps_its_age_and_the_rest_begins_anew() -> 
     assert collector.asked == [["b0g0m1-a0", "b1g0m0-a0", "b1g0m1-a0"]]
     assert (ended.born, [one.reward for one in ended.rollouts]) == (6, [0.5, 1.0])
     assert [task.begun for task in queue.in_flight] == [Policy("run", 7, "w7"), before]
+
+
+def test_after_a_resume_the_older_of_two_groups_may_stand_behind_the_younger() -> None:
+    """Nothing was finished of the first, which begins anew: the second one is due before it."""
+    collector = Scripted(lambda it: it.submissions[-1].end_all())
+    done = rollout(group(0, batch=1, size=2).requests[0])
+
+    def recall(requests: Sequence[RolloutRequest], policy: Policy) -> dict[int, Rollout]:
+        return {0: done} if requests[0].batch == 1 and policy.step == 6 else {}
+
+    queue = overlapped(World(collector, recall=recall), max_staleness=1)
+    groups = [dataclasses.replace(group(0, batch=batch, size=2), begun=Policy("run", 6, "w6")) for batch in range(2)]
+    assert names(queue.collect(groups, 1, step=7, later_steps=(8,), per_batch=1)) == [(1, 0)]
+
+
+def test_what_was_run_again_with_later_weights_is_recalled_too() -> None:
+    collector = Scripted(lambda it: it.submissions[-1].end_all())
+    requests = group(0, size=3).requests
+    done = {6: {0: rollout(requests[0])}, STEP: {1: rollout(requests[1])}}
+    queue = overlapped(World(collector, recall=lambda asked, policy: done.get(policy.step, {})), max_staleness=1)
+    [ended] = queue.collect([dataclasses.replace(group(0, size=3), begun=Policy("run", 6, "w6"))], 1, step=7)
+    assert collector.asked == [["b0g0m2-a0"]] and ended.born == 6
+
+
+def test_a_launch_that_does_not_end_in_time_keeps_nothing_and_ends_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    collector = Scripted()
+    queue = overlapped(World(collector), max_staleness=1)
+    future = collecting(queue, [group(0), group(0, batch=1)], 1, step=7, later_steps=(8,), per_batch=1)
+    wait_for(lambda: collector.submissions)
+    for place in range(4):
+        collector.submissions[0].end(place)
+    future.result(10)
+
+    def hang() -> None:
+        raise TimeoutError
+
+    collector.submissions[0].cancel = hang  # type: ignore[method-assign]
+    [late] = queue._entries
+    with caplog.at_level(logging.WARNING):
+        queue.abandon()
+    collector.submissions[0].end(4)
+    assert "have not ended in time" in caplog.text and len(queue) == 0 and late.kept == {}
 
 
 def test_what_is_abandoned_is_forgotten() -> None:

@@ -22,6 +22,8 @@ which every rank does in step.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,13 +31,15 @@ from typing import Any
 
 from trl_gym.errors import FailureKind, PolicyServerLostError
 from trl_gym.rollouts.attempts import CollectionStatus, Progress, RolloutResult
-from trl_gym.rollouts.collector import RolloutCollector
+from trl_gym.rollouts.collector import RolloutCollector, Submission
 from trl_gym.rollouts.ledger import weight_versions
 from trl_gym.rollouts.request import RolloutRequest, next_attempt
 from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.rollout import Rollout
 
 _POLL_S = 0.5  # for Ctrl-C to arrive while groups are waited for
+
+logger = logging.getLogger(__name__)
 
 Finish = Callable[[RolloutResult], Rollout]
 
@@ -122,6 +126,7 @@ def choose(
     Returns:
         `number` indices or None, and the indices of those unfinished groups that would be left without a place.
     """
+    assert all(one.later <= next_one.later for one, next_one in itertools.pairwise(candidates)), "they stand by age"
     whole = [index for index, one in enumerate(candidates) if one.is_whole][:number]
     due: list[int] = []
     for later in sorted({one.later for one in candidates if one.later < num_later}):
@@ -144,7 +149,8 @@ class RolloutQueue:
         max_staleness: Optimizer steps that may lie between the weights a group began with and the step that trains it.
         in_order: Take groups in their order, whole generation batches: groups may lie across ranks, which must take
             the same ones.
-        drops: Cancel what a group that would become too stale still waits for, instead of waiting for it.
+        drops: Cancel what a group that would become too stale still waits for, instead of waiting for it, once enough
+            other groups have ended.
     """
 
     def __init__(
@@ -188,6 +194,7 @@ class RolloutQueue:
             TrlGymError: On every rank, when a rollout cannot be had.
         """
         self._entries += map(_Entry, groups)
+        assert len(self._entries) >= number, f"{number} groups are asked for, and {len(self._entries)} are there"
         room = number + len(later_steps) * per_batch
         chosen = self._until(lambda: self._chosen(number, step, later_steps, per_batch), room)
         self._entries = [entry for entry in self._entries if entry not in chosen]
@@ -222,13 +229,15 @@ class RolloutQueue:
         return [entry for entry in self._entries if entry.begun is not None]
 
     def _chosen(self, number: int, step: int, later_steps: Sequence[int], per_batch: int) -> list[_Entry] | None:
-        begun = self._begun
         if self._in_order:
-            return begun[:number] if all(entry.is_whole for entry in begun[:number]) else None
+            first = self._begun[:number]
+            return first if all(entry.is_whole for entry in first) else None
+        # After a resume, groups of which nothing was finished are younger than some that were planned after them.
+        begun = sorted(self._begun, key=lambda entry: entry.born)
         later = [sum(later - entry.born <= self._max_staleness for later in later_steps) for entry in begun]
         candidates = [Candidate(num, entry.is_whole) for num, entry in zip(later, begun, strict=True)]
         taken, due = choose(candidates, number, num_later=len(later_steps), per_batch=per_batch)
-        if self._drops:
+        if self._drops and sum(one.is_whole for one in candidates) >= number:
             for entry in (begun[index] for index in due):
                 entry.interrupt(
                     f"`gym_on_stale` is 'drop': its group began {step - entry.born} optimizer steps ago, and "
@@ -283,14 +292,18 @@ class RolloutQueue:
         todo = [entry for entry in self._begun if entry.launch is None and not entry.is_whole]
         self._launches = [launch for launch in self._launches if not launch.has_ended]
         if todo:
-            self._launches.append(_Launch(todo, self._sampler, policy, self._changed, self._show))
+            launch = _Launch(todo, self._sampler, policy, self._changed, self._show)
+            self._launches.append(launch)  # before it runs: Ctrl-C may come at any time
+            launch.start()
 
     def _recalled(self, task: TaskGroup, policy: Policy) -> tuple[Policy, Mapping[int, Rollout]]:
         """Return the policy that a group begins with, and what an interrupted run has finished of it with that one."""
         begun = task.begun
         if begun is not None and policy.step - begun.step <= self._max_staleness:
             recalled = self._sampler.recall(task.requests, begun)
-            if recalled or begun == policy:
+            if recalled and begun != policy:  # what was lost once was run again with the policy of the checkpoint
+                recalled = {**self._sampler.recall(task.requests, policy), **recalled}
+            if recalled:
                 return begun, recalled
         return policy, self._sampler.recall(task.requests, policy)
 
@@ -428,40 +441,58 @@ class _Launch:
         show: Callable[[], None],
     ) -> None:
         self.status: CollectionStatus | None = None
-        self._finish, self._changed, self._show = sampler.finisher(policy), changed, show
+        self._collector, self._changed, self._show = sampler.collector, changed, show
+        self._finish = sampler.finisher(policy)
+        self._submission: Submission[Rollout] | None = None
+        self._is_given_up = False
         self._place: dict[_Key, tuple[int, _Entry, int]] = {}
-        requests: list[RolloutRequest] = []
-        with changed:  # rollouts that end at once wait until all of this is known
-            for entry in entries:
-                entry.launch = self
-                for place in entry.missing():
-                    self._place[_key(entry.newest[place])] = len(requests), entry, place
-                    requests.append(entry.newest[place])
-            self._submission = sampler.collector.submit(requests, self._keep, self._report)
+        self._requests: list[RolloutRequest] = []
+        for entry in entries:
+            entry.launch = self
+            for place in entry.missing():
+                self._place[_key(entry.newest[place])] = len(self._requests), entry, place
+                self._requests.append(entry.newest[place])
+
+    def start(self) -> None:
+        with self._changed:  # rollouts that end at once wait until the submission is known
+            self._submission = self._collector.submit(self._requests, self._keep, self._report)
         self._submission.future.add_done_callback(self._notify)
 
     @property
     def has_ended(self) -> bool:
         """Whether all of its rollouts have ended, without an error that somebody has to hear of."""
-        future = self._submission.future
+        future = self._running.future
         return future.done() and future.exception() is None
 
     def check(self) -> None:
         """Raise what has ended it, if it was an error."""
-        if self._submission.future.done():
-            self._submission.future.result()
+        if self._running.future.done():
+            self._running.future.result()
 
     def interrupt(self, requests: Sequence[RolloutRequest], why: str) -> None:
-        self._submission.interrupt([self._place[_key(request)][0] for request in requests], why)
+        self._running.interrupt([self._place[_key(request)][0] for request in requests], why)
 
     def give_up(self) -> None:
         """End it; nothing is kept afterwards."""
-        self._submission.cancel()
+        self._is_given_up = True
+        if self._submission is None:
+            return
+        try:
+            self._submission.cancel()
+        except TimeoutError:  # ranks are waiting for this one: what the thread does later is not kept
+            logger.warning("%d rollouts that were given up have not ended in time", len(self._requests))
+
+    @property
+    def _running(self) -> Submission[Rollout]:
+        assert self._submission is not None, "start first"
+        return self._submission
 
     def _keep(self, result: RolloutResult) -> Rollout:
         rollout = self._finish(result)
         kind = None if rollout.failure is None else rollout.failure.kind
         with self._changed:
+            if self._is_given_up:
+                return rollout
             _, entry, place = self._place[_key(result.request)]
             entry.newest[place] = result.request
             # Where the policy server could not tell which tokens it sampled, or where the whole collection ends, an
