@@ -156,7 +156,8 @@ def test_an_update_that_one_had_finished_is_ended_on_the_other(
     # The stand-in wants a version; as to the real server, none is sent.
     apps[1].answer = lambda path, body: (apps[1].requests.append((path, {})), (200, {}))[1]  # type: ignore[method-assign]
     assert fleet.client.abandon_weight_update() is False
-    assert apps[1].asked() == ["/finish_weight_update"]
+    # Afterwards the middleware asks which version it holds, since calls in flight may have two.
+    assert [path for path in apps[1].asked() if path != "/weight_info"] == ["/finish_weight_update"]
 
 
 async def test_records_are_wherever_the_rollout_was(replicas: tuple[list[Replica], str], fleet: PolicyServer) -> None:
