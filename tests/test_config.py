@@ -225,6 +225,10 @@ def test_groups_that_lie_across_ranks_can_neither_be_refilled_nor_over_sampled()
         ConfigError, match=r"2 problem.*\n.*`gym_refill_rounds` is 2 and.*\n.*`gym_oversample` is 1 and"
     ) as e:
         TwoRanks(**options, gym_refill_rounds=2, gym_oversample=1)
+    dropping = {"gym_max_staleness": 2, "gym_on_stale": "drop"}
+    assert TwoRanks(**options, **dropping, steps_per_generation=2)
+    with pytest.raises(ConfigError, match=r"`gym_on_stale` is 'drop' and needs whole groups of `num_generations` 8"):
+        TwoRanks(**options, **dropping)
     assert "on each rank, which has `per_device_train_batch_size` 4 × `steps_per_generation` 1 rollouts" in str(
         e.value
     )

@@ -134,7 +134,8 @@ class GymGRPOConfig(GRPOConfig):
             allows; more are, up to its limit, where groups of earlier batches have not ended.
         gym_on_stale (`str`, *optional*, defaults to `"wait"`):
             What to do with a rollout that would become staler than `gym_max_staleness`: with `"wait"` training waits
-            for it; `"drop"` cancels it, and it counts as failed (kind `cancelled`).
+            for it; `"drop"` cancels it, and it counts as failed (kind `cancelled`). `"drop"` needs whole groups on
+            each rank.
         gym_eval_overlap (`str`, *optional*, defaults to `"drain"`):
             What an evaluation does with rollouts of training in flight: `"drain"` lets them end first, `"share"` runs
             beside them. Weights do not change during an evaluation either way.

@@ -345,10 +345,12 @@ def _batch_ahead_problems(config: GymGRPOConfig) -> Iterator[Problem]:
 def _whole_group_problems(config: GymGRPOConfig) -> Iterator[Problem]:
     size, steps = config.per_device_train_batch_size, config.steps_per_generation
     product = f"`per_device_train_batch_size` {size} × `steps_per_generation` {steps}"
-    for name in _GROUP_OPTIONS:
-        if (value := getattr(config, name)) > 0 and size * steps % config.num_generations:
+    if config.has_whole_groups:
+        return
+    for name in (*_GROUP_OPTIONS, "gym_on_stale"):
+        if (value := getattr(config, name)) not in (0, "wait"):
             yield Problem(
-                f"`{name}` is {value} and needs whole groups of `num_generations` {config.num_generations} on each "
+                f"`{name}` is {value!r} and needs whole groups of `num_generations` {config.num_generations} on each "
                 f"rank, which has {product} rollouts.",
                 f"Make that product a multiple of `num_generations`, or leave `{name}` out.",
             )

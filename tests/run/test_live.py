@@ -12,11 +12,13 @@ import pytest
 from accelerate import Accelerator
 
 from trl_gym import GymGRPOConfig
-from trl_gym.errors import ConfigError, RolloutError
+from trl_gym.errors import ConfigError, PolicyServerLostError, RolloutError
 from trl_gym.policy_server.client import PolicyResponseError
 from trl_gym.policy_server.middleware.identity import UntaggedCalls
+from trl_gym.rollouts.engine_metrics import EngineCounters
+from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.source import BatchInfo
-from trl_gym.run.live import LiveSource
+from trl_gym.run.live import LiveSource, _Look
 
 
 def source(folder: Path, **servers: Any) -> LiveSource:
@@ -125,3 +127,137 @@ def test_a_sync_that_finds_the_server_dead_gives_up_what_was_in_flight(
         live.push_weights(SimpleNamespace(), step)  # type: ignore[arg-type]
     assert given_up == [1] and live._step == 3
     assert caplog.text.count("3 of this rank's rollouts are lost with the policy server and will run again") == 1
+
+
+# -- looks at the policy server, and the queues -----------------------------------------------------------------------
+
+
+def connected(folder: Path, **options: Any) -> LiveSource:
+    """A source of which only the servers, the weights and the queues are missing."""
+    options |= {"output_dir": str(folder), "use_cpu": True, "report_to": []}
+    client = SimpleNamespace(cancel_rollouts=lambda ids: None)
+    servers = SimpleNamespace(
+        owns_gym=True, num_restarts=0, check_before_rollouts=lambda: None, policy=SimpleNamespace(client=client)
+    )
+    live = LiveSource(GymGRPOConfig(**options), servers)  # type: ignore[arg-type]
+    live._accelerator = Accelerator(cpu=True)
+    live._hooks = SimpleNamespace(push=lambda: None, progress=None, build=None, decode=None)  # type: ignore[assignment]
+    live._collector = live._journal = SimpleNamespace(commit=lambda: None)  # type: ignore[assignment]
+    sampling = lambda push, *, again: contextlib.nullcontext()  # noqa: E731
+    live._weights = SimpleNamespace(sampling=sampling)  # type: ignore[assignment]
+    return live
+
+
+class Counting:
+    """A policy server that counts what is sampled there, a second each, and queues that sample."""
+
+    def __init__(self, live: LiveSource) -> None:
+        self.num_calls, self.seconds, self.sampled = 0, 0.0, 0
+        live._queue = SimpleNamespace(collect=self.collect)  # type: ignore[assignment]
+        live._new_queue = lambda *_: live._queue  # type: ignore[method-assign]
+        live._look = self.look  # type: ignore[method-assign]
+
+    def collect(self, *_: Any, **__: Any) -> list[Any]:
+        self.sample(self.sampled)
+        return []
+
+    def sample(self, num_calls: int) -> None:
+        self.num_calls, self.seconds = self.num_calls + num_calls, self.seconds + 1
+
+    def look(self) -> _Look:
+        series = (0, "vllm:num_preemptions_total", "")
+        untagged = UntaggedCalls(gym=Counter({"judge": self.num_calls}), others=self.num_calls)
+        return _Look(untagged, EngineCounters(self.seconds, {series: float(self.num_calls)}))
+
+
+def test_with_overlap_what_an_evaluation_counts_is_none_of_trainings(tmp_path: Path) -> None:
+    """What rollouts ahead do before the evaluation, and after it, is counted with the next batch."""
+    live = connected(tmp_path)
+    server = Counting(live)
+
+    def counted(num_calls: int, mode: str, **ahead: Any) -> tuple[float, float]:
+        server.sampled = num_calls
+        metrics = live.collect([], 0, BatchInfo(run="r", step=0, mode=mode, **ahead)).metrics
+        return metrics.get("rollouts/untagged_calls", [0.0])[0], metrics["engine/preemptions"][0]
+
+    ahead: dict[str, Any] = {"later_steps": (1,), "per_batch": 1}
+    assert counted(1, "train", **ahead) == (1.0, 1.0)
+    server.sample(2)
+    assert [counted(5, "eval"), counted(40, "eval")] == [(5.0, 5.0), (40.0, 40.0)]
+    server.sample(3)
+    assert counted(7, "train", **ahead) == (12.0, 12.0)
+    server.sample(20)
+    assert counted(7, "train") == (27.0, 27.0)
+    server.sample(100)  # without rollouts in flight it is nobody's
+    assert counted(7, "train") == (7.0, 7.0)
+
+
+def test_the_time_of_an_evaluation_is_left_out_and_a_restart_begins_anew(tmp_path: Path) -> None:
+    server = Counting(connected(tmp_path))
+    looks = []
+    for num_calls in (1, 4, 10):
+        server.sample(num_calls)
+        looks.append(server.look())
+    base, first, last = looks
+    assert base.moved(first, last).engine == EngineCounters(2.0, {(0, "vllm:num_preemptions_total", ""): 11.0})
+    assert base.moved(first, last).untagged == UntaggedCalls(gym=Counter({"judge": 11}), others=11)
+    assert base.moved(last, first) is first  # it counts less than before
+    no_metrics = _Look(last.untagged, EngineCounters(last.engine.at))
+    assert base.moved(first, no_metrics).engine.values == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "is_evaluation", "expected"),
+    [
+        ({}, False, (0, True, False)),
+        ({"gym_max_staleness": 2}, False, (2, False, False)),
+        ({"gym_max_staleness": 2, "gym_on_stale": "drop"}, False, (2, False, True)),
+        ({"gym_max_staleness": 2, "gym_on_stale": "drop"}, True, (0, True, True)),
+    ],
+)
+def test_the_queue_of_training_is_bounded_and_that_of_an_evaluation_takes_what_it_is_given(
+    tmp_path: Path, options: dict[str, Any], is_evaluation: bool, expected: tuple[int, bool, bool]
+) -> None:
+    live = connected(tmp_path, **options)
+    batch = BatchInfo(run="r", step=0, mode="eval") if is_evaluation else None
+    queue = live._new_queue(live._collector, batch)  # type: ignore[arg-type]
+    assert (queue._max_staleness, queue._in_order, queue._drops) == expected
+
+
+def test_ranks_take_groups_that_lie_across_them_in_order(tmp_path: Path) -> None:
+    live = connected(tmp_path, gym_max_staleness=2, num_generations=8)
+    live._args.per_device_train_batch_size = 4  # as with two ranks
+    assert not live._args.has_whole_groups
+    assert live._new_queue(live._collector)._in_order  # type: ignore[arg-type]
+
+
+def test_only_training_recalls_and_what_newer_weights_continued_counts(tmp_path: Path) -> None:
+    live = connected(tmp_path)
+    asked: list[Any] = []
+    recalled = {0: "a rollout"}
+    begun = Policy("r", 3, "w3")
+    train = live._new_queue(live._collector)  # type: ignore[arg-type]
+    assert train._sampler.recall([], begun) == {}  # nothing was interrupted
+    live._step = 5
+    live._recall = SimpleNamespace(  # type: ignore[assignment]
+        take_all=lambda requests, policy, *, newest: asked.append((requests, policy, newest)) or recalled
+    )
+    evaluation = live._new_queue(live._collector, BatchInfo(run="r", step=5, mode="eval"))  # type: ignore[arg-type]
+    assert evaluation._sampler.recall([], begun) == {} and asked == []
+    assert train._sampler.recall([], begun) == recalled
+    assert asked == [([], begun, 5)]
+
+
+def test_a_loss_that_an_evaluation_notices_costs_trainings_rollouts_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are given up once the server is back, and before it gets weights: the engine would continue them."""
+    live = connected(tmp_path)
+    order: list[Any] = []
+    live._weights.recover = order.append  # type: ignore[method-assign]
+    live._queue = SimpleNamespace(give_up_lost=lambda: order.append("given up") or 4)  # type: ignore[assignment]
+    live._hooks = SimpleNamespace(push=lambda: order.append("pushed"))  # type: ignore[assignment]
+    loss = PolicyServerLostError("policy server ended")
+    live._recover(loss, 2)
+    assert order == [loss, "given up", "pushed"]
+    assert [text in caplog.text for text in ("2 of this rank's rollouts", "4 of this rank's")] == [True, True]

@@ -160,6 +160,8 @@ class LiveSource:
             metrics |= {name: [value] for name, value in engine_metrics(self._before.engine, now.engine).items()}
         if not is_evaluation:
             self._looked = now if batch.later_steps else None  # as on every rank: looking is a collective
+        elif self._looked is not None:  # what this evaluation counted is none of training's
+            self._looked = self._looked.moved(self._before, now)
         if self._accelerator.is_main_process:  # which counts restarts
             metrics["policy_server/restarts"] = [float(self._servers.num_restarts)]
         return Collected(groups=ended, metrics=metrics)
@@ -321,6 +323,23 @@ class _Look:
 
     untagged: UntaggedCalls
     engine: EngineCounters
+
+    def moved(self, first: _Look, last: _Look) -> _Look:
+        """Return a look since which nothing counts that was counted between two later ones.
+
+        What a server that has restarted in between had counted before is lost: then it is `last`.
+        """
+        before, after = first.engine.values, last.engine.values
+        found = {series: after[series] - before[series] for series in before.keys() & after.keys()}
+        untagged = last.untagged.since(first.untagged)
+        has_restarted = last.untagged.others < first.untagged.others or bool(first.untagged.gym - last.untagged.gym)
+        if has_restarted or min(found.values(), default=0.0) < 0:
+            return last
+        values = {series: value + found[series] for series, value in self.engine.values.items() if series in found}
+        return _Look(
+            UntaggedCalls(self.untagged.gym + untagged.gym, self.untagged.others + untagged.others),
+            EngineCounters(self.engine.at + last.engine.at - first.engine.at, values),
+        )
 
 
 def describe_untagged(found: UntaggedCalls, number: int, policy: str) -> str:
