@@ -5,6 +5,7 @@ One server and one gateway for the whole module; the last tests end them, in thi
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -214,7 +215,8 @@ def test_a_killed_upstream_is_an_error_with_words_and_the_gateway_lives_on(gate:
         assert running.is_alive(), failed
     started = time.monotonic()
     for child in psutil.Process(gate.stock.pid).children(recursive=True):
-        child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its parent
+            child.kill()
     running.join(10.0)
     sample()
     assert time.monotonic() - started < 5.0

@@ -384,11 +384,14 @@ async def test_giving_up_waits_until_the_policy_server_was_told(agent: Any) -> N
         await asyncio.to_thread(submission.cancel)
         assert ledger.cancelled == [["r1"]] and finish.names() == ["r0", "r1"]
     assert submission.future.cancelled() and not other.future.done()
-    unborn = collector.submit(requests({}), finish)
+    unborn = collector.submit(requests({"seconds": 30}), finish)
     unborn.cancel()
-    assert finish.names() == ["r0", "r1"]
+    ended = finish.names()
+    assert unborn.future.cancelled()
+    assert ended in (["r0", "r1"], ["r0", "r1", "r0"]), "the second where it had begun already"
     await asyncio.to_thread(other.cancel)
     await leave(collector)
+    assert finish.names()[: len(ended)] == ended and len(finish.names()) == len(ended) + 1
 
 
 async def test_a_place_that_does_not_exist_is_the_callers_error(agent: Any) -> None:
