@@ -490,10 +490,26 @@ def test_two_ranks_lose_a_server_stop_early_and_share_groups(
 # -- servers that die -------------------------------------------------------------------------------------------------
 
 
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 class KillsServers(Overlapping):
     """Kills, during the update, the policy server's engine in one step and NeMo Gym in another one."""
 
     kills_gym = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.has_killed = threading.Event()
+        super().__init__(*args, **kwargs)
+
+    def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest, calls: Any) -> Any:
+        if self.kills_gym and request.batch == 2 and self.ended[2] >= NUM_ENDED:
+            self.has_killed.wait(60)  # in the thread of the collector: the rest of the batch is not finished before
+        return super().build_trajectories(answer, request, calls)
 
     def in_update(self) -> None:
         super().in_update()
@@ -502,6 +518,8 @@ class KillsServers(Overlapping):
             supervisor = psutil.Process(self.policy_server._process.pid)
             [engine] = [one for one in supervisor.children(recursive=True) if "EngineCore" in one.name()]
             engine.kill()
+            wait_for(lambda: has_ended(engine), "the engine to end")
+            self.has_killed.set()
         if self.state.global_step == 2 and self.kills_gym:
             pid = self.gym_servers.servers[0].pid
             os.kill(pid, signal.SIGKILL)  # the process that runs all of its servers
