@@ -3,7 +3,8 @@
     python scripts/run_tests.py [any pytest argument]
 
 Never two vLLM servers at a time: the tests that may start one are in `tests/e2e`, marked `e2e` and not `no_policy`,
-and run one after another. In both lanes what takes seconds comes first, and the slowest tests are listed.
+and run one after another. Those with NeMo Gym servers alone wait more than they compute, so they have a lane of their
+own beside the unit tests. In each lane the slowest tests are listed.
 """
 
 import signal
@@ -12,28 +13,36 @@ import sys
 import time
 from pathlib import Path
 
-LOG = Path(__file__).resolve().parents[1] / ".setup" / "unit-tests.log"
+LOGS = Path(__file__).resolve().parents[1] / ".setup"
 NO_TESTS_COLLECTED = 5
-BESIDE = "not e2e or no_policy"
+SERVERS = "e2e and not no_policy"
+BESIDE = {"gym": "e2e and no_policy", "unit": "not e2e"}  # name of the log → marks
 
 
 def main(arguments: list[str]) -> int:
     started = time.monotonic()
     pytest = [sys.executable, "-m", "pytest", "--durations=25", *arguments]
-    folder = [] if arguments else ["tests/e2e"]  # with arguments, the marks find the tests that start policy servers
-    servers = subprocess.Popen([*pytest, *folder, "-m", f"not ({BESIDE})"])
-    with LOG.open("w") as log:
-        # The lane with servers is the longer one: it goes first where both want a core.
-        beside = ["nice", "-n", "5", *pytest, "-m", BESIDE, "--color=no"]
-        unit = subprocess.Popen(beside, stdout=log, stderr=subprocess.STDOUT)
-    print(f"tests without policy servers run beside these; their output: {LOG}", flush=True)
-    # Ctrl-C reaches both as well; they stop their servers first, and are waited for.
+    folder = [] if arguments else ["tests/e2e"]  # with arguments, the marks find the tests that start servers
+    lanes = [subprocess.Popen([*pytest, *folder, "-m", SERVERS])]
+    for name, marks in BESIDE.items():
+        # The lane with policy servers is the longer one: it goes first where all want a core.
+        beside = ["nice", "-n", "5", *pytest, *(folder if name == "gym" else []), "-m", marks, "--color=no"]
+        with log_of(name).open("w") as log:
+            lanes.append(subprocess.Popen(beside, stdout=log, stderr=subprocess.STDOUT))
+    logs = " and ".join(str(log_of(name)) for name in BESIDE)
+    print(f"tests without policy servers run beside these; their output: {logs}", flush=True)
+    # Ctrl-C reaches all of them; they stop their servers first, and are waited for.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    codes = [process.wait() for process in (servers, unit)]
-    print(f"\ntests without policy servers:\n{LOG.read_text()}", flush=True)
+    codes = [lane.wait() for lane in lanes]
+    for name in BESIDE:
+        print(f"\n{name} tests, without policy servers:\n{log_of(name).read_text()}", flush=True)
     print(f"all tests took {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
     ran = [code for code in codes if code != NO_TESTS_COLLECTED]
     return max(map(abs, ran)) if ran else NO_TESTS_COLLECTED
+
+
+def log_of(lane: str) -> Path:
+    return LOGS / f"{lane}-tests.log"
 
 
 if __name__ == "__main__":
