@@ -20,6 +20,7 @@ import yaml
 from trl import GRPOConfig, ModelConfig
 
 from tests.conftest import load
+from tests.report.browser import browser
 from trl_gym import GymGRPOConfig, compat
 from trl_gym.cli import build_parser
 from trl_gym.rollouts.evaluation import evaluation_metrics
@@ -238,12 +239,36 @@ def test_links_of_the_pages_outside_of_docs_lead_somewhere(page: str) -> None:
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
-def test_the_site_builds_without_warnings_and_loads_nothing_from_a_network(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, env=quiet)
     assert done.returncode == 0, done.stderr
-    pages = list((tmp_path / "site").rglob("*.html"))
+    return folder
+
+
+def test_the_site_builds_without_warnings_and_loads_nothing_from_a_network(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
     assert len(pages) > 20
     loaded = re.compile(r"""<(?:script|img|iframe|link)[^>]+(?:src|href)=["']?(https?:[^"' >]+)""")
     assert {url for page in pages for url in loaded.findall(page.read_text())} == set()
+
+
+def test_the_search_of_the_site_works_from_disk(site: Path) -> None:
+    query = "document.querySelector('[data-md-component=search-query]')"
+    titles = "[...document.querySelectorAll('.md-search-result__item h1')].map((title) => title.innerText)"
+    wanted = {"install": "Getting started", "OOM": "Out of memory (OOM)", "wandb": "Where metrics go: report_to"}
+    with browser() as tab:
+        tab.send("Emulation.setFocusEmulationEnabled", enabled=True)  # else a field without a window has no focus
+        tab.send("Page.navigate", url=(site / "howto" / "lora.html").as_uri())
+        tab.wait(f"document.readyState === 'complete' && {query}")
+        tab.run(f"{query}.focus()")
+        tab.wait("document.querySelector('.md-search-result__meta').innerText.startsWith('Type')")
+        for word, page in wanted.items():
+            tab.run(f"{query}.value = {word!r}")
+            tab.press("Shift")
+            tab.wait(f"{titles}[0] === {page!r}")
+        assert tab.errors == []
+        assert [url for url in tab.requests if not url.startswith(("file:", "data:", "about:"))] == []

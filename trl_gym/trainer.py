@@ -281,6 +281,19 @@ class GymGRPOTrainer(GRPOTrainer):
         It is called on every rank before the first task of a resumed run is chosen, if the checkpoint has a state.
         """
 
+    def log_metric(self, name: str, value: float) -> None:
+        """Log a number with those of the generation batch, as TRL's `log_metric` of reward functions does.
+
+        Call it from `choose_task`, `compute_rewards` and `on_rollouts`; not from `build_trajectories`, which runs in
+        another thread. During an evaluation `eval_` comes before the name.
+
+        Args:
+            name: As it will be in `metrics.jsonl` and for `report_to`.
+            value: What is logged is the mean of all values of the batch and all ranks, then of the batches since the
+                last log.
+        """
+        self._pending_metrics[name].append(value)
+
     # ----------------------------------------------------------------------------------------------- life of servers
 
     @property
