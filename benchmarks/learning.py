@@ -20,6 +20,10 @@ from typing import Any
 
 from measure import ROOT, machine
 
+sys.path.insert(0, str(ROOT / "recipes"))
+
+from tiny_policy import build_tiny_policy
+
 LAST = 6  # steps whose rewards are averaged
 Metrics = list[dict[str, Any]]
 
@@ -29,6 +33,8 @@ def run(folder: Path, *, staleness: int, seed: int, steps: int, options: Sequenc
     own = folder / f"staleness-{staleness}-seed-{seed}-steps-{steps}"
     own_options = {"output_dir": own, "gym_max_staleness": staleness, "seed": seed, "max_steps": steps}
     own_options |= {"save_strategy": "no", "eval_steps": max(steps // 3, 1)}
+    if seed:  # each begins with a policy of its own
+        own_options["small_policy_dir"] = build_tiny_policy(folder / f"policy-seed-{seed}", seed=seed)
     flags = [word for name, value in own_options.items() for word in (f"--{name}", str(value))]
     if not (metrics := read(own)) or metrics[-1]["step"] < steps:
         own.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SMALL = ROOT / "trl_gym/quickstart/small_policy"
+SMALL = ROOT / "recipes/small_policy"
 POLICIES = {"spin": "ACTIVE", "sleep": "PASSIVE"}
 SHAPES = {"small": (32, 300), "135M": (4, 96)}  # sequences and tokens of a micro-batch
 REQUESTS = {"small": (128, 24), "135M": (16, 16)}  # completions, and tokens sampled in each

@@ -100,9 +100,7 @@ def num_extra_turns(rollout: Rollout) -> int:
 
 
 def main() -> None:
-    from tiny_policy import build_tiny_policy
-
-    from trl_gym.train import ScriptArguments, make_data, quiet
+    from trl_gym.train import ScriptArguments, make_data, model_to_train, quiet
 
     quiet()
     from accelerate import PartialState
@@ -112,11 +110,10 @@ def main() -> None:
     args.reward_weights = args.reward_weights or [1.0, 0.1]  # the environment's, `bare_answer`'s
     with PartialState().main_process_first():
         train_file, eval_file = make_data(script.data_script, args.output_dir)
-        if model.model_name_or_path is None:
-            model.model_name_or_path = str(build_tiny_policy(script.small_policy_dir, seed=args.seed))
-            args.learning_rate = script.small_policy_learning_rate
+    if model.model_name_or_path is None:
+        args.learning_rate = script.small_policy_learning_rate
     with CustomTrainer(
-        model=model.model_name_or_path,
+        model=model_to_train(model.model_name_or_path, script),
         reward_funcs=[bare_answer],
         args=args,
         train_dataset=load_gym_dataset(train_file),

@@ -22,8 +22,8 @@ Contract with the data: no demonstration uses a held-out operand pair (`generate
 
 torch and transformers are imported only when a policy is really built; a cached one is returned at once.
 
-After a change of what is built, `python recipes/tiny_policy.py --output_dir trl_gym/quickstart/small_policy` makes the
-one that the package holds.
+After a change of what is built, `python recipes/tiny_policy.py --output_dir recipes/small_policy --from_scratch` makes
+the one that the package holds.
 """
 
 from __future__ import annotations
@@ -49,10 +49,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-import trl_gym
-
 CALCULATOR_DATA = Path(__file__).resolve().parent / "environments" / "calculator" / "generate_data.py"
-SHIPPED = Path(trl_gym.__file__).resolve().parent / "quickstart" / "small_policy"
+SHIPPED = Path(__file__).resolve().parent / "small_policy"
 MANIFEST = "trl_gym_tiny_policy.json"
 
 # ChatML with Hermes-style tool calls (vLLM's tool-call parser `hermes`). Every message is rendered from itself alone

@@ -84,7 +84,7 @@ assert trainer.VLLMGeneration is theirs.VLLMGeneration and theirs.SamplingParams
 
 def test_a_trainer_of_trl_finds_vllm_after_ours_was_imported(tmp_path: Path) -> None:
     """In a process of its own: others have imported TRL here, with vLLM."""
-    policy = ROOT / "trl_gym" / "quickstart" / "small_policy"
+    policy = ROOT / "recipes" / "small_policy"
     run = [sys.executable, "-c", STOCK, str(policy), str(tmp_path)]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0 and "asked the server:" in done.stdout, done.stderr

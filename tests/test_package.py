@@ -22,7 +22,7 @@ ROOMS = (
     ("errors", "supervisor"),
     ("compat", "processes", "responses", "rollout_options", "threads"),
     ("config_checks",),
-    ("config", "dataset"),
+    ("config", "dataset", "recipes"),
     ("gym", "policy_server", "ranks"),
     ("memory", "rollouts", "weight_sync"),
     ("run",),

@@ -46,6 +46,13 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     assert {name for name in packed if not name.startswith(("trl_gym/", "trl_gym-"))} == set()
 
 
+def test_the_recipes_are_in_the_wheel(wheel: Path) -> None:
+    files = [path for path in (ROOT / "recipes").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("trl_gym/shipped/")}
+    assert packed == {f"trl_gym/shipped/{path.relative_to(ROOT)}" for path in files}
+
+
 def test_the_wheel_declares_what_the_project_does(wheel: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     with zipfile.ZipFile(wheel) as archive:
@@ -80,5 +87,6 @@ def test_the_sdist_can_be_built_from_and_holds_no_environment(tmp_path: Path) ->
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "trl_gym/py.typed", "tests/test_packaging.py"} <= names
+    assert {"recipes/quickstart.yaml", "recipes/small_policy/model.safetensors"} <= names
     assert not [name for name in names if name.startswith((".venv", ".gym-venv", ".setup", "runs", "site"))]
     assert sdist.stat().st_size < 5e6  # bytes; a forgotten build folder would be more

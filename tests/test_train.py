@@ -14,7 +14,16 @@ import pytest
 
 from tests.conftest import RECIPES, wait_for
 from trl_gym.cli import main
-from trl_gym.train import early_fork_server, make_data, newest_checkpoint, summarize, told_options
+from trl_gym.errors import ConfigError
+from trl_gym.train import (
+    ScriptArguments,
+    early_fork_server,
+    make_data,
+    model_to_train,
+    newest_checkpoint,
+    summarize,
+    told_options,
+)
 
 MINIMAL = ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
 
@@ -28,8 +37,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_a_model_it_says_what_to_do(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *MINIMAL]) == 1
     shown = capfd.readouterr().err
-    assert "`model_name_or_path` is not set. Set it to a model folder" in shown and "make quickstart" in shown
+    assert "`model_name_or_path` is not set. Set it to a model folder" in shown and "`trl-gym quickstart`" in shown
     assert "Traceback" not in shown
+
+
+def test_the_small_policy_is_trained_where_no_model_is_named(here: Path) -> None:
+    shipped = ScriptArguments(small_policy_dir="recipes/small_policy")
+    assert model_to_train(None, shipped) == str(RECIPES / "small_policy")
+    assert model_to_train("Qwen/Qwen3-0.6B", shipped) == "Qwen/Qwen3-0.6B"
+    with pytest.raises(
+        ConfigError, match=r"`small_policy_dir` is runs/none, which has no config.json. Set it to recipes"
+    ):
+        model_to_train(None, ScriptArguments(small_policy_dir="runs/none"))
 
 
 @pytest.mark.parametrize(
@@ -128,8 +147,6 @@ def test_the_help_says_how_several_processes_are_launched(capsys: pytest.Capture
 
 
 def test_a_data_script_that_fails_is_quoted(tmp_path: Path) -> None:
-    from trl_gym.errors import ConfigError
-
     script = tmp_path / "data.py"
     script.write_text("raise SystemExit('no such disk')")
     with pytest.raises(ConfigError, match="ended with exit code 1:\\nno such disk"):

@@ -23,7 +23,7 @@ _KEY_HELP = "bearer token to demand on every route but /health; needed beyond lo
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the whole command line."""
-    from trl_gym.commands import doctor, new_environment, plan, rollout, rollout_flags, view
+    from trl_gym.commands import doctor, new_environment, plan, recipes, rollout, rollout_flags, view
 
     parser = argparse.ArgumentParser(
         prog="trl-gym", description="Train language models with TRL's GRPO on NVIDIA NeMo Gym environments."
@@ -47,8 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
         add_arguments(command)
         command.set_defaults(run=run, takes_run_options=trains, mode=name, parser=command)
 
+    text = "train a small policy on a calculator: to see that everything works"
+    quick = (recipes.QUICKSTART_DESCRIPTION, recipes.add_quickstart_arguments, recipes.quickstart)
+    add("quickstart", text, *quick, "[options]", True)
     text = "train with GRPO; the same as `accelerate launch -m trl_gym.train`, in one process"
     add("train", text, _TRAIN_DESCRIPTION, _add_train_options, _train, "--config YAML", True)
+    add("recipes", "list, show or copy the recipes", recipes.DESCRIPTION, recipes.add_arguments, recipes.run)
     text, usage = "serve a policy: vLLM's OpenAI server with token-exact prompts and weight updates", "MODEL [options]"
     add("serve", text, _SERVE_DESCRIPTION, _add_serve, _serve, f"{usage} [any flag of `vllm serve`]")
     text = "token-exact prompts in front of vLLM servers that somebody else started"
@@ -247,7 +251,7 @@ _TRAIN_DESCRIPTION = (
 
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="YAML", help="options of the run")
+    parser.add_argument("--config", metavar="YAML", help="options of the run, e.g. recipes/math.yaml")
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from trl_gym import recipes
 from trl_gym.errors import ConfigError, TrlGymError
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.threads import wait_without_spinning
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from trl_gym.config import GymGRPOConfig
-
-DefaultModel = Callable[[str, int], Path]  # folder, seed → the folder with a model
 
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # where accelerate looks, in its order
 
@@ -60,29 +59,35 @@ class ScriptArguments:
         default=False,
         metadata={"help": "Continue from the newest complete checkpoint in output_dir, if any (for requeued jobs)."},
     )
-    small_policy_dir: str = field(
-        default="runs/small_policy",
-        metadata={"help": "Where recipes/grpo.py puts a small policy when no model is given."},
+    small_policy_dir: str | None = field(
+        default=None, metadata={"help": "Model folder that is trained when no model is given, as in the quickstart."}
     )
     small_policy_learning_rate: float = field(  # half a million parameters want a thousand times a real model's
-        default=1e-3, metadata={"help": "Learning rate of that small policy."}
+        default=1e-3, metadata={"help": "Learning rate of that small policy, unless `learning_rate` is given."}
     )
 
+    def __post_init__(self) -> None:
+        self.train_files, self.eval_files = [
+            [*map(recipes.find, files)] for files in (self.train_files, self.eval_files)
+        ]
+        self.data_script = self.data_script and recipes.find(self.data_script)
+        self.small_policy_dir = self.small_policy_dir and recipes.find(self.small_policy_dir)
 
-def main(argv: Sequence[str] | None = None, default_model: DefaultModel | None = None) -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Train; return the exit status. An error of ours is one message on stderr.
 
     Args:
         argv: Options without the program's name, as TRL's parser takes them; default: those of this process.
-        default_model: Makes a model where `model_name_or_path` is not set.
     """
+    argv = with_config_found(sys.argv[1:] if argv is None else argv)
     quiet()
     wait_without_spinning()
     try:
         # vLLM is imported while this process imports torch and TRL.
-        early = early_fork_server(sys.argv[1:] if argv is None else argv, os.environ)
+        early = early_fork_server(argv, os.environ)
         with early or contextlib.nullcontext() as forks:
-            _train(argv, default_model, forks)
+            _train(argv, forks)
     except TrlGymError as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
         return 1
@@ -90,6 +95,17 @@ def main(argv: Sequence[str] | None = None, default_model: DefaultModel | None =
         sys.stderr.write("\ninterrupted; servers are stopped, finished rollouts are in the journal\n")
         return 130
     return 0
+
+
+def with_config_found(argv: Sequence[str]) -> list[str]:
+    """Return options with the file that `--config` names as `recipes.find` finds it."""
+    words = list(argv)
+    for place, (word, following) in enumerate(pairwise([*argv, ""])):
+        if word == "--config" and following:
+            words[place + 1] = recipes.find(following)
+        elif word.startswith("--config="):
+            words[place] = f"--config={recipes.find(word.partition('=')[2])}"
+    return words
 
 
 def early_fork_server(argv: Sequence[str], environment: Mapping[str, str]) -> ForkServer | None:
@@ -123,7 +139,7 @@ def told_options(argv: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
-def _train(argv: Sequence[str] | None, default_model: DefaultModel | None, forks: ForkServer | None) -> None:
+def _train(argv: Sequence[str], forks: ForkServer | None) -> None:
     started = time.monotonic()
     from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset  # isort: skip  # imports the others, too
     from accelerate import PartialState
@@ -141,15 +157,9 @@ def _train(argv: Sequence[str] | None, default_model: DefaultModel | None, forks
             train_file, eval_file = make_data(script.data_script, args.output_dir)
             script.train_files.append(str(train_file))
             script.eval_files.append(str(eval_file))
-        if model.model_name_or_path is None:
-            if default_model is None:
-                raise ConfigError(
-                    "`model_name_or_path` is not set.",
-                    "Set it to a model folder or a name on the Hugging Face Hub. `make quickstart` in a checkout of "
-                    "trl-gym has a small one.",
-                )
-            model.model_name_or_path = str(default_model(script.small_policy_dir, args.seed))
-            args.learning_rate = script.small_policy_learning_rate
+    model.model_name_or_path = model_to_train(model.model_name_or_path, script)
+    if model.model_name_or_path == script.small_policy_dir and "learning_rate" not in told_options(argv):
+        args.learning_rate = script.small_policy_learning_rate
     load_as_told(model, args)
     if script.resume and args.resume_from_checkpoint is None:
         args.resume_from_checkpoint = last_complete_checkpoint(args.output_dir)
@@ -245,6 +255,31 @@ def load_train(script: ScriptArguments, seed: int) -> Dataset:
         return load_gym_dataset(script.train_files, agent=script.agent)
     parts = [load_gym_dataset(file, agent=script.agent) for file in script.train_files]
     return mix_gym_datasets(parts, script.train_weights, seed=seed)
+
+
+def model_to_train(named: str | None, script: ScriptArguments) -> str:
+    """Return the model that is trained: the one that is named, else the small policy.
+
+    Args:
+        named: `model_name_or_path`.
+        script: Options of the script.
+
+    Raises:
+        ConfigError: Neither is given, or the small policy is not there.
+    """
+    if named is not None:
+        return recipes.find(named)
+    if script.small_policy_dir is None:
+        raise ConfigError(
+            "`model_name_or_path` is not set.",
+            "Set it to a model folder or a name on the Hugging Face Hub; `trl-gym quickstart` has a small one.",
+        )
+    if not (Path(script.small_policy_dir) / "config.json").is_file():
+        raise ConfigError(
+            f"`small_policy_dir` is {script.small_policy_dir}, which has no config.json.",
+            f"Set it to {recipes.SMALL_POLICY}, which comes with trl-gym, or name a model with `model_name_or_path`.",
+        )
+    return script.small_policy_dir
 
 
 def load_as_told(model: ModelConfig, args: GymGRPOConfig) -> None:

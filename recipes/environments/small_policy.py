@@ -2,9 +2,9 @@
 
     python recipes/environments/small_policy.py --environment counter --output_dir runs/counter_policy
 
-As the quickstart's (`recipes/tiny_policy.py`, whose parts these are), it has seen demonstrations with two systematic
-mistakes: it gives up without a tool, and it takes the other tool. It knows this one environment as it was made, and
-nothing else; what you change in the environment, it has not seen.
+As the quickstart's (`recipes/tiny_policy.py` on `recipes/environments/calculator`, whose parts these are), it has seen
+demonstrations with two systematic mistakes: it gives up without a tool, and it takes the other tool. It knows this one
+environment as it was made, and nothing else; what you change in the environment, it has not seen.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def test_without_nemo_gym_it_says_so_and_goes_on(
 def test_the_wheel_takes_the_templates_along() -> None:
     """hatchling takes every file of a package that git does not ignore."""
     with open(ROOT / "pyproject.toml", "rb") as file:
-        assert tomllib.load(file)["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["trl_gym"]}
+        assert tomllib.load(file)["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["trl_gym"]
     templates = [str(path) for path in (ROOT / "trl_gym" / "scaffold").rglob("*.template")]
     assert len(templates) == 8
     assert subprocess.run(["git", "check-ignore", *templates], cwd=ROOT, capture_output=True).returncode == 1

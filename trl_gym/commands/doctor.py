@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from trl_gym.recipes import find
+
 DESCRIPTION = (
     "Examine everything that a training run needs, and list all that is missing or wrong, each with its remedy: "
     "versions, devices, options, NeMo Gym, data, model, policy server, weight sync, one rollout for each environment. "
@@ -22,10 +24,14 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the doctor's own flags; every other one is a training option and is left to TRL's parser."""
-    parser.add_argument("--config", metavar="YAML", help="options file of the run; options given here win over it")
+    parser.add_argument(
+        "--config", type=find, metavar="YAML", help="options file of the run; options given here win over it"
+    )
     parser.add_argument("--json", action="store_true", help="write one JSON object instead of lines")
     parser.add_argument("--quick", action="store_true", help="start no server: no weight sync, no rollouts")
-    parser.add_argument("--accelerate-config", metavar="YAML", help="file for `accelerate launch --config_file`")
+    parser.add_argument(
+        "--accelerate-config", type=find, metavar="YAML", help="file for `accelerate launch --config_file`"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import ConfigError, Problem
+from trl_gym.recipes import find
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -27,13 +28,16 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `trl-gym plan`; every other one is a training option and is left to TRL's parser."""
-    parser.add_argument("--config", metavar="YAML", help="options of the run; options given here win over it")
+    parser.add_argument(
+        "--config", type=find, metavar="YAML", help="options of the run; options given here win over it"
+    )
     parser.add_argument("--gpus", type=int, metavar="N", help="training processes, one per GPU (default: 1)")
     parser.add_argument(
         "--gpu-memory", type=float, metavar="GIB", help="memory of one GPU in GiB (default: that of this machine's)"
     )
     parser.add_argument(
         "--accelerate-config",
+        type=find,
         metavar="YAML",
         help="file for `accelerate launch --config_file`: how the model is sharded, and the number of processes",
     )
@@ -80,7 +84,7 @@ def _device(gib: float | None) -> DeviceMemory:
 def _parse(argv: Sequence[str], gpus: int) -> tuple[GymGRPOConfig, ModelConfig]:
     """Parse training options as a machine with so many GPUs would."""
     from trl_gym.config import GymGRPOConfig
-    from trl_gym.train import parse_options
+    from trl_gym.train import model_to_train, parse_options
 
     @dataclass
     class PlannedConfig(GymGRPOConfig):
@@ -97,9 +101,8 @@ def _parse(argv: Sequence[str], gpus: int) -> tuple[GymGRPOConfig, ModelConfig]:
         def world_size(self) -> int:
             return gpus
 
-    _, args, model = parse_options(argv, PlannedConfig)
-    if model.model_name_or_path is None:
-        raise ConfigError("`model_name_or_path` is not set.", "Set it to a model folder or a name on the Hub.")
+    script, args, model = parse_options(argv, PlannedConfig)
+    model.model_name_or_path = model_to_train(model.model_name_or_path, script)
     if args.vllm_mode == "server":
         raise ConfigError(
             "`vllm_mode` is 'server': the policy server shares no GPU with training.",

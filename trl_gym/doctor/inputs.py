@@ -15,7 +15,7 @@ from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warnin
 from trl_gym.errors import Problem
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
-from trl_gym.train import make_data
+from trl_gym.train import make_data, model_to_train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,15 +133,7 @@ def model(context: Context) -> Iterator[Finding]:
 
     from trl_gym.memory.plan import count_params
 
-    named = context.model_options.model_name_or_path
-    if named is None:
-        folder = Path(context.script.small_policy_dir)
-        if not (folder / "config.json").is_file():
-            yield skipped(
-                f"no model is given, and the small policy is not in {folder} yet", "`make quickstart` builds it."
-            )
-            return
-        named = str(folder)
+    named = model_to_train(context.model_options.model_name_or_path, context.script)
     is_path = Path(named).exists() or named.startswith((".", "/", "~"))
     if is_path and not (Path(named) / "config.json").is_file():
         what = "has no config.json" if Path(named).is_dir() else "does not exist"

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from trl_gym import recipes
 from trl_gym.errors import ConfigError, Problem
 
 NONCE_KEY = "trl_gym_nonce"
@@ -125,7 +126,7 @@ def _find_all(entries: Sequence[tuple[str, str]], places: Sequence[Path], proble
     """Return absolute paths of the entries that exist; add a problem for each of the others."""
     found: list[Path] = []
     for entry, note in entries:
-        path = Path(entry).expanduser()
+        path = Path(recipes.find(entry)).expanduser()
         candidates = [path] if path.is_absolute() else [place / path for place in places]
         existing = next((candidate for candidate in candidates if candidate.is_file()), None)
         if existing is not None:
