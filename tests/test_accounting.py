@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy
 import pandas
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tests.gradient import NUM_MEMBERS, Case, PreparedTrainer, lean, make_trainer, save_model, tasks, trajectory_of
 from trl_gym.errors import RolloutError
@@ -136,11 +138,21 @@ def test_reward_functions_get_rollouts(model: Path, tmp_path: Path) -> None:
 
 def test_the_trainers_logprobs_are_written_for_every_row(model: Path, tmp_path: Path) -> None:
     trainer = prepared(model, tmp_path, (1, 2))
+    saved = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")  # there before the first rollout
+    assert saved.get_vocab() == trainer.processing_class.get_vocab() and saved.is_fast
     trainer.train()
     lines = (tmp_path / "training_logprobs" / "step-0.rank-0.jsonl").read_text().splitlines()
     found = {line["rollout_id"]: [line["logprobs"], *line.get("further_rows", [])] for line in map(json.loads, lines)}
     rollouts = {rollout.request.rollout_id: rollout for rollout in trainer._accounting.rollouts}
     assert len(found) == 11 and {json.loads(line)["step"] for line in lines} == {0}
+    rewards = {name: rollout.reward for name, rollout in rollouts.items()}
+    for group in range(3):  # what is recorded is what TRL trained with: of a failed rollout nothing
+        own = {
+            one["rollout_id"]: one["advantage"] for one in map(json.loads, lines) if f"-g{group}-" in one["rollout_id"]
+        }
+        mean = statistics.fmean(rewards[name] for name in own)
+        spread = statistics.stdev(rewards[name] for name in own) + 1e-4
+        assert own == pytest.approx({name: (rewards[name] - mean) / spread for name in own}, abs=1e-4)
     assert 0 < trainer.state.log_history[0]["sampling/importance_sampling_ratio/fraction_cut"] < 1  # of made-up ones
     for name, rows in found.items():
         expected = [len(trajectory.completion_ids) for trajectory in rollouts[name].trajectories]

@@ -267,6 +267,7 @@ class Accounting:
                     batch["old_per_token_logps"],
                     self.rows,
                     self.rollouts,
+                    batch["advantages"].tolist(),
                     step=step,
                     rank=self._accelerator.process_index,
                 )

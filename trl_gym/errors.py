@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -30,6 +31,14 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.text} {self.remedy}".strip()
+
+
+_NUM_SHOWN = 5  # causes, in an error
+
+
+def as_problems(causes: Counter[str]) -> list[Problem]:
+    """Return the most frequent causes for an error: `12 × environment (my_agent /run): …`."""
+    return [Problem(f"{count} × {cause}") for cause, count in causes.most_common(_NUM_SHOWN)]
 
 
 class TrlGymError(Exception):

@@ -53,6 +53,7 @@ from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.batch import checked_rewards, describe_drift, table_columns
 from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
+from trl_gym.rollouts.journal import TOKENIZER
 from trl_gym.rollouts.metrics import oversample_metrics
 from trl_gym.rollouts.padding import TOKEN_WEIGHT, Results, compute_rows
 from trl_gym.rollouts.queue import TaskGroup
@@ -195,6 +196,9 @@ class GymGRPOTrainer(GRPOTrainer):
                 refill=self._refill(),
             )
             self._set_callbacks()
+            with agreed(self.accelerator):
+                if self.accelerator.is_main_process:  # the text of the journal's tokens, before the first checkpoint
+                    self._tokenizer.save_pretrained(os.path.join(args.output_dir, TOKENIZER))
         except BaseException:
             self._source.close()
             raise

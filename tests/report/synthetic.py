@@ -35,6 +35,7 @@ class Plan:
         steps: Optimizer steps with a training batch each; every fifth is evaluated.
         tasks: Groups per step.
         generations: Rollouts per group.
+        attempts: Rollouts per task of an evaluation.
         words: About so many words of text per model call.
         calls: Most model calls of a rollout.
         seed: For everything that looks random.
@@ -43,6 +44,7 @@ class Plan:
     steps: int = 12
     tasks: int = 9
     generations: int = 8
+    attempts: int = 2
     words: int = 24
     calls: int = 3
     seed: int = 0
@@ -107,7 +109,7 @@ def _records(plan: Plan, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
         modes = (["train"] if step < plan.steps else []) + (["eval"] if step % 5 == 0 or step == plan.steps else [])
         for mode in modes:
             for group in range(plan.tasks):
-                for member in range(plan.generations if mode == "train" else 1):
+                for member in range(plan.generations if mode == "train" else plan.attempts):
                     one = _Rollout(rng, plan, step, mode, group, member)
                     clock += rng.random() / 4
                     yield from one.attempts(tokenizer, clock)
@@ -295,5 +297,6 @@ def _write_metrics(folder: Path, plan: Plan, records: list[dict[str, Any]]) -> N
             scored = [r["reward"] for r in records if r["step"] == step - 1 and r["mode"] == "train" and r["reward"]]
             line = {"step": step, "reward": sum(scored) / max(1, len(scored)), "loss": rng.gauss(0, 0.05)}
             line |= {"logprob_gap/mean": 1e-4 * rng.random(), "grad_norm": rng.random(), "entropy": 2 / (1 + step)}
+            line |= {"eval_loss": 0.0, "tools/call_frequency": 0.0}  # TRL's, which mean nothing here
             line |= {f"seconds/{name}": rng.random() for name in ("rollouts", "update", "weight_sync")}
             file.write(json.dumps(line) + "\n")

@@ -14,7 +14,7 @@ import pytest
 from tests.report.browser import Browser, PageError
 from tests.report.conftest import Viewed
 from tests.report.synthetic import AGENTS, Plan, make_tokenizer, write_repeated, write_run
-from trl_gym.report import open_run, show, write_page
+from trl_gym.report import PageOptions, open_run, show, write_page
 from trl_gym.rollouts.journal import Journal
 
 ROWS = "#view .rows .row"
@@ -44,6 +44,10 @@ def cells(chromium: Browser) -> list[list[str]]:
 
 def counted(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for record in records if not record["retried"]]
+
+
+def final_text(record: dict[str, Any]) -> str:
+    return str(record["response"]["output"][-1]["content"][0]["text"])
 
 
 def link(record: dict[str, Any]) -> str:
@@ -82,13 +86,39 @@ def test_curves_are_of_the_same_numbers(chromium: Browser, viewed: Viewed) -> No
     facts = dict(zip(chromium.texts(".facts dt"), chromium.texts(".facts dd"), strict=True))
     assert facts["rollouts"] == f"{len(counted(viewed.records)):,}"
     assert facts["steps"] == "0–12" and facts["environments"] == "3"
+    assert {"mean@2", "pass@1", "pass@2"} <= set(chromium.texts(".legend > span"))  # of evaluations, by their attempts
+
+
+def test_what_an_axis_says_differs_from_tick_to_tick(chromium: Browser, viewed: Viewed) -> None:
+    chromium.open(viewed.page)
+    chromium.wait("document.querySelectorAll('.panel').length > 12")  # metrics too
+    axes = "[...document.querySelectorAll('.panel svg')].flatMap((s) => [[s, 'end'], [s, 'middle']])"
+    texts = f"{axes}.map(([s, a]) => [...s.querySelectorAll(`.tick[text-anchor=${{a}}]`)].map((t) => t.textContent))"
+    shown = chromium.run(texts)
+    assert all(len(set(own)) == len(own) for own in shown) and len(shown) > 20
+    for low, high in ((1000.1, 1000.3), (-1e-9, 1e-9), (12345678, 12345679), (0.99999, 1.00001), (0, 0)):
+        ticks = chromium.run(f"tickTexts(niceTicks({low}, {high}, 4))")
+        assert len(set(ticks)) == len(ticks) > 1
+
+
+def test_metrics_that_are_always_0_are_not_drawn_and_are_named(chromium: Browser, viewed: Viewed) -> None:
+    chromium.open(viewed.page)
+    chromium.wait("document.querySelectorAll('.panel').length > 12")
+    assert "Left out as always 0: 1." in chromium.text(".metric-bar")
+    chromium.run("byId('metric-search').focus()")
+    chromium.send("Input.insertText", text="l")
+    chromium.wait("document.querySelector('.metric-bar').innerText.includes('Always 0: tools/call_frequency')")
+    [label] = chromium.run(
+        "[...document.querySelectorAll('svg')].map((s) => s.getAttribute('aria-label')).filter((l) => /^loss/.test(l))"
+    )
+    assert "training" in label and "evaluation" not in label
 
 
 def test_a_table_is_sorted_by_a_click_and_the_address_remembers_it(chromium: Browser, viewed: Viewed) -> None:
     chromium.open(viewed.page, "#rollouts?step=4&set=train")
     chromium.wait(f"document.querySelectorAll('{ROWS}').length > 9")
     chromium.run("[...document.querySelectorAll('button.sort')].find((b) => b.innerText.startsWith('tokens')).click()")
-    tokens = [int(row[8].replace(",", "")) for row in cells(chromium)]
+    tokens = [int(row[9].replace(",", "")) for row in cells(chromium)]
     assert tokens == sorted(tokens, reverse=True) and len(set(tokens)) > 3
     assert chromium.run("location.hash").endswith("sort=tokens-")
     largest = max(r["env_mask"].count(1) for r in viewed.records if r["step"] == 4 and r["mode"] == "train")
@@ -122,6 +152,30 @@ def test_filters_keep_what_they_say(chromium: Browser, viewed: Viewed, query: st
     assert chromium.text(".count").startswith(f"{len(expected):,} of {len(viewed.records):,} rollouts")
 
 
+def test_groups_whose_rewards_are_all_the_same_are_found(chromium: Browser, viewed: Viewed) -> None:
+    groups: defaultdict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for record in counted(viewed.records):
+        if record["reward"] is not None:
+            groups[record["mode"], record["step"], record["group"]].append(record["reward"])
+    several = [rewards for rewards in groups.values() if len(rewards) > 1]
+    chromium.open(viewed.page)
+    for spread, number in (
+        ("same", sum(min(rewards) == max(rewards) for rewards in several)),
+        ("differ", sum(min(rewards) < max(rewards) for rewards in several)),
+    ):
+        visit(
+            chromium, f"#groups?spread={spread}", "/^[0-9,]+ groups/.test(document.querySelector('.count').innerText)"
+        )
+        assert number and chromium.text(".count").startswith(f"{number} groups")
+
+
+def test_lists_show_where_tasks_differ(chromium: Browser, viewed: Viewed) -> None:
+    """The tasks of the second environment begin alike, with forty characters."""
+    chromium.open(viewed.page, f"#groups?env={AGENTS[1]}")
+    chromium.wait(f"document.querySelectorAll('{ROWS} .task').length > 3")
+    assert {text.split()[0] for text in chromium.texts(f"{ROWS} .task")} <= {"…2", "…5", "…8"}
+
+
 def test_a_filter_that_matches_nothing_says_so(chromium: Browser, viewed: Viewed) -> None:
     chromium.open(viewed.page, "#rollouts?text=nobody said this")
     chromium.wait("document.querySelector('.empty') && !document.querySelector('.empty').hidden")
@@ -137,6 +191,7 @@ def test_a_rollout_is_its_conversation(chromium: Browser, viewed: Viewed) -> Non
     assert chromium.texts(".message.call .who b") == [call["name"] for call in calls]
     assert [text.split("\n")[-1] for text in chromium.texts(".message.result")] == results
     assert chromium.texts(".message.call dd")[0] == json.loads(calls[0]["arguments"])["query"].strip()
+    assert chromium.texts(".answers dd") == [record["row"]["expected_answer"], final_text(record)]
     assert chromium.texts(".message.user .text") == [record["row"]["responses_create_params"]["input"][1]["content"]]
     assert chromium.run("byId('reward').title") == json.dumps(record["reward"]).removesuffix(".0")
     facts = dict(zip(chromium.texts(".side dt"), chromium.texts(".side dd"), strict=True))
@@ -242,6 +297,8 @@ def test_drift_and_failure_stand_where_they_happened(chromium: Browser, viewed: 
     failed = next(r for r in viewed.records if r["failure"] and not r["retried"])
     visit(chromium, link(failed), "document.querySelector('.incident.bad')")
     assert failed["failure"]["text"] in chromium.text(".incident.bad")
+    facts = dict(zip(chromium.texts(".side dt"), chromium.texts(".side dd"), strict=True))
+    assert [facts[name] for name in ("sampled", "model calls", "tool calls")] == ["–"] * 3  # not known, and not 0
 
 
 def test_a_group_is_shown_side_by_side(chromium: Browser, viewed: Viewed) -> None:
@@ -251,7 +308,19 @@ def test_a_group_is_shown_side_by_side(chromium: Browser, viewed: Viewed) -> Non
     shown = chromium.texts(".column .chip")
     assert shown == ["fail" if r["reward"] is None else f"{r['reward']:.3g}" for r in own]
     rewards = [r["reward"] for r in counted(own) if r["reward"] is not None]
-    assert f"mean reward {float(f'{statistics.fmean(rewards):.4g}'):g}" in chromium.text(".headline")
+    mean, spread = statistics.fmean(rewards), statistics.stdev(rewards) + 1e-4
+    assert f"mean reward {float(f'{mean:.4g}'):g}" in chromium.text(".headline")
+    expected = [
+        f"advantage {(r['reward'] - mean) / spread:.2f}".replace("-", "−") for r in own if r["reward"] is not None
+    ]
+    assert chromium.texts(".column .advantage") == expected
+    assert "has not recorded" in chromium.run("document.querySelector('.column .advantage').title")
+    chromium.wait(
+        "document.querySelectorAll('.column .answers').length === document.querySelectorAll('.column').length"
+    )
+    assert chromium.texts(".rollout-head .answers dd") == [own[0]["row"]["expected_answer"]]
+    given = [final_text(r) if r["response"] else "–" for r in own]
+    assert chromium.texts(".column .answers dd") == given
 
 
 def test_failures_are_counted_by_kind(chromium: Browser, viewed: Viewed) -> None:
@@ -296,6 +365,32 @@ def test_an_address_that_leads_nowhere_says_so(chromium: Browser, viewed: Viewed
     chromium.open(viewed.page, "#rollout=%E0%A4%A")
     assert "No such rollout" in chromium.text()
     visit(chromium, "#nonsense", "document.querySelector('.facts')")
+    assert "There is no view “nonsense”" in chromium.text(".notice")
+
+
+@pytest.mark.parametrize(
+    ("address", "told", "kept"),
+    [
+        ("env=nowhere", "environment “nowhere”", 0),
+        ("set=test", "set “test”", 0),
+        ("version=99", "weight version “99”", 0),
+        ("outcome=fail", "outcome “fail”", 0),
+        ("outcome=failed%3Aboredom", "outcome “failed:boredom”", 0),
+        ("spread=none", "spread of rewards “none”", 0),
+        ("step=last", "“last” is no step or range of steps, and filters nothing", None),
+        ("min=high", "“high” is no number, and filters nothing", None),
+        ("environment=x", "no filter “environment”", None),
+        ("sort=beauty-", "no column “beauty” to sort by", None),
+    ],
+)
+def test_what_an_address_asks_for_in_vain_is_reported(
+    chromium: Browser, viewed: Viewed, address: str, told: str, kept: int | None
+) -> None:
+    if not chromium.run("location.href").startswith(viewed.page.as_uri()):
+        chromium.open(viewed.page)
+    visit(chromium, f"#rollouts?{address}", "/^[0-9,]+ of/.test(document.querySelector('.count').innerText)")
+    assert told in chromium.text("[role=alert]")
+    assert chromium.run("context.list.length") == (len(viewed.records) if kept is None else kept)
 
 
 def test_on_a_narrow_screen_nothing_is_wider_than_it(chromium: Browser, viewed: Viewed) -> None:
@@ -358,7 +453,7 @@ def test_hostile_text_stays_text(chromium: Browser, tmp_path: Path) -> None:
         journal.append(record | texts)
     journal.close()
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, f"loss{HOSTILE}": 1.0, "loss": 2.0}) + "\n")
-    write_page(open_run(folder), tmp_path / "v.html")
+    write_page(open_run(folder), tmp_path / "v.html", None, [open_run(folder)])
     chromium.send("Page.addScriptToEvaluateOnNewDocument", source="window.pwned = () => { window.isPwned = true; };")
     chromium.open(tmp_path / "v.html")
     ids = chromium.run("run.columns.rollout_id")
@@ -369,7 +464,9 @@ def test_hostile_text_stays_text(chromium: Browser, tmp_path: Path) -> None:
         "#groups",
         "#rollouts",
         "#failures",
+        "#compare",
         f"#rollouts?text={quote('<IMG SRC')}",
+        f"#rollouts?env={quote(HOSTILE[:40])}&{quote(HOSTILE[:40], safe='')}=1",
     ]
     for name in (ids[0], next(r["rollout_id"] + HOSTILE for r in records if r["reward"])):
         place = f"rollout={quote(name.replace(chr(0xD800), chr(0xFFFD)), safe='')}"
@@ -412,7 +509,61 @@ def test_the_policy_forbids_what_is_not_the_pages_own(chromium: Browser, viewed:
     chromium.requests.clear()
 
 
-# -- in a notebook, and large --
+# -- beside other runs, while it goes on, in a notebook, and large --
+
+
+def test_runs_are_shown_beside_each_other(chromium: Browser, viewed: Viewed, tmp_path: Path) -> None:
+    records = write_run(tmp_path / "other", Plan(steps=3, seed=5))
+    write_page(
+        open_run(viewed.folder), tmp_path / "v.html", PageOptions(max_rollouts=50), [open_run(tmp_path / "other")]
+    )
+    for width in (1280, 390):
+        chromium.resize(width, 860)
+        chromium.open(tmp_path / "v.html", "#compare")
+        chromium.wait("document.querySelectorAll('.panel').length > 5")
+        assert chromium.run("byId('view').scrollWidth") <= width
+    chromium.resize(1280, 860)
+    assert chromium.texts(".legend.runs > span") == [viewed.folder.name, "other", "evaluation"]
+    labels = chromium.run("[...document.querySelectorAll('svg')].map((s) => s.getAttribute('aria-label'))")
+    for agent, label in zip(sorted(AGENTS), labels, strict=False):
+        assert label.startswith(agent) and label.count("training from") == label.count("evaluation from") == 2
+    rows = chromium.run("[...document.querySelector('.compared').tBodies[0].rows].map((r) => r.innerText.split('\t'))")
+    assert [row[:3] for row in rows] == [
+        [name, mode, last]
+        for name, modes in (
+            (viewed.folder.name, (("train", "11"), ("eval", "12"))),
+            ("other", (("train", "2"), ("eval", "3"))),
+        )
+        for mode, last in modes
+    ]
+    means = {}
+    for step in range(3):
+        own = [r for r in counted(records) if (r["mode"], r["step"]) == ("train", step) and r["reward"] is not None]
+        means[step] = statistics.fmean(r["reward"] for r in own)
+    best = max(means, key=lambda step: means[step])
+    assert rows[2][3:6] == [f"{means[2]:.3f}", f"{means[best]:.3f}", str(best)]
+
+
+def test_a_page_of_a_run_that_goes_on_reads_its_file_again(chromium: Browser, tmp_path: Path) -> None:
+    """At the same address and place; not while a rollout is looked at, which changes no more."""
+    records = write_run(tmp_path / "run", Plan(steps=2))
+    live = PageOptions(reload_s=0.2, with_tokens=False)
+    first = write_page(open_run(tmp_path / "run"), tmp_path / "v.html", live)
+    chromium.open(tmp_path / "v.html", "#rollouts?set=train&sort=seconds")
+    chromium.wait(f"document.querySelectorAll('{ROWS}').length > 5")
+    chromium.run("go(document.querySelector('#view .row[href]').getAttribute('href')); window.isFirst = true")
+    (tmp_path / "run" / "rollouts" / "step-99.rank-0.jsonl").write_text(json.dumps(records[0] | {"step": 99}) + "\n")
+    assert write_page(open_run(tmp_path / "run"), tmp_path / "v.html", live).recorded == first.recorded + 1
+    chromium.run("new Promise((done) => { reload(); setTimeout(done, 0); })")
+    assert chromium.run("window.isFirst && run.recorded") == first.recorded
+    chromium.run("history.back()")
+    chromium.wait("current.view === 'rollouts'")
+    chromium.run("document.querySelector('.scroller').scrollTop = 900")
+    chromium.wait(f"typeof run === 'object' && run.recorded === {first.recorded + 1}")
+    assert chromium.run("location.hash") == "#rollouts?set=train&sort=seconds"
+    chromium.wait("document.querySelector('.scroller')?.scrollTop === 900")
+    write_page(open_run(tmp_path / "run"), tmp_path / "v.html")  # the last one
+    chromium.wait("typeof run === 'object' && run.reload_s === 0 && !document.querySelector('.live')")
 
 
 def test_the_frame_of_a_notebook_works_and_has_no_access_to_it(
@@ -452,6 +603,16 @@ def test_five_thousand_rollouts(chromium: Browser, viewed: Viewed, tmp_path: Pat
     chromium.wait("current.view === 'rollout'")
     chromium.run("history.back()")  # the list is where it was left
     chromium.wait("current.view === 'rollouts' && document.querySelector('.scroller').scrollTop === 20000")
-    visit(chromium, "#rollouts?text=calendars", "/^[0-9,]+ of/.test(document.querySelector('.count').innerText)")
-    said = [r for r in viewed.records if r["response"] and "calendars" in json.dumps(r["response"]["output"])]
-    assert chromium.run("context.list.length") == 6 * len(said)
+    searched = "/^[0-9,]+ of/.test(document.querySelector('.count').innerText)"
+    visit(chromium, "#rollouts?set=train", searched)
+    chromium.run("window.field = byId('f-search'); field.focus()")
+    for typed, text in (("calen", "calen"), ("dars", "calendars"), (" first", "calendars first")):  # as it is typed
+        for key in typed:
+            chromium.press(key)
+        chromium.wait(f"current.hash.includes({('text=' + text.replace(' ', '+'))!r}) && {searched}")
+        said = [
+            r for r in viewed.records if r["mode"] == "train" and text in json.dumps([r["response"], r["failure"]])
+        ]
+        assert chromium.run("context.list.length") == 6 * len(said) > 0
+        assert chromium.run("byId('f-search') === field && document.activeElement === field")
+    assert chromium.run("field.value") == "calendars first"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.report.index import causes, ordered, sample, states, step_stats
+from trl_gym.commands.summary import evaluate, outcomes
+from trl_gym.report.index import advantages, causes, ordered, previews, sample, states, step_stats
 from trl_gym.report.rows import Row, row_of
 from trl_gym.rollouts.journal import LineState
 
@@ -54,7 +56,7 @@ def failed(**changes: Any) -> Row:
 
 
 def test_a_row_is_what_the_line_says() -> None:
-    assert (BASE.reward, BASE.success, BASE.version, BASE.preview) == (1.0, 0.5, "3", "What is it?")
+    assert (BASE.reward, BASE.success, BASE.version, BASE.text) == (1.0, 0.5, "3", "What is it?")
     assert (BASE.prompt_tokens, BASE.environment_tokens, BASE.sampled_tokens, BASE.turns) == (2, 1, 2, 1)
 
 
@@ -62,6 +64,18 @@ def test_a_line_of_an_earlier_version_is_read_with_what_it_has() -> None:
     names = ("step", "mode", "task_index", "group", "rollout_id", "agent", "reward", "row")
     old = row_of({name: RECORD[name] for name in names} | {"rollout_id": "5a17c0de-train0-b0-g1-m3-a0"})
     assert (old.task, old.member, old.success, old.failure, old.seconds) == ("5", 3, 1.0, None, None)
+
+
+def test_what_is_not_recorded_is_not_0() -> None:
+    unknown = {"completion_ids": [], "turns": [], "response": None, "finish_reason": None}
+    none = row_of(RECORD | unknown)
+    assert (none.turns, none.tool_calls, none.tool_errors, none.prompt_tokens, none.sampled_tokens) == (None,) * 5
+    said = {"output": [{"type": "message", "role": "assistant", "content": "4"}]}
+    elsewhere = row_of(RECORD | unknown | {"response": said, "finish_reason": "stop"})  # another's server: no tokens
+    assert (elsewhere.turns, elsewhere.tool_calls, elsewhere.sampled_tokens) == (1, 0, None)
+    assert [(s.drifted, s.truncated) for s in step_stats([none], states([none]))] == [(None, None)]
+    assert [(s.drifted, s.truncated) for s in step_stats([elsewhere], states([elsewhere]))] == [(None, 0)]
+    assert [(s.drifted, s.truncated) for s in step_stats([BASE], states([BASE]))] == [(0, 0)]
 
 
 def test_a_truncated_rollout_is_one_that_gym_cut_and_not_one_that_failed() -> None:
@@ -176,6 +190,63 @@ def test_a_sample_is_whole_groups_in_order_and_always_the_same(places: list[tupl
     left_out = {rows[index].group_key for index in set(order) - set(chosen)}
     assert len(whole & left_out) <= 1 and (not whole & left_out or len(whole) == 1)
     assert bool(chosen) == bool(rows)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.one_of(st.none(), st.floats(-9, 9))), max_size=30))
+def test_advantages_are_those_that_trl_computes_from_the_groups_rewards(
+    members: list[tuple[int, float | None]],
+) -> None:
+    rows = [
+        failed(group=group, member=m) if reward is None else row(group=group, member=m, reward=reward)
+        for m, (group, reward) in enumerate(members)
+    ]
+    found = advantages(rows, states(rows))
+    for group in range(3):
+        own = [(one.reward, found[at]) for at, one in enumerate(rows) if one.group == group]
+        rewards = [reward for reward, _ in own if reward is not None]
+        assert all((reward is None) == (advantage is None) for reward, advantage in own)
+        for reward, advantage in own:
+            if reward is not None and advantage is not None:
+                spread = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+                assert abs(advantage * (spread + 1e-4) - (reward - statistics.fmean(rewards))) < 1e-9
+    assert advantages([row(mode="eval")], [LineState.COUNTED]) == [None]
+
+
+def test_attempts_are_estimated_as_by_the_evaluation_command() -> None:
+    """With rows in another order when the command was given again, and a failed rollout, which is no attempt."""
+    answers = [(0, 0, 1.0), (0, 1, 0.0), (0, 2, None), (1, 0, 1.0), (1, 1, 1.0), (2, 2, 0.0)]
+    given_record = {"mode": "eval", "step": 0, "dataset": "easy", "run": "", "weights": "", "verify": {}}
+    records = [
+        RECORD
+        | given_record
+        | {"group": task + 5 * member, "task_hash": f"t{task}", "member": member, "reward": reward}
+        | {"failure": FAILURE if reward is None else None}
+        for task, member, reward in answers
+    ]
+    rows = [row_of(record) for record in records]
+    [stats] = step_stats(rows, states(rows))
+    jobs = [SimpleNamespace(key=("easy", f"t{task}", member)) for task, member, _ in answers]
+    expected = evaluate(["easy"], outcomes(records, jobs), 3)["easy"]
+    assert stats.attempts == {name: value for name, value in expected.items() if "@" in name}
+    assert set(stats.attempts) == {"pass@1", "pass@1/tasks", "pass@2", "pass@2/tasks", "mean@3"}
+    assert step_stats([row(member=1)], [LineState.COUNTED])[0].attempts == {}  # of training there are none
+
+
+@given(st.lists(st.text(alphabet="ab ", max_size=30), min_size=1, max_size=5), st.text(alphabet="xy ", max_size=40))
+def test_lists_show_where_the_tasks_of_an_environment_differ(ends: list[str], start: str) -> None:
+    texts = [" ".join(f"{start} {end}".split()) for end in ends]
+    shown = previews([row(text=text) for text in texts])
+    for text in texts:
+        preview = shown["calculator", text]
+        assert preview == text[:160] or text.endswith(preview.removeprefix("…"))
+        assert preview or not text
+    assert len({shown["calculator", text] for text in texts}) == len(set(texts))  # as different as they were
+
+
+def test_a_beginning_that_all_tasks_share_is_left_out_up_to_a_word() -> None:
+    alike = "You are given the following problem. Solve it: what is " + "x " * 100
+    shown = previews([row(text=f"{alike}1 + 1?"), row(text=f"{alike}10 + 2?"), row(agent="b", text=alike)])
+    assert sorted(shown.values()) == [alike[:160], "…1 + 1?", "…10 + 2?"]
 
 
 def test_without_a_limit_everything_is_shown() -> None:

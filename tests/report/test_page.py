@@ -7,6 +7,7 @@ import gzip
 import html
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 
 from tests.report.conftest import Viewed
-from tests.report.synthetic import Plan, write_run
-from trl_gym.cli import main
+from tests.report.synthetic import AGENTS, Plan, write_run
+from trl_gym.cli import build_parser, main
+from trl_gym.commands.view import watch
 from trl_gym.errors import ConfigError
 from trl_gym.report import PageOptions, open_run, show, write_page
-from trl_gym.report.source import read_training_logprobs
+from trl_gym.report.source import read_trained
 
 
 def blob(page: Path | str, name: str) -> Any:
@@ -112,9 +114,30 @@ def test_log_probabilities_are_found_wherever_a_rollout_was_trained(tmp_path: Pa
     for step in (10, 9):
         line = {"rollout_id": name, "step": step, "logprobs": [-float(step)] * len(trained["completion_ids"])}
         (folder / f"step-{step}.rank-0.jsonl").write_text(json.dumps(line))
-    found = {one: (step, rows) for one, step, rows in read_training_logprobs(open_run(tmp_path / "run"))}
-    step, [logprobs] = found[name]
-    assert (step, set(logprobs)) == (10, {-10.0})
+    found = {one.rollout_id: one for one in read_trained(open_run(tmp_path / "run"))}[name]
+    [logprobs] = found.logprobs
+    assert (found.step, found.advantage, set(logprobs)) == (10, None, {-10.0})
+
+
+def test_advantages_are_the_recorded_ones_where_there_are_any(tmp_path: Path) -> None:
+    """Then a rollout without one was not trained. Without tokens in the page too."""
+    records = [
+        r for r in write_run(tmp_path / "run", Plan(steps=1, tasks=1)) if r["mode"] == "train" and not r["retried"]
+    ]
+    options = PageOptions(with_tokens=False)
+    index = blob(write_page(open_run(tmp_path / "run"), tmp_path / "v.html", options).path, "index")
+    computed = dict(zip(*(index["columns"][name] for name in ("rollout_id", "advantage")), strict=True))
+    rewards = [r["reward"] for r in records if r["reward"] is not None]
+    mean, spread = statistics.fmean(rewards), statistics.stdev(rewards)
+    first = next(r for r in records if r["reward"] is not None)
+    assert index["advantages"] == "computed"
+    assert computed[first["rollout_id"]] == pytest.approx((first["reward"] - mean) / (spread + 1e-4))
+    line = {"rollout_id": first["rollout_id"], "step": 0, "advantage": 0.75, "logprobs": []}
+    (tmp_path / "run" / "training_logprobs" / "step-0.rank-1.jsonl").write_text(json.dumps(line))
+    index = blob(write_page(open_run(tmp_path / "run"), tmp_path / "v.html", options).path, "index")
+    assert index["advantages"] == "recorded"
+    recorded = zip(index["columns"]["rollout_id"], index["columns"]["advantage"], strict=True)
+    assert {name: value for name, value in recorded if value is not None} == {first["rollout_id"]: 0.75}
 
 
 def test_damage_elsewhere_is_an_error_with_a_remedy(tmp_path: Path) -> None:
@@ -152,6 +175,12 @@ def test_the_newest_checkpoints_tokenizer_is_taken(tmp_path: Path) -> None:
     assert found is not None and found.parent.name == "checkpoint-10"
 
 
+def test_before_the_first_checkpoint_it_is_the_one_that_the_run_saved(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", Plan(steps=1, tasks=1))
+    (tmp_path / "run" / "checkpoint-1").rename(tmp_path / "run" / "tokenizer")
+    assert open_run(tmp_path / "run").tokenizer == tmp_path / "run" / "tokenizer" / "tokenizer.json"
+
+
 def test_a_tokenizer_that_is_not_there_is_an_error(viewed: Viewed, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`--tokenizer` is .* no tokenizer\.json is there"):
         open_run(viewed.folder, tmp_path)
@@ -165,6 +194,49 @@ def test_the_command(viewed: Viewed, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Choose another file with `--output`" in capsys.readouterr().err
     assert main(["view", str(viewed.folder), "--max-rollouts", "-1"]) == 1
     assert "`--max-rollouts` is -1" in capsys.readouterr().err
+
+
+def test_runs_beside_it_are_told_apart(viewed: Viewed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target, other = tmp_path / "out.html", tmp_path / "b" / viewed.folder.name
+    write_run(other, Plan(steps=1, tasks=1))
+    assert main(["view", str(viewed.folder), str(other), "--output", str(target), "--max-rollouts", "9"]) == 0
+    [beside] = blob(target, "others")
+    assert (beside["run"], beside["agents"]) == (str(other), [AGENTS[0]])  # the same name: both are called `run`
+    assert [stats["step"] for stats in beside["steps"]] == [0, 0, 1] and len(beside["metrics"]) == 1
+    assert main(["view", str(viewed.folder), *[str(other)] * 5, "--output", str(target)]) == 1
+    assert "5 runs are named behind the first, and 4 can be told apart" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_is_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From before its first rollout until Ctrl-C, whenever there is something new."""
+    run, target = tmp_path / "run", tmp_path / "v.html"
+    run.mkdir()
+    options = build_parser().parse_args(["view", str(run), "--watch", "--output", str(target)])
+    seen: list[tuple[int, float] | None] = []
+
+    def pause(seconds: float) -> None:
+        assert seconds >= 10
+        index = blob(target, "index") if target.exists() else None
+        seen.append(index and (index["recorded"], index["reload_s"]))
+        if len(seen) == 1:
+            (run / "rollouts").mkdir()
+            (run / "rollouts" / "step-0.rank-0.jsonl").touch()  # a rollout has begun
+        elif len(seen) == 2:
+            write_run(run, Plan(steps=1, tasks=1))
+        elif len(seen) == 4:
+            with open(run / "rollouts" / "step-1.rank-0.jsonl", "w") as file:
+                file.write((run / "rollouts" / "step-0.rank-0.part-1.jsonl").read_text())
+        elif len(seen) == 5:
+            raise KeyboardInterrupt
+
+    assert watch(options, pause) == 0
+    recorded = blob(target, "index")["recorded"]
+    (first, second, third, fourth, fifth) = seen
+    assert first is second is None and third == fourth and third is not None and fifth is not None
+    assert (third[1], fifth[0], fifth[1] > 0) == (10.0, recorded, True) and fifth[0] > third[0]
+    assert blob(target, "index")["reload_s"] == 0
+    told = capsys.readouterr()
+    assert told.out.count("v.html") == 3 and told.err.count("waiting for the first rollout") == 1
 
 
 def test_in_a_notebook_it_is_a_frame_of_its_own(viewed: Viewed) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from tests.rollouts.sampled import calls_in, record, records_of
-from trl_gym.errors import FailureKind, RolloutFailure
+from trl_gym.errors import FailureKind, RolloutFailure, as_problems
 from trl_gym.policy_server.middleware.ledger import CallRecord, DriftCause
-from trl_gym.rollouts.batch import as_problems, describe_drift, failure_causes, table_columns
+from trl_gym.rollouts.batch import describe_drift, failure_causes, table_columns
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, journal_record
 from trl_gym.rollouts.trajectory import DriftReport, ModelCall, from_calls, model_calls

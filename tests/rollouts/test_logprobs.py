@@ -191,7 +191,7 @@ def write(folder: Path, logprobs: list[list[float]], *rollouts: tuple[Any, int |
     """Write down those of rollouts that have lost so many rows, or are not trained (None)."""
     own, dropped = zip(*rollouts, strict=True)
     rows = rows_of(own, dropped, len(logprobs), pad_id=0, eos_id=9)
-    record(folder, torch.tensor(logprobs), rows, own, **where)
+    record(folder, torch.tensor(logprobs), rows, own, [0.1234567 * at for at in range(len(own))], **where)
 
 
 def test_each_row_has_one_for_each_of_its_tokens(tmp_path: Path) -> None:
@@ -202,9 +202,10 @@ def test_each_row_has_one_for_each_of_its_tokens(tmp_path: Path) -> None:
     write(tmp_path, [[-0.5, 0.0, 0.0]], (rollout("c", 1), 0), step=4, rank=1)  # a second batch of that step
     lines = (tmp_path / "training_logprobs" / "step-4.rank-1.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [
-        {"rollout_id": "a", "step": 4, "logprobs": [-0.5, -1.25]},
-        {"rollout_id": "b", "step": 4, "logprobs": [], "further_rows": [[-0.125, -2.0, -3.0], [-1.0, -1.5]]},
-        {"rollout_id": "c", "step": 4, "logprobs": [-0.5]},
+        {"rollout_id": "a", "step": 4, "advantage": 0.0, "logprobs": [-0.5, -1.25]},
+        {"rollout_id": "b", "step": 4, "advantage": 0.24691, "logprobs": []}
+        | {"further_rows": [[-0.125, -2.0, -3.0], [-1.0, -1.5]]},
+        {"rollout_id": "c", "step": 4, "advantage": 0.0, "logprobs": [-0.5]},
     ]
 
 
@@ -217,13 +218,13 @@ def test_a_torn_line_does_not_swallow_the_next_and_nan_is_null(tmp_path: Path) -
     torn, *whole = file.read_text().splitlines()
     assert torn == '{"rollout_id": "torn", "logp'
     assert [json.loads(line) for line in whole] == [
-        {"rollout_id": name, "step": 0, "logprobs": [None, None, -0.5]} for name in "ab"
+        {"rollout_id": name, "step": 0, "advantage": 0.0, "logprobs": [None, None, -0.5]} for name in "ab"
     ]
 
 
 def test_rows_and_rollouts_must_be_of_one_batch(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shorter"):
-        record(tmp_path, torch.zeros(2, 3), [], [], step=0, rank=0)
+        record(tmp_path, torch.zeros(2, 3), [], [], [], step=0, rank=0)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

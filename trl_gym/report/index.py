@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl_gym.report.rows import Row
+from trl_gym.rollouts.evaluation import attempt_metrics
 from trl_gym.rollouts.journal import Attempt, LineState, line_states
 from trl_gym.rollouts.metrics import mean, percentile
 
 _MODES = ("train", "eval", "rollout")
 _TRIED_AGAIN = ("train", "eval")  # modes in which a step that is sampled again replaces the earlier try
+_PREVIEW = 160  # characters of a task in a list
+_MIN_SHARED = 12  # characters that the tasks of an environment must begin with alike before they are cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +36,10 @@ class StepStats:
         reward, reward_std: Mean and sample standard deviation over those that did not fail; None without any (or, for
             the deviation, with one).
         success: Mean over those that did not fail.
-        drifted, truncated: Number of rollouts.
+        drifted, truncated: Number of rollouts; None where none has tokens, or an answer, to tell.
         turns, sampled_tokens: Means over those that did not fail.
         seconds_p50, seconds_p95: Percentiles over those that did not fail.
+        attempts: `evaluation.attempt_metrics` outside of training, where tasks have several attempts.
         others: Number of lines that are not counted, by state.
         versions: Weight versions, each once.
     """
@@ -49,12 +53,13 @@ class StepStats:
     reward: float | None = None
     reward_std: float | None = None
     success: float | None = None
-    drifted: int = 0
-    truncated: int = 0
+    drifted: int | None = None
+    truncated: int | None = None
     turns: float | None = None
     sampled_tokens: float | None = None
     seconds_p50: float | None = None
     seconds_p95: float | None = None
+    attempts: dict[str, float] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
     versions: list[str] = field(default_factory=list)
 
@@ -175,6 +180,48 @@ def causes(rows: Sequence[Row], found: Sequence[LineState]) -> list[Cause]:
     return sorted(listed, key=lambda cause: -cause.count)
 
 
+def advantages(rows: Sequence[Row], found: Sequence[LineState]) -> list[float | None]:
+    """Compute advantages from rewards, for a run that has not recorded those that it trained with, `[N]`.
+
+    They are `(reward - mean) / (sd + 1e-4)` over the counted members of a group, as `GRPOTrainer` computes them by
+    default from one reward function. None outside of training, and for what has no reward or does not count.
+    """
+    groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        if row.mode == "train" and row.reward is not None and found[index] is LineState.COUNTED:
+            groups[row.group_key].append(index)
+    result: list[float | None] = [None] * len(rows)
+    for own in groups.values():
+        rewards = [rows[index].reward or 0.0 for index in own]
+        center, spread = statistics.fmean(rewards), statistics.stdev(rewards) if len(own) > 1 else 0.0
+        for index, reward in zip(own, rewards, strict=True):
+            result[index] = (reward - center) / (spread + 1e-4)
+    return result
+
+
+def previews(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
+    """Return what lists show of the tasks, by environment and text: without the beginning that the tasks of an
+    environment have in common, up to a word, where it is long."""
+    texts: defaultdict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        texts[row.agent].add(row.text)
+    return {
+        (agent, text): f"…{rest}"[:_PREVIEW] if start and (rest := text[start:]) else text[:_PREVIEW]
+        for agent, own in texts.items()
+        for start in [_shared_beginning(own)]
+        for text in own
+    }
+
+
+def _shared_beginning(texts: Collection[str]) -> int:
+    """Return how many characters the texts begin with alike, up to the end of a word; 0 where that is not much."""
+    first, last = min(texts), max(texts)  # what these two share, all share
+    end = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    while end and not first[end - 1].isspace():
+        end -= 1
+    return end if len(texts) > 1 and end >= _MIN_SHARED else 0
+
+
 def _newest_samplers(rows: Sequence[Row]) -> dict[tuple[str, str, int], tuple[str, str]]:
     newest: dict[tuple[str, str, int], tuple[float, tuple[str, str]]] = {}
     for row in rows:
@@ -186,6 +233,19 @@ def _newest_samplers(rows: Sequence[Row]) -> dict[tuple[str, str, int], tuple[st
 
 def _is_of_newest(row: Row, newest: dict[tuple[str, str, int], tuple[str, str]]) -> bool:
     return row.mode not in _TRIED_AGAIN or newest[row.mode, row.dataset, row.step] == row.sampler
+
+
+def _attempts(rows: Sequence[Row], good: Sequence[Row]) -> dict[str, float]:
+    num_asked = 1 + max(row.member for row in rows)
+    if num_asked == 1:
+        return {}
+    tasks: defaultdict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for row in good:
+        # In a training, a task that a dataset has twice is two; `trl-gym eval` may find its rows in another order.
+        place = row.group if row.sampler[0] else None
+        if row.success is not None:
+            tasks[row.agent, place, row.task].append(row.success)
+    return attempt_metrics(tasks.values(), num_asked)
 
 
 def _stats(key: tuple[Any, ...], rows: Sequence[Row], found: Sequence[LineState]) -> StepStats:
@@ -204,12 +264,13 @@ def _stats(key: tuple[Any, ...], rows: Sequence[Row], found: Sequence[LineState]
         reward=mean(rewards),
         reward_std=statistics.stdev(rewards) if len(rewards) > 1 else None,
         success=mean(row.success for row in good),
-        drifted=sum(row.drift is not None for row in counted),
-        truncated=sum(row.is_truncated for row in counted),
+        drifted=sum(row.drift is not None for row in counted) if any(row.rows for row in counted) else None,
+        truncated=sum(row.is_truncated for row in counted) if any(row.finish for row in counted) else None,
         turns=mean(row.turns for row in good),
         sampled_tokens=mean(row.sampled_tokens for row in good),
         seconds_p50=percentile(seconds, 50),
         seconds_p95=percentile(seconds, 95),
+        attempts=_attempts(rows, good) if mode != "train" else {},
         others=dict(Counter(str(state) for state in found if state is not LineState.COUNTED)),
         versions=list(dict.fromkeys(row.version for row in counted)),
     )

@@ -6,6 +6,7 @@
                   c0, t0, c1, t1, …   conversations and tokens of some rollouts each; unpacked when they are looked at
                   pieces              text of tokens by id
                   metrics             metrics.jsonl
+                  others              numbers per step and metrics.jsonl of the runs beside this one
                   index               one row per rollout, numbers per step: unpacked at once
     program   trl_gym/report/assets/*.js
 
@@ -28,15 +29,15 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from trl_gym.errors import ConfigError
 from trl_gym.report.bodies import Pieces, Shared, conversation_body, token_bodies
-from trl_gym.report.index import causes, ordered, sample, states, step_stats
+from trl_gym.report.index import advantages, causes, ordered, previews, sample, states, step_stats
 from trl_gym.report.rows import Row, row_of
-from trl_gym.report.source import RecordedRun, open_run, read_metrics, read_training_logprobs
+from trl_gym.report.source import RecordedRun, open_run, read_metrics, read_trained
 from trl_gym.rollouts.journal import Line, LineState, read_line, read_lines, without_non_finite
 
 SCHEMA = 1
@@ -46,7 +47,8 @@ _NUM_CAUSES = 200
 _CAUSE_CHARACTERS = 2000
 _SCRIPTS = (
     *("dom.js", "data.js", "format.js", "filter.js", "charts.js", "list.js", "overview.js", "steps.js"),
-    *("groups.js", "rollouts.js", "rollout.js", "conversation.js", "tokens.js", "timing.js", "failures.js", "main.js"),
+    *("groups.js", "rollouts.js", "rollout.js", "answers.js", "conversation.js", "tokens.js", "timing.js"),
+    *("failures.js", "compare.js", "main.js"),
 )
 _STYLES = ("base.css", "views.css", "rollout.css")
 # Columns of the index that hold one of few texts: as numbers into a list.
@@ -65,6 +67,7 @@ class PageOptions:
     # any case.
     max_rollouts: int | None = None
     with_tokens: bool = True  # whether token ids and log-probabilities are in it; the page is smaller without
+    reload_s: float = 0.0  # seconds after which the page reads its file again; 0 for never
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,16 @@ class WrittenPage:
     shown: int  # those of them that are in the page
 
 
-def write_page(run: RecordedRun, path: str | Path, options: PageOptions | None = None) -> WrittenPage:
+def write_page(
+    run: RecordedRun, path: str | Path, options: PageOptions | None = None, others: Sequence[RecordedRun] = ()
+) -> WrittenPage:
     """Write the page, whole or not at all.
+
+    Args:
+        run: The run whose rollouts are in the page.
+        path: The file.
+        options: Limits of its content.
+        others: Runs whose curves stand beside that one's.
 
     Raises:
         ConfigError: The journal holds no rollout, or a line that is not the last of its file is damaged.
@@ -88,14 +99,16 @@ def write_page(run: RecordedRun, path: str | Path, options: PageOptions | None =
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
-            recorded, shown = render(run, file, options or PageOptions())
+            recorded, shown = render(run, file, options or PageOptions(), others)
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
     return WrittenPage(target, target.stat().st_size, recorded, shown)
 
 
-def render(run: RecordedRun, file: IO[bytes], options: PageOptions) -> tuple[int, int]:
+def render(
+    run: RecordedRun, file: IO[bytes], options: PageOptions, others: Sequence[RecordedRun] = ()
+) -> tuple[int, int]:
     """Write the page to a binary file. One line of the journal is in memory at a time.
 
     Returns:
@@ -116,15 +129,23 @@ def render(run: RecordedRun, file: IO[bytes], options: PageOptions) -> tuple[int
     )
     head = head.replace("{{title}}", html.escape(run.name)).replace("{{policy}}", policy).replace("{{style}}", style)
     file.write(head.encode())
-    wanted = {rows[i].rollout_id for i in shown} if options.with_tokens else set()
-    training, steps = _training_logprobs(run, wanted) if wanted else ({}, {})
-    places = _write_chunks(file, [lines[i] for i in shown], pieces, training, options.with_tokens)
+    trained = _trained(run, {rows[i].rollout_id for i in shown}, options.with_tokens)
+    places = _write_chunks(file, [lines[i] for i in shown], pieces, trained, options.with_tokens)
     _write_blob(file, "pieces", {"text": pieces.text, "special": pieces.special()})
     _write_blob(file, "metrics", read_metrics(run))
-    facts = {"tokenizer": pieces.is_known, "with_tokens": options.with_tokens, "training": len(training)}
+    if others:
+        _write_blob(file, "others", [_other(other) for other in others])
     index = _index(run, rows, found, shown, places)
-    index["columns"]["trained"] = [steps.get(rows[i].rollout_id) for i in shown]
-    _write_blob(file, "index", index | facts)
+    index |= {"tokenizer": pieces.is_known, "reload_s": options.reload_s, "others": len(others)}
+    own = [trained.get(rows[i].rollout_id) for i in shown]
+    index["columns"]["trained"] = [one and one.step for one in own]
+    recorded = [one and one.advantage for one in own]
+    # Where some are recorded, a rollout without was not trained, or is not yet.
+    is_recorded = any(value is not None for value in recorded)
+    computed = [] if is_recorded else advantages(rows, found)
+    index["columns"]["advantage"] = recorded if is_recorded else [computed[i] for i in shown]
+    index["advantages"] = "recorded" if is_recorded else "computed"
+    _write_blob(file, "index", index)
     file.write(tail.replace("{{script}}", script).encode())
     return len(rows), len(shown)
 
@@ -132,8 +153,10 @@ def render(run: RecordedRun, file: IO[bytes], options: PageOptions) -> tuple[int
 def _read(run: RecordedRun) -> tuple[list[Line], list[Row]]:
     """Return where each line stands, and its row."""
     lines, rows = [], []
+    texts: dict[str, str] = {}  # one copy of the task that many rollouts have
     for line in read_lines(run.journal):
-        rows.append(row_of(line.record))
+        row = row_of(line.record)
+        rows.append(replace(row, text=texts.setdefault(row.text, row.text)))
         lines.append(Line(line.path, line.offset, line.length, {}))
     if not rows:
         raise ConfigError(
@@ -143,38 +166,54 @@ def _read(run: RecordedRun) -> tuple[list[Line], list[Row]]:
     return lines, rows
 
 
-def _training_logprobs(
-    run: RecordedRun, wanted: set[str]
-) -> tuple[dict[str, list[array[float]]], dict[str, int | None]]:
-    """Return, by rollout id, the trainer's log-probabilities, NaN where they are not finite, of rollouts in the page,
-    and the steps that trained them."""
-    found: dict[str, list[array[float]]] = {}
-    steps: dict[str, int | None] = {}
-    for name, step, rows in read_training_logprobs(run):
-        if name in wanted:
-            found[name] = [array("d", (math.nan if value is None else value for value in values)) for values in rows]
-            steps[name] = step
-    return found, steps
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    step: int | None
+    advantage: float | None
+    logprobs: list[array[float]]  # of each row; NaN where they are not finite
+
+
+def _trained(run: RecordedRun, wanted: set[str], with_logprobs: bool) -> dict[str, _Trained]:
+    """Return what the trainer recorded of rollouts in the page, by rollout id."""
+    return {
+        one.rollout_id: _Trained(
+            one.step,
+            one.advantage,
+            [array("d", (math.nan if value is None else value for value in row)) for row in one.logprobs]
+            if with_logprobs
+            else [],
+        )
+        for one in read_trained(run)
+        if one.rollout_id in wanted
+    }
+
+
+def _other(run: RecordedRun) -> dict[str, Any]:
+    _, rows = _read(run)
+    stats = [asdict(own) for own in step_stats(rows, states(rows))]
+    agents = sorted({row.agent for row in rows})
+    return {"run": run.name, "agents": agents, "steps": stats, "metrics": read_metrics(run)}
 
 
 def _write_chunks(
-    file: IO[bytes], lines: Sequence[Line], pieces: Pieces, training: dict[str, list[array[float]]], with_tokens: bool
+    file: IO[bytes], lines: Sequence[Line], pieces: Pieces, trained: dict[str, _Trained], with_tokens: bool
 ) -> list[tuple[int, int]]:
     """Write conversations and tokens; return for each rollout the number of its chunk and its place in it."""
     places: list[tuple[int, int]] = []
     for number, own in enumerate(_chunks(lines)):
         conversations, tokens = Shared(), Shared()
         said: list[Any] = []
-        trained: list[Any] = []
+        tokenized: list[Any] = []
         for line in own:
             record = read_line(line.path, line.offset, line.length)
             said.append(conversation_body(record, conversations))
             if with_tokens:
-                trained.append(token_bodies(record, tokens, pieces, training.get(str(record.get("rollout_id")), ())))
+                own_trained = trained.get(str(record.get("rollout_id")))
+                tokenized.append(token_bodies(record, tokens, pieces, own_trained.logprobs if own_trained else ()))
             places.append((number, len(said) - 1))
         _write_blob(file, f"c{number}", {"shared": conversations.values, "rollouts": said})
         if with_tokens:
-            _write_blob(file, f"t{number}", {"shared": tokens.values, "rollouts": trained})
+            _write_blob(file, f"t{number}", {"shared": tokens.values, "rollouts": tokenized})
     return places
 
 
@@ -198,11 +237,11 @@ def _index(
     shown: Sequence[int],
     places: Sequence[tuple[int, int]],
 ) -> dict[str, Any]:
-    own = [rows[i] for i in shown]
-    previews: dict[tuple[Any, ...], str] = {}  # of each group, in the order of the groups' numbers
+    own, listed = [rows[i] for i in shown], previews(rows)
+    tasks: dict[tuple[Any, ...], str] = {}  # of each group, in the order of the groups' numbers
     for row in own:
-        previews.setdefault(row.group_key, row.preview)
-    group_ids = {key: index for index, key in enumerate(previews)}
+        tasks.setdefault(row.group_key, listed[row.agent, row.text])
+    group_ids = {key: index for index, key in enumerate(tasks)}
     columns = {name: [getattr(row, name) for row in own] for name in _PLAIN}
     names: dict[str, list[str | None]] = {}
     for name in _NAMED:
@@ -217,7 +256,7 @@ def _index(
         "recorded": len(rows),
         "columns": columns,
         "names": names,
-        "previews": list(previews.values()),
+        "previews": list(tasks.values()),
         "steps": [asdict(stats) for stats in step_stats(rows, found)],
         "causes": _causes(rows, found),
         "drift": _drift_counts(rows, found),

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trl_gym.responses import count_tool_calls, input_items, output_items, text_of
+from trl_gym.responses import count_tool_calls, input_items, model_call_indices, output_items, text_of
 from trl_gym.rollouts.rollout import recorded_rows, success_of
 
 _MEMBER = re.compile(r"-m(\d+)-a\d+$")
-_PREVIEW = 160  # characters of a task in a table
+_TASK_CHARACTERS = 4000  # of a task; what tells it from others may stand behind a long introduction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,9 @@ class Row:
         is_retried: The line says that another attempt follows.
         version: The weights' version, or several with commas.
         rows: Token sequences that are trained of it; 0 without tokens.
-        preview: Beginning of the task's text.
+        turns, tool_calls, tool_errors: None where the answer is not recorded.
+        prompt_tokens, environment_tokens, sampled_tokens: None without tokens.
+        text: The task's last user message, on one line, cut.
 
     The others are those of `rollouts.rollout.RolloutFacts`.
     """
@@ -66,15 +68,15 @@ class Row:
     finish: str | None
     is_retried: bool
     version: str
-    turns: int
+    turns: int | None
     rows: int
-    prompt_tokens: int
-    environment_tokens: int
-    sampled_tokens: int
-    tool_calls: int
-    tool_errors: int
+    prompt_tokens: int | None
+    environment_tokens: int | None
+    sampled_tokens: int | None
+    tool_calls: int | None
+    tool_errors: int | None
     seconds: float | None
-    preview: str
+    text: str
 
     @property
     def is_truncated(self) -> bool:
@@ -104,7 +106,7 @@ def row_of(record: Mapping[str, Any]) -> Row:
     reward = record.get("reward")
     rows = recorded_rows(record)
     masks = [row.get("env_mask") or [] for row in rows]
-    calls, errors = count_tool_calls(output_items(record))
+    calls, errors = (None, None) if record.get("response") is None else count_tool_calls(output_items(record))
     return Row(
         rollout_id=str(record.get("rollout_id")),
         mode=str(record.get("mode") or "train"),
@@ -127,15 +129,15 @@ def row_of(record: Mapping[str, Any]) -> Row:
         finish=record.get("finish_reason"),
         is_retried=bool(record.get("retried")),
         version=", ".join(map(str, record.get("weight_versions") or [])),
-        turns=sum(turn.get("kind") == "model" for turn in record.get("turns") or []),
+        turns=_turns(record),
         rows=len(rows),
-        prompt_tokens=sum(len(row.get("prompt_ids") or []) for row in rows),
-        environment_tokens=sum(mask.count(0) for mask in masks),
-        sampled_tokens=sum(mask.count(1) for mask in masks),
+        prompt_tokens=sum(len(row.get("prompt_ids") or []) for row in rows) if rows else None,
+        environment_tokens=sum(mask.count(0) for mask in masks) if rows else None,
+        sampled_tokens=sum(mask.count(1) for mask in masks) if rows else None,
         tool_calls=calls,
         tool_errors=errors,
         seconds=record.get("seconds"),
-        preview=_preview(record),
+        text=_text(record),
     )
 
 
@@ -145,7 +147,13 @@ def _member(record: Mapping[str, Any]) -> int:
     return int(record.get("member", named[1] if named else 0))
 
 
-def _preview(record: Mapping[str, Any]) -> str:
+def _turns(record: Mapping[str, Any]) -> int | None:
+    """Return the number of model calls: the recorded ones; without, as the answer shows them; None without either."""
+    recorded = sum(turn.get("kind") == "model" for turn in record.get("turns") or [])
+    return recorded or len(set(model_call_indices(output_items(record))) - {None}) or None
+
+
+def _text(record: Mapping[str, Any]) -> str:
     users = [item for item in input_items(record.get("row") or {}) if item.get("role") == "user"]
     text = text_of(users[-1].get("content")) if users else ""
-    return " ".join(text[: 4 * _PREVIEW].split())[:_PREVIEW]
+    return " ".join(text[:_TASK_CHARACTERS].split())

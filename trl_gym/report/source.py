@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from trl_gym.errors import ConfigError
-from trl_gym.rollouts.journal import TRAINING_LOGPROBS, journal_files, read_objects
+from trl_gym.rollouts.journal import TOKENIZER, TRAINING_LOGPROBS, journal_files, read_objects
 
 TOKENIZER_FILE = "tokenizer.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -21,7 +21,27 @@ class _LogprobsShape(msgspec.Struct):
     rollout_id: str
     logprobs: list[float | None]
     step: int | None = None
+    advantage: float | None = None
     further_rows: list[list[float | None]] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What the trainer has recorded of a rollout.
+
+    Attributes:
+        rollout_id: Its name.
+        step: The step that trained it; None in lines of earlier versions.
+        advantage: What it was trained with; None in lines of earlier versions.
+        logprobs: Of each row `[T]`, in nats, `T` as in the journal line's `completion_ids` or `further_rows`, or
+            empty; what stands where the environment's tokens are is not looked at, and None stands where they were
+            not finite.
+    """
+
+    rollout_id: str
+    step: int | None
+    advantage: float | None
+    logprobs: list[list[float | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +60,8 @@ def open_run(path: str | Path, tokenizer: str | Path | None = None) -> RecordedR
 
     Args:
         path: A run's output folder, or the folder of its journal.
-        tokenizer: A `tokenizer.json`, or the folder of one; None takes the run's own, of its newest checkpoint.
+        tokenizer: A `tokenizer.json`, or the folder of one; None takes the run's own: of its newest checkpoint, else
+            the one that was saved when it began.
 
     Raises:
         ConfigError: The folder does not exist, has no journal, or no tokenizer is where one was named.
@@ -69,6 +90,19 @@ def open_run(path: str | Path, tokenizer: str | Path | None = None) -> RecordedR
     )
 
 
+def changes(path: str | Path) -> tuple[Any, ...] | None:
+    """Return what tells whether a run has gone on: names, sizes and times of its files. None before its first rollout.
+
+    Args:
+        path: See `open_run`.
+    """
+    files = [*journal_files(Path(path) / "rollouts"), *journal_files(path), Path(path) / "metrics.jsonl"]
+    found = {file: file.stat() for file in files if file.is_file()}
+    if not any(one.st_size for file, one in found.items() if file.name != "metrics.jsonl"):
+        return None
+    return tuple((file.name, one.st_size, one.st_mtime_ns) for file, one in found.items())
+
+
 def read_metrics(run: RecordedRun) -> list[dict[str, Any]]:
     """Return the objects of `metrics.jsonl`, one per logged step, with None for numbers that are not finite.
 
@@ -77,18 +111,16 @@ def read_metrics(run: RecordedRun) -> list[dict[str, Any]]:
     return [] if run.metrics is None else list(read_objects(run.metrics))
 
 
-def read_training_logprobs(run: RecordedRun) -> Iterator[tuple[str, int | None, list[list[float | None]]]]:
-    """Yield rollout id, the step that trained it, and the trainer's log-probabilities of sampled tokens, where a run
-    has recorded them. Lines of earlier versions do not name the step.
+def read_trained(run: RecordedRun) -> Iterator[Trained]:
+    """Yield what was trained, where a run has recorded it (see `rollouts.logprobs`).
 
-    Those of each row are `[T]`, in nats, `T` as in the journal line's `completion_ids` or `further_rows`, or empty;
-    what stands where the environment's tokens are is not looked at, and None stands where they were not finite. See
-    `rollouts.logprobs`. They are in the file of the step that trained the rollout, which need not be the one that
-    sampled it; of one that was trained again after a resume those of the last step come last.
+    It is in the file of the step that trained the rollout, which need not be the one that sampled it; of one that was
+    trained again after a resume, the last step's comes last.
     """
     for path in sorted((run.folder / TRAINING_LOGPROBS).glob("*.jsonl"), key=_numbers_in):
         for record in read_objects(path, _LogprobsShape):
-            yield record["rollout_id"], record.get("step"), [record["logprobs"], *record.get("further_rows", [])]
+            rows = [record["logprobs"], *record.get("further_rows", [])]
+            yield Trained(record["rollout_id"], record.get("step"), record.get("advantage"), rows)
 
 
 def _numbers_in(path: Path) -> tuple[list[int], str]:
@@ -108,5 +140,5 @@ def _named_tokenizer(path: Path) -> Path:
 def _own_tokenizer(folder: Path) -> Path | None:
     matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
     checkpoints = sorted(((int(match[1]), path) for match, path in matches if match is not None), reverse=True)
-    candidates = [*(path for _, path in checkpoints), folder]
+    candidates = [*(path for _, path in checkpoints), folder, folder / TOKENIZER]
     return next((path / TOKENIZER_FILE for path in candidates if (path / TOKENIZER_FILE).is_file()), None)

@@ -16,14 +16,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from trl_gym.errors import Problem, RolloutError
+from trl_gym.errors import RolloutError, as_problems
 from trl_gym.gym.client import MAX_REWARD
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts, facts_of
 from trl_gym.rollouts.rows import fit
 from trl_gym.rollouts.trajectory import finish_reason
 
 _NUM_CAUSES = 20  # that a rank tells the others; a cause may be 600 characters long
-_NUM_SHOWN = 5  # of them, in an error
 
 
 def table_columns(rollouts: Sequence[Rollout]) -> dict[str, list[str]]:
@@ -46,11 +45,6 @@ def failure_causes(rollouts: Sequence[Rollout]) -> Counter[str]:
         if rollout.failure is not None
     )
     return Counter(dict(causes.most_common(_NUM_CAUSES)))
-
-
-def as_problems(causes: Counter[str]) -> list[Problem]:
-    """Return the most frequent causes for an error: `12 × environment (my_agent /run): …`."""
-    return [Problem(f"{count} × {cause}") for cause, count in causes.most_common(_NUM_SHOWN)]
 
 
 def describe_drift(rollouts: Sequence[Rollout]) -> list[str]:

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.errors import RolloutError
+from trl_gym.errors import RolloutError, as_problems
 from trl_gym.rollout_options import Sampling
-from trl_gym.rollouts.batch import as_problems
 
 if TYPE_CHECKING:
     from trl_gym.rollouts.batch import SharedBatch

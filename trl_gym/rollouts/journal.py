@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 2
 TRAINING_LOGPROBS = "training_logprobs"  # folder beside the journal's, see `rollouts.logprobs`
+TOKENIZER = "tokenizer"  # folder beside the journal's with the tokenizer of its token ids, written when a run begins
 _MAX_BYTES = 512 * 10**6
 _NAME = re.compile(r"(?:(?P<mode>\w+)-)?step-(?P<step>\d+)\.rank-(?P<rank>\d+)(?:\.part-(?P<part>\d+))?\.jsonl")
 _MAX_NAMED = 8  # places of numbers that are not finite, in one warning

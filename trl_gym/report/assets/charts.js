@@ -26,7 +26,7 @@ function stepTicks(low, high, count) {
 /**
  * A chart of values over steps.
  *
- * series: [{name, kind: "train" | "eval" | "other", points: [[step, value, note?]]}]
+ * series: [{name, kind: "train" | "eval" | "other …", points: [[step, value, note?]]}]; a kind is a list of classes
  * options: {label, zero: start at 0, unit: true for rewards (0 to 1 where all lie in it), pick(step, series), height}
  */
 function lineChart(series, options) {
@@ -46,14 +46,16 @@ function drawLines(series, options, width) {
     role: "img",
     "aria-label": describe(series, options),
   });
-  for (const tick of yTicks) {
+  const [yTexts, xTexts] = [tickTexts(yTicks), tickTexts(xTicks)];
+  yTicks.forEach((tick, k) =>
     root.append(
       svg("line", { class: "grid", x1: left, x2: width - 8, y1: y(tick), y2: y(tick) }),
-      svg("text", { class: "tick", x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, num(tick, 3)),
-    );
-  }
-  for (const tick of xTicks)
-    root.append(svg("text", { class: "tick", x: x(tick), y: bottom + 16, "text-anchor": "middle" }, num(tick)));
+      svg("text", { class: "tick", x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, yTexts[k]),
+    ),
+  );
+  xTicks.forEach((tick, k) =>
+    root.append(svg("text", { class: "tick", x: x(tick), y: bottom + 16, "text-anchor": "middle" }, xTexts[k])),
+  );
   root.append(svg("text", { class: "axis", x: width - 8, y: height - 2, "text-anchor": "end" }, "optimizer step"));
   if (options.label) root.append(svg("text", { class: "axis", x: left, y: 10 }, options.label));
   for (const one of series) root.append(...drawSeries(one, x, y));
@@ -69,7 +71,7 @@ function scales(points, options, width, height) {
   else if (options.zero && low >= 0) low = 0;
   if (options.zero && low === 0 && high === 0) high = 1;
   const yTicks = niceTicks(low, high, 4);
-  const left = 12 + 6.6 * Math.max(...yTicks.map((tick) => num(tick, 3).length));
+  const left = 12 + 6.6 * Math.max(...tickTexts(yTicks).map((text) => text.length));
   const [top, bottom, right] = [options.label ? 22 : 8, height - 34, width - 14];
   const [first, last] = [Math.min(...xs), Math.max(...xs)];
   const x = (value) =>
@@ -84,7 +86,7 @@ function drawSeries(one, x, y) {
     .map(([step, value], k) => `${k ? "L" : "M"}${x(step).toFixed(1)} ${y(value).toFixed(1)}`)
     .join("");
   const marks =
-    one.kind === "eval" || one.points.length === 1
+    one.points.length === 1 || /eval|dashed/.test(one.kind)
       ? one.points.map(([step, value]) =>
           svg("circle", { class: `mark ${one.kind}`, cx: x(step), cy: y(value), r: 3.5 }),
         )

@@ -146,7 +146,7 @@ function driftNode(drift, failure) {
     ),
     el(
       "dl",
-      { class: "compare" },
+      { class: "drifted" },
       el("dt", {}, "seen"),
       el("dd", {}, markDifference(drift.seen_text, drift.prompt_text)),
       el("dt", {}, "in the prompt"),

@@ -52,6 +52,8 @@ const run = {
     }
     run.agents = run.names.agent;
     run.all = Array.from({ length: run.size }, (_, i) => i);
+    run.spread = run.groups.map(spreadOf);
+    run.hasAdvantages = run.columns.advantage.some((value) => value !== null);
     run.rewardRange = {};
     for (let i = 0; i < run.size; i++) {
       const reward = run.columns.reward[i];
@@ -73,6 +75,13 @@ const run = {
   link: (i) => `#rollout=${encodeURIComponent(run.columns.rollout_id[i])}`,
   groupLink: (i) => `#group=${encodeURIComponent(run.columns.rollout_id[run.members(i)[0]])}`,
 };
+
+/** Rewards that count of a group are all the "same", or "differ"; null for fewer than two. */
+function spreadOf(members) {
+  const known = members.filter((i) => run.get("state", i) === "counted" && run.columns.reward[i] !== null);
+  if (known.length < 2) return null;
+  return known.every((i) => run.columns.reward[i] === run.columns.reward[known[0]]) ? "same" : "differ";
+}
 
 /** The conversation of a rollout, with what it shares with others put in its place. */
 async function conversationOf(i) {

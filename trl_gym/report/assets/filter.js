@@ -1,6 +1,12 @@
 // Which rollouts are looked at: a filter that lives in the address, so that it can be linked to.
 
-const FILTER_KEYS = ["env", "set", "step", "min", "max", "outcome", "version", "text"];
+const FILTER_KEYS = ["env", "set", "step", "min", "max", "outcome", "spread", "version", "text"];
+const OUTCOMES = ["scored", "failed", "drift", "truncated", "state"];
+const SPREADS = [
+  ["", "all"],
+  ["differ", "rewards differ"],
+  ["same", "rewards all the same"],
+];
 
 function readFilter(params) {
   const filter = {};
@@ -16,23 +22,61 @@ function filterQuery(filter, more = {}) {
   return text ? `?${text}` : "";
 }
 
+/** What an address asks for that this page does not know, in words. What cannot be read filters nothing. */
+function filterProblems(params, columns) {
+  const filter = readFilter(params);
+  const problems = [...params.keys()]
+    .filter((key) => key !== "sort" && !FILTER_KEYS.includes(key))
+    .map((key) => `There is no filter ${quoted(key)}.`);
+  const unread = (key, what) => problems.push(`${quoted(filter[key])} is no ${what}, and filters nothing.`);
+  if (filter.step && !stepRange(filter.step)) unread("step", "step or range of steps");
+  for (const key of ["min", "max"]) if (limitOf(filter[key]) === null) unread(key, "number");
+  const known = { env: run.agents, set: sets(), spread: SPREADS.map(([own]) => own), version: versionNames() };
+  for (const [key, names] of Object.entries(known))
+    if (filter[key] && !names.includes(filter[key]))
+      problems.push(`No rollout here has the ${FILTER_NAMES[key]} ${quoted(filter[key])}.`);
+  const [kind, name] = filter.outcome.split(":");
+  const names = { failed: run.names.failure, drift: run.names.drift, state: run.names.state };
+  if (kind && (!OUTCOMES.includes(kind) || (name !== undefined && !(names[kind] || []).includes(name))))
+    problems.push(`No rollout here has the outcome ${quoted(filter.outcome)}.`);
+  const sort = readSort(params);
+  if (sort && !columns.some((column) => column.key === sort.key))
+    problems.push(`There is no column ${quoted(sort.key)} to sort by.`);
+  return problems;
+}
+
+const FILTER_NAMES = { env: "environment", set: "set", spread: "spread of rewards", version: "weight version" };
+const quoted = (text) => `“${clip(text, 80)}”`;
+
+function problemsNode(problems) {
+  return problems.length
+    ? el("p", { class: "notice asked", role: "alert" }, "The address asks for what is not here. ", problems.join(" "))
+    : null;
+}
+
 /** Numbers of the rollouts that match everything but the text, in the order of the index. */
 function matching(filter) {
   const steps = stepRange(filter.step);
-  const min = filter.min === "" ? -Infinity : Number(filter.min);
-  const max = filter.max === "" ? Infinity : Number(filter.max);
-  const limited = filter.min !== "" || filter.max !== "";
+  const [min, max] = [limitOf(filter.min) ?? NaN, limitOf(filter.max) ?? NaN];
+  const limited = !Number.isNaN(min) || !Number.isNaN(max);
   return run.all.filter((i) => {
     const reward = run.columns.reward[i];
     return (
       (!filter.env || run.get("agent", i) === filter.env) &&
       (!filter.set || run.set(i) === filter.set) &&
       (!steps || (run.columns.step[i] >= steps[0] && run.columns.step[i] <= steps[1])) &&
-      (!limited || (reward !== null && reward >= min && reward <= max)) &&
+      (!limited || (reward !== null && !(reward < min) && !(reward > max))) &&
+      (!filter.spread || run.spread[run.columns.group_id[i]] === filter.spread) &&
       (!filter.version || run.get("version", i).split(", ").includes(filter.version)) &&
       (!filter.outcome || hasOutcome(i, filter.outcome))
     );
   });
+}
+
+/** A number; NaN for none, null for a text that is no number. */
+function limitOf(text) {
+  if (text === "") return NaN;
+  return text.trim() === "" || Number.isNaN(Number(text)) ? null : Number(text);
 }
 
 /** "12" or "10-20" or "10-"; null for anything else, which filters nothing. */
@@ -50,8 +94,7 @@ function hasOutcome(i, wanted) {
   if (kind === "failed") return name ? run.get("failure", i) === name : run.get("failure", i) !== null;
   if (kind === "drift") return name ? run.get("drift", i) === name : run.get("drift", i) !== null;
   if (kind === "truncated") return run.isTruncated(i);
-  if (kind === "state") return run.get("state", i) === name;
-  return true;
+  return kind === "state" && run.get("state", i) === name;
 }
 
 /** Of these rollouts, the ones whose id, conversation or failure holds the text, whatever its case. */
@@ -91,8 +134,8 @@ function holds(items, needle) {
   );
 }
 
-/** The bar of controls. `change(filter)` is called with each new filter. */
-function filterBar(filter, change) {
+/** The bar of controls. `change(filter)` is called with each new filter, `type(text)` while a text is typed. */
+function filterBar(filter, change, type) {
   const set = (key, value) => change({ ...filter, [key]: value });
   const count = FILTER_KEYS.filter((key) => key !== "text" && filter[key]).length;
   const controls = el(
@@ -108,7 +151,8 @@ function filterBar(filter, change) {
       field("max", "to", filter.max, "max", (value) => set("max", value), "number"),
     ),
     choice("outcome", filter.outcome, outcomes(), (value) => set("outcome", value)),
-    versions().length > 1 && field("version", "weights", filter.version, "version", (value) => set("version", value)),
+    run.spread.some((own) => own) && choice("group", filter.spread, SPREADS, (value) => set("spread", value)),
+    versionNames().length > 1 && field("version", "weights", filter.version, "version", (value) => set("version", value)),
   );
   const fold = el(
     "details",
@@ -116,15 +160,9 @@ function filterBar(filter, change) {
     el("summary", {}, count ? `filters (${count})` : "filters"),
     controls,
   );
-  const search = field(
-    "search",
-    "search",
-    filter.text,
-    "text in task, answer, tool calls, failure",
-    (value) => set("text", value),
-    "search",
-  );
+  const search = field("search", "search", filter.text, "text in task, answer, tool calls, failure", null, "search");
   search.classList.add("grow");
+  onTyping(search.querySelector("input"), type);
   return el("form", { class: "filters", role: "search", onsubmit: (event) => event.preventDefault() }, search, fold);
 }
 
@@ -139,15 +177,31 @@ function field(id, label, value, placeholder, set, type = "text") {
     pattern: id === "step" ? "\\s*\\d+\\s*([\\-–]\\s*\\d*)?\\s*" : null,
     step: type === "number" ? "any" : null,
   });
-  input.addEventListener("change", () => set(input.value.trim()));
-  input.addEventListener("search", () => {
-    if (!input.value && value) set("");
-  }); // the cross in the field
+  if (set) input.addEventListener("change", () => set(input.value.trim()));
   return el("label", { class: `field ${id}` }, el("span", {}, label), input);
+}
+
+const TYPING_MS = 150;
+
+/** Calls `type(text)` when typing pauses, at once with Enter. */
+function onTyping(input, type) {
+  let waiting = 0,
+    last = input.value.trim();
+  const tell = () => {
+    clearTimeout(waiting);
+    const text = input.value.trim();
+    if (input.isConnected && text !== last) type((last = text));
+  };
+  input.addEventListener("input", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(tell, TYPING_MS);
+  });
+  input.addEventListener("change", tell);
 }
 
 function choice(label, value, options, set) {
   const listed = options.map((option) => (Array.isArray(option) ? option : [option, option || "all"]));
+  if (!listed.some(([own]) => own === value)) listed.push([value, `${clip(value, 40)} (not here)`]);
   const select = el(
     "select",
     { id: `f-${label}` },
@@ -158,7 +212,7 @@ function choice(label, value, options, set) {
 }
 
 const sets = () => [...new Set(run.steps.map((stats) => setName(stats.mode, stats.dataset)))];
-const versions = () => run.names.version;
+const versionNames = () => [...new Set(run.names.version.flatMap((names) => names.split(", ")))];
 
 function outcomes() {
   const known = (name) => run.names[name].filter((own) => own !== null);

@@ -17,6 +17,15 @@ function num(value, digits = 4) {
   return text.replace("-", MINUS);
 }
 
+/** Ticks of an axis as texts that differ from each other. */
+function tickTexts(ticks) {
+  for (let digits = 3; digits < 15; digits++) {
+    const texts = ticks.map((tick) => num(tick, digits));
+    if (new Set(texts).size === texts.length) return texts;
+  }
+  return ticks.map((tick) => String(tick).replace("-", MINUS));
+}
+
 function tidyExponent(text) {
   const [digits, power] = text.split("e");
   return `${Number(digits)}e${Number(power)}`;
@@ -94,6 +103,19 @@ const KINDS = {
 
 function badges(i) {
   return outcome(i).map(([text, kind, title]) => el("span", { class: `badge ${kind}`, title }, text));
+}
+
+const ADVANTAGES = {
+  recorded: "as trained; none for what is not trained, or not yet",
+  computed:
+    "(reward − mean) / (sd + 0.0001) over its group's rewards: TRL's default. This run has not recorded the advantages that it trained with",
+};
+
+/** The advantage of a rollout; null where it is not known. */
+function advantageNode(i, name = "") {
+  const value = run.columns.advantage[i];
+  if (value === null) return null;
+  return el("span", { class: "quiet advantage", title: `advantage: ${ADVANTAGES[run.advantages]}` }, name, fixed(value, 2));
 }
 
 /** A reward as a chip whose depth is its place between the lowest and highest of its environment (at least 0 to 1). */

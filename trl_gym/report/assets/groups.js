@@ -65,7 +65,8 @@ function memberChips(group) {
 
 function groupsView(params) {
   let sort = readSort(params);
-  const table = new DataTable(groupColumns(), {
+  const columns = groupColumns();
+  const table = new DataTable(columns, {
     label: "groups",
     sort,
     href: (g) => run.groupLink(g.first),
@@ -74,13 +75,14 @@ function groupsView(params) {
     rowHeight: 40,
     onSort: (next) => {
       sort = next;
-      replaceHash(`#groups${filterQuery(readFilter(params), sortQuery(sort))}`);
+      replaceHash(own.address());
       table.show(table.items, true);
     },
   });
   const own = filtered(
     "groups",
     params,
+    columns,
     () => sort,
     (matches) => {
       const groups = [...new Set(matches.map((i) => run.columns.group_id[i]))].map(groupFacts);
@@ -132,7 +134,10 @@ function groupView(id) {
     ),
   );
   const columns = el("div", { class: "columns" }, members.map(memberColumn));
-  conversationOf(first).then((body) => task.replaceChildren(...body.input.map((item) => messageNode(item))));
+  conversationOf(first).then((body) => {
+    task.replaceChildren(...body.input.map((item) => messageNode(item)));
+    append(head, [answersNode(body, false)]);
+  });
   return {
     node: el(
       "div",
@@ -146,7 +151,10 @@ function groupView(id) {
 
 function memberColumn(i) {
   const body = el("div", { class: "column-body" }, el("p", { class: "quiet" }, "…"));
-  conversationOf(i).then((said) => body.replaceChildren(...conversationNodes(said, { withInput: false })));
+  conversationOf(i).then((said) => {
+    body.replaceChildren();
+    append(body, [givenNode(said), conversationNodes(said, { withInput: false })]);
+  });
   return el(
     "article",
     { class: "column" },
@@ -157,6 +165,7 @@ function memberColumn(i) {
         "span",
         { class: "card-line" },
         rewardChip(i),
+        advantageNode(i, "advantage "),
         badges(i),
         el("span", { class: "quiet end" }, `member ${run.columns.member[i]}`),
       ),

@@ -6,7 +6,9 @@ const VIEWS = [
   ["groups", "Groups"],
   ["rollouts", "Rollouts"],
   ["failures", "Failures"],
+  ["compare", "Compare"],
 ];
+const LISTS = ["groups", "rollouts", "steps"];
 const current = { view: "", query: "", rollout: null, table: null, scroll: new Map(), hash: null };
 
 // In a notebook's frame the document has no address of its own: "#x" would mean the notebook's. There the history
@@ -27,6 +29,7 @@ function go(hash, replace = false) {
 function replaceHash(hash) {
   remember(hash);
   current.hash = hash;
+  if (LISTS.includes(current.view)) context.from = hash;
 }
 
 function remember(hash) {
@@ -55,6 +58,8 @@ function decodeId(text) {
   } // an address that was typed by hand
 }
 
+const views = () => VIEWS.filter(([name]) => name !== "compare" || run.others);
+
 function show(hash) {
   if (current.view) current.scroll.set(current.hash, scrollPlace());
   const { name, id, query } = parse(hash);
@@ -72,7 +77,9 @@ function show(hash) {
               ? rolloutsView(params)
               : name === "failures"
                 ? failuresView()
-                : { node: overviewView() };
+                : name === "compare" && run.others
+                  ? compareView()
+                  : { node: overviewView(name) };
   tip.hide();
   const stays = current.view === name && name === "rollout" && current.rollout === run.byId.get(id);
   Object.assign(current, {
@@ -82,7 +89,7 @@ function show(hash) {
     table: made.table || null,
     rollout: name === "rollout" ? run.byId.get(id) : name === "group" ? run.byId.get(id) : null,
   });
-  if (["groups", "rollouts", "steps"].includes(name)) context.from = hash;
+  if (LISTS.includes(name)) context.from = hash;
   if (current.rollout !== null && current.rollout !== undefined) context.last = current.rollout;
   const view = byId("view");
   const focused = document.activeElement && document.activeElement.id;
@@ -109,7 +116,9 @@ function restoreScroll(hash) {
 function drawBar(name) {
   const active = name === "rollout" ? "rollouts" : name === "group" ? "groups" : name;
   const back = name === "rollout" || name === "group";
-  byId("bar").replaceChildren(
+  const bar = byId("bar");
+  bar.replaceChildren();
+  append(bar, [
     el(
       "a",
       { class: "brand", href: "#overview", title: `written ${new Date(run.written * 1000).toLocaleString()}` },
@@ -118,7 +127,7 @@ function drawBar(name) {
     el(
       "nav",
       { "aria-label": "views" },
-      VIEWS.map(([own, label]) =>
+      views().map(([own, label]) =>
         el(
           "a",
           {
@@ -129,6 +138,12 @@ function drawBar(name) {
         ),
       ),
     ),
+    run.reload_s > 0 &&
+      el(
+        "span",
+        { class: "badge live", title: `the run goes on: this page reads its file again every ${seconds(run.reload_s)}` },
+        `as of ${new Date(run.written * 1000).toLocaleTimeString()}`,
+      ),
     el(
       "button",
       {
@@ -140,13 +155,13 @@ function drawBar(name) {
       },
       "?",
     ),
-  );
+  ]);
 }
 
 // -- keys --
 
 const KEYS = [
-  ["1 – 5", "overview, steps, groups, rollouts, failures"],
+  ["1 – 6", "overview, steps, groups, rollouts, failures, compare"],
   ["j  k", "next, previous: row of a list, or rollout of the list"],
   ["h  l", "previous, next member of the group"],
   ["Enter", "open the selected row"],
@@ -189,7 +204,7 @@ function onKey(event) {
 }
 
 function act(key) {
-  if (/^[1-5]$/.test(key)) return (go(`#${VIEWS[Number(key) - 1][0]}`), true);
+  if (/^[1-6]$/.test(key) && views()[Number(key) - 1]) return (go(`#${views()[Number(key) - 1][0]}`), true);
   if (key === "?") return (showKeys(), true);
   if (key === "/") {
     const field = byId("f-search") || byId("metric-search");
@@ -268,8 +283,26 @@ async function start() {
       }
     }),
   );
+  if (hasAddress && history.state && history.state.scroll)
+    current.scroll.set(location.hash, history.state.scroll); // where `reload` left it
   show(hasAddress ? location.hash : "");
   requestAnimationFrame(() => performance.mark("usable"));
+  if (run.reload_s) setTimeout(reload, run.reload_s * 1000);
+}
+
+// -- a run that goes on: `trl-gym view --watch` writes the file again --
+
+/** Reads the file again, at the same address and place; later while the page is being used or not seen. */
+function reload() {
+  const isUsed =
+    document.hidden ||
+    ["rollout", "group"].includes(current.view) || // what has ended does not change
+    /^(INPUT|SELECT)$/.test(document.activeElement.tagName) ||
+    document.querySelector("dialog[open]") ||
+    !getSelection().isCollapsed;
+  if (isUsed) return setTimeout(reload, 1000);
+  history.replaceState({ scroll: scrollPlace() }, "");
+  location.reload();
 }
 
 start();

@@ -15,10 +15,20 @@ const CURATED = [
 ];
 const MAX_METRIC_PANELS = 36;
 
-function overviewView() {
+function overviewView(asked = "overview") {
+  const isKnown = asked === "overview";
   const isOneStep = new Set(run.steps.map((stats) => stats.step)).size === 1;
-  const main = isOneStep ? [results()] : [rewards(), behaviour()]; // a curve of one point shows less than its number
-  return el("div", { class: "page" }, notices(), facts(), main, metricsSection());
+  // A curve of one point shows less than its number.
+  const main = isOneStep ? [results()] : [rewards(), attempts(), behaviour()];
+  return el(
+    "div",
+    { class: "page" },
+    problemsNode(isKnown ? [] : [`There is no view ${quoted(asked)}.`]),
+    notices(),
+    facts(),
+    main,
+    metricsSection(async () => [{ name: "", lines: await whole("metrics") }]),
+  );
 }
 
 function notices() {
@@ -45,7 +55,11 @@ function facts() {
   const other = total(othersOf);
   const steps = all.map((stats) => stats.step);
   const times = run.columns.time.filter((time) => time > 0);
-  const drifted = total((stats) => stats.drifted);
+  const shareOf = (pick) => {
+    const known = all.filter((stats) => pick(stats) !== null);
+    const [part, of] = [pick, (stats) => stats.rollouts].map((get) => known.reduce((sum, own) => sum + get(own), 0));
+    return known.length ? [share(part, of), plural(part, "rollout")] : [NONE, "not recorded"];
+  };
   const listed = [
     [
       "rollouts",
@@ -59,15 +73,8 @@ function facts() {
     ],
     ["environments", num(run.agents.length), run.agents.join("\n")],
     ["failed", share(failed, rollouts), plural(failed, "rollout")],
-    ["drifted", share(drifted, rollouts), plural(drifted, "rollout")],
-    [
-      "truncated",
-      share(
-        total((stats) => stats.truncated),
-        rollouts,
-      ),
-      "as NeMo Gym reports it",
-    ],
+    ["drifted", ...shareOf((stats) => stats.drifted)],
+    ["truncated", ...shareOf((stats) => stats.truncated)],
   ];
   if (times.length > 1)
     listed.push([
@@ -104,7 +111,7 @@ const SET_NAMES = { train: "training", eval: "evaluation" };
 /** What came of a single step, e.g. of `trl-gym eval`: one row per environment and set. */
 function results() {
   const rows = run.steps.filter((stats) => run.agents.length === 1 || stats.agent !== null);
-  const columns = stepColumns(false).filter((column) => column.key !== "step");
+  const columns = [...stepColumns(false).filter((column) => column.key !== "step"), ...attemptColumns(rows)];
   const name = (stats) => stats.agent || run.agents[0];
   const link = (stats) => `#rollouts${filterQuery({ env: name(stats), set: setName(stats.mode, stats.dataset) })}`;
   const kind = (column) => ({ class: column.num ? "num" : "", title: column.title });
@@ -124,6 +131,38 @@ function results() {
     ),
   );
   return section("Results", el("div", { class: "scroll-x" }, table));
+}
+
+const isEstimate = (name) => /^(mean|pass)@\d+$/.test(name);
+
+/** pass@k and mean@k, where tasks have several attempts. */
+function attemptColumns(rows) {
+  const names = [...new Set(rows.flatMap((stats) => Object.keys(stats.attempts)))].filter(isEstimate);
+  const title = (name) =>
+    name.startsWith("pass")
+      ? "chance that one of so many attempts succeeds, unbiased, mean over tasks"
+      : "success of so many attempts, mean over tasks";
+  return names.map((name) =>
+    numbers(name, name, "60px", null, (stats) => fixed(stats.attempts[name], 3), title(name)),
+  );
+}
+
+/** Curves of pass@k and mean@k, one panel for each set that is not trained on. */
+function attempts() {
+  const all = overall().filter((stats) => Object.keys(stats.attempts).length);
+  const panels = [...new Set(all.map((stats) => setName(stats.mode, stats.dataset)))].map((set) => {
+    const own = all.filter((stats) => setName(stats.mode, stats.dataset) === set);
+    const names = attemptColumns(own).map((column) => column.key);
+    const series = names.map((name, k) => ({
+      name,
+      kind: `other ${k ? `o${(k - 1) % 4}` : ""} dashed`,
+      points: own.filter((stats) => name in stats.attempts).map((stats) => [stats.step, stats.attempts[name]]),
+    }));
+    return panel(SET_NAMES[set] || set, series, { unit: true, legend: true });
+  });
+  return panels.length
+    ? section("Several attempts", el("div", { class: panels.length > 1 ? "panels" : "panels one" }, panels))
+    : null;
 }
 
 function rewards() {
@@ -152,14 +191,15 @@ function behaviour() {
     ["Drifted", (stats) => stats.drifted],
     ["Truncated", (stats) => stats.truncated],
   ];
-  const never = shares.filter(([, count]) => !all.some(count)).map(([name]) => name.toLowerCase());
+  const isKnown = ([, count]) => all.some((stats) => count(stats) !== null);
+  const never = shares.filter((own) => isKnown(own) && !all.some(own[1])).map(([name]) => name.toLowerCase());
   const panels = [
     ...shares
       .filter(([, count]) => all.some(count))
       .map(([name, count]) =>
         panel(
           `${name}, share of rollouts`,
-          seriesOf(all, (stats) => (stats.rollouts ? count(stats) / stats.rollouts : null)),
+          seriesOf(all, (stats) => (stats.rollouts && count(stats) !== null ? count(stats) / stats.rollouts : null)),
           { zero: true, bare: true },
         ),
       ),
@@ -185,7 +225,8 @@ function behaviour() {
   return panels.length ? section("Rollouts", note, el("div", { class: "panels small" }, panels)) : null;
 }
 
-function metricsSection() {
+/** Curves of `metrics.jsonl`. `load()` resolves to runs: [{name, lines}], one without a name. */
+function metricsSection(load) {
   const grid = el("div", { class: "panels small" });
   const note = el("p", { class: "quiet" });
   const input = el("input", {
@@ -201,61 +242,67 @@ function metricsSection() {
     grid,
   );
   node.hidden = true;
-  whole("metrics").then((lines) => {
-    if (!lines || !lines.length) return;
+  load().then((runs) => {
+    if (!runs.some((one) => one.lines && one.lines.length)) return;
     node.hidden = false;
-    const names = metricNames(lines);
-    const draw = () => drawMetrics(lines, names, input.value.trim().toLowerCase(), grid, note);
-    input.addEventListener("input", draw);
+    const names = metricNames(runs.flatMap((one) => one.lines));
+    const draw = () => drawMetrics(runs, names, input.value.trim().toLowerCase(), grid, note);
+    onTyping(input, draw);
     draw();
   });
   return node;
 }
 
-/** Names without `eval_`, which is drawn into the same panel. */
+/** Names without `eval_`, which is drawn into the same panel: those that are ever something else than 0, and others. */
 function metricNames(lines) {
-  const names = new Set();
+  const [all, told] = [new Set(), new Set()];
   for (const line of lines)
-    for (const [name, value] of Object.entries(line))
-      if (typeof value === "number" && name !== "step" && name !== "epoch") names.add(name.replace(/^eval_/, ""));
-  return [...names].sort();
+    for (const [key, value] of Object.entries(line)) {
+      if (typeof value !== "number" || key === "step" || key === "epoch") continue;
+      const name = key.replace(/^eval_/, "");
+      all.add(name);
+      if (value !== 0) told.add(name);
+    }
+  return { told: [...told].sort(), zero: [...all].filter((name) => !told.has(name)).sort() };
 }
 
-function drawMetrics(lines, names, text, grid, note) {
-  const wanted = names.filter((name) =>
-    text ? name.toLowerCase().includes(text) : CURATED.some((pattern) => pattern.test(name)),
-  );
+function drawMetrics(runs, names, text, grid, note) {
+  const isWanted = (name) =>
+    text ? name.toLowerCase().includes(text) : CURATED.some((pattern) => pattern.test(name));
+  const wanted = names.told.filter(isWanted);
   const shown = wanted.slice(0, MAX_METRIC_PANELS);
-  const more = wanted.length - shown.length;
-  note.textContent = text
-    ? `${plural(wanted.length, "metric")} of ${num(names.length)}${more ? `, the first ${shown.length} shown` : ""}`
-    : `a choice of the ${num(names.length)} in metrics.jsonl; type to see others`;
-  if (lines.length === 1) {
-    grid.replaceChildren(
-      el(
-        "dl",
-        { class: "pairs" },
-        shown.map((name) => [el("dt", {}, name), el("dd", {}, num(lines[0][name] ?? lines[0][`eval_${name}`]))]),
-      ),
-    );
-    return;
+  note.textContent = metricsNote(names, text, wanted.length, shown.length, names.zero.filter(isWanted));
+  if (runs.length === 1 && runs[0].lines.length === 1) {
+    const [line] = runs[0].lines;
+    const pair = (name) => [el("dt", {}, name), el("dd", {}, num(line[name] ?? line[`eval_${name}`]))];
+    return grid.replaceChildren(el("dl", { class: "pairs" }, shown.map(pair)));
   }
-  const pointsOf = (name) =>
-    lines.filter((line) => typeof line[name] === "number").map((line) => [line.step, line[name]]);
-  grid.replaceChildren(
-    ...shown
-      .map((name) =>
-        panel(
-          name,
-          [
-            { name: "training", kind: "train", points: pointsOf(name) },
-            { name: "evaluation", kind: "eval", points: pointsOf(`eval_${name}`) },
-          ],
-          { bare: true },
-        ),
-      )
-      .filter(Boolean),
-  );
+  const series = (one, k, key, isEval) => ({
+    name: [one.name, isEval && "evaluation"].filter(Boolean).join(" · ") || "training",
+    kind: one.name ? runKind(k, isEval) : isEval ? "eval" : "train",
+    points: pointsOf(one.lines, key),
+  });
+  const drawn = (name) =>
+    panel(
+      name,
+      runs.flatMap((one, k) => [series(one, k, name, false), series(one, k, `eval_${name}`, true)]),
+      { bare: runs.length === 1 },
+    );
+  grid.replaceChildren(...shown.map(drawn).filter(Boolean));
+}
+
+function metricsNote(names, text, numWanted, numShown, zero) {
+  if (!text)
+    return `a choice of the ${num(names.told.length)} in metrics.jsonl; type to see others. Left out as always 0: ${num(names.zero.length)}.`;
+  const cut = numWanted > numShown ? `, the first ${numShown} shown` : "";
+  const always = zero.length ? `. Always 0: ${clip(zero.join(", "), 300)}` : "";
+  return `${plural(numWanted, "metric")} of ${num(names.told.length)}${cut}${always}`;
+}
+
+/** Values over steps; none where they are 0 throughout, which TRL logs for what it does not measure. */
+function pointsOf(lines, key) {
+  const points = lines.filter((line) => typeof line[key] === "number").map((line) => [line.step, line[key]]);
+  return points.some(([, value]) => value !== 0) ? points : [];
 }
 
 function section(title, ...children) {

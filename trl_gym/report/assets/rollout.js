@@ -17,13 +17,16 @@ function rolloutView(id, params) {
     el("p", { class: "quiet" }, "…"),
   );
   const draw = { conversation: conversationTab, tokens: tokensTab, timing: timingTab, record: recordTab }[tab];
+  const head = el("div", { class: "rollout-head" }, crumbs(i, true), headline(i), tabStrip(i, tab));
+  conversationOf(i).then((body) => head.lastChild.before(answersNode(body, true) || ""));
   draw(i, content).catch((error) =>
     content.replaceChildren(el("p", { class: "notice bad" }, `This could not be shown: ${error.message}`)),
   );
   const node = el(
     "div",
     { class: "page rollout" },
-    el("div", { class: "rollout-head" }, crumbs(i, true), headline(i), tabStrip(i, tab)),
+    problemsNode(params.has("tab") && params.get("tab") !== tab ? [`There is no part ${quoted(params.get("tab"))}.`] : []),
+    head,
     el("div", { class: "split" }, content, sidebar(i)),
   );
   return { node };
@@ -106,7 +109,7 @@ function headline(i) {
     "p",
     { class: "headline" },
     el("span", { class: "quiet" }, "reward "),
-    el("b", { class: "big", id: "reward", title: String(reward) }, num(reward)),
+    el("b", { class: "big", id: "reward", title: reward }, num(reward)),
     " ",
     badges(i),
     el("span", { class: "task quiet" }, run.preview(i)),
@@ -118,9 +121,10 @@ function sidebar(i) {
   const total = run.tokens(i);
   const isLate = get("trained") !== null && get("trained") !== get("step");
   const rows = [
-    ["prompt", total && plural(get("prompt_tokens"), "token")],
-    ["environment", total && plural(get("environment_tokens"), "token")],
-    ["sampled", total && plural(get("sampled_tokens"), "token")],
+    [run.advantages === "recorded" ? "advantage" : "advantage, computed", advantageNode(i)],
+    ["prompt", total ? plural(get("prompt_tokens"), "token") : null],
+    ["environment", total ? plural(get("environment_tokens"), "token") : null],
+    ["sampled", total ? plural(get("sampled_tokens"), "token") : NONE],
     ["rows", get("rows") > 1 ? num(get("rows")) : null],
     ["model calls", num(get("turns"))],
     [
@@ -148,7 +152,7 @@ function sidebar(i) {
       "dl",
       { class: "pairs" },
       rows
-        .filter(([, value]) => value !== null && value !== 0)
+        .filter(([, value]) => value !== null)
         .map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]),
     ),
     members.length > 1 &&

@@ -1,23 +1,33 @@
 // The list of rollouts, and what the lists of rollouts and groups have in common: filter, search, count.
 
 /** The filter above a list. `show(matches)` draws; the address changes with the filter. */
-function filtered(view, params, sort, show) {
+function filtered(view, params, columns, sort, show) {
   const filter = readFilter(params);
   const status = el("span", { role: "status", "aria-live": "polite" });
-  const clear = FILTER_KEYS.some((key) => filter[key]) && el("a", { href: `#${view}` }, "clear filters");
+  const clear = el("a", { href: `#${view}` }, "clear filters");
   const line = el("p", { class: "quiet count" }, status, " ", clear);
-  const change = (next) => go(`#${view}${filterQuery(readFilterOf(next), sortQuery(sort()))}`, true);
-  const token = {};
+  const address = (own) => `#${view}${filterQuery(own, sortQuery(sort()))}`;
+  const change = (next) => go(address(readFilterOf(next)), true);
+  const type = (text) => {
+    filter.text = text;
+    replaceHash(address(filter));
+    start();
+  };
+  let found = null; // of the newest text that was searched to the end: what holds a longer one is among them
   const start = async () => {
-    filtered.newest = token;
-    const candidates = matching(filter);
-    if (!filter.text) return finish(candidates);
+    const token = (filtered.newest = {});
+    const text = filter.text.toLowerCase();
+    clear.hidden = !FILTER_KEYS.some((key) => filter[key]);
+    if (!text) return finish(matching(filter));
+    const candidates = found && text.includes(found.text) ? found.matches : matching(filter);
     status.textContent = "searching…";
     const progress = (done, all) => {
       status.textContent = `searching… ${done} of ${all}`;
     };
-    const found = await searchText(candidates, filter.text, progress, () => filtered.newest === token);
-    if (found) finish(found);
+    const matches = await searchText(candidates, text, progress, () => filtered.newest === token);
+    if (!matches) return;
+    found = { text, matches };
+    finish(matches);
   };
   const finish = (matches) => {
     context.list = matches;
@@ -29,7 +39,8 @@ function filtered(view, params, sort, show) {
     show(matches);
     restoreScroll(current.hash);
   };
-  return { bar: filterBar(filter, change), status, line, start };
+  const bar = el("div", {}, filterBar(filter, change, type), problemsNode(filterProblems(params, columns)));
+  return { bar, status, line, start, address: () => address(filter) };
 }
 
 function readFilterOf(filter) {
@@ -51,6 +62,15 @@ function rolloutColumns() {
       .join(" ") || null;
   return [
     numbers("reward", "reward", "56px", col("reward"), (i) => rewardChip(i)),
+    run.hasAdvantages &&
+      numbers(
+        "advantage",
+        "adv.",
+        "52px",
+        col("advantage"),
+        (i) => fixed(run.columns.advantage[i], 2),
+        `advantage: ${ADVANTAGES[run.advantages]}`,
+      ),
     numbers("step", "step", "44px", col("step")),
     words("set", "set", "minmax(44px, 64px)", run.set, (i) => quiet(run.set(i))),
     run.agents.length > 1 && words("env", "environment", "minmax(120px, 2fr)", (i) => run.get("agent", i)),
@@ -66,7 +86,8 @@ function rolloutColumns() {
 
 function rolloutsView(params) {
   let sort = readSort(params);
-  const table = new DataTable(rolloutColumns(), {
+  const columns = rolloutColumns();
+  const table = new DataTable(columns, {
     label: "rollouts",
     sort,
     href: run.link,
@@ -74,7 +95,7 @@ function rolloutsView(params) {
     cardHeight: 72,
     onSort: (next) => {
       sort = next;
-      replaceHash(`#rollouts${filterQuery(readFilter(params), sortQuery(sort))}`);
+      replaceHash(own.address());
       table.show(table.items, true);
       context.list = table.items;
     },
@@ -82,6 +103,7 @@ function rolloutsView(params) {
   const own = filtered(
     "rollouts",
     params,
+    columns,
     () => sort,
     (matches) => {
       table.show(matches);
@@ -97,7 +119,7 @@ function rolloutsView(params) {
 
 function rolloutCard(i) {
   return [
-    el("div", { class: "card-line" }, rewardChip(i), el("span", { class: "task" }, run.preview(i) || NONE), badges(i)),
+    el("div", { class: "card-line" }, rewardChip(i), advantageNode(i), el("span", { class: "task" }, run.preview(i) || NONE), badges(i)),
     el(
       "div",
       { class: "card-line quiet" },

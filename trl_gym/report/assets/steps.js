@@ -14,7 +14,7 @@ function stepColumns(withAgent) {
   const tokens = (s) => (s.sampled_tokens >= 1000 ? num(Math.round(s.sampled_tokens)) : fixed(s.sampled_tokens, 1));
   const get = (name) => (s) => s[name];
   const decimal = (name, decimals) => (s) => fixed(s[name], decimals);
-  const reward = (s) => el("b", { title: String(s.reward) }, fixed(s.reward, 4));
+  const reward = (s) => el("b", { title: s.reward }, fixed(s.reward, 4));
   const others = "lines that are not counted: tried again, ended early, superseded";
   return [
     numbers("step", "step", "44px", get("step"), undefined, "optimizer step with whose weights rollouts began"),
@@ -72,7 +72,8 @@ function stepsView(params) {
   );
   rows.sort((a, b) => a.step - b.step); // stable: training before evaluation
   const turn = (own, sort) => `#steps${query({ env: own, ...sortQuery(sort) })}`;
-  const table = new DataTable(stepColumns(each), {
+  const columns = stepColumns(each);
+  const table = new DataTable(columns, {
     label: "steps",
     sort: readSort(params),
     onSort: (sort) => go(turn(env, sort), true),
@@ -86,9 +87,12 @@ function stepsView(params) {
     choice("environment", env, [["", "all together"], ["each", "each on its own row"], ...run.agents], (value) =>
       go(turn(value, readSort(params)), true),
     );
+  const asked = new URLSearchParams(params);
+  if (each) asked.delete("env");
   const node = el(
     "div",
     { class: "listpage" },
+    problemsNode(filterProblems(asked, columns)),
     el(
       "div",
       { class: "listhead" },

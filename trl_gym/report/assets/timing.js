@@ -69,11 +69,13 @@ function drawWaterfall(rows, rest, end, width) {
     role: "img",
     "aria-label": "time of each part of the rollout, in seconds",
   });
-  for (const tick of ticks)
+  const texts = tickTexts(ticks);
+  ticks.forEach((tick, k) =>
     root.append(
       svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: 0, y2: height - 24 }),
-      svg("text", { class: "tick", x: x(tick), y: height - 8, "text-anchor": "middle" }, `${num(tick, 3)} s`),
-    );
+      svg("text", { class: "tick", x: x(tick), y: height - 8, "text-anchor": "middle" }, `${texts[k]} s`),
+    ),
+  );
   let at = 0;
   listed.forEach((row, k) => {
     const y = k * line;

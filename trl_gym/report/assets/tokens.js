@@ -29,7 +29,7 @@ async function tokensTab(i, content) {
             el(
               "p",
               { class: "notice" },
-              "No tokenizer was found when this page was written (none in the run's checkpoints), so ids are shown. ",
+              "No tokenizer was found in the run's folder when this page was written, so ids are shown. ",
               "Name one: trl-gym view RUN --tokenizer PATH.",
             ),
           ]),
