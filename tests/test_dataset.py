@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import concatenate_datasets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl_gym.dataset import gym_row, load_gym_dataset, mix_gym_datasets
+from trl_gym.dataset import agent_with_tools, gym_row, load_gym_dataset, mix_gym_datasets
 from trl_gym.errors import DatasetError
 from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.request import stamp
@@ -159,6 +160,19 @@ def test_inputs_of_all_shapes_have_a_prompt_to_show(tmp_path: Path) -> None:
 def test_a_row_that_lost_its_column_says_how_to_mend_it() -> None:
     with pytest.raises(DatasetError, match="load_gym_dataset"):
         gym_row({"prompt": "x"})
+
+
+def test_rows_with_tools_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    tool = {"type": "function", "name": "f"}
+    texts = [row(f'{i} "tools"') for i in range(4100)]
+    plain = load_gym_dataset(write(tmp_path / "plain.jsonl", texts), agent="a")
+    with_tools = [{"responses_create_params": {"input": "x", "tools": [tool]}}] * 3
+    tooled = load_gym_dataset(write(tmp_path / "tooled.jsonl", with_tools), agent="b")
+    nameless = load_gym_dataset(write(tmp_path / "nameless.jsonl", with_tools))
+    assert agent_with_tools(None, plain, {"x": plain}, plain.to_iterable_dataset(), object()) is None
+    assert agent_with_tools(plain, {"x": plain, "y": tooled}) == "b"
+    assert agent_with_tools(concatenate_datasets([plain, tooled])) == "b"
+    assert agent_with_tools(nameless) == "the only agent"
 
 
 def parts(tmp_path: Path, **sizes: int) -> list[Any]:

@@ -14,6 +14,7 @@ from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.recorded import request, rollout, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, __version__, load_gym_dataset
 from trl_gym.model_card import add_section, describe, environments_of, settings_of
+from trl_gym.policy_server.parsers import Parser, Parsers
 from trl_gym.run.live import LiveSource
 
 HISTORY = [
@@ -57,11 +58,14 @@ def test_the_section_stands_before_trls_versions_or_at_the_end(tmp_path: Path) -
 def test_a_live_run_names_gym_policy_server_and_transport(tmp_path: Path) -> None:
     args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], gym_drift="exclude")
     source = LiveSource(args, None)
-    source._servers = SimpleNamespace(gym=SimpleNamespace(gym_version="0.4.0"), policy=SimpleNamespace(is_ours=True))
+    parsers = Parsers(Parser("hermes", "guessed"), Parser(None, "no thinking"))
+    policy = SimpleNamespace(is_ours=True, parsers=parsers)
+    source._servers = SimpleNamespace(gym=SimpleNamespace(gym_version="0.4.0"), policy=policy)
     source._weights = SimpleNamespace(transport_name="file")
     rows = settings_of(args, num_steps=3, source=source.describe())
     assert rows["NeMo Gym"] == "0.4.0 (`host`)"
     assert rows["Policy server"].endswith("(`colocate`)") and rows["Policy server"].startswith("vllm")
+    assert (rows["Tool parser"], rows["Reasoning parser"]) == ("`hermes` (guessed)", "none (no thinking)")
     assert (rows["Weight sync"], rows["Drift policy"], rows["Optimizer steps"]) == ("`file`", "`exclude`", "3")
     assert rows["trl-gym"] == __version__
 

@@ -171,7 +171,8 @@ def _serve(options: argparse.Namespace) -> int:
     )
     try:
         server.start()
-        print(f"loading {options.model}; log: {server.log_path}", file=sys.stderr, flush=True)
+        told = server.parsers.lines() if server.parsers is not None else []
+        print(*told, f"loading {options.model}; log: {server.log_path}", sep="\n", file=sys.stderr, flush=True)
         server.wait_ready()
         print(f"ready {server.base_url}", flush=True)
         while True:

@@ -61,7 +61,8 @@ class GymGRPOConfig(GRPOConfig):
         > Parameters that control the policy server
 
         gym_vllm_args (`dict` or `str`, *optional*):
-            Flags passed to `vllm serve`, e.g. `{"tool-call-parser": "hermes"}`.
+            Flags passed to `vllm serve`, e.g. `{"max-num-seqs": 256}`. `tool-call-parser` and `reasoning-parser` are
+            guessed from the model's chat template where they are not among them; `"none"` means none.
         gym_server_start_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds until the server that we start must be ready.
         gym_server_devices (`str`, *optional*):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ROW_COLUMN = "gym_row"
 _MAX_REPORTED = 10
+_MAX_SEARCHED = 2000  # rows of a dataset that are looked at for tools, from its whole length
 
 
 def load_gym_dataset(
@@ -125,6 +126,29 @@ def gym_row(example: dict[str, Any]) -> dict[str, Any]:
             f"A dataset row has no column `{ROW_COLUMN}`; it has {', '.join(sorted(example))}.",
             "Load Gym datasets with `load_gym_dataset`, and keep that column when mapping and filtering.",
         ) from None
+
+
+def agent_with_tools(*datasets: Any) -> str | None:
+    """Return the agent of a row with tools; None where none is found.
+
+    Args:
+        datasets: Of `load_gym_dataset`; None, mappings of names to datasets, and those that cannot be indexed, which
+            are not looked into.
+
+    Returns:
+        Its name; "the only agent" where the row names none.
+    """
+    for dataset in datasets:
+        if isinstance(dataset, Mapping):
+            if (found := agent_with_tools(*dataset.values())) is not None:
+                return found
+        elif ROW_COLUMN in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "__len__"):
+            stride = max(1, len(dataset) // _MAX_SEARCHED)
+            for text in dataset.select_columns(ROW_COLUMN)[::stride][ROW_COLUMN]:
+                row = json.loads(text) if '"tools"' in text else {}
+                if row.get("responses_create_params", {}).get("tools"):
+                    return (row.get("agent_ref") or {}).get("name") or "the only agent"
+    return None
 
 
 def read_records(

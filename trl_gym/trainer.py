@@ -30,6 +30,7 @@ from trl_gym.batches import BATCH_OPTIONS, Batches, GenerationBatch, Refill, pla
 from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig, checked_args
 from trl_gym.config_checks import check_refill
+from trl_gym.dataset import agent_with_tools
 from trl_gym.errors import naming
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.offload import measured_peak
@@ -165,7 +166,9 @@ class GymGRPOTrainer(GRPOTrainer):
         self._look_ahead = LookAhead(args.most_batches_ahead, args.steps_per_generation * args.num_iterations)
         self._progress = make_progress(live=not args.disable_tqdm)
         self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
-        self._source = self._new_source(args, model, policy_server, gym_servers, fork_server, kwargs)
+        own = {name: kwargs.get(name) for name in ("processing_class", "peft_config", "quantization_config")}
+        own |= {"fork_server": fork_server, "agent_with_tools": agent_with_tools(train_dataset, eval_dataset)}
+        self._source = self._new_source(args, model, policy_server, gym_servers, own)
         servers.close_previous(args.output_dir, self)  # before a second server is started beside the first
         try:
             self._source.start()  # servers load while the model does
@@ -342,16 +345,13 @@ class GymGRPOTrainer(GRPOTrainer):
         model: str | PreTrainedModel,
         policy_server: PolicyBackend | None,
         gym_servers: GymServers | None,
-        fork_server: ForkServer | None,
-        kwargs: dict[str, Any],
+        own: dict[str, Any],
     ) -> RolloutSource:
         """Choose where rollouts come from: the one place that knows which sources there are."""
         if args.gym_replay is not None:
             check_replay(args, has_servers=policy_server is not None or gym_servers is not None)
             return JournalSource(args.gym_replay)
-        own = {name: kwargs.get(name) for name in ("processing_class", "peft_config", "quantization_config")}
-        given = {"policy": policy_server, "gym": gym_servers, "fork_server": fork_server}
-        return LiveSource(args, servers.servers_for(args, model, **given, **own))
+        return LiveSource(args, servers.servers_for(args, model, policy=policy_server, gym=gym_servers, **own))
 
     def _generation_backend(self, **_: Any) -> compat.ServedGeneration:
         """Its weight sync is reached when weights changed and no callback has pushed them: at the start, on resume."""

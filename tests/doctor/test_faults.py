@@ -33,9 +33,10 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_random_policy(tmp_path_factory.mktemp("policy"))
 
 
-def row(agent: str | None = AGENT, text: str = "What is 2 + 3?") -> str:
+def row(agent: str | None = AGENT, text: str = "What is 2 + 3?", **parameters: Any) -> str:
     reference = {} if agent is None else {"agent_ref": {"type": "responses_api_agents", "name": agent}}
-    return json.dumps({"responses_create_params": {"input": [{"role": "user", "content": text}]}, **reference})
+    parameters["input"] = [{"role": "user", "content": text}]
+    return json.dumps({"responses_create_params": parameters, **reference})
 
 
 def write(path: Path, *lines: str) -> str:
@@ -99,6 +100,25 @@ def test_a_run_that_is_well_has_no_failures(tmp_path: Path, policy: Path) -> Non
     not_checked = {entry.name for entry in entries if entry.status is Status.SKIPPED}
     assert not_checked == {"policy server", "gym servers", "token continuation", "weight sync", "rollouts"}
     assert not (tmp_path / "run").exists()  # it is looked at, and nothing is made
+
+
+def test_tools_need_a_parser_that_is_named_or_guessed(tmp_path: Path, policy: Path) -> None:
+    checks = [check for check in CHECKS if check.name in ("options file", "model", "dataset rows", "tool parser")]
+    silent = tmp_path / "policy"
+    shutil.copytree(policy, silent)
+    (silent / "chat_template.jinja").write_text("{{ messages }}")
+    tooled = [write(tmp_path / "tools.jsonl", row(), row(tools=[{"type": "function", "name": "f"}]))]
+
+    def found(model: Path, **changes: Any) -> Entry:
+        return examine(options(tmp_path, model, **changes), checks)[-1]
+
+    guessed = found(policy, train_files=tooled, gym_vllm_args=None)
+    assert guessed.status is Status.OK and guessed.text.startswith("`hermes` (guessed from `<tool_call>`")
+    missing = found(silent, train_files=tooled, gym_vllm_args=None)
+    assert missing.status is Status.FAILED and f"Rows of `{AGENT}` have tools" in missing.text
+    assert "`gym_vllm_args`" in missing.remedy
+    assert found(silent, train_files=tooled).text.startswith("`hermes` (named by the options)")
+    assert found(silent, gym_vllm_args=None).text.startswith("no row has tools")
 
 
 def test_faults_of_a_run_are_found_at_once(tmp_path: Path, policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,13 +178,13 @@ def test_initial_config_holds_addresses_and_no_key() -> None:
     assert make_initial(True, {}, ("http://p/v1", "http://q/v1"))["policy_base_url"] == ["http://p/v1", "http://q/v1"]
     assert config["policy_api_key"] == "${oc.env:" + API_KEY_VARIABLE + "}"
     model = config["policy_model"]["responses_api_models"]["vllm_model"]
-    assert model == {"uses_reasoning_parser": False, "replace_developer_role_with_system": True}
+    assert model == {"replace_developer_role_with_system": True}
 
 
 def test_overrides_win_over_our_defaults_and_leave_the_rest() -> None:
-    config = make_initial(True, {"policy_model.responses_api_models.vllm_model.uses_reasoning_parser": True})
+    config = make_initial(True, {"policy_model.responses_api_models.vllm_model.uses_reasoning_parser": False})
     model = config["policy_model"]["responses_api_models"]["vllm_model"]
-    assert model == {"uses_reasoning_parser": True, "replace_developer_role_with_system": True}
+    assert model == {"uses_reasoning_parser": False, "replace_developer_role_with_system": True}
 
 
 def test_a_model_server_of_the_users_is_not_touched() -> None:

@@ -17,7 +17,7 @@ from tests.policy_server.test_splice_probe import REMEDIES, served
 from tests.policy_server.tiny_model import build_random_policy
 from tests.test_ranks import on_ranks
 from trl_gym import GymGRPOConfig, GymServers
-from trl_gym.errors import PolicyServerError, PolicyServerLostError, TrlGymError
+from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, TrlGymError
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.processes import ServerState
@@ -42,7 +42,7 @@ def gym_that_must_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GymServers, "start", start)
 
 
-def run_servers(url: str, tmp_path: Path, policy: PolicyServer | None = None) -> RunServers:
+def run_servers(url: str, tmp_path: Path, policy: PolicyServer | None = None, **more: Any) -> RunServers:
     args = GymGRPOConfig(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -51,7 +51,7 @@ def run_servers(url: str, tmp_path: Path, policy: PolicyServer | None = None) ->
         report_to=[],
         **({} if policy else {"vllm_mode": "server", "vllm_server_base_url": url}),
     )
-    return RunServers(args, lambda: "unused", policy)
+    return RunServers(args, lambda: "unused", policy, **more)
 
 
 @pytest.mark.usefixtures("gym_that_must_not_start")
@@ -80,6 +80,59 @@ def test_one_that_splices_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert servers.policy.base_url == client.base_url
     assert started == ["gym"]
     assert len(vllm.chats()) == 1
+
+
+# -- parsers of tool calls --------------------------------------------------------------------------------------------
+
+
+class Unparsing(FakeVllm):
+    """Was started without a tool parser, as vLLM says."""
+
+    def chat(self, request: Any) -> Any:
+        if not request.get("tools"):
+            return super().chat(request)
+        text = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+        return 400, {"error": {"message": text, "type": "BadRequestError", "code": 400}}
+
+
+@pytest.mark.usefixtures("gym_that_must_not_start")
+def test_a_server_elsewhere_without_a_tool_parser_is_refused_where_rows_have_tools(tmp_path: Path) -> None:
+    with served(OnPolicyMiddleware(Unparsing(), Settings())) as client:
+        with pytest.raises(PolicyServerError, match=r"Rows of `my_agent` have tools.*--enable-auto-tool-choice"):
+            run_servers(client.base_url, tmp_path, agent_with_tools="my_agent").start()
+        with pytest.raises(AssertionError, match="must be refused first"):  # no tools: on to the Gym
+            run_servers(client.base_url, tmp_path).start()
+
+
+@pytest.mark.usefixtures("gym_that_must_not_start")
+def test_one_that_answers_in_another_way_is_said_not_to_be_checked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Odd(FakeVllm):
+        def chat(self, request: Any) -> Any:
+            return (400, {"error": {"message": "no tools here"}}) if request.get("tools") else super().chat(request)
+
+    with served(OnPolicyMiddleware(Odd(), Settings())) as client, pytest.raises(AssertionError, match="refused first"):
+        run_servers(client.base_url, tmp_path, agent_with_tools="my_agent").start()
+    assert f"whether {client.base_url} parses tool calls is not checked" in caplog.text
+
+
+@pytest.mark.usefixtures("gym_that_must_not_start")
+def test_rows_with_tools_and_no_parser_are_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(PolicyServer, "start", lambda self: started.append("policy"))
+    folder = build_random_policy(tmp_path / "policy")
+    args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, gym_config_paths=["environment.yaml"], report_to=[])
+    with pytest.raises(PolicyServerError, match="is new"):  # on to the server
+        servers_for(args, str(folder), agent_with_tools="my_agent").start()
+    assert started.pop() == "policy"
+    assert "tool calls: read by vLLM's parser `hermes` (guessed from `<tool_call>`" in capsys.readouterr().out
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(ConfigError, match=r"Rows of `my_agent` have tools.*does not show tools.*`gym_vllm_args`"):
+        servers_for(args, str(folder), agent_with_tools="my_agent").start()
+    assert not started
 
 
 # -- keys and devices -------------------------------------------------------------------------------------------------

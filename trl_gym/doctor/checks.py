@@ -57,6 +57,7 @@ CHECKS = (
     Check("model", inputs.model, (_FILE,)),
     Check("tokenizer", inputs.tokenizer, (_FILE, "model")),
     Check("chat template", inputs.chat_template, (_FILE, "tokenizer")),
+    Check("tool parser", inputs.tool_parser, (_FILE, "model"), _starts_policy),
     Check("context", inputs.context_length, (_FILE, "tokenizer")),
     Check("memory", static.memory_plan, (_FILE, "model"), _starts_policy),
     Check("shared memory", static.shared_memory, (_FILE, "model"), _serves),

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from trl_gym.dataset import ROW_COLUMN, read_records
 from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warning
 from trl_gym.errors import Problem
+from trl_gym.policy_server.command import flags_from
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
+from trl_gym.policy_server.parsers import choose
 from trl_gym.train import make_data, model_to_train
 
 if TYPE_CHECKING:
@@ -245,6 +247,28 @@ def _prompt_length(context: Context, record: dict[str, Any]) -> int:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def tool_parser(context: Context) -> Iterator[Finding]:
+    """Check that tool calls of the model can be read, as a run would have them read."""
+    given = context.args.gym_vllm_args if isinstance(context.args.gym_vllm_args, dict) else {}
+    parsers, _ = choose(context.model, flags_from({name.lstrip("-"): value for name, value in given.items()}))
+    with_tools = (
+        (record["agent"] or "the only agent")
+        for record in context.train_rows
+        if '"tools"' in record[ROW_COLUMN] and json.loads(record[ROW_COLUMN])["responses_create_params"].get("tools")
+    )
+    agent = next(with_tools, None)
+    problem = None if agent is None else parsers.problem(agent)
+    if problem is not None:
+        yield failed(problem.text, problem.remedy)
+        return
+    if agent is None:
+        yield ok(f"no row has tools; thinking: {parsers.reasoning}")
+    elif parsers.tool.name is None:
+        yield skipped(f"rows of `{agent}` have tools, and {parsers.tool.why}")
+    else:
+        yield ok(f"{parsers.tool}; thinking: {parsers.reasoning}")
 
 
 # -- chat template ----------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from trl_gym.gym.servers import choose_processes
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, server_urls
 from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
 from trl_gym.policy_server.middleware.identity import gym_key
+from trl_gym.policy_server.parsers import choose
 from trl_gym.policy_server.server import find_cause, remedy_for
 from trl_gym.policy_server.splice_probe import check_splice, unusable
 from trl_gym.processes import ServerState, split_urls
@@ -113,7 +114,7 @@ def flags(context: Context) -> Iterator[Finding]:
     """Let the installed vLLM parse the flags that the run would give it."""
     from trl_gym.policy_server.command import flags_from
 
-    given = flags_from(run_options(context)[0])
+    _, given = choose(context.model, flags_from(run_options(context)[0]))  # with the parsers that are guessed
     command = [sys.executable, "-c", _PARSE, json.dumps([context.model, *given])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PARSE_TIMEOUT_S)
     if done.returncode == 0:

@@ -26,9 +26,10 @@ TRAINING_MODEL_CONFIG = "responses_api_models/vllm_model/configs/vllm_model_for_
 SINGLE_PROCESS_KEY = "trl_gym_single_process"
 POLICY_MODEL = "policy_model"  # the name by which every agent of Gym's configs refers to its model server
 
-# Added to TRAINING_MODEL_CONFIG. That config expects a reasoning parser in the policy server and fails without one;
-# the chat templates of most models have no developer role, which several of Gym's datasets use.
-_MODEL_DEFAULTS = {"uses_reasoning_parser": False, "replace_developer_role_with_system": True}
+# Added to TRAINING_MODEL_CONFIG: the chat templates of most models have no developer role, which several of Gym's
+# datasets use. That config's `uses_reasoning_parser: true` also fits policy servers without a reasoning parser; with
+# `false` Gym fails every answer that has thinking in it.
+_MODEL_DEFAULTS = {"replace_developer_role_with_system": True}
 _NUM_ANCESTORS = 3  # of a config file's folder, searched for the code of servers
 _AGENTS = "responses_api_agents"
 _SERVER_KINDS = ("environment_servers", "resources_servers", _AGENTS, "responses_api_models")

@@ -25,6 +25,7 @@ serve`); `trl-gym gateway` is for servers that are not, and for one address in f
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -40,8 +41,11 @@ from trl_gym.policy_server import command, splice_probe
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.command import ENV_NONCE
 from trl_gym.policy_server.fork_server import ForkServer
+from trl_gym.policy_server.parsers import Parsers, choose
 from trl_gym.processes import ChildProcess, ServerState, bind_socket, execute, reachable, wait_until
 from trl_gym.threads import server_environment
+
+logger = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT_S = 2.0  # while the model loads, requests queue at the socket: look at the process this often
 
@@ -106,7 +110,7 @@ class PolicyServer:
         host: Address to listen on. One that other machines can reach demands `api_key`.
         port: Port to listen on; 0 lets the operating system choose.
         vllm_args: Flags of `vllm serve`, e.g. `{"max-model-len": 512, "tool-call-parser": "hermes"}`; see
-            `command.flags_from`.
+            `command.flags_from`. Parsers of tool calls and thinking that they do not name are guessed (`parsers`).
         env: Environment variables of the server, on top of ours.
         log_dir: Folder for the log of the server process.
         start_timeout_s: How long `wait_ready` waits.
@@ -141,6 +145,7 @@ class PolicyServer:
         self.log_path: Path | None = None
         self._host, self._port = host, port
         self._flags = command.flags_from(vllm_args)
+        self._parsers: Parsers | None = None
         self._env = dict(env or {}) | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
         self._log_dir = Path(log_dir)
         self._start_timeout_s = start_timeout_s
@@ -206,6 +211,14 @@ class PolicyServer:
         self._demand("max_model_len", ServerState.READY)
         return self._info["max_model_len"]
 
+    @property
+    def parsers(self) -> Parsers | None:
+        """What reads the model's tool calls and thinking: as `vllm_args` say, or guessed from the model's files. None
+        for a server that was attached to, which does not tell."""
+        if self._parsers is None and self.state is ServerState.NEW:
+            self._parsers, self._flags = choose(self.model, self._flags)
+        return self._parsers
+
     def start(self) -> PolicyServer:
         """Bind the port and start loading; returns at once.
 
@@ -215,6 +228,8 @@ class PolicyServer:
         """
         self._demand("start", ServerState.NEW)
         command.check_before_start(self.model, self._host, self._api_key, self._flags, {**os.environ, **self._env})
+        for line in self.parsers.lines() if self.parsers is not None else ():
+            logger.info("%s", line)
         try:
             sock = bind_socket(self._host, self._port)
         except OSError as error:

@@ -1,4 +1,5 @@
-"""Find out whether a server continues sampled tokens exactly, and if it is not ours, what it is; by what it does.
+"""Find out whether a server continues sampled tokens exactly and parses tool calls, and if it is not ours, what it is;
+by what it does.
 
 A stock server takes the token ids in a message, ignores them and renders the text again: everything works, and the
 trained tokens are not those that were sampled. So it is given a turn whose ids are certainly not how its tokenizer
@@ -17,6 +18,7 @@ from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 logger = logging.getLogger(__name__)
 
 _FIRST = [{"role": "user", "content": "1"}]
+_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 _NUM_SAMPLED = 4  # ids of the pretended turn
 REMEDY = (
     "Start it with `trl-gym serve MODEL`, or, if it may not be restarted, run `trl-gym gateway --upstream URL` in "
@@ -62,6 +64,34 @@ def _check_one(client: PolicyClient, model_name: str) -> None:
         client.base_url,
         drift["text"],
     )
+
+
+def check_tools(client: PolicyClient, model_name: str, agent: str) -> None:
+    """Refuse a server that was started without a tool parser: it answers no request with tools.
+
+    Args:
+        client: Control plane of one or several servers.
+        model_name: Name of the served model.
+        agent: Agent of a dataset row with tools.
+
+    Raises:
+        PolicyServerError: A server has no tool parser.
+        PolicyServerLostError: A server does not answer.
+    """
+    for one in client.singly():
+        try:
+            one.chat(model=model_name, messages=_FIRST, tools=[_TOOL], tool_choice="auto", max_tokens=1)
+        except PolicyResponseError as error:
+            if error.status == 400 and "tool-call-parser" in str(error):
+                raise PolicyServerError(
+                    f"Rows of `{agent}` have tools, and the policy server at {one.base_url} was started without a "
+                    "parser for tool calls.",
+                    "Start it with --tool-call-parser NAME (a stock vLLM also with --enable-auto-tool-choice); "
+                    "`trl-gym serve MODEL` guesses it for most models.",
+                ) from error
+            logger.warning(
+                "whether %s parses tool calls is not checked: it refused a chat with a tool (%s)", one.base_url, error
+            )
 
 
 def unusable(client: PolicyClient, answer: PolicyResponseError) -> PolicyServerError:

@@ -217,9 +217,12 @@ class LiveSource:
     def describe(self) -> dict[str, str]:
         """Return the rows of the model card about Gym, policy server and weight sync. Also after `close`."""
         shares = self.policy_server.is_ours and self._args.gym_server_devices is None
+        parsers = getattr(self.policy_server, "parsers", None)  # a server elsewhere does not tell
+        told = {} if parsers is None else {"Tool parser": parsers.tool, "Reasoning parser": parsers.reasoning}
         return {
             "NeMo Gym": f"{self.gym_servers.gym_version} (`{self._args.gym_mode}`)",
             "Policy server": f"{_vllm_version()} (`{'colocate' if shares else 'server'}`)",
+            **{name: str(parser) for name, parser in told.items()},
             "Weight sync": f"`{self._weights.transport_name}`",
         }
 

@@ -31,7 +31,7 @@ from trl_gym.policy_server.command import api_key_from_environment
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
-from trl_gym.policy_server.splice_probe import check_splice
+from trl_gym.policy_server.splice_probe import check_splice, check_tools
 from trl_gym.processes import ServerState
 from trl_gym.ranks import agreed, on_main
 from trl_gym.run.recovery import PolicyRecovery, end_interrupted_update
@@ -53,6 +53,7 @@ def servers_for(
     peft_config: Any = None,
     quantization_config: Any = None,
     fork_server: ForkServer | None = None,
+    agent_with_tools: str | None = None,
 ) -> RunServers:
     """Return the two servers of a run, not started yet. For the arguments see `RunServers`."""
     return RunServers(
@@ -62,6 +63,7 @@ def servers_for(
         gym,
         lambda: server_options(args, model, peft_config, quantization_config, PartialState().num_processes),
         fork_server,
+        agent_with_tools,
     )
 
 
@@ -76,6 +78,7 @@ class RunServers:
         start_options: Makes flags and environment of the server; called on rank 0 when one is started. See
             `server_options`.
         fork_server: Forks the policy server when one is started. Default: one of its own, for restarts.
+        agent_with_tools: Agent of a dataset row with tools, for which the policy server needs a tool parser.
 
     Raises:
         ConfigError: The configuration names no policy server, or no NeMo Gym.
@@ -89,8 +92,10 @@ class RunServers:
         gym: GymServers | None = None,
         start_options: Callable[[], tuple[dict[str, Any], Mapping[str, str]]] = lambda: ({}, {}),
         fork_server: ForkServer | None = None,
+        agent_with_tools: str | None = None,
     ) -> None:
         self._args = args
+        self._agent_with_tools = agent_with_tools
         self._servable = servable
         self._start_options = start_options
         self._fork_server = fork_server
@@ -143,8 +148,7 @@ class RunServers:
             return
         self.require_same_policy()
         if not self._splice_checked:
-            check_splice(self.policy.client, self.policy.model_name)
-            self._splice_checked = True
+            self._check_answers()
 
     def require_same_policy(self) -> None:
         """Check on rank 0 that the policy server is the process that got our weights, or that we restarted last.
@@ -247,6 +251,7 @@ class RunServers:
             self.policy = self.new_policy()
         if self.policy.state is ServerState.NEW:
             compat.check_versions(("vllm",))
+            self._show_parsers()
             if self._own_fork_server is not None:
                 self._own_fork_server.start()
             self.policy.start()
@@ -284,8 +289,29 @@ class RunServers:
             )
             self._found_paused = True
             return
+        self._check_answers()
+
+    def _check_answers(self) -> None:
         check_splice(self.policy.client, self.policy.model_name)
+        parsers = getattr(self.policy, "parsers", None)  # other backends, and servers elsewhere, do not tell
+        if self._agent_with_tools is not None and (parsers is None or parsers.tool.name is None):
+            check_tools(self.policy.client, self.policy.model_name, self._agent_with_tools)
         self._splice_checked = True
+
+    def _show_parsers(self) -> None:
+        """Say which parsers are guessed for the server that is started next.
+
+        Raises:
+            ConfigError: It would have no tool parser, and there are rows with tools.
+        """
+        parsers = getattr(self.policy, "parsers", None)
+        if parsers is None:
+            return
+        problem = None if self._agent_with_tools is None else parsers.problem(self._agent_with_tools)
+        if problem is not None:
+            raise ConfigError(problem.text, problem.remedy)
+        for line in parsers.lines():
+            Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_sources(args: GymGRPOConfig, policy: PolicyBackend | None, gym: GymServers | None) -> None:
