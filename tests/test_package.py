@@ -73,6 +73,7 @@ def test_what_is_imported_is_declared() -> None:
         "numpy",
         "yarl",
         "tokenizers",
+        "huggingface_hub",
         "IPython",
     }  # transformers, accelerate and aiohttp are nothing without them; IPython is imported where it runs us
     # These run in vLLM's processes or in NeMo Gym's; `vllm_transfer.py` where the trainer is found to have vLLM too.
