@@ -205,6 +205,8 @@ def test_runs_beside_it_are_told_apart(viewed: Viewed, tmp_path: Path, capsys: p
     assert [stats["step"] for stats in beside["steps"]] == [0, 0, 1] and len(beside["metrics"]) == 1
     assert main(["view", str(viewed.folder), *[str(other)] * 5, "--output", str(target)]) == 1
     assert "5 runs are named behind the first, and 4 can be told apart" in capsys.readouterr().err
+    assert main(["view", str(viewed.folder), str(tmp_path / "nowhere"), "--watch", "--output", str(target)]) == 1
+    assert "nowhere' of a run does not exist" in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_is_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

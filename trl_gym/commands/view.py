@@ -9,7 +9,7 @@ import time
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import ConfigError
 
@@ -100,12 +100,15 @@ def watch(options: argparse.Namespace, pause: Callable[[float], None]) -> int:
     """
     from trl_gym.report.source import changes
 
-    seen, seconds, page = None, _WATCH_S, None
+    folders = [options.folder, *options.others]
+    seen: list[tuple[Any, ...] | None] = []
+    seconds, page = _WATCH_S, None
     try:
         while True:
-            if (now := changes(options.folder)) is None and seen is None:
-                _note(f"waiting for the first rollout in {options.folder}")
-            elif now is not None and now != seen:
+            now = [changes(folder) for folder in folders]
+            if None in now and not seen:
+                _note(f"waiting for the first rollout in {folders[now.index(None)]}")
+            elif None not in now and now != seen:
                 started = time.monotonic()
                 _, written = _write(options, reload_s=seconds)
                 seconds = max(_WATCH_S, (time.monotonic() - started) / _SHARE_WRITING)
@@ -113,7 +116,7 @@ def watch(options: argparse.Namespace, pause: Callable[[float], None]) -> int:
                     _note("the page reads its file again by itself; Ctrl-C ends that")
                     _open(options, written)
                 page = written
-            seen = now or ()
+            seen = now
             pause(seconds)
     except KeyboardInterrupt:
         if page is None:

@@ -66,12 +66,7 @@ def open_run(path: str | Path, tokenizer: str | Path | None = None) -> RecordedR
     Raises:
         ConfigError: The folder does not exist, has no journal, or no tokenizer is where one was named.
     """
-    given = Path(path)
-    if not given.is_dir():
-        raise ConfigError(
-            f"The folder {str(given)!r} of a run does not exist.",
-            "Name the `output_dir` of a training, or of `trl-gym rollout`; it has a folder `rollouts`.",
-        )
+    given = _folder(path)
     journal = given / "rollouts" if journal_files(given / "rollouts") else given
     if not journal_files(journal):
         raise ConfigError(
@@ -95,8 +90,12 @@ def changes(path: str | Path) -> tuple[Any, ...] | None:
 
     Args:
         path: See `open_run`.
+
+    Raises:
+        ConfigError: The folder does not exist.
     """
-    files = [*journal_files(Path(path) / "rollouts"), *journal_files(path), Path(path) / "metrics.jsonl"]
+    folder = _folder(path)
+    files = [*journal_files(folder / "rollouts"), *journal_files(folder), folder / "metrics.jsonl"]
     found = {file: file.stat() for file in files if file.is_file()}
     if not any(one.st_size for file, one in found.items() if file.name != "metrics.jsonl"):
         return None
@@ -121,6 +120,16 @@ def read_trained(run: RecordedRun) -> Iterator[Trained]:
         for record in read_objects(path, _LogprobsShape):
             rows = [record["logprobs"], *record.get("further_rows", [])]
             yield Trained(record["rollout_id"], record.get("step"), record.get("advantage"), rows)
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"The folder {str(folder)!r} of a run does not exist.",
+            "Name the `output_dir` of a training, or of `trl-gym rollout`; it has a folder `rollouts`.",
+        )
+    return folder
 
 
 def _numbers_in(path: Path) -> tuple[list[int], str]:

@@ -156,6 +156,8 @@ function drawBar(name) {
       "?",
     ),
   ]);
+  const now = bar.querySelector("[aria-current]");
+  if (now) now.scrollIntoView({ block: "nearest", inline: "nearest" }); // the bar of a narrow screen scrolls
 }
 
 // -- keys --

@@ -161,7 +161,7 @@ function attempts() {
     return panel(SET_NAMES[set] || set, series, { unit: true, legend: true });
   });
   return panels.length
-    ? section("Several attempts", el("div", { class: panels.length > 1 ? "panels" : "panels one" }, panels))
+    ? section("Several attempts", el("div", { class: "panels small" }, panels))
     : null;
 }
 
