@@ -24,7 +24,7 @@ lint: setup
 typecheck: setup
 	@.venv/bin/mypy
 
-# What the pages take from the code is written anew; then every link and anchor is checked. No network.
+# What the pages take from the code is written again; then every link and anchor is checked. No network.
 docs: setup
 	@.venv/bin/python scripts/docs.py
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build && echo "open site/index.html"

@@ -1,6 +1,6 @@
 """Writes what docs/ takes from the code: options, commands, supported versions, settings of a managed server.
 
-    .venv/bin/python scripts/docs.py             # write the generated blocks of the pages anew
+    .venv/bin/python scripts/docs.py             # write the generated blocks of the pages again
     .venv/bin/python scripts/docs.py --check     # write nothing; fail when one is not current
     .venv/bin/python scripts/docs.py --missing   # messages and metrics that no page explains
     .venv/bin/python scripts/docs.py --undocumented-metrics run/metrics.jsonl
@@ -182,7 +182,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def current(page: str) -> str:
-    """A page with its generated blocks written anew.
+    """A page with its generated blocks written again.
 
     Raises:
         KeyError: It has a block of a name that is not in `BLOCKS`.

@@ -239,6 +239,16 @@ def test_links_of_the_pages_outside_of_docs_lead_somewhere(page: str) -> None:
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
+def test_the_readme_is_short_and_begins_with_what_to_do() -> None:
+    readme = (ROOT / "README.md").read_bytes()
+    assert len(readme) <= 6000
+    assert readme.index(b"pip install") < 1000
+    setup, training = readme.index(b"make quickstart"), readme.index(b"GymGRPOTrainer(")
+    assert setup < training < readme.index(b"## I want to") and b"make test" in readme
+    [picture] = re.findall(r"!\[[^]]+\]\(([^)]+)\)", readme.decode())
+    assert (ROOT / picture).stat().st_size < 50_000
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs") / "site"

@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("recipes", "list, show or copy the recipes", recipes.DESCRIPTION, recipes.add_arguments, recipes.run)
     text, usage = "serve a policy: vLLM's OpenAI server with token-exact prompts and weight updates", "MODEL [options]"
     add("serve", text, _SERVE_DESCRIPTION, _add_serve, _serve, f"{usage} [any flag of `vllm serve`]")
-    text = "token-exact prompts in front of vLLM servers that somebody else started"
+    text = "token-exact prompts in front of vLLM servers that someone else started"
     add("gateway", text, _GATEWAY_DESCRIPTION, _add_gateway, _gateway)
     text = "collect rollouts without training, from any OpenAI endpoint"
     add("rollout", text, rollout.DESCRIPTION, rollout_flags.add_arguments, rollout.run)

@@ -126,7 +126,7 @@ def naming(method: str, of: str, *, unless: type[Exception] = TrlGymError) -> It
     except Exception as error:
         raise RolloutError(
             f"`{method}` raised {type(error).__name__} for {of}: {error}.",
-            "Mend it: the traceback above shows the line. What was rolled out is in the journal.",
+            "Fix it: the traceback above shows the line. What was rolled out is in the journal.",
         ) from error
 
 
