@@ -2,7 +2,7 @@
 
     python recipes/custom_trainer.py --config recipes/quickstart.yaml --output_dir runs/custom_trainer
 
-The four overrides are explained in `docs/custom_trainer.md`.
+`docs/custom_trainer.md` explains the four overrides, each in a class of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
@@ -40,15 +41,13 @@ class CustomTrainer(GymGRPOTrainer):
         if not self.model.training or self.state.global_step >= self.args.easy_steps or is_sum(example):
             return example
         # Chosen by the example alone: the members of a group may be on different ranks and must get the same task.
-        sums = self.sums
-        return self.train_dataset[sums[example["task_index"] % len(sums)]]
+        return self.train_dataset[self.sums[example["task_index"] % len(self.sums)]]
 
     def build_request(self, row: dict[str, Any], request: RolloutRequest) -> dict[str, Any]:
         """A custom request: no turn may use up the tokens of the whole rollout."""
-        sent = request.row
-        params = sent["responses_create_params"]
+        params = request.row["responses_create_params"]
         limit = min(params["max_output_tokens"], self.args.turn_tokens)
-        return {**sent, "responses_create_params": {**params, "max_output_tokens": limit}}
+        return {**request.row, "responses_create_params": {**params, "max_output_tokens": limit}}
 
     def build_trajectories(
         self, answer: dict[str, Any], request: RolloutRequest, calls: Sequence[ModelCall]
@@ -66,12 +65,10 @@ class CustomTrainer(GymGRPOTrainer):
             for rollout in rollouts
         ]
 
-    @property
+    @cached_property
     def sums(self) -> list[int]:
         """Indices of the easy tasks."""
-        if not hasattr(self, "_sums"):
-            self._sums = [index for index, example in enumerate(self.train_dataset) if is_sum(example)]
-        return self._sums
+        return [index for index, example in enumerate(self.train_dataset) if is_sum(example)]
 
 
 def bare_answer(completions: list[list[dict[str, Any]]], **_: Any) -> list[float]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib.util
+import re
 import signal
 import sys
 import time
@@ -83,6 +84,12 @@ def load(name: str, path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def page_code(name: str) -> str:
+    """All Python blocks of a page of the documentation, in their order."""
+    page = (RECIPES.parent / "docs" / name).read_text()
+    return "\n\n".join(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
 
 
 @pytest.fixture(scope="session")

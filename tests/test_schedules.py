@@ -1,7 +1,7 @@
 """Whole runs with rollouts ahead of training, in every order in which rollouts may end, killed and resumed anywhere:
-no task is lost or trained twice, nothing is staler than allowed, and nobody waits for ever.
+no task is lost or trained twice, nothing is staler than allowed, and nobody waits forever.
 
-Queue and batches are real. Rollouts end when somebody waits, or in between, as the draw says: in one thread.
+Queue and batches are real. Rollouts end when someone waits, or in between, as the draw says: in one thread.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Run(threading.Condition):
         return Collected(groups=self.queue.collect(groups, number, **steps))
 
     def wait(self, timeout: float | None = None) -> bool:
-        assert self.end_one(), "waits for ever"
+        assert self.end_one(), "waits forever"
         return True
 
     def end_one(self) -> bool:

@@ -77,7 +77,7 @@ def without_vllm() -> Iterator[None]:
 
     Its module takes the name `VLLMGeneration` from one that imports vLLM. It gets a function of that name, which
     imports TRL's own when a `GRPOTrainer` of TRL's wants one; `GymGRPOTrainer` never does (`generation_backend`).
-    Afterwards TRL's module can be imported by everybody else, as if nothing had been. Where somebody imported it
+    Afterwards TRL's module can be imported by everybody else, as if nothing had been. Where someone imported it
     before, nothing is gained and nothing is changed.
     """
     name = "trl.generation.vllm_generation"

@@ -1,4 +1,4 @@
-"""A stand-in for somebody else's OpenAI service: it knows text only, and refuses fields that it does not know."""
+"""A stand-in for someone else's OpenAI service: it knows text only, and refuses fields that it does not know."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def entries(*checks: Check) -> list[Entry]:
 
 def test_a_failure_stops_only_what_needs_it() -> None:
     found = entries(
-        Check("a", lambda context: [failed("broken", "mend it")]),
+        Check("a", lambda context: [failed("broken", "fix it")]),
         Check("b", lambda context: [ok("never asked")], ("a",)),
         Check("c", lambda context: [ok("never asked")], ("b",)),
         Check("d", lambda context: [ok("fine")]),

@@ -45,7 +45,7 @@ def test_a_server_whose_supervisor_is_gone_is_an_orphan() -> None:
         (33, 32, SERVER),
         (34, 1, "python -m trl_gym.policy_server.engine.forking 5"),
         (35, 34, SERVER),
-        (40, 1, "vllm serve somebody/elses"),
+        (40, 1, "vllm serve someone/elses"),
         (41, 40, "VLLM::EngineCore"),
     )
     assert [process.pid for process in orphans(running)] == [20, 30, 31]

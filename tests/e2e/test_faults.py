@@ -1,6 +1,6 @@
 """Faults injected into real parts: vLLM server, NeMo Gym, trainer. One policy server for all; the last test kills it.
 
-After each: what failed is named and is not in the gradient, what finished is in the journal, nobody waits for ever.
+After each: what failed is named and is not in the gradient, what finished is in the journal, nobody waits forever.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def test_no_wrong_sample_is_in_the_gradient(
 def test_a_tool_that_never_answers_is_cancelled_at_the_policy_server(
     policy: PolicyServer, gym: GymServers, tmp_path: Path
 ) -> None:
-    """One sleeps for ever. One goes on after its deadline, as NeMo Gym 0.4 does, and is not served any more."""
+    """One sleeps forever. One goes on after its deadline, as NeMo Gym 0.4 does, and is not served any more."""
     refused = policy.client.info()["counters"]["cancelled"]
     batch = Batch(policy, gym, tmp_path, {})
     rows = [faulty_row("sleep"), faulty_row("slow"), *[calculator_row()] * 8, multi_turn_row()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,29 @@ from types import ModuleType
 
 import pytest
 
-from tests.conftest import RECIPES, load
+from tests.conftest import RECIPES, load, page_code
 from trl_gym.rollouts.trajectory import Trajectory
 
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
     return load("recipe_custom_trainer", RECIPES / "custom_trainer.py")
+
+
+def functions(code: str) -> set[tuple[str, ...]]:
+    """Name, arguments and statements of a script's functions, without docstrings and annotations."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.FunctionDef) and node.name != "main":
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            found.add((node.name, *(arg.arg for arg in node.args.args), *map(ast.unparse, body)))
+    return found
+
+
+def test_the_page_has_the_functions_of_the_recipe() -> None:
+    """`tests/e2e/test_custom_trainer.py` trains with those of the page."""
+    recipe = functions((RECIPES / "custom_trainer.py").read_text())
+    assert len(recipe) == 9 and recipe - functions(page_code("custom_trainer.md")) == set()
 
 
 def trajectory() -> Trajectory:

@@ -53,7 +53,7 @@ async def test_the_cap_holds(agent: Any) -> None:
 
 
 async def test_a_dead_server_ends_the_collection_at_once(agent: Any) -> None:
-    """NeMo Gym retries a refused connection for ever: waiting for the deadline would hang the run."""
+    """NeMo Gym retries a refused connection forever: waiting for the deadline would hang the run."""
     behaviour, lookup = agent
 
     def check() -> None:

@@ -524,7 +524,7 @@ def test_what_a_resumed_run_recalls_keeps_its_age_and_the_rest_begins_anew() -> 
 
 
 def test_after_a_resume_the_older_of_two_groups_may_stand_behind_the_younger() -> None:
-    """Nothing was finished of the first, which begins anew: the second one is due before it."""
+    """Nothing was finished of the first, which begins again: the second one is due before it."""
     collector = Scripted(lambda it: it.submissions[-1].end_all())
     done = rollout(group(0, batch=1, size=2).requests[0])
 

@@ -132,7 +132,7 @@ def test_a_split_says_where_and_why_it_is() -> None:
     given = answer(bundle([1], [2]), bundle([9, 2], [4]), bundle([5], [6]))
     why = CallDrift(DriftCause.HISTORY_REWRITTEN, "the agent changed messages")
     first, second, third = from_calls(model_calls(records_of(given, {1: why})), drift="split")
-    assert first.drift is not None and second.drift is None and third.drift is None  # the last begins anew
+    assert first.drift is not None and second.drift is None and third.drift is None  # the last begins again
     assert (first.drift.turn, first.drift.position, first.drift.known) == (1, 0, why)
     assert report_drift(first.drift, decode).cause is DriftCause.HISTORY_REWRITTEN
 

@@ -111,7 +111,7 @@ class Server:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """Seconds that pass only when somebody looks: a second each time."""
+    """Seconds that pass only when someone looks: a second each time."""
     now = [0.0]
 
     def monotonic() -> float:

@@ -5,7 +5,7 @@
                                 └─ subprocess ──URL prefix──► model server ──header──► policy server
 
 Gym's model server passes on what the agent puts into `metadata.extra_body`, and many agents put nothing there: they
-build their requests anew. Therefore every co-hosted server keeps the rollout key of the request that it answers in a
+build requests of their own. Therefore every co-hosted server keeps the rollout key of the request that it answers in a
 context variable. The HTTP clients of this process add it to what they send to a co-hosted server or to the policy, and
 to nothing else: tools call the internet. The variable goes along into tasks, `asyncio.to_thread` and thread pools. An
 agent that hands the model server's URL to a subprocess gets it from `ServerClient`, with the key as prefix.

@@ -76,7 +76,7 @@ class Ledger:
             raise
 
     async def _take_waiting(self, session: aiohttp.ClientSession) -> None:
-        """Ask for all rollouts that wait, and for those that come meanwhile, as long as somebody waits."""
+        """Ask for all rollouts that wait, and for those that come meanwhile, as long as someone waits."""
         try:
             while self._waiting:
                 self._asked = {name: self._waiting.pop(name) for name in list(self._waiting)[:_MOST_TAKEN]}
@@ -85,7 +85,7 @@ class Ledger:
                     if not future.done():
                         one = found[name]
                         future.set_exception(one) if isinstance(one, Exception) else future.set_result(one)
-        finally:  # somebody may have come while it was cancelled
+        finally:  # someone may have come while it was cancelled
             self._taker = asyncio.create_task(self._take_waiting(session)) if self._waiting else None
 
     async def _take_all(

@@ -18,7 +18,7 @@ What was shown is forgotten by half in `half_life` batches, since the policy tha
 never solved is therefore unknown again some time later, and gets another chance.
 
 Every rank has pools of its own, and they agree: they are shown the facts of all ranks, and draw from a generator that
-is seeded anew for each group.
+is seeded again for each group.
 """
 
 from __future__ import annotations

@@ -315,7 +315,7 @@ class RolloutQueue:
             entry.launch = None
 
     def _show(self) -> None:
-        """Show how far all launches are, while somebody waits. Called in the collector's thread."""
+        """Show how far all launches are, while someone waits. Called in the collector's thread."""
         statuses = [status for launch in self._launches if (status := launch.status) is not None]
         if self._sampler.progress is not None and self._is_waiting and statuses:
             self._sampler.progress(_merged(statuses))
@@ -460,7 +460,7 @@ class _Launch:
 
     @property
     def has_ended(self) -> bool:
-        """Whether all of its rollouts have ended, without an error that somebody has to hear of."""
+        """Whether all of its rollouts have ended, without an error that someone has to hear of."""
         future = self._running.future
         return future.done() and future.exception() is None
 

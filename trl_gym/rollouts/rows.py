@@ -60,7 +60,7 @@ class Row:
 
     @property
     def trajectory(self) -> Trajectory:
-        """Its tokens; their lists are made anew at each look."""
+        """Its tokens; their lists are made again at each look."""
         return self.trajectories[self.index]
 
 

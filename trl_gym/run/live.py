@@ -139,7 +139,7 @@ class LiveSource:
         """See `RolloutSource.collect`. The rollouts are on disk when it returns.
 
         Raises:
-            RolloutError: The journal cannot be written, a rollout drifted and `gym_drift` is `"error"`, or somebody
+            RolloutError: The journal cannot be written, a rollout drifted and `gym_drift` is `"error"`, or someone
                 else changed the weights meanwhile.
             ServerError: A server was lost and did not come back.
         """

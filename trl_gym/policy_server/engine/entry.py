@@ -142,7 +142,7 @@ def why_not_forked(start: EngineStart) -> str:
     A fork copies the memory of the server and one of its threads. That is safe where nothing that it copies is bound
     to the process: no device (CUDA and XPU refuse to work after a fork, and so they must not be in use yet), and no
     lock that another thread holds, as on macOS, where system libraries start threads of their own. It is the same as
-    a spawn where a new process would read nothing anew: workers that vLLM binds to cores, or that the dynamic linker
+    a spawn where a new process would read nothing again: workers that vLLM binds to cores, or that the dynamic linker
     gives other libraries (`LD_PRELOAD`), need one. Engines with several processes (tensor, pipeline and data
     parallelism, Ray) load for longer than they import, and stay with what `vllm serve` does.
     """

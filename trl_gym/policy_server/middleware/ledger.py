@@ -430,7 +430,7 @@ class _Digests:
 
     def __init__(self) -> None:
         self._state = hashlib.blake2b(digest_size=16)
-        self._numbers: dict[str, int] = {}  # of tool calls, whose ids agents and converters make anew
+        self._numbers: dict[str, int] = {}  # of tool calls, whose ids agents and converters make again
         self.found = [self._state.digest()]
 
     def add(self, message: dict[str, Any], sampled: bytes | None, said: tuple[bytes, ...] | None = None) -> None:
