@@ -33,6 +33,7 @@ _WORDS_THAT_ARE_SHOWN = {
     "Problem",
     "RefusedError",
     "RolloutFailure",
+    "SetupError",
     "SystemExit",
     "TrajectoryError",
     "_UnusableError",

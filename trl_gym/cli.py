@@ -23,7 +23,7 @@ _KEY_HELP = "bearer token to demand on every route but /health; needed beyond lo
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the whole command line."""
-    from trl_gym.commands import doctor, new_environment, plan, recipes, rollout, rollout_flags, view
+    from trl_gym.commands import doctor, new_environment, plan, recipes, rollout, rollout_flags, setup_gym, view
 
     parser = argparse.ArgumentParser(
         prog="trl-gym", description="Train language models with TRL's GRPO on NVIDIA NeMo Gym environments."
@@ -47,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_arguments(command)
         command.set_defaults(run=run, takes_run_options=trains, mode=name, parser=command)
 
+    text = "make the interpreter that NeMo Gym runs in, or repair it: once, before everything else"
+    add("setup-gym", text, setup_gym.DESCRIPTION, setup_gym.add_arguments, setup_gym.run)
     text = "train a small policy on a calculator: to see that everything works"
     quick = (recipes.QUICKSTART_DESCRIPTION, recipes.add_quickstart_arguments, recipes.quickstart)
     add("quickstart", text, *quick, "[options]", True)

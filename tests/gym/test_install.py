@@ -10,7 +10,7 @@ import pytest
 
 from trl_gym.errors import ConfigError, UnsupportedVersionError
 from trl_gym.gym import install as interpreter
-from trl_gym.gym.install import find_installation
+from trl_gym.gym.install import find_installation, remember
 
 
 def fake_python(path: Path, answer: str) -> Path:
@@ -33,11 +33,15 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     monkeypatch.delenv("TRL_GYM_PYTHON", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setattr(interpreter, "__file__", str(tmp_path / "checkout" / "trl_gym" / "gym" / "interpreter.py"))
     return tmp_path
 
 
 def test_argument_beats_variable_beats_folders(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fake_python(nowhere / "made/bin/python", gym("0.4.1"))
+    assert remember(made) == nowhere / "data/trl-gym/gym-python"
+    assert find_installation().python == made
     beside = fake_python(nowhere / "checkout/.gym-venv/bin/python", gym("0.4.0"))
     assert find_installation().python == beside
     above = fake_python(nowhere / "a/.gym-venv/bin/python", gym("0.5.1"))
@@ -55,13 +59,21 @@ def test_nothing_found_lists_places_and_remedy(nowhere: Path) -> None:
         find_installation()
     text = str(error.value)
     assert str(nowhere / "a/b/.gym-venv/bin/python") in text and str(nowhere / "checkout/.gym-venv") in text
-    assert "make setup" in text and "TRL_GYM_PYTHON=" in text
+    assert "trl-gym setup-gym" in text and "TRL_GYM_PYTHON=" in text
 
 
 def test_variable_that_names_nothing_is_not_silently_replaced(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_python(nowhere / "a/.gym-venv/bin/python", gym("0.5.1"))
     monkeypatch.setenv("TRL_GYM_PYTHON", "/nowhere/python")
-    with pytest.raises(ConfigError, match=r"TRL_GYM_PYTHON names /nowhere/python, which does not exist.*make setup"):
+    with pytest.raises(
+        ConfigError, match=r"TRL_GYM_PYTHON names /nowhere/python, which does not exist.*trl-gym setup-gym"
+    ):
+        find_installation()
+
+
+def test_one_that_was_made_and_is_gone_is_said_to_be(nowhere: Path) -> None:
+    remember(Path("/gone/bin/python"))
+    with pytest.raises(ConfigError, match=r"`trl-gym setup-gym` has made .*names /gone/bin/python, which does not"):
         find_installation()
 
 
@@ -87,7 +99,7 @@ def test_not_executable(nowhere: Path) -> None:
 def test_unusable_interpreters(nowhere: Path, answer: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         find_installation(fake_python(nowhere / "python", answer))
-    assert "make setup" in str(error.value)
+    assert "trl-gym setup-gym" in str(error.value)
     assert isinstance(error.value, UnsupportedVersionError) == ("Python 3.11" in str(error.value) or "<0.8 is" in
                                                                str(error.value))  # fmt: skip
 

@@ -20,7 +20,8 @@ SUPPORTED_GYM = SUPPORTED["nemo-gym"]
 MIN_PYTHON = (3, 12)
 PYTHON_VARIABLE = "TRL_GYM_PYTHON"
 VENV_NAME = ".gym-venv"
-_REMEDY = f"Run `make setup`, or set {PYTHON_VARIABLE}=/path/to/bin/python to an interpreter that has nemo-gym."
+_REMEMBERED = "gym-python"  # file in `data_home`, which holds a path
+_REMEDY = f"Run `trl-gym setup-gym`, or set {PYTHON_VARIABLE}=/path/to/bin/python to an interpreter that has nemo-gym."
 
 _PROBE_TIMEOUT_S = 60.0  # a cold disk makes even `importlib.metadata` slow
 # Finds packages without importing them: nemo_gym itself takes seconds.
@@ -52,7 +53,8 @@ def find_installation(python: str | Path | None = None) -> GymInstallation:
 
     Args:
         python: The interpreter. Default: the environment variable `TRL_GYM_PYTHON`, then `.gym-venv/bin/python`
-            in the current directory and its parents, then beside the checkout of trl_gym.
+            in the current directory and its parents, then beside the checkout of trl_gym, then the one that
+            `trl-gym setup-gym` has made.
 
     Raises:
         ConfigError: If the interpreter or its nemo-gym does not exist.
@@ -70,10 +72,49 @@ def _find_python(python: str | Path | None) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return _executable(candidate, "The search for Gym's interpreter")
+    if made := remembered():
+        return _executable(made, f"What `trl-gym setup-gym` has made ({data_home() / _REMEMBERED})")
     paths = ", ".join(map(str, candidates))
     raise ConfigError(
-        f"No Python with NeMo Gym was found: {PYTHON_VARIABLE} is not set, and none of these exists: {paths}.", _REMEDY
+        f"No Python with NeMo Gym was found: {PYTHON_VARIABLE} is not set, `trl-gym setup-gym` has made none, and "
+        f"none of these exists: {paths}.",
+        _REMEDY,
     )
+
+
+def data_home() -> Path:
+    """Return the folder in which trl-gym keeps what is for all projects of a user."""
+    home = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return Path(home) / "trl-gym"
+
+
+def remembered() -> Path | None:
+    """Return the interpreter that `trl-gym setup-gym` has made last, None where it has made none."""
+    try:
+        text = (data_home() / _REMEMBERED).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return Path(text) if text else None
+
+
+def remember(python: Path) -> Path:
+    """Let `find_installation` find an interpreter, in every folder.
+
+    Args:
+        python: The interpreter, as an absolute path.
+
+    Returns:
+        The file that says so.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path = data_home() / _REMEMBERED
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(f"{python}\n", encoding="utf-8")
+    partial.replace(path)
+    return path
 
 
 def default_candidates() -> list[Path]:
