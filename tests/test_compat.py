@@ -43,6 +43,38 @@ def test_every_unsupported_version_is_named_with_its_remedy(monkeypatch: pytest.
     assert "transformers" not in message
 
 
+@pytest.mark.parametrize(
+    ("torch", "vision", "fits"),
+    [
+        ("2.13.0+cpu", "0.28.0+cu130", False),  # PyPI's beside PyTorch's own for CPUs
+        ("2.13.0+cu130", "0.28.0+cu126", False),
+        ("2.13.0+cu130", "0.28.0+cu132", True),  # of one major version
+        ("2.13.0+cpu", "0.28.0+cpu", True),
+        ("2.13.0+cu130", "0.28.0+cpu", True),  # slow, and it can be imported
+        ("2.13.0", "0.28.0+cu130", True),  # not known
+        ("2.13.0+cpu", None, True),
+    ],
+)
+def test_a_torchvision_for_another_torch_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: str, vision: str | None, fits: bool
+) -> None:
+    for name, version in (("torch", torch), ("torchvision", vision)):
+        if version is not None:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms')")
+            (tmp_path / name / "version.py").write_text(f"__version__ = '{version}'\ncuda: str | None = None\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in ("torch", "torchvision"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    problem = compat.torchvision_problem()
+    assert (problem is None) == fits
+    if problem is not None:
+        assert f"torchvision {vision} is installed beside torch {torch}" in problem.text
+        assert "pip uninstall -y torchvision" in problem.remedy
+        with pytest.raises(UnsupportedVersionError, match="built for another one"):
+            compat.check_versions(("transformers",))
+
+
 def test_vllm_is_found_under_either_name() -> None:
     assert compat.installed_version("vllm") is not None
     with pytest.raises(importlib.metadata.PackageNotFoundError):

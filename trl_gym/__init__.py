@@ -42,6 +42,11 @@ def __getattr__(name: str) -> Any:
     gc.disable()  # modules leave hardly any garbage, and looking for it takes a sixth of the time
     try:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    except (ImportError, RuntimeError):
+        from trl_gym.compat import check_versions
+
+        check_versions()  # says what is behind it where packages do not fit together
+        raise
     finally:
         if collects:
             gc.enable()

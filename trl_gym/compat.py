@@ -16,9 +16,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.metadata
+import importlib.util
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
@@ -53,11 +56,11 @@ def is_supported(package: str, version: str) -> bool:
 
 
 def check_versions(packages: Sequence[str] = ("trl", "transformers")) -> None:
-    """Compare installed versions with the supported ranges.
+    """Compare installed versions with the supported ranges, and the build of torchvision with that of torch.
 
     Raises:
-        UnsupportedVersionError: Names every package that is missing or outside its range, with the command that
-            fixes it.
+        UnsupportedVersionError: Names every package that is missing, outside its range or of a wrong build, with the
+            command that fixes it.
     """
     problems = []
     for package in packages:
@@ -67,8 +70,45 @@ def check_versions(packages: Sequence[str] = ("trl", "transformers")) -> None:
             problems.append(Problem(f"{package} is not installed.", remedy))
         elif not is_supported(package, version):
             problems.append(Problem(f"{package} {version} is installed and trl-gym supports {supported}.", remedy))
+    if "transformers" in packages and (problem := torchvision_problem()) is not None:
+        problems.append(problem)
     if problems:
         raise UnsupportedVersionError("Installed packages do not fit:", problems=problems)
+
+
+_BUILT = re.compile(r"^__version__\b.*?['\"]([^'\"]+)['\"]", re.M)
+
+
+def torchvision_problem() -> Problem | None:
+    """Say whether torchvision cannot be imported because it was built for another torch; None where it fits.
+
+    transformers imports torchvision where it is installed, and then names any of its own classes as what is missing.
+    Metadata of PyPI's torchvision do not tell its build (their version has no `+cu130`), and pip is content with it
+    beside `torch+cpu`. Nothing is imported here: `version.py` of both packages says what they were built for.
+    """
+    torch, vision = (_built_version(name) for name in ("torch", "torchvision"))
+    if torch is None or vision is None:
+        return None
+    ours, theirs = (re.match(r"cpu|cu\d\d|[a-z]*", version.partition("+")[2]) for version in (torch, vision))
+    is_fine = theirs is None or theirs[0] in ("", "cpu") or ours is None or ours[0] in ("", theirs[0])
+    if is_fine:
+        return None
+    others = "torchvision torchaudio torchcodec"
+    return Problem(
+        f"torchvision {vision} is installed beside torch {torch}: it was built for another one, so that it cannot be "
+        "imported, nor transformers, which imports it where it is installed.",
+        f"Run `pip uninstall -y {others}` (with uv: `uv pip uninstall {others}`): text models need none of them.",
+    )
+
+
+def _built_version(package: str) -> str | None:
+    """Return the version that a package states in its `version.py`, with its build (`2.13.0+cpu`)."""
+    spec = importlib.util.find_spec(package)
+    file = None if spec is None or spec.origin is None else Path(spec.origin).with_name("version.py")
+    if file is None or not file.is_file():
+        return None
+    stated = _BUILT.search(file.read_text(encoding="utf-8"))
+    return None if stated is None else stated[1]
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ overridden on the command line. At the end it prints a table of what the run ach
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import re
@@ -27,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from trl_gym import recipes
-from trl_gym.errors import ConfigError, TrlGymError
+from trl_gym.errors import ConfigError, Problem, TrlGymError
+from trl_gym.hub import load_config
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.threads import wait_without_spinning
 
@@ -151,6 +153,8 @@ def _train(argv: Sequence[str], forks: ForkServer | None) -> None:
     transformers_logging.disable_progress_bar()
     script, args, model = parse_options(argv, GymGRPOConfig)
     state = PartialState()
+    if state.is_main_process and (missing := plot_problem()) is not None:
+        logging.getLogger(__name__).warning("%s", missing)
 
     with state.main_process_first():
         if script.data_script is not None:
@@ -161,6 +165,9 @@ def _train(argv: Sequence[str], forks: ForkServer | None) -> None:
     if model.model_name_or_path == script.small_policy_dir and "learning_rate" not in told_options(argv):
         args.learning_rate = script.small_policy_learning_rate
     load_as_told(model, args)
+    load_config(  # before servers are started
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+    )
     if script.resume and args.resume_from_checkpoint is None:
         args.resume_from_checkpoint = last_complete_checkpoint(args.output_dir)
     ready = time.monotonic()
@@ -330,13 +337,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
+def plot_problem() -> Problem | None:
+    """Say why no picture can be drawn at the end of a run, before it begins; None where one can."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return None
+    return Problem(
+        "matplotlib is not installed: the run will write metrics.jsonl and no reward.png.",
+        "Run `pip install 'trl-gym[plot]'`.",
+    )
+
+
 def plot_reward(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     """Draw training and validation reward and success over optimizer steps, as a PNG; None without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        logging.getLogger(__name__).warning("no %s: `pip install 'trl-gym[plot]'` brings matplotlib", path.name)
+    if plot_problem() is not None:  # told before the run
         return None
+    import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ vllm_enable_sleep_mode: true
 gym_gpu_memory: {gpu_memory}
 report_to: none
 """
+EIGHT = ("--per-device-train-batch-size", "8")  # a group in a single process
 
 
 @pytest.fixture
@@ -42,6 +45,9 @@ def options(folder: Path, model: Path, *, gpu_memory: str = "auto") -> str:
 
 def test_a_run_that_fits(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", "--config", options(tmp_path, model), "--gpus", "8", "--gpu-memory", "23.6"]
+    assert cli.main(argv) == 0
+    assert "Training uses 8 GPUs of this host and the policy server 1 of them" in capsys.readouterr().out
+    argv += ["--gym-vllm-args", '{"data-parallel-size": 8}']
     assert cli.main(argv) == 0  # groups of 8 are spread over 8 processes with one completion each
     out = capsys.readouterr().out
     assert "trainer  optimizer state            4.44" in out and "vllm_gpu_memory_utilization = " in out
@@ -70,10 +76,58 @@ def test_sharding_is_that_of_accelerates_file(tmp_path: Path, model: Path, capsy
     assert "nowhere.yaml is not a configuration of accelerate" in capsys.readouterr().err
 
 
+def test_training_is_planned_alone_where_the_server_has_gpus_of_its_own(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["plan", "--config", options(tmp_path, model), "--gpu-memory", "23.6", "--gpus", "2", *EIGHT]
+    awake = ["--vllm-enable-sleep-mode", "false", "--gym-gpu-memory", "given"]
+    assert cli.main([*argv, *awake, "--vllm-mode", "server"]) == 0
+    out = capsys.readouterr().out
+    assert "trained on 2 GPUs of 23.6 GiB (the whole model on each); its policy server runs elsewhere" in out
+    assert "trainer  optimizer state" in out and "KV cache" not in out and "utilization" not in out
+    assert cli.main([*argv, *awake, "--gym-server-devices", "2,3"]) == 0
+    training, served = capsys.readouterr().out.split("its policy server, on GPUs 2,3\n")
+    assert "trainer  weights" in training and "server " not in training
+    assert "server   KV cache" in served and "trainer" not in served
+    assert cli.main([*argv, *awake, "--vllm-mode", "server", "--gpu-memory", "4"]) == 1
+    assert "GiB are needed during update and the device has 4.0" in capsys.readouterr().out
+
+
+def test_the_number_of_processes_is_that_of_the_gpus(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["plan", "--config", options(tmp_path, model), "--gpu-memory", "23.6", *EIGHT]
+    sharded = ["--accelerate-config", str(RECIPES / "accelerate" / "fsdp2.yaml")]  # has 8
+    for words, processes in ([], 1), (["--gpus", "2"], 2), (sharded, 8), ([*sharded, "--gpus", "4"], 4):
+        cli.main([*argv, *words, "--gym-vllm-args", json.dumps({"data-parallel-size": processes})])
+        out = capsys.readouterr().out
+        assert f"trained on {processes} GPU{'s' if processes > 1 else ''} of" in out and "Warning" not in out
+        state = 4.44 / (processes if "--accelerate-config" in words else 1)
+        assert float(re.findall(r"optimizer state +([\d.]+)", out)[0]) == pytest.approx(state, abs=0.01)
+    assert cli.main([*argv, "--gpus", "2", "--gym-vllm-args", '{"data-parallel-size": 8}']) == 1
+    assert "The policy server has 8 workers" in capsys.readouterr().out
+    for wrong in (["--gpus", "0"], ["--gpus", "1.5"], ["--gpu-memory", "-1"], ["--gpu-memory", "nan"]):
+        with pytest.raises(SystemExit):
+            cli.main([*argv, *wrong])
+        assert "invalid positive number" in capsys.readouterr().err
+
+
+def test_a_model_that_is_only_on_the_hub_is_said_in_seconds(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    argv = ["plan", "--config", options(tmp_path, model), "--gpus", "8", "--gpu-memory", "24"]
+    assert cli.main([*argv, "--model-name-or-path", "nobody/no-such-model"]) == 1
+    said = capsys.readouterr().err
+    assert "nobody/no-such-model is not in the cache of the Hugging Face Hub, and http://127.0.0.1:1 cannot" in said
+    assert "hf download nobody/no-such-model --local-dir FOLDER" in said and "no more of it than config.json" in said
+    assert "Retrying" not in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--vllm-mode", "server", "--vllm-enable-sleep-mode", "false"], "shares no GPU with training"),
+        (["--model-name-or-path", "./nowhere"], "The model folder ./nowhere does not exist"),
         (["--num-generations", "3"], "divisible"),
         (["--no-such-option", "3"], "no_such_option"),
     ],

@@ -1,4 +1,4 @@
-"""How checks are run, how errors become findings, and how findings are shown."""
+"""How checks are run, and how errors become findings."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from trl_gym.doctor.checks import CHECKS, Check, Entry, as_json, lines, passed, run_checks, summary
-from trl_gym.doctor.context import Context, Finding, Status, failed, from_error, ok
-from trl_gym.doctor.context import skipped as not_checked
+from trl_gym.doctor.checks import CHECKS, Check, run_checks
+from trl_gym.doctor.context import LEFT_OUT, Context, Finding, Status, failed, from_error, ok
+from trl_gym.doctor.outcome import Entry
 from trl_gym.errors import ConfigError, PolicyServerError, Problem
 
 
@@ -33,6 +33,17 @@ def test_a_failure_stops_only_what_needs_it() -> None:
         ("d", Status.OK, "fine"),
         ("f", Status.OK, "fine"),
     ]
+    assert [one.because for one in found] == [(), ("a",), ("a",), (), ()]  # the root, not the check before
+
+
+def test_what_quick_leaves_out_is_told_apart_from_what_failed() -> None:
+    found = entries(
+        Check("server", lambda context: [LEFT_OUT]),
+        Check("model", lambda context: [failed("gone", "get it")]),
+        Check("sync", lambda context: [], ("server",)),
+        Check("rollouts", lambda context: [], ("sync", "model")),
+    )
+    assert [one.because for one in found] == [("--quick",), (), ("--quick",), ("--quick", "model")]
 
 
 def test_what_was_found_before_an_exception_is_kept() -> None:
@@ -84,29 +95,3 @@ def test_a_check_comes_after_those_that_it_needs() -> None:
     assert len(set(names)) == len(names)
     for index, check in enumerate(CHECKS):
         assert set(check.needs) <= set(names[:index]), check.name
-
-
-def test_lines_are_short_and_whole() -> None:
-    entry = Entry(
-        "dataset rows", Status.FAILED, "many words " * 30 + "\nan end of a log", "do this and that " * 12, 0.1
-    )
-    shown = lines(entry)
-    assert all(len(line) < 100 for line in shown)
-    assert shown[0].startswith("FAILED       dataset rows  ")
-    assert " ".join(" ".join(shown).split()).endswith("do this and that")
-    assert any(line.strip() == "an end of a log" for line in shown)
-
-
-def test_warnings_and_unchecked_things_are_no_failures() -> None:
-    some = entries(Check("a", lambda s: [Finding(Status.WARNING, "w", "r"), not_checked("no")]))
-    assert passed(some) and as_json(some)["ok"] is True
-    assert summary(some) == "nothing failed: 1 warnings, 1 not checked"
-    some += entries(Check("b", lambda s: [failed("x", "y")]))
-    assert not passed(some) and summary(some).startswith("not ready: 1 failed")
-    assert as_json(some)["checks"][-1] == {
-        "name": "b",
-        "status": "failed",
-        "text": "x",
-        "remedy": "y",
-        "seconds": some[-1].seconds,
-    }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from trl_gym.config import GymGRPOConfig
-    from trl_gym.memory.plan import DeviceMemory
+    from trl_gym.doctor.options import Launch
+    from trl_gym.memory.plan import DeviceMemory, MemoryPlan
 
 DESCRIPTION = (
-    "Estimate the memory of one GPU at each moment of a step, for a run whose policy server shares GPUs with "
-    "training: prints the arithmetic as a table, the `vllm_gpu_memory_utilization` that fits best, and what does not "
-    "fit. Needs no GPU, and of the model only its config.json. Takes all training options, from a YAML and from the "
-    "command line. Exit status 0 when the run fits as it is configured, else 1."
+    "Estimate the memory of one GPU at each moment of a step: prints the arithmetic as a table, the "
+    "`vllm_gpu_memory_utilization` that fits best where the policy server shares GPUs with training, and what does "
+    "not fit. For this machine or another one: needs no GPU, and of the model only its config.json; starts and writes "
+    "nothing. Takes all training options, from a YAML and from the command line. Exit status 0 when the run fits as "
+    "it is configured, else 1."
 )
 
 
@@ -31,16 +34,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=find, metavar="YAML", help="options of the run; options given here win over it"
     )
-    parser.add_argument("--gpus", type=int, metavar="N", help="training processes, one per GPU (default: 1)")
     parser.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="memory of one GPU in GiB (default: that of this machine's)"
+        "--gpus",
+        type=_positive(int),
+        metavar="N",
+        help="GPUs, each with one training process (default: as many as --accelerate-config has processes, else 1)",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=_positive(float),
+        metavar="GIB",
+        help="memory of one GPU in GiB, of which one sold with 80 GB has 79 (default: that of this machine's)",
     )
     parser.add_argument(
         "--accelerate-config",
         type=find,
         metavar="YAML",
-        help="file for `accelerate launch --config_file`: how the model is sharded, and the number of processes",
+        help="file for `accelerate launch --config_file`: how the model is sharded (default: whole on every GPU)",
     )
+
+
+_SHARDED = "recipes/accelerate/fsdp2.yaml"
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
+    def number(text: str) -> int | float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError(text)
+        return value
+
+    number.__name__ = "positive number"  # in argparse's message
+    return number
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,27 +74,65 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: Options are wrong, or the memory of this model cannot be estimated.
     """
-    from trl import get_peft_config
-
-    from trl_gym.memory.plan import try_estimate
+    from trl_gym.doctor.options import Launch, read_launch
+    from trl_gym.hub import load_config
+    from trl_gym.run.servers import num_workers, workers_problem
     from trl_gym.train import load_as_told
 
-    environment, processes = _sharding(options.accelerate_config)
-    gpus = options.gpus or processes
-    args, model = _parse([*(("--config", options.config) if options.config else ()), *options.run_options], gpus)
+    device = _device(options.gpu_memory)
+    launch = Launch() if options.accelerate_config is None else read_launch(Path(options.accelerate_config))
+    launch = replace(launch, processes=options.gpus or launch.processes)
+    argv = [*(("--config", options.config) if options.config else ()), *options.run_options]
+    args, model = _parse(argv, launch.processes)
     load_as_told(model, args)
-    plan = try_estimate(
-        args,
-        str(model.model_name_or_path),
-        gpus,
-        _device(options.gpu_memory),
-        peft_config=get_peft_config(model),
-        environment=environment,
-    )
-    if isinstance(plan, Problem):
-        raise ConfigError(plan.text, plan.remedy)
-    sys.stdout.write(f"{plan.describe()}\n")
-    return 1 if plan.problems else 0
+    named = str(model.model_name_or_path)
+    try:
+        load_config(named, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
+    except ConfigError as error:
+        raise ConfigError(error.problem, f"{error.remedy} The plan needs no more of it than config.json.") from error
+    plans = _plans(args, model, launch, device)
+    for title, plan in plans.items():
+        sys.stdout.write(f"{title}\n{plan.describe()}\n")
+    shares = args.vllm_mode != "server" and args.gym_server_devices is None
+    problem = workers_problem(args, launch.processes, launch.processes) if shares else None
+    if problem is not None:
+        sys.stdout.write(f"Warning: {problem}\n")
+    fits = not any(plan.problems for plan in plans.values()) and not (shares and num_workers(args) > launch.processes)
+    if not fits and launch.processes > 1 and options.accelerate_config is None:
+        sys.stdout.write(f"--accelerate-config plans a model that is sharded, e.g. with {_SHARDED}.\n")
+    return 0 if fits else 1
+
+
+def _plans(args: GymGRPOConfig, model: ModelConfig, launch: Launch, device: DeviceMemory) -> dict[str, MemoryPlan]:
+    """Return the plan of each kind of GPU, by what is said about it."""
+    from trl import get_peft_config
+
+    from trl_gym.memory.plan import GIB, try_estimate
+
+    count = f"{launch.processes} GPU{'s' if launch.processes > 1 else ''} of {device.total_bytes / GIB:.1f} GiB"
+    trained = f"{model.model_name_or_path}, trained on {count} ({launch.sharding})"
+    if args.vllm_mode == "server":
+        sides = {f"{trained}; its policy server runs elsewhere": args}
+    elif args.gym_server_devices is None:
+        sides = {f"{trained}, which the policy server shares": args}
+    else:  # `server` is the mode without ours on these devices
+        apart = copy.copy(args)
+        apart.vllm_mode, apart.gym_server_devices = "server", None
+        sides = {trained: apart, f"its policy server, on GPUs {args.gym_server_devices}": args}
+    plans = {}
+    for title, side in sides.items():
+        plan = try_estimate(
+            side,
+            str(model.model_name_or_path),
+            launch.processes,
+            device,
+            peft_config=get_peft_config(model),
+            environment=launch.environment,
+        )
+        if isinstance(plan, Problem):
+            raise ConfigError(plan.text, plan.remedy)
+        plans[title] = plan
+    return plans
 
 
 def _device(gib: float | None) -> DeviceMemory:
@@ -103,32 +166,4 @@ def _parse(argv: Sequence[str], gpus: int) -> tuple[GymGRPOConfig, ModelConfig]:
 
     script, args, model = parse_options(argv, PlannedConfig)
     model.model_name_or_path = model_to_train(model.model_name_or_path, script)
-    if args.vllm_mode == "server":
-        raise ConfigError(
-            "`vllm_mode` is 'server': the policy server shares no GPU with training.",
-            "Plan with `vllm_mode: colocate`.",
-        )
     return args, model
-
-
-def _sharding(path: str | None) -> tuple[dict[str, str], int]:
-    """Return the variables that `accelerate launch` would set, and the number of processes, of one of its files."""
-    if path is None:
-        return {}, 1
-    import yaml
-
-    try:
-        config: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        processes, kind = int(config.get("num_processes") or 1), str(config.get("distributed_type", "NO")).upper()
-        fsdp, deepspeed = config.get("fsdp_config") or {}, config.get("deepspeed_config") or {}
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{path} is not a configuration of accelerate ({error}).", "Name a file that `accelerate config` wrote."
-        ) from error
-    if "FSDP" in kind:
-        reshards = str(fsdp.get("fsdp_reshard_after_forward", True)).lower()
-        return {"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": reshards}, processes
-    if "DEEPSPEED" in kind:
-        stage = str(deepspeed.get("zero_stage", 2))
-        return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}, processes
-    return {}, processes

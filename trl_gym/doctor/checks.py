@@ -1,4 +1,4 @@
-"""All checks of the doctor, how they are run, and how what they found is shown.
+"""All checks of the doctor, and how they are run.
 
 Each check says everything that it finds, and none is left out because another one failed, unless it needs what that
 one could not find.
@@ -7,19 +7,14 @@ one could not find.
 from __future__ import annotations
 
 import logging
-import textwrap
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
-
-from rich.console import Console
-from rich.text import Text
 
 from trl_gym.doctor import inputs, live, options, static
-from trl_gym.doctor.context import Context, Finding, Status, failed, from_error, skipped, warning
+from trl_gym.doctor.context import LEFT_OUT, QUICK, Context, Finding, Status, failed, from_error, skipped, warning
+from trl_gym.doctor.outcome import Entry
 from trl_gym.errors import TrlGymError
 
 
@@ -32,6 +27,7 @@ class Check:
     run: Callable[[Context], Iterable[Finding]]
     needs: tuple[str, ...] = ()  # checks whose failure makes this one impossible
     when: Callable[[Context], bool] = lambda context: True  # whether a run has what is checked
+    is_essential: bool = True  # whether a run is not ready until this was checked
 
 
 _serves, _starts_policy, _starts_gym = map(attrgetter, ("serves", "starts_policy", "starts_gym"))
@@ -59,14 +55,16 @@ CHECKS = (
     Check("chat template", inputs.chat_template, (_FILE, "tokenizer")),
     Check("tool parser", inputs.tool_parser, (_FILE, "model"), _starts_policy),
     Check("context", inputs.context_length, (_FILE, "tokenizer")),
+    Check("gpu", static.gpu, (_FILE, "model")),
     Check("memory", static.memory_plan, (_FILE, "model"), _starts_policy),
-    Check("shared memory", static.shared_memory, (_FILE, "model"), _serves),
+    Check("shared memory", static.shared_memory, (_FILE, "model"), _serves, False),
     Check("vllm flags", live.flags, (_FILE, "model"), _starts_policy),
     Check("remote server", live.remote, (_FILE,), _attaches_policy),
     Check("folders", static.folders, (_FILE,)),
-    Check("space", static.space, (_FILE, "model")),
-    Check("reporting", static.reporting, (_FILE,)),
-    Check("leftovers", static.leftovers, (_FILE,)),
+    Check("space", static.space, (_FILE, "model"), is_essential=False),
+    Check("reporting", static.reporting, (_FILE,), is_essential=False),
+    Check("reward plot", static.reward_plot, is_essential=False),
+    Check("leftovers", static.leftovers, (_FILE,), is_essential=False),
     Check(
         "policy server", live.policy_server, ("options", "model", "tokenizer", "vllm flags", "remote server"), _serves
     ),
@@ -75,17 +73,6 @@ CHECKS = (
     Check("weight sync", live.weight_sync, ("token continuation",), _serves),
     Check("rollouts", live.rollouts, ("token continuation", "agents"), _serves),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of the list: a finding with the name of its check and the seconds that the whole check took."""
-
-    name: str
-    status: Status
-    text: str
-    remedy: str
-    seconds: float
 
 
 def run_checks(
@@ -98,19 +85,22 @@ def run_checks(
         context: The run that is examined.
         begin: Receives the name of each check before it runs.
     """
-    not_passed: set[str] = set()
+    reasons: dict[str, tuple[str, ...]] = {}  # of checks that did not pass: why those that need them are not made
     for check in checks:
-        missing = [name for name in check.needs if name in not_passed]
+        missing = [name for name in check.needs if name in reasons]
         if not missing and not check.when(context):
             continue
         begin(check.name)
         started = time.monotonic()
+        because = tuple(dict.fromkeys(reason for name in missing for reason in reasons[name]))
         findings = [skipped(f"needs {', '.join(missing)}")] if missing else _find(check, context)
         seconds = round(time.monotonic() - started, 3)
+        if LEFT_OUT in findings:
+            because = (QUICK,)
         if any(finding.status in (Status.FAILED, Status.SKIPPED) for finding in findings):
-            not_passed.add(check.name)
+            reasons[check.name] = because or (check.name,)
         for finding in findings:
-            yield Entry(check.name, finding.status, finding.text, finding.remedy, seconds)
+            yield Entry(check.name, finding.status, finding.text, finding.remedy, seconds, check.is_essential, because)
 
 
 def _find(check: Check, context: Context) -> list[Finding]:
@@ -140,59 +130,3 @@ class _Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._messages.append(record.getMessage())
-
-
-# -- what people and programs read ------------------------------------------------------------------------------------
-
-_WIDTH = 99
-_NAME_WIDTH = 18
-_MARKS = {Status.OK: "ok", Status.WARNING: "warning", Status.FAILED: "FAILED", Status.SKIPPED: "not checked"}
-_MARK_WIDTH = max(map(len, _MARKS.values()))
-_STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "bold red", Status.SKIPPED: "dim"}
-_COUNTED = {Status.FAILED: "failed", Status.WARNING: "warnings", Status.SKIPPED: "not checked", Status.OK: "ok"}
-
-
-def passed(entries: Sequence[Entry]) -> bool:
-    """Return whether nothing failed; what is only warned of, or could not be checked, does not count."""
-    return all(entry.status is not Status.FAILED for entry in entries)
-
-
-def as_json(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Return `{"ok": …, "checks": [{"name", "status", "text", "remedy", "seconds"}, …]}`."""
-    return {"ok": passed(entries), "checks": [asdict(entry) for entry in entries]}
-
-
-def show(entry: Entry, console: Console) -> None:
-    """Print one finding; coloured in a terminal."""
-    for number, line in enumerate(lines(entry)):
-        text = Text(line)
-        if number == 0:
-            text.stylize(_STYLES[entry.status], 0, _MARK_WIDTH)
-        console.print(text, soft_wrap=True)
-
-
-def lines(entry: Entry) -> list[str]:
-    """Return a finding as plain lines of less than 100 columns, as far as its words allow."""
-    head = f"{_MARKS[entry.status]:<{_MARK_WIDTH}}  {entry.name:<{_NAME_WIDTH}}  "
-    first, *others = entry.text.splitlines() or [""]
-    shown = _wrapped(first, head)
-    for paragraph in others:
-        shown += _wrapped(paragraph, " " * len(head))
-    if entry.remedy:
-        shown += _wrapped(f"→ {entry.remedy}", " " * len(head), hanging=2)
-    return shown
-
-
-def summary(entries: Sequence[Entry]) -> str:
-    """Return the last line."""
-    counts = Counter(entry.status for entry in entries)
-    named = ", ".join(f"{counts[status]} {name}" for status, name in _COUNTED.items() if counts[status])
-    return f"{'nothing failed' if passed(entries) else 'not ready'}: {named}"
-
-
-def _wrapped(text: str, head: str, hanging: int = 0) -> list[str]:
-    indent = " " * (len(head) + hanging)
-    wrapped = textwrap.wrap(
-        text, _WIDTH, initial_indent=head, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-    return wrapped or [head.rstrip()]

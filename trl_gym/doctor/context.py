@@ -35,6 +35,9 @@ class Status(StrEnum):
     SKIPPED = "not checked"
 
 
+QUICK = "--quick"  # leaves out what would start a server
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that a check found: what and where, and what to do about it."""
@@ -58,6 +61,9 @@ def failed(text: str, remedy: str) -> Finding:
 
 def skipped(text: str, remedy: str = "") -> Finding:
     return Finding(Status.SKIPPED, text, remedy)
+
+
+LEFT_OUT = skipped(f"left out by {QUICK}")
 
 
 def from_error(error: TrlGymError, remedy: str = "See docs/reference/failures.md.") -> list[Finding]:

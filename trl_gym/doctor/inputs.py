@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from trl_gym.dataset import ROW_COLUMN, read_records
 from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warning
-from trl_gym.errors import Problem
+from trl_gym.errors import Problem, TrlGymError
+from trl_gym.hub import load_config
 from trl_gym.policy_server.command import flags_from
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
 from trl_gym.policy_server.parsers import choose
+from trl_gym.rollouts.request import stamp
 from trl_gym.train import make_data, model_to_train
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def data_script(context: Context) -> Iterator[Finding]:
 
 
 def rows(context: Context) -> Iterator[Finding]:
-    """Check that every line of every file is a row that Gym understands."""
+    """Check that every line of every file is a row that Gym understands, and that training can make a request of."""
     script = context.script
     if not script.train_files:
         yield failed(
@@ -62,6 +64,7 @@ def rows(context: Context) -> Iterator[Finding]:
         problems: list[Problem] = []
         lines = read_records(Path(file), script.agent, None, problems)
         found = [record | {_FILE: file, _LINE: number} for number, record in lines]
+        problems += filter(None, map(partial(_request_problem, context), found))
         context.train_rows += found
         name = shown(context, file)
         for problem in problems[:_MAX_REPORTED]:
@@ -72,6 +75,26 @@ def rows(context: Context) -> Iterator[Finding]:
             yield failed(f"{name} has no rows", "A Gym dataset has one JSON object per line.")
         elif not problems:
             yield ok(f"{name}: {len(found)} rows")
+
+
+def _request_problem(context: Context, record: dict[str, Any]) -> Problem | None:
+    """Make the request of a row as training does, and say why that fails."""
+    args = context.args
+    try:
+        stamp(
+            json.loads(record[ROW_COLUMN]),
+            rollout_id="doctor",
+            task_index=0,
+            member=0,
+            sampling=args.rollout_options.sampling,
+            completion_budget=args.max_completion_length or 1,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+    except Exception as error:  # whatever it is, it would end a run
+        reason = error.problem if isinstance(error, TrlGymError) else f"{type(error).__name__}: {error}"
+        where = f"{record[_FILE]}, line {record[_LINE]}"
+        return Problem(f"{where}: no request can be made of it ({reason}).", "Correct the row, or leave it out.")
+    return None
 
 
 def shown(context: Context, file: str) -> str:
@@ -131,24 +154,12 @@ def _choose(name: str, known: tuple[str, ...]) -> str:
 
 def model(context: Context) -> Iterator[Finding]:
     """Load the model's configuration and count its parameters without loading them."""
-    from transformers import AutoConfig
-
     from trl_gym.memory.plan import count_params
 
     named = model_to_train(context.model_options.model_name_or_path, context.script)
-    is_path = Path(named).exists() or named.startswith((".", "/", "~"))
-    if is_path and not (Path(named) / "config.json").is_file():
-        what = "has no config.json" if Path(named).is_dir() else "does not exist"
-        yield failed(f"the model folder {named} {what}", "Set `model_name_or_path` to a folder that has one.")
-        return
-    try:
-        config = AutoConfig.from_pretrained(named, trust_remote_code=context.args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        yield failed(
-            f"the model {named} cannot be loaded: {_first_line(error)}",
-            "Check the name, or fetch it with `hf download NAME` and give the folder.",
-        )
-        return
+    config = load_config(
+        named, revision=context.model_options.model_revision, trust_remote_code=context.args.trust_remote_code
+    )
     context.model, context.model_config = named, config
     context.num_params = count_params(config, named, trust_remote_code=context.args.trust_remote_code)[0]
     yield ok(f"{named}: {type(config).__name__}, {context.num_params / 1e6:,.1f} M parameters")

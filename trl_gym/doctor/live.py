@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_gym import compat
 from trl_gym.dataset import ROW_COLUMN
-from trl_gym.doctor.context import Context, Finding, failed, from_error, ok, skipped, warning
+from trl_gym.doctor.context import LEFT_OUT, Context, Finding, failed, from_error, ok, skipped, warning
 from trl_gym.errors import FailureKind, PolicyServerError, ServerError
 from trl_gym.gym.config import expand_overrides, resolve_configs, single_process_reasons
 from trl_gym.gym.discovery import look_at_head, new_http_session
@@ -51,7 +51,6 @@ parse_args(json.loads(sys.argv[1]))
 """
 UNTOUCHED = "default"  # weight version of a vLLM server that has the weights it loaded when it started
 EXAMINED = "doctor"  # version of weights that the doctor has sent to a server that runs on
-_QUICK = "left out by --quick"
 _MAX_DEADLINE_S = 300.0  # of a single rollout on servers that do nothing else
 _RECONNECT_S = 5.0  # a server that is gone is not waited for
 _NOBODY = "http://127.0.0.1:9/v1"  # for a Gym that is started although there is no policy server
@@ -182,7 +181,7 @@ def _facts(context: Context, client: PolicyClient, info: dict[str, Any]) -> Iter
 def policy_server(context: Context) -> Iterator[Finding]:
     """Start the policy server, or attach to the running one."""
     if context.quick and context.starts_policy:
-        yield skipped(f"{_QUICK}: no server is started")
+        yield LEFT_OUT
         return
     policy = context.policy = _new_run(context).new_policy()
     if context.starts_policy:
@@ -195,7 +194,7 @@ def policy_server(context: Context) -> Iterator[Finding]:
 def gym_servers(context: Context) -> Iterator[Finding]:
     """Start NeMo Gym, with every server of the configs, or attach to the running one."""
     if context.quick and context.starts_gym:
-        yield skipped(f"{_QUICK}: no server is started")
+        yield LEFT_OUT
         return
     gym = context.gym = _new_run(context).new_gym()
     if context.starts_gym:
@@ -226,7 +225,7 @@ def continuation(context: Context) -> Iterator[Finding]:
 def weight_sync(context: Context) -> Iterator[Finding]:
     """Send weights (or the adapter) to the server and compare its log-probabilities with the trainer's."""
     if context.quick:
-        yield skipped(f"{_QUICK}: no weights are sent")
+        yield LEFT_OUT
         return
     client = context.policy.client
     held = client.weight_version()
@@ -274,7 +273,7 @@ def leave(client: PolicyClient, transport: str, held: str) -> None:
 def rollouts(context: Context) -> Iterator[Finding]:
     """Run one rollout for each agent: model calls, tools, verifier, reward."""
     if context.quick:
-        yield skipped(f"{_QUICK}: no server is started")
+        yield LEFT_OUT
         return
     from trl_gym.rollouts.journal import Journal
     from trl_gym.rollouts.source import Finisher

@@ -7,8 +7,8 @@ import os
 import re
 import resource
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from trl import ModelConfig, TrlParser
 from trl_gym.config import GymGRPOConfig
 from trl_gym.doctor.context import Context, Finding, failed, ok, warning
 from trl_gym.errors import ConfigError, Problem
+from trl_gym.run.servers import workers_problem
 from trl_gym.supervisor import OPEN_FILES
 from trl_gym.train import ScriptArguments
 
@@ -114,6 +115,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark is not None else str(path)
+        raise _unreadable(f"{where}: no YAML ({error.problem})") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise _unreadable(f"{path}: {error}") from error
     if not isinstance(content, dict):
@@ -122,7 +127,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _unreadable(reason: str) -> ConfigError:
-    reason = " ".join(reason.split())  # what YAML complains of is several lines, with a picture
+    reason = " ".join(reason.split())
     return ConfigError(f"The options cannot be read: {reason}.", "Check the file and the command line.")
 
 
@@ -186,14 +191,69 @@ def _source_problems(context: Context) -> Iterator[Problem]:
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What `accelerate launch` makes of its configuration."""
+
+    processes: int = 1  # training processes, on all machines
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables that say how the model is sharded
+
+    @property
+    def sharding(self) -> str:
+        """How the model is sharded, in words."""
+        if self.environment.get("ACCELERATE_USE_FSDP") == "true":
+            return "sharded by FSDP"
+        if self.environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            return f"sharded by ZeRO-{self.environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
+        return "the whole model on each" if self.processes > 1 else "one process"
+
+
+def read_launch(path: Path) -> Launch:
+    """Read a configuration of accelerate.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        config = read_yaml(path)
+        kind = str(config.get("distributed_type", "NO")).upper()
+        num_processes = int(config.get("num_processes") or 1)
+        fsdp, deepspeed = (dict(config.get(name) or {}) for name in ("fsdp_config", "deepspeed_config"))
+    except (TypeError, ValueError) as error:  # also a `ConfigError`
+        raise ConfigError(
+            f"{path} is not a configuration of accelerate ({error}).", "Name a file that `accelerate config` wrote."
+        ) from error
+    if "FSDP" in kind:
+        reshards = str(fsdp.get("fsdp_reshard_after_forward", True)).lower()
+        return Launch(num_processes, {"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": reshards})
+    if "DEEPSPEED" in kind:
+        stage = str(deepspeed.get("zero_stage", 2))
+        return Launch(num_processes, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage})
+    return Launch(num_processes)
+
+
+def launch_file(context: Context) -> Path | None:
+    """Return the configuration that `accelerate launch` would read; None where there is none."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    default = Path(default_config_file)
+    return context.accelerate_config or (default if default.is_file() else None)
+
+
+def launch(context: Context) -> Launch:
+    """Say how the run is launched: as this process was, else as accelerate's configuration says."""
+    if "WORLD_SIZE" in os.environ:
+        return Launch(int(os.environ["WORLD_SIZE"]), os.environ)
+    path = launch_file(context)
+    return Launch() if path is None else read_launch(path)
+
+
 def processes(context: Context) -> Iterator[Finding]:
     """Check accelerate's configuration: how many processes, and how the model is sharded."""
     import torch
-    from accelerate.commands.config.config_args import default_config_file
 
-    path = context.accelerate_config or Path(default_config_file)
-    num_gpus = torch.cuda.device_count()
-    if context.accelerate_config is None and not path.is_file():
+    path, num_gpus = launch_file(context), torch.cuda.device_count()
+    if path is None:
         if num_gpus > 1:
             yield warning(f"there is no configuration of accelerate, and there are {num_gpus} GPUs", _ADVICE)
         else:
@@ -209,19 +269,21 @@ def processes(context: Context) -> Iterator[Finding]:
 
 
 def open_files(context: Context) -> Iterator[Finding]:
-    """Compare the hard limit of open files with what the rollouts in flight need."""
-    path = context.accelerate_config
-    num_processes = int(read_yaml(path).get("num_processes") or 1) if path is not None else 1
-    in_flight = context.args.rollouts_in_flight(num_processes)
+    """Compare the limits of open files with what the rollouts in flight need.
+
+    Every process of a run raises its soft limit to the hard one (`supervisor.raise_open_files`), which counts.
+    """
+    in_flight = context.args.rollouts_in_flight(launch(context).processes)
     hosts = (context.args.gym_processes or 1) if context.starts_gym else 1
     needed, most = (_OTHER_FILES + per_rollout * -(-in_flight // hosts) for per_rollout in _FILES_PER_ROLLOUT)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    raised = f" (the soft limit is {soft}, and is raised)" if 0 <= soft < allowed else ""
     if allowed >= most:
-        yield ok(f"{allowed} per process; {in_flight} rollouts in flight need {needed} to {most}")
+        yield ok(f"{allowed} per process{raised}; {in_flight} rollouts in flight need {needed} to {most}")
         return
     yield (failed if allowed < needed else warning)(
-        f"a process may open {allowed} files, and {in_flight} rollouts in flight need {needed} to {most}",
+        f"a process may open {allowed} files{raised}, and {in_flight} rollouts in flight need {needed} to {most}",
         f"Raise the hard limit (`ulimit -Hn`, `--ulimit nofile` of a container, `LimitNOFILE` of a service) to "
         f"{OPEN_FILES}, or lower `gym_max_inflight`.",
     )
@@ -252,6 +314,9 @@ def _process_problems(context: Context, config: dict[str, Any], num_gpus: int) -
             f"`num_generations` {args.num_generations} do not divide.",
             "Set `per_device_train_batch_size` or `steps_per_generation` so that they do.",
         )
+    shares = not on_cpu and num_gpus > 0 and context.starts_policy and args.gym_server_devices is None
+    if shares and (problem := workers_problem(args, here, num_gpus)) is not None:
+        yield problem
     served = [one.strip() for one in (args.gym_server_devices or "").split(",")]
     if not on_cpu and num_gpus and any(one.isdigit() and int(one) >= num_gpus for one in served):
         yield Problem(

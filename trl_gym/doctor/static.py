@@ -9,22 +9,23 @@ import os
 import platform
 import re
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from packaging.specifiers import SpecifierSet
 from requests.utils import get_netrc_auth
 
 from trl_gym import compat
 from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warning
+from trl_gym.doctor.options import launch
 from trl_gym.errors import Problem
+from trl_gym.hub import uses_proxy, why_unreachable
 from trl_gym.processes import bind_socket
+from trl_gym.train import plot_problem
 
 SUPPORTED_PYTHON = ">=3.11,<3.14"  # as in pyproject.toml
 
@@ -80,6 +81,7 @@ def _versions(*packages: str) -> Iterator[Finding]:
 
 _GIB = 1 << 30
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_NEEDS_GPU = 100_000_000  # parameters from which on training on a CPU takes days
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -102,6 +104,20 @@ def devices(_: Context) -> Iterator[Finding]:
     yield ok(host)
 
 
+def gpu(context: Context) -> Iterator[Finding]:
+    """Say what cannot be checked without a GPU, for a model that nobody would train on a CPU unasked."""
+    import torch
+
+    if torch.cuda.is_available() or context.args.use_cpu or context.num_params < _NEEDS_GPU:
+        return
+    yield skipped(
+        f"no GPU is here, and {context.model} has {context.num_params / 1e9:,.1f} G parameters: whether it fits, and "
+        "how weights reach the policy server",
+        "Run this where training will run. `trl-gym plan --config YAML --gpus N --gpu-memory GIB` estimates the "
+        "memory of such a machine. With `use_cpu: true` the run is examined as one of this CPU.",
+    )
+
+
 def memory_plan(context: Context) -> Iterator[Finding]:
     """Divide the GPU's memory by the planner's arithmetic."""
     from trl import get_peft_config
@@ -111,9 +127,14 @@ def memory_plan(context: Context) -> Iterator[Finding]:
     device = this_device()
     if device is None or context.args.gym_server_devices is not None:
         return
-    processes = max(1, int(os.environ.get("WORLD_SIZE", "1")))
+    launched = launch(context)
     plan = try_estimate(
-        context.args, context.model, processes, device, peft_config=get_peft_config(context.model_options)
+        context.args,
+        context.model,
+        launched.processes,
+        device,
+        peft_config=get_peft_config(context.model_options),
+        environment=launched.environment,
     )
     if isinstance(plan, Problem):
         yield warning(plan.text, plan.remedy)
@@ -378,6 +399,12 @@ def reporting(context: Context) -> Iterator[Finding]:
         yield ok("`report_to` asks for no tracker")
 
 
+def reward_plot(_: Context) -> Iterator[Finding]:
+    """Check, before a long run and not after it, that its reward curve can be drawn."""
+    problem = plot_problem()
+    yield ok("matplotlib is there, for reward.png") if problem is None else warning(problem.text, problem.remedy)
+
+
 def _wandb() -> Iterator[Finding]:
     mode = os.environ.get("WANDB_MODE", "online")
     if mode in ("offline", "disabled", "dryrun"):
@@ -390,12 +417,8 @@ def _wandb() -> Iterator[Finding]:
 
 
 def _reachable(name: str, url: str, otherwise: str) -> Finding:
-    parts = urlsplit(url)
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+    if uses_proxy():
         return skipped(f"{name}: {url} is behind a proxy, which is not asked")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname or "", port), timeout=3.0).close()  # nothing is sent
-    except OSError as error:
-        return warning(f"{name}: {url} cannot be reached ({error})", f"Check the network; {otherwise}.")
+    if (reason := why_unreachable(url)) is not None:
+        return warning(f"{name}: {url} cannot be reached ({reason})", f"Check the network; {otherwise}.")
     return ok(f"{name}: {url} can be reached")

@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +136,7 @@ class ServingShape:
     transfer_bytes: int = 0  # buffers of a weight sync on the device
     utilization: float | None = 0.3  # the fraction that is given; None takes the suggestion
     shares_device: bool = True  # with the trainer
+    is_elsewhere: bool = False  # on devices that are not planned: only the trainer is
 
     @property
     def sequence(self) -> int:
@@ -190,8 +191,9 @@ class MemoryPlan:
             if item.num_bytes:
                 cells = "".join(_cell(item.num_bytes if moment in item.moments else 0) for moment in MOMENTS)
                 lines.append(f"{item.owner:<8} {item.name:<21}{cells}   {item.formula}")
-        cells = "".join(_cell(self.peaks[moment] - _sum(self.items, moment)) for moment in MOMENTS)
-        lines.append(f"{'server':<8} {'KV cache':<21}{cells}   {kv_tokens} tokens × {self.kv_bytes_per_token} B")
+        if not self.serving.is_elsewhere:
+            cells = "".join(_cell(self.peaks[moment] - _sum(self.items, moment)) for moment in MOMENTS)
+            lines.append(f"{'server':<8} {'KV cache':<21}{cells}   {kv_tokens} tokens × {self.kv_bytes_per_token} B")
         lines.append(f"{'sum':<30}" + "".join(_cell(self.peaks[moment]) for moment in MOMENTS))
         lines.append(f"{'of':<30}" + _cell(total) * len(MOMENTS))
         sequence, given = self.serving.sequence, self.serving.utilization
@@ -202,9 +204,9 @@ class MemoryPlan:
                 f"{total / GIB:.1f} = {self.utilization:.3f}: {kv_tokens} tokens, {self.sequences} sequences of "
                 f"{sequence} (wanted: {self.wanted_tokens // sequence})."
             )
-        elif given is not None:
+        elif given is not None and not self.serving.is_elsewhere:
             lines.append(f"No fraction fits; the KV cache above is that of the given {given:g}.")
-        if given is not None:
+        if given is not None and not self.serving.is_elsewhere:
             lines.append(f"Given: {given:g}, {self.given_tokens} tokens.")
         return "\n".join([*lines, *(f"Warning: {problem}" for problem in self.problems)])
 
@@ -223,6 +225,8 @@ def plan(model: ModelShape, training: TrainingShape, serving: ServingShape, devi
     if serving.shares_device:
         items += [*_trainer_items(model, training), *_sync_items(model, serving)]
     per_token = kv_bytes_per_token(model, serving)
+    if serving.is_elsewhere:
+        return _without_server(items, training, serving, device)
     fixed = sum(item.num_bytes for item in server)
     kv_moments = (ROLLOUTS,) if serving.sleep else MOMENTS
     room = min(device.total_bytes - _sum(items, moment) for moment in kv_moments)
@@ -252,8 +256,29 @@ def plan(model: ModelShape, training: TrainingShape, serving: ServingShape, devi
     return replace(result, problems=tuple(_problems(result, _remedies(training, serving), kv_moments)))
 
 
+def _without_server(
+    items: Sequence[Item], training: TrainingShape, serving: ServingShape, device: DeviceMemory
+) -> MemoryPlan:
+    """Return the plan of a GPU that only trains."""
+    alone = tuple(item for item in items if item.owner != "server")
+    peaks = {moment: _sum(alone, moment) for moment in MOMENTS}
+    worst = max(MOMENTS, key=lambda moment: peaks[moment])
+    fits, remedy = peaks[worst] <= device.total_bytes, _remedies(training, serving)[UPDATE]
+    return MemoryPlan(
+        items=alone, device=device, serving=serving, utilization=None, kv_bytes_per_token=0, kv_tokens=0,
+        given_tokens=0, wanted_tokens=0, peaks=peaks,
+        problems=() if fits else (Problem(_too_much(peaks, worst, device), remedy),),
+    )  # fmt: skip
+
+
+def _too_much(needed: Mapping[str, int], moment: str, device: DeviceMemory) -> str:
+    has = device.total_bytes / GIB
+    return f"{needed[moment] / GIB:.1f} GiB are needed during {moment} and the device has {has:.1f}."
+
+
 def _device_items(serving: ServingShape, device: DeviceMemory) -> list[Item]:
-    processes, reserve = 2 if serving.shares_device else 1, int(_RESERVE * device.total_bytes)
+    processes = 2 if serving.shares_device and not serving.is_elsewhere else 1
+    reserve = int(_RESERVE * device.total_bytes)
     contexts = f"{processes} × {_CONTEXT_BYTES // MIB} MiB assumed"
     return [
         Item("device", "other programs", device.used_bytes, _ALL, "measured"),
@@ -364,8 +389,7 @@ def _problems(result: MemoryPlan, remedies: Mapping[str, str], kv_moments: tuple
     else:
         remedy = f"Set it to {result.utilization:.3f}, or `gym_gpu_memory` to 'auto'."
         for moment in (moment for moment in MOMENTS if moment not in kv_moments and needed[moment] > total):
-            text = f"{needed[moment] / GIB:.1f} GiB are needed during {moment} and the device has {total / GIB:.1f}."
-            yield Problem(text, remedies[moment])
+            yield Problem(_too_much(needed, moment, result.device), remedies[moment])
     if given is None:
         return
     over = (needed[worst] + result.given_tokens * per_token - total) / GIB
@@ -379,7 +403,7 @@ def _problems(result: MemoryPlan, remedies: Mapping[str, str], kv_moments: tuple
 
 def _remedies(training: TrainingShape, serving: ServingShape) -> dict[str, str]:
     """Name the options that free memory at each moment, as far as they are not set."""
-    shared = serving.shares_device
+    shared = serving.shares_device and not serving.is_elsewhere
     sleep = "`vllm_enable_sleep_mode=True`" if shared and not serving.sleep else ""
     rollouts = (
         sleep,
@@ -446,7 +470,7 @@ def estimate(
     quantization_config: Any = None,
     environment: Mapping[str, str] = os.environ,
 ) -> MemoryPlan:
-    """Plan for a server that the trainer starts itself.
+    """Plan for a server that the trainer starts itself, or, with `vllm_mode` 'server', for training alone.
 
     Args:
         args: The trainer's configuration.
@@ -587,4 +611,5 @@ def _serving(args: GymGRPOConfig, device: DeviceMemory, context: int, length: in
         transfer_bytes=2 * args.gym_weight_buffer_mb * 1_000_000 if packed else 0,
         utilization=None if args.gym_gpu_memory == "auto" else args.vllm_gpu_memory_utilization,
         shares_device=args.gym_server_devices is None,
+        is_elsewhere=args.vllm_mode == "server",
     )

@@ -395,7 +395,9 @@ def _gpu_flags(
     }
     if args.gym_server_devices is not None:
         return flags  # those GPUs are the server's alone
-    _warn_of_idle_gpus(args)
+    training = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if (problem := workers_problem(args, training, torch.cuda.device_count())) is not None:
+        logger.warning("%s", problem)
     if args.vllm_enable_sleep_mode:
         flags["enable-sleep-mode"] = True
     device = this_device()
@@ -416,17 +418,30 @@ def _gpu_flags(
     return flags
 
 
-def _warn_of_idle_gpus(args: GymGRPOConfig) -> None:
-    served = args.vllm_tensor_parallel_size * int(_own_flags(args).get("data-parallel-size", 1))
-    training = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if served < training:
-        logger.warning(
-            "training uses %d GPUs of this host and the policy server %d of them; set `gym_vllm_args` "
-            '{"data-parallel-size": %d} to sample on all of them',
-            training,
-            served,
-            training // args.vllm_tensor_parallel_size,
+def num_workers(args: GymGRPOConfig) -> int:
+    """Return the number of GPUs that the policy server of a run uses."""
+    return args.vllm_tensor_parallel_size * int(_own_flags(args).get("data-parallel-size", 1))
+
+
+def workers_problem(args: GymGRPOConfig, training: int, gpus: int) -> Problem | None:
+    """Say that a policy server that shares GPUs with training has not as many workers as there are of these.
+
+    Args:
+        args: Options of the run.
+        training: Training processes of the host.
+        gpus: GPUs of the host.
+    """
+    served = num_workers(args)
+    fitting = max(1, min(training, gpus) // args.vllm_tensor_parallel_size)
+    remedy = f"""Set `gym_vllm_args` to {{"data-parallel-size": {fitting}}} to sample on all of them."""
+    if served > gpus:
+        return Problem(
+            f"The policy server has {served} workers (tensor parallel × data parallel) and the host {gpus} GPUs.",
+            f"{remedy} Lower `vllm_tensor_parallel_size` where that is not enough.",
         )
+    if served < training:
+        return Problem(f"Training uses {training} GPUs of this host and the policy server {served} of them.", remedy)
+    return None
 
 
 # -- one trainer per output folder of this process --------------------------------------------------------------------

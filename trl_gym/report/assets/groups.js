@@ -27,7 +27,7 @@ function groupColumns() {
     words(
       "set",
       "set",
-      setTrack(),
+      "minmax(44px, 64px)",
       (g) => run.set(g.first),
       (g) => quiet(run.set(g.first)),
     ),
