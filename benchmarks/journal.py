@@ -153,7 +153,7 @@ class NoJournal:
 def finisher(journal: Any) -> Finisher:
     return Finisher(
         build=lambda _answer, _request, calls: from_calls(calls), decode=str, journal=journal, drift_policy="exclude",
-        step=0, mode="train", weight_version="0", tags={"run": "r", "weights": "w"},
+        mode="train", weight_version="0", tags={"run": "r", "weights": "w"},
     )  # fmt: skip
 
 

@@ -309,7 +309,7 @@ def journal_bytes(played: Played, folder: Path) -> int:
         seconds=1.0,
     )
     journal = Journal(folder)
-    journal.append(journal_record(rollout, step=0, mode="train", weight_version="1"))
+    journal.append(journal_record(rollout, mode="train", weight_version="1"))
     journal.close()
     return sum(path.stat().st_size for path in folder.rglob("*.jsonl"))
 

@@ -251,7 +251,6 @@ class Ours:
             decode=str,
             journal=Journal(folder / f"journal-{id(self)}"),
             drift_policy="error",
-            step=0,
             mode="train",
             weight_version="0",
         )

@@ -237,7 +237,6 @@ class Bench:
             decode=str,
             journal=Journal(journal),
             drift_policy="truncate",
-            step=0,
             mode="train",
             weight_version="0",
         )

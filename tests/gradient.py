@@ -280,7 +280,7 @@ class PreparedSource:
             if batch.mode == "train"
             else (rollouts, [])
         )
-        return EndedGroup(task=group, rollouts=wanted, surplus=surplus, born=batch.step)
+        return EndedGroup(task=group, rollouts=wanted, surplus=surplus, born=batch.step - 1)
 
     def drain(self) -> None: ...
 

@@ -141,10 +141,10 @@ def test_the_trainers_logprobs_are_written_for_every_row(model: Path, tmp_path: 
     saved = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")  # there before the first rollout
     assert saved.get_vocab() == trainer.processing_class.get_vocab() and saved.is_fast
     trainer.train()
-    lines = (tmp_path / "training_logprobs" / "step-0.rank-0.jsonl").read_text().splitlines()
+    lines = (tmp_path / "training_logprobs" / "step-1.rank-0.jsonl").read_text().splitlines()
     found = {line["rollout_id"]: [line["logprobs"], *line.get("further_rows", [])] for line in map(json.loads, lines)}
     rollouts = {rollout.request.rollout_id: rollout for rollout in trainer._accounting.rollouts}
-    assert len(found) == 11 and {json.loads(line)["step"] for line in lines} == {0}
+    assert len(found) == 11 and {json.loads(line)["step"] for line in lines} == {1}
     rewards = {name: rollout.reward for name, rollout in rollouts.items()}
     for group in range(3):  # what is recorded is what TRL trained with: of a failed rollout nothing
         own = {

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.rollouts.recorded import request, rollout
 from tests.test_ranks import on_ranks
-from trl_gym.batches import Batches, GenerationBatch, Refill, RewardedGroup, group_parts
+from trl_gym.batches import Batches, GenerationBatch, Refill, RewardedGroup, group_parts, step_of_batch
 from trl_gym.errors import ConfigError, FailureKind, RolloutError, RolloutFailure
 from trl_gym.resume import QueueState
 from trl_gym.rollouts.queue import EndedGroup, TaskGroup
@@ -36,10 +36,11 @@ def example(task: int) -> dict[str, Any]:
     return {"task_index": task, "gym_row": json.dumps(row)}
 
 
-def plan(example: dict[str, Any], *, batch: int, group: int, members: Sequence[int]) -> TaskGroup:
+def plan(example: dict[str, Any], *, step: int, batch: int, group: int, members: Sequence[int]) -> TaskGroup:
+    place = {"step": step, "batch": batch}
     requests = [
         dataclasses.replace(
-            request(example["task_index"], member, group, rollout_id=f"b{batch}-g{group}-m{member}"), batch=batch
+            request(example["task_index"], member, group, rollout_id=f"b{batch}-g{group}-m{member}"), **place
         )
         for member in members
     ]
@@ -70,7 +71,9 @@ class Source:
         self.in_flight = self._order([*self.in_flight, *groups])
         taken, self.in_flight = self.in_flight[:number], self.in_flight[number:]
         ended = [
-            EndedGroup(task=task, rollouts=[rolled_out(one, self.outcome) for one in task.requests], born=batch.step)
+            EndedGroup(
+                task=task, rollouts=[rolled_out(one, self.outcome) for one in task.requests], born=batch.step - 1
+            )
             for task in taken
         ]
         return Collected(groups=ended, metrics={"engine/running": [float(len(self.asked))]})
@@ -99,9 +102,9 @@ def train(
 
     def coming(other: int) -> tuple[list[dict[str, Any]], int] | None:
         found = None if ahead is None else ahead(other)
-        return None if found is None else (examples(found), other)
+        return None if found is None else (examples(found), other + 1)
 
-    info = BatchInfo(run="r", step=number, mode="train")
+    info = BatchInfo(run="r", step=number + 1, mode="train")
     return made.train(examples(tasks), NUM_MEMBERS, number=number, info=info, ahead=coming)
 
 
@@ -206,7 +209,7 @@ def test_a_task_is_known_by_what_it_asks() -> None:
 def test_equal_rewards_are_equal_whatever_their_mean_is_rounded_to(rewards: list[float]) -> None:
     requests = [request(0, member) for member in range(len(rewards))]
     ended = EndedGroup(
-        task=plan(example(0), batch=0, group=0, members=range(len(rewards))),
+        task=plan(example(0), step=1, batch=0, group=0, members=range(len(rewards))),
         rollouts=[rollout(one) for one in requests],
         born=0,
     )
@@ -340,7 +343,7 @@ def test_with_overlap_as_many_stay_in_flight_and_every_planned_task_is_taken_onc
         assert len(trained[-1].groups) == 3
     for tasks, number, info in source.asked:
         assert number == 3 or len(tasks) == number
-        assert info.per_batch == 3 and len(info.later_steps) == (info.step < 9)
+        assert info.per_batch == 3 and len(info.later_steps) == (info.step < 10)
     taken = [task for batch in trained for task in tasks_of([*batch.groups, *batch.replaced])]
     asked = [task for tasks, _, _ in source.asked for task in tasks]
     assert sorted(taken) == sorted(asked)
@@ -406,7 +409,7 @@ def test_groups_in_flight_fit_no_other_batches_and_those_that_may_become_too_old
         made.restore(in_flight_of_another(num_generations=4))
     for before, begun in ((1, Policy("run", 6, "w6")), (2, Policy("run", 6, "w6")), (3, None)):
         made.restore(in_flight_of_another(gym_max_staleness=before))
-        assert made._planned_again(made._restored[0]).begun == begun
+        assert made._planned_again(made._restored[0], 9).begun == begun
 
 
 def test_a_run_without_groups_in_flight_goes_on_with_other_batches() -> None:
@@ -415,6 +418,33 @@ def test_a_run_without_groups_in_flight_goes_on_with_other_batches() -> None:
     made = batches(source, num_rounds=0)
     made.restore(QueueState(num_planned=10, options={"gym_max_staleness": 0, "steps_per_generation": 2}))
     assert tasks_of(train(made, [0, 1], 5).groups) == [0, 1]
+
+
+# -- numbers of steps -------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 5))
+def test_a_batch_has_the_number_of_the_step_that_trains_it_first(
+    steps_per_generation: int, num_iterations: int, accumulation: int, in_epoch: int
+) -> None:
+    """As transformers walks: micro-step by micro-step, and an epoch's last optimizer step may have fewer of them."""
+    generate_every = steps_per_generation * num_iterations
+    number_of: list[int] = []  # by micro-step: the number of the optimizer step that it is of
+    for _ in range(3):
+        num_steps = number_of[-1] if number_of else 0
+        number_of += [num_steps + 1 + place // accumulation for place in range(in_epoch * generate_every)]
+    for present in range(1, number_of[-1] + 1):
+        first = number_of.index(present)
+        epoch = first // (in_epoch * generate_every)
+        for batch in range(-(-first // generate_every), (epoch + 1) * in_epoch):
+            found = step_of_batch(
+                batch,
+                generate_every=generate_every,
+                accumulation=accumulation,
+                num_steps=present - 1,
+                num_micro_steps=first,
+            )
+            assert found == number_of[batch * generate_every]
 
 
 # -- group_parts ------------------------------------------------------------------------------------------------------

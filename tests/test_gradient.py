@@ -386,7 +386,7 @@ def test_too_few_rollouts_stop_training(model: Path, tmp_path: Path) -> None:
     with pytest.raises(RolloutError, match=r"(?s)Only 7 of the 12 rollouts.*5 failed.*5 × deadline \(arithmetic /run"):
         gym_step(model, below_fraction(), tmp_path)
     every = Case(name="all", failed={(0, member) for member in range(4)}, num_tasks=1)
-    with pytest.raises(RolloutError, match=r"All 4 rollouts of step 0 failed"):
+    with pytest.raises(RolloutError, match=r"All 4 rollouts of step 1 failed"):
         gym_step(model, every, tmp_path)
 
 

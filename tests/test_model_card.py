@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
+from peft import LoraConfig
 
 from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.recorded import request, rollout, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, __version__, load_gym_dataset
-from trl_gym.model_card import add_section, describe, environments_of, settings_of
+from trl_gym.model_card import completed, describe, environments_of, settings_of
 from trl_gym.policy_server.parsers import Parser, Parsers
 from trl_gym.run.live import LiveSource
 
@@ -45,18 +47,15 @@ def test_a_run_that_logged_nothing_says_so() -> None:
     assert environments_of([]) == []
 
 
-def test_the_section_stands_before_trls_versions_or_at_the_end(tmp_path: Path) -> None:
-    card = tmp_path / "README.md"
-    card.write_text("# a\n\n### Framework versions\n\n- x")
-    add_section(card, "S\n\n")
-    assert card.read_text() == "# a\n\nS\n\n### Framework versions\n\n- x"
-    card.write_text("# a\n")
-    add_section(card, "S\n\n")
-    assert card.read_text() == "# a\n\nS\n\n"
+def test_the_section_stands_before_trls_versions_or_at_the_end() -> None:
+    names = {"base": "someone/base", "folder": "out"}
+    card = completed("# a\n\n### Framework versions\n\n- x", "S\n\n", **names)
+    assert card == "# a\n\nS\n\n### Framework versions\n\n- x"
+    assert completed("# a\n", "S\n\n", **names) == "# a\n\nS\n\n"
 
 
 def test_a_live_run_names_gym_policy_server_and_transport(tmp_path: Path) -> None:
-    args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], gym_drift="exclude")
+    args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], gym_drift="exclude", top_k=20)
     source = LiveSource(args, None)
     parsers = Parsers(Parser("hermes", "guessed"), Parser(None, "no thinking"))
     policy = SimpleNamespace(is_ours=True, parsers=parsers)
@@ -68,6 +67,7 @@ def test_a_live_run_names_gym_policy_server_and_transport(tmp_path: Path) -> Non
     assert (rows["Tool parser"], rows["Reasoning parser"]) == ("`hermes` (guessed)", "none (no thinking)")
     assert (rows["Weight sync"], rows["Drift policy"], rows["Optimizer steps"]) == ("`file`", "`exclude`", "3")
     assert rows["trl-gym"] == __version__
+    assert rows["Sampling"] == "temperature 1, top_p 1, top_k 20, at most 512 tokens after the first prompt"
 
 
 # -- the card of a run ------------------------------------------------------------------------------------------------
@@ -84,7 +84,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_trainer(recorded: Path, output_dir: Path, callbacks: Any = None, **changes: Any) -> GymGRPOTrainer:
+def make_trainer(
+    recorded: Path, output_dir: Path, callbacks: Any = None, model: Any = None, peft_config: Any = None, **changes: Any
+) -> GymGRPOTrainer:
     """Two steps on the recorded rollouts, without any server."""
     tokenizer = build_tokenizer()
     args = GymGRPOConfig(
@@ -93,15 +95,15 @@ def make_trainer(recorded: Path, output_dir: Path, callbacks: Any = None, **chan
         use_cpu=True,
         num_generations=2,
         per_device_train_batch_size=4,
-        max_steps=2,
         max_completion_length=8,
         logging_steps=1,
         gradient_checkpointing=False,
         disable_tqdm=True,
-        **({"report_to": [], "save_strategy": "no"} | changes),
+        **({"max_steps": 2, "report_to": [], "save_strategy": "no"} | changes),
     )
     return GymGRPOTrainer(
-        model=build_model(tokenizer, tie=True, seed=0),
+        model=model or build_model(tokenizer, tie=True, seed=0),
+        peft_config=peft_config,
         processing_class=tokenizer,
         args=args,
         train_dataset=load_gym_dataset(recorded / "train.jsonl"),
@@ -126,6 +128,22 @@ def test_every_checkpoint_has_a_card_with_the_facts_so_far(recorded: Path, tmp_p
     assert card.index("### Environments and rollouts") < card.index("### Framework versions")
     metadata = huggingface_hub.ModelCard(card).data
     assert {"trl", "grpo", "trl-gym", "nemo-gym"} <= set(metadata.tags)
+    assert "None" not in card and "fine-tuned version of a model that was made from a configuration." in card
+    assert "Sampling" not in card, "who rolled out decided that"
+
+
+def test_a_card_names_a_local_base_model_and_where_the_adapter_is(recorded: Path, tmp_path: Path) -> None:
+    build_model(build_tokenizer(), tie=True, seed=0).save_pretrained(tmp_path / "small")
+    base, out = str(tmp_path / "small"), tmp_path / "out"
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    made = trained(recorded, out, model=base, peft_config=lora, save_strategy="steps", save_steps=1, max_steps=1)
+    card = (out / "README.md").read_text()
+    assert "None" not in card and "# Model Card for out\n" in card
+    assert "a fine-tuned version of the local model `small`." in card and f'model="{out}/checkpoint-1"' in card
+    shutil.rmtree(out / "checkpoint-1")
+    made.create_model_card()  # by hand
+    card = (out / "README.md").read_text()
+    assert "None" not in card and "# Model Card for out\n" in card and f'model="{out}"' in card
 
 
 def test_push_to_hub_uploads_model_and_card(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from trl_gym.commands.rollout_flags import CollectOptions, NamedFile
 from trl_gym.commands.rollout_flags import parse as parse_options
 from trl_gym.commands.summary import outcomes, summarize
 from trl_gym.config import GymGRPOConfig
+from trl_gym.report.source import open_run, read_trained
 from trl_gym.resume import last_complete_checkpoint, load_state
 from trl_gym.rollout_options import RolloutOptions, Sampling
 from trl_gym.rollouts.journal import read_journal
@@ -105,11 +106,21 @@ def test_its_runs_are_shown(old: Path, run: str, capsys: pytest.CaptureFixture[s
     assert f"view.html: {num_lines} rollouts" in capsys.readouterr().out
 
 
+def test_its_steps_are_counted_as_today(old: Path) -> None:
+    lines = list(read_journal(old / "training" / "rollouts"))
+    assert {(line["step"], line["version"], *line["weight_versions"]) for line in lines} == {(1, 0, "0")}
+    assert {line["step"] for line in read_journal(old / "collected" / "rollouts")} == {0}
+    logprobs = (old / "training" / "training_logprobs" / "step-0.rank-0.jsonl").read_text().splitlines()
+    named = [json.dumps(json.loads(line) | {"step": 0}) for line in logprobs[:1]]  # as the next version did
+    (old / "training" / "training_logprobs" / "step-0.rank-1.jsonl").write_text(named[0] + "\n")
+    assert [one.step for one in read_trained(open_run(old / "training"))] == [None] * len(logprobs) + [1]
+
+
 def test_its_journal_is_replayed() -> None:
     folder = OLD / "training" / "rollouts"
     records = sorted(read_journal(folder), key=lambda record: record["member"])
     requests = [request_of(record) for record in records]
-    batch = BatchInfo(run="new", step=0, mode="train")
+    batch = BatchInfo(run="new", step=1, mode="train")
     groups = grouped(requests)
     replayed = [
         one for group in JournalSource(folder).collect(groups, len(groups), batch).groups for one in group.rollouts

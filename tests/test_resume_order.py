@@ -49,6 +49,7 @@ class Watched(GymGRPOTrainer):
     def __init__(self, *, num_ahead: int = 0, **kwargs: Any) -> None:
         self.batches: list[tuple[int, list[int]]] = []
         self.foretold: list[tuple[list[int], list[int]]] = []  # tasks of a batch, and as they were known before
+        self.told: dict[int, int] = {}  # the step of a batch's rollouts, by its number
         super().__init__(**kwargs)
         self._look_ahead = LookAhead(num_ahead, self._generate_every)
         self._coming: dict[int, list[int]] = {}
@@ -69,6 +70,7 @@ class Watched(GymGRPOTrainer):
         if not self.batches or len(self.batches[-1][1]) == 4:
             self.batches.append((self.state.global_step, []))
         self.batches[-1][1].append(request.task_index)
+        self.told[request.batch] = request.step
         return request.row
 
 
@@ -102,7 +104,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     write(folder / "rollouts", [sampled(task, member) for task in range(NUM_TASKS) for member in range(NUM_MEMBERS)])
     rows = [{"responses_create_params": {"input": f"{task}?"}} for task in range(NUM_TASKS)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert POLICY.step == 3
+    assert POLICY.version == 3
     return folder / "rollouts", folder / "train.jsonl"
 
 
@@ -155,6 +157,7 @@ def test_resumed_from_checkpoints(
     # Three batches of two tasks per epoch: at least one epoch ends within the run.
     assert len(whole.batches) > 3
     assert len({task for _, tasks in whole.batches for task in tasks}) == NUM_TASKS
+    assert list(whole.told.values()) == [1 + step for step, _ in whole.batches], "the step that trains it first"
     if schedule["gradient_accumulation_steps"] == 1:
         [_, rest] = load_state(tmp_path / "whole" / "checkpoint-1", 0).buffered
         assert len(rest["advantages"]) > 2  # more rows than rollouts
@@ -166,7 +169,7 @@ def test_resumed_from_checkpoints(
         assert resumed.batches == [batch for batch in whole.batches if batch[0] >= step], step
         for expected, actual in zip(weights(whole), weights(resumed), strict=True):
             assert torch.equal(expected, actual), step
-        assert resumed._run == whole._run
+        assert resumed._run == whole._run and resumed.told.items() <= whole.told.items()
         # The whole run has read nothing ahead. From step 1, at least the second batch of the epoch is known before.
         assert all(tasks == known for tasks, known in resumed.foretold)
         assert resumed.foretold or step > 1
@@ -229,9 +232,11 @@ def test_a_resumed_curriculum_draws_the_same_tasks_ahead(
     whole.train()
     assert [step for step, _ in whole.batches] == [0, 0, 1, 3, 3, 4, 6, 6, 7, 9, 9, 10]  # epochs have three batches
     tasks = [batch for _, batch in whole.batches]
+    assert list(whole.told.values()) == list(range(1, 13)), "whenever they begin, they are for the step of their batch"
     resumed: Any = trainer(recorded, tokenizer, tmp_path / "again", **options, save_only_model=True)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
     assert resumed.batches == [(5, tasks[5]), *[batch for batch in whole.batches if batch[0] > 5]]
+    assert resumed.told.items() <= whole.told.items()
     assert resumed.pools.state_dict() == whole.pools.state_dict()
 
 

@@ -50,8 +50,8 @@ class Schedule:
         return self.max_staleness * self.accumulation // self.generate_every
 
     def steps(self) -> list[tuple[int, int]]:
-        """Of each batch the optimizer steps made before it, and its epoch; an epoch's last step may be short."""
-        found, step = [], 0
+        """Of each batch the step that trains it first, and its epoch; an epoch's last step may be short."""
+        found, step = [], 1
         for epoch in range(2):
             found += [
                 (step + number * self.generate_every // self.accumulation, epoch) for number in range(self.in_epoch)
@@ -142,11 +142,11 @@ class Run(threading.Condition):
     def _recorded(self, result: RolloutResult, policy: Policy) -> Rollout:
         rollout = finish(result)
         if rollout.failure is None:
-            self._journal[policy.step, _place(result.request)] = rollout
+            self._journal[policy.version, _place(result.request)] = rollout
         return rollout
 
     def _recall(self, requests: Sequence[RolloutRequest], policy: Policy) -> Mapping[int, Rollout]:
-        found = {index: self._journal.get((policy.step, _place(one))) for index, one in enumerate(requests)}
+        found = {index: self._journal.get((policy.version, _place(one))) for index, one in enumerate(requests)}
         return {index: rollout for index, rollout in found.items() if rollout is not None}
 
 
@@ -164,7 +164,7 @@ def train(run: Run, schedule: Schedule, number: int) -> list[EndedGroup]:
         is_known = batch < len(steps) and steps[batch][1] == steps[number][1]
         return (examples(batch), steps[batch][0]) if is_known else None
 
-    run.world.step = steps[number][0]
+    run.world.version = steps[number][0] - 1
     info = BatchInfo(run="run", step=steps[number][0], mode="train")
     batch = run.batches.train(examples(number), NUM_MEMBERS, number=number, info=info, ahead=ahead)
     return [group.ended for group in batch.groups]
@@ -211,7 +211,7 @@ def test_every_task_is_trained_once_and_in_time(
         for group in ended:
             places = {(one.request.batch, one.request.group) for one in group.rollouts}
             assert places == {(group.task.batch, group.task.index)}
-            assert schedule.steps()[number][0] - group.born <= schedule.max_staleness
+            assert schedule.steps()[number][0] - 1 - group.born <= schedule.max_staleness
         for _ in range(draw.randrange(8)):  # while it trains
             run.end_one()
         trained.append(ended)

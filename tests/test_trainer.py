@@ -32,7 +32,7 @@ def test_a_curriculum_chooses_the_task_of_a_whole_group(
 
     def planned() -> tuple[list[int], list[RolloutRequest]]:
         batch = trainer._batches.train(
-            rows, NUM_MEMBERS, number=0, info=BatchInfo(run="run", step=0, mode="train"), ahead=lambda number: None
+            rows, NUM_MEMBERS, number=0, info=BatchInfo(run="run", step=1, mode="train"), ahead=lambda number: None
         )
         trainer._batches.restore(QueueState())
         return [example["task_index"] for example in batch.examples], [one.request for one in batch.rollouts]

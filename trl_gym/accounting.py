@@ -111,7 +111,7 @@ class Accounting:
             rewards: `[B]`, checked (`batch.checked_rewards`).
             replaced: Rollouts whose groups were replaced, with their rewards: counted, and not trained.
             mode: `"train"` or `"eval"`.
-            step: Optimizer steps in the weights that are trained next, from which staleness is counted.
+            step: Number of the optimizer step that trains them; in an evaluation, the steps made before.
             where: Tells the user where to read more about failures: a sentence that begins with a verb.
             pad_id: See `rows.rows_of`.
             eos_id: See `rows.rows_of`.
@@ -130,7 +130,7 @@ class Accounting:
             mode=mode,
             rank=self._accelerator.process_index,
             gather=gather_object,
-            step=step,
+            step=step if mode == "train" else None,
             replaced=replaced,
         )
         if mode == "train":
@@ -251,7 +251,7 @@ class Accounting:
             batch: A scored batch, `R` rows.
             metrics: TRL's, with this batch's values last.
             mode: `"train"` or `"eval"`.
-            step: Optimizer steps that went into the weights.
+            step: Number of the optimizer step that trains it.
             same: Whether sampling drew from the distribution that TRL computes.
 
         Raises:
@@ -302,7 +302,7 @@ class Accounting:
         Args:
             prefix: transformers' `metric_key_prefix`.
             num_rollouts: Rollouts that the dataset asks for; None when it does not tell its length.
-            step: Optimizer step.
+            step: Optimizer steps made.
             has_table: Whether this rank writes TRL's completions table.
 
         Raises:

@@ -48,17 +48,18 @@ _EQUAL = 1e-8  # rewards that are no further apart are the same
 
 Example = dict[str, Any]
 Ahead = Callable[[int], tuple[Sequence[Example], int] | None]
-"""The number of a batch to come → its examples, and the optimizer steps made before it; None where it is not known."""
+"""The number of a batch to come → its examples, and its `BatchInfo.step`; None where it is not known."""
 
 
 class Plan(Protocol):
     """Makes the requests of a group."""
 
-    def __call__(self, example: Example, *, batch: int, group: int, members: Sequence[int]) -> TaskGroup:
+    def __call__(self, example: Example, *, step: int, batch: int, group: int, members: Sequence[int]) -> TaskGroup:
         """Return the group.
 
         Args:
             example: Of the dataset.
+            step: Number of the optimizer step that it is sampled for, see `BatchInfo.step`.
             batch: Number of the generation batch, in the run.
             group: Index in that batch, over all ranks.
             members: Indices of its members that are on this rank. Those of `gym_oversample` come behind them.
@@ -184,7 +185,7 @@ class Batches:
     ) -> GenerationBatch:
         """Roll a batch of an evaluation out; see `train`."""
         with agreed(self._accelerator, self._gather):
-            groups = self._groups(examples, num_members, number)
+            groups = self._groups(examples, num_members, number, info.step)
         return self._collected(groups, len(groups), info)
 
     def train(
@@ -204,21 +205,21 @@ class Batches:
         """
         per_batch = len(self._parts(len(examples), num_members))
         with agreed(self._accelerator, self._gather):
-            groups = [self._planned_again(saved) for saved in self._restored]
+            groups = [self._planned_again(saved, info.step) for saved in self._restored]
             self._restored = []
             # A group that took the place of another in a batch began with those of the next one.
             num_planned = per_batch * self._accelerator.num_processes
             begun = (*groups, *self._source.in_flight)
             late = sum(group.batch + (group.index >= num_planned) < number for group in begun)
             num_ahead = min(self._num_ahead + math.ceil(late / per_batch), self._most_ahead)
-            groups += self._planned(examples, num_members, number)
+            groups += self._planned(examples, num_members, number, info.step)
             later_steps: list[int] = []
             for index in range(1, self._most_ahead + 1):
                 if (coming := ahead(number + index)) is None:
                     break
                 later_steps.append(coming[1])
                 if index <= num_ahead:
-                    groups += self._planned(coming[0], num_members, number + index)
+                    groups += self._planned(coming[0], num_members, number + index, coming[1])
         info = dataclasses.replace(info, later_steps=tuple(later_steps), per_batch=per_batch)
         if self._refill is None:
             return self._collected(groups, per_batch, info)
@@ -234,6 +235,7 @@ class Batches:
             + [
                 {
                     "example": group.example,
+                    "step": group.requests[0].step,
                     "batch": group.batch,
                     "group": group.index,
                     "members": [request.member for request in group.requests[: group.num_wanted]],
@@ -268,24 +270,25 @@ class Batches:
         if self._options[_STALENESS] < state.options[_STALENESS]:  # they may be too old when their turn comes
             self._restored = [saved | {"begun": None} for saved in state.groups]
 
-    def _planned_again(self, saved: dict[str, Any]) -> TaskGroup:
-        group = self._plan(saved["example"], batch=saved["batch"], group=saved["group"], members=saved["members"])
+    def _planned_again(self, saved: dict[str, Any], step: int) -> TaskGroup:
+        place = {name: saved[name] for name in ("batch", "group", "members")}
+        group = self._plan(saved["example"], step=saved.get("step", step), **place)  # earlier versions saved no step
         return dataclasses.replace(group, begun=None if saved["begun"] is None else Policy(*saved["begun"]))
 
-    def _planned(self, examples: Sequence[Example], num_members: int, number: int) -> list[TaskGroup]:
+    def _planned(self, examples: Sequence[Example], num_members: int, number: int, step: int) -> list[TaskGroup]:
         if number < self._num_planned:  # it is in flight, or was trained
             return []
         self._num_planned = number + 1
-        return self._groups(examples, num_members, number)
+        return self._groups(examples, num_members, number, step)
 
-    def _groups(self, examples: Sequence[Example], num_members: int, number: int) -> list[TaskGroup]:
+    def _groups(self, examples: Sequence[Example], num_members: int, number: int, step: int) -> list[TaskGroup]:
         return [
-            self._group(examples[first], members, number=number, group=group)
+            self._group(examples[first], members, step=step, number=number, group=group)
             for group, first, members in self._parts(len(examples), num_members)
         ]
 
-    def _group(self, example: Example, members: Sequence[int], *, number: int, group: int) -> TaskGroup:
-        return self._plan(self._choose(example, group), batch=number, group=group, members=members)
+    def _group(self, example: Example, members: Sequence[int], *, step: int, number: int, group: int) -> TaskGroup:
+        return self._plan(self._choose(example, group), step=step, batch=number, group=group, members=members)
 
     def _parts(self, num_examples: int, num_members: int) -> list[tuple[int, int, list[int]]]:
         return group_parts(num_examples, num_members, rank=self._accelerator.process_index)
@@ -329,8 +332,8 @@ class Batches:
                 rows = self._further(refill, counts, known, number=number, round_index=num_rounds)
                 first = num_groups + sum(counts[: self._accelerator.process_index])
                 further = [
-                    self._group(refill.dataset[row], range(num_members), number=number, group=first + place)
-                    for place, row in enumerate(rows)
+                    self._group(refill.dataset[row], range(num_members), step=info.step, number=number, group=group)
+                    for group, row in enumerate(rows, start=first)
                 ]
             num_rounds += 1
             num_groups += sum(counts)
@@ -400,6 +403,7 @@ def plan_group(
     example: Example,
     name: str,
     *,
+    step: int,
     batch: int,
     group: int,
     members: Sequence[int],
@@ -415,7 +419,7 @@ def plan_group(
     Args:
         example: Of the dataset.
         name: The group's, unique over all ranks and processes; names of rollouts begin with it.
-        batch, group: See `Plan`.
+        step, batch, group: See `Plan`.
         members: Indices of its members, those that are wanted first.
         num_wanted: See `TaskGroup`.
         agent_of: Returns the agent of a row.
@@ -441,7 +445,7 @@ def plan_group(
             completion_budget=completion_budget,
             chat_template_kwargs=chat_template_kwargs,
         )
-        place: dict[str, Any] = {"batch": batch, "group": group, "attempt": 0}
+        place: dict[str, Any] = {"step": step, "batch": batch, "group": group, "attempt": 0}
         request = RolloutRequest(**identity, **place, agent=agent_of(row), row=stamped)
         with naming("build_request", request.described):
             own = build(row, request)
@@ -449,6 +453,22 @@ def plan_group(
                 json.dumps(own)  # it has to be one that can be sent
         requests.append(dataclasses.replace(request, row=own))
     return TaskGroup(batch=batch, index=group, example=example, requests=tuple(requests), num_wanted=num_wanted)
+
+
+def step_of_batch(
+    batch: int, *, generate_every: int, accumulation: int, num_steps: int = 0, num_micro_steps: int = 0
+) -> int:
+    """Return the number, from 1, of the optimizer step in which a generation batch is first trained.
+
+    Args:
+        batch: Number of the batch, in the run; not one of an earlier step than the present one.
+        generate_every: Micro-steps per generation batch: `steps_per_generation` × `num_iterations`.
+        accumulation: `gradient_accumulation_steps`. The last step of an epoch may have fewer micro-steps, which is why
+            it is counted from the present step: what is known of later batches is of one epoch.
+        num_steps: Optimizer steps made before the present one.
+        num_micro_steps: Micro-steps made before the present step.
+    """
+    return num_steps + 1 + (batch * generate_every - num_micro_steps) // accumulation
 
 
 def group_parts(num_examples: int, num_members: int, *, rank: int) -> list[tuple[int, int, list[int]]]:

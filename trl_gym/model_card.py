@@ -1,7 +1,7 @@
-"""The section of the model card about environments, servers and results.
+"""The model card: a section about environments, servers and results, and names for what TRL calls "None".
 
-TRL writes the card, at each checkpoint and in `push_to_hub`; `GymGRPOTrainer.create_model_card` puts the section into
-it. Everything in it is known after `close`, when servers are gone.
+TRL writes the card, at each checkpoint and in `push_to_hub`; `GymGRPOTrainer.create_model_card` completes it. All that
+this takes is known after `close`, when servers are gone.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trl_gym
+from trl_gym.rollout_options import Sampling
 
 if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig
 
 _BEFORE = "### Framework versions"  # TRL's heading; the section stands in front of it, or at the end
+_NO_BASE = "[None](https://huggingface.co/None)"  # TRL's words for a base model that is not on the Hub
+_NO_REPOSITORY = 'model="None"'  # and for a model that has not been pushed
 _ENVIRONMENT = re.compile(r"(?:eval_)?gym/(?P<agent>[^/]+)/reward")
+_SHOWN = ("temperature", "top_p")  # of the sampling, also where they are as by default
 # Beside the reward and success of every environment and every evaluation.
 _RESULTS = ("reward", "success", "rollouts/failed_fraction", "rollouts/drift_fraction", "logprob_gap/mean")
 _RESULT = re.compile(r"(?:eval_(?:\w+_)?)?(?:gym/[^/]+/)?(?:reward|success|pass@\d+|mean@\d+)")
@@ -41,12 +46,19 @@ def describe(settings: Mapping[str, str], history: Sequence[Mapping[str, Any]]) 
     return "\n".join([*lines, "", ""])
 
 
-def add_section(path: Path, section: str) -> None:
-    """Put the section into a card of TRL: in front of the versions, or at the end of a card that has none."""
-    card = path.read_text(encoding="utf-8")
+def completed(card: str, section: str, *, base: str, folder: str) -> str:
+    """Return a card of TRL with the section, in front of the versions, or at the end of a card that has none.
+
+    Args:
+        card: The card. TRL names the base model and the repository only where they are on the Hub.
+        section: The value of `describe`.
+        base: Hub id or folder that the base model was loaded from; may be empty.
+        folder: What loads the model as long as it is in no repository.
+    """
+    own = f"the local model `{Path(base).name}`" if base else "a model that was made from a configuration"
+    card = card.replace(_NO_BASE, own).replace(_NO_REPOSITORY, f'model="{folder}"')
     before, heading, after = card.partition(_BEFORE)
-    card = f"{before}{section}{heading}{after}" if heading else f"{card.rstrip()}\n\n{section}"
-    path.write_text(card, encoding="utf-8")
+    return f"{before}{section}{heading}{after}" if heading else f"{card.rstrip()}\n\n{section}"
 
 
 def environments_of(history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -76,11 +88,14 @@ def settings_of(args: GymGRPOConfig, *, num_steps: int, source: Mapping[str, str
         num_steps: Optimizer steps that were made.
         source: What the source of rollouts says about itself (`RolloutSource.describe`).
     """
+    sampling = asdict(args.rollout_options.sampling)
+    shown = {name: value for name, value in sampling.items() if name in _SHOWN or value != asdict(Sampling())[name]}
+    limit = f"at most {args.max_completion_length} tokens after the first prompt"
+    drawn = {"Sampling": ", ".join([*(f"{name} {value:g}" for name, value in shown.items()), limit])}
     return {
         "Optimizer steps": str(num_steps),
         "Rollouts per task": str(args.num_generations),
-        "Sampling": f"temperature {args.temperature:g}, top_p {args.top_p:g}, "
-        f"at most {args.max_completion_length} tokens after the first prompt",
+        **(drawn if args.gym_replay is None else {}),  # recorded rollouts were drawn as their own run says
         "Drift policy": f"`{args.gym_drift}`",
         **source,
         "trl-gym": trl_gym.__version__,

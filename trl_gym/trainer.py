@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from trl_gym import compat
 from trl_gym import ranks as rank_agreement
 from trl_gym.accounting import Accounting
-from trl_gym.batches import BATCH_OPTIONS, Batches, GenerationBatch, Refill, plan_group
+from trl_gym.batches import BATCH_OPTIONS, Batches, GenerationBatch, Refill, plan_group, step_of_batch
 from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig, checked_args
 from trl_gym.config_checks import check_refill
@@ -34,7 +34,7 @@ from trl_gym.dataset import agent_with_tools
 from trl_gym.errors import naming
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.offload import measured_peak
-from trl_gym.model_card import add_section, describe, settings_of
+from trl_gym.model_card import completed, describe, settings_of
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.progress import PhaseClock, make_progress
@@ -323,7 +323,7 @@ class GymGRPOTrainer(GRPOTrainer):
         self._checkpoint = resume_from_checkpoint
         ranks = self.accelerator.process_index, self.accelerator.num_processes
         try:
-            with rank_agreement.explained(*ranks, lambda: f"in step {self.state.global_step}"):
+            with rank_agreement.explained(*ranks, lambda: f"in step {self._current_step}"):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._progress.stop()  # also when a notebook's cell is interrupted
@@ -403,7 +403,7 @@ class GymGRPOTrainer(GRPOTrainer):
         with self._clock.phase("scoring"):
             scored = super()._generate_and_score_completions(batch.examples)
             same = self._sampling == self._trained_sampling
-            metrics, step = self._metrics[self._mode], self.state.global_step
+            metrics, step = self._metrics[self._mode], self._current_step
             self._accounting.compare_logprobs(scored, metrics, mode=self._mode, step=step, same=same)
             return self._accounting.mark(scored, self._mode)
 
@@ -427,12 +427,17 @@ class GymGRPOTrainer(GRPOTrainer):
         )
 
     def _ahead(self, number: int) -> tuple[list[dict[str, Any]], int] | None:
-        """Return the examples of a generation batch to come, and the optimizer steps made before it."""
+        """Return the examples of a generation batch to come, and the step that trains it first."""
         rows = self._look_ahead.rows(number)
         if rows is None:
             return None
-        micro_steps = number * self._generate_every - self._first_micro_step
-        return rows, self.state.global_step + micro_steps // self.args.gradient_accumulation_steps
+        return rows, step_of_batch(
+            number,
+            generate_every=self._generate_every,
+            accumulation=self.args.gradient_accumulation_steps,
+            num_steps=self.state.global_step,
+            num_micro_steps=self._first_micro_step,
+        )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Read the micro-batches of an optimizer step, as in transformers, and those whose turn comes later."""
@@ -454,7 +459,7 @@ class GymGRPOTrainer(GRPOTrainer):
             batch.rewards,
             replaced=batch.replaced_rollouts,
             mode=self._mode,
-            step=self.state.global_step,
+            step=self._current_step,
             where=logs,
             pad_id=self._tokenizer.pad_token_id,
             eos_id=self._tokenizer.eos_token_id,
@@ -473,7 +478,7 @@ class GymGRPOTrainer(GRPOTrainer):
         facts = self._accounting.shared.finished
         with (
             agreed(self.accelerator),
-            naming("on_rollouts", f"the {len(facts)} rollouts of step {self.state.global_step}"),
+            naming("on_rollouts", f"the {len(facts)} rollouts of step {self._current_step}"),
         ):
             self.on_rollouts(facts)
 
@@ -495,20 +500,23 @@ class GymGRPOTrainer(GRPOTrainer):
     ) -> torch.Tensor:
         # TRL has `[R]` completions here, and `[B]` of all else: one reward per rollout, and so one advantage.
         completion_ids_list = joined(self._accounting.rows, len(prompts), eos_id=self._tokenizer.eos_token_id)
-        with naming("reward_funcs", f"the rollouts of step {self.state.global_step}"):
+        with naming("reward_funcs", f"the rollouts of step {self._current_step}"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._accounting.exclude_failures(rewards)
 
     def _choose(self, example: dict[str, Any], group: int) -> dict[str, Any]:
-        with naming("choose_task", f"group {group} of step {self.state.global_step}"):
+        with naming("choose_task", f"group {group} of step {self._current_step}"):
             return self.choose_task(example, group)
 
-    def _plan(self, example: dict[str, Any], *, batch: int, group: int, members: Sequence[int]) -> TaskGroup:
+    def _plan(
+        self, example: dict[str, Any], *, step: int, batch: int, group: int, members: Sequence[int]
+    ) -> TaskGroup:
         """Make the requests of a group; see `batches.Plan`."""
         num_further = self.args.gym_oversample if self._mode == "train" else 0
         return plan_group(
             example,
-            f"{self._run_id}-{self._mode}{self.state.global_step}-b{batch}-g{group}",
+            f"{self._run_id}-{self._mode}{step}-b{batch}-g{group}",
+            step=step,
             batch=batch,
             group=group,
             members=(*members, *range(self.num_generations, self.num_generations + num_further)),
@@ -531,14 +539,14 @@ class GymGRPOTrainer(GRPOTrainer):
         )
 
     def _rewards(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        with naming("compute_rewards", f"the {len(rollouts)} rollouts of step {self.state.global_step}"):
+        with naming("compute_rewards", f"the {len(rollouts)} rollouts of step {self._current_step}"):
             given = self.compute_rewards(rollouts)
         return checked_rewards(given, len(rollouts))
 
     def _batch_info(self) -> BatchInfo:
         return BatchInfo(
             run=self._run,
-            step=self.state.global_step,
+            step=self._current_step,
             mode=self._mode,
             epoch=int(self.state.epoch or 0),
             dataset=self._accounting.dataset,
@@ -634,14 +642,20 @@ class GymGRPOTrainer(GRPOTrainer):
         self._accounting.take(metrics, mode=self._mode, num_attempts=self.num_generations_eval)
         super().log(logs, start_time)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Write the card, as in TRL, with a section about environments, servers and results."""
-        super().create_model_card(*args, **kwargs)
+        output_dir, num_steps = Path(self.args.output_dir), self.state.global_step
+        super().create_model_card(model_name or output_dir.resolve().name, *args, **kwargs)
         if self.is_world_process_zero():
-            source = self._source.describe()
-            settings = settings_of(self.args, num_steps=self.state.global_step, source=source)
-            section = describe(settings, self.state.log_history)
-            add_section(Path(self.args.output_dir) / "README.md", section)
+            settings = settings_of(self.args, num_steps=num_steps, source=self._source.describe())
+            checkpoint, path = output_dir / f"checkpoint-{num_steps}", output_dir / "README.md"
+            card = completed(
+                path.read_text(encoding="utf-8"),
+                describe(settings, self.state.log_history),
+                base=compat.model_id(self.accelerator.unwrap_model(self.model)),
+                folder=str(checkpoint if checkpoint.exists() else output_dir),
+            )
+            path.write_text(card, encoding="utf-8")
 
     def _show_progress(self, status: CollectionStatus) -> None:
         if self.accelerator.is_main_process:  # every rank collects; one line tells how far the first is
@@ -733,6 +747,11 @@ class GymGRPOTrainer(GRPOTrainer):
     def _trained_sampling(self) -> Sampling:
         """The distribution whose log-probabilities TRL computes."""
         return self.args.rollout_options.sampling
+
+    @property
+    def _current_step(self) -> int:
+        """The number by which a batch is told: of the optimizer step that it trains, or after which it evaluates."""
+        return self.state.global_step + (self._mode == "train")
 
     @property
     def _mode(self) -> str:

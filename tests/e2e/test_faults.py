@@ -90,7 +90,6 @@ class Batch:
             decode=str,
             journal=Journal(self.folder),
             drift_policy="truncate",
-            step=0,
             mode="train",
             weight_version="0",
         )

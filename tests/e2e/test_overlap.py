@@ -197,12 +197,12 @@ def require_each_group_once(by_step: dict[int, list[tuple[int, int]]], num_group
 def require_fresh(trainer: Overlapping, max_staleness: int = 1) -> None:
     """Nothing that is trained, token by token, is staler than allowed: what the rows hold is what was sampled then."""
     ended = (line for line in recorded(Path(trainer.args.output_dir)) if line["failure"] is None)
-    lines = {(*(line[name] for name in IDENTITY), line["step"]): line for line in ended if not line["retried"]}
+    lines = {(*(line[name] for name in IDENTITY), line["version"]): line for line in ended if not line["retried"]}
     for batch in (one for one in trainer.seen if one["mode"] == "train"):
         allowed = set(range(batch["step"] - max_staleness, batch["step"] + 1))
         for row, rollout in enumerate(batch["rollouts"]):
-            [line] = (line for step in allowed if (line := lines.get((*identity_of(rollout), step))))
-            assert rollout.failure is None and {line["step"], *map(int, line["weight_versions"])} <= allowed
+            [line] = (line for version in allowed if (line := lines.get((*identity_of(rollout), version))))
+            assert rollout.failure is None and {line["version"], *map(int, line["weight_versions"])} <= allowed
             [trajectory] = rollout.trajectories
             mask = (batch["completion_mask"][row] * batch["tool_mask"][row]).bool()
             own = [place for place, is_own in enumerate(trajectory.env_mask) if is_own]
@@ -240,7 +240,7 @@ def test_rollouts_of_the_next_batch_run_during_a_step_and_are_at_most_one_step_o
         own = [line for line in lines if line["batch"] == batch]
         is_first = batch % PER_EPOCH == 0  # of its epoch: nothing of it was known before
         began = batch if is_first else batch - 1
-        assert {line["step"] for line in own} == {began}
+        assert {(line["step"], line["version"]) for line in own} == {(batch + 1, began)}
         assert all(set(line["weight_versions"]) <= {str(began), str(began + 1)} for line in own)
         if not is_first:
             early = [line for line in own if line["time"] < whole.step_ends[batch]]
@@ -484,7 +484,7 @@ def test_two_ranks_lose_a_server_stop_early_and_share_groups(
         lines = map(json.loads, (tmp_path / "across" / f"trained-{rank}.jsonl").read_text().splitlines())
         assert [line["groups"] for line in lines] == [[[step, group] for group in groups] for step in range(5)]
     # Two batches per epoch: the first one of each is not known before.
-    assert {line["batch"]: line["step"] for line in across} == {0: 0, 1: 0, 2: 2, 3: 2, 4: 4}
+    assert {line["batch"]: line["version"] for line in across} == {0: 0, 1: 0, 2: 2, 3: 2, 4: 4}
 
 
 # -- servers that die -------------------------------------------------------------------------------------------------

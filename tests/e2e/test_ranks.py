@@ -92,8 +92,8 @@ def test_a_run_ends_well_or_after_a_killed_rank_with_words_on_every_rank_and_not
     assert (folder / "killed" / "gaps.jsonl").exists(), done.stderr[-6000:]
     assert ended - (folder / "killed" / "gaps.jsonl").stat().st_mtime < ENDS_WITHIN_S
     for rank in set(range(num_ranks)) - {VICTIM}:
-        told = f"Rank {rank} of {num_ranks} was told to end (SIGTERM) in step 1."
-        lost = f"RankLostError: Rank {rank} of {num_ranks} lost the connection to another rank in step 1"
+        told = f"Rank {rank} of {num_ranks} was told to end (SIGTERM) in step 2."
+        lost = f"RankLostError: Rank {rank} of {num_ranks} lost the connection to another rank in step 2"
         assert told in done.stderr or lost in done.stderr, done.stderr[-6000:]
     assert "Root Cause" in done.stderr and f"Signal {int(signal.SIGKILL)} (SIGKILL)" in done.stderr
     pids = [int((folder / "killed" / f"pid-{rank}").read_text()) for rank in range(num_ranks)]

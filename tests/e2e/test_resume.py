@@ -163,7 +163,7 @@ def test_the_same_tasks_and_rollouts_and_nothing_is_collected_twice(runs: tuple[
     assert Counter(map(identity, recorded)) == Counter(map(identity, expected))  # each once, none missing
     tokens = {identity(r): r["completion_ids"] for r in expected}
     assert {identity(r): r["completion_ids"] for r in recorded} == tokens
-    in_the_interrupted_batch = [r for r in recorded if r["step"] == KILLED_AT_STEP]
+    in_the_interrupted_batch = [r for r in recorded if r["version"] == KILLED_AT_STEP]
     # The order of rollout ids tells who collected: the killed run's begin with another id than the resumed one's.
     assert sorted(Counter(r["rollout_id"].split("-")[0] for r in in_the_interrupted_batch).values()) == [
         KILLED_AFTER,
@@ -267,7 +267,7 @@ def test_two_ranks_roll_out_their_own_rows_and_log_what_one_would(
     assert Counter(r["rank"] for r in recorded) == {0: 8, 1: 8}
     together = {identity(r): r["completion_ids"] for r in recorded}
     alone = {identity(r): r["completion_ids"] for r in read_journal(Path(whole.args.output_dir) / "rollouts")}
-    assert together == {key: ids for key, ids in alone.items() if key[0] == 0}
+    assert together == {key: ids for key, ids in alone.items() if key[0] == 1}
 
     [ours, theirs] = (
         json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
@@ -301,7 +301,7 @@ def test_a_signal_in_any_phase_loses_nothing_that_was_finished(
     process = forked(train_until_it_dies, phase, signum, *where)
     process.join(timeout=240)
     assert process.exitcode == -signum
-    recorded = [record for record in read_journal(tmp_path / "rollouts") if record["step"] == 0]
+    recorded = [record for record in read_journal(tmp_path / "rollouts") if record["step"] == 1]
     assert len(recorded) in num_recorded
     assert all(record["failure"] is None and record["completion_ids"] for record in recorded)
     server = PolicyServer.attach(servers[0])

@@ -83,7 +83,7 @@ def once(kill: Callable[[], None], call: Callable[..., Any], *, after: bool = Fa
 
 
 class Killing(RecordingTrainer):
-    """Kills its policy server: in the rollouts of step 0 and of the evaluation, in the syncs of steps 1, 2 and 3."""
+    """Kills its policy server: in the rollouts of step 1 and of the evaluation, in the syncs of steps 1, 2 and 3."""
 
     num_ended = 0
 
@@ -148,16 +148,16 @@ def test_only_lost_rollouts_ran_again(killed: Killing) -> None:
         attempts[line["step"], line["group"], line["member"]].append(line)
     assert len(attempts) == 16 * NUM_STEPS
     counted = [[line for line in own if line["failure"] is None and not line["retried"]] for own in attempts.values()]
-    assert all(len(own) == 1 and own[0]["weight_versions"] == [str(own[0]["step"])] for own in counted)
+    assert all(len(own) == 1 and own[0]["weight_versions"] == [str(own[0]["version"])] for own in counted)
     trained = {rollout.request.rollout_id for batch in killed.seen for rollout in batch["rollouts"]}
     assert trained == {line["rollout_id"] for own in counted for line in own}
     rerun = [line for [line] in counted if line["attempt"] > 0]
-    assert {line["step"] for line in rerun} == {0}
-    num_kept = sum(line["step"] == 0 and line["attempt"] == 0 for [line] in counted)
+    assert {line["step"] for line in rerun} == {1}
+    num_kept = sum(line["step"] == 1 and line["attempt"] == 0 for [line] in counted)
     assert num_kept >= KILLED_AFTER - 1, "the one in whose wake the server was killed may be lost"
     assert len(rerun) == 16 - num_kept >= 16 - KILLED_AFTER - 4
     given_up = [line for line in lines if line["failure"] is not None or line["retried"]]
-    assert {line["step"] for line in given_up} == {0} and len(given_up) <= 2 * 4
+    assert {line["step"] for line in given_up} == {1} and len(given_up) <= 2 * 4
     assert Counter(line["attempt"] for line in rerun) == {1: len(rerun)}
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
+import re
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,10 @@ from transformers import AutoModelForCausalLM
 from tests.e2e.training import MAX_MEAN_GAP, NUM_STEPS, RecordingTrainer, config, gap
 from trl_gym import GymGRPOTrainer, GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import RolloutError
-from trl_gym.rollouts.journal import read_journal
+from trl_gym.report.index import states, step_stats
+from trl_gym.report.rows import row_of
+from trl_gym.report.source import open_run, read_trained
+from trl_gym.rollouts.journal import lines_of, read_journal
 from trl_gym.rollouts.rollout import Rollout
 from trl_gym.rollouts.source import JournalSource
 from trl_gym.rollouts.trajectory import finish_reason
@@ -42,13 +49,15 @@ def run(
     train, validation = data
     trainer = RecordingTrainer(
         model=str(small_policy),
-        args=config(tmp_path_factory.mktemp("run")),
+        args=config(tmp_path_factory.mktemp("run"), log_completions=True, num_completions_to_print=1),
         train_dataset=load_gym_dataset(train),
         eval_dataset=load_gym_dataset(validation),
         policy_server=policy,
         gym_servers=gym,
     )
-    trainer.train()
+    with contextlib.redirect_stdout(io.StringIO()) as terminal:
+        trainer.train()
+    trainer.printed = terminal.getvalue()
     return trainer
 
 
@@ -87,12 +96,51 @@ def test_what_reaches_the_loss_is_what_was_sampled(run: RecordingTrainer) -> Non
             assert batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist() == trajectory.prompt_ids
 
 
-def test_the_weight_version_is_the_optimizer_step_also_in_evaluation(run: RecordingTrainer) -> None:
+def test_the_weight_version_is_the_number_of_steps_made_also_in_evaluation(run: RecordingTrainer) -> None:
     recorded = list(read_journal(Path(run.args.output_dir) / "rollouts"))
-    expected = {("train", step) for step in range(NUM_STEPS)} | {("eval", NUM_STEPS // 2), ("eval", NUM_STEPS)}
-    assert {(r["mode"], r["step"]) for r in recorded} == expected
-    assert all(r["weight_versions"] == [str(r["step"])] for r in recorded)
+    expected = {("train", step, step - 1) for step in range(1, NUM_STEPS + 1)}
+    expected |= {("eval", step, step) for step in (NUM_STEPS // 2, NUM_STEPS)}
+    assert {(r["mode"], r["step"], r["version"]) for r in recorded} == expected
+    assert all(r["weight_versions"] == [str(r["version"])] for r in recorded)
     assert run.policy_server.client.weight_version() == str(NUM_STEPS)
+
+
+def test_a_step_has_one_number_wherever_it_is_shown(run: RecordingTrainer) -> None:
+    """Terminal, metrics, completions tables, viewer, the journal's names and lines, `training_logprobs`, rollout ids:
+    who looks for step k finds the same batch in each, by its mean reward."""
+    folder = Path(run.args.output_dir)
+    lines = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
+    train = {line["step"]: line["reward"] for line in lines}
+    evaluated = {line["step"]: line["eval_reward"] for line in lines if "eval_reward" in line}
+    assert len(set(train.values())) > NUM_STEPS // 2, "rewards tell most batches apart"
+
+    def same(found: Mapping[int, float], expected: Mapping[int, float] = train) -> bool:
+        return found.keys() == expected.keys() and found == pytest.approx(expected, abs=6e-4)
+
+    printed = re.findall(r"^(step|evaluation at step) (\d+).*: reward ([0-9.]+)", run.printed, re.MULTILINE)
+    for expected, words in ((train, "step"), (evaluated, "evaluation at step")):
+        assert same({int(step): float(reward) for kind, step, reward in printed if kind == words}, expected)
+    for expected, name in ((train, "completions"), (evaluated, "eval")):
+        tables = {step: folder / "completions" / f"{name}_{step:05d}.parquet" for step in expected}
+        assert sorted(tables.values()) == sorted((folder / "completions").glob(f"{name}_*.parquet"))
+        read = {step: pandas.read_parquet(path) for step, path in tables.items()}
+        assert same({step: table["gym"].mean() for step, table in read.items()}, expected)
+        assert all(set(map(int, table["step"])) == {step} for step, table in read.items())
+
+    rows = [row_of(line) for line in read_journal(folder / "rollouts")]
+    for expected, mode, name in ((train, "train", "step"), (evaluated, "eval", "eval-step")):
+        stats = [one for one in step_stats(rows, states(rows)) if one.mode == mode]
+        assert same({one.step: one.reward for one in stats}, expected)
+        for step in expected:
+            own = list(lines_of(folder / "rollouts" / f"{name}-{step}.rank-0.jsonl"))
+            assert {line.record["step"] for line in own} == {step} and len(own) == 64
+            assert all(f"-{mode}{step}-" in line.record["rollout_id"] for line in own)
+    trained = defaultdict(set)
+    for one in read_trained(open_run(folder)):
+        trained[one.step].add(one.rollout_id)
+    assert trained == {
+        step: {row.rollout_id for row in rows if (row.mode, row.step) == ("train", step)} for step in train
+    }
 
 
 def test_the_journal_is_what_was_trained(run: RecordingTrainer) -> None:
@@ -114,7 +162,7 @@ def test_the_journal_knows_what_each_model_call_took(run: RecordingTrainer) -> N
         assert calls and record["drift"] is None
         for call in calls:
             assert all(call[name] >= 0 for name in ("cached_tokens", "queue_s", "prefill_s", "decode_s")), call
-            assert call["weight_version"] == str(record["step"])
+            assert call["weight_version"] == str(record["version"])
 
 
 def test_training_raises_the_reward(run: RecordingTrainer) -> None:
@@ -330,7 +378,7 @@ def test_a_batch_without_any_success_stops_and_says_why(
         policy_server=policy,
         gym_servers=gym,
     )
-    with pytest.raises(RolloutError, match=r"(?s)All 64 rollouts of step 0 failed.*64 × deadline"):
+    with pytest.raises(RolloutError, match=r"(?s)All 64 rollouts of step 1 failed.*64 × deadline"):
         trainer.train()
     recorded = list(read_journal(tmp_path / "rollouts"))
     assert len(recorded) == 64

@@ -23,6 +23,7 @@ class RecordingTrainer(GymGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seen: list[dict[str, Any]] = []
         self.calls: dict[str, Sequence[ModelCall]] = {}
+        self.printed = ""  # while it trained, where a test kept it
         super().__init__(*args, **kwargs)
 
     def build_trajectories(

@@ -150,7 +150,8 @@ class _Rollout:
         }
         name = f"{self.mode}{self.step}-b0-g{self.group}-m{self.member}-a{attempt}"
         return {
-            "step": self.step,
+            "step": self.step + (self.mode == "train"),
+            "version": self.step,
             "mode": self.mode,
             "task_index": self.group,
             "task_hash": f"{self.group:016x}",
@@ -294,7 +295,7 @@ def _write_metrics(folder: Path, plan: Plan, records: list[dict[str, Any]]) -> N
     rng = random.Random(plan.seed + 2)
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, plan.steps + 1):
-            scored = [r["reward"] for r in records if r["step"] == step - 1 and r["mode"] == "train" and r["reward"]]
+            scored = [r["reward"] for r in records if r["step"] == step and r["mode"] == "train" and r["reward"]]
             line = {"step": step, "reward": sum(scored) / max(1, len(scored)), "loss": rng.gauss(0, 0.05)}
             line |= {"logprob_gap/mean": 1e-4 * rng.random(), "grad_norm": rng.random(), "entropy": 2 / (1 + step)}
             line |= {"eval_loss": 0.0, "tools/call_frequency": 0.0}  # TRL's, which mean nothing here

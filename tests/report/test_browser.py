@@ -79,7 +79,7 @@ def test_curves_are_of_the_same_numbers(chromium: Browser, viewed: Viewed) -> No
     )
     for agent, label in zip(sorted(AGENTS), labels, strict=True):
         first = [
-            r["reward"] for r in counted(viewed.records) if (r["step"], r["mode"], r["agent"]) == (0, "train", agent)
+            r["reward"] for r in counted(viewed.records) if (r["step"], r["mode"], r["agent"]) == (1, "train", agent)
         ]
         mean = statistics.fmean(reward for reward in first if reward is not None)
         assert f"training from {float(f'{mean:.4g}'):g}" in label
@@ -221,7 +221,7 @@ def test_every_row_of_a_rollout_is_shown(chromium: Browser, tmp_path: Path) -> N
     drifted = next(r for r in records if r["drift"] and r["mode"] == "train")
     tokens = ("prompt_ids", "completion_ids", "env_mask", "logprobs", "turn_ends")
     further = {name: drifted[name] for name in tokens} | {"prompt_ids": drifted["prompt_ids"] + [7, 8]}
-    path = next((tmp_path / "run" / "rollouts").glob("step-0.*"))
+    path = next((tmp_path / "run" / "rollouts").glob("step-1.*"))
     lines = map(json.loads, path.read_text().splitlines())
     known = {"further_rows": [further]}
     path.write_text(
@@ -531,8 +531,8 @@ def test_runs_are_shown_beside_each_other(chromium: Browser, viewed: Viewed, tmp
     assert [row[:3] for row in rows] == [
         [name, mode, last]
         for name, modes in (
-            (viewed.folder.name, (("train", "11"), ("eval", "12"))),
-            ("other", (("train", "2"), ("eval", "3"))),
+            (viewed.folder.name, (("train", "12"), ("eval", "12"))),
+            ("other", (("train", "3"), ("eval", "3"))),
         )
         for mode, last in modes
     ]

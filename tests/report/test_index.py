@@ -100,7 +100,7 @@ def test_a_step_that_was_sampled_again_by_other_weights_counts_once() -> None:
     rows = [
         row(time=1.0, sampler=("a", "old")),
         row(time=2.0, sampler=("a", "new")),
-        row(time=1.0, sampler=("a", "old"), step=2),
+        row(time=1.0, sampler=("a", "old"), begun=2),
     ]
     assert states(rows) == [LineState.SUPERSEDED, LineState.COUNTED, LineState.COUNTED]
 
@@ -121,9 +121,9 @@ def test_a_group_is_one_of_its_batch_whichever_weights_its_members_began_with() 
         row(batch=7, member=0),
         row(batch=8, member=0),
         failed(batch=8, member=1, is_retried=True),
-        row(batch=8, member=1, attempt=1, step=4, sampler=("a", "newer")),
-        row(batch=8, member=0, step=5, sampler=("a", "resumed"), reward=0.5),
-        row(batch=8, member=0, sampler=("another run", "w"), time=9.0, step=9),
+        row(batch=8, member=1, attempt=1, begun=4, sampler=("a", "newer")),
+        row(batch=8, member=0, begun=5, sampler=("a", "resumed"), reward=0.5),
+        row(batch=8, member=0, sampler=("another run", "w"), time=9.0, begun=9),
     ]
     keys = [one.group_key for one in rows]
     assert keys[1] == keys[2] == keys[3] == keys[4] and len(set(keys)) == 3

@@ -61,7 +61,7 @@ def test_without_tokens_there_are_none(viewed: Viewed, tmp_path: Path) -> None:
 
 def test_the_torn_last_line_of_a_run_that_goes_on_is_left_out(tmp_path: Path) -> None:
     records = write_run(tmp_path / "run", Plan(steps=1, tasks=1))
-    journal = tmp_path / "run" / "rollouts" / "step-0.rank-0.jsonl"
+    journal = tmp_path / "run" / "rollouts" / "step-1.rank-0.jsonl"
     with open(journal, "a") as file:
         file.write('{"step": 0, "mode": "tr')
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -116,7 +116,7 @@ def test_log_probabilities_are_found_wherever_a_rollout_was_trained(tmp_path: Pa
         (folder / f"step-{step}.rank-0.jsonl").write_text(json.dumps(line))
     found = {one.rollout_id: one for one in read_trained(open_run(tmp_path / "run"))}[name]
     [logprobs] = found.logprobs
-    assert (found.step, found.advantage, set(logprobs)) == (10, None, {-10.0})
+    assert (found.step, found.advantage, set(logprobs)) == (11, None, {-10.0})  # earlier versions counted from 0
 
 
 def test_advantages_are_the_recorded_ones_where_there_are_any(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_advantages_are_the_recorded_ones_where_there_are_any(tmp_path: Path) ->
 
 def test_damage_elsewhere_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     write_run(tmp_path / "run", Plan(steps=1, tasks=1))
-    journal = tmp_path / "run" / "rollouts" / "step-0.rank-0.jsonl"
+    journal = tmp_path / "run" / "rollouts" / "step-1.rank-0.jsonl"
     journal.write_text("{torn\n" + journal.read_text())
     with pytest.raises(ConfigError, match=r"line 1: not JSON.*Delete that line"):
         write_page(open_run(tmp_path / "run"), tmp_path / "v.html")
@@ -202,7 +202,7 @@ def test_runs_beside_it_are_told_apart(viewed: Viewed, tmp_path: Path, capsys: p
     assert main(["view", str(viewed.folder), str(other), "--output", str(target), "--max-rollouts", "9"]) == 0
     [beside] = blob(target, "others")
     assert (beside["run"], beside["agents"]) == (str(other), [AGENTS[0]])  # the same name: both are called `run`
-    assert [stats["step"] for stats in beside["steps"]] == [0, 0, 1] and len(beside["metrics"]) == 1
+    assert [stats["step"] for stats in beside["steps"]] == [1, 0, 1] and len(beside["metrics"]) == 1
     assert main(["view", str(viewed.folder), *[str(other)] * 5, "--output", str(target)]) == 1
     assert "5 runs are named behind the first, and 4 can be told apart" in capsys.readouterr().err
     assert main(["view", str(viewed.folder), str(tmp_path / "nowhere"), "--watch", "--output", str(target)]) == 1
@@ -222,12 +222,12 @@ def test_a_run_that_goes_on_is_written_again(tmp_path: Path, capsys: pytest.Capt
         seen.append(index and (index["recorded"], index["reload_s"]))
         if len(seen) == 1:
             (run / "rollouts").mkdir()
-            (run / "rollouts" / "step-0.rank-0.jsonl").touch()  # a rollout has begun
+            (run / "rollouts" / "step-1.rank-0.jsonl").touch()  # a rollout has begun
         elif len(seen) == 2:
             write_run(run, Plan(steps=1, tasks=1))
         elif len(seen) == 4:
-            with open(run / "rollouts" / "step-1.rank-0.jsonl", "w") as file:
-                file.write((run / "rollouts" / "step-0.rank-0.part-1.jsonl").read_text())
+            with open(run / "rollouts" / "step-2.rank-0.jsonl", "w") as file:
+                file.write((run / "rollouts" / "step-1.rank-0.part-1.jsonl").read_text())
         elif len(seen) == 5:
             raise KeyboardInterrupt
 

@@ -16,7 +16,7 @@ from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.rollout import Rollout, journal_record
 from trl_gym.rollouts.trajectory import from_calls
 
-POLICY = Policy(run="run", step=3, weights="abc")
+POLICY = Policy(run="run", version=3, weights="abc")
 
 
 def request(
@@ -27,12 +27,12 @@ def request(
     rollout_id: str = "x",
     agent: str = "calculator",
 ) -> RolloutRequest:
-    """Of the task with the question `f"{task} + 1?"`."""
+    """Of the task with the question `f"{task} + 1?"`, for the step after that of `POLICY`."""
     row = {"responses_create_params": {"input": f"{task} + 1?"}, "expected": task + 1}
     identity: dict[str, Any] = {"rollout_id": rollout_id, "task_index": task, "member": member}
     stamped = stamp(row, **identity, sampling=sampling or Sampling(), completion_budget=64)
     group = task if group is None else group
-    return RolloutRequest(**identity, group=group, attempt=0, agent=agent, row=stamped)
+    return RolloutRequest(**identity, step=POLICY.version + 1, group=group, attempt=0, agent=agent, row=stamped)
 
 
 def grouped(requests: Sequence[RolloutRequest], begun: Policy | None = None) -> list[TaskGroup]:
@@ -75,6 +75,6 @@ def write(folder: Path, rollouts: list[Rollout], policy: Policy = POLICY, rank: 
     """As the trainer does."""
     journal = Journal(folder, rank=rank)
     for one in rollouts:
-        line = journal_record(one, step=policy.step, mode="train", weight_version=str(policy.step))
-        journal.append({**line, **policy.tags(), **changes})
+        line = journal_record(one, mode="train", weight_version=str(policy.version))
+        journal.append({**line, "step": policy.version + 1, **policy.tags(), **changes})
     journal.close()

@@ -120,7 +120,7 @@ def test_turns_have_what_the_server_measured() -> None:
     refused = CallRecord(status=400, prompt="exact", seconds=0.1)
     records = [first, refused, second, record([first], [9], [9, 9], weight_version="4")]
     calls = model_calls(records)
-    line = journal_record(with_records(good(), records, calls), step=3, mode="train", weight_version="9")
+    line = journal_record(with_records(good(), records, calls), mode="train", weight_version="9")
     names = ("prompt_tokens", "generation_tokens", "cached_tokens", "queue_s", "prefill_s", "decode_s")
     models = [turn for turn in line["turns"] if turn["kind"] == "model"]
     assert [tuple(turn[name] for name in names) for turn in models] == [
@@ -140,12 +140,12 @@ def test_turns_have_what_the_server_measured() -> None:
 def test_the_calls_of_a_failed_rollout_are_known_from_the_records() -> None:
     records = [record([], [1, 2], [3], queue_s=0.01), CallRecord(status=400, prompt="exact", seconds=0.1)]
     rollout = with_records(bad(), records, model_calls(records))
-    line = journal_record(rollout, step=3, mode="train", weight_version="9")
+    line = journal_record(rollout, mode="train", weight_version="9")
     assert [(turn["prompt_tokens"], turn["queue_s"]) for turn in line["turns"]] == [(2, 0.01)]
 
 
 def test_journal_record_has_the_agreed_keys() -> None:
-    record = journal_record(good(), step=3, mode="train", weight_version="3")
+    record = journal_record(good(), mode="train", weight_version="3")
     assert record["weight_versions"] == ["3"]
     assert record["drift"] is None
     assert set(record) == {
@@ -159,11 +159,11 @@ def test_journal_record_has_the_agreed_keys() -> None:
         ("tool", "add"),
         ("model", None),
     ]
-    failed = journal_record(bad(), step=3, mode="train", weight_version="3")
+    failed = journal_record(bad(), mode="train", weight_version="3")
     assert failed["reward"] is None
     cause = {"kind": "deadline", "text": "took 3 s", "where": "calculator /run"}
     assert failed["failure"].items() >= cause.items()
-    excluded = journal_record(drifted(DriftCause.NO_BOUNDARY, excluded=True), step=3, mode="eval", weight_version="3")
+    excluded = journal_record(drifted(DriftCause.NO_BOUNDARY, excluded=True), mode="eval", weight_version="3")
     assert set(excluded["drift"]) == {"turn", "position", "cause", "seen_text", "prompt_text", "text"}
     assert excluded["reward"] is None
     json.dumps([record, failed, excluded], allow_nan=False)

@@ -51,7 +51,6 @@ def finisher(tmp_path: Path, policy: Any) -> Finisher:
         decode=lambda ids: "".join(map(chr, ids)),
         journal=Journal(tmp_path),
         drift_policy=policy,
-        step=3,
         mode="train",
         weight_version="3",
         tags={"run": "r1", "weights": "w"},

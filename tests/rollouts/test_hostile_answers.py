@@ -224,7 +224,6 @@ async def _collect(folder: Path) -> list[Rollout]:
         decode=str,
         journal=Journal(folder),
         drift_policy="truncate",
-        step=0,
         mode="train",
         weight_version="0",
     )

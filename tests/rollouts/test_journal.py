@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.policy_server.middleware.identity import rollout_key
 from trl_gym.rollouts import journal as journal_module
-from trl_gym.rollouts.journal import Journal, journal_files, read_journal, read_line, read_lines, read_objects
+from trl_gym.rollouts.journal import (
+    Journal,
+    journal_files,
+    read_journal,
+    read_line,
+    read_lines,
+    read_objects,
+    training_files,
+)
 
 
 def record(step: int = 0, mode: str = "train", **fields: object) -> dict[str, object]:
@@ -48,7 +56,7 @@ def test_lines_are_found_again_with_schema_and_rank(tmp_path: Path) -> None:
         ("train", 1, None),
         ("eval", 1, 0.5),
     }
-    assert all(r["schema"] == 2 and r["rank"] == 3 and r["time"] > 0 for r in rollouts)
+    assert all(r["schema"] == 3 and r["rank"] == 3 and r["time"] > 0 for r in rollouts)
     assert any(r.get("text") == "zwei\u2028Zeilen" for r in rollouts)
     journal.close()
     journal.close()
@@ -136,8 +144,50 @@ def test_steps_ranks_and_parts_are_read_in_numerical_order(tmp_path: Path) -> No
             journal.close()
     expected = [[9, 2], [9, 10], [10, 2], [10, 10], [100, 2], [100, 10]]
     assert values(tmp_path) == expected
-    assert [line.record["value"] for line in read_lines(tmp_path, mode="train", step=9)] == expected[:2]
-    assert list(read_lines(tmp_path, mode="eval")) == []
+    by_step = {step: [path.name for path in paths] for step, paths in training_files(tmp_path).items()}
+    assert by_step == {step: [f"step-{step}.rank-{rank}.jsonl" for rank in (2, 10)] for step in (9, 10, 100)}
+
+
+def test_earlier_versions_counted_the_steps_of_training_from_0_and_are_read_with_the_others(tmp_path: Path) -> None:
+    """A run of an earlier version that was resumed: its files name another step than new ones do."""
+    for schema, steps in ((2, (8, 9, 10)), (3, (10, 11))):
+        journal = Journal(tmp_path)
+        for step in steps:
+            version = {} if schema == 2 else {"version": step - 1}
+            journal.append({"schema": schema, **record(step=step, value=[schema, step]), **version})
+        journal.append({"schema": schema, **record(step=8 + schema, mode="eval", value=[schema, "eval"])})
+        journal.close()
+    lines = list(read_lines(tmp_path))
+    assert [line.record["value"] for line in lines] == [
+        [2, "eval"], [3, "eval"], [2, 8], [2, 9], [3, 10], [2, 10], [3, 11],
+    ]  # fmt: skip
+    assert [line.record["step"] for line in lines] == [10, 11, 9, 10, 10, 11, 11]
+    assert [line.record.get("version") for line in lines[2:]] == [8, 9, 9, 10, 10]
+    assert [read_line(line.path, line.offset, line.length) for line in lines] == [line.record for line in lines]
+    files = {step: [path.name for path in paths] for step, paths in training_files(tmp_path).items()}
+    assert files == {
+        9: ["step-8.rank-0.jsonl"],
+        10: ["step-9.rank-0.jsonl", "step-10.rank-0.part-1.jsonl"],
+        11: ["step-10.rank-0.jsonl", "step-11.rank-0.jsonl"],
+    }
+
+
+def test_rollouts_of_several_steps_that_end_in_turns_share_their_files(tmp_path: Path) -> None:
+    """As with `gym_max_staleness`; what is not written to for long is closed."""
+    journal = Journal(tmp_path)
+    for turn in range(6):
+        for step in (7, 8, 9):
+            journal.append(record(step=step, value=turn))
+    journal.append(record(step=8, mode="eval"))
+    journal.commit()
+    assert len(journal_files(tmp_path)) == 4
+    for step in range(10, 30):
+        journal.append(record(step=step))
+    journal.commit()
+    assert len(journal._parts) == 8 and journal._ended == []
+    journal.append(record(step=7, value="late"))
+    journal.close()
+    assert [path.name for path in training_files(tmp_path)[7]] == ["step-7.rank-0.jsonl", "step-7.rank-0.part-1.jsonl"]
 
 
 def test_a_line_can_be_read_again_from_its_place(tmp_path: Path) -> None:
@@ -302,7 +352,8 @@ def whole(**changes: Any) -> dict[str, Any]:
     """A line as the journal writes it."""
     tokens = {"prompt_ids": [1], "completion_ids": [3, 4], "env_mask": [1, 1], "logprobs": [-1, -1], "turn_ends": [2]}
     return {
-        "step": 0,
+        "schema": 3,
+        "step": 1,
         "mode": "train",
         "rollout_id": "r-g0-m0-a0",
         "agent": "a",

@@ -49,7 +49,7 @@ def write(folder: Path, tried: list[Tried], mode: str = "train") -> list[dict[st
         if isinstance(ended, str):
             failure = RolloutFailure(kind=FailureKind(ended), text="broken", where="calculator /run")
         one = rollout(request(task), reward=0.0 if isinstance(ended, str) else ended, failure=failure)
-        line = journal_record(one, step=POLICY.step, mode=mode, weight_version=str(POLICY.step))
+        line = journal_record(one, mode=mode, weight_version=str(POLICY.version))
         journal.append({**line, **POLICY.tags(), "dataset": "easy", "retried": is_retried})
     journal.close()
     return list(read_journal(folder))
@@ -74,7 +74,7 @@ def in_viewer(folder: Path, tried: list[Tried]) -> float | str | None:
 def in_replay(folder: Path, tried: list[Tried]) -> float | str | None:
     write(folder, tried)
     try:
-        info = BatchInfo(run="r", step=0, mode="train")
+        info = BatchInfo(run="r", step=1, mode="train")
         [group] = JournalSource(folder).collect(grouped([request(0)]), 1, info).groups
         [replayed] = group.rollouts
     except ConfigError as error:
@@ -85,7 +85,7 @@ def in_replay(folder: Path, tried: list[Tried]) -> float | str | None:
 
 def in_recall(folder: Path, tried: list[Tried]) -> float | str | None:
     write(folder, tried)
-    recalled = Recall(folder).take_all([request(0)], POLICY, newest=POLICY.step)
+    recalled = Recall(folder).take_all([request(0)], POLICY, newest=POLICY.version)
     return recalled[0].reward if recalled else None
 
 

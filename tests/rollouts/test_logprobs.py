@@ -202,10 +202,10 @@ def test_each_row_has_one_for_each_of_its_tokens(tmp_path: Path) -> None:
     write(tmp_path, [[-0.5, 0.0, 0.0]], (rollout("c", 1), 0), step=4, rank=1)  # a second batch of that step
     lines = (tmp_path / "training_logprobs" / "step-4.rank-1.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [
-        {"rollout_id": "a", "step": 4, "advantage": 0.0, "logprobs": [-0.5, -1.25]},
-        {"rollout_id": "b", "step": 4, "advantage": 0.24691, "logprobs": []}
+        {"schema": 3, "rollout_id": "a", "step": 4, "advantage": 0.0, "logprobs": [-0.5, -1.25]},
+        {"schema": 3, "rollout_id": "b", "step": 4, "advantage": 0.24691, "logprobs": []}
         | {"further_rows": [[-0.125, -2.0, -3.0], [-1.0, -1.5]]},
-        {"rollout_id": "c", "step": 4, "advantage": 0.0, "logprobs": [-0.5]},
+        {"schema": 3, "rollout_id": "c", "step": 4, "advantage": 0.0, "logprobs": [-0.5]},
     ]
 
 
@@ -218,7 +218,7 @@ def test_a_torn_line_does_not_swallow_the_next_and_nan_is_null(tmp_path: Path) -
     torn, *whole = file.read_text().splitlines()
     assert torn == '{"rollout_id": "torn", "logp'
     assert [json.loads(line) for line in whole] == [
-        {"rollout_id": name, "step": 0, "advantage": 0.0, "logprobs": [None, None, -0.5]} for name in "ab"
+        {"schema": 3, "rollout_id": name, "step": 0, "advantage": 0.0, "logprobs": [None, None, -0.5]} for name in "ab"
     ]
 
 

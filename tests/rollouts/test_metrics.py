@@ -173,10 +173,10 @@ def test_staleness_is_of_tokens_and_of_the_oldest_call() -> None:
     stale = with_records(good(), [first, second, other], calls[:2])
     fresh = with_records(good(), [record([], [1, 2], [3, 4], weight_version="5")], calls[:1])
     named = with_records(good(), [record([], [1], [2], weight_version="default")], calls[:1])
-    again = from_record(journal_record(stale, step=5, mode="train", weight_version="5"), stale.request)
+    again = from_record(journal_record(stale, mode="train", weight_version="5"), stale.request)
     assert again.sampled_calls == stale.sampled_calls
     for one in (stale, again):
-        measured = [facts_of(each, each.reward, "b", step=5) for each in (fresh, one, named, bad())]
+        measured = [facts_of(each, each.reward, "b", step=6) for each in (fresh, one, named, bad())]
         assert [fact.staleness for fact in measured] == [{0: 2}, {2: 1, 1: 3}, {}, {}]
         metrics = training_metrics(measured)
         found = {name: metrics[f"rollouts/{name}"] for name in ("staleness/mean", "staleness/max", "spans_versions")}

@@ -24,7 +24,7 @@ from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.rollout import Rollout
 
 LOSS = PolicyServerLostError("policy server ended")
-STEP = 7
+VERSION = 7
 
 
 # -- which groups are taken -------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def result_of(one: RolloutRequest, outcome: str) -> RolloutResult:
     if outcome == "unsettled":
         return RolloutResult(request=one, answer={}, failure=None, seconds=1.0, was_lost=True)
     if outcome in ("ok", "stale"):
-        version = str(STEP) if outcome == "ok" else "default"
+        version = str(VERSION) if outcome == "ok" else "default"
         records = [CallRecord(status=200, prompt="exact", seconds=0.1, weight_version=version)]
         return RolloutResult(request=one, answer={}, failure=None, seconds=1.0, records=records)
     kind = FailureKind(outcome)
@@ -160,14 +160,14 @@ class World:
     """The servers and the other ranks, as the queue sees them."""
 
     def __init__(self, collector: Any, **changes: Any) -> None:
-        self.step = STEP
+        self.version = VERSION
         self.cancelled: list[list[str]] = []
         self.recovered: list[int] = []
         options: dict[str, Any] = {
             "collector": collector,
             "agree": agree,
             "recover": lambda loss, number: self.recovered.append(number),
-            "policy": lambda: Policy("run", self.step, f"w{self.step}"),
+            "policy": lambda: Policy("run", self.version, f"w{self.version}"),
             "finisher": lambda policy: finish,
             "cancel": self.cancelled.append,
         }
@@ -214,7 +214,7 @@ def test_what_ended_is_kept_and_what_was_lost_runs_again(rounds: list[list[str]]
 
     collector = Scripted(play)
     world = World(collector)
-    ended = RolloutQueue(world.sampler).collect([group(0), group(1)], 2, step=STEP)
+    ended = RolloutQueue(world.sampler).collect([group(0), group(1)], 2, step=VERSION + 1)
     missing = [one.rollout_id for task in (group(0), group(1)) for one in task.requests]
     for attempt, outcomes in enumerate(rounds):
         assert collector.asked[attempt] == missing
@@ -230,7 +230,7 @@ def test_what_ended_is_kept_and_what_was_lost_runs_again(rounds: list[list[str]]
 
 def test_without_a_loss_failures_are_results() -> None:
     collector = Scripted(lambda it: it.submissions[0].end_all(["infrastructure", "ok", "deadline"]))
-    [ended] = RolloutQueue(World(collector).sampler).collect([group(0, size=3)], 1, step=STEP)
+    [ended] = RolloutQueue(World(collector).sampler).collect([group(0, size=3)], 1, step=VERSION + 1)
     kinds = [None if one.failure is None else str(one.failure.kind) for one in ended.rollouts]
     assert kinds == ["infrastructure", None, "deadline"]
     assert len(collector.asked) == 1
@@ -243,7 +243,7 @@ def test_a_loss_that_another_rank_reports() -> None:
         lambda it: it.submissions[-1].end_all(["ok", "infrastructure", "environment"] if len(it.asked) == 1 else [])
     )
     world = World(collector, agree=lambda error: answers.pop(0))
-    ended = RolloutQueue(world.sampler).collect([group(0, size=3)], 1, step=STEP)
+    ended = RolloutQueue(world.sampler).collect([group(0, size=3)], 1, step=VERSION + 1)
     assert collector.asked[1] == ["b0g0m1-a1"] and world.recovered == [1]
     assert ids(ended) == ["b0g0m0-a0", "b0g0m1-a1", "b0g0m2-a0"]
 
@@ -256,7 +256,7 @@ def test_a_rank_that_takes_nothing_takes_part() -> None:
         return LOSS if len(heard) == 1 else None
 
     collector = Scripted()
-    assert RolloutQueue(World(collector, agree=once).sampler).collect([], 0, step=STEP) == []
+    assert RolloutQueue(World(collector, agree=once).sampler).collect([], 0, step=VERSION + 1) == []
     assert heard == [None, None] and collector.asked == []
 
 
@@ -275,7 +275,7 @@ def test_retries_within_a_collection_are_counted_on() -> None:
         else:
             submission.end_all()
 
-    [ended] = RolloutQueue(World(Scripted(play)).sampler).collect([group(0, size=1)], 1, step=STEP)
+    [ended] = RolloutQueue(World(Scripted(play)).sampler).collect([group(0, size=1)], 1, step=VERSION + 1)
     assert (ended.rollouts[0].request.rollout_id, ended.rollouts[0].request.attempt) == ("b0g0m0-a2", 2)
 
 
@@ -291,7 +291,7 @@ def test_a_server_that_was_back_before_it_was_missed() -> None:
         collector.submissions[-1].end_all(["ok", "stale", "ok", "stale"] if len(collector.asked) == 1 else [])
 
     collector = Scripted(play)
-    ended = RolloutQueue(World(collector, after=after).sampler).collect([group(0)], 1, step=STEP)
+    ended = RolloutQueue(World(collector, after=after).sampler).collect([group(0)], 1, step=VERSION + 1)
     assert collector.asked[1] == ["b0g0m1-a1", "b0g0m3-a1"] and checks == []
     assert ids(ended) == ["b0g0m0-a0", "b0g0m1-a1", "b0g0m2-a0", "b0g0m3-a1"]
 
@@ -313,7 +313,7 @@ def test_what_goes_wrong_around_it_is_told_too(where: str) -> None:
 
     queue = RolloutQueue(World(Scripted(play), agree=hear, **{where: broken}).sampler)
     with pytest.raises(GymServerError, match=f"in {where}"):
-        queue.collect([group(0, size=1)], 1, step=STEP)
+        queue.collect([group(0, size=1)], 1, step=VERSION + 1)
     assert isinstance(heard[-1], GymServerError)
     assert len(queue) == 0 and queue.in_flight == []
 
@@ -349,11 +349,12 @@ def test_those_that_end_first_are_taken_until_the_oldest_are_due() -> None:
 
     def step(groups: list[TaskGroup], ending: Callable[[], None]) -> list[tuple[int, int]]:
         number = len(collector.submissions)
-        later = [world.step + 1, world.step + 2, world.step + 3]
-        future = collecting(queue, groups, 2, step=world.step, later_steps=later, per_batch=2)
+        step = world.version + 1
+        later = [step + 1, step + 2, step + 3]
+        future = collecting(queue, groups, 2, step=step, later_steps=later, per_batch=2)
         wait_for(lambda: len(collector.submissions) > number)
         ending()
-        world.step += 1
+        world.version += 1
         return names(future.result(10))
 
     def younger() -> None:
@@ -376,14 +377,14 @@ def test_groups_that_would_become_too_stale_are_cut_short_by_option() -> None:
     collector = Scripted()
     world = World(collector)
     queue = overlapped(world, max_staleness=1, drops=True)
-    first = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=7, later_steps=(8,), per_batch=1)
+    first = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
     wait_for(lambda: collector.submissions)
     collector.submissions[0].end(2)
     collector.submissions[0].end(3)
     assert names(first.result(10)) == [(1, 0)]
     collector.submissions[0].end(0)
-    world.step = 8
-    second = collecting(queue, [group(0, batch=2, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
+    world.version = 8
+    second = collecting(queue, [group(0, batch=2, size=2)], 1, step=9, later_steps=(10,), per_batch=1)
     wait_for(lambda: len(collector.submissions) == 2)
     collector.submissions[1].end(0)
     assert not collector.submissions[0].interrupted, "nothing else could be trained yet"
@@ -397,7 +398,7 @@ def test_groups_that_would_become_too_stale_are_cut_short_by_option() -> None:
 def test_of_more_members_the_first_with_a_reward_make_the_group() -> None:
     collector = Scripted()
     queue = overlapped(World(collector), max_staleness=0)
-    future = collecting(queue, [group(0, size=5, wanted=3)], 1, step=7)
+    future = collecting(queue, [group(0, size=5, wanted=3)], 1, step=8)
     wait_for(lambda: collector.submissions)
     for place, outcome in ((4, "ok"), (0, "environment"), (2, "ok"), (1, "ok")):
         collector.submissions[0].end(place, outcome)
@@ -412,7 +413,7 @@ def test_what_a_group_has_no_use_for_does_not_run_again_after_a_loss() -> None:
     collector = Scripted()
     world = World(collector)
     queue = overlapped(world, max_staleness=0)
-    future = collecting(queue, [group(0, size=3, wanted=2), group(1, size=3, wanted=2)], 2, step=7)
+    future = collecting(queue, [group(0, size=3, wanted=2), group(1, size=3, wanted=2)], 2, step=8)
     wait_for(lambda: collector.submissions)
     submission = collector.submissions[0]
     submission.interrupt = lambda places, why: submission.interrupted.extend(places)  # type: ignore[method-assign]
@@ -442,7 +443,7 @@ def test_a_lost_reward_is_made_up_for_though_others_were_cancelled() -> None:
 
     collector = Scripted(play)
     world = World(collector, after=after)
-    [ended] = RolloutQueue(world.sampler).collect([group(0, size=3, wanted=2)], 1, step=STEP)
+    [ended] = RolloutQueue(world.sampler).collect([group(0, size=3, wanted=2)], 1, step=VERSION + 1)
     assert collector.asked[1] == ["b0g0m1-a1"]
     assert ids([ended]) == ["b0g0m0-a0", "b0g0m1-a1"] and [one.request.member for one in ended.surplus] == [2]
 
@@ -454,7 +455,7 @@ def test_a_resumed_run_cancels_nobody_again(num_done: int) -> None:
     done = {place: rollout(asked[place], reward=0.5) for place in (1, 3)[:num_done]}
     collector = Scripted(lambda it: it.submissions[-1].end(0))
     world = World(collector, recall=lambda requests, policy: done)
-    [ended] = RolloutQueue(world.sampler).collect([group(0, size=4, wanted=2)], 1, step=STEP)
+    [ended] = RolloutQueue(world.sampler).collect([group(0, size=4, wanted=2)], 1, step=VERSION + 1)
     assert collector.asked == ([] if num_done == 2 else [["b0g0m0-a0", "b0g0m2-a0", "b0g0m3-a0"]])
     assert [one.request.member for one in ended.rollouts] == ([1, 3] if num_done == 2 else [0, 1])
 
@@ -464,15 +465,15 @@ def test_what_was_dropped_stays_dropped_after_a_loss() -> None:
     collector = Scripted()
     world = World(collector)
     queue = overlapped(world, max_staleness=1, drops=True)
-    first = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=7, later_steps=(8,), per_batch=1)
+    first = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
     wait_for(lambda: collector.submissions)
     submission = collector.submissions[0]
     submission.interrupt = lambda places, why: submission.interrupted.extend(places)  # type: ignore[method-assign]
     for place in (0, 2, 3):
         submission.end(place)
     assert names(first.result(10)) == [(1, 0)]
-    world.step = 8
-    second = collecting(queue, [group(0, batch=2, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
+    world.version = 8
+    second = collecting(queue, [group(0, batch=2, size=2)], 1, step=9, later_steps=(10,), per_batch=1)
     wait_for(lambda: len(collector.submissions) == 2)
     collector.submissions[1].end_all()
     wait_for(lambda: submission.interrupted)
@@ -490,13 +491,13 @@ def test_a_loss_in_the_background_is_told_when_groups_are_collected_and_costs_on
     collector = Scripted()
     world = World(collector)
     queue = overlapped(world, max_staleness=1)
-    first = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=7, later_steps=(8,), per_batch=1)
+    first = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
     wait_for(lambda: collector.submissions)
     for place in (0, 1, 2):
         collector.submissions[0].end(place)
     assert names(first.result(10)) == [(0, 0)]
     collector.submissions[0].fail(LOSS)
-    second = collecting(queue, [group(0, batch=2, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
+    second = collecting(queue, [group(0, batch=2, size=2)], 1, step=9, later_steps=(10,), per_batch=1)
     wait_for(lambda: world.recovered)
     assert world.recovered == [3]
     wait_for(lambda: len(collector.asked) == 3)
@@ -512,12 +513,12 @@ def test_what_a_resumed_run_recalls_keeps_its_age_and_the_rest_begins_anew() -> 
     done = {("b0g0m0-a0", 6): rollout(group(0, size=2).requests[0], reward=0.5)}
 
     def recall(requests: Sequence[RolloutRequest], policy: Policy) -> dict[int, Rollout]:
-        found = ((index, done.get((one.rollout_id, policy.step))) for index, one in enumerate(requests))
+        found = ((index, done.get((one.rollout_id, policy.version))) for index, one in enumerate(requests))
         return {index: one for index, one in found if one is not None}
 
     queue = overlapped(World(collector, recall=recall), max_staleness=1)
     groups = [dataclasses.replace(group(0, batch=batch, size=2), begun=before) for batch in range(3)]
-    [ended] = queue.collect(groups, 1, step=7, later_steps=(8,), per_batch=1)
+    [ended] = queue.collect(groups, 1, step=8, later_steps=(9,), per_batch=1)
     assert collector.asked == [["b0g0m1-a0", "b1g0m0-a0", "b1g0m1-a0"]]
     assert (ended.born, [one.reward for one in ended.rollouts]) == (6, [0.5, 1.0])
     assert [task.begun for task in queue.in_flight] == [Policy("run", 7, "w7"), before]
@@ -529,26 +530,26 @@ def test_after_a_resume_the_older_of_two_groups_may_stand_behind_the_younger() -
     done = rollout(group(0, batch=1, size=2).requests[0])
 
     def recall(requests: Sequence[RolloutRequest], policy: Policy) -> dict[int, Rollout]:
-        return {0: done} if requests[0].batch == 1 and policy.step == 6 else {}
+        return {0: done} if requests[0].batch == 1 and policy.version == 6 else {}
 
     queue = overlapped(World(collector, recall=recall), max_staleness=1)
     groups = [dataclasses.replace(group(0, batch=batch, size=2), begun=Policy("run", 6, "w6")) for batch in range(2)]
-    assert names(queue.collect(groups, 1, step=7, later_steps=(8,), per_batch=1)) == [(1, 0)]
+    assert names(queue.collect(groups, 1, step=8, later_steps=(9,), per_batch=1)) == [(1, 0)]
 
 
 def test_what_was_run_again_with_later_weights_is_recalled_too() -> None:
     collector = Scripted(lambda it: it.submissions[-1].end_all())
     requests = group(0, size=3).requests
-    done = {6: {0: rollout(requests[0])}, STEP: {1: rollout(requests[1])}}
-    queue = overlapped(World(collector, recall=lambda asked, policy: done.get(policy.step, {})), max_staleness=1)
-    [ended] = queue.collect([dataclasses.replace(group(0, size=3), begun=Policy("run", 6, "w6"))], 1, step=7)
+    done = {6: {0: rollout(requests[0])}, VERSION: {1: rollout(requests[1])}}
+    queue = overlapped(World(collector, recall=lambda asked, policy: done.get(policy.version, {})), max_staleness=1)
+    [ended] = queue.collect([dataclasses.replace(group(0, size=3), begun=Policy("run", 6, "w6"))], 1, step=8)
     assert collector.asked == [["b0g0m2-a0"]] and ended.born == 6
 
 
 def test_a_launch_that_does_not_end_in_time_keeps_nothing_and_ends_nobody(caplog: pytest.LogCaptureFixture) -> None:
     collector = Scripted()
     queue = overlapped(World(collector), max_staleness=1)
-    future = collecting(queue, [group(0), group(0, batch=1)], 1, step=7, later_steps=(8,), per_batch=1)
+    future = collecting(queue, [group(0), group(0, batch=1)], 1, step=8, later_steps=(9,), per_batch=1)
     wait_for(lambda: collector.submissions)
     for place in range(4):
         collector.submissions[0].end(place)
@@ -568,7 +569,7 @@ def test_a_launch_that_does_not_end_in_time_keeps_nothing_and_ends_nobody(caplog
 def test_what_is_abandoned_is_forgotten() -> None:
     collector = Scripted()
     queue = overlapped(World(collector), max_staleness=1)
-    future = collecting(queue, [group(0), group(0, batch=1)], 1, step=7, later_steps=(8,), per_batch=1)
+    future = collecting(queue, [group(0), group(0, batch=1)], 1, step=8, later_steps=(9,), per_batch=1)
     wait_for(lambda: collector.submissions)
     for place in range(4):
         collector.submissions[0].end(place)
@@ -600,9 +601,12 @@ def test_what_is_recorded_as_cancelled_while_a_collection_ends_is_no_result(erro
     queue = RolloutQueue(World(collector, agree=hear).sampler)
     if isinstance(error, GymServerError):
         with pytest.raises(GymServerError, match="Gym is gone"):
-            queue.collect([group(0)], 1, step=STEP)
+            queue.collect([group(0)], 1, step=VERSION + 1)
     else:
-        assert ids(queue.collect([group(0)], 1, step=STEP)) == ["b0g0m0-a0", *(f"b0g0m{m}-a1" for m in (1, 2, 3))]
+        assert ids(queue.collect([group(0)], 1, step=VERSION + 1)) == [
+            "b0g0m0-a0",
+            *(f"b0g0m{m}-a1" for m in (1, 2, 3)),
+        ]
     assert heard[0] is error
 
 
@@ -611,7 +615,7 @@ def test_an_error_is_told_before_what_has_ended_is_taken() -> None:
     collector = Scripted()
     world = World(collector)
     queue = overlapped(world, max_staleness=1)
-    future = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=7, later_steps=(8,), per_batch=1)
+    future = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
     wait_for(lambda: collector.submissions)
     with queue._changed:  # the trainer looks when both have happened
         collector.submissions[0].end(0)
@@ -626,14 +630,14 @@ def test_a_loss_that_somebody_else_has_noticed_costs_no_further_recovery() -> No
     collector = Scripted()
     world = World(collector)
     queue = overlapped(world, max_staleness=1)
-    first = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=7, later_steps=(8,), per_batch=1)
+    first = collecting(queue, [group(0, size=2), group(0, batch=1, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
     wait_for(lambda: collector.submissions)
     for place in (0, 1, 2):
         collector.submissions[0].end(place)
     assert names(first.result(10)) == [(0, 0)]
     assert queue.give_up_lost() == 1 and queue.give_up_lost() == 0
     assert collector.submissions[0].future.cancelled()
-    second = collecting(queue, [group(0, batch=2, size=2)], 1, step=8, later_steps=(9,), per_batch=1)
+    second = collecting(queue, [group(0, batch=2, size=2)], 1, step=9, later_steps=(10,), per_batch=1)
     wait_for(lambda: len(collector.asked) == 2)
     assert collector.asked[1] == ["b1g0m1-a1", "b2g0m0-a0", "b2g0m1-a0"]
     assert world.cancelled == [["b1g0m1-a0"]] and world.recovered == []

@@ -60,6 +60,27 @@ def test_lines_of_earlier_versions_have_no_batch_and_are_recalled_all_the_same(t
     assert recall.take_all([asked], POLICY, newest=3) == {}, "given out once"
 
 
+def test_lines_of_earlier_versions_are_recalled_by_the_weights_that_they_began_with(tmp_path: Path) -> None:
+    """Those of schema 2 named the step before, whatever step their batch was for."""
+    old = {"schema": 2, "step": POLICY.version, "version": None}
+    write(tmp_path, [rollout(request(0), 0.5)], **old)
+    write(tmp_path, [rollout(request(1), 0.25)], **old | {"step": POLICY.version + 1}, weight_versions=["4"])
+    for step in (4, 6):  # as when it was written, and as a batch that was two steps ahead
+        asked = [dataclasses.replace(request(task), step=step) for task in range(2)]
+        taken = Recall(tmp_path).take_all(asked, POLICY, newest=4)
+        assert {index: one.reward for index, one in taken.items()} == {0: 0.5}
+        later = dataclasses.replace(POLICY, version=4)
+        taken = Recall(tmp_path).take_all(asked, later, newest=4)
+        assert {index: one.reward for index, one in taken.items()} == {1: 0.25}
+
+
+def test_what_began_ahead_of_its_batch_is_found_at_the_step_of_its_batch(tmp_path: Path) -> None:
+    asked = [dataclasses.replace(request(task), step=6) for task in range(2)]
+    write(tmp_path, [rollout(asked[0])], step=6)
+    write(tmp_path, [rollout(asked[1])], step=6, version=5, weight_versions=["5"])  # of later weights: not outdated
+    assert list(Recall(tmp_path).take_all(asked, POLICY, newest=3)) == [0]
+
+
 def test_a_rollout_of_another_batch_of_the_same_weights_is_another(tmp_path: Path) -> None:
     write(tmp_path, [rollout(dataclasses.replace(request(), batch=4))])
     recall = Recall(tmp_path)
@@ -85,10 +106,10 @@ def test_another_request_is_not_answered(tmp_path: Path, now: RolloutRequest) ->
 @pytest.mark.parametrize(
     "policy",
     [
-        Policy(run="other", step=3, weights="abc"),
-        Policy(run="run", step=2, weights="abc"),
-        Policy(run="run", step=4, weights="abc"),
-        Policy(run="run", step=3, weights="abd"),
+        Policy(run="other", version=3, weights="abc"),
+        Policy(run="run", version=2, weights="abc"),
+        Policy(run="run", version=4, weights="abc"),
+        Policy(run="run", version=3, weights="abd"),
     ],
 )
 def test_rollouts_of_another_policy_are_not_taken(
@@ -97,7 +118,7 @@ def test_rollouts_of_another_policy_are_not_taken(
     write(tmp_path, [rollout(one) for one in batch()])
     with caplog.at_level(logging.WARNING):
         assert Recall(tmp_path).take_all(batch(), policy, newest=3) == {}
-    assert ("6 recorded rollouts of step 3 were sampled by other weights" in caplog.text) == (policy.weights == "abd")
+    assert ("6 recorded rollouts of step 4 were sampled by other weights" in caplog.text) == (policy.weights == "abd")
 
 
 def test_a_version_that_answered_in_between_rules_a_rollout_out(tmp_path: Path) -> None:

@@ -120,13 +120,13 @@ def test_rows_fit(num_ranks: int, multiple: int, factor_of_rollouts: int, factor
 
 def test_a_rollout_and_all_of_its_rows_come_back_from_the_journal() -> None:
     rollout = of(trajectory(1, 0, 1), trajectory(1, prompt=3), trajectory(0, 1))
-    line = journal_record(rollout, step=1, mode="train", weight_version="1")
+    line = journal_record(rollout, mode="train", weight_version="1")
     assert (line["env_mask"], [own["env_mask"] for own in line["further_rows"]]) == ([1, 0, 1], [[1], [0, 1]])
     assert set(line["further_rows"][0]) == {"prompt_ids", "completion_ids", "env_mask", "logprobs", "turn_ends"}
     assert from_record(line, request()).trajectories == rollout.trajectories
     del line["further_rows"]  # as it was written when a rollout had one row
     assert from_record(line, request()).trajectories == rollout.trajectories[:1]
-    failed = journal_record(bad(), step=1, mode="train", weight_version="1")
+    failed = journal_record(bad(), mode="train", weight_version="1")
     assert (failed["prompt_ids"], failed["further_rows"]) == ([], [])
     assert from_record(failed, request()).trajectories == []
 

@@ -27,7 +27,7 @@ def group(task: int, rewards: list[float], **changes: Any) -> list[Any]:
     return [rollout(request(task, member, **changes), reward) for member, reward in enumerate(rewards)]
 
 
-def batch(step: int = 0, epoch: int = 0) -> BatchInfo:
+def batch(step: int = 1, epoch: int = 0) -> BatchInfo:
     return BatchInfo(run="run", step=step, mode="train", epoch=epoch)
 
 
@@ -45,7 +45,7 @@ def replayed(folder: Path, task: int, number: int, size: int = 2) -> list[float 
 
 def test_a_pass_over_the_dataset_takes_the_next_recorded_group(tmp_path: Path) -> None:
     write(tmp_path, group(0, [0.1, 0.2]) + group(1, [0.5, 0.6]))
-    write(tmp_path, group(0, [0.3, 0.4]), policy=dataclasses.replace(POLICY, step=9, weights="later"))
+    write(tmp_path, group(0, [0.3, 0.4]), policy=dataclasses.replace(POLICY, version=9, weights="later"))
     assert replayed(tmp_path, task=0, number=0) == [0.1, 0.2]
     assert replayed(tmp_path, task=0, number=1) == [0.3, 0.4]
     assert replayed(tmp_path, task=0, number=2) == [0.1, 0.2]
@@ -77,7 +77,7 @@ def test_a_rollout_that_was_run_again_counts_as_it_ended_last(tmp_path: Path) ->
 
 
 def test_groups_that_were_interrupted_come_last(tmp_path: Path) -> None:
-    write(tmp_path, group(0, [0.1]), policy=dataclasses.replace(POLICY, step=1))
+    write(tmp_path, group(0, [0.1]), policy=dataclasses.replace(POLICY, version=1))
     write(tmp_path, group(0, [0.3, 0.4]))
     assert replayed(tmp_path, task=0, number=0) == [0.3, 0.4]
 
@@ -124,7 +124,7 @@ def test_groups_of_several_batches_of_the_same_weights_are_apart(tmp_path: Path)
 
 def test_members_that_ran_again_under_newer_weights_are_of_their_group(tmp_path: Path) -> None:
     """The policy server was lost while training ran. The third was sampled again after a resume."""
-    later = dataclasses.replace(POLICY, step=4, weights="later")
+    later = dataclasses.replace(POLICY, version=4, weights="later")
     write(tmp_path, [rollout(request(0, 0), 0.1), rollout(request(0, 1), failure=FAILURE)], batch=4, retried=True)
     write(tmp_path, [rollout(request(0, 0), 0.1)], batch=4)
     write(tmp_path, [rollout(request(0, 1), 0.2)], batch=4, policy=later)
@@ -173,11 +173,14 @@ def test_tokens_of_another_model_are_refused_before_training(tmp_path: Path) -> 
 def test_staleness_is_in_optimizer_steps_and_known_only_for_training_runs(tmp_path: Path) -> None:
     write(tmp_path, group(0, [0.1, 0.2]))
     asked = [request(0, 0), request(0, 1)]
-    for step in (10, 0):
+    for step in (11, 1):
         metrics = training_metrics(facts(replay(tmp_path, asked, batch(step=step)), step))
-        assert (metrics["rollouts/staleness/mean"], metrics["rollouts/spans_versions"]) == (step - 3, 0.0)
+        assert (metrics["rollouts/staleness/mean"], metrics["rollouts/spans_versions"]) == (
+            step - 1 - POLICY.version,
+            0.0,
+        )
     write(tmp_path / "other", group(0, [0.1, 0.2]), weight_versions=["default"])
-    others = replay(tmp_path / "other", asked, batch(step=10))
+    others = replay(tmp_path / "other", asked, batch(step=11))
     assert [fact.staleness for fact in facts(others, 10)] == [{}, {}]
 
 

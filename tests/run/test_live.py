@@ -37,7 +37,7 @@ def test_a_row_without_an_agent_is_for_the_sole_one(tmp_path: Path) -> None:
 def test_weights_that_somebody_else_has_changed_end_the_batch_on_rank_0(tmp_path: Path) -> None:
     policy = SimpleNamespace(client=SimpleNamespace(weight_version=lambda: "9"))
     live = source(tmp_path, policy=policy, require_same_policy=lambda: None)
-    live._step = 3
+    live._version = 3
     live._accelerator = SimpleNamespace(is_main_process=True)
     with pytest.raises(RolloutError, match="weights changed from version 3 to 9 during rollouts"):
         live._check_version()
@@ -101,7 +101,7 @@ def test_metrics_of_a_batch_are_over_all_of_its_rounds(tmp_path: Path) -> None:
     live._queue = SimpleNamespace(collect=lambda *_, **__: [])
     rounds = [(True, False), (False, False), (False, True), (True, True)]
     found = [
-        live.collect([], 0, BatchInfo(run="r", step=0, mode="train", is_first=first, is_last=last)).metrics
+        live.collect([], 0, BatchInfo(run="r", step=1, mode="train", is_first=first, is_last=last)).metrics
         for first, last in rounds
     ]
     assert [metrics["engine/preemptions"] for metrics in found] == [[1.0], [2.0], [3.0], [1.0]]
@@ -120,12 +120,12 @@ def test_a_sync_that_finds_the_server_dead_gives_up_what_was_in_flight(
             return SimpleNamespace(fingerprint=f"w{step}", num_bytes=1, seconds={}, probe=None)
 
     live = source(tmp_path)
-    given_up: list[int] = []  # the step of the weights that what is given up began with, at most
+    given_up: list[int] = []  # the version of the weights that what is given up began with, at most
     live._weights = Weights()  # type: ignore[assignment]
-    live._queue = SimpleNamespace(give_up_lost=lambda: given_up.append(live._step) or 3)  # type: ignore[assignment]
+    live._queue = SimpleNamespace(give_up_lost=lambda: given_up.append(live._version) or 3)  # type: ignore[assignment]
     for step in (1, 2, 3):
         live.push_weights(SimpleNamespace(), step)  # type: ignore[arg-type]
-    assert given_up == [1] and live._step == 3
+    assert given_up == [1] and live._version == 3
     assert caplog.text.count("3 of this rank's rollouts are lost with the policy server and will run again") == 1
 
 
@@ -180,7 +180,7 @@ def test_with_overlap_what_an_evaluation_counts_is_none_of_trainings(tmp_path: P
         metrics = live.collect([], 0, BatchInfo(run="r", step=0, mode=mode, **ahead)).metrics
         return metrics.get("rollouts/untagged_calls", [0.0])[0], metrics["engine/preemptions"][0]
 
-    ahead: dict[str, Any] = {"later_steps": (1,), "per_batch": 1}
+    ahead: dict[str, Any] = {"later_steps": (2,), "per_batch": 1}
     assert counted(1, "train", **ahead) == (1.0, 1.0)
     server.sample(2)
     assert [counted(5, "eval"), counted(40, "eval")] == [(5.0, 5.0), (40.0, 40.0)]
@@ -238,7 +238,7 @@ def test_only_training_recalls_and_what_newer_weights_continued_counts(tmp_path:
     begun = Policy("r", 3, "w3")
     train = live._new_queue(live._collector)  # type: ignore[arg-type]
     assert train._sampler.recall([], begun) == {}  # nothing was interrupted
-    live._step = 5
+    live._version = 5
     live._recall = SimpleNamespace(  # type: ignore[assignment]
         take_all=lambda requests, policy, *, newest: asked.append((requests, policy, newest)) or recalled
     )

@@ -357,7 +357,6 @@ def _finisher(
             journal=journal,
             tags={"dataset": job.task.dataset, "task_hash": job.task.hash, "model": options.model},
             drift_policy="truncate",
-            step=0,
             mode=options.mode,
             weight_version=endpoint.weight_version,
         )

@@ -286,7 +286,6 @@ def rollouts(context: Context) -> Iterator[Finding]:
         decode=make_decoder(context.tokenizer),
         journal=journal,
         drift_policy="truncate",
-        step=0,
         mode="doctor",
         weight_version="0",
     )

@@ -19,7 +19,7 @@ from trl_gym.rollouts.journal import Attempt, LineState, line_states
 from trl_gym.rollouts.metrics import mean, percentile
 
 _MODES = ("train", "eval", "rollout")
-_TRIED_AGAIN = ("train", "eval")  # modes in which a step that is sampled again replaces the earlier try
+_TRIED_AGAIN = ("train", "eval")  # modes in which a try by other weights of the same version replaces the earlier one
 _PREVIEW = 160  # characters of a task in a list
 _MIN_SHARED = 12  # characters that the tasks of an environment must begin with alike before they are cut
 
@@ -87,9 +87,9 @@ class Cause:
 def states(rows: Sequence[Row]) -> list[LineState]:
     """Decide which rows count, `[N]`.
 
-    In training and evaluation, what older weights sampled at a step is superseded by what newer ones did; then the
-    rule of `journal.line_states` holds. Where no batch is recorded, two rewards for one rollout are two rollouts in
-    training (the same task twice in a step) and one that was repeated elsewhere.
+    In training and evaluation, what was sampled later by other weights of the same version supersedes what was there;
+    then the rule of `journal.line_states` holds. Where no batch is recorded, two rewards for one rollout are two
+    rollouts in training (the same task twice in a step) and one that was repeated elsewhere.
 
     Args:
         rows: `[N]`, in the order of the journal.
@@ -225,14 +225,14 @@ def _shared_beginning(texts: Collection[str]) -> int:
 def _newest_samplers(rows: Sequence[Row]) -> dict[tuple[str, str, int], tuple[str, str]]:
     newest: dict[tuple[str, str, int], tuple[float, tuple[str, str]]] = {}
     for row in rows:
-        key = (row.mode, row.dataset, row.step)
+        key = (row.mode, row.dataset, row.begun)
         if key not in newest or row.time >= newest[key][0]:
             newest[key] = (row.time, row.sampler)
     return {key: sampler for key, (_, sampler) in newest.items()}
 
 
 def _is_of_newest(row: Row, newest: dict[tuple[str, str, int], tuple[str, str]]) -> bool:
-    return row.mode not in _TRIED_AGAIN or newest[row.mode, row.dataset, row.step] == row.sampler
+    return row.mode not in _TRIED_AGAIN or newest[row.mode, row.dataset, row.begun] == row.sampler
 
 
 def _attempts(rows: Sequence[Row], good: Sequence[Row]) -> dict[str, float]:

@@ -24,10 +24,11 @@ class Row:
     Attributes:
         rollout_id: Its name in links.
         mode: `"train"`, `"eval"` or `"rollout"`.
-        step: Optimizer step whose weights it began with.
+        step: Number, from 1, of the optimizer step that it was sampled for; in an evaluation, the steps made before.
         dataset: Name of the dataset; `""` where none is recorded.
         agent: Name of the Gym agent, which is the environment.
-        sampler: Run and fingerprint of the weights; what another one sampled at the same step is of another try.
+        begun: Version of the weights that it began with; the step where that is not recorded.
+        sampler: Run and fingerprint of these weights; what another one of the same version sampled is of another try.
         task: Key of its task.
         batch: Number of its generation batch in the run; None outside of training, and in lines of earlier versions,
             where the step tells batches apart.
@@ -52,6 +53,7 @@ class Row:
     step: int
     dataset: str
     agent: str
+    begun: int
     sampler: tuple[str, str]
     task: str
     batch: int | None
@@ -113,6 +115,7 @@ def row_of(record: Mapping[str, Any]) -> Row:
         step=int(record["step"]),
         dataset=str(record.get("dataset") or ""),
         agent=str(record.get("agent")),
+        begun=int(record["step"] if record.get("version") is None else record["version"]),
         sampler=(str(record.get("run") or ""), str(record.get("weights") or "")),
         task=str(record.get("task_hash") or record.get("task_index")),
         batch=record.get("batch") if record.get("mode") in (None, "train") else None,

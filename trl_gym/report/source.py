@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from trl_gym.errors import ConfigError
-from trl_gym.rollouts.journal import TOKENIZER, TRAINING_LOGPROBS, journal_files, read_objects
+from trl_gym.rollouts.journal import TOKENIZER, TRAINING_LOGPROBS, as_of_today, journal_files, read_objects
 
 TOKENIZER_FILE = "tokenizer.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -20,6 +20,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 class _LogprobsShape(msgspec.Struct):
     rollout_id: str
     logprobs: list[float | None]
+    schema: int = 1
     step: int | None = None
     advantage: float | None = None
     further_rows: list[list[float | None]] = []
@@ -113,11 +114,11 @@ def read_metrics(run: RecordedRun) -> list[dict[str, Any]]:
 def read_trained(run: RecordedRun) -> Iterator[Trained]:
     """Yield what was trained, where a run has recorded it (see `rollouts.logprobs`).
 
-    It is in the file of the step that trained the rollout, which need not be the one that sampled it; of one that was
-    trained again after a resume, the last step's comes last.
+    It is in the file of the step that trained the rollout, which need not be the one that it was sampled for. Of one
+    that was trained again after a resume, the last step's comes last.
     """
     for path in sorted((run.folder / TRAINING_LOGPROBS).glob("*.jsonl"), key=_numbers_in):
-        for record in read_objects(path, _LogprobsShape):
+        for record in map(as_of_today, read_objects(path, _LogprobsShape)):
             rows = [record["logprobs"], *record.get("further_rows", [])]
             yield Trained(record["rollout_id"], record.get("step"), record.get("advantage"), rows)
 

@@ -170,7 +170,7 @@ class SharedBatch:
 
         Args:
             min_valid_fraction: Fraction of the rollouts, replaced ones included, that must be valid.
-            step: Optimizer step whose weights sampled them.
+            step: Number of the optimizer step that they were sampled for.
             where: Tells the user where to read more: a sentence that begins with a verb.
 
         Raises:
@@ -212,7 +212,7 @@ def share(
         mode: `"train"` or `"eval"`.
         rank: This rank.
         gather: From a list on every rank to the list of all, by rank (accelerate's `gather_object`).
-        step: Optimizer steps in the weights that are trained next, for staleness.
+        step: Number of the optimizer step that trains them, for staleness; None in an evaluation.
         replaced: Rollouts of this rank whose groups were replaced, with their rewards.
     """
     facts, others = (

@@ -147,7 +147,7 @@ def table_beside(output_dir: str | Path, step: int, name: str) -> Iterator[None]
 
     Args:
         output_dir: The run's folder.
-        step: Optimizer step.
+        step: Optimizer steps made.
         name: Name of the evaluation set; may be empty.
     """
     table = Path(output_dir) / "completions" / f"completions_{step:05d}.parquet"

@@ -1,9 +1,9 @@
 """Append-only record of every rollout: what was asked, what came back, which tokens are trained.
 
 One JSON object per line in `<output_dir>/rollouts/step-<k>.rank-<r>.jsonl` (`eval-step-<k>.…` for evaluation,
-`rollout-step-0.…` for `trl-gym rollout`), where k is the optimizer step whose weights it began with. A file that has
-grown too large goes on in `step-<k>.rank-<r>.part-1.jsonl`. Viewer, debugging, resume and offline training read the
-same files.
+`rollout-step-0.…` for `trl-gym rollout`), where k is the optimizer step that the rollout was sampled for, counted from
+1; an evaluation has the number of steps made before it. A file that has grown too large goes on in
+`step-<k>.rank-<r>.part-1.jsonl`. Viewer, debugging, resume and offline training read the same files.
 
     append(record)   redacted, one line, in the operating system's hands when it returns: a process that is killed
                      afterwards loses nothing. In the thread where rollouts end, without waiting for the disk.
@@ -21,6 +21,9 @@ Log-probabilities are packed in the file, as base64 of little-endian numbers: `"
 `float64` where a number is no `float32`. As decimal digits they would be half of a line of many tokens, and most of
 the work of writing it. Whoever reads a line with the functions of this module gets a list of the same numbers, to the
 bit. Lines of schema 1 have lists.
+
+Until schema 2, training's `step` and the k of its files were the number of steps made before, and no `version` was
+recorded, which was the same number. Whoever reads with the functions of this module sees what schema 3 says.
 """
 
 from __future__ import annotations
@@ -54,11 +57,14 @@ from trl_gym.untrusted import number as as_number
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 2
+SCHEMA = 3
+_COUNTS_FROM_1 = 3  # first schema that counts training's steps from 1
 TRAINING_LOGPROBS = "training_logprobs"  # folder beside the journal's, see `rollouts.logprobs`
 TOKENIZER = "tokenizer"  # folder beside the journal's with the tokenizer of its token ids, written when a run begins
 _MAX_BYTES = 512 * 10**6
 _NAME = re.compile(r"(?:(?P<mode>\w+)-)?step-(?P<step>\d+)\.rank-(?P<rank>\d+)(?:\.part-(?P<part>\d+))?\.jsonl")
+_BEGIN = re.compile(rb'\{"schema": ?(\d+)[,}]')  # of a line
+_MAX_OPEN = 8  # files: rollouts of a few steps end in turns with `gym_max_staleness`, beside those of an evaluation
 _MAX_NAMED = 8  # places of numbers that are not finite, in one warning
 
 
@@ -96,8 +102,8 @@ class Journal:
         self._redactor = Redactor([*secrets_of(os.environ), *secrets])
         self._warned_of: set[tuple[str, str]] = set()  # environment, place in the line
         self._lock = threading.Lock()
-        self._parts: dict[tuple[str, int], _Part] = {}
-        self._ended: list[_Part] = []  # full, or of an earlier step: closed by the next commit
+        self._parts: dict[tuple[str, int], _Part] = {}  # by mode and step, the one written to last at the end
+        self._ended: list[_Part] = []  # full, or not written to for long: closed by the next commit
         self._has_new_file = False
 
     def path(self, step: int, mode: str, part: int = 0) -> Path:
@@ -181,11 +187,13 @@ class Journal:
 
     def _part(self, mode: str, step: int, num_bytes: int) -> _Part:
         key = (mode, step)
-        part = self._parts.get(key)
-        if part is not None and (part.size == 0 or part.size + num_bytes <= self._max_bytes):
-            return part
-        self._ended += self._parts.values()
-        self._parts = {key: self._new_part(mode, step)}
+        part = self._parts.pop(key, None)
+        if part is not None and part.size and part.size + num_bytes > self._max_bytes:
+            self._ended.append(part)
+            part = None
+        self._parts[key] = part or self._new_part(mode, step)
+        while len(self._parts) > _MAX_OPEN:
+            self._ended.append(self._parts.pop(next(iter(self._parts))))
         return self._parts[key]
 
     def _new_part(self, mode: str, step: int) -> _Part:
@@ -322,38 +330,50 @@ class Line:
 
 
 def read_journal(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Return all lines of a journal, by mode, step, rank and part; see `read_lines`."""
+    """Return all lines of a journal, by mode, step, rank and part; see `lines_of`."""
     return (line.record for line in read_lines(folder))
 
 
-def read_lines(folder: str | Path, *, mode: str | None = None, step: int | None = None) -> Iterator[Line]:
-    """Yield the lines of a journal, without holding a file in memory.
+def read_lines(folder: str | Path) -> Iterator[Line]:
+    """Return all lines of a journal, by mode, step, rank and part; see `lines_of`."""
+    return (line for path in journal_files(folder) for line in lines_of(path))
 
-    Args:
-        folder: The journal's folder.
-        mode: The mode to read; None for all.
-        step: The step to read; None for all.
+
+def lines_of(path: Path) -> Iterator[Line]:
+    """Yield the lines of a journal's file, without holding it in memory.
 
     Raises:
         ConfigError: A line cannot be read: it is not JSON, or has fields of other types than the journal writes. The
-            last of a file may have been torn by a crash; then it is left out, and logged.
+            last one may have been torn by a crash; then it is left out, and logged.
     """
-    for path in journal_files(folder, mode=mode, step=step):
-        with open(path, "rb") as file:
-            offset = 0
-            for number, raw in enumerate(file, start=1):
-                if raw.strip():
-                    record = _parse(raw, path, number)
-                    if record is not None:
-                        yield Line(path, offset, len(raw.rstrip(b"\n")), record)
-                offset += len(raw)
+    with open(path, "rb") as file:
+        offset = 0
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                record = _parse(raw, path, number)
+                if record is not None:
+                    yield Line(path, offset, len(raw.rstrip(b"\n")), record)
+            offset += len(raw)
 
 
 def read_line(path: Path, offset: int, length: int) -> dict[str, Any]:
     """Read one line again, from where `read_lines` found it."""
     with open(path, "rb") as file:
         file.seek(offset)
-        return _with_logprobs(parse_json(file.read(length)), _unpacked)
+        return as_of_today(_with_logprobs(parse_json(file.read(length)), _unpacked))
+
+
+def as_of_today(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a line, of the journal or of `training_logprobs`, with the `step` and `version` of this schema; see the
+    module. The line itself is changed."""
+    step, schema = line.get("step"), line.get("schema", 1)
+    if step is not None and schema < _COUNTS_FROM_1:
+        line |= {"step": _step_of_today(step, line.get("mode") or "train", schema), "version": step}
+    return line
+
+
+def _step_of_today(step: int, mode: str, schema: int) -> int:
+    return step + 1 if mode == "train" and schema < _COUNTS_FROM_1 else step
 
 
 def read_objects(path: Path, shape: Any = dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -378,25 +398,34 @@ def read_objects(path: Path, shape: Any = dict[str, Any]) -> Iterator[dict[str, 
             yield value
 
 
-def journal_files(folder: str | Path, *, mode: str | None = None, step: int | None = None) -> list[Path]:
+def journal_files(folder: str | Path) -> list[Path]:
     """Return the files of a journal in the order in which they are read: by mode, step, rank, part."""
-    found = []
+    return [path for _, path in sorted(_files(folder))]
+
+
+def training_files(folder: str | Path) -> dict[int, list[Path]]:
+    """Return the files of training by the step of their lines, as `as_of_today` counts it."""
+    found: defaultdict[int, list[Path]] = defaultdict(list)
+    for (mode, step, *_), path in sorted(_files(folder)):
+        if mode == "train":
+            found[step].append(path)
+    return dict(found)
+
+
+def _files(folder: str | Path) -> Iterator[tuple[tuple[str, int, int, int, int], Path]]:
+    """Yield mode, step, rank, schema and part of each file, and the file. One file is of one schema."""
     for path in Path(folder).glob("*.jsonl"):
-        match = _NAME.fullmatch(path.name)
-        if match is None:
-            continue
-        its_mode, its_step = match["mode"] or "train", int(match["step"])
-        if mode in (None, its_mode) and step in (None, its_step):
-            found.append(((its_mode, its_step, int(match["rank"]), int(match["part"] or 0)), path))
-    return [path for _, path in sorted(found)]
+        if (match := _NAME.fullmatch(path.name)) is not None:
+            mode, schema = match["mode"] or "train", _schema_of(path)
+            step = _step_of_today(int(match["step"]), mode, schema)
+            yield (mode, step, int(match["rank"]), schema, int(match["part"] or 0)), path
 
 
-def step_of(path: Path) -> int:
-    """Return the optimizer step in the name of a journal's file."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        raise ValueError(f"{path.name} is not the name of a journal's file")
-    return int(match["step"])
+def _schema_of(path: Path) -> int:
+    with open(path, "rb") as file:
+        begin = file.read(64)
+    match = _BEGIN.match(begin)
+    return SCHEMA if not begin else 1 if match is None else int(match[1])
 
 
 def _parse(raw: bytes, path: Path, number: int) -> dict[str, Any] | None:
@@ -411,6 +440,7 @@ def _parse(raw: bytes, path: Path, number: int) -> dict[str, Any] | None:
         try:
             record = _with_logprobs(record, _unpacked) if isinstance(record, dict) else record
             problem = shape_problem(record, _RecordShape) or _contradiction(record)
+            record = record if problem else as_of_today(record)
         except ValueError as error:
             problem = str(error)
     if problem is not None:
@@ -461,6 +491,8 @@ class _ResponseShape(msgspec.Struct):
 
 class _RecordShape(_TokensShape, kw_only=True):
     step: _Size
+    version: _Size | None = None
+    schema: int = SCHEMA
     mode: str = "train"
     rollout_id: str = ""
     agent: str = ""

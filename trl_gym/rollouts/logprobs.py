@@ -10,11 +10,11 @@ no gap is logged: it would cost a forward pass of its own.
 
 On disk the trainer's log-probabilities stand beside the journal, in `<output_dir>/training_logprobs/*.jsonl`: a
 rollout is journaled before it is trained on, and these are known later. One object per trained rollout:
-`{"rollout_id": …, "step": …, "advantage": …, "logprobs": [T]}`. The advantage is TRL's: after all reward functions,
-their weights and the scaling. Log-probabilities are in nats, one for each of the journal's `completion_ids`; null for
-one that is not finite. With several rows, `further_rows` has `[T]` of each of the journal's `further_rows`. A row
-that was dropped (`gym_max_rows_factor`) has an empty list. `step` trained the rollout; the journal's line has the
-`step` that sampled it and the versions of its calls, which with `gym_max_staleness` are earlier ones.
+`{"schema": 3, "rollout_id": …, "step": …, "advantage": …, "logprobs": [T]}`. The advantage is TRL's: after all reward
+functions, their weights and the scaling. Log-probabilities are in nats, one for each of the journal's
+`completion_ids`; null for one that is not finite. With several rows, `further_rows` has `[T]` of each of the journal's
+`further_rows`. A row that was dropped (`gym_max_rows_factor`) has an empty list. `step` trained the rollout; that of
+the journal's line, for which it was sampled, may be another one with `gym_max_staleness`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from trl_gym.errors import RolloutError
-from trl_gym.rollouts.journal import TRAINING_LOGPROBS
+from trl_gym.rollouts.journal import SCHEMA, TRAINING_LOGPROBS
 from trl_gym.rollouts.metrics import ValueSum
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def record(
         rows: `[R]`; rollouts that have none are left out.
         rollouts: `[B]`.
         advantages: `[B]`.
-        step: Optimizer steps in the weights that are trained next. Earlier ones may have sampled the rollouts.
+        step: Number of the optimizer step that trains the batch.
         rank: This process's rank.
 
     Raises:
@@ -177,7 +177,7 @@ def record(
     lines = []
     for place, by_row in found.items():
         first, *further = (by_row.get(index, []) for index in range(len(rollouts[place].trajectories)))
-        line: dict[str, Any] = {"rollout_id": rollouts[place].request.rollout_id, "step": step}
+        line: dict[str, Any] = {"schema": SCHEMA, "rollout_id": rollouts[place].request.rollout_id, "step": step}
         line |= {"advantage": round(advantages[place], _DIGITS), "logprobs": first}
         line |= {"further_rows": further} if further else {}
         lines.append(json.dumps(line, separators=(",", ":")) + "\n")

@@ -29,8 +29,8 @@ as `gym/<agent>/<name>`, beside the numbers of its verify response:
 | `dropped_stale` | rollouts that `gym_on_stale: drop` cancelled; missing where there are none |
 
 From `reward` on, rollouts that did not fail. From `groups/…` on only in training: groups by the environment's reward,
-the rest as `rollouts/<name>` alone. The **staleness** of a token is the optimizer step that trains it minus the weight
-version of the call that sampled it. Besides:
+the rest as `rollouts/<name>` alone. The **staleness** of a token is the number of optimizer steps made between the
+weights of the call that sampled it and the step that trains it: k - 1 - v for step k and version v. Besides:
 
 | name | meaning |
 |---|---|

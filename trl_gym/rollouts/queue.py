@@ -4,7 +4,7 @@
                                        │                    ▲
                                        └─ collector's thread: rollouts end, groups become whole, whenever they do
 
-A group is trained at most `gym_max_staleness` optimizer steps after the step whose weights it began with. Which groups
+Between a group's first weights and the step that trains it, at most `gym_max_staleness` others are made. Which groups
 are taken decides whether all others can still be trained in time (`choose`): those that have ended, oldest first, as
 long as no later batch is left with more groups that are due than it has room for. Until then the oldest are waited
 for, or what they still wait for is cancelled (`gym_on_stale`).
@@ -63,7 +63,7 @@ class EndedGroup:
     task: TaskGroup
     rollouts: list[Rollout]  # `[num_wanted]` by member, failures included
     surplus: list[Rollout] = field(default_factory=list)  # what was launched beyond, mostly cancelled
-    born: int  # optimizer step whose weights its first rollouts began with
+    born: int  # version of the weights that its first rollouts began with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,8 +186,8 @@ class RolloutQueue:
         Args:
             groups: Further groups.
             number: How many to return.
-            step: Optimizer steps made; the next one trains what is returned.
-            later_steps: The same for each batch to come that may train what is in flight.
+            step: Number of the optimizer step that trains what is returned; see `BatchInfo.step`.
+            later_steps: Those of each batch to come that may train what is in flight.
             per_batch: Groups of each of them.
 
         Raises:
@@ -220,7 +220,7 @@ class RolloutQueue:
         """
         launched = [entry for entry in self._entries if entry.launch is not None]
         self._give_up_launches()
-        newest = self._sampler.policy().step
+        newest = self._sampler.policy().version
         self._given_up += [rollout_id for entry in launched for rollout_id in entry.give_up_lost(newest)]
         return sum(len(entry.missing()) for entry in launched)
 
@@ -233,14 +233,15 @@ class RolloutQueue:
             first = self._begun[:number]
             return first if all(entry.is_whole for entry in first) else None
         # After a resume, groups of which nothing was finished are younger than some that were planned after them.
-        begun = sorted(self._begun, key=lambda entry: entry.born)
-        later = [sum(later - entry.born <= self._max_staleness for later in later_steps) for entry in begun]
+        begun = sorted(self._begun, key=lambda entry: entry.policy.version)
+        later = [sum(entry.policy.staleness(step) <= self._max_staleness for step in later_steps) for entry in begun]
         candidates = [Candidate(num, entry.is_whole) for num, entry in zip(later, begun, strict=True)]
         taken, due = choose(candidates, number, num_later=len(later_steps), per_batch=per_batch)
         if self._drops and sum(one.is_whole for one in candidates) >= number:
             for entry in (begun[index] for index in due):
                 entry.interrupt(
-                    f"`gym_on_stale` is 'drop': its group began {step - entry.born} optimizer steps ago, and "
+                    "`gym_on_stale` is 'drop': its group began "
+                    f"{entry.policy.staleness(step)} optimizer steps ago, and "
                     f"`gym_max_staleness` is {self._max_staleness}"
                 )
         return None if taken is None else [begun[index] for index in taken]
@@ -299,7 +300,7 @@ class RolloutQueue:
     def _recalled(self, task: TaskGroup, policy: Policy) -> tuple[Policy, Mapping[int, Rollout]]:
         """Return the policy that a group begins with, and what an interrupted run has finished of it with that one."""
         begun = task.begun
-        if begun is not None and policy.step - begun.step <= self._max_staleness:
+        if begun is not None and policy.version - begun.version <= self._max_staleness:
             recalled = self._sampler.recall(task.requests, begun)
             if recalled and begun != policy:  # what was lost once was run again with the policy of the checkpoint
                 recalled = {**self._sampler.recall(task.requests, policy), **recalled}
@@ -355,9 +356,9 @@ class _Entry:
             self.newest = {place: self.newest[place] for place in recalled}
 
     @property
-    def born(self) -> int:
+    def policy(self) -> Policy:
         assert self.begun is not None, "only what has begun has an age"
-        return self.begun.step
+        return self.begun
 
     @property
     def is_whole(self) -> bool:
@@ -388,16 +389,16 @@ class _Entry:
         """Tell whether a rollout is cancelled because this group does not want it any more."""
         return place in self._interrupted
 
-    def give_up_lost(self, newest_step: int) -> list[str]:
+    def give_up_lost(self, newest: int) -> list[str]:
         """Prepare further attempts of what the loss of the server may have ended, or will not let end, and return the
         ids of the lost ones. A group that has enough rewards without them needs no further attempts.
 
         Args:
-            newest_step: Optimizer step of the weights that the server held last.
+            newest: Version of the weights that the server held last.
         """
         if self.begun is None:
             return []
-        ours = {str(step) for step in range(self.begun.step, newest_step + 1)}
+        ours = {str(version) for version in range(self.begun.version, newest + 1)}
         lost = {}
         for place, request in self.newest.items():
             kept = self.kept.get(place)
@@ -419,7 +420,7 @@ class _Entry:
             task=self.task,
             rollouts=[self.kept[place] for place in sorted(wanted)],
             surplus=[self.kept[place] for place in sorted(surplus)],
-            born=self.born,
+            born=self.policy.version,
         )
 
 

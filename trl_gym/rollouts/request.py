@@ -38,6 +38,7 @@ class RolloutRequest:
     Attributes:
         rollout_id: Unique over all steps, ranks and attempts; safe in a URL path and as a file name.
         task_index: Index of the dataset row.
+        step: Number, from 1, of the optimizer step that it is sampled for; in an evaluation, the steps made before.
         batch: Number, in the run, of the generation batch that the task was drawn for; evaluations count their own.
         group: Index, in this generation batch over all ranks, of the group the rollout belongs to.
         member: Index in its group.
@@ -53,6 +54,7 @@ class RolloutRequest:
     attempt: int
     agent: str
     row: dict[str, Any]
+    step: int = 0
     batch: int = 0
 
     @property

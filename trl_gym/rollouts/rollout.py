@@ -146,12 +146,11 @@ def conversation(rollout: Rollout) -> list[dict[str, Any]]:
 # -- the journal's line -----------------------------------------------------------------------------------------------
 
 
-def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: str) -> dict[str, Any]:
+def journal_record(rollout: Rollout, *, mode: str, weight_version: str) -> dict[str, Any]:
     """Return the journal's line for a rollout, without what the journal adds (`schema`, `rank`, `time`).
 
     Args:
         rollout: The rollout.
-        step: Optimizer step whose weights it began with.
         mode: `"train"`, `"eval"` or `"rollout"`.
         weight_version: The version that the policy server held, for a rollout without records of its model calls.
     """
@@ -159,7 +158,7 @@ def journal_record(rollout: Rollout, *, step: int, mode: str, weight_version: st
     first, *further = map(_tokens, rollout.trajectories or [_NOTHING])
     components = answer.get("reward_components")
     return {
-        "step": step,
+        "step": request.step,
         "mode": mode,
         "task_index": request.task_index,
         "task_hash": task_hash(request.row),
@@ -313,8 +312,8 @@ class RolloutFacts:
     tool_calls: int = 0  # tool calls in Gym's answer
     tool_errors: int = 0  # tool results that say that the call failed
     is_truncated: bool = False  # whether Gym reports that the rollout was cut
-    # Sampled tokens by staleness: the step that trains them minus the version of the call that sampled them; empty
-    # where versions are no steps. Below 0 with `gym_replay` of a run that had come further.
+    # Sampled tokens by staleness: optimizer steps made between the weights that sampled them and the step that trains
+    # them; empty where versions are no steps. Below 0 with `gym_replay` of a run that had come further.
     staleness: dict[int, int] = field(default_factory=dict)
     spans_versions: bool = False  # whether its tokens were sampled under several versions
     fields: dict[str, float] = field(default_factory=dict)  # finite numbers of the verify response by name
@@ -328,7 +327,7 @@ def facts_of(rollout: Rollout, reward: float | None, mode: str, step: int | None
         rollout: The rollout.
         reward: The reward to train on; None for a rollout that is not trained.
         mode: `"train"` or `"eval"`.
-        step: Optimizer steps in the weights that are trained next, for staleness; None leaves it out.
+        step: Number of the optimizer step that trains it, for staleness; None leaves it out.
     """
     answer = rollout.answer if rollout.failure is None else None
     trajectories = list(rollout.trajectories)
@@ -367,12 +366,12 @@ def facts_of(rollout: Rollout, reward: float | None, mode: str, step: int | None
 
 
 def _staleness(calls: Sequence[VersionedCall], step: int) -> dict[int, int]:
-    """Count tokens by staleness. A call during which weights changed has that of its first token: where in it they
-    changed is not known."""
+    """Count tokens by staleness: step k changes the weights of version k - 1. A call during which weights changed has
+    that of its first token: where in it they changed is not known."""
     found: Counter[int] = Counter()
     for call in calls:
         if _STEP.fullmatch(call.first):
-            found[step - int(call.first)] += call.num_tokens
+            found[step - 1 - int(call.first)] += call.num_tokens
     return dict(found)
 
 

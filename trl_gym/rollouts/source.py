@@ -68,12 +68,11 @@ class BatchInfo:
     """The generation batch that rollouts are for."""
 
     run: str  # id of the training run; a resumed run continues that of its checkpoint
-    step: int  # optimizer steps made so far
+    step: int  # number, from 1, of the optimizer step that trains it first; in an evaluation, the steps made before
     mode: str  # `"train"` or `"eval"`
     epoch: int = 0  # passes over the dataset made so far
     dataset: str = ""  # name of the evaluation set where there are several, else empty
-    # Of each generation batch to come for which rollouts may be in flight, the optimizer steps made before it.
-    later_steps: tuple[int, ...] = ()
+    later_steps: tuple[int, ...] = ()  # of each generation batch to come for which rollouts may be in flight
     per_batch: int = 0  # groups of each of these on this rank
     # A batch is collected in several rounds where groups of it are replaced.
     is_first: bool = True  # nothing was collected for it before
@@ -145,7 +144,7 @@ class RolloutSource(Protocol):
         """
 
     def push_weights(self, model: torch.nn.Module, step: int) -> dict[str, float]:
-        """Make the model's current weights, of an optimizer step, those that are sampled with. Return metrics."""
+        """Make the model's weights after an optimizer step those that are sampled with. Return metrics."""
 
     def take_optimizer(self, optimizer: Any) -> None:
         """Note the trainer's optimizer, which exists only when training begins."""
@@ -290,7 +289,7 @@ class JournalSource:
                         from_record(read_line(line.path, line.offset, line.length), request)
                         for line, request in itertools.islice(found, len(group.requests))
                     ],
-                    born=batch.step,
+                    born=batch.step - 1,
                 )
                 for group in groups
             ]
@@ -384,7 +383,7 @@ def _index(folder: Path) -> dict[str, list[_Group]]:
                 "Roll the tasks out again with this version.",
             )
         batch = record.get("run"), record.get("batch"), record["group"], record.get("dataset")
-        place = record["task_hash"], (batch, (record.get("weights"), record["step"])), record["member"]
+        place = record["task_hash"], (batch, (record.get("weights"), record.get("version"))), record["member"]
         attempts.append(Attempt.of(record, place))
         has_ids = bool(record["completion_ids"])
         kept = {"place": place, "has_ids": has_ids, "has_failed": record["failure"] is not None}
@@ -444,7 +443,6 @@ class Finisher:
     train_calls: TrainCalls = "answer"  # which model calls count
     has_ledger: bool = True  # whether the policy server says which tokens it sampled
     drift_policy: DriftPolicy  # with `"error"`, drift raises
-    step: int  # optimizer step whose weights sample this batch
     mode: str  # `"train"` or `"eval"`
     weight_version: str  # the version that the policy server holds
     tags: Mapping[str, Any] = field(default_factory=dict)  # fields that are added to every line
@@ -457,7 +455,7 @@ class Finisher:
                 `TrajectoryError`, or the journal cannot be written.
         """
         rollout = self._rollout(result)
-        record = journal_record(rollout, step=self.step, mode=self.mode, weight_version=self.weight_version)
+        record = journal_record(rollout, mode=self.mode, weight_version=self.weight_version)
         # The line of an attempt that is not the last says so: whoever counts rollouts leaves it out.
         failed_for = None if rollout.failure is None else rollout.failure.kind
         record["retried"] = result.was_lost or failed_for in result.retried_kinds

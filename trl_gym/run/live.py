@@ -64,7 +64,7 @@ class LiveSource:
     def __init__(self, args: GymGRPOConfig, servers: RunServers) -> None:
         self._args, self._servers = args, servers
         self.folder = Path(args.output_dir) / "rollouts"
-        self._step = -1  # of the weights that were pushed last; nothing is sampled before
+        self._version = -1  # of the weights that were pushed last; nothing is sampled before
         self._fingerprint = ""  # of those weights
         self._recall: Recall | None = None
         self._run = ""  # id of the training run
@@ -126,7 +126,7 @@ class LiveSource:
         report = self._weights.push(model, step)
         if self._weights.num_recoveries > num_recoveries:  # and with it, what was in flight during the update
             self._note_loss(self._queue.give_up_lost())
-        self._step, self._fingerprint = step, report.fingerprint
+        self._version, self._fingerprint = step, report.fingerprint
         metrics = {"weight_sync/bytes": float(report.num_bytes)}
         metrics |= {f"weight_sync/seconds/{phase}": seconds for phase, seconds in report.seconds.items()}
         return metrics if report.probe is None else metrics | {"weight_sync/probe_gap": report.probe.mean_gap}
@@ -237,10 +237,6 @@ class LiveSource:
         finally:
             self._servers.stop()
 
-    @property
-    def _version(self) -> str:
-        return str(self._step)
-
     def _new_collector(self) -> RolloutCollector[Rollout]:
         args, policy, gym = self._args, self.policy_server, self.gym_servers
         budgets = budgets_from_options(args.rollout_options)
@@ -264,7 +260,7 @@ class LiveSource:
             collector=collector,
             agree=lambda error: agree_on_loss(self._accelerator, error),
             recover=self._recover,
-            policy=lambda: Policy(run=self._run, step=self._step, weights=self._fingerprint),
+            policy=lambda: Policy(run=self._run, version=self._version, weights=self._fingerprint),
             finisher=lambda policy: self._finisher(policy, evaluation),
             recall=self._recalled if evaluation is None else lambda requests, policy: {},
             before=self._servers.check_before_rollouts,
@@ -280,7 +276,7 @@ class LiveSource:
         )
 
     def _recalled(self, requests: Sequence[RolloutRequest], policy: Policy) -> Mapping[int, Rollout]:
-        return {} if self._recall is None else self._recall.take_all(requests, policy, newest=self._step)
+        return {} if self._recall is None else self._recall.take_all(requests, policy, newest=self._version)
 
     def _finisher(self, policy: Policy, evaluation: BatchInfo | None) -> Finisher:
         assert self._journal is not None, "connect first"
@@ -292,9 +288,8 @@ class LiveSource:
             tags=policy.tags() | dataset,
             drift_policy=self._args.gym_drift,
             train_calls=self._args.gym_train_calls,
-            step=policy.step,
             mode="train" if evaluation is None else "eval",
-            weight_version=self._version,
+            weight_version=str(self._version),
         )
 
     def _recover(self, loss: PolicyServerLostError, num_lost: int) -> None:
@@ -313,7 +308,7 @@ class LiveSource:
             return
         self._servers.require_same_policy()
         now = self.policy_server.client.weight_version()
-        if now != self._version:
+        if now != str(self._version):
             raise RolloutError(
                 f"The policy server's weights changed from version {self._version} to {now} during rollouts.",
                 "Let nobody else push weights to this server while it is trained with.",

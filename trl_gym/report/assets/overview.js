@@ -69,7 +69,7 @@ function facts() {
     [
       Math.min(...steps) === Math.max(...steps) ? "step" : "steps",
       [...new Set([Math.min(...steps), Math.max(...steps)])].map((step) => num(step)).join("–"),
-      "optimizer steps with whose weights rollouts began",
+      "optimizer steps that train them, from 1; an evaluation follows its step",
     ],
     ["environments", num(run.agents.length), run.agents.join("\n")],
     ["failed", share(failed, rollouts), plural(failed, "rollout")],

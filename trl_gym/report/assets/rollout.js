@@ -135,7 +135,7 @@ function sidebar(i) {
     ["finish", run.get("finish", i)],
     ["success", get("success") === null ? null : num(get("success"))],
     ["weights", run.get("version", i)],
-    ["began with", isLate ? `weights of step ${num(get("step"))}` : null],
+    ["sampled for", isLate ? `step ${num(get("step"))}` : null],
     ["trained in", isLate ? `step ${num(get("trained"))}` : null],
     ["batch", get("batch") === null ? null : String(get("batch"))],
     ["attempt", num(get("attempt") + 1)],

@@ -17,7 +17,7 @@ function stepColumns(withAgent) {
   const reward = (s) => el("b", { title: s.reward }, fixed(s.reward, 4));
   const others = "lines that are not counted: tried again, ended early, superseded";
   return [
-    numbers("step", "step", "44px", get("step"), undefined, "optimizer step with whose weights rollouts began"),
+    numbers("step", "step", "44px", get("step"), undefined, "optimizer step that trains them; an evaluation follows it"),
     words("set", "set", "minmax(76px, 110px)", set, (s) => [el("i", { class: `dot ${s.mode}` }), set(s)]),
     withAgent && words("env", "environment", "minmax(150px, 3fr)", get("agent")),
     numbers("rollouts", "rollouts", track(62), get("rollouts")),
