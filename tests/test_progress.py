@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import os
 import pty
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
-from trl_gym.progress import BarProgress, LineProgress, PhaseClock, rollouts_text
+from trl_gym.progress import BarProgress, LineProgress, PhaseClock, RunProgress, rollouts_text, working
 from trl_gym.rollouts.attempts import CollectionStatus
+from trl_gym.train import CurrentStderr
 
 METRICS = {"reward": 0.5, "success": 0.25, "seconds/rollouts": 3.1, "seconds/weight_sync": 0.06, "loss": 1.0}
 
@@ -58,24 +63,107 @@ def test_leaving_closes_what_an_exception_left_open() -> None:
     assert changes == ["update", "scoring", None]
 
 
+FIRST = {"weight_sync": "first weight sync (at most 9 s)", "sampling": "first rollouts (at most 7 s each)"}
+
+
+def status(num_done: int, agent: str = "calc") -> CollectionStatus:
+    return CollectionStatus(
+        num_done=num_done, num_failed=1, num_running=2, num_retried=0, num_total=64, slowest=(agent, 7.0)
+    )
+
+
+def run(progress: RunProgress, agent: str = "calc") -> Iterator[None]:
+    """What a run tells, from its first phase to its end."""
+    progress.start(20, 0)
+    yield progress.phase("rollouts")  # which waits for the weights
+    yield progress.phase("weight_sync")
+    yield progress.phase("rollouts", evaluates=True)
+    yield progress.rollouts(status(12, agent))
+    yield progress.evaluated(0, METRICS | {"runtime": 123.4}, "[/hard]")
+    for step in range(1, 21):
+        yield progress.phase("rollouts")
+        yield progress.rollouts(status(64, agent))
+        yield progress.phase(None)
+        yield progress.phase("update")
+        yield progress.step(step, METRICS | {"rollouts/failed_fraction": 0.02})
+    progress.stop()
+    yield
+
+
+LINES = [
+    "first weight sync (at most 9 s)",
+    "first rollouts (at most 7 s each)",
+    "evaluation of [/hard] at step 0: reward 0.500, success 0.250, 123 s",
+    *(f"step {step:>2}/20: reward 0.500, success 0.250, failed 2%, 3.2 s" for step in range(1, 21)),
+]
+
+
 def test_piped_output_is_one_plain_line_per_step() -> None:
     out = io.StringIO()
-    progress = LineProgress(Console(file=out, width=40))
+    for _ in run(LineProgress(Console(file=out, width=40), FIRST)):
+        pass
+    by_phase = " (rollouts 3.1 s, weight sync 0.1 s)"
+    assert out.getvalue().splitlines() == [line + by_phase * line.startswith("step") for line in LINES]
+
+
+ERASE = "\r\x1b[2K"
+
+
+@pytest.mark.parametrize("width", [60, 80, 110])
+@pytest.mark.parametrize("agent", ["calc", "an_agent_with_a_long_name_" * 5, "[/bold]"])
+def test_step_bar_and_time_never_vanish(width: int, agent: str) -> None:
+    """The phase is what is cut, whatever it is; steps and evaluations stay above the bar."""
+    out = io.StringIO()
+    progress = BarProgress(Console(file=out, force_terminal=True, width=width), FIRST)
+    for _ in run(progress, agent):
+        progress._bar.refresh()
+    drawn = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", part) for part in out.getvalue().split(ERASE)]
+    bars = [line for part in drawn for line in part.splitlines() if re.match("step +[0-9]+/20 [━╺╸]", line)]
+    assert len(bars) > 80
+    for bar in bars:
+        assert re.match(r"step +\d+/20 [━╺╸]{9,} 0:00:00( |$)", bar) and cell_len(bar) <= width, bar
+    assert f"rollouts 64/64, 1 failed, 2 running, slowest {agent}"[: width // 3] in "".join(bars)
+    assert f"evaluation: rollouts 12/64, 1 failed, 2 running, slowest {agent}"[: width // 3] in "".join(bars)
+    shown = [line.rstrip() for part in drawn for line in part.splitlines() if line.strip() and line not in bars]
+    assert shown == LINES
+    assert bars[-1].rstrip().endswith("0:00:00")  # no phase is left at the end
+
+
+def test_what_is_logged_appears_above_the_bar() -> None:
+    out = io.StringIO()
+    progress = BarProgress(Console(file=out, force_terminal=True, width=80))
+    handler = logging.StreamHandler(CurrentStderr())
     progress.start(20, 0)
-    progress.evaluated(0, METRICS)
-    progress.phase("rollouts 1/2")
-    progress.step(1, METRICS)
-    progress.stop()
-    assert out.getvalue().splitlines() == [
-        "evaluation at step 0: reward 0.500, success 0.250",
-        "step 1/20: reward 0.500, success 0.250 (rollouts 3.1 s, weight sync 0.1 s)",
-    ]
+    try:
+        handler.handle(logging.makeLogRecord({"msg": "a gap is large"}))
+    finally:
+        progress.stop()
+    assert f"{ERASE}a gap is large" in out.getvalue()
 
 
-def status(num_done: int) -> CollectionStatus:
-    return CollectionStatus(
-        num_done=num_done, num_failed=1, num_running=2, num_retried=0, num_total=64, slowest=("calc", 7.0)
-    )
+def test_what_is_done_outside_of_training_says_how_long_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(width: int, *, live: bool = True, quiet: bool = False, terminal: bool = True) -> str:
+        out = io.StringIO()
+        monkeypatch.setattr(
+            "trl_gym.progress.Console", functools.partial(Console, file=out, width=width, force_terminal=terminal)
+        )
+        with working("importing [torch]", "up to a minute", live=live, quiet=quiet):
+            pass
+        return out.getvalue()
+
+    assert shown(80, terminal=False) == shown(80, live=False) == "importing [torch] (up to a minute)\n"
+    assert shown(80, quiet=True) == ""
+    assert "0:00:00 importing [torch] (up to a minute)" in re.sub(r"\x1b\[[0-9;]*m", "", shown(80))
+    assert shown(20).endswith("importing [torch]: 0.0 s\n")
+
+
+def test_nothing_ends_well_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr("trl_gym.progress.Console", functools.partial(Console, file=out, force_terminal=True))
+    with pytest.raises(KeyboardInterrupt), working("importing"):
+        raise KeyboardInterrupt
+    assert "importing:" not in out.getvalue()
+    assert out.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # cursor is back, line is gone
 
 
 def test_the_text_about_rollouts_is_one_line() -> None:
@@ -102,28 +190,6 @@ def test_piped_output_says_now_and_then_how_far_a_long_batch_is() -> None:
         "rollouts 30/64, 1 failed, 2 running, slowest calc 7 s",
         "rollouts 60/64, 1 failed, 2 running, slowest calc 7 s",
     ]
-
-
-def test_the_bar_shows_how_far_a_batch_is() -> None:
-    out = io.StringIO()
-    progress = BarProgress(Console(file=out, force_terminal=True, width=160))
-    progress.start(20, 0)
-    progress.rollouts(status(12))
-    progress.stop()
-    assert "rollouts 12/64, 1 failed, 2 running, slowest calc 7 s" in out.getvalue()
-
-
-def test_the_bar_shows_step_reward_and_phase() -> None:
-    out = io.StringIO()
-    progress = BarProgress(Console(file=out, force_terminal=True, width=120))
-    progress.start(20, 0)
-    progress.step(3, METRICS | {"rollouts/failed_fraction": 0.5})
-    progress.phase("rollouts 64/128")
-    progress.stop()
-    text = out.getvalue()
-    assert "3/20" in text
-    assert "reward 0.500, success 0.250, failed 50%" in text
-    assert "rollouts 64/128" in text
 
 
 # -- which one is chosen ----------------------------------------------------------------------------------------------

@@ -11,18 +11,21 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import TrainerState
 
 from tests.conftest import RECIPES, wait_for
 from trl_gym.cli import main
 from trl_gym.errors import ConfigError
 from trl_gym.train import (
     ScriptArguments,
+    after_interrupt,
     early_fork_server,
     make_data,
     model_to_train,
     newest_checkpoint,
     summarize,
     told_options,
+    was_evaluated,
 )
 
 MINIMAL = ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
@@ -186,4 +189,38 @@ def test_a_run_is_summed_up_from_what_is_on_disk(tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     for expected in ("0.100 → 0.400", "1 (0 failed)", "5 (2 sampled by the policy)", "6.0", "checkpoint-10"):
         assert expected in shown, shown
+    assert shown.rstrip().endswith(f"trl-gym view {tmp_path}")  # what to do next
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_run_says_how_it_goes_on(here: Path) -> None:
+    def told(**environment: str) -> str:
+        return after_interrupt({"output_dir": "out"}, environment)
+
+    assert told() == after_interrupt({}, {}) == "Nothing was rolled out yet: the same command starts again."
+    (here / "out/rollouts").mkdir(parents=True)
+    (here / "out/rollouts/step-0.rank-0.jsonl").touch()
+    assert "No whole checkpoint was written yet (`save_steps`): the same command starts with the first step." in told()
+    assert told().endswith("trl-gym view out")
+    torn = here / "out/checkpoint-3"
+    torn.mkdir()
+    assert "No whole checkpoint" in told()
+    whole = here / "out/checkpoint-2"
+    whole.mkdir()
+    (whole / "trainer_state.json").write_text('{"global_step": 2}')
+    assert "The same command with `--resume` continues from out/checkpoint-2." in told()
+    assert "with `ARGS=--resume` continues" in told(MAKELEVEL="1")
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_evaluated"),
+    [
+        ([], False),
+        ([{"step": 3, "reward": 0.5}], False),
+        ([{"step": 2, "eval_runtime": 1.0}], False),
+        ([{"step": 3, "eval_runtime": 1.0}], True),
+        ([{"step": 3, "eval_hard_runtime": 1.0}], True),
+    ],
+)
+def test_the_last_weights_are_evaluated_once(rows: list[dict[str, float]], is_evaluated: bool) -> None:
+    assert was_evaluated(TrainerState(global_step=3, log_history=rows)) is is_evaluated

@@ -10,20 +10,22 @@ overridden on the command line. At the end it prints a table of what the run ach
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
-import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import yaml
 
@@ -31,14 +33,19 @@ from trl_gym import recipes
 from trl_gym.errors import ConfigError, Problem, TrlGymError
 from trl_gym.hub import load_config
 from trl_gym.policy_server.fork_server import ForkServer
+from trl_gym.progress import PhaseClock, print_line, working
 from trl_gym.threads import wait_without_spinning
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from rich.table import Table
+    from transformers import TrainerState
     from trl import ModelConfig
 
     from trl_gym.config import GymGRPOConfig
+    from trl_gym.trainer import GymGRPOTrainer
+
+_Work = Callable[..., contextlib.AbstractContextManager[None]]  # `working`, as this process shows it
 
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # where accelerate looks, in its order
 
@@ -85,16 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = with_config_found(sys.argv[1:] if argv is None else argv)
     quiet()
     wait_without_spinning()
+    told = told_options(argv)
+    is_plain = str(told.get("disable_tqdm", "")).lower() in ("true", "1", "yes")
+    work = functools.partial(working, live=not is_plain, quiet=not _is_main(os.environ) or not _runs(told))
     try:
         # vLLM is imported while this process imports torch and TRL.
         early = early_fork_server(argv, os.environ)
         with early or contextlib.nullcontext() as forks:
-            _train(argv, forks)
+            _train(argv, forks, work)
     except TrlGymError as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; servers are stopped, finished rollouts are in the journal\n")
+        if _is_main(os.environ):
+            sys.stderr.write(f"\ninterrupted; servers are stopped\n{after_interrupt(told, os.environ)}\n")
         return 130
     return 0
 
@@ -118,13 +129,21 @@ def early_fork_server(argv: Sequence[str], environment: Mapping[str, str]) -> Fo
         environment: Variables by which launchers tell a process its rank; rank 0 starts servers.
     """
     options = told_options(argv)
-    rank = next((environment[name] for name in _RANKS if name in environment), "0")
     elsewhere = options.get("vllm_mode") == "server" or options.get("gym_replay") is not None
-    if rank != "0" or elsewhere or not options or options.keys() & {"h", "help"}:
+    if elsewhere or not _runs(options) or not _is_main(environment):
         return None
     devices = options.get("gym_server_devices")
     placed = {} if devices is None else {"CUDA_VISIBLE_DEVICES": str(devices)}
     return ForkServer(env=placed)
+
+
+def _runs(options: Mapping[str, Any]) -> bool:
+    """Return whether something is started, and not only the help shown."""
+    return bool(options) and not options.keys() & {"h", "help"}
+
+
+def _is_main(environment: Mapping[str, str]) -> bool:
+    return next((environment[name] for name in _RANKS if name in environment), "0") == "0"
 
 
 def told_options(argv: Sequence[str]) -> dict[str, Any]:
@@ -141,14 +160,15 @@ def told_options(argv: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
-def _train(argv: Sequence[str], forks: ForkServer | None) -> None:
-    started = time.monotonic()
-    from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset  # isort: skip  # imports the others, too
-    from accelerate import PartialState
-    from transformers.utils import logging as transformers_logging
-    from trl import get_peft_config
+def _train(argv: Sequence[str], forks: ForkServer | None, work: _Work) -> None:
+    clock = PhaseClock()
+    with clock.phase("imports"), work("importing torch and TRL", "up to a minute where files are cold"):
+        from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset  # isort: skip  # imports the others, too
+        from accelerate import PartialState
+        from transformers.utils import logging as transformers_logging
+        from trl import get_peft_config
 
-    from trl_gym.resume import last_complete_checkpoint
+        from trl_gym.resume import last_complete_checkpoint
 
     transformers_logging.disable_progress_bar()
     script, args, model = parse_options(argv, GymGRPOConfig)
@@ -156,9 +176,10 @@ def _train(argv: Sequence[str], forks: ForkServer | None) -> None:
     if state.is_main_process and (missing := plot_problem()) is not None:
         logging.getLogger(__name__).warning("%s", missing)
 
-    with state.main_process_first():
+    with clock.phase("data"), state.main_process_first():
         if script.data_script is not None:
-            train_file, eval_file = make_data(script.data_script, args.output_dir)
+            with work(f"writing data with {Path(script.data_script).name}"):
+                train_file, eval_file = make_data(script.data_script, args.output_dir)
             script.train_files.append(str(train_file))
             script.eval_files.append(str(eval_file))
     model.model_name_or_path = model_to_train(model.model_name_or_path, script)
@@ -170,8 +191,8 @@ def _train(argv: Sequence[str], forks: ForkServer | None) -> None:
     )
     if script.resume and args.resume_from_checkpoint is None:
         args.resume_from_checkpoint = last_complete_checkpoint(args.output_dir)
-    ready = time.monotonic()
 
+    clock.enter("servers and model")
     with GymGRPOTrainer(
         model=model.model_name_or_path,
         args=args,
@@ -180,21 +201,34 @@ def _train(argv: Sequence[str], forks: ForkServer | None) -> None:
         peft_config=get_peft_config(model),
         fork_server=forks,
     ) as trainer:
-        up = time.monotonic()
+        start_up = clock.take()
         if state.is_main_process:
-            logs = {"policy server log": trainer.policy_server, "NeMo Gym log": trainer.gym_servers}
-            for label, server in logs.items():
-                if (path := getattr(server, "log_path", None)) is not None:  # one that runs elsewhere has none here
-                    others = getattr(server, "num_processes", 1) - 1
-                    beside = f" (beside it those of {others} further processes)" if others else ""
-                    sys.stdout.write(f"{label + ':':<18} {path}{beside}\n")
-            sys.stdout.write(f"{'threads:':<18} {trainer.threads}\n")
-            sys.stdout.flush()
+            _tell_start(trainer)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        if script.eval_files and args.eval_strategy != "no" and args.max_steps % (args.eval_steps or 1):
+        if script.eval_files and args.eval_strategy != "no" and not was_evaluated(trainer.state):
             trainer.evaluate()
+        with work("stopping policy server and NeMo Gym"):
+            trainer.close()
     if state.is_main_process:
-        summarize(args.output_dir, {"policy and data": ready - started, "servers and model": up - ready})
+        summarize(args.output_dir, start_up)
+
+
+def _tell_start(trainer: GymGRPOTrainer) -> None:
+    logs = {"policy server log": trainer.policy_server, "NeMo Gym log": trainer.gym_servers}
+    for label, server in logs.items():
+        if (path := getattr(server, "log_path", None)) is not None:  # one that runs elsewhere has none here
+            others = getattr(server, "num_processes", 1) - 1
+            beside = f" (beside it those of {others} further processes)" if others else ""
+            sys.stdout.write(f"{label + ':':<18} {path}{beside}\n")
+    sys.stdout.write(f"{'threads:':<18} {trainer.threads}\n")
+    sys.stdout.flush()
+
+
+def was_evaluated(state: TrainerState) -> bool:
+    """Return whether the weights that training ended with have been evaluated, as transformers does by itself where
+    `eval_strategy` is 'steps'."""
+    rows = (row for row in state.log_history if row["step"] == state.global_step)
+    return any(name.startswith("eval_") and name.endswith("_runtime") for row in rows for name in row)
 
 
 def parse_options(
@@ -220,10 +254,20 @@ def parse_options(
         raise ConfigError(f"{error}.", "Correct them; `trl-gym doctor` lists every mistake in options.") from error
 
 
+class CurrentStderr:
+    """Writes to what `sys.stderr` is at that time: a live display takes it over, and prints above itself."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def quiet() -> None:
     """Keep libraries from talking over the progress bar; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, stream=cast("TextIO", CurrentStderr()))
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     for name in ("transformers", "trl", "datasets", "accelerate", "httpx", "vllm.triton_utils.importing"):
@@ -326,9 +370,45 @@ def summarize(output_dir: str | Path, start_up: Mapping[str, float]) -> None:
     console = Console()
     console.print(_table(metrics, _count(folder / "rollouts"), start_up))
     picture = plot_reward(metrics, folder / "reward.png")
-    for name, path in (("checkpoint", newest_checkpoint(folder)), ("reward curve", picture)):
-        if path is not None:
-            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+    for name, text in (
+        ("checkpoint", newest_checkpoint(folder)),
+        ("reward curve", picture),
+        ("every rollout", look_command(folder)),
+    ):
+        if text is not None:
+            print_line(console, f"{name + ':':<14} {text}")
+
+
+def look_command(folder: Path) -> str:
+    """Return the command that shows a run, as it can be typed where `trl-gym` may not be on the path."""
+    beside = Path(sys.executable).with_name("trl-gym")
+    near = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
+    is_found = shutil.which("trl-gym") is not None or not beside.exists()
+    return shlex.join(["trl-gym" if is_found else str(near), "view", str(folder)])
+
+
+def after_interrupt(options: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+    """Say what to do with a run that was interrupted, from what it has on disk.
+
+    Args:
+        options: As `told_options` reads them.
+        environment: Variables; `make` sets one, and takes further options in another way.
+    """
+    folder = Path(str(options.get("output_dir", ""))).expanduser()
+    if "output_dir" not in options or not any((folder / "rollouts").glob("*.jsonl")):
+        return "Nothing was rolled out yet: the same command starts again."
+    from trl_gym.resume import last_complete_checkpoint  # imports torch, which a run with rollouts has
+
+    checkpoint = None
+    with contextlib.suppress(ConfigError):  # all that there are were interrupted
+        checkpoint = last_complete_checkpoint(folder)
+    further = "`ARGS=--resume`" if "MAKELEVEL" in environment else "`--resume`"
+    go_on = (
+        "No whole checkpoint was written yet (`save_steps`): the same command starts with the first step."
+        if checkpoint is None
+        else f"The same command with {further} continues from {checkpoint}."
+    )
+    return f"{go_on} Finished rollouts are in the journal: {look_command(folder)}"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -12,6 +12,7 @@ TRL's loop is not touched, and no method of it is copied. The overrides call TRL
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import uuid
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
+from transformers.utils.logging import is_progress_bar_enabled
 
 from trl_gym import compat
 from trl_gym import ranks as rank_agreement
@@ -37,7 +39,7 @@ from trl_gym.memory.offload import measured_peak
 from trl_gym.model_card import completed, describe, settings_of
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.server import PolicyBackend
-from trl_gym.progress import PhaseClock, make_progress
+from trl_gym.progress import PhaseClock, first_phases, make_progress, working
 from trl_gym.ranks import agreed
 from trl_gym.resume import (
     CheckpointCallback,
@@ -164,15 +166,19 @@ class GymGRPOTrainer(GRPOTrainer):
         self._num_eval_batches = 0
         self._first_micro_step = 0  # of the optimizer step
         self._look_ahead = LookAhead(args.most_batches_ahead, args.steps_per_generation * args.num_iterations)
-        self._progress = make_progress(live=not args.disable_tqdm)
-        self._clocks = {mode: PhaseClock(self._progress.phase) for mode in ("train", "eval")}
+        shown = {"live": not args.disable_tqdm, "quiet": args.process_index > 0}
+        self._progress = make_progress(**shown, first=first_phases(args))
+        during_evaluation = functools.partial(self._progress.phase, evaluates=True)
+        self._clocks = {"train": PhaseClock(self._progress.phase), "eval": PhaseClock(during_evaluation)}
         own = {name: kwargs.get(name) for name in ("processing_class", "peft_config", "quantization_config")}
         own |= {"fork_server": fork_server, "agent_with_tools": agent_with_tools(train_dataset, eval_dataset)}
         self._source = self._new_source(args, model, policy_server, gym_servers, own)
         servers.close_previous(args.output_dir, self)  # before a second server is started beside the first
         try:
             self._source.start()  # servers load while the model does
-            with compat.generation_backend(self._generation_backend):
+            shown["live"] &= not is_progress_bar_enabled()  # transformers draws bars of its own
+            loading = working("loading the model", "downloaded first where it is not cached", **shown)
+            with loading, compat.generation_backend(self._generation_backend):
                 super().__init__(
                     model=model,
                     reward_funcs=[gym, *rewards],
@@ -186,7 +192,7 @@ class GymGRPOTrainer(GRPOTrainer):
             self.mask_truncated_completions = False
             self._run = broadcast_object_list([self._run_id])[0]
             self._accounting = Accounting(args, self.accelerator)
-            self._source.connect(self.accelerator, self.model_wrapped, self._hooks())
+            self._connect()
             self._batches = Batches(
                 self.accelerator,
                 self._source,
@@ -352,6 +358,13 @@ class GymGRPOTrainer(GRPOTrainer):
             check_replay(args, has_servers=policy_server is not None or gym_servers is not None)
             return JournalSource(args.gym_replay)
         return LiveSource(args, servers.servers_for(args, model, policy=policy_server, gym=gym_servers, **own))
+
+    def _connect(self) -> None:
+        nobody_to_wait_for = self._source.policy_server is None or not self.accelerator.is_main_process
+        longest = f"at most {self.args.gym_server_start_timeout:g} s"
+        live = not self.args.disable_tqdm
+        with working("waiting for policy server and NeMo Gym", longest, live=live, quiet=nobody_to_wait_for):
+            self._source.connect(self.accelerator, self.model_wrapped, self._hooks())
 
     def _generation_backend(self, **_: Any) -> compat.ServedGeneration:
         """Its weight sync is reached when weights changed and no callback has pushed them: at the start, on resume."""

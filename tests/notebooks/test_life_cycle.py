@@ -169,7 +169,7 @@ def test_nothing_outlives_the_kernel(kernel: Kernel, how: str) -> None:
     gone(servers)
 
 
-def test_progress_is_one_line_that_is_drawn_again(kernel: Kernel) -> None:
+def test_progress_is_a_bar_and_lines_that_are_drawn_again(kernel: Kernel) -> None:
     """Without ipywidgets, whose absence makes rich's own bar invisible."""
     drawn: list[tuple[str, str]] = []
 
@@ -179,21 +179,25 @@ def test_progress_is_one_line_that_is_drawn_again(kernel: Kernel) -> None:
             drawn.append((message["msg_type"], html))
 
     code = """
-    from trl_gym.progress import make_progress
+    from trl_gym.progress import make_progress, working
+    with working("loading <b>it</b>", "seconds"):
+        pass
     progress = make_progress(live=True)
     progress.start(20, 0)
     progress.evaluated(0, {"reward": 0.5, "success": 0.25})
     progress.step(3, {"reward": 0.75, "rollouts/failed_fraction": 0.5})
     progress.phase("<b>weight_sync</b>")
     progress.stop()
+    progress.evaluated(3, {"reward": 0.875})
     """
     reply = kernel.client.execute_interactive(textwrap.dedent(code), timeout=TIMEOUT_S, output_hook=on_output)
     assert reply["content"]["status"] == "ok", json.dumps(reply["content"])
-    assert [kind for kind, _ in drawn][:2] == ["display_data", "display_data"]
-    assert {kind for kind, _ in drawn[2:]} == {"update_display_data"}
     texts = [html for _, html in drawn]
-    assert "step 0/20" in texts[0]
-    assert "evaluation at step 0: reward 0.500, success 0.250" in texts[1]
-    assert 'value="3" max="20"' in texts[2] and "reward 0.750, failed 50%" in texts[2]
-    assert "step 3/20" in texts[-1] and not any("<b>" in text for text in texts)
+    begun = ["loading", "step 0/20", "<div style", "evaluation at step 3: reward 0.875"]
+    displayed = [html for kind, html in drawn if kind == "display_data"]
+    assert [text in html for text, html in zip(begun, displayed, strict=True)] == [True] * 4
+    assert "loading &lt;b&gt;it&lt;/b&gt; (seconds)" in texts[0] and "it&lt;/b&gt;: 0.0 s" in texts[1]
+    assert "step  3/20: reward 0.750, failed 50%" in texts[-4] and "evaluation at step 0: reward 0.500" in texts[-4]
+    assert 'value="3" max="20"' in texts[-3]
+    assert "step 3/20" in texts[-2] and not any("<b>" in text for text in texts)
     assert kernel.run("print(type(make_progress(live=False)).__name__)") == "LineProgress"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from trl_gym.commands.rollout_flags import CollectOptions, NamedFile
 from trl_gym.dataset import gym_row, load_gym_dataset
@@ -33,7 +33,7 @@ from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, server_urls
 from trl_gym.policy_server.command import KEY_VARIABLE
 from trl_gym.policy_server.middleware.identity import gym_key
-from trl_gym.progress import rollouts_text
+from trl_gym.progress import bar_columns, draws, print_line, rollouts_text
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.attempts import Progress as CollectionProgress
@@ -496,27 +496,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def speaker(console: Console) -> Callable[[str], None]:
     """Return a function that prints sentences as they are."""
-    return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
+    return lambda text: print_line(console, text)
 
 
 @contextlib.contextmanager
 def shown_progress(console: Console) -> Iterator[CollectionProgress]:
     """Show the progress of a collection: as a bar in a terminal, else as some lines (so in a notebook)."""
-    if not console.is_terminal:
+    if not draws(console):
         yield _line_progress(speaker(console))
         return
-    bar = Progress(
-        TextColumn("[bold]rollouts"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-    )
-    with bar:
-        task = bar.add_task("", total=None, status="starting NeMo Gym")
+    with Progress(*bar_columns("rollouts"), console=console, expand=True) as bar:
+        task = bar.add_task("", total=None, phase="starting NeMo Gym")
         yield lambda status: bar.update(
-            task, completed=status.num_done, total=status.num_total, status=rollouts_text(status).partition(", ")[2]
+            task, completed=status.num_done, total=status.num_total, phase=rollouts_text(status).partition(", ")[2]
         )
 
 
