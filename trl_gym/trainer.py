@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils import logging as transformers_logging
 
 from trl_gym import compat
 from trl_gym import ranks as rank_agreement
@@ -176,7 +176,7 @@ class GymGRPOTrainer(GRPOTrainer):
         servers.close_previous(args.output_dir, self)  # before a second server is started beside the first
         try:
             self._source.start()  # servers load while the model does
-            shown["live"] &= not is_progress_bar_enabled()  # transformers draws bars of its own
+            shown["live"] &= not transformers_logging.is_progress_bar_enabled()  # transformers draws bars of its own
             loading = working("loading the model", "downloaded first where it is not cached", **shown)
             with loading, compat.generation_backend(self._generation_backend):
                 super().__init__(
