@@ -1,19 +1,24 @@
-"""The wheel and the sdist hold what they must, and the wheel's command works without torch, vLLM and TRL."""
+"""The wheel and the sdist hold what they must, and what the documentation says about installing works."""
 
 from __future__ import annotations
 
 import email
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import trl_gym
+from trl_gym.gym.setup import find_links
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "vllm", "transformers", "trl", "datasets", "numpy")
@@ -66,20 +71,64 @@ def test_the_wheel_declares_what_the_project_does(wheel: Path) -> None:
     assert "trl_gym = trl_gym.policy_server.engine.plugin:register" in entry_points
 
 
-def test_the_command_of_the_unpacked_wheel_loads_nothing_heavy(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
+def install_blocks() -> list[str]:
+    """What the documentation tells people to type, one after the other: pip with and without a GPU, then uv."""
+    page = (ROOT / "docs" / "getting_started.md").read_text()
+    section = page[page.index("## Install") : page.index("### In a checkout")]
+    return [block for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL) if "pip" in block]
+
+
+def test_pip_and_uv_install_the_same() -> None:
+    pip_gpu, pip_cpu, uv_gpu, uv_cpu = install_blocks()
+    index = " --extra-index-url https://download.pytorch.org/whl/cpu"
+    as_uv = {"pip install": "uv pip install", "pip uninstall -y": "uv pip uninstall", index: " --torch-backend cpu"}
+    for ours, theirs in as_uv.items():
+        pip_gpu, pip_cpu = pip_gpu.replace(ours, theirs), pip_cpu.replace(ours, theirs)
+    assert (pip_gpu, pip_cpu) == (uv_gpu, uv_cpu)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment elsewhere, after the commands of the documentation: uv without a GPU, and the wheel for the name.
+
+    On a machine that has torch's CPU wheel in a folder, that folder stands for PyTorch's index.
+    """
+    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))  # set-up has brought one
+    python = tmp_path_factory.mktemp("elsewhere") / ".venv" / "bin" / "python"
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, python.parents[1]], check=True)
+    links = [link for link in find_links() if list(Path(link).glob("torch-*+cpu-*.whl"))]
+    for line in install_blocks()[-1].splitlines():
+        words = shlex.split(line.replace("trl-gym[", f"{wheel}["))
+        if links and "--torch-backend" in words:
+            words[words.index("--torch-backend") :] = [word for link in links for word in ("--find-links", link)]
+        command = [uv, *words[1:], "--quiet", "--python", str(python)]
+        if subprocess.run(command, cwd=python.parents[2]).returncode:
+            subprocess.run([*command, "--offline"], cwd=python.parents[2], check=True)  # all of it is in uv's cache
+    return python
+
+
+def test_what_was_installed_works(installed: Path) -> None:
+    """Its own copy runs, the commands load nothing heavy, and the trainer can be imported."""
     code = (
         "import sys, trl_gym.cli\n"
         "try:\n    trl_gym.cli.main(['--help'])\n"
         "except SystemExit as done:\n    assert done.code == 0\n"
+        "assert trl_gym.cli.main(['recipes', 'list']) == 0\n"
         f"print(trl_gym.__file__, *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+        "import trl_gym.train, trl_gym.trainer, matplotlib\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    run = [sys.executable, "-c", code]
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert done.stderr.split() == [str(tmp_path / "trl_gym" / "__init__.py")]
-    assert all(command in done.stdout for command in ("serve", "gateway", "rollout", "eval"))
+    folder = installed.parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = partial(subprocess.run, cwd=folder, env=environment, capture_output=True, text=True)
+    done = run([installed, "-W", "ignore", "-c", code])
+    assert done.returncode == 0, done.stderr
+    [first, *_] = done.stderr.splitlines()
+    [package] = installed.parents[1].glob("lib/*/site-packages/trl_gym/__init__.py")
+    assert first.split() == [str(package)]
+    commands = ("setup-gym", "quickstart", "train", "recipes", "serve", "gateway", "rollout", "eval", "doctor", "view")
+    assert all(command in done.stdout for command in commands) and "learns to use a calculator" in done.stdout
+    copied = run([installed.with_name("trl-gym"), "recipes", "copy", "quickstart"], check=True).stdout.splitlines()
+    assert (folder / "recipes/small_policy/model.safetensors").is_file() and "recipes/quickstart.yaml" in copied
 
 
 def test_the_sdist_can_be_built_from_and_holds_no_environment(tmp_path: Path) -> None:
