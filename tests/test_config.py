@@ -5,6 +5,7 @@ import dataclasses
 import pickle
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from trl import GRPOConfig, TrlParser
 
 from trl_gym.config import GymGRPOConfig
-from trl_gym.config_checks import check_refill
+from trl_gym.config_checks import check_refill, fill_in, small_batch_notes
 from trl_gym.errors import ConfigError
 from trl_gym.rollout_options import RolloutOptions, Sampling
 
@@ -261,6 +262,48 @@ def test_precision_of_the_server_follows_the_trainer() -> None:
     assert GymGRPOConfig(**BASE, bf16=True).serving_dtype == "bfloat16"
     assert GymGRPOConfig(**BASE).probe_tolerance < GymGRPOConfig(**BASE, bf16=True).probe_tolerance
     assert GymGRPOConfig(**BASE, gym_probe_tolerance=0.5).probe_tolerance == 0.5
+
+
+PLAIN = {"output_dir": "out", "use_cpu": True, "report_to": []}
+
+
+def test_what_is_not_given_trains_an_agent_and_is_told() -> None:
+    config = GymGRPOConfig(**PLAIN)
+    assert (config.max_completion_length, config.generation_batch_size) == (2048, 64)
+    assert [note.split("`")[1] for note in config.notes] == ["max_completion_length", "gradient_accumulation_steps"]
+    assert small_batch_notes(config, 1, adapts=False) == []
+    assert GymGRPOConfig(**PLAIN, vllm_max_model_length=1024).max_completion_length == 512
+    unset = {"gradient_accumulation_steps": None, "generation_batch_size": None, "steps_per_generation": None}
+    for num_processes, expected in ((1, 8), (3, 3), (8, 1), (64, 1)):
+        several = SimpleNamespace(**{**vars(config), **unset})
+        assert bool(fill_in(several, num_processes)) == (expected > 1)
+        assert several.gradient_accumulation_steps == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"gradient_accumulation_steps": 1},
+        {"steps_per_generation": 1},
+        {"generation_batch_size": 8},
+        {"num_generations": 4},
+        {"per_device_train_batch_size": 16},
+    ],
+)
+def test_what_is_said_about_batches_stays(given: dict[str, int]) -> None:
+    config = GymGRPOConfig(**PLAIN, **given, max_completion_length=100)
+    assert (config.max_completion_length, config.gradient_accumulation_steps, config.notes) == (100, 1, [])
+    rows = given.get("per_device_train_batch_size", 8)
+    assert config.generation_batch_size == rows
+    warned = small_batch_notes(config, 1, adapts=False)
+    assert bool(warned) == (rows == config.num_generations)
+    assert not warned or "`gradient_accumulation_steps`" in warned[0]
+
+
+def test_a_learning_rate_for_whole_models_is_warned_of_with_an_adapter() -> None:
+    [note] = small_batch_notes(GymGRPOConfig(**PLAIN), 1, adapts=True)
+    assert note.startswith("`learning_rate` is 1e-06, and an adapter is trained")
+    assert small_batch_notes(GymGRPOConfig(**PLAIN, learning_rate=1e-5), 1, adapts=True) == []
 
 
 def test_yaml_and_command_line(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from trl_gym import compat
-from trl_gym.config_checks import batch_problems, find_problems, replace_wrong_types
+from trl_gym.config_checks import batch_problems, fill_in, find_problems, replace_wrong_types
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.rollout_options import DEFAULT_RETRIES, RolloutOptions, Sampling, by_kind
 
@@ -37,6 +37,16 @@ class GymGRPOConfig(GRPOConfig):
     `gym_max_staleness`).
 
     Parameters:
+        > Parameters that control lengths and batches, of TRL with other defaults
+
+        max_completion_length (`int`, *optional*):
+            Tokens of a conversation after its first prompt, over all its turns, tool outputs included. Default: 2048,
+            or half of `vllm_max_model_length` where that is less; TRL's 512 are for one answer.
+        gradient_accumulation_steps (`int`, *optional*):
+            Micro-steps of an optimizer step. Default: 8 divided by the number of processes, rounded up, where no other
+            option says how large batches are: 8 tasks × 8 rollouts, where TRL's 1 makes one task on each process.
+            Otherwise 1.
+
         > Parameters that control NeMo Gym
 
         gym_config_paths (`list[str]`, *optional*, defaults to `[]`):
@@ -200,6 +210,8 @@ class GymGRPOConfig(GRPOConfig):
             f"{_SYNCHRONOUS_MODE}."
         },
     )
+    max_completion_length: int | None = None  # `__post_init__` sets it, and the next
+    gradient_accumulation_steps: int = None  # type: ignore[assignment]
     gym_config_paths: list[str] = field(default_factory=list)
     gym_mode: str = field(default="host", metadata={"choices": ["host", "upstream", "attach"]})
     gym_processes: int | None = None
@@ -258,6 +270,7 @@ class GymGRPOConfig(GRPOConfig):
         if self.vllm_importance_sampling_mode is None:
             # The ratio of a whole sequence grows with its length, and rollouts ahead begin with older weights.
             self.vllm_importance_sampling_mode = "token_truncate" if self.gym_max_staleness > 0 else _SYNCHRONOUS_MODE
+        self.notes: list[str] = fill_in(self, int(os.environ.get("WORLD_SIZE", "1")))  # told at the start
         problems += find_problems(self)
         try:
             super().__post_init__()
@@ -281,7 +294,7 @@ class GymGRPOConfig(GRPOConfig):
                 min_p=self.min_p or 0.0,
                 repetition_penalty=self.repetition_penalty,
             ),
-            max_completion_length=self.max_completion_length,
+            max_completion_length=self.max_completion_length,  # type: ignore[arg-type]  # set by `__post_init__`
             deadline=self.gym_deadline,
             max_inflight=self.gym_max_inflight,
             launch_rate=self.gym_launch_rate,

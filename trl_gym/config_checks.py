@@ -113,6 +113,64 @@ def _default(one: Field[Any]) -> Any:
     return one.default_factory() if one.default_factory is not MISSING else one.default
 
 
+# -- what is not given ------------------------------------------------------------------------------------------------
+
+_COMPLETION_TOKENS = 2048
+_GROUPS = 8  # per optimizer step
+_TRL_ROWS = 8  # TRL's `per_device_train_batch_size`, and its `num_generations`
+_SMALL_LEARNING_RATE = 5e-6  # for an adapter
+
+
+def fill_in(config: GymGRPOConfig, num_processes: int) -> list[str]:
+    """Set options that are not given and of which TRL's default does not train an agent; return what was set, and why.
+
+    Args:
+        config: Its numbers are of the right types.
+        num_processes: Number of training processes.
+    """
+    notes: list[str] = []
+    if config.max_completion_length is None:
+        context = config.vllm_max_model_length
+        config.max_completion_length = _COMPLETION_TOKENS if context is None else min(_COMPLETION_TOKENS, context // 2)
+        notes.append(
+            f"`max_completion_length` is {config.max_completion_length} tokens for a whole conversation after its "
+            "first prompt (TRL's 512 are for one answer)"
+        )
+    if config.gradient_accumulation_steps is None:
+        told = config.generation_batch_size or config.steps_per_generation or config.num_generations != _TRL_ROWS
+        untouched = not told and config.per_device_train_batch_size == _TRL_ROWS
+        config.gradient_accumulation_steps = -(-_GROUPS // num_processes) if untouched else 1
+        if config.gradient_accumulation_steps > 1:
+            notes.append(
+                f"`gradient_accumulation_steps` is {config.gradient_accumulation_steps}, for {_GROUPS} tasks × "
+                f"{_TRL_ROWS} rollouts per optimizer step (TRL's 1 makes one task on each process)"
+            )
+    return notes
+
+
+def small_batch_notes(config: GymGRPOConfig, num_processes: int, *, adapts: bool) -> list[str]:
+    """Say which options let a run learn little or nothing.
+
+    Args:
+        config: Options of the run.
+        num_processes: Number of training processes.
+        adapts: Whether an adapter is trained.
+    """
+    notes = []
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * num_processes
+    if rows <= config.num_generations:
+        notes.append(
+            f"an optimizer step is made of one task's {rows} rollouts: nothing is learned from it when their rewards "
+            "are equal. Raise `gradient_accumulation_steps` for several tasks per step."
+        )
+    if adapts and config.learning_rate < _SMALL_LEARNING_RATE:
+        notes.append(
+            f"`learning_rate` is {config.learning_rate:g}, and an adapter is trained: TRL's default of 1e-6 is for "
+            "whole models, adapters want about ten times as much or more."
+        )
+    return notes
+
+
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
@@ -199,12 +257,7 @@ def _server_problems(config: GymGRPOConfig) -> Iterator[Problem]:
 
 def _length_problems(config: GymGRPOConfig) -> Iterator[Problem]:
     length, context = config.max_completion_length, config.vllm_max_model_length
-    if length is None:
-        yield Problem(
-            "`max_completion_length` must be set: it bounds the tokens of a conversation after its first prompt.",
-            "Set it below `vllm_max_model_length`.",
-        )
-    elif context is not None and length >= context:
+    if context is not None and length is not None and length >= context:
         yield Problem(
             f"`max_completion_length` ({length}) leaves no room for a prompt in `vllm_max_model_length` ({context}).",
             "Lower the first, or raise the second.",

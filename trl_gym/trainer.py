@@ -174,6 +174,7 @@ class GymGRPOTrainer(GRPOTrainer):
         own |= {"fork_server": fork_server, "agent_with_tools": agent_with_tools(train_dataset, eval_dataset)}
         self._source = self._new_source(args, model, policy_server, gym_servers, own)
         servers.close_previous(args.output_dir, self)  # before a second server is started beside the first
+        servers.show_notes(args, adapts=kwargs.get("peft_config") is not None)
         try:
             self._source.start()  # servers load while the model does
             shown["live"] &= not transformers_logging.is_progress_bar_enabled()  # transformers draws bars of its own

@@ -31,8 +31,7 @@ FLAGS: dict[str, Any] = {
     "max-model-len": MAX_MODEL_LEN,
     "enforce-eager": True,
     "dtype": "float32",
-    "tool-call-parser": "hermes",
-}
+}  # the tool parser is guessed
 # In the order in which they run; each name is an argument of the mark `shares`.
 SHARED = ("small", "small, killed at the end", "random", "random, ended at the end", "untied")
 

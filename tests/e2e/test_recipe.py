@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import load, wait_for
 from tests.e2e.training import ROOT
+from trl_gym.responses import output_items
 from trl_gym.rollouts.journal import read_journal
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.usefixtures("alone")]
 
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 undocumented_metrics = load("docs_names", ROOT / "scripts" / "docs_names.py").undocumented_metrics
+README = (ROOT / "README.md").read_text()
 RECIPE = ["recipes/grpo.py", "--config", "recipes/quickstart.yaml"]
 LAUNCHER = [ACCELERATE, "launch", "--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCHER += ["--dynamo_backend", "no"]
@@ -53,6 +56,10 @@ def in_training(output_dir: Path) -> tuple[subprocess.Popen[str], list[psutil.Pr
         output_dir, "--max_steps", "500", "--eval_strategy", "no", "--eval_on_start", "false",
         "--gradient_accumulation_steps", "1",
     )  # fmt: skip
+    return run, after_a_step(run, output_dir)
+
+
+def after_a_step(run: subprocess.Popen[str], output_dir: Path) -> list[psutil.Process]:
     metrics = output_dir / "metrics.jsonl"
 
     def has_stepped() -> bool:
@@ -62,7 +69,26 @@ def in_training(output_dir: Path) -> tuple[subprocess.Popen[str], list[psutil.Pr
     wait_for(has_stepped, "the first step", timeout_s=START_TIMEOUT_S)
     below = psutil.Process(run.pid).children(recursive=True)
     assert len(below) >= 5  # two supervisors; Gym; vLLM's API server and engine
-    return run, below
+    return below
+
+
+def start_of_the_readme(folder: Path, model: Path) -> subprocess.Popen[str]:
+    """Run in a folder what the README shows first, with another model; return its Python."""
+    shown = re.search(r"```bash\n(trl-gym new-environment .*?)```\s+```python\n(.*?)```", README, re.DOTALL)
+    assert shown is not None
+    commands, script = shown.groups()
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "TRL_GYM_PYTHON": str(ROOT / ".gym-venv" / "bin" / "python"),
+    }
+    subprocess.run(["bash", "-ec", commands], cwd=folder, env=environment, check=True, capture_output=True)
+    assert '"Qwen/Qwen3-0.6B"' in script
+    (folder / "run.py").write_text(script.replace('"Qwen/Qwen3-0.6B"', repr(str(model))))
+    return subprocess.Popen(
+        [sys.executable, "run.py"],
+        **{"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+    )
 
 
 def test_the_quickstart_shortened(small_policy: Path, tmp_path: Path) -> None:
@@ -95,11 +121,18 @@ def test_the_quickstart_shortened(small_policy: Path, tmp_path: Path) -> None:
     assert model.config.vocab_size >= len(tokenizer)
 
 
-def test_kill_9_of_the_trainer_leaves_nothing(small_policy: Path, tmp_path: Path) -> None:
-    run, below = in_training(tmp_path)
+def test_the_readme_runs_as_pasted_and_kill_9_leaves_nothing(small_policy: Path, tmp_path: Path) -> None:
+    run = start_of_the_readme(tmp_path, small_policy)
+    below = after_a_step(run, tmp_path / "out")
     run.kill()
     wait_for(lambda: not running(below), lambda: f"still running: {running(below)}", timeout_s=END_TIMEOUT_S)
-    run.wait(timeout=10)
+    output = run.communicate(timeout=10)[0]
+    assert "tool calls: read by vLLM's parser `hermes` (guessed from `<tool_call>` in the chat template)" in output
+    assert "default: `gradient_accumulation_steps` is 8, for 8 tasks" in output, output
+    rollouts = list(read_journal(tmp_path / "out" / "rollouts"))
+    assert len(rollouts) >= 64 and all(rollout["failure"] is None for rollout in rollouts)
+    called = [item for rollout in rollouts for item in output_items(rollout) if item["type"] == "function_call"]
+    assert called, output_items(rollouts[0])
 
 
 def test_ctrl_c_ends_everything(small_policy: Path, tmp_path: Path) -> None:

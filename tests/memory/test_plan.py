@@ -336,7 +336,7 @@ def test_a_trainers_configuration(tmp_path: Path) -> None:
     assert found["server weights"] == 4 * total  # this machine trains, and serves, in float32
     assert found["trainer transfer buffers"] == 2 * 512_000_000
     assert plan.wanted_tokens == 20 * 4096  # of 32 rollouts, as many as vLLM runs at a time
-    ahead = args(tmp_path, per_device_train_batch_size=8, gym_max_staleness=2)
+    ahead = args(tmp_path, gradient_accumulation_steps=1, gym_max_staleness=2)
     assert estimate(ahead, model, 1, DEVICE, environment={}).serving.concurrency == 8 * 3
     # The model could do 32768 tokens, a rollout will not: 512 after a prompt.
     unbounded = estimate(args(tmp_path, vllm_max_model_length=None), model, 1, DEVICE, environment={})

@@ -225,7 +225,7 @@ def test_the_queue_of_training_is_bounded_and_that_of_an_evaluation_takes_what_i
 
 
 def test_ranks_take_groups_that_lie_across_them_in_order(tmp_path: Path) -> None:
-    live = connected(tmp_path, gym_max_staleness=2, num_generations=8)
+    live = connected(tmp_path, gym_max_staleness=2, num_generations=8, gradient_accumulation_steps=1)
     live._args.per_device_train_batch_size = 4  # as with two ranks
     assert not live._args.has_whole_groups
     assert live._new_queue(live._collector)._in_order  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ class NewEnvironment:
 python {data} --output_dir {tasks}
 
 # roll a model out on it, without training; the first command runs in another terminal
-trl-gym serve Qwen/Qwen3-0.6B --tool-call-parser hermes
+trl-gym serve Qwen/Qwen3-0.6B
 trl-gym rollout --dataset {rows} --gym-config-paths {shlex.quote(str(self.folder / self.name))}.yaml \\
     --base-url http://127.0.0.1:8000/v1 --model policy --num-generations 4 --max-completion-length 256 \\
     --output-dir runs/{self.name}_rollouts

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from trl_gym import compat
 from trl_gym.config import GymGRPOConfig
+from trl_gym.config_checks import small_batch_notes
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.plan import this_device, try_estimate
@@ -371,8 +372,7 @@ def server_options(
     on_cuda = torch.cuda.is_available() and not args.use_cpu
     transport = plan_transport(args, model, peft_config, quantization_config, on_cuda=on_cuda)
     flags: dict[str, Any] = {"dtype": args.serving_dtype, **transport.server_flags()}
-    if args.vllm_max_model_length is not None:
-        flags["max-model-len"] = args.vllm_max_model_length
+    flags["max-model-len"] = args.vllm_max_model_length or "auto"  # as long as memory allows, instead of no start
     if args.trust_remote_code:
         flags["trust-remote-code"] = True
     if torch.cuda.is_available():
@@ -380,6 +380,22 @@ def server_options(
     else:
         flags["enforce-eager"] = True  # compiling for a CPU takes longer than it saves
     return flags | _own_flags(args), transport.server_environment()
+
+
+def show_notes(args: GymGRPOConfig, *, adapts: bool) -> None:
+    """Say on rank 0 what was set since it was not given, and what lets a run learn little.
+
+    Args:
+        args: The trainer's configuration.
+        adapts: Whether an adapter is trained.
+    """
+    process = PartialState()
+    if not process.is_main_process:
+        return
+    for note in args.notes:
+        Console().print(f"default: {note}", markup=False, highlight=False, soft_wrap=True)
+    for note in small_batch_notes(args, process.num_processes, adapts=adapts):
+        logger.warning("%s", note)
 
 
 def _own_flags(args: GymGRPOConfig) -> dict[str, Any]:
