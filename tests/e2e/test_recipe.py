@@ -87,7 +87,11 @@ def start_of_the_readme(folder: Path, model: Path) -> subprocess.Popen[str]:
     (folder / "run.py").write_text(script.replace('"Qwen/Qwen3-0.6B"', repr(str(model))))
     return subprocess.Popen(
         [sys.executable, "run.py"],
-        **{"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
