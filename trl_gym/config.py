@@ -62,7 +62,8 @@ class GymGRPOConfig(GRPOConfig):
         gym_head_url (`str`, *optional*):
             Head server of a running Gym, or several of them, separated by commas; implies `gym_mode="attach"`.
         gym_python (`str`, *optional*):
-            Interpreter that has `nemo-gym`. Default: `TRL_GYM_PYTHON`, else `.gym-venv/bin/python`.
+            Interpreter that has `nemo-gym`. Default: `TRL_GYM_PYTHON`, else `.gym-venv/bin/python`,
+            else the one that `trl-gym setup-gym` made.
         gym_overrides (`dict` or `str`, *optional*):
             Any NeMo Gym option, nested or with dotted keys; wins over the configs.
         gym_start_timeout (`float`, *optional*, defaults to `120.0`):
