@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shlex
@@ -18,9 +17,9 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from tests.conftest import RECIPES
 from trl_gym import GymGRPOConfig, load_gym_dataset, train
+from trl_gym.cli import main
 from trl_gym.errors import DatasetError
 from trl_gym.gym.config import API_KEY_VARIABLE, expand_overrides, initial_config, resolve_configs
-from trl_gym.memory.plan import GIB, DeviceMemory, estimate
 from trl_gym.policy_server.command import flags_from
 from trl_gym.run.servers import server_options
 from trl_gym.weight_sync.transports.plan import plan_transport
@@ -29,7 +28,7 @@ ROOT = RECIPES.parent
 ALL = sorted(path.name for path in RECIPES.glob("*.yaml"))
 FOR_GPUS = [name for name in ALL if name != "quickstart.yaml"]
 GYMS = (".gym-venv", ".gym-venv-0.7")
-HEADINGS = ("Trains", "Hardware", "Time", "Data", "Command", "Expected")
+HEADINGS = ("Trains", "Hardware", "Batch", "Scale", "Time", "Data", "Command", "Expected", "Stop")
 
 
 @cache
@@ -76,14 +75,69 @@ def test_an_unknown_key_would_be_found(tmp_path: Path) -> None:
         parsed(str(recipe))
 
 
-@pytest.mark.parametrize("name", FOR_GPUS)
+def section(name: str, heading: str) -> str:
+    """One of `HEADINGS`, with its lines joined."""
+    text = re.split(rf"^(?:{'|'.join(HEADINGS)})\b", header(name), flags=re.M)[1:][HEADINGS.index(heading)]
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_header_says_what_one_must_know(name: str) -> None:
     text = header(name)
     assert re.findall(rf"^({'|'.join(HEADINGS)})\b", text, re.M) == list(HEADINGS)
-    assert f"recipes/grpo.py --config recipes/{name}" in text
     for config in re.findall(r"--config_file (\S+)", text):
         assert (ROOT / config).is_file()
-    assert "not measured by us" in text.lower()
+    if name == "quickstart.yaml":
+        assert section(name, "Command") == "trl-gym quickstart"
+    else:
+        assert f"recipes/grpo.py --config recipes/{name}" in text
+        assert "not measured by us" in text.lower()
+
+
+def launched(name: str) -> int:
+    """The number of processes that the command starts."""
+    command = section(name, "Command")
+    configs = re.findall(r"--config_file (\S+)", command)
+    told = re.findall(r"--num_processes (\d+)", command)
+    if told or not configs:
+        return int(told[0]) if told else 1
+    return yaml.safe_load((ROOT / configs[0]).read_text())["num_processes"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_arithmetic_of_the_batch_is_that_of_the_options(name: str) -> None:
+    _, args, _ = parsed(name)
+    size, accumulated, group = (
+        getattr(args, option)
+        for option in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
+    )
+    processes = launched(name)
+    rollouts = size * accumulated * processes
+    assert args.steps_per_generation == accumulated  # so that a generation batch is an optimizer step
+    assert section(name, "Batch") == (
+        f"{rollouts // group} tasks x {group} rollouts = {rollouts:,} rollouts per optimizer step: {size} per device "
+        f"x {accumulated} accumulated x {processes} process{'es' if processes > 1 else ''}."
+    )
+    assert rollouts % group == 0
+    assert section(name, "Scale").startswith(
+        f"each process adds {size * accumulated // group} tasks to a step; `gradient_accumulation_steps` "
+        f"{accumulated * processes} / processes keeps the {rollouts // group}."
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_stop_rule_can_be_looked_up(name: str) -> None:
+    """It names a step at which there is an evaluation, and metrics that exist; what is two standard errors is."""
+    _, args, _ = parsed(name)
+    rule = section(name, "Stop")
+    steps = [int(number) for number in re.findall(r"after (\d+)", rule)]
+    assert steps and all(step <= args.max_steps for step in steps)
+    assert all(step % args.eval_steps == 0 for step in steps[-1:])
+    metrics = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    named = {metric.removeprefix("eval_") for metric in re.findall(r"`([^`]+)`", rule)}
+    assert named and {metric for metric in named if f"`{metric}`" not in metrics} == set()
+    for margin, count in re.findall(r"(0\.\d\d)[^.;]*?(\d+) (?:tasks|attempts|sudokus)", rule):
+        assert 2 * (0.25 / int(count)) ** 0.5 == pytest.approx(float(margin), abs=0.005)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -114,37 +168,40 @@ SHAPES = {  # as in the configs of the models
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "num_ranks", "gib", "fraction", "contexts"),
-    [
-        ("lora_24gb.yaml", 1, 23.6, 0.65, 33),
-        ("workplace_assistant.yaml", 8, 79.1, 0.59, 22),
-        ("math.yaml", 8, 79.1, 0.64, 16),
-        ("colocated_8gpu.yaml", 8, 79.1, 0.52, 37),
-    ],
-)
-def test_planner_says_what_the_header_says(
-    name: str, num_ranks: int, gib: float, fraction: float, contexts: int, tmp_path: Path
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders with nothing but the config.json of the models."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, sizes in SHAPES.items():
+        shape = dict(sizes)
+        Qwen3Config(
+            vocab_size=151_936, head_dim=128, num_key_value_heads=8, num_attention_heads=shape.pop("num_heads"),
+            tie_word_embeddings=name != "Qwen/Qwen3-8B", **shape,
+        ).save_pretrained(folder / name)  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("name", FOR_GPUS)
+def test_the_plan_that_the_header_names_fits_and_says_what_the_header_says(
+    name: str, models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(ROOT)
     _, args, model = parsed(name)
-    shape = dict(SHAPES[model.model_name_or_path])
-    Qwen3Config(
-        vocab_size=151_936, head_dim=128, num_key_value_heads=8, num_attention_heads=shape.pop("num_heads"),
-        tie_word_embeddings=model.model_name_or_path != "Qwen/Qwen3-8B", **shape,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    args = copy.copy(args)
-    args.bf16 = True  # as on a GPU
-    train.load_as_told(model, args)
-    plan = estimate(
-        args, str(tmp_path), num_ranks, DeviceMemory(total_bytes=int(gib * GIB)), peft_config=get_peft_config(model),
-        environment={"ACCELERATE_USE_FSDP": "true"} if num_ranks > 1 else {},
-    )  # fmt: skip
-    assert plan.utilization is not None
-    assert (round(plan.utilization, 2), plan.sequences) == (fraction, contexts)
-    assert f"fraction of {fraction}" in " ".join(header(name).split())
-    assert args.vllm_gpu_memory_utilization < plan.utilization
+    [command] = re.findall(r"trl-gym (plan --config .*?)$", header(name), re.M)
+    assert f"--gpus {launched(name)} " in command
+    assert main([*shlex.split(command), "--model-name-or-path", str(models / str(model.model_name_or_path))]) == 0
+    out = capsys.readouterr().out
+    assert "Warning" not in out
+    if args.vllm_mode == "server":
+        assert "its policy server runs elsewhere" in out and "KV cache" not in out
+        return
+    [(fraction, contexts)] = re.findall(r"= (0\.\d+): \d+ tokens, (\d+) sequences", out)
+    assert args.vllm_gpu_memory_utilization < float(fraction)
+    if name == "several_environments.yaml":  # "as workplace_assistant.yaml"
+        return
+    assert f"fraction of {round(float(fraction), 2)}" in section(name, "Hardware")
     if name != "lora_24gb.yaml":  # its table is of what is given
-        assert f"{contexts} " in header(name)
+        assert f"{contexts} " in section(name, "Hardware")
 
 
 # -- what reads them: vLLM --------------------------------------------------------------------------------------------

@@ -298,7 +298,8 @@ def _process_problems(context: Context, config: dict[str, Any], num_gpus: int) -
     if not on_cpu and here > max(num_gpus, 1):
         yield Problem(
             f"{num_processes} processes on {machines} machine(s) need {here} GPUs here, there are {num_gpus}.",
-            f"Set `num_processes` to {max(num_gpus, 1) * machines}, or `--use_cpu true` to train on the CPU.",
+            f"Run this where training will run; or set `num_processes` to {max(num_gpus, 1) * machines}, or `use_cpu` "
+            "to true, to train here.",
         )
     if num_processes > 1 and bool(config.get("use_cpu")) != bool(args.use_cpu) and num_gpus == 0:
         yield Problem(
