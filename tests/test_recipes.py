@@ -134,10 +134,7 @@ def test_show_and_copy_need_a_name(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_list_says_what_each_one_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "list"]) == 0
     told = capsys.readouterr().out
-    assert (
-        all(name in told for name in recipes.names())
-        and "a policy of half a million parameters to use a calculator" in told
-    )
+    assert all(name in told for name in recipes.names()) and "a policy of half a million parameters" in told
     assert set(TRAINING) == {path.stem for path in RECIPES.glob("*.yaml")}
     assert all(recipes.recipe(name) == recipes.recipe(f"recipes/{name}") for name in recipes.names())
     for name in ("quickstart", "quickstart.yaml", "recipes/quickstart.yaml"):
