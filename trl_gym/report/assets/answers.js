@@ -2,11 +2,13 @@
 // environments; what has another one is in the record.
 
 const EXPECTED = [
-  ...["expected_answer", "expected_answers", "answer", "answers", "ground_truth", "expected_output", "expected_result"],
-  ...["expected_action", "expected_call", "expected_judgement", "expected_count", "expected", "correct_answer"],
-  ...["gold_answer", "gold", "target_answer", "target", "solution", "reference_solution", "reference_answer"],
-  ...["reference", "label", "labels", "correct_index"],
+  ...["expected_answer", "expected_answers", "answer", "answers", "ground_truth", "expected_output"],
+  ...["expected_result", "expected_action", "expected_call", "expected_judgement", "expected_count", "expected"],
+  ...["correct_answer", "gold_answer", "gold", "target_answer", "target", "solution", "reference_solution"],
+  ...["reference_answer", "reference_response", "reference", "label", "labels", "correct_index", "outputs"],
+  ...["translation", "sql", "patch"],
 ];
+const ALSO_EXPECTED = /^(expected|exp|gold|gt|ground_truth)_/;
 const HOLDERS = ["verifier_metadata", "metadata", "verifier"];
 const GIVEN = /^(extracted|predicted|prediction|pred$|parsed|submitted|final_answer|model_out)/;
 const LONG_ANSWER = 600; // characters
@@ -21,9 +23,9 @@ function expectedOf(task) {
   for (const holder of [task, ...HOLDERS.map((name) => task[name])].filter(isObject)) {
     const name = EXPECTED.find((own) => Object.hasOwn(holder, own) && isTold(holder[own]));
     if (name) return [name, holder[name]];
-    const others = Object.entries(holder).filter(([own, value]) => own.startsWith("expected_") && isTold(value));
+    const others = Object.entries(holder).filter(([own, value]) => ALSO_EXPECTED.test(own) && isTold(value));
     if (others.length === 1) return others[0];
-    if (others.length) return ["expected_…", Object.fromEntries(others)];
+    if (others.length) return [others.map(([own]) => own).join(", "), Object.fromEntries(others)];
   }
   return null;
 }
@@ -43,20 +45,20 @@ function givenOf(body, expected) {
 }
 
 function answerText(value) {
-  if (isTold(value) && calls(value))
-    return [value]
-      .flat()
-      .map((call) => `${call.name}(${typeof call.arguments === "string" ? call.arguments : JSON.stringify(call.arguments)})`)
-      .join("\n");
+  const text = (own) => (typeof own === "string" ? own : JSON.stringify(own));
   if (Array.isArray(value) && !value.length) return NONE;
-  return typeof value === "string" ? value : JSON.stringify(value);
+  if (!calls(value)) return text(value);
+  return [value]
+    .flat()
+    .map((call) => `${call.name}(${text(call.arguments)})`)
+    .join("\n");
 }
 
 function answerNode(what, [from, value]) {
   return el(
     "div",
     { class: `answer ${what}` },
-    el("dt", {}, what, " ", el("span", { class: "facts-line" }, from)),
+    el("dt", {}, what, " ", el("span", { class: "facts-line" }, clip(from, 80))),
     el("dd", { class: "text" }, clip(answerText(value), LONG_ANSWER)),
   );
 }

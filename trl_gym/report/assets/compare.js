@@ -48,13 +48,15 @@ function comparedRewards(runs) {
         kind: runKind(k, own.kind !== "train"),
       })),
     );
-    return panel(agent, series, { unit: true, bare: true, label: "mean reward", height: agents.length > 1 ? 190 : 260 });
+    const height = agents.length > 1 ? 190 : 260;
+    return panel(agent, series, { unit: true, bare: true, label: "mean reward", height });
   });
   return section("Reward", el("div", { class: agents.length > 1 ? "panels" : "panels one" }, panels));
 }
 
 function comparedNumbers(runs) {
-  const head = ["run", "set", "last step", "reward", "best", "at step", "success", "best", "at step", "failed", "tokens"];
+  const reached = (name) => [name, "best", "at step"];
+  const head = ["run", "set", "last step", ...reached("reward"), ...reached("success"), "failed", "tokens"];
   const rows = runs.flatMap((one, k) => {
     const all = one.steps.filter((stats) => stats.agent === null);
     return [...new Set(all.map((stats) => setName(stats.mode, stats.dataset)))].map((set) => {

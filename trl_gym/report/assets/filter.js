@@ -160,7 +160,8 @@ function filterBar(filter, change, type) {
     el("summary", {}, count ? `filters (${count})` : "filters"),
     controls,
   );
-  const search = field("search", "search", filter.text, "text in task, answer, tool calls, failure", null, "search");
+  const hint = "text in task, answer, tool calls, failure";
+  const search = field("search", "search", filter.text, hint, null, "search");
   search.classList.add("grow");
   onTyping(search.querySelector("input"), type);
   return el("form", { class: "filters", role: "search", onsubmit: (event) => event.preventDefault() }, search, fold);

@@ -108,14 +108,16 @@ function badges(i) {
 const ADVANTAGES = {
   recorded: "as trained; none for what is not trained, or not yet",
   computed:
-    "(reward − mean) / (sd + 0.0001) over its group's rewards: TRL's default. This run has not recorded the advantages that it trained with",
+    "(reward − mean) / (sd + 0.0001) over its group's rewards: TRL's default. " +
+    "This run has not recorded the advantages that it trained with",
 };
 
 /** The advantage of a rollout; null where it is not known. */
 function advantageNode(i, name = "") {
   const value = run.columns.advantage[i];
   if (value === null) return null;
-  return el("span", { class: "quiet advantage", title: `advantage: ${ADVANTAGES[run.advantages]}` }, name, fixed(value, 2));
+  const title = `advantage: ${ADVANTAGES[run.advantages]}`;
+  return el("span", { class: "quiet advantage", title }, name, fixed(value, 2));
 }
 
 /** A reward as a chip whose depth is its place between the lowest and highest of its environment (at least 0 to 1). */

@@ -27,7 +27,7 @@ function groupColumns() {
     words(
       "set",
       "set",
-      "minmax(44px, 64px)",
+      setTrack(),
       (g) => run.set(g.first),
       (g) => quiet(run.set(g.first)),
     ),

@@ -141,7 +141,7 @@ function drawBar(name) {
     run.reload_s > 0 &&
       el(
         "span",
-        { class: "badge live", title: `the run goes on: this page reads its file again every ${seconds(run.reload_s)}` },
+        { class: "badge live", title: `the run goes on: read again every ${seconds(run.reload_s)}` },
         `as of ${new Date(run.written * 1000).toLocaleTimeString()}`,
       ),
     el(

@@ -253,7 +253,7 @@ function metricsSection(load) {
   return node;
 }
 
-/** Names without `eval_`, which is drawn into the same panel: those that are ever something else than 0, and others. */
+/** Names without `eval_`, which is drawn into the same panel: those that are ever not 0, and the others. */
 function metricNames(lines) {
   const [all, told] = [new Set(), new Set()];
   for (const line of lines)
@@ -293,7 +293,10 @@ function drawMetrics(runs, names, text, grid, note) {
 
 function metricsNote(names, text, numWanted, numShown, zero) {
   if (!text)
-    return `a choice of the ${num(names.told.length)} in metrics.jsonl; type to see others. Left out as always 0: ${num(names.zero.length)}.`;
+    return (
+      `a choice of the ${num(names.told.length)} in metrics.jsonl; type to see others. ` +
+      `Left out as always 0: ${num(names.zero.length)}.`
+    );
   const cut = numWanted > numShown ? `, the first ${numShown} shown` : "";
   const always = zero.length ? `. Always 0: ${clip(zero.join(", "), 300)}` : "";
   return `${plural(numWanted, "metric")} of ${num(names.told.length)}${cut}${always}`;

@@ -17,6 +17,8 @@ function rolloutView(id, params) {
     el("p", { class: "quiet" }, "…"),
   );
   const draw = { conversation: conversationTab, tokens: tokensTab, timing: timingTab, record: recordTab }[tab];
+  const asked = params.get("tab");
+  const problems = asked && asked !== tab ? [`There is no part ${quoted(asked)}.`] : [];
   const head = el("div", { class: "rollout-head" }, crumbs(i, true), headline(i), tabStrip(i, tab));
   conversationOf(i).then((body) => head.lastChild.before(answersNode(body, true) || ""));
   draw(i, content).catch((error) =>
@@ -25,7 +27,7 @@ function rolloutView(id, params) {
   const node = el(
     "div",
     { class: "page rollout" },
-    problemsNode(params.has("tab") && params.get("tab") !== tab ? [`There is no part ${quoted(params.get("tab"))}.`] : []),
+    problemsNode(problems),
     head,
     el("div", { class: "split" }, content, sidebar(i)),
   );

@@ -50,6 +50,8 @@ function readFilterOf(filter) {
 /** The last list that was looked at, in its order: what "next" means on a rollout's page. */
 const context = { list: null, from: "#rollouts", last: null };
 
+const setTrack = () => (sets().some((name) => name.length > 8) ? "minmax(64px, 120px)" : "minmax(44px, 64px)");
+
 function rolloutColumns() {
   const col = (name) => (i) => run.columns[name][i];
   const quiet = (text) => el("span", { class: "quiet" }, text);
@@ -72,7 +74,7 @@ function rolloutColumns() {
         `advantage: ${ADVANTAGES[run.advantages]}`,
       ),
     numbers("step", "step", "44px", col("step")),
-    words("set", "set", "minmax(44px, 64px)", run.set, (i) => quiet(run.set(i))),
+    words("set", "set", setTrack(), run.set, (i) => quiet(run.set(i))),
     run.agents.length > 1 && words("env", "environment", "minmax(120px, 2fr)", (i) => run.get("agent", i)),
     words("task", "task", "minmax(160px, 3fr)", run.preview, task),
     numbers("member", "group", "64px", order, place, "group and member in it"),
@@ -119,7 +121,14 @@ function rolloutsView(params) {
 
 function rolloutCard(i) {
   return [
-    el("div", { class: "card-line" }, rewardChip(i), advantageNode(i), el("span", { class: "task" }, run.preview(i) || NONE), badges(i)),
+    el(
+      "div",
+      { class: "card-line" },
+      rewardChip(i),
+      advantageNode(i, "adv. "),
+      el("span", { class: "task" }, run.preview(i) || NONE),
+      badges(i),
+    ),
     el(
       "div",
       { class: "card-line quiet" },
