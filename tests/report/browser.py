@@ -109,10 +109,18 @@ class Browser:
             PageError: None within a minute.
         """
         end = time.monotonic() + _ANSWER_S
-        while not self.run(f"Boolean({expression})"):
+        while not self._is_true(expression):
             if time.monotonic() > end:
                 raise PageError(f"never true: {expression}; errors: {self.errors}; page: {self.run(_TEXT)[:800]}")
             time.sleep(0.02)
+
+    def _is_true(self, expression: str) -> bool:
+        try:
+            return bool(self.run(f"Boolean({expression})"))
+        except PageError as error:
+            if "navigated" in str(error) or "context" in str(error):  # a page that reads its file again
+                return False
+            raise
 
     @contextlib.contextmanager
     def inside_frame(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.report.synthetic import make_tokenizer
@@ -110,6 +110,7 @@ def test_each_row_has_its_own_tokens(pieces: Pieces) -> None:
 
 
 @given(text=st.text(max_size=40))
+@example(text="\ufffd\U0001f4da\ufffd")
 def test_pieces_and_glyphs_spell_the_text(pieces: Pieces, text: str) -> None:
     text = text.encode("utf-8", "ignore").decode()
     ids = make_tokenizer().encode(text).ids

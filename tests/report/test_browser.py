@@ -547,23 +547,30 @@ def test_runs_are_shown_beside_each_other(chromium: Browser, viewed: Viewed, tmp
 def test_a_page_of_a_run_that_goes_on_reads_its_file_again(chromium: Browser, tmp_path: Path) -> None:
     """At the same address and place; not while a rollout is looked at, which changes no more."""
     records = write_run(tmp_path / "run", Plan(steps=2))
-    live = PageOptions(reload_s=0.2, with_tokens=False)
-    first = write_page(open_run(tmp_path / "run"), tmp_path / "v.html", live)
-    chromium.open(tmp_path / "v.html", "#rollouts?set=train&sort=seconds")
+    page, more = tmp_path / "v.html", tmp_path / "run" / "rollouts" / "step-99.rank-0.jsonl"
+
+    def write(reload_s: float) -> int:
+        return write_page(open_run(tmp_path / "run"), page, PageOptions(reload_s=reload_s, with_tokens=False)).recorded
+
+    num_first = write(reload_s=3600)
+    chromium.open(page, "#rollouts?set=train&sort=seconds")
     chromium.wait(f"document.querySelectorAll('{ROWS}').length > 5")
-    chromium.run("go(document.querySelector('#view .row[href]').getAttribute('href')); window.isFirst = true")
-    (tmp_path / "run" / "rollouts" / "step-99.rank-0.jsonl").write_text(json.dumps(records[0] | {"step": 99}) + "\n")
-    assert write_page(open_run(tmp_path / "run"), tmp_path / "v.html", live).recorded == first.recorded + 1
-    chromium.run("new Promise((done) => { reload(); setTimeout(done, 0); })")
-    assert chromium.run("window.isFirst && run.recorded") == first.recorded
+    assert chromium.text(".live").startswith("as of ")
+    more.write_text(json.dumps(records[0] | {"step": 99}) + "\n")
+    assert write(reload_s=0.1) == num_first + 1
+    chromium.run(f"document.querySelector('{ROWS}').click()")
+    chromium.wait("current.view === 'rollout'")
+    chromium.run("window.isFirst = true; reload()")
+    assert chromium.run("window.isFirst && run.recorded") == num_first
     chromium.run("history.back()")
     chromium.wait("current.view === 'rollouts'")
-    chromium.run("document.querySelector('.scroller').scrollTop = 900")
-    chromium.wait(f"typeof run === 'object' && run.recorded === {first.recorded + 1}")
-    assert chromium.run("location.hash") == "#rollouts?set=train&sort=seconds"
+    chromium.run("document.querySelector('.scroller').scrollTop = 900; setTimeout(reload, 0)")
+    chromium.wait(f"typeof run === 'object' && run.recorded === {num_first + 1}")
     chromium.wait("document.querySelector('.scroller')?.scrollTop === 900")
-    write_page(open_run(tmp_path / "run"), tmp_path / "v.html")  # the last one
-    chromium.wait("typeof run === 'object' && run.reload_s === 0 && !document.querySelector('.live')")
+    write(reload_s=0)  # the last one, which the page finds by itself
+    chromium.wait("typeof run === 'object' && run.reload_s === 0 && current.view === 'rollouts'")
+    assert chromium.run("location.hash") == "#rollouts?set=train&sort=seconds"
+    assert chromium.text(".live") == ""
 
 
 def test_the_frame_of_a_notebook_works_and_has_no_access_to_it(

@@ -34,8 +34,10 @@ class Pieces:
     def __init__(self, file: Path | None) -> None:
         self._tokenizer = None if file is None else _tokenizer_of(file)
         # Some decoders drop a leading space at the beginning of a text: pieces are decoded after another token.
-        anchor = [] if self._tokenizer is None else self._tokenizer.encode("a", add_special_tokens=False).ids[-1:]
+        before = self._ids("a")
+        anchor = before[-1:]
         self._anchor: list[int] = anchor
+        self._whole = self._ids(f"a{_FRAGMENT}")[len(before) :]  # that character itself, which is no fragment
         self._anchor_text = self._decode([*anchor]) if anchor else ""
         self._special = frozenset() if self._tokenizer is None else _special_ids(self._tokenizer)
         self.text: dict[int, str] = {}
@@ -78,6 +80,8 @@ class Pieces:
         return found
 
     def _end_of_glyph(self, ids: Sequence[int], start: int) -> int | None:
+        if self._whole and list(ids[start : start + len(self._whole)]) == self._whole:
+            return start + len(self._whole)
         for end in range(start + 2, min(start + _MAX_RUN, len(ids)) + 1):
             if _FRAGMENT not in self._piece(ids[start:end]):
                 return end
@@ -88,6 +92,9 @@ class Pieces:
     def _piece(self, ids: Sequence[int]) -> str:
         text = self._decode([*self._anchor, *ids])
         return text[len(self._anchor_text) :] if text.startswith(self._anchor_text) else self._decode(ids)
+
+    def _ids(self, text: str) -> list[int]:
+        return [] if self._tokenizer is None else self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _decode(self, ids: Sequence[int]) -> str:
         assert self._tokenizer is not None

@@ -152,7 +152,8 @@ function filterBar(filter, change, type) {
     ),
     choice("outcome", filter.outcome, outcomes(), (value) => set("outcome", value)),
     run.spread.some((own) => own) && choice("group", filter.spread, SPREADS, (value) => set("spread", value)),
-    versionNames().length > 1 && field("version", "weights", filter.version, "version", (value) => set("version", value)),
+    versionNames().length > 1 &&
+      field("version", "weights", filter.version, "version", (value) => set("version", value)),
   );
   const fold = el(
     "details",

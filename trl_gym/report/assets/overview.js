@@ -111,7 +111,8 @@ const SET_NAMES = { train: "training", eval: "evaluation" };
 /** What came of a single step, e.g. of `trl-gym eval`: one row per environment and set. */
 function results() {
   const rows = run.steps.filter((stats) => run.agents.length === 1 || stats.agent !== null);
-  const columns = [...stepColumns(false).filter((column) => column.key !== "step"), ...attemptColumns(rows)];
+  const columns = stepColumns(false).filter((column) => column.key !== "step");
+  columns.splice(1 + columns.findIndex((column) => column.key === "success"), 0, ...attemptColumns(rows));
   const name = (stats) => stats.agent || run.agents[0];
   const link = (stats) => `#rollouts${filterQuery({ env: name(stats), set: setName(stats.mode, stats.dataset) })}`;
   const kind = (column) => ({ class: column.num ? "num" : "", title: column.title });
@@ -122,7 +123,7 @@ function results() {
   ];
   const table = el(
     "table",
-    { class: "plain-table" },
+    { class: "plain-table results" },
     el("thead", {}, el("tr", {}, head)),
     el(
       "tbody",
@@ -286,7 +287,7 @@ function drawMetrics(runs, names, text, grid, note) {
     panel(
       name,
       runs.flatMap((one, k) => [series(one, k, name, false), series(one, k, `eval_${name}`, true)]),
-      { bare: runs.length === 1 },
+      { bare: true },
     );
   grid.replaceChildren(...shown.map(drawn).filter(Boolean));
 }
