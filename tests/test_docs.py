@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,7 @@ from trl_gym.rollouts.trajectory import DriftCause
 from trl_gym.train import ScriptArguments
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +154,9 @@ def test_every_extra_is_described(names: ModuleType) -> None:
     assert set(extras) <= described
 
 
-def blocks(language: str) -> Iterator[tuple[str, str]]:
-    """Code blocks of all pages: where, and the code."""
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+def blocks(language: str, pages: Iterable[Path] = PAGES) -> Iterator[tuple[str, str]]:
+    """Code blocks of pages: where, and the code."""
+    for page in pages:
         for number, code in enumerate(
             re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
         ):
@@ -238,6 +239,17 @@ def test_files_that_the_pages_name_exist() -> None:
 def test_links_of_the_pages_outside_of_docs_lead_somewhere(page: str) -> None:
     targets = re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / page).read_text())
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def installing(page: str) -> set[str]:
+    """Commands of a page that install packages, without their comments."""
+    lines = (line.partition(" #")[0].strip() for _, code in blocks("bash", [ROOT / page]) for line in code.splitlines())
+    return {line for line in lines if "pip " in line}
+
+
+def test_the_readme_installs_as_the_page_that_is_tested() -> None:
+    assert len(installing("README.md")) == 5
+    assert installing("README.md") <= installing("docs/getting_started.md")
 
 
 def test_the_readme_is_short_and_begins_with_what_to_do() -> None:
