@@ -243,7 +243,9 @@ def test_links_of_the_pages_outside_of_docs_lead_somewhere(page: str) -> None:
 
 def installing(page: str) -> set[str]:
     """Commands of a page that install packages, without their comments."""
-    lines = (line.partition(" #")[0].strip() for _, code in blocks("bash", [ROOT / page]) for line in code.splitlines())
+    lines = (
+        line.partition(" #")[0].strip() for _, code in blocks("bash", [ROOT / page]) for line in code.splitlines()
+    )
     return {line for line in lines if "pip " in line}
 
 
