@@ -129,14 +129,11 @@ def gym_row(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def agent_with_tools(*datasets: Any) -> str | None:
-    """Return the agent of a row with tools; None where none is found.
+    """Return the agent of a row with tools, as `first_with_tools` does; rows are taken from the whole of a dataset.
 
     Args:
         datasets: Of `load_gym_dataset`; None, mappings of names to datasets, and those that cannot be indexed, which
             are not looked into.
-
-    Returns:
-        Its name; "the only agent" where the row names none.
     """
     for dataset in datasets:
         if isinstance(dataset, Mapping):
@@ -144,10 +141,22 @@ def agent_with_tools(*datasets: Any) -> str | None:
                 return found
         elif ROW_COLUMN in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "__len__"):
             stride = max(1, len(dataset) // _MAX_SEARCHED)
-            for text in dataset.select_columns(ROW_COLUMN)[::stride][ROW_COLUMN]:
-                row = json.loads(text) if '"tools"' in text else {}
-                if row.get("responses_create_params", {}).get("tools"):
-                    return (row.get("agent_ref") or {}).get("name") or "the only agent"
+            rows = dataset.select_columns(ROW_COLUMN)[::stride][ROW_COLUMN]
+            if (found := first_with_tools(rows)) is not None:
+                return found
+    return None
+
+
+def first_with_tools(rows: Iterable[str]) -> str | None:
+    """Return the agent of the first row with tools, "the only agent" where it names none; None without such a row.
+
+    Args:
+        rows: The JSON text of Gym rows.
+    """
+    for text in rows:
+        row = json.loads(text) if '"tools"' in text else {}
+        if row.get("responses_create_params", {}).get("tools"):
+            return (row.get("agent_ref") or {}).get("name") or "the only agent"
     return None
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.dataset import ROW_COLUMN, read_records
+from trl_gym.dataset import ROW_COLUMN, first_with_tools, read_records
 from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warning
 from trl_gym.errors import Problem, TrlGymError
 from trl_gym.hub import load_config
@@ -264,12 +264,7 @@ def tool_parser(context: Context) -> Iterator[Finding]:
     """Check that tool calls of the model can be read, as a run would have them read."""
     given = context.args.gym_vllm_args if isinstance(context.args.gym_vllm_args, dict) else {}
     parsers, _ = choose(context.model, flags_from({name.lstrip("-"): value for name, value in given.items()}))
-    with_tools = (
-        (record["agent"] or "the only agent")
-        for record in context.train_rows
-        if '"tools"' in record[ROW_COLUMN] and json.loads(record[ROW_COLUMN])["responses_create_params"].get("tools")
-    )
-    agent = next(with_tools, None)
+    agent = first_with_tools(record[ROW_COLUMN] for record in context.train_rows)
     problem = None if agent is None else parsers.problem(agent)
     if problem is not None:
         yield failed(problem.text, problem.remedy)

@@ -18,7 +18,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from trl_gym import compat
-from trl_gym.dataset import ROW_COLUMN
+from trl_gym.dataset import ROW_COLUMN, first_with_tools
 from trl_gym.doctor.context import LEFT_OUT, Context, Finding, failed, from_error, ok, skipped, warning
 from trl_gym.errors import FailureKind, PolicyServerError, ServerError
 from trl_gym.gym.config import expand_overrides, resolve_configs, single_process_reasons
@@ -30,7 +30,7 @@ from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.parsers import choose
 from trl_gym.policy_server.server import find_cause, remedy_for
-from trl_gym.policy_server.splice_probe import check_splice, unusable
+from trl_gym.policy_server.splice_probe import check_splice, check_tools, unusable
 from trl_gym.processes import ServerState, split_urls
 from trl_gym.train import load_as_told
 
@@ -176,6 +176,9 @@ def _facts(context: Context, client: PolicyClient, info: dict[str, Any]) -> Iter
     check_splice(client, info["model_names"][0])
     if not context.logged:
         yield ok(f"{client.base_url} continues sampled tokens exactly")
+    agent = first_with_tools(record[ROW_COLUMN] for record in context.train_rows)
+    if agent is not None and check_tools(client, info["model_names"][0], agent):
+        yield ok(f"{client.base_url} answers a chat with a tool")
 
 
 def policy_server(context: Context) -> Iterator[Finding]:

@@ -32,6 +32,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,7 +146,6 @@ class PolicyServer:
         self.log_path: Path | None = None
         self._host, self._port = host, port
         self._flags = command.flags_from(vllm_args)
-        self._parsers: Parsers | None = None
         self._env = dict(env or {}) | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
         self._log_dir = Path(log_dir)
         self._start_timeout_s = start_timeout_s
@@ -215,9 +215,13 @@ class PolicyServer:
     def parsers(self) -> Parsers | None:
         """What reads the model's tool calls and thinking: as `vllm_args` say, or guessed from the model's files. None
         for a server that was attached to, which does not tell."""
-        if self._parsers is None and self.state is ServerState.NEW:
-            self._parsers, self._flags = choose(self.model, self._flags)
-        return self._parsers
+        is_elsewhere = self._client is not None and self._process is None
+        return None if is_elsewhere else self._chosen[0]
+
+    @cached_property
+    def _chosen(self) -> tuple[Parsers, list[str]]:
+        """The parsers, and all flags."""
+        return choose(self.model, self._flags)
 
     def start(self) -> PolicyServer:
         """Bind the port and start loading; returns at once.
@@ -228,7 +232,7 @@ class PolicyServer:
         """
         self._demand("start", ServerState.NEW)
         command.check_before_start(self.model, self._host, self._api_key, self._flags, {**os.environ, **self._env})
-        for line in self.parsers.lines() if self.parsers is not None else ():
+        for line in self._chosen[0].lines():
             logger.info("%s", line)
         try:
             sock = bind_socket(self._host, self._port)
@@ -357,7 +361,7 @@ class PolicyServer:
                     port=self._port,
                     listen_fd=sock.fileno(),
                     name=self.model_name,
-                    flags=self._flags,
+                    flags=self._chosen[1],
                 ),
                 log_path=self.log_path,
                 # A key of the user's shell must not become the server's without our client knowing it.

@@ -66,7 +66,7 @@ def _check_one(client: PolicyClient, model_name: str) -> None:
     )
 
 
-def check_tools(client: PolicyClient, model_name: str, agent: str) -> None:
+def check_tools(client: PolicyClient, model_name: str, agent: str) -> bool:
     """Refuse a server that was started without a tool parser: it answers no request with tools.
 
     Args:
@@ -74,10 +74,14 @@ def check_tools(client: PolicyClient, model_name: str, agent: str) -> None:
         model_name: Name of the served model.
         agent: Agent of a dataset row with tools.
 
+    Returns:
+        Whether all servers answered; one that refuses in another way is warned of.
+
     Raises:
         PolicyServerError: A server has no tool parser.
         PolicyServerLostError: A server does not answer.
     """
+    answered = True
     for one in client.singly():
         try:
             one.chat(model=model_name, messages=_FIRST, tools=[_TOOL], tool_choice="auto", max_tokens=1)
@@ -92,6 +96,8 @@ def check_tools(client: PolicyClient, model_name: str, agent: str) -> None:
             logger.warning(
                 "whether %s parses tool calls is not checked: it refused a chat with a tool (%s)", one.base_url, error
             )
+            answered = False
+    return answered
 
 
 def unusable(client: PolicyClient, answer: PolicyResponseError) -> PolicyServerError:
