@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ def test_vllm_has_every_parser_and_each_reads_the_marker_that_speaks_for_it() ->
 
     shared = "".join(path.read_text() for path in (Path(vllm.__file__).parent / "parser").glob("*.py"))
     for rule in TOOL_RULES:
-        assert rule.parser in ToolParserManager.lazy_parsers, rule
-        own = inspect.getsource(inspect.getmodule(ToolParserManager.get_tool_parser(rule.parser)))
+        module, _ = ToolParserManager.lazy_parsers[rule.parser]
+        own = Path(importlib.util.find_spec(module).origin).read_text()
         marker = rule.marker.strip('": <>|｜[]').removesuffix("=")
         assert marker in own + shared or rule.marker == "<|tool_list_start|>", rule  # that one shows tools
     for rule in REASONING_RULES:
@@ -220,6 +220,7 @@ def test_what_is_named_stays(flags: list[str], tmp_path: Path) -> None:
 def test_nothing_is_guessed_where_none_is_wanted(flags: list[str], kept: list[str], tmp_path: Path) -> None:
     found, left = choose(model_folder(tmp_path), flags)
     assert left == kept and found.lines() == [] and found.tool.name is None
+    assert (found.problem("my_agent") is None) == ("--config" in flags)
 
 
 FLAGS = st.lists(

@@ -105,6 +105,7 @@ REASONING_RULES = (
     Rule("deepseek_v3", "<think>", ("deepseek",), also="thinking"),
 )
 _NAMED = "named by the options"
+_LEFT = "left to vLLM's --config"
 _UNREAD = "the model's config.json and chat template cannot be read from here"
 _CLOSED_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # transformers' own tag, which writes nothing
@@ -157,12 +158,12 @@ class Parsers:
         ]
 
     def problem(self, agent: str) -> Problem | None:
-        """Say that tools cannot be used; None where they can, or where the model's files could not be read.
+        """Say that tools cannot be used; None where they can, or where that is not known.
 
         Args:
             agent: Agent of a row with tools.
         """
-        if self.tool.name is not None or self.tool.why == _UNREAD:
+        if self.tool.name is not None or self.tool.why in (_UNREAD, _LEFT):
             return None
         return Problem(
             f"Rows of `{agent}` have tools, and the policy server would have no parser for tool calls: "
@@ -185,16 +186,12 @@ def choose(model: str | Path, flags: Sequence[str]) -> tuple[Parsers, list[str]]
     told = {flag: given.get(flag) for flag in (TOOL_FLAG, REASONING_FLAG)}
     if "--no-enable-auto-tool-choice" in given:
         told[TOOL_FLAG] = NONE
-    if "--config" in given:  # a file of vLLM's options, which come after those of the command line
-        parsers = Parsers(*(_told(value) or Parser(None, "left to vLLM's --config") for value in told.values()))
-    elif None in told.values():
-        evidence = read_evidence(model, given)
-        parsers = Parsers(
-            _told(told[TOOL_FLAG]) or guess_tool_parser(evidence),
-            _told(told[REASONING_FLAG]) or guess_reasoning_parser(evidence),
-        )
-    else:
-        parsers = Parsers(*(_told(value) or Parser(None, "") for value in told.values()))
+    # A file of vLLM's options may name them, and the command line would win over it.
+    evidence = None if "--config" in given or None not in told.values() else read_evidence(model, given)
+    parsers = Parsers(
+        _told(told[TOOL_FLAG]) or guess_tool_parser(evidence),
+        _told(told[REASONING_FLAG]) or guess_reasoning_parser(evidence),
+    )
     kept = _without_none(flags)
     for flag, parser in ((TOOL_FLAG, parsers.tool), (REASONING_FLAG, parsers.reasoning)):
         if parser.is_guessed and parser.name:
@@ -202,8 +199,10 @@ def choose(model: str | Path, flags: Sequence[str]) -> tuple[Parsers, list[str]]
     return parsers, kept
 
 
-def guess_tool_parser(evidence: Evidence) -> Parser:
-    """Return the parser of the calls that a model writes."""
+def guess_tool_parser(evidence: Evidence | None) -> Parser:
+    """Return the parser of the calls that a model writes; None leaves it to vLLM's `--config`."""
+    if evidence is None:
+        return Parser(None, _LEFT)
     if evidence == Evidence():
         return Parser(None, _UNREAD)
     if not evidence.shows_tools:
@@ -211,9 +210,11 @@ def guess_tool_parser(evidence: Evidence) -> Parser:
     return _guess(TOOL_RULES, evidence) or Parser(None, f"none is known for {_described(evidence)}")
 
 
-def guess_reasoning_parser(evidence: Evidence) -> Parser:
+def guess_reasoning_parser(evidence: Evidence | None) -> Parser:
     """Return the parser of a model's thinking; none where its chat template has no thoughts, or prompts without them
-    unless it is asked to."""
+    unless it is asked to. None leaves it to vLLM's `--config`."""
+    if evidence is None:
+        return Parser(None, _LEFT)
     prompt = _generation_prompt(evidence.template)
     if _CLOSED_THOUGHT.search(prompt):
         return Parser(None, "the model's chat template turns thinking off by default")
@@ -254,7 +255,9 @@ def _described(evidence: Evidence) -> str:
 
 
 def _told(value: str | None) -> Parser | None:
-    return None if value is None else Parser(None if value in (NONE, "") else value, _NAMED)
+    if value in (NONE, ""):
+        return Parser(None, "as the options say")
+    return None if value is None else Parser(value, _NAMED)
 
 
 def _without_none(flags: Sequence[str]) -> list[str]:
