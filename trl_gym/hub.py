@@ -85,7 +85,7 @@ def _loaded(name: str, revision: str | None, trust_remote_code: bool, *, from_ca
         return AutoConfig.from_pretrained(
             name, revision=revision or "main", trust_remote_code=trust_remote_code, local_files_only=from_cache
         )
-    except (OSError, ValueError, KeyError) as error:  # not there, not to be read, of an unknown architecture
+    except Exception as error:  # not there, not to be read, of an unknown kind: transformers raises several
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ConfigError(
             f"The configuration of the model {name} cannot be loaded ({reason}).",

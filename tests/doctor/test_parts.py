@@ -11,13 +11,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.conftest import RECIPES
 from tests.policy_server.tiny_model import build_tokenizer
-from trl_gym.doctor.context import Status
+from trl_gym.doctor.context import Context, Status
 from trl_gym.doctor.inputs import classify
 from trl_gym.doctor.live import EXAMINED, judge, leave
+from trl_gym.doctor.options import Launch, launch, read_launch
 from trl_gym.doctor.static import SUPPORTED_PYTHON, Process, left_files, orphans, processes, why_not_writable
-from trl_gym.errors import FailureKind, RolloutFailure
+from trl_gym.errors import ConfigError, FailureKind, RolloutFailure
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout
@@ -95,6 +98,39 @@ def test_templates_are_told_apart() -> None:
     tokenizer.chat_template = "{{ raise_exception('no tools here') if tools }}" + plain + "{% if false %}{% endif %}"
     outcomes = classify(tokenizer, {})
     assert "no tools here" in (outcomes["a result after a tool call"] or "")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("num_processes: 4\n", Launch(4)),
+        ("distributed_type: FSDP\nnum_processes: 8\nfsdp_config: {fsdp_reshard_after_forward: false}\n",
+         Launch(8, {"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"})),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}\n",
+         Launch(1, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})),
+        ("num_processes: many\n", None), ("fsdp_config: 3\ndistributed_type: FSDP\n", None),
+        ("[1]\n", None), ("a: [\n", None),
+    ],
+)  # fmt: skip
+def test_what_accelerate_would_launch(tmp_path: Path, content: str, expected: Launch | None) -> None:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(content)
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"accelerate.yaml is not a configuration of accelerate"):
+            read_launch(path)
+    else:
+        assert read_launch(path) == expected
+
+
+def test_a_process_of_a_launched_run_counts_as_it_was_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "accelerate.yaml").write_text("num_processes: 8\n")
+    context = Context(argv=[], accelerate_config=tmp_path / "accelerate.yaml")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert launch(context).processes == 8
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch(context).processes == 2
 
 
 def rollout(**changes: object) -> Rollout:

@@ -22,7 +22,7 @@ from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.processes import ServerState
 from trl_gym.run.live import LiveSource
-from trl_gym.run.servers import RunServers, close_previous, servers_for
+from trl_gym.run.servers import RunServers, close_previous, servers_for, workers_problem
 
 
 class Rerendering(FakeVllm):
@@ -435,3 +435,25 @@ def test_one_that_is_gone_is_not_kept_alive(tmp_path: Path) -> None:
     gc.collect()
     close_previous(tmp_path, Trainer())
     assert closed == []
+
+
+@pytest.mark.parametrize(
+    ("tensor", "data", "training", "gpus", "said", "proposed"),
+    [
+        (1, 8, 8, 8, "", 0),
+        (2, 4, 8, 8, "", 0),
+        (2, 1, 1, 2, "", 0),  # of GPUs that do not train, too
+        (1, 1, 8, 8, "Training uses 8 GPUs of this host and the policy server 1", 8),
+        (2, 1, 8, 8, "Training uses 8 GPUs of this host and the policy server 2", 4),
+        (1, 8, 4, 4, "The policy server has 8 workers (tensor parallel × data parallel) and the host 4 GPUs", 4),
+        (8, 1, 4, 4, "The policy server has 8 workers", 1),
+    ],
+)
+def test_a_server_that_shares_gpus_has_as_many_workers(
+    tensor: int, data: int, training: int, gpus: int, said: str, proposed: int
+) -> None:
+    args: Any = SimpleNamespace(vllm_tensor_parallel_size=tensor, gym_vllm_args={"data_parallel_size": data})
+    problem = workers_problem(args, training, gpus)
+    assert (problem is None) == (not said)
+    if problem is not None:
+        assert said in problem.text and f'{{"data-parallel-size": {proposed}}}' in problem.remedy
