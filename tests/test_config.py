@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pickle
+import re
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 from trl import GRPOConfig, TrlParser
 
 from trl_gym.config import GymGRPOConfig
-from trl_gym.config_checks import check_refill, fill_in, small_batch_notes
+from trl_gym.config_checks import biased_ratio, check_datasets, check_refill, fill_in, small_batch_notes
 from trl_gym.errors import ConfigError
-from trl_gym.rollout_options import RolloutOptions, Sampling
+from trl_gym.rollout_options import SAMPLING_KEYS, RolloutOptions, Sampling
 
 BASE: dict[str, Any] = {
     "output_dir": "unused",
@@ -466,3 +467,55 @@ def test_the_help_of_an_option_is_its_text_in_the_docstring() -> None:
     helps = {one.name: one.metadata.get("help", "") for one in dataclasses.fields(GymGRPOConfig)}
     assert helps["gym_start_timeout"] == "Seconds until every Gym server must answer."
     assert [name for name, text in helps.items() if name.startswith("gym_") and not text.endswith(".")] == []
+
+
+WRONG_SAMPLING: list[dict[str, Any]] = [
+    *({"temperature": value} for value in (0, 0.0, 0.005, -1.0, 2.5, float("nan"), float("inf"), "hot")),
+    *({"top_p": value} for value in (0.0, -0.1, 1.1, 7.0, float("nan"))),
+    *({"top_k": value} for value in (-2, 1.5, "a")),
+    *({"min_p": value} for value in (-0.1, 1.1)),
+    *({"repetition_penalty": value} for value in (0.0, -1.0, float("inf"))),
+    *({name: value} for name in ("max_completion_length", "vllm_max_model_length") for value in (0, -5)),
+]
+
+
+@pytest.mark.parametrize("options", WRONG_SAMPLING, ids=str)
+def test_sampling_that_vllm_refuses_or_that_cannot_be_trained_is_refused(options: dict[str, Any]) -> None:
+    [(name, value)] = options.items()
+    with pytest.raises(ConfigError, match=re.escape(f"`{name}` is {value!r}")):
+        GymGRPOConfig(**BASE | options)
+    if name in SAMPLING_KEYS and not (name == "temperature" and value in (0, 0.005)):
+        with pytest.raises(ConfigError, match=rf"`gym_eval_sampling\['{name}'\]` is"):
+            GymGRPOConfig(**BASE, gym_eval_sampling=options)
+
+
+def test_evaluation_may_be_greedy_and_neutral_values_are_taken() -> None:
+    neutral = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+    assert GymGRPOConfig(**BASE, gym_eval_sampling=neutral).gym_eval_sampling == neutral
+    assert biased_ratio(GymGRPOConfig(**BASE, min_p=None, temperature=0.01)) is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}, {"repetition_penalty": 1.1}], ids=str
+)
+def test_sampling_that_biases_importance_ratios_is_told(options: dict[str, Any]) -> None:
+    [(name, value)] = options.items()
+    assert f"`{name}` {value:g}. The policy server's" in str(biased_ratio(GymGRPOConfig(**BASE | options)))
+
+
+def test_datasets_of_which_nothing_would_be_trained_or_evaluated_are_refused() -> None:
+    args = GymGRPOConfig(**BASE | {"steps_per_generation": 2, "dataloader_drop_last": True}, num_generations_eval=4)
+    for world_size, needed in ((1, 2), (3, 6)):
+        args.generation_batch_size = 8 * 2 * world_size  # as TRL resolves it
+        check_datasets(args, range(needed), {"a": range(2)})
+        check_datasets(args, None, None)
+        check_datasets(args, iter(()), None)
+        with pytest.raises(
+            ConfigError, match=rf"{needed - 1} tasks and a generation batch {needed}: .* {world_size} proc"
+        ):
+            check_datasets(args, range(needed - 1), None)
+    with pytest.raises(ConfigError, match="evaluation set a has 1 tasks, which make 4 rollouts, and a batch needs 8"):
+        check_datasets(args, None, {"a": range(1)})
+    with pytest.raises(ConfigError, match="too small") as caught:
+        check_datasets(args, [], [])
+    assert len(caught.value.problems) == 2

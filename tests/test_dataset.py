@@ -10,13 +10,17 @@ from datasets import concatenate_datasets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl_gym.dataset import agent_with_tools, gym_row, load_gym_dataset, mix_gym_datasets
+from trl_gym.dataset import agent_with_tools, body_of, gym_row, load_gym_dataset, mix_gym_datasets
 from trl_gym.errors import DatasetError
 from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.request import stamp
 
 json_value = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=10,
 )
@@ -90,6 +94,7 @@ ODD_ROWS = {
     "tools are an object": (odd(tools={"a": 1}), "tools"),
     "a tool is text": (odd(tools=["a"]), "tools[0]"),
     "the agent's name is a list": ({**odd(), "agent_ref": {"name": [1]}}, "agent_ref.name"),
+    "an integer is too long": ({**odd(), "answer": [{"n": 2**64}]}, "64 bits"),
     "an image": (
         odd(input=[{"role": "user", "content": [{"type": "input_text", "text": "x"}, IMAGE]}]),
         "input_image",
@@ -109,6 +114,73 @@ def test_a_row_that_would_fail_in_training_is_named_before(tmp_path: Path, name:
     assert "x.jsonl, line 2:" in str(caught.value) and "1 problem(s)" in str(caught.value)
     with pytest.raises(DatasetError, match=re.escape(words)):  # one that `choose_task` made
         stamp(odd_row, rollout_id="r", task_index=3, member=0, sampling=Sampling(), completion_budget=8)
+
+
+TOOL = {"type": "function", "name": "add", "strict": True, "parameters": {"type": "object", "properties": {"a": {}}}}
+MEANT = {"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}], "default": None, "enum": ["b", None]}}}
+FILLED = {"type": "object", "properties": {"a": {"default": None, "enum": None}, "b": None}, "required": None}
+# What `datasets` makes of a request, and what is sent of it.
+WITH_NULLS = {
+    "a message": (
+        {"input": [{"role": "user", "content": "x", "id": None}]},
+        {"input": [{"role": "user", "content": "x"}]},
+    ),
+    "a part": (
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "image_url": None}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}]},
+    ),
+    "parameters": (odd(metadata=None, reasoning={"effort": None}, text={"format": None}, tools=None), odd()),
+    "metadata": (odd(metadata={"a": "b", "c": None}), odd(metadata={"a": "b"})),
+    "a tool": (odd(tools=[TOOL | {"description": None}]), odd(tools=[TOOL])),
+    "a tool whose keys Gym demands": (odd(tools=[TOOL | {"strict": None}]), odd(tools=[TOOL | {"strict": None}])),
+    "a schema that means them": (odd(tools=[TOOL | {"parameters": MEANT}]), odd(tools=[TOOL | {"parameters": MEANT}])),
+    "a schema that was filled": (
+        odd(tools=[TOOL | {"parameters": FILLED}]),
+        odd(tools=[TOOL | {"parameters": {"type": "object"}}]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_NULLS)
+def test_nulls_of_a_request_are_not_sent(name: str, tmp_path: Path) -> None:
+    given, sent = (part.get("responses_create_params", part) for part in WITH_NULLS[name])
+    [example] = load_gym_dataset(
+        write(tmp_path / "x.jsonl", [{"responses_create_params": given, "answer": {"b": None}}])
+    )
+    stamped = stamp(gym_row(example), rollout_id="r", task_index=0, member=0, sampling=Sampling(), completion_budget=8)
+    body = json.loads(body_of(stamped))
+    assert body["answer"] == {"b": None}  # the environment's own
+    assert {key: body["responses_create_params"][key] for key in sent if key != "metadata"} == {
+        key: value for key, value in sent.items() if key != "metadata"
+    }
+    metadata = body["responses_create_params"]["metadata"]
+    assert {key: value for key, value in metadata.items() if key != "extra_body"} == sent.get("metadata", {})
+    assert body["responses_create_params"].keys() <= sent.keys() | {
+        "metadata",
+        "max_output_tokens",
+        "temperature",
+        "top_p",
+    }
+
+
+def test_halves_of_surrogates_are_sent_as_something_that_gym_can_read(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"responses_create_params": {"input": "cut \\ud83d"}, "x": "\\ud83d"}\n')
+    row = gym_row(load_gym_dataset(tmp_path / "x.jsonl")[0])
+    assert json.loads(body_of(row)) == {"responses_create_params": {"input": "cut ?"}, "x": "?"}
+
+
+def test_a_file_is_read_as_it_was_saved_or_named_by_line(tmp_path: Path) -> None:
+    good, bad, empty = (tmp_path / f"{name}.jsonl" for name in ("good", "bad", "empty"))
+    line = json.dumps(row()).encode()
+    good.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + line + b"\r\n")
+    bad.write_bytes(line + b"\n\n" + b'{"x": "\xff"}\n')
+    empty.write_text("\n")
+    assert load_gym_dataset(good)["gym_row"][:] == [line.decode()] * 2
+    with pytest.raises(DatasetError) as caught:
+        load_gym_dataset([good, bad, empty])
+    assert f"{bad}, line 3: not UTF-8" in str(caught.value) and f"{empty} has no rows" in str(caught.value)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        gym_row({"gym_row": "{"})
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"x":' + "[" * 900 + "]" * 900 + "}", '{"x":' + "9" * 5000 + "}"])

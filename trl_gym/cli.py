@@ -15,9 +15,11 @@ from types import MappingProxyType
 
 import trl_gym
 from trl_gym.errors import TrlGymError
+from trl_gym.given import home_words, usable_key, with_output
 
 _CHECK_EVERY_S = 0.5
 _FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
+_UPSTREAM_KEY = "TRL_GYM_UPSTREAM_API_KEY"
 _KEY_HELP = "bearer token to demand on every route but /health; needed beyond loopback (default: $VLLM_API_KEY)"
 
 
@@ -86,7 +88,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     from trl_gym.commands.rollout_flags import OLD_FLAGS
 
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = home_words(sys.argv[1:] if argv is None else argv)
     if words[:1] != ["serve"]:  # whose flags are vLLM's, which takes both spellings
         old = OLD_FLAGS if words[:1] in (["rollout"], ["eval"]) else {}
         words = [_respelled(word, "_", "-", old) for word in words]
@@ -109,6 +111,10 @@ def _respelled(word: str, before: str, after: str, renamed: Mapping[str, str] = 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `trl-gym`; return the exit status. An error of ours is one message on stderr and status 1."""
+    return with_output(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     options = parse_args(argv)
     try:
         return options.run(options)
@@ -206,7 +212,7 @@ def _add_gateway(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8001, help="port, or 0 for a free one (default: %(default)s)")
     parser.add_argument("--api-key", help=_KEY_HELP)
     parser.add_argument(
-        "--upstream-api-key", help="bearer token to send to the upstreams (default: $TRL_GYM_UPSTREAM_API_KEY)"
+        "--upstream-api-key", help=f"bearer token to send to the upstreams (default: ${_UPSTREAM_KEY})"
     )
     parser.add_argument(
         "--start-timeout",
@@ -233,7 +239,7 @@ def _gateway(options: argparse.Namespace) -> int:
             host=options.host,
             port=options.port,
             api_key=options.api_key or api_key_from_environment(),
-            upstream_api_key=options.upstream_api_key or os.environ.get("TRL_GYM_UPSTREAM_API_KEY"),
+            upstream_api_key=options.upstream_api_key or usable_key(_UPSTREAM_KEY, os.environ.get(_UPSTREAM_KEY)),
             start_timeout_s=options.start_timeout,
             log_level=options.log_level,
         ),

@@ -19,9 +19,15 @@ from trl import GRPOConfig
 from trl_gym import compat
 from trl_gym.config_checks import batch_problems, fill_in, find_problems, replace_wrong_types
 from trl_gym.errors import ConfigError, Problem
+from trl_gym.given import home_paths
 from trl_gym.rollout_options import DEFAULT_RETRIES, RolloutOptions, Sampling, by_kind
 
 _JSON_OPTIONS = ("gym_overrides", "gym_vllm_args", "gym_retries", "gym_environments", "gym_eval_sampling")
+# Where `~` is spelled out; transformers does it for `output_dir`. Some of them may be something else than a path.
+_PATHS = (
+    *("gym_config_paths", "gym_python", "gym_weight_dir", "gym_replay", "gym_log_dir"),
+    *("resume_from_checkpoint", "deepspeed", "fsdp_config"),
+)
 _SYNCHRONOUS_MODE: str = GRPOConfig.vllm_importance_sampling_mode  # TRL's default
 
 
@@ -263,6 +269,8 @@ class GymGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         problems = [*self._parse_json_options(), *replace_wrong_types(self)]
         self._spell_out_retries()
+        for name in _PATHS:
+            setattr(self, name, home_paths(getattr(self, name)))
         if self.bf16 is None and (self.use_cpu or not _has_accelerator()):
             # TRL turns bf16 on by default. On a CPU, autocast is slower than float32 and widens the gap to the server.
             self.bf16 = False

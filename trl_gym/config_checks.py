@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import ConfigError, Problem
-from trl_gym.rollout_options import SAMPLING_KEYS, number_problems
+from trl_gym.given import url_problems
+from trl_gym.rollout_options import SAMPLING_KEYS, Sampling, number_problems, sampling_problems
 
 if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig
@@ -183,7 +184,7 @@ def find_problems(config: GymGRPOConfig) -> list[Problem]:
         *_length_problems(config),
         *_number_problems(config),
         *config.rollout_options.problems(lambda name: f"gym_{name}"),
-        *_eval_sampling_problems(config),
+        *_sampling_problems(config),
         *_row_problems(config),
         *_shared_gpu_problems(config),
         *_overlap_problems(config),
@@ -207,6 +208,8 @@ def _gym_problems(config: GymGRPOConfig) -> Iterator[Problem]:
         yield Problem(
             "`gym_mode` is 'attach' and `gym_head_url` is not set.", "Set it to the URL of that Gym's head server."
         )
+    if config.gym_head_url is not None:
+        yield from url_problems("gym_head_url", config.gym_head_url)
     if config.gym_head_url is not None and config.gym_config_paths:
         yield Problem(
             "`gym_head_url` attaches to a running Gym and `gym_config_paths` would start one.", "Set only one."
@@ -235,6 +238,8 @@ def _server_problems(config: GymGRPOConfig) -> Iterator[Problem]:
             "`vllm_server_base_url` names a running server and `vllm_mode` is 'colocate', which starts one.",
             "Set `vllm_mode` to 'server', or leave the URL out.",
         )
+    if config.vllm_server_base_url is not None:
+        yield from url_problems("vllm_server_base_url", config.vllm_server_base_url)
     if not isinstance(config.gym_vllm_args, dict | None):
         yield Problem(f"`gym_vllm_args` is {config.gym_vllm_args!r}.", "Set it to a mapping, or to a JSON object.")
     elif config.gym_vllm_args:
@@ -257,6 +262,9 @@ def _server_problems(config: GymGRPOConfig) -> Iterator[Problem]:
 
 def _length_problems(config: GymGRPOConfig) -> Iterator[Problem]:
     length, context = config.max_completion_length, config.vllm_max_model_length
+    for name, value in (("max_completion_length", length), ("vllm_max_model_length", context)):
+        if value is not None:
+            yield from number_problems(name, value, least=1, whole=True)
     if context is not None and length is not None and length >= context:
         yield Problem(
             f"`max_completion_length` ({length}) leaves no room for a prompt in `vllm_max_model_length` ({context}).",
@@ -276,7 +284,9 @@ def _number_problems(config: GymGRPOConfig) -> Iterator[Problem]:
         yield from number_problems("gym_probe_tolerance", config.gym_probe_tolerance, above=0, unit="nats")
 
 
-def _eval_sampling_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+def _sampling_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    given = {name: value for name in SAMPLING_KEYS if (value := getattr(config, name)) is not None}
+    yield from sampling_problems(str, given, is_trained=True)
     sampling = config.gym_eval_sampling
     if not isinstance(sampling, dict | None):
         yield Problem(f"`gym_eval_sampling` is {sampling!r}.", "Set it to a mapping, or to a JSON object.")
@@ -287,7 +297,7 @@ def _eval_sampling_problems(config: GymGRPOConfig) -> Iterator[Problem]:
                 f"`gym_eval_sampling` has the unknown key {name!r}.", f"Choose among {', '.join(SAMPLING_KEYS)}."
             )
         else:
-            yield from number_problems(f"gym_eval_sampling[{name!r}]", value, least=-1)
+            yield from sampling_problems(lambda key: f"gym_eval_sampling[{key!r}]", {name: value})
 
 
 def _row_problems(config: GymGRPOConfig) -> Iterator[Problem]:
@@ -407,6 +417,84 @@ def _whole_group_problems(config: GymGRPOConfig) -> Iterator[Problem]:
                 f"rank, which has {product} rollouts.",
                 f"Make that product a multiple of `num_generations`, or leave `{name}` out.",
             )
+
+
+def check_datasets(config: GymGRPOConfig, train: Any, evaluation: Any) -> None:
+    """Refuse datasets of which nothing would be trained, or nothing evaluated.
+
+    Args:
+        config: Options of the run, with the sizes of batches that TRL has resolved.
+        train: The dataset to train on; one without a length is not looked at, like None.
+        evaluation: The dataset to evaluate on, or several by name.
+
+    Raises:
+        ConfigError: There are too few tasks; has their number, and that which is needed.
+    """
+    sets = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    found = [eval_dataset_problem(config, name, len(data)) for name, data in sets.items() if hasattr(data, "__len__")]
+    if hasattr(train, "__len__"):
+        found.insert(0, dataset_problem(config, len(train)))
+    problems = [problem for problem in found if problem is not None]
+    if len(problems) == 1:
+        raise ConfigError(problems[0].text, problems[0].remedy)
+    if problems:
+        raise ConfigError("Datasets are too small:", problems=problems)
+
+
+def eval_dataset_problem(config: GymGRPOConfig, name: str, num_tasks: int) -> Problem | None:
+    """Say that an evaluation set is empty, or has fewer rollouts than a batch while incomplete ones are dropped.
+
+    Args:
+        config: See `dataset_problem`.
+        name: Name of the set; empty for one without.
+        num_tasks: Its tasks.
+    """
+    generations = config.num_generations_eval or config.num_generations
+    batch = config.per_device_eval_batch_size * config.world_size if config.dataloader_drop_last else 1
+    if num_tasks * generations >= batch:
+        return None
+    return Problem(
+        f"The evaluation set{f' {name}' if name else ''} has {num_tasks} tasks, which make {num_tasks * generations} "
+        f"rollouts, and a batch needs {batch}: nothing would be evaluated.",
+        "Use more tasks, or set `dataloader_drop_last` to false." if num_tasks else "Leave it out, or fill it.",
+    )
+
+
+def dataset_problem(config: GymGRPOConfig, num_tasks: int) -> Problem | None:
+    """Say that a dataset has fewer tasks than a generation batch, of which TRL would train none.
+
+    Args:
+        config: Options of the run, with the sizes of batches that TRL has resolved.
+        num_tasks: Tasks of the dataset.
+    """
+    size, steps, group = config.per_device_train_batch_size, config.steps_per_generation, config.num_generations
+    needed = config.generation_batch_size // group
+    if num_tasks >= needed:
+        return None
+    processes = config.generation_batch_size // (size * steps)
+    return Problem(
+        f"The training dataset has {num_tasks} tasks and a generation batch {needed}: "
+        f"`per_device_train_batch_size` {size} × `steps_per_generation` {steps} × {processes} processes ÷ "
+        f"`num_generations` {group}. Only whole generation batches are trained: there would be none.",
+        f"Use at least {needed} tasks, or lower `per_device_train_batch_size`, `steps_per_generation` or "
+        "`gradient_accumulation_steps` (its default).",
+    )
+
+
+def biased_ratio(config: GymGRPOConfig) -> str | None:
+    """Say that training's importance ratios are biased by how rollouts are sampled; None where they are not."""
+    sampling, neutral = config.rollout_options.sampling, Sampling(temperature=config.temperature)
+    restricted = [
+        f"`{name}` {value:g}" for name in SAMPLING_KEYS if (value := getattr(sampling, name)) != getattr(neutral, name)
+    ]
+    if not restricted:
+        return None
+    return (
+        f"Rollouts are sampled with {', '.join(restricted)}. The policy server's log-probabilities are those of that "
+        "distribution and the trainer's those of the whole one: importance ratios are biased by the difference, which "
+        "`rollouts/logprob_gap` contains too. Leave these options at their defaults to train without that; "
+        "`gym_eval_sampling` has its own."
+    )
 
 
 def check_refill(config: GymGRPOConfig, num_reward_funcs: int, dataset: Any) -> None:

@@ -7,6 +7,7 @@ Arrow would unify the types of nested fields over all rows (missing keys become 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,11 +54,16 @@ def load_gym_dataset(
     """
     from datasets import Dataset
 
-    files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    files = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not files:
         raise DatasetError("No Gym dataset was given.", "Name at least one JSONL file.")
     problems: list[Problem] = []
-    records = [record for file in files for _, record in read_records(file, agent, limit, problems)]
+    records: list[dict[str, Any]] = []
+    for file in files:
+        before = len(records), len(problems)
+        records += [record for _, record in read_records(file, agent, limit, problems)]
+        if before == (len(records), len(problems)):
+            problems.append(Problem(f"{file} has no rows.", "Write one JSON object per line."))
     for index, record in enumerate(records):
         record["task_index"] = index
     if problems:
@@ -65,10 +71,6 @@ def load_gym_dataset(
         if more > 0:
             shown.append(Problem(f"… and {more} more"))
         raise DatasetError(f"{len(problems)} problem(s) in the Gym dataset:", problems=shown)
-    if not records:
-        raise DatasetError(
-            f"The Gym dataset has no rows: {', '.join(map(str, files))}.", "Write one JSON object per line."
-        )
     return Dataset.from_list(records)
 
 
@@ -117,10 +119,15 @@ def gym_row(example: dict[str, Any]) -> dict[str, Any]:
     """Return the Gym row of a dataset example.
 
     Raises:
-        DatasetError: If the example does not come from `load_gym_dataset`.
+        DatasetError: If the example does not come from `load_gym_dataset`, or that column was changed.
     """
     try:
-        return json.loads(example[ROW_COLUMN])
+        return parse_json(example[ROW_COLUMN])
+    except (ValueError, TypeError) as error:
+        raise DatasetError(
+            f"The column `{ROW_COLUMN}` of a dataset row cannot be read: {error}.",
+            "Leave that column as `load_gym_dataset` makes it, or write JSON into it.",
+        ) from error
     except KeyError:
         raise DatasetError(
             f"A dataset row has no column `{ROW_COLUMN}`; it has {', '.join(sorted(example))}.",
@@ -171,13 +178,20 @@ def read_records(
         limit: Maximum number of rows to read.
         problems: Receives a problem for each wrong line, with its number.
     """
+    data = b""
     try:
-        # Not splitlines(): a JSON string may hold U+2028 and the like, which do not end a line in JSONL.
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        data = file.expanduser().read_bytes()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        problems.append(Problem(f"{file}, line {number}: not UTF-8 ({error}).", "Save the file as UTF-8."))
+        return
+    except OSError as error:
         remedy = "Check the path (from the working directory), or make the file."
         problems.append(Problem(f"{file}: cannot be read ({error}).", remedy))
         return
+    # Not splitlines(): a JSON string may hold U+2028 and the like, which do not end a line in JSONL.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     count = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -234,19 +248,66 @@ class _Row(msgspec.Struct):
     agent_ref: _AgentRef | None = None
 
 
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without the nulls of its request, which mean the same as nothing there.
+
+    `datasets` writes every key that any row has, null where a row has none, at every depth; NeMo Gym answers 422 to
+    many of them, and 500 to `"metadata": null` (0.4). Fields of the environment stay as they are.
+
+    Args:
+        row: A Gym row.
+    """
+    params = row.get("responses_create_params")
+    if not isinstance(params, Mapping):
+        return dict(row)
+    return {**row, "responses_create_params": _pruned(params)}
+
+
+_REQUIRED_NULLS = frozenset({"parameters", "strict"})  # of a tool: Gym demands the keys, and takes null
+_SCHEMAS = frozenset({"parameters", "schema", "input_schema"})
+_MEANT_NULLS = frozenset({"default", "const"})  # of a JSON schema, where null is a value
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_pruned(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    is_tool = value.get("type") == "function"
+    kept = {}
+    for key, one in value.items():
+        if key in _SCHEMAS and isinstance(one, Mapping) and not _has_filled_nulls(one):
+            kept[key] = one
+        elif (pruned := _pruned(one)) not in (None, {}) or one == {} or (is_tool and key in _REQUIRED_NULLS):
+            kept[key] = pruned
+    return kept
+
+
+def _has_filled_nulls(schema: Any) -> bool:
+    """Tell whether a schema has nulls that no schema means, so that all of its nulls are `datasets`' own."""
+    if isinstance(schema, list):
+        return any(map(_has_filled_nulls, schema))
+    return isinstance(schema, Mapping) and any(
+        key not in _MEANT_NULLS if one is None else _has_filled_nulls(one) for key, one in schema.items()
+    )
+
+
 def row_problem(row: Mapping[str, Any]) -> str | None:
     """Say why a row cannot be sent to Gym, or not be trained on; None where it can.
 
     Args:
         row: A parsed Gym row, or what a trainer's `choose_task` made of one.
     """
+    if (problem := _writing_problem(row)) is not None:
+        return problem
+    row = without_nulls(row)
     params = row.get("responses_create_params")
     if not isinstance(params, dict):
         return "no object `responses_create_params` (the request that Gym's agents send)"
     given = params.get("input")
     if not isinstance(given, str | list) or given == "":
         return "`responses_create_params.input` must be a string or a list of messages"
-    if (problem := shape_problem(dict(row), _Row)) is not None:
+    if (problem := shape_problem(row, _Row)) is not None:
         return problem
     for name in ("extra_body", "chat_template_kwargs"):
         try:
@@ -256,6 +317,32 @@ def row_problem(row: Mapping[str, Any]) -> str | None:
     if (media := media_in(input_items(row))) is not None:
         return f"the input has `{media}`, and images, audio, video and files cannot be trained on"
     return None
+
+
+def _writing_problem(row: Mapping[str, Any]) -> str | None:
+    """Say why NeMo Gym's servers cannot hand a row on to each other."""
+    try:
+        text = json.dumps(row)
+    except (TypeError, ValueError) as error:
+        return f"it cannot be written as JSON ({error})"
+    if _MANY_DIGITS.search(text) is not None and _has_long_integer(row):
+        return "it has an integer of more than 64 bits, which Gym cannot send"
+    return None
+
+
+_MANY_DIGITS = re.compile(r"\d{19}")
+
+
+def _has_long_integer(value: Any) -> bool:
+    if isinstance(value, Mapping | list):
+        return any(map(_has_long_integer, value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**64
+
+
+def body_of(row: Mapping[str, Any]) -> bytes:
+    """Return what is sent of a row: UTF-8, without the nulls of its request, `?` for halves of surrogates, which Gym
+    would answer 500 to."""
+    return json.dumps(without_nulls(row), ensure_ascii=False).encode("utf-8", "replace")
 
 
 def json_object(text: str | None) -> dict[str, Any]:

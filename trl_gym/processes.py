@@ -77,12 +77,6 @@ def reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def split_urls(given: str | Sequence[str]) -> list[str]:
-    """Return the URLs of a list, which as one text is separated by commas."""
-    parts = given.split(",") if isinstance(given, str) else given
-    return [part.strip() for part in parts if part.strip()]
-
-
 class Supervisor(Protocol):
     """The process between us and a server, see `trl_gym.supervisor`. `subprocess.Popen` is one."""
 

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from trl_gym.errors import ConfigError
+from trl_gym.given import home_path
 
 FOLDER = "recipes"
 SMALL_POLICY = f"{FOLDER}/small_policy"  # the model of the quickstart
@@ -37,8 +38,9 @@ def find(path: str) -> str:
             directory, then in the recipes that came with trl-gym.
 
     Returns:
-        The path as it was given, unless only those recipes have it.
+        The path as it was given, with `~` spelled out, unless only those recipes have it.
     """
+    path = home_path(path)
     parts = Path(path).parts
     if parts[:1] != (FOLDER,) or ".." in parts or os.path.exists(path):
         return path

@@ -71,6 +71,43 @@ class RolloutOptions:
         ]
 
 
+def sampling_problems(
+    name: Callable[[str], str], sampling: Mapping[str, Any], *, is_trained: bool = False
+) -> list[Problem]:
+    """List values that vLLM would refuse, or that cannot be trained with.
+
+    Args:
+        name: Spells a parameter of `Sampling` as the user knows it.
+        sampling: Values by parameter; one that is left out has its default.
+        is_trained: Whether what is sampled is trained: its temperature divides logits. vLLM samples with 0.01 what is
+            between 0 and that, the trainer would not.
+    """
+    problems: list[Problem] = []
+    for parameter, value in sampling.items():
+        if is_trained and parameter == "temperature" and isinstance(value, int | float) and value < _LEAST_TRAINED:
+            problems.append(
+                Problem(
+                    f"`{name(parameter)}` is {value}: logits are divided by it in training, and vLLM samples with "
+                    f"{_LEAST_TRAINED} what is less.",
+                    f"Set it to at least {_LEAST_TRAINED}. To evaluate greedily, set `temperature` to 0 in "
+                    "`gym_eval_sampling`.",
+                )
+            )
+        else:
+            problems += number_problems(name(parameter), value, **_SAMPLING_RANGES[parameter])
+    return problems
+
+
+_LEAST_TRAINED = 0.01  # `temperature`
+_SAMPLING_RANGES: Mapping[str, dict[str, Any]] = {  # those of vLLM's `SamplingParams`
+    "temperature": {"least": 0, "most": 2},
+    "top_p": {"above": 0, "most": 1},
+    "top_k": {"least": -1, "whole": True},  # 0 and -1 are all tokens
+    "min_p": {"least": 0, "most": 1},
+    "repetition_penalty": {"above": 0},
+}
+
+
 def by_kind(retries: Any) -> Any:
     """Spell retries out by failure kind: a number stands for infrastructure failures."""
     return {str(FailureKind.INFRASTRUCTURE): retries} if isinstance(retries, int) else retries

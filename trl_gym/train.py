@@ -31,6 +31,7 @@ import yaml
 
 from trl_gym import recipes
 from trl_gym.errors import ConfigError, Problem, TrlGymError
+from trl_gym.given import home_paths, home_words, with_output
 from trl_gym.hub import load_config
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.progress import PhaseClock, print_line, working
@@ -89,7 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Options without the program's name, as TRL's parser takes them; default: those of this process.
     """
-    argv = with_config_found(sys.argv[1:] if argv is None else argv)
+    argv = with_config_found(home_words(sys.argv[1:] if argv is None else argv))
+    return with_output(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str]) -> int:
     quiet()
     wait_without_spinning()
     told = told_options(argv)
@@ -245,13 +250,17 @@ def parse_options(
     """
     from trl import ModelConfig, TrlParser
 
+    words = home_words(sys.argv[1:] if argv is None else argv)
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     parser = TrlParser((ScriptArguments, config, ModelConfig))
     try:
-        return parser.parse_args_and_config(None if argv is None else list(argv))
+        script, args, model = parser.parse_args_and_config(words)
     except TrlGymError:
         raise
     except (OSError, ValueError) as error:  # a file that does not exist, options that nobody knows
         raise ConfigError(f"{error}.", "Correct them; `trl-gym doctor` lists every mistake in options.") from error
+    model.model_name_or_path = home_paths(model.model_name_or_path)
+    return script, args, model
 
 
 class CurrentStderr:
@@ -483,7 +492,8 @@ def _table(metrics: Sequence[Mapping[str, Any]], counted: Mapping[str, int], sta
     ):
         if rows and rows[0].get(name) is not None:
             table.add_row(label, f"{rows[0][name]:.3f} → {rows[-1][name]:.3f}")
-    table.add_row("optimizer steps", f"{metrics[-1]['step']}")
+    if metrics:  # with `logging_steps` above the number of steps there are none
+        table.add_row("optimizer steps", f"{metrics[-1]['step']}")
     table.add_row("rollouts", f"{counted['rollouts']:,} ({counted['failed']:,} failed)")
     table.add_row("tokens", f"{counted['tokens']:,} ({counted['sampled tokens']:,} sampled by the policy)")
     phases = Counter(start_up)

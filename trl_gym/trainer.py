@@ -31,9 +31,10 @@ from trl_gym.accounting import Accounting
 from trl_gym.batches import BATCH_OPTIONS, Batches, GenerationBatch, Refill, plan_group, step_of_batch
 from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig, checked_args
-from trl_gym.config_checks import check_refill
+from trl_gym.config_checks import biased_ratio, check_datasets, check_refill
 from trl_gym.dataset import agent_with_tools
 from trl_gym.errors import naming
+from trl_gym.given import home_path
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.offload import measured_peak
 from trl_gym.model_card import completed, describe, settings_of
@@ -153,11 +154,15 @@ class GymGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         compat.check_versions()
+        model = home_path(model) if isinstance(model, str) else model
         args = checked_args(args, model, kwargs)
         check_build(self.build_trajectories)
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # about `rollout_func`; compat.py watches it for users
         rewards = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_refill(args, len(rewards), train_dataset)
+        check_datasets(args, train_dataset, eval_dataset)
+        if (bias := biased_ratio(args)) is not None and args.process_index == 0:
+            logger.warning(bias)
         self.threads = use_threads(model, on_gpu=torch.cuda.is_available() and not args.use_cpu)
 
         self._run_id = uuid.uuid4().hex[:8]

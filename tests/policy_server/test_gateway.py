@@ -61,7 +61,7 @@ def test_every_wrong_url_is_named_and_no_password() -> None:
         gateway.upstream_urls([*given, "http://a"])
     message = str(caught.value)
     assert message.count("\n") == 6
-    assert "'localhost:8000' cannot be the URL of a server" in message
+    assert "`--upstream` is 'localhost:8000', which does not begin with http" in message
     assert "--upstream http://a is given twice" in message
     assert "secret" not in message and "--upstream-api-key" in message
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trl_gym.errors import ConfigError, Problem
+from trl_gym.given import url_problems, usable_key
 from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
-from trl_gym.rollout_options import DEFAULT_RETRIES, RolloutOptions, Sampling, by_kind, number_problems
+from trl_gym.rollout_options import (
+    DEFAULT_RETRIES,
+    RolloutOptions,
+    Sampling,
+    by_kind,
+    number_problems,
+    sampling_problems,
+)
 
 # Names of version 0.1, and the training options of the same meaning.
 OLD_FLAGS = {
@@ -61,7 +69,7 @@ class CollectOptions:
     output_dir: Path
     base_url: str
     model: str
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     config_paths: Sequence[str] = ()
     head_url: str | None = None
     processes: int | None = None
@@ -73,6 +81,7 @@ class CollectOptions:
     rollouts: RolloutOptions = field(default_factory=RolloutOptions)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "api_key", usable_key("--api-key", self.api_key))
         problems = [*self._source_problems(), *self._number_problems()]
         if problems:
             raise ConfigError(f"{len(problems)} problem(s) in the options:", problems=problems)
@@ -107,22 +116,18 @@ class CollectOptions:
                     "Leave `--gym-processes` out.",
                 )
             )
-        if not self.base_url.startswith(("http://", "https://")):
-            problems.append(
-                Problem(f"`--base-url` is {self.base_url!r}.", "Set it to a URL such as http://127.0.0.1:8000/v1.")
-            )
-        return problems
+        if self.head_url is not None:
+            problems += url_problems("--gym-head-url", self.head_url)
+        return [*problems, *url_problems("--base-url", self.base_url)]
 
     def _number_problems(self) -> list[Problem]:
-        sampling = self.rollouts.sampling
         whole = {"--limit": self.limit, "--gym-processes": self.processes}
         given = {name: number for name, number in whole.items() if number is not None}
         return [
             *(problem for name in given for problem in number_problems(name, given[name], least=1, whole=True)),
             *number_problems("--num-generations", self.num_generations, least=1, whole=True),
             *number_problems("--max-completion-length", self.rollouts.max_completion_length, least=1, whole=True),
-            *number_problems("--temperature", sampling.temperature, least=0),
-            *number_problems("--top-p", sampling.top_p, above=0, most=1),
+            *sampling_problems(lambda name: f"--{name.replace('_', '-')}", asdict(self.rollouts.sampling)),
             *self.rollouts.problems(lambda name: f"--{name.replace('_', '-')}"),
         ]
 

@@ -21,6 +21,7 @@ from trl_gym import compat
 from trl_gym.dataset import ROW_COLUMN, first_with_tools
 from trl_gym.doctor.context import LEFT_OUT, Context, Finding, failed, from_error, ok, skipped, warning
 from trl_gym.errors import FailureKind, PolicyServerError, ServerError
+from trl_gym.given import split_urls
 from trl_gym.gym.config import expand_overrides, resolve_configs, single_process_reasons
 from trl_gym.gym.discovery import look_at_head, new_http_session
 from trl_gym.gym.install import SUPPORTED_GYM, find_installation
@@ -31,7 +32,7 @@ from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.parsers import choose
 from trl_gym.policy_server.server import find_cause, remedy_for
 from trl_gym.policy_server.splice_probe import check_splice, check_tools, unusable
-from trl_gym.processes import ServerState, split_urls
+from trl_gym.processes import ServerState
 from trl_gym.train import load_as_told
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ is read: neither the number of servers nor the text inside of a literal is belie
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from typing import Any
 
 import aiohttp
 
+from trl_gym.dataset import body_of
 from trl_gym.errors import FailureKind, RolloutFailure, error_body_text
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.responses import answer_problem
@@ -124,7 +124,7 @@ async def run_rollout(
         TypeError: If the row cannot be written as JSON.
     """
     where = f"{agent.name} /run"
-    body = json.dumps(_without_nulls(row)).encode()
+    body = body_of(row)
     start = time.monotonic()
     try:
         async with agent.in_flight, asyncio.timeout(deadline_s) as deadline:
@@ -145,14 +145,6 @@ async def run_rollout(
     if status != 200:
         return _failure(*read_error(answer, status), where)
     return _read_answer(answer, time.monotonic() - start, where)
-
-
-def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out null parameters: Gym 0.4.0 answers 500 to `"metadata": null`; elsewhere null means the default."""
-    parameters = row.get("responses_create_params")
-    if not isinstance(parameters, Mapping):
-        return dict(row)
-    return {**row, "responses_create_params": {key: value for key, value in parameters.items() if value is not None}}
 
 
 def _read_answer(body: bytes, seconds: float, where: str) -> GymAnswer | RolloutFailure:

@@ -127,7 +127,7 @@ def _find_all(entries: Sequence[tuple[str, str]], places: Sequence[Path], proble
     """Return absolute paths of the entries that exist; add a problem for each of the others."""
     found: list[Path] = []
     for entry, note in entries:
-        path = Path(recipes.find(entry)).expanduser()
+        path = Path(recipes.find(entry))
         candidates = [path] if path.is_absolute() else [place / path for place in places]
         existing = next((candidate for candidate in candidates if candidate.is_file()), None)
         if existing is not None:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import requests
 
 from trl_gym.errors import GymServerError
+from trl_gym.given import RAY_SOCKETS, socket_folder
 from trl_gym.gym.config import API_KEY_VARIABLE, NONCE_KEY, ResolvedConfigs, initial_config
 from trl_gym.gym.discovery import (
     AgentInfo,
@@ -117,6 +118,7 @@ class GymProcess:
 
         Raises:
             GymServerError: The port of the head server is taken.
+            ConfigError: No folder has a name that is short enough for Ray's sockets.
         """
         self.log_path = log_path
         self._has_process_per_server = options.mode == "upstream"
@@ -124,7 +126,8 @@ class GymProcess:
         head_socket = bind_head(self._http, host, port, options.mode)
         try:
             host, port = head_socket.getsockname()[:2]
-            self._work_dir = Path(tempfile.mkdtemp(prefix="trl-gym-"))
+            below = socket_folder(RAY_SOCKETS) if self._has_process_per_server else None
+            self._work_dir = Path(tempfile.mkdtemp(prefix="trl-gym-", dir=below))
             config = initial_config(
                 options.configs,
                 options.overrides,

@@ -25,11 +25,12 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from trl_gym.errors import ConfigError, GymServerError
+from trl_gym.given import checked_urls, split_urls, usable_key
 from trl_gym.gym.config import expand_overrides, resolve_configs, single_process_reasons
 from trl_gym.gym.discovery import AgentInfo, ServerInstance, new_http_session
 from trl_gym.gym.install import find_installation
 from trl_gym.gym.process import LOCALHOST, GymProcess, Mode, StartOptions
-from trl_gym.processes import ServerState, split_urls, stop_all
+from trl_gym.processes import ServerState, stop_all
 from trl_gym.threads import num_cores
 
 logger = logging.getLogger(__name__)
@@ -90,10 +91,11 @@ class GymServers:
         self.gym_version = "unknown"  # until `start`; an attached Gym does not say
         self._config_paths = list(config_paths)
         self._mode: Mode = mode
-        self._policy = (split_urls(policy_base_url or ()), policy_model_name, policy_api_key)
+        urls = checked_urls("policy_base_url", policy_base_url) if policy_base_url else []
+        self._policy = (urls, policy_model_name, usable_key("policy_api_key", policy_api_key) or "EMPTY")
         self._python = python
         self._overrides = expand_overrides(overrides or {})
-        self._log_dir = Path(log_dir).absolute()
+        self._log_dir = Path(log_dir).expanduser().absolute()
         self._start_timeout_s = start_timeout_s
         self._asked_processes = processes
         self._rollouts_in_flight = rollouts_in_flight
@@ -113,16 +115,11 @@ class GymServers:
             timeout_s: Seconds to wait until it and its servers answer.
 
         Raises:
-            ConfigError: If `head_url` is not an HTTP URL.
+            ConfigError: If `head_url` is not an HTTP URL, or names none.
             GymServerError: If one of them or of their servers does not answer, something else answers, or their agents
                 differ.
         """
-        urls = list(dict.fromkeys(url.rstrip("/") for url in split_urls(head_url))) or [head_url]
-        for url in urls:
-            if urlsplit(url).scheme not in ("http", "https"):
-                raise ConfigError(
-                    f"{url!r} is not the URL of a head server.", "Give one that looks like http://127.0.0.1:11000."
-                )
+        urls = list(dict.fromkeys(url.rstrip("/") for url in checked_urls("gym_head_url", head_url)))
         servers = cls()
         servers._processes = [GymProcess(servers._http, url) for url in urls]
         servers._start_timeout_s = timeout_s
@@ -196,10 +193,15 @@ class GymServers:
             api_key: See `policy_api_key`.
 
         Raises:
+            ConfigError: If `base_url` is no HTTP URL, or the key cannot be sent.
             GymServerError: If the running Gym sends its model calls to another URL.
         """
         if self._state is ServerState.NEW:
-            self._policy = (split_urls(base_url), model_name, api_key)
+            self._policy = (
+                checked_urls("policy_base_url", base_url),
+                model_name,
+                usable_key("api_key", api_key) or "EMPTY",
+            )
             return
         if self._state is ServerState.STOPPED:
             raise GymServerError("The NeMo Gym servers have been stopped.", "Make a new GymServers.")

@@ -29,8 +29,8 @@ from trl_gym.errors import (
     WeightMismatchError,
     error_body_text,
 )
+from trl_gym.given import checked_urls, usable_key
 from trl_gym.policy_server.middleware.identity import UntaggedCalls
-from trl_gym.processes import split_urls
 from trl_gym.untrusted import (
     MAX_ERROR_BYTES,
     BodyTooLongError,
@@ -89,17 +89,16 @@ def server_urls(given: str | Sequence[str]) -> tuple[str, ...]:
     """Return OpenAI base URLs, ending in `/v1`.
 
     Args:
-        given: URLs with or without `/v1`, as for `split_urls`.
+        given: URLs with or without `/v1`, as for `given.split_urls`.
 
     Raises:
-        ConfigError: No URL is given, or one of them twice.
+        ConfigError: No URL is given, or one of them twice, or one is no URL of HTTP.
     """
-    urls = tuple(f"{root_url(url)}/v1" for url in split_urls(given))
-    twice = next((url for url in urls if urls.count(url) > 1), None)
-    if not urls or twice:
+    urls = tuple(f"{root_url(url)}/v1" for url in checked_urls("vllm_server_base_url", given))
+    if (twice := next((url for url in urls if urls.count(url) > 1), None)) is not None:
         raise ConfigError(
-            f"The policy server's URL is {given!r}{f', which names {twice} twice' if twice else ''}.",
-            "Name one server, or several different ones separated by commas (`vllm_server_base_url`).",
+            f"`vllm_server_base_url` is {given!r}, which names {twice} twice.",
+            "Name one server, or several different ones separated by commas.",
         )
     return urls
 
@@ -128,14 +127,14 @@ class PolicyClient:
         base_urls: OpenAI base URLs, ending in `/v1`.
 
     Raises:
-        ConfigError: See `server_urls`.
+        ConfigError: See `server_urls`; or the key cannot be sent.
     """
 
     def __init__(self, base_urls: str | Sequence[str], *, api_key: str | None = None, timeout_s: float = 60.0) -> None:
         self.base_urls = server_urls(base_urls)
-        self.api_key = api_key
+        self.api_key = usable_key("api_key", api_key)
         self.timeout_s = timeout_s
-        self._sessions = tuple(_new_session(api_key) for _ in self.base_urls)
+        self._sessions = tuple(_new_session(self.api_key) for _ in self.base_urls)
 
     @property
     def base_url(self) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_gym.errors import ConfigError, Problem
+from trl_gym.given import home_path, home_words, usable_key
 from trl_gym.threads import WAIT_POLICY
 
 logger = logging.getLogger(__name__)
@@ -63,11 +64,14 @@ def api_key_from_environment() -> str | None:
     """Return the policy server's key, the same for servers and clients; None when the environment has none.
 
     Call it where the key is used, not where an option is declared: it warns when the key is found under an old name.
+
+    Raises:
+        ConfigError: The key cannot be sent.
     """
-    if key := os.environ.get(KEY_VARIABLE):
+    if key := usable_key(KEY_VARIABLE, os.environ.get(KEY_VARIABLE)):
         return key
     for name in _OLD_KEY_VARIABLES:
-        if key := os.environ.get(name):
+        if key := usable_key(name, os.environ.get(name)):
             logger.warning("the policy server's key is taken from %s; rename the variable to %s", name, KEY_VARIABLE)
             return key
     return None
@@ -130,7 +134,7 @@ def flags_from(vllm_args: Mapping[str, Any] | Sequence[str] | None) -> list[str]
     if vllm_args is None:
         return []
     if not isinstance(vllm_args, Mapping):
-        flags = [str(part) for part in vllm_args]
+        flags = home_words([str(part) for part in vllm_args])
         _refuse_own_flags(flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--"))
         return flags
     if dashed := [name for name in vllm_args if name.startswith("-")]:
@@ -204,7 +208,7 @@ def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         parts = [json.dumps(part) if isinstance(part, Mapping) else str(part) for part in value]
         return [word for part in parts for word in (flag, part)] if name in _REPEATED_FLAGS else [flag, *parts]
-    return [flag, str(value)]
+    return [flag, home_path(str(value))]
 
 
 def _model_problems(model: str | Path, flags: list[str]) -> list[Problem]:

@@ -18,14 +18,14 @@ import re
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import uvicorn
 
 from trl_gym.errors import ConfigError, PolicyServerError, Problem
+from trl_gym.given import split_urls, url_problems, usable_key
 from trl_gym.policy_server import upstreams
 from trl_gym.policy_server.client import root_url
 from trl_gym.policy_server.command import is_loopback
@@ -45,7 +45,6 @@ _NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, 
 _TOP = 5
 _MIN_GAP = 0.01  # between the most likely tokens, in nats; below it the two kinds of logprobs look alike
 
-_URL_FORM = "Give one that looks like http://host:port or http://host:port/v1."
 _GIVE_VLLM = "Give the URL of a `vllm serve`."
 _GIVE_TEMPLATE = "Start it with --chat-template FILE."
 
@@ -296,8 +295,9 @@ class GatewayOptions:
     upstreams: Sequence[str]  # URLs of vLLM's OpenAI servers, with or without `/v1`; all must serve the same model
     host: str = "127.0.0.1"  # address to listen on. One that other machines can reach demands `api_key`.
     port: int = 0  # port to listen on; 0 lets the operating system choose
-    api_key: str | None = None  # bearer token that the gateway demands on every route but `/health`
-    upstream_api_key: str | None = None  # bearer token that it sends to the upstreams
+    # Bearer tokens: one that the gateway demands on every route but `/health`, one that it sends to the upstreams.
+    api_key: str | None = field(default=None, repr=False)
+    upstream_api_key: str | None = field(default=None, repr=False)
     start_timeout_s: float = 600.0  # how long to wait for the upstreams to answer
     log_level: str = "warning"  # one of logging's names, lower case; `debug` logs every request
 
@@ -311,11 +311,16 @@ def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable
         note: Called with lines for the user: what is waited for, and warnings.
 
     Raises:
-        ConfigError: A URL or the address cannot work.
+        ConfigError: A URL or the address cannot work, or a key cannot be sent.
         PolicyServerError: The port is taken, or an upstream cannot be used.
     """
     raise_open_files()
     urls = upstream_urls(options.upstreams)
+    options = replace(
+        options,
+        api_key=usable_key("--api-key", options.api_key),
+        upstream_api_key=usable_key("--upstream-api-key", options.upstream_api_key),
+    )
     if not is_loopback(options.host) and not options.api_key:
         raise ConfigError(
             f"--host {options.host or '(every interface)'} can be reached from other machines, and the gateway passes "
@@ -333,8 +338,9 @@ def upstream_urls(given: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: A URL cannot be one, or is given twice; lists all of them.
     """
+    given = [url for one in given for url in split_urls(one)]
     roots = [root_url(url) for url in given]
-    problems = [problem for url, root in zip(given, roots, strict=True) if (problem := _url_problem(url, root))]
+    problems = [problem for url in given for problem in url_problems("--upstream", url)]
     twice = sorted({root for root in roots if roots.count(root) > 1})
     problems += [Problem(f"--upstream {root} is given twice.", "Give it once.") for root in twice]
     if not roots:
@@ -414,19 +420,6 @@ async def _attend(server: uvicorn.Server, upstreams: UpstreamApp, ready: Callabl
     while not server.should_exit:
         await asyncio.sleep(_LOOK_EVERY_S)
     upstreams.cut_off()
-
-
-def _url_problem(url: str, root: str) -> Problem | None:
-    try:
-        parts = urlsplit(root)
-        has_host = bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return Problem(f"--upstream {url!r} is not a URL.", _URL_FORM)
-    if parts.username or parts.password:
-        return Problem("An --upstream has a user name or password in its URL.", "Use --upstream-api-key.")
-    if parts.scheme not in ("http", "https") or not has_host or parts.query or parts.fragment:
-        return Problem(f"--upstream {url!r} cannot be the URL of a server.", _URL_FORM)
-    return None
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -30,6 +30,7 @@ import os
 import re
 import secrets
 import socket
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, Problem
+from trl_gym.given import VLLM_SOCKET_VARIABLE, VLLM_SOCKETS, home_path, socket_folder, usable_key
 from trl_gym.policy_server import command, splice_probe
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.command import ENV_NONCE
@@ -121,7 +123,7 @@ class PolicyServer:
             is executed, and imports vLLM.
 
     Raises:
-        ConfigError: `vllm_args` cannot be turned into flags.
+        ConfigError: `vllm_args` cannot be turned into flags, or the key cannot be sent.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class PolicyServer:
         devices: str | None = None,
         fork_server: ForkServer | None = None,
     ) -> None:
-        self.model = model
+        self.model = Path(model).expanduser() if isinstance(model, Path) else home_path(model)
         self.model_name = served_model_name
         self._weight_transports: tuple[str, ...] | None = None
         self.state = ServerState.NEW
@@ -147,9 +149,9 @@ class PolicyServer:
         self._host, self._port = host, port
         self._flags = command.flags_from(vllm_args)
         self._env = dict(env or {}) | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
-        self._log_dir = Path(log_dir)
+        self._log_dir = Path(log_dir).expanduser()
         self._start_timeout_s = start_timeout_s
-        self._api_key = api_key
+        self._api_key = usable_key("api_key", api_key)
         self._fork_server = fork_server
         self._nonce = secrets.token_hex(16)
         self._process: ChildProcess | None = None  # None also for a server that we are attached to
@@ -173,7 +175,7 @@ class PolicyServer:
             timeout_s: How long to wait until all answer, in seconds.
 
         Raises:
-            ConfigError: No URL is given, or one of them twice.
+            ConfigError: No URL is given, or one of them twice, or one is no URL; or the key cannot be sent.
             PolicyServerError: One does not answer in time or is not a trl-gym policy server (the message distinguishes
                 a wrong key, an OpenAI server without our middleware and something else), or they are not replicas.
         """
@@ -227,13 +229,16 @@ class PolicyServer:
         """Bind the port and start loading; returns at once.
 
         Raises:
-            ConfigError: The model folder, vLLM or the address cannot work; nothing is started then.
+            ConfigError: The model folder, vLLM, the address or TMPDIR cannot work; nothing is started then.
             PolicyServerError: The port is taken.
         """
         self._demand("start", ServerState.NEW)
-        command.check_before_start(self.model, self._host, self._api_key, self._flags, {**os.environ, **self._env})
+        environment = {**os.environ, **self._env}
+        command.check_before_start(self.model, self._host, self._api_key, self._flags, environment)
         for line in self._chosen[0].lines():
             logger.info("%s", line)
+        if (sockets := socket_folder(VLLM_SOCKETS, environment)) != tempfile.gettempdir():
+            self._env[VLLM_SOCKET_VARIABLE] = sockets
         try:
             sock = bind_socket(self._host, self._port)
         except OSError as error:

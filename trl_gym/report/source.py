@@ -82,7 +82,7 @@ def open_run(path: str | Path, tokenizer: str | Path | None = None) -> RecordedR
         folder=folder,
         journal=journal,
         metrics=metrics if metrics.is_file() else None,
-        tokenizer=_named_tokenizer(Path(tokenizer)) if tokenizer is not None else _own_tokenizer(folder),
+        tokenizer=_named_tokenizer(Path(tokenizer).expanduser()) if tokenizer is not None else _own_tokenizer(folder),
     )
 
 
@@ -124,7 +124,7 @@ def read_trained(run: RecordedRun) -> Iterator[Trained]:
 
 
 def _folder(path: str | Path) -> Path:
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ConfigError(
             f"The folder {str(folder)!r} of a run does not exist.",

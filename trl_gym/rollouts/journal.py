@@ -414,7 +414,7 @@ def training_files(folder: str | Path) -> dict[int, list[Path]]:
 
 def _files(folder: str | Path) -> Iterator[tuple[tuple[str, int, int, int, int], Path]]:
     """Yield mode, step, rank, schema and part of each file, and the file. One file is of one schema."""
-    for path in Path(folder).glob("*.jsonl"):
+    for path in Path(folder).expanduser().glob("*.jsonl"):
         if (match := _NAME.fullmatch(path.name)) is not None:
             mode, schema = match["mode"] or "train", _schema_of(path)
             step = _step_of_today(int(match["step"]), mode, schema)

@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
+from trl_gym.given import usable_key
 from trl_gym.policy_server.client import root_url, server_urls
 from trl_gym.policy_server.middleware.ledger import CallRecord, CallTokens
 from trl_gym.untrusted import BodyTooLongError, read_beginning, read_body, redirect_problem
@@ -49,7 +50,8 @@ class Ledger:
 
     def __init__(self, base_urls: str | Sequence[str], api_key: str | None = None) -> None:
         self._roots = tuple(root_url(url) for url in server_urls(base_urls))
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        key = usable_key("api_key", api_key)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._silent: list[str] = []
         self._waiting: dict[str, asyncio.Future[_TakenCalls]] = {}  # by rollout, for the next request
         self._asked: dict[str, asyncio.Future[_TakenCalls]] = {}  # those of the request that runs
