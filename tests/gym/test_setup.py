@@ -82,7 +82,7 @@ def test_it_is_made_remembered_checked_and_repaired(
     breakages = {
         "ModuleNotFoundError: No module named 'nemo_gym.rollout_collection'": module.unlink,
         "half made": (made / "trl-gym-setup.json").unlink,
-        "it is not Python": (made / "bin/python").unlink,
+        "is missing or does not run": (made / "bin/python").unlink,
     }
     for said, breakage in breakages.items():
         breakage()

@@ -98,7 +98,9 @@ def set_up(environment: GymEnvironment, python: str | None, tools: Tools, busy: 
     gym = setup.tested_gym(version)
     if os.path.exists(environment.path):
         with busy(f"checking {environment.path}"):
-            problem = environment.why_not_usable(gym, tools) if installed == version else f"it is not Python {version}"
+            problem = environment.why_not_usable(gym, tools)
+        if problem is None and installed != version:
+            problem = f"Python {version} is asked for"
         if problem is None:
             return f"nemo-gym {gym} on Python {version} is whole, in {environment.path}"
         _say(f"{environment.path} has to be made again: {problem}")

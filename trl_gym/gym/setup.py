@@ -186,8 +186,6 @@ class Environment:
 
     def problem(self, imports: str, tools: Tools) -> str | None:
         """Import modules in the environment; return the last line of the error, None where all is well."""
-        if python_version(self.python) is None:
-            return f"{self.python} is missing or does not run"
         code, output = tools.run([self.python, "-W", "ignore", "-c", imports], {"PYTHONDONTWRITEBYTECODE": ""})
         return None if code == 0 else (output.strip().splitlines() or [f"exit code {code}"])[-1]
 
@@ -250,6 +248,8 @@ class GymEnvironment(Environment):
         """Say why this environment has to be made again; None where nothing has to be done."""
         if not os.path.exists(self.path):
             return "not there yet"
+        if python_version(self.python) is None:
+            return f"{self.python} is missing or does not run"
         if not self.is_current(self.mark(gym)):
             return "half made, or made for other versions"
         return self.problem(_IMPORTS, tools)
