@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("setup-gym", text, setup_gym.DESCRIPTION, setup_gym.add_arguments, setup_gym.run)
     text = "train a small policy on a calculator: to see that everything works"
     quick = (recipes.QUICKSTART_DESCRIPTION, recipes.add_quickstart_arguments, recipes.quickstart)
-    add("quickstart", text, *quick, "[options]", True)
+    add("quickstart", text, *quick, "[--help]", True)
     text = "train with GRPO; the same as `accelerate launch -m trl_gym.train`, in one process"
     add("train", text, _TRAIN_DESCRIPTION, _add_train_options, _train, "--config YAML", True)
     add("recipes", "list, show or copy the recipes", recipes.DESCRIPTION, recipes.add_arguments, recipes.run)

@@ -12,6 +12,7 @@ from typing import Any
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.given import url_problems, usable_key
 from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
+from trl_gym.recipes import find
 from trl_gym.rollout_options import (
     DEFAULT_RETRIES,
     RolloutOptions,
@@ -217,8 +218,8 @@ def named_file(text: str) -> NamedFile:
     """Read `NAME=FILE` or `FILE`: `"easy=data/a.jsonl"` is called easy, `"data/a.jsonl"` is called a."""
     name, equals, path = text.partition("=")
     if equals and not Path(text).exists():
-        return NamedFile(name, Path(path))
-    return NamedFile(Path(text).stem, Path(text))
+        return NamedFile(name, Path(find(path)))
+    return NamedFile(Path(text).stem, Path(find(text)))
 
 
 def _json_object(text: str) -> dict[str, Any]:
