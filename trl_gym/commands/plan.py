@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_gym.compat import check_versions
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.recipes import find
 
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: Options are wrong, or the memory of this model cannot be estimated.
     """
+    check_versions()  # packages that do not fit together cannot be imported
     from trl_gym.doctor.options import Launch, read_launch
     from trl_gym.hub import load_config
     from trl_gym.run.servers import num_workers, workers_problem
