@@ -187,8 +187,8 @@ def read_records(
         problems.append(Problem(f"{file}, line {number}: not UTF-8 ({error}).", "Save the file as UTF-8."))
         return
     except OSError as error:
-        remedy = "Check the path (from the working directory), or make the file."
-        problems.append(Problem(f"{file}: cannot be read ({error}).", remedy))
+        remedy = "Check the path (from the working directory), or make the file; a recipe says how, under Data."
+        problems.append(Problem(f"{file}: cannot be read ({error.strerror or error}).", remedy))
         return
     # Not splitlines(): a JSON string may hold U+2028 and the like, which do not end a line in JSONL.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")

@@ -244,21 +244,34 @@ def crowded(place: Place) -> str:
     place.patch.setattr("trl_gym.doctor.static.shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
     spread = {"distributed_type": "FSDP", "num_processes": 8, "use_cpu": False}
     place.write("accelerate.yaml", yaml.safe_dump(spread))
+    place.patch.setenv("VLLM_RPC_BASE_PATH", "/tmp/" + "x" * 100)
+    silent = place.folder / "silent"
+    shutil.copytree(place.policy, silent)
+    (silent / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    rows = [row(tools=[{"type": "function", "name": "f"}]), *[row("calculator_simple_agnt")] * 2]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     return place.options(
-        train_files=[place.write("a.jsonl", row(), row("calculator_simple_agnt"), row("calculator_simple_agnt"))],
+        policy=silent,
+        gym_vllm_args=None,
+        train_files=[place.write("a.jsonl", *rows)],
         gym_environments={"gone": {"deadline": 3}},
         gym_processes=2,
-        gym_overrides={"calculator.resources_servers.calculator.port": 8000},
+        gym_overrides={"calculator.resources_servers.calculator.port": port},
     )
 
 
 CROWDED = (
     Fault(
         "gym configs",
-        "`calculator` has the fixed port 8000",
+        "`calculator` has the fixed port",
         "Leave `gym_processes`",
     ),
     Fault("open files", "may open 100 files (the soft limit is 50, and is raised), and 64 rollouts", "`ulimit -Hn`"),
+    Fault("sockets", "VLLM_RPC_BASE_PATH is '/tmp/xxx", "Set VLLM_RPC_BASE_PATH to a folder whose name has at most"),
+    Fault("dataset size", "has 3 tasks and a generation batch 8", "Use at least 8 tasks, or lower"),
+    Fault("tool parser", "have tools", "`gym_vllm_args`"),
     Fault("processes", "FSDP needs GPUs", "cpu_two_processes.yaml"),
     Fault(
         "agents", "a.jsonl, line 2 and 1 more: the row is for agent calculator_simple_agnt", f"Did you mean {AGENT}?"
@@ -324,7 +337,7 @@ def tells(entry: Entry, fault: Fault) -> bool:
 
 def test_there_are_more_than_25_kinds_of_faults() -> None:
     kinds = {(fault.check, fault.what) for faults in GROUPS.values() for fault in faults}
-    assert len(kinds) == sum(map(len, GROUPS.values())) == 35
+    assert len(kinds) == sum(map(len, GROUPS.values())) == 38
 
 
 @contextlib.contextmanager

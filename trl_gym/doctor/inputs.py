@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import difflib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_gym.config_checks import dataset_problem, eval_dataset_problem
 from trl_gym.dataset import ROW_COLUMN, first_with_tools, read_records
 from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warning
+from trl_gym.doctor.options import launch
 from trl_gym.errors import Problem, TrlGymError
 from trl_gym.hub import load_config
 from trl_gym.policy_server.command import flags_from
@@ -19,7 +23,7 @@ from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
 from trl_gym.policy_server.parsers import choose
 from trl_gym.rollouts.request import stamp
-from trl_gym.train import make_data, model_to_train
+from trl_gym.train import load_train, make_data, model_to_train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +79,29 @@ def rows(context: Context) -> Iterator[Finding]:
             yield failed(f"{name} has no rows", "A Gym dataset has one JSON object per line.")
         elif not problems:
             yield ok(f"{name}: {len(found)} rows")
+
+
+def dataset_size(context: Context) -> Iterator[Finding]:
+    """Check that there are tasks for one generation batch of all processes, and for an evaluation."""
+    args, script, processes = copy.copy(context.args), context.script, launch(context).processes
+    size, steps = args.per_device_train_batch_size, args.steps_per_generation
+    args.generation_batch_size = size * steps * processes
+    counts = Counter(record[_FILE] for record in context.train_rows)
+    if script.train_weights is None:
+        num_tasks = sum(counts[file] for file in script.train_files)
+    else:  # smaller parts repeat
+        num_tasks = len(load_train(script, args.seed))
+    problems = [dataset_problem(args, num_tasks)]
+    if script.eval_files:
+        problems.append(eval_dataset_problem(args, "", sum(counts[file] for file in script.eval_files)))
+    for problem in filter(None, problems):
+        yield failed(problem.text, problem.remedy)
+    if not any(problems):
+        rollouts, group = args.generation_batch_size, args.num_generations
+        yield ok(
+            f"{num_tasks} tasks; a generation batch has {rollouts // group} × {group} rollouts ({size} per device × "
+            f"{steps} × {processes} process{'es' if processes > 1 else ''})"
+        )
 
 
 def _request_problem(context: Context, record: dict[str, Any]) -> Problem | None:

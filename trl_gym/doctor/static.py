@@ -20,9 +20,10 @@ from packaging.specifiers import SpecifierSet
 from requests.utils import get_netrc_auth
 
 from trl_gym import compat
-from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warning
+from trl_gym.doctor.context import Context, Finding, failed, from_error, ok, skipped, warning
 from trl_gym.doctor.options import launch
-from trl_gym.errors import Problem
+from trl_gym.errors import ConfigError, Problem
+from trl_gym.given import RAY_SOCKETS, VLLM_SOCKETS, socket_folder
 from trl_gym.hub import uses_proxy, why_unreachable
 from trl_gym.processes import bind_socket
 from trl_gym.train import plot_problem
@@ -215,6 +216,18 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def sockets(context: Context) -> Iterator[Finding]:
+    """Check that the folder of temporary files leaves room for the names of Unix sockets, which are short."""
+    wanted = [VLLM_SOCKETS] if context.starts_policy else []
+    if context.starts_gym and context.args.gym_mode == "upstream":
+        wanted.append(RAY_SOCKETS)
+    for program in wanted:
+        try:
+            yield ok(f"those of {program[0]} are below {socket_folder(program)}")
+        except ConfigError as error:
+            yield from from_error(error)
 
 
 # -- leftovers: named, never removed ---------------------------------------------------------------------------------
