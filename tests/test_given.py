@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from trl import ModelConfig
 
 from trl_gym.cli import build_parser, parse_args
+from trl_gym.commands.rollout_flags import CollectOptions
 from trl_gym.config import GymGRPOConfig
 from trl_gym.errors import ConfigError
 from trl_gym.given import RAY_SOCKETS, VLLM_SOCKETS, home_words, socket_folder, url_problems, usable_key, with_output
@@ -54,6 +55,11 @@ def config(**options: Any) -> GymGRPOConfig:
     return GymGRPOConfig(**{"output_dir": "out", "use_cpu": True, "report_to": [], **options})
 
 
+def collection(**options: Any) -> CollectOptions:
+    given = {"mode": "rollout", "datasets": [], "output_dir": Path("o"), "base_url": "http://h:1", "model": "m"}
+    return CollectOptions(**given | {"head_url": "http://h:2", **options})
+
+
 URL_OPTIONS: dict[str, Callable[[str], Any]] = {
     "vllm_server_base_url": lambda url: config(vllm_mode="server", vllm_server_base_url=url),
     "gym_head_url": lambda url: config(gym_head_url=url),
@@ -61,6 +67,8 @@ URL_OPTIONS: dict[str, Callable[[str], Any]] = {
     "GymServers.attach": lambda url: GymServers.attach(url, timeout_s=60),
     "GymServers.connect_policy": lambda url: GymServers(["x.yaml"]).connect_policy(url, "policy"),
     "--upstream": lambda url: gateway.upstream_urls([url]),
+    "--base-url": lambda url: collection(base_url=url),
+    "--gym-head-url": lambda url: collection(head_url=url),
 }
 
 
@@ -122,6 +130,7 @@ KEYS: dict[str, Callable[[str], Any]] = {
     "GymServers": lambda key: GymServers(["x.yaml"], policy_api_key=key),
     "GymServers.connect_policy": lambda key: GymServers(["x.yaml"]).connect_policy("http://h:1", "policy", key),
     "Ledger": lambda key: Ledger("http://h:1", key),
+    "rollout --api-key": lambda key: collection(api_key=key),
     "gateway --api-key": of_gateway("api_key"),
     "gateway --upstream-api-key": of_gateway("upstream_api_key"),
 }
@@ -136,6 +145,7 @@ def test_a_key_that_is_no_header_is_refused_and_never_shown(source: str) -> None
 
 
 def test_the_line_end_of_a_mounted_secret_is_no_part_of_the_key() -> None:
+    assert "s3cret" not in repr(collection(api_key="s3cret")) and collection(api_key="s3cret\n").api_key == "s3cret"
     assert usable_key("o", "a b\r\n") == "a b" and usable_key("o", "") is None and usable_key("o", None) is None
     assert PolicyClient("http://h:1", api_key="key\n").api_key == "key"
     assert in_variable("VLLM_API_KEY")("key\n") == "key"

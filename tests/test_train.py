@@ -191,6 +191,10 @@ def test_a_run_is_summed_up_from_what_is_on_disk(tmp_path: Path, capsys: pytest.
         assert expected in shown, shown
     assert shown.rstrip().endswith(f"trl-gym view {tmp_path}")  # what to do next
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "metrics.jsonl").write_text("")  # of fewer steps than `logging_steps`
+    summarize(tmp_path, {})
+    shown = capsys.readouterr().out
+    assert "optimizer steps" not in shown and "5 (2 sampled by the policy)" in shown
 
 
 def test_an_interrupted_run_says_how_it_goes_on(here: Path) -> None:

@@ -437,8 +437,8 @@ def plot_problem() -> Problem | None:
 
 
 def plot_reward(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Draw training and validation reward and success over optimizer steps, as a PNG; None without matplotlib."""
-    if plot_problem() is not None:  # told before the run
+    """Draw reward and success over optimizer steps, as a PNG; None without matplotlib, or metrics."""
+    if plot_problem() is not None or not metrics:  # the first is told before the run
         return None
     import matplotlib
 
