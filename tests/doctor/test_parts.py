@@ -9,17 +9,20 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.conftest import RECIPES
 from tests.policy_server.tiny_model import build_tokenizer
+from trl_gym.doctor.checks import Check, run_checks
 from trl_gym.doctor.context import Context, Status
 from trl_gym.doctor.inputs import classify
 from trl_gym.doctor.live import EXAMINED, judge, leave
 from trl_gym.doctor.options import Launch, launch, read_launch
-from trl_gym.doctor.static import SUPPORTED_PYTHON, Process, left_files, orphans, processes, why_not_writable
+from trl_gym.doctor.outcome import Verdict, verdict
+from trl_gym.doctor.static import SUPPORTED_PYTHON, Process, gpu, left_files, orphans, processes, why_not_writable
 from trl_gym.errors import ConfigError, FailureKind, RolloutFailure
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.rollouts.request import RolloutRequest
@@ -131,6 +134,24 @@ def test_a_process_of_a_launched_run_counts_as_it_was_launched(
     assert launch(context).processes == 8
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launch(context).processes == 2
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "use_cpu", "num_params", "is_checked"),
+    [(False, False, 4_000_000_000, False), (True, False, 4_000_000_000, True), (False, True, 4_000_000_000, True),
+     (False, False, 400_000, True)],
+)  # fmt: skip
+def test_a_large_model_without_a_gpu_is_not_known_to_be_ready(
+    has_gpu: bool, use_cpu: bool, num_params: int, is_checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    context = Context(argv=[])
+    context.model, context.num_params = "large", num_params
+    context.args = SimpleNamespace(use_cpu=use_cpu)  # type: ignore[assignment]
+    found = list(run_checks([Check("gpu", gpu)], context))
+    assert verdict(found) is (Verdict.READY if is_checked else Verdict.UNKNOWN)
+    assert [entry.status for entry in found] == ([] if is_checked else [Status.SKIPPED])
+    assert all("trl-gym plan" in entry.remedy for entry in found)
 
 
 def rollout(**changes: object) -> Rollout:
