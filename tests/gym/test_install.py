@@ -71,6 +71,13 @@ def test_variable_that_names_nothing_is_not_silently_replaced(nowhere: Path, mon
         find_installation()
 
 
+def test_nobody_looks_beside_an_installed_package(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "__file__", str(nowhere / "lib/site-packages/trl_gym/gym/install.py"))
+    with pytest.raises(ConfigError) as error:
+        find_installation()
+    assert "site-packages" not in str(error.value)
+
+
 def test_one_that_was_made_and_is_gone_is_said_to_be(nowhere: Path) -> None:
     remember(Path("/gone/bin/python"))
     with pytest.raises(ConfigError, match=r"`trl-gym setup-gym` has made .*names /gone/bin/python, which does not"):

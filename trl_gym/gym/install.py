@@ -119,8 +119,9 @@ def remember(python: Path) -> Path:
 
 def default_candidates() -> list[Path]:
     """Return the paths at which an interpreter is looked for when none is named, in order."""
-    checkout = Path(__file__).resolve().parents[2]
-    folders = [Path.cwd(), *Path.cwd().parents, checkout]
+    above = Path(__file__).resolve().parents[2]
+    checkout = [] if above.name.endswith("-packages") else [above]
+    folders = [Path.cwd(), *Path.cwd().parents, *checkout]
     return [folder / VENV_NAME / "bin" / "python" for folder in dict.fromkeys(folders)]
 
 
