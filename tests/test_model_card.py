@@ -67,7 +67,7 @@ def test_a_live_run_names_gym_policy_server_and_transport(tmp_path: Path) -> Non
     assert (rows["Tool parser"], rows["Reasoning parser"]) == ("`hermes` (guessed)", "none (no thinking)")
     assert (rows["Weight sync"], rows["Drift policy"], rows["Optimizer steps"]) == ("`file`", "`exclude`", "3")
     assert rows["trl-gym"] == __version__
-    assert rows["Sampling"] == "temperature 1, top_p 1, top_k 20, at most 512 tokens after the first prompt"
+    assert rows["Sampling"] == "temperature 1, top_p 1, top_k 20, at most 2048 tokens after the first prompt"
 
 
 # -- the card of a run ------------------------------------------------------------------------------------------------

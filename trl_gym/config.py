@@ -52,6 +52,8 @@ class GymGRPOConfig(GRPOConfig):
             Micro-steps of an optimizer step. Default: 8 divided by the number of processes, rounded up, where no other
             option says how large batches are: 8 tasks × 8 rollouts, where TRL's 1 makes one task on each process.
             Otherwise 1.
+        logging_steps (`float`, *optional*, defaults to `1`):
+            Optimizer steps between two lines of metrics; TRL's 10 show nothing of the first nine.
 
         > Parameters that control NeMo Gym
 
@@ -219,6 +221,7 @@ class GymGRPOConfig(GRPOConfig):
     )
     max_completion_length: int | None = None  # `__post_init__` sets it, and the next
     gradient_accumulation_steps: int = None  # type: ignore[assignment]
+    logging_steps: float = 1
     gym_config_paths: list[str] = field(default_factory=list)
     gym_mode: str = field(default="host", metadata={"choices": ["host", "upstream", "attach"]})
     gym_processes: int | None = None
