@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from trl_gym.doctor import inputs, live, options, static
-from trl_gym.doctor.context import LEFT_OUT, QUICK, Context, Finding, Status, failed, from_error, skipped, warning
+from trl_gym.doctor.context import Context, Finding, Status, failed, from_error, skipped, warning
 from trl_gym.doctor.outcome import Entry
 from trl_gym.errors import TrlGymError
 
@@ -94,15 +94,19 @@ def run_checks(
             continue
         begin(check.name)
         started = time.monotonic()
-        because = tuple(dict.fromkeys(reason for name in missing for reason in reasons[name]))
-        findings = [skipped(f"needs {', '.join(missing)}")] if missing else _find(check, context)
+        findings = [_blocked(missing)] if missing else _find(check, context)
         seconds = round(time.monotonic() - started, 3)
-        if LEFT_OUT in findings:
-            because = (QUICK,)
+        causes = [cause for finding in findings for name in finding.because for cause in reasons.get(name, (name,))]
+        because = tuple(dict.fromkeys(causes))
         if any(finding.status in (Status.FAILED, Status.SKIPPED) for finding in findings):
             reasons[check.name] = because or (check.name,)
         for finding in findings:
-            yield Entry(check.name, finding.status, finding.text, finding.remedy, seconds, check.is_essential, because)
+            why = because if finding.status is Status.SKIPPED else ()
+            yield Entry(check.name, finding.status, finding.text, finding.remedy, seconds, check.is_essential, why)
+
+
+def _blocked(missing: Sequence[str]) -> Finding:
+    return skipped(f"needs {', '.join(missing)}", because=tuple(missing))
 
 
 def _find(check: Check, context: Context) -> list[Finding]:

@@ -45,6 +45,7 @@ class Finding:
     status: Status
     text: str
     remedy: str = ""
+    because: tuple[str, ...] = ()  # checks that something could not be checked without, or `QUICK`
 
 
 def ok(text: str) -> Finding:
@@ -59,11 +60,11 @@ def failed(text: str, remedy: str) -> Finding:
     return Finding(Status.FAILED, text, remedy)
 
 
-def skipped(text: str, remedy: str = "") -> Finding:
-    return Finding(Status.SKIPPED, text, remedy)
+def skipped(text: str, remedy: str = "", because: tuple[str, ...] = ()) -> Finding:
+    return Finding(Status.SKIPPED, text, remedy, because)
 
 
-LEFT_OUT = skipped(f"left out by {QUICK}")
+LEFT_OUT = skipped(f"left out by {QUICK}", because=(QUICK,))
 
 
 def from_error(error: TrlGymError, remedy: str = "See docs/reference/failures.md.") -> list[Finding]:

@@ -134,7 +134,8 @@ def agents(context: Context) -> Iterator[Finding]:
     """Check that the agents that rows name exist, and that rows without a name have a single one to go to."""
     known = context.agents
     if known is None or not context.train_rows:
-        yield skipped("needs " + ("agents (gym configs, gym head server)" if known is None else "dataset rows"))
+        source = "gym head server" if context.attaches_gym else "gym configs"
+        yield skipped("needs agents and rows", because=(source if known is None else "dataset rows",))
         return
     named: dict[str | None, list[dict[str, Any]]] = {}
     for record in context.train_rows:
@@ -237,7 +238,7 @@ def context_length(context: Context) -> Iterator[Finding]:
         )
     records = context.train_rows[:_MAX_RENDERED]
     if not records:
-        yield skipped("needs dataset rows")
+        yield skipped("needs dataset rows", because=("dataset rows",))
         return
     sizes = [_prompt_length(context, record) for record in records]
     longest = max(range(len(sizes)), key=sizes.__getitem__)
