@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import load, wait_for
-from tests.e2e.training import ROOT
+from tests.e2e.training import CALCULATOR, ROOT
 from trl_gym.responses import output_items
 from trl_gym.rollouts.journal import read_journal
 
@@ -72,8 +73,9 @@ def after_a_step(run: subprocess.Popen[str], output_dir: Path) -> list[psutil.Pr
     return below
 
 
-def start_of_the_readme(folder: Path, model: Path) -> subprocess.Popen[str]:
-    """Run in a folder what the README shows first, with another model; return its Python."""
+def start_of_the_readme(folder: Path, model: Path, data: Path) -> subprocess.Popen[str]:
+    """Run in a folder what the README shows first; return its Python, with a model that a CPU can train and the
+    environment whose tools that one knows."""
     shown = re.search(r"```bash\n(trl-gym new-environment .*?)```\s+```python\n(.*?)```", README, re.DOTALL)
     assert shown is not None
     commands, script = shown.groups()
@@ -83,8 +85,16 @@ def start_of_the_readme(folder: Path, model: Path) -> subprocess.Popen[str]:
         "TRL_GYM_PYTHON": str(ROOT / ".gym-venv" / "bin" / "python"),
     }
     subprocess.run(["bash", "-ec", commands], cwd=folder, env=environment, check=True, capture_output=True)
-    assert '"Qwen/Qwen3-0.6B"' in script
-    (folder / "run.py").write_text(script.replace('"Qwen/Qwen3-0.6B"', repr(str(model))))
+    others = {
+        "Qwen/Qwen3-0.6B": model,
+        "my_environment/my_environment.yaml": CALCULATOR / "calculator.yaml",
+        "my_environment/data/train.jsonl": data,
+    }
+    for shown_name, other in others.items():
+        assert script.count(f'"{shown_name}"') == 1
+        assert shown_name.startswith("Qwen") or (folder / shown_name).is_file()
+        script = script.replace(shown_name, str(other))
+    (folder / "run.py").write_text(script)
     return subprocess.Popen(
         [sys.executable, "run.py"],
         cwd=folder,
@@ -125,8 +135,11 @@ def test_the_quickstart_shortened(small_policy: Path, tmp_path: Path) -> None:
     assert model.config.vocab_size >= len(tokenizer)
 
 
-def test_the_readme_runs_as_pasted_and_kill_9_leaves_nothing(small_policy: Path, tmp_path: Path) -> None:
-    run = start_of_the_readme(tmp_path, small_policy)
+def test_the_readme_runs_as_pasted_and_kill_9_leaves_nothing(
+    small_policy: Path, calculator_data: Any, tmp_path: Path
+) -> None:
+    train, _ = calculator_data.generate(tmp_path / "data", num_train=64, num_validation=1, seed=0)
+    run = start_of_the_readme(tmp_path, small_policy, train)
     below = after_a_step(run, tmp_path / "out")
     run.kill()
     wait_for(lambda: not running(below), lambda: f"still running: {running(below)}", timeout_s=END_TIMEOUT_S)
