@@ -315,8 +315,8 @@ def _process_problems(context: Context, config: dict[str, Any], num_gpus: int) -
             f"`num_generations` {args.num_generations} do not divide.",
             "Set `per_device_train_batch_size` or `steps_per_generation` so that they do.",
         )
-    shares = not on_cpu and num_gpus > 0 and context.starts_policy and args.gym_server_devices is None
-    if shares and (problem := workers_problem(args, here, num_gpus)) is not None:
+    shares = context.starts_policy and args.gym_server_devices is None and isinstance(args.gym_vllm_args, dict | None)
+    if shares and not on_cpu and num_gpus and (problem := workers_problem(args, here, num_gpus)) is not None:
         yield problem
     served = [one.strip() for one in (args.gym_server_devices or "").split(",")]
     if not on_cpu and num_gpus and any(one.isdigit() and int(one) >= num_gpus for one in served):
