@@ -295,7 +295,14 @@ def read_evidence(model: str | Path, flags: dict[str, str] | None = None) -> Evi
     else:
         tokenizer = flags.get("--tokenizer", model)
         template = "\n".join(_templates(tokenizer, flags.get("--tokenizer-revision", revision)))
+        if not template and _lacks_tokenizer(Path(tokenizer)):  # as loading it will say
+            return Evidence()
     return Evidence(str(family or ""), template)
+
+
+def _lacks_tokenizer(folder: Path) -> bool:
+    signs = ("*token*", "vocab*", "*.model", "tekken.json", "params.json")  # the last two: Mistral's own format
+    return folder.is_dir() and not any(next(folder.glob(name), None) for name in signs)
 
 
 def _templates(tokenizer: str | Path, revision: str | None) -> Iterator[str]:
