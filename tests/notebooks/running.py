@@ -1,8 +1,13 @@
-"""Runs notebooks in a real kernel, in a folder of their own that looks like the checkout."""
+"""Runs notebooks in a real kernel, in a folder of their own, and compares what comes out with what is stored in git.
+
+Outputs are stored for readers. With STORE_OUTPUTS=1 in the environment `tests/e2e/test_notebooks.py` writes them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = ("01_first_rollouts", "02_train_and_compare", "03_write_an_environment", "04_debug_a_run")
 CELL_TIMEOUT_S = 240
+STORES = bool(os.environ.get("STORE_OUTPUTS"))
+_FRAME = "<i>Here is the viewer, in a frame, when the cell is run.</i>"
 
 
 def workspace(folder: Path) -> Path:
-    """A folder in which notebooks find recipes and the small policy, and write below it."""
+    """A folder for notebooks, outside of the checkout."""
     (folder / "notebooks").mkdir(parents=True)
-    (folder / "runs").mkdir()
-    (folder / "recipes").symlink_to(ROOT / "recipes")
-    if (ROOT / "runs" / "small_policy").is_dir():
-        (folder / "runs" / "small_policy").symlink_to(ROOT / "runs" / "small_policy")
     return folder
 
 
@@ -36,6 +39,7 @@ class RunningNotebook:
     """
 
     def __init__(self, name: str, folder: Path, parameters: Mapping[str, Any] | None = None) -> None:
+        self.name, self.folder = name, folder
         self.notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
         cells = [cell for cell in self.notebook.cells if "parameters" in cell.metadata.get("tags", [])]
         for cell in cells if parameters is not None else []:
@@ -62,6 +66,18 @@ class RunningNotebook:
         self.client.execute_cell(cell, len(self.notebook.cells) - 1)
         return "".join(output.text for output in cell.outputs if output.get("name") == "stdout").strip()
 
+    def check_stored(self) -> None:
+        """Compare what the cells put out with what git has, by shape; with `STORES`, store it."""
+        stored = nbformat.read(NOTEBOOKS / f"{self.name}.ipynb", as_version=4)
+        fresh = [kept(cell, self.folder) for cell in self.notebook.cells[: len(stored.cells)]]
+        if STORES:
+            for cell, outputs in zip(stored.cells, fresh, strict=True):
+                if cell.cell_type == "code":
+                    cell.outputs = [nbformat.from_dict(output) for output in outputs]
+            nbformat.write(stored, NOTEBOOKS / f"{self.name}.ipynb")
+        for cell, outputs in zip(stored.cells, fresh, strict=True):
+            assert shapes(cell.get("outputs", [])) == shapes(outputs), cell.id
+
     @property
     def text(self) -> str:
         """Everything that the cells printed or returned as text."""
@@ -79,3 +95,51 @@ class RunningNotebook:
             for output in cell.get("outputs", [])
             if kind in output.get("data", {})
         ]
+
+
+def kept(cell: nbformat.NotebookNode, folder: Path) -> list[dict[str, Any]]:
+    """What is stored of a cell's outputs: no counts, no second form of what is HTML or a picture, no paths of this
+    machine, and a sentence for the viewer, which is large."""
+    found: list[dict[str, Any]] = []
+    for output in cell.get("outputs", []):
+        if output.output_type == "stream":
+            if found and found[-1].get("name") == output.name:
+                found[-1]["text"] += output.text
+            else:
+                found.append({"output_type": "stream", "name": output.name, "text": output.text})
+            continue
+        data = dict(output.data)
+        if len(data) > 1:
+            del data["text/plain"]
+        if "<iframe" in data.get("text/html", ""):
+            data["text/html"] = _FRAME
+        counted = {"execution_count": None} if output.output_type == "execute_result" else {}
+        found.append({"output_type": output.output_type, "data": data, "metadata": {}, **counted})
+    for output in found:
+        for holder in (output, output.get("data", {})):
+            for kind in {"text", "text/plain", "text/html"} & holder.keys():
+                holder[kind] = re.sub(re.escape(str(folder)) + "/?", "", holder[kind])
+    return found
+
+
+def shapes(outputs: list[Any]) -> list[Any]:
+    """What two executions have in common: kinds of outputs, lines with numbers masked, tags of HTML."""
+    return [
+        [output["output_type"], masked(output["text"])]
+        if output["output_type"] == "stream"
+        else [output["output_type"], {kind: _shape(kind, value) for kind, value in output["data"].items()}]
+        for output in outputs
+    ]
+
+
+def _shape(kind: str, value: str) -> list[str]:
+    if kind == "text/html":
+        return sorted(set(re.findall(r"<(\w+)", value)))
+    return masked(value) if kind.startswith("text/") else []
+
+
+def masked(text: str) -> list[str]:
+    """Lines without numbers; several of one kind in a row, such as those of progress, are one."""
+    lines = [re.sub(r"[\d.]*\d(?:e[+-]\d+)?", "#", line) for line in text.splitlines()]
+    lines = [re.sub(r"^rollouts #/#.*", "rollouts #/#", line) for line in lines]
+    return [line for line, before in zip(lines, [None, *lines], strict=False) if line != before]
