@@ -8,14 +8,23 @@ import pty
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from trl_gym.progress import BarProgress, LineProgress, PhaseClock, RunProgress, rollouts_text, working
+from trl_gym.progress import (
+    BarProgress,
+    LineProgress,
+    PhaseClock,
+    RunProgress,
+    first_phases,
+    make_progress,
+    rollouts_text,
+    working,
+)
 from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.train import CurrentStderr
 
@@ -26,7 +35,7 @@ METRICS = {"reward": 0.5, "success": 0.25, "seconds/rollouts": 3.1, "seconds/wei
 def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let seconds pass, without waiting for them."""
     now = [100.0]
-    monkeypatch.setattr("trl_gym.progress.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("trl_gym.progress.time", types.SimpleNamespace(perf_counter=lambda: now[0]))
 
     def wait(seconds: float) -> None:
         now[0] += seconds
@@ -164,6 +173,23 @@ def test_nothing_ends_well_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
     assert "importing:" not in out.getvalue()
     assert out.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # cursor is back, line is gone
+
+
+def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for live in (True, False):
+        for _ in run(make_progress(live=live, quiet=True, first=FIRST)):
+            pass
+    assert capsys.readouterr().out == ""
+
+
+def test_what_comes_first_is_announced_with_its_bounds_unless_rollouts_are_replayed() -> None:
+    config = types.SimpleNamespace(gym_replay=None, gym_sync_timeout=600.0, gym_deadline=120.0)
+    assert [*first_phases(config).values()] == [
+        "first weight sync, and a probe of it (seconds, at most 600 s)",
+        "first rollouts (as long as the slowest of them, at most 120 s each)",
+    ]
+    config.gym_replay = "rollouts"
+    assert first_phases(config) == {}
 
 
 def test_the_text_about_rollouts_is_one_line() -> None:
