@@ -103,7 +103,8 @@ def roll_out(
             sampling=Sampling(temperature=temperature), max_completion_length=max_tokens, deadline=deadline_s
         ),
     )
-    console = Console(force_jupyter=False)  # plain lines: rich's own would each be an output of their own
+    # Plain lines: rich's own would each be an output of their own, and a kernel says that it is a terminal.
+    console = Console(force_jupyter=False, force_terminal=False)
     with shown_progress(console) as progress:
         collected = collect(options, say=speaker(console), progress=progress)
     return counted(read_journal(options.journal_dir), collected.jobs, dict)

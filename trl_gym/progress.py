@@ -281,7 +281,9 @@ def make_progress(*, live: bool, quiet: bool = False, first: Mapping[str, str] |
     console = Console(quiet=quiet)
     if live and not quiet and console.is_jupyter:  # first: a notebook is not a terminal
         return NotebookProgress()
-    return BarProgress(console, first) if live and draws(console) else LineProgress(console, first)
+    if live and draws(console):
+        return BarProgress(console, first)
+    return LineProgress(_line_console(quiet), first)
 
 
 @contextlib.contextmanager
@@ -313,8 +315,12 @@ def working(text: str, may_take: str = "", *, live: bool = True, quiet: bool = F
             yield
         print_line(console, ended())
     else:
-        print_line(console, begun)
+        print_line(_line_console(quiet), begun)
         yield
+
+
+def _line_console(quiet: bool) -> Console:
+    return Console(quiet=quiet, force_jupyter=False)  # in a notebook each line would be an output of its own
 
 
 def draws(console: Console) -> bool:

@@ -20,6 +20,7 @@ NOTEBOOKS = ROOT / "notebooks"
 NAMES = ("01_first_rollouts", "02_train_and_compare", "03_write_an_environment", "04_debug_a_run")
 CELL_TIMEOUT_S = 240
 STORES = bool(os.environ.get("STORE_OUTPUTS"))
+_BARS = re.compile(r"(?:\s*[\w ]+: +\d+%\|[^\r\n]*)+\s*")  # of transformers
 _FRAME = "<i>Here is the viewer, in a frame, when the cell is run.</i>"
 
 
@@ -98,11 +99,13 @@ class RunningNotebook:
 
 
 def kept(cell: nbformat.NotebookNode, folder: Path) -> list[dict[str, Any]]:
-    """What is stored of a cell's outputs: no counts, no second form of what is HTML or a picture, no paths of this
-    machine, and a sentence for the viewer, which is large."""
+    """What is stored of a cell's outputs: no counts, no second form of what is HTML or a picture, no bars, no paths of
+    this machine, and a sentence for the viewer, which is large."""
     found: list[dict[str, Any]] = []
     for output in cell.get("outputs", []):
         if output.output_type == "stream":
+            if output.name == "stderr" and _BARS.fullmatch(output.text):
+                continue
             if found and found[-1].get("name") == output.name:
                 found[-1]["text"] += output.text
             else:
@@ -140,6 +143,7 @@ def _shape(kind: str, value: str) -> list[str]:
 
 def masked(text: str) -> list[str]:
     """Lines without numbers; several of one kind in a row, such as those of progress, are one."""
-    lines = [re.sub(r"[\d.]*\d(?:e[+-]\d+)?", "#", line) for line in text.splitlines()]
+    lines = [re.sub(r"-?[\d.]*\d(?:e[+-]\d+)?", "#", line) for line in text.splitlines()]
     lines = [re.sub(r"^rollouts #/#.*", "rollouts #/#", line) for line in lines]
+    lines = [re.sub(r'_text": .*', '_text": …', line) for line in lines]  # what the policy said
     return [line for line, before in zip(lines, [None, *lines], strict=False) if line != before]
