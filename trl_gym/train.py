@@ -382,7 +382,7 @@ def summarize(output_dir: str | Path, start_up: Mapping[str, float]) -> None:
     for name, text in (
         ("checkpoint", newest_checkpoint(folder)),
         ("reward curve", picture),
-        ("every rollout", look_command(folder)),
+        ("look at it", look_command(folder)),
     ):
         if text is not None:
             print_line(console, f"{name + ':':<14} {text}")
