@@ -417,7 +417,7 @@ def after_interrupt(options: Mapping[str, Any], environment: Mapping[str, str]) 
         if checkpoint is None
         else f"The same command with {further} continues from {checkpoint}."
     )
-    return f"{go_on} Finished rollouts are in the journal: {look_command(folder)}"
+    return f"{go_on}\nFinished rollouts are in the journal: {look_command(folder)}"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -20,7 +20,7 @@ NOTEBOOKS = ROOT / "notebooks"
 NAMES = ("01_first_rollouts", "02_train_and_compare", "03_write_an_environment", "04_debug_a_run")
 CELL_TIMEOUT_S = 240
 STORES = bool(os.environ.get("STORE_OUTPUTS"))
-_BARS = re.compile(r"(?:\s*[\w ]+: +\d+%\|[^\r\n]*)+\s*")  # of transformers
+_BARS = re.compile(r"(?:\s*[\w ]+: +\d+%\|[^\r\n]*)*\s*")  # of transformers
 _FRAME = "<i>Here is the viewer, in a frame, when the cell is run.</i>"
 
 
@@ -104,8 +104,6 @@ def kept(cell: nbformat.NotebookNode, folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for output in cell.get("outputs", []):
         if output.output_type == "stream":
-            if output.name == "stderr" and _BARS.fullmatch(output.text):
-                continue
             if found and found[-1].get("name") == output.name:
                 found[-1]["text"] += output.text
             else:
@@ -118,6 +116,7 @@ def kept(cell: nbformat.NotebookNode, folder: Path) -> list[dict[str, Any]]:
             data["text/html"] = _FRAME
         counted = {"execution_count": None} if output.output_type == "execute_result" else {}
         found.append({"output_type": output.output_type, "data": data, "metadata": {}, **counted})
+    found = [output for output in found if output.get("name") != "stderr" or not _BARS.fullmatch(output["text"])]
     for output in found:
         for holder in (output, output.get("data", {})):
             for kind in {"text", "text/plain", "text/html"} & holder.keys():
