@@ -1,19 +1,19 @@
-"""`recipes/custom_trainer.py` with all its overrides in one training run on real servers."""
+"""The blocks of `docs/custom_trainer.md`, as they stand, in one training run on real servers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import RECIPES, load
-from tests.e2e.training import MAX_MEAN_GAP, RecordingTrainer, config, gap
-from trl_gym import GymServers, PolicyServer, load_gym_dataset
+import trl_gym
+from tests.conftest import load, page_code
+from tests.e2e.training import MAX_MEAN_GAP, RecordingTrainer, gap
+from trl_gym import GymServers, PolicyServer
 from trl_gym.dataset import gym_row
 from trl_gym.rollouts.journal import read_journal
 
@@ -22,41 +22,38 @@ pytestmark = [pytest.mark.e2e, pytest.mark.shares("small")]
 EASY_STEPS, NUM_STEPS, TURN_TOKENS, TURN_COST = 1, 2, 24, 0.05
 
 
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    return load("recipe_custom_trainer", RECIPES / "custom_trainer.py")
+class Shortened(RecordingTrainer):
+    """In the place of `GymGRPOTrainer`: a step on sums and one on everything, on servers that run already."""
+
+    servers: dict[str, Any]
+    made: list[RecordingTrainer]
+
+    def __init__(self, args: Any, **given: Any) -> None:
+        args.max_steps = args.eval_steps = NUM_STEPS
+        args.easy_steps, args.turn_tokens = EASY_STEPS, TURN_TOKENS
+        super().__init__(args=args, **given, **self.servers)
+        self.made.append(self)
 
 
 @pytest.fixture(scope="module")
 def run(
-    recipe: ModuleType,
     small_policy: Path,
     policy: PolicyServer,
     gym: GymServers,
     calculator_data: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
-    """A step on sums and one on everything, then an evaluation."""
+    """The trainer of the page, when it has trained in an empty folder that has the quickstart's data."""
     folder = tmp_path_factory.mktemp("custom")
-    train, validation = calculator_data.generate(folder / "data", num_train=256, num_validation=16, seed=0)
-
-    class Recording(RecordingTrainer, recipe.CustomTrainer):
-        pass
-
-    own = {"easy_steps": EASY_STEPS, "turn_tokens": TURN_TOKENS, "turn_cost": TURN_COST}
-    args = config(
-        folder, recipe.CustomConfig, max_steps=NUM_STEPS, eval_steps=NUM_STEPS, reward_weights=[1.0, 0.1], **own
-    )
-    with Recording(
-        model=str(small_policy),
-        reward_funcs=[recipe.bare_answer],
-        args=args,
-        train_dataset=load_gym_dataset(train),
-        eval_dataset=load_gym_dataset(validation),
-        policy_server=policy,
-        gym_servers=gym,
-    ) as trainer:
-        trainer.train()
+    calculator_data.generate(folder / "runs/quickstart/data", num_train=256, num_validation=16, seed=0)
+    (folder / "page.py").write_text(page_code("custom_trainer.md"))
+    Shortened.servers, Shortened.made = {"policy_server": policy, "gym_servers": gym}, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(trl_gym, "GymGRPOTrainer", Shortened)
+        page = load("custom_trainer_page", folder / "page.py")
+        assert isinstance(page.trainer, page.CustomTrainer)
+        [trainer] = Shortened.made
         yield trainer
 
 
@@ -100,7 +97,7 @@ def test_only_the_turn_that_decided_is_trained(run: Any) -> None:
     assert max(gap(batch) for batch in run.seen) < MAX_MEAN_GAP
 
 
-def test_the_advantages_are_of_the_rewards_as_they_were_formed(run: Any, recipe: ModuleType) -> None:
+def test_the_advantages_are_of_the_rewards_as_they_were_formed(run: Any) -> None:
     seen: set[float] = set()
     for batch in batches(run):
         rollouts = batch["rollouts"]
@@ -109,7 +106,7 @@ def test_the_advantages_are_of_the_rewards_as_they_were_formed(run: Any, recipe:
             dtype=torch.float32,
         )
         bare = torch.tensor(
-            recipe.bare_answer(completions=[[recipe_message(r)] for r in rollouts]), dtype=torch.float32
+            run.reward_funcs[1](completions=[[last_message(r)] for r in rollouts]), dtype=torch.float32
         )
         rewards = (formed + 0.1 * bare).view(-1, 8)
         expected = (rewards - rewards.mean(1, keepdim=True)).flatten()
@@ -119,7 +116,7 @@ def test_the_advantages_are_of_the_rewards_as_they_were_formed(run: Any, recipe:
     assert len(seen) > 2
 
 
-def recipe_message(rollout: Any) -> dict[str, Any]:
+def last_message(rollout: Any) -> dict[str, Any]:
     """The last item of Gym's answer as a chat message."""
     last = rollout.answer["response"]["output"][-1]
     if last["type"] != "message":
@@ -127,9 +124,11 @@ def recipe_message(rollout: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": "".join(part["text"] for part in last["content"])}
 
 
-def test_it_trained(run: Any, recipe: ModuleType) -> None:
+def test_it_trained(run: Any, policy: PolicyServer) -> None:
     metrics = [json.loads(line) for line in (Path(run.args.output_dir) / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, NUM_STEPS + 1))
     assert all(line["grad_norm"] > 0 and 0 < line["rewards/bare_answer/mean"] < 1 for line in metrics)
+    longest = [max(len(run.calls[r.request.rollout_id]) for r in batch["rollouts"]) for batch in batches(run)]
+    assert [line["custom/longest_turns"] for line in metrics] == longest  # by `log_metric`
     assert len(list(read_journal(Path(run.args.output_dir) / "rollouts"))) == NUM_STEPS * 64 + 16
-    assert run.policy_server.client.weight_version() == str(NUM_STEPS)
+    assert policy.client.weight_version() == str(NUM_STEPS)
