@@ -99,6 +99,6 @@ def test_every_evaluation_set_is_shown_by_its_name() -> None:
     named = {"eval_hard_sums_runtime": 1.0, "eval_hard_sums_reward": 0.25, "eval_hard_sums_success": 0.0, "epoch": 1}
     callback.on_log(None, state(3), TrainerControl(), logs=named)
     assert out.getvalue().splitlines() == [
-        "evaluation at step 3: reward 0.500",
-        "evaluation of hard_sums at step 3: reward 0.250, success 0.000",
+        "evaluation at step 3: reward 0.500, 1.0 s",
+        "evaluation of hard_sums at step 3: reward 0.250, success 0.000, 1.0 s",
     ]
