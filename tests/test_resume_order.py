@@ -181,7 +181,7 @@ def learning() -> type[Watched]:
     page = (Path(__file__).resolve().parents[1] / "docs" / "custom_trainer.md").read_text()
     code = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     names: dict[str, Any] = {}
-    exec(next(block for block in code if "class Curriculum" in block), names)
+    exec(code[0] + next(block for block in code if "class Curriculum" in block), names)  # the first one imports
     return type("Learning", (Watched, names["Curriculum"]), {})
 
 
