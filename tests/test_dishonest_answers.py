@@ -344,7 +344,7 @@ class Source(LiveSource):
     def start(self) -> None: ...
 
     def connect(self, accelerator: Any, model: Any, hooks: Any) -> None:
-        self._accelerator, self._hooks, self._step = accelerator, hooks, 0
+        self._accelerator, self._hooks, self._version = accelerator, hooks, 0
         self._weights = SimpleNamespace(
             sampling=lambda *_, **__: contextlib.nullcontext(), take_optimizer=lambda _: None
         )

@@ -234,7 +234,7 @@ def test_urls_are_told_apart_and_made_alike(given: str | list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"), [("http://a:1,http://a:1/v1", "twice"), (" , ", "Name one"), ([], "Name")]
+    ("given", "words"), [("http://a:1,http://a:1/v1", "twice"), (" , ", "names no URL"), ([], "names no URL")]
 )
 def test_urls_of_no_server_or_of_one_twice_are_refused(given: str | list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
