@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.policy_server.middleware.template_chats import TOOLS, Sampled, sample
 from tests.policy_server.middleware.templates import Template, load_template, template_paths
+from trl_gym.errors import ConfigError
 from trl_gym.policy_server import parsers
 from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
 from trl_gym.policy_server.parsers import (
@@ -140,7 +141,7 @@ def test_thoughts_as_a_shipped_template_writes_them_are_read(path: Path) -> None
     [
         ("mistral", "{{ tools }}[TOOL_CALLS]", "mistral", None),
         ("mistral3", "{{ tools }}[TOOL_CALLS][THINK]", "mistral", "mistral"),
-        ("mistral", "", "mistral", None),
+        ("mistral", "", None, None),  # a base model
         ("llama", '{{ tools }}<tool_call>{"arguments": 1}', "hermes", None),  # Hermes of Llama
         ("llama", '{{ tools }}{"parameters": 1}', "llama3_json", None),
         ("llama4", '{{ tools }}<|python_start|>{"parameters": 1}', "llama4_json", None),
@@ -252,8 +253,13 @@ def test_tools_without_a_parser_are_a_problem_unless_the_model_could_not_be_read
 def test_templates_are_found_where_vllm_finds_them(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}, {"name": "rag"}]
     folder = model_folder(tmp_path, "jinja", tokenizer_config={"chat_template": named}, chat_template={})
-    assert read_evidence(folder) == Evidence("qwen2", "jinja\na\nb")
+    for_tools = folder / "additional_chat_templates" / "tool_use.jinja"
+    for_tools.parent.mkdir()
+    for_tools.write_text("more")
+    assert read_evidence(folder) == Evidence("qwen2", "jinja\nmore")  # as transformers: alone where there is one
+    for_tools.unlink()
     (folder / "chat_template.jinja").unlink()
+    assert read_evidence(folder) == Evidence("qwen2", "a\nb")
     (folder / "tokenizer_config.json").write_text('{"chat_template": "text"}')
     assert read_evidence(folder) == Evidence("qwen2", "text")
     (folder / "tokenizer_config.json").write_text("{broken")
@@ -267,11 +273,31 @@ def test_flags_say_where_the_template_is(tmp_path: Path) -> None:
     assert read_evidence(folder, {"--tokenizer": str(other)}).template == "other"
     assert read_evidence(folder, {"--chat-template": str(file)}).template == "given"
     assert read_evidence(folder, {"--chat-template": "{{ text }}"}).template == "{{ text }}"
+    assert "<|im_start|>" in read_evidence(folder, {"--chat-template": "template_chatml.jinja"}).template  # vLLM's
+
+
+def test_a_template_that_is_no_file_or_not_text_is_refused(tmp_path: Path) -> None:
+    folder, missing = model_folder(tmp_path), str(tmp_path / "nope.jinja")
+    with pytest.raises(ConfigError, match=r"`chat-template` is '.*nope\.jinja', and there is no such file"):
+        choose(folder, ["--chat-template", missing])
+    (folder / "chat_template.jinja").write_bytes(b"{{ tools }}\xff")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja' is not UTF-8 \(.*Save it as UTF-8"):
+        choose(folder, [])
 
 
 def test_mistrals_own_format_has_no_config(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text("{}")
     assert choose(tmp_path, [])[0].tool.name == "mistral"
+
+
+@pytest.mark.parametrize(("file", "parser"), [("tokenizer.json", None), ("tekken.json", "mistral")])
+def test_a_mistral_without_template_needs_the_files_that_vllm_renders_chats_with(
+    file: str, parser: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    (tmp_path / file).write_text("{}")
+    found, _ = choose(tmp_path, [])
+    assert found.tool.name == parser and (found.problem("my_agent") is None) == (parser is not None)
 
 
 def test_a_model_of_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ below say what is evidence of what; a test holds them against vLLM's parsers.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from trl_gym.errors import Problem
+from trl_gym.errors import ConfigError, Problem
 
 TOOL_FLAG, REASONING_FLAG = "--tool-call-parser", "--reasoning-parser"
 NONE = "none"  # value of either flag: no parser, and no guess
@@ -35,6 +36,7 @@ class Rule:
     marker: str = ""  # text in the chat template
     families: tuple[str, ...] = ()  # beginnings of `model_type`
     also: str = ""  # another text in the chat template
+    mistral_files: bool = False  # tekken.json or params.json, with which vLLM renders chats without a template
 
 
 # The first rule that holds is used: a marker of one format stands in front of those that may be a part of it.
@@ -76,7 +78,7 @@ TOOL_RULES = (
     Rule("llama3_json", '"parameters": ', ("llama", "mllama")),
     Rule("lfm2", "<|tool_list_start|>", ("lfm2",)),
     # Without a chat template: vLLM renders the chats of these by itself.
-    Rule("mistral", families=("mistral",)),
+    Rule("mistral", families=("mistral",), mistral_files=True),
     Rule("deepseek_v32", families=("deepseek_v32",)),
     Rule("deepseek_v4", families=("deepseek_v4",)),
 )
@@ -118,6 +120,7 @@ class Evidence:
 
     family: str = ""  # `model_type`; empty where it is not known
     template: str = ""  # chat template, with those for chats with tools; empty where there is none
+    mistral_files: bool = False  # see `Rule`
 
     @property
     def shows_tools(self) -> bool:
@@ -180,6 +183,9 @@ def choose(model: str | Path, flags: Sequence[str]) -> tuple[Parsers, list[str]]
     Args:
         model: Model folder, or name on the model hub, of which configuration and chat template are fetched.
         flags: Flags of `vllm serve`.
+
+    Raises:
+        ConfigError: See `read_evidence`.
     """
     words = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
     given = {name.replace("_", "-"): value for name, value in pairwise([*words, ""]) if name.startswith("--")}
@@ -241,6 +247,8 @@ def _guess(rules: Sequence[Rule], evidence: Evidence) -> Parser | None:
         texts = [text for text in (rule.marker, rule.also) if text]
         if not texts and evidence.template:  # a family alone, of a model that has a template after all
             continue
+        if rule.mistral_files and not evidence.mistral_files:
+            continue
         in_family = not rule.families or evidence.family.startswith(rule.families)
         if in_family and all(text in evidence.template for text in texts):
             seen = [f"`{text}` in the chat template" for text in texts[:1]]
@@ -281,6 +289,9 @@ def read_evidence(model: str | Path, flags: dict[str, str] | None = None) -> Evi
     Args:
         model: Model folder, or name on the model hub.
         flags: Flags of `vllm serve` by name: `--chat-template`, `--tokenizer` and `--revision` count.
+
+    Raises:
+        ConfigError: A chat template is not UTF-8, or a file that does not exist.
     """
     flags = flags or {}
     revision = flags.get("--revision")
@@ -290,14 +301,33 @@ def read_evidence(model: str | Path, flags: dict[str, str] | None = None) -> Evi
     if not family and not Path(model).is_dir():  # the hub does not have it, or cannot be reached
         return Evidence()
     if given := flags.get("--chat-template"):
-        path = Path(given)
-        template = path.read_text(encoding="utf-8") if path.is_file() else given  # vLLM takes the text, too
-    else:
-        tokenizer = flags.get("--tokenizer", model)
-        template = "\n".join(_templates(tokenizer, flags.get("--tokenizer-revision", revision)))
-        if not template and _lacks_tokenizer(Path(tokenizer)):  # as loading it will say
-            return Evidence()
-    return Evidence(str(family or ""), template)
+        return Evidence(str(family or ""), _given_template(given))
+    tokenizer, of_tokenizer = flags.get("--tokenizer", model), flags.get("--tokenizer-revision", revision)
+    if template := "\n".join(_templates(tokenizer, of_tokenizer)):
+        return Evidence(str(family or ""), template)
+    if _lacks_tokenizer(Path(tokenizer)):  # as loading it will say
+        return Evidence()
+    has_files = any(_file(tokenizer, name, of_tokenizer) is not None for name in ("tekken.json", "params.json"))
+    return Evidence(str(family or ""), mistral_files=has_files)
+
+
+def _given_template(given: str) -> str:
+    """Return the template that `--chat-template` gives: a file, one of vLLM's own by name, or the text itself."""
+    path = Path(given)
+    if any(sign in given for sign in "{}\n"):  # by which vLLM, too, tells a text
+        return given
+    if path.is_file():
+        return _text(path)
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is not None and vllm.origin is not None:
+        own = Path(vllm.origin).parent / "transformers_utils" / "chat_templates" / given
+        if own.is_file():
+            return _text(own)
+    raise ConfigError(
+        f"`chat-template` is {given!r}, and there is no such file.",
+        "Set `gym_vllm_args` to {'chat-template': FILE} (`trl-gym serve MODEL --chat-template FILE`), from the working "
+        "directory, or give the text of a template.",
+    )
 
 
 def _lacks_tokenizer(folder: Path) -> bool:
@@ -307,9 +337,11 @@ def _lacks_tokenizer(folder: Path) -> bool:
 
 def _templates(tokenizer: str | Path, revision: str | None) -> Iterator[str]:
     """Yield the templates that vLLM would choose among: the default one, and one for chats with tools."""
-    if (path := _file(tokenizer, "chat_template.jinja", revision)) is not None:
-        yield path.read_text(encoding="utf-8")
-    for name in ("tokenizer_config.json", "chat_template.json"):
+    own = _file(tokenizer, "chat_template.jinja", revision)
+    if own is not None:
+        yield _text(own)
+    # transformers looks at these only without that file: a model that was saved again may keep its former template.
+    for name in ("tokenizer_config.json", "chat_template.json") if own is None else ():
         told = _object(_file(tokenizer, name, revision)).get("chat_template")
         if isinstance(told, str):
             yield told
@@ -317,7 +349,14 @@ def _templates(tokenizer: str | Path, revision: str | None) -> Iterator[str]:
             if isinstance(one, dict) and one.get("name") in ("default", "tool_use"):
                 yield str(one.get("template", ""))
     if (path := _file(tokenizer, "additional_chat_templates/tool_use.jinja", revision)) is not None:
-        yield path.read_text(encoding="utf-8")
+        yield _text(path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The chat template {str(path)!r} is not UTF-8 ({error}).", "Save it as UTF-8.") from error
 
 
 def _object(path: Path | None) -> dict[str, object]:
