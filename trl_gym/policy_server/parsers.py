@@ -325,8 +325,8 @@ def _given_template(given: str) -> str:
             return _text(own)
     raise ConfigError(
         f"`chat-template` is {given!r}, and there is no such file.",
-        "Set `gym_vllm_args` to {'chat-template': FILE} (`trl-gym serve MODEL --chat-template FILE`), from the working "
-        "directory, or give the text of a template.",
+        "Set `gym_vllm_args` to {'chat-template': FILE} (`trl-gym serve MODEL --chat-template FILE`), a path from the "
+        "working directory, or give the text of a template.",
     )
 
 
