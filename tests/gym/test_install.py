@@ -66,7 +66,7 @@ def test_variable_that_names_nothing_is_not_silently_replaced(nowhere: Path, mon
     fake_python(nowhere / "a/.gym-venv/bin/python", gym("0.5.1"))
     monkeypatch.setenv("TRL_GYM_PYTHON", "/nowhere/python")
     with pytest.raises(
-        ConfigError, match=r"TRL_GYM_PYTHON names /nowhere/python, which does not exist.*trl-gym setup-gym"
+        ConfigError, match=r"TRL_GYM_PYTHON names /nowhere/python, which does not exist\. Unset TRL_GYM_PYTHON"
     ):
         find_installation()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import os
 import shutil
+import sys
+import venv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +17,13 @@ from trl_gym.commands import setup_gym
 from trl_gym.errors import ConfigError
 from trl_gym.gym import install, setup
 from trl_gym.gym.install import SUPPORTED_GYM, find_installation
-from trl_gym.gym.setup import SetupError, Tools
+from trl_gym.gym.setup import Environment, SetupError, Tools
 
 ROOT = Path(__file__).resolve().parents[2]
 # Takes `venv --python INTERPRETER FOLDER`, and `pip install --python INTERPRETER … nemo-gym==VERSION …`.
 UV = """#!/bin/sh
 echo "$@" >> "$0.calls"
-[ -e "$0.fails" ] && { cat "$0.fails"; exit 1; }
+[ -e "$0.fails" ] && [ "$(cat "$0.fails_at" 2>/dev/null || echo "$1")" = "$1" ] && { cat "$0.fails"; exit 1; }
 if [ "$1" = venv ]; then exec "$3" -m venv --without-pip "$4"; fi
 site=$("$4" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 for word in "$@"; do case $word in nemo-gym==*) version=${word#nemo-gym==};; esac; done
@@ -81,7 +83,7 @@ def test_it_is_made_remembered_checked_and_repaired(
     [module] = made.glob("lib/*/site-packages/nemo_gym/rollout_collection.py")
     breakages = {
         "ModuleNotFoundError: No module named 'nemo_gym.rollout_collection'": module.unlink,
-        "half made": (made / "trl-gym-setup.json").unlink,
+        "half made": lambda: (made / "trl-gym-setup.json").write_text('{"fingerprint": "started"}'),
         "is missing or does not run": (made / "bin/python").unlink,
     }
     for said, breakage in breakages.items():
@@ -106,6 +108,55 @@ def test_another_folder_and_one_that_comes_first(
     assert main(["setup-gym", "--python", python, "--dir", "mine"]) == 0
     assert f"note: in this folder {python} comes first" in capsys.readouterr().out
 
+    monkeypatch.setenv("TRL_GYM_PYTHON", "/nope")  # what was made is whole, and cannot be the remedy
+    assert main(["setup-gym", "--python", python, "--dir", "mine"]) == 1
+    told = capsys.readouterr()
+    assert "is whole" in told.out and "It is found" not in told.out
+    assert f"comes before what was made ({tmp_path}/mine/bin/python): The environment variable TRL_GYM" in told.err
+    assert "which does not exist. Unset TRL_GYM_PYTHON, or name" in told.err and "`trl-gym setup" not in told.err
+    assert main(["setup-gym", "--print-python"]) == 1
+    monkeypatch.delenv("TRL_GYM_PYTHON")
+    capsys.readouterr()
+    assert main(["setup-gym", "--print-python"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/mine/bin/python\n"
+    (tmp_path / ".gym-venv/bin").mkdir(parents=True)
+    (tmp_path / ".gym-venv/bin/python").symlink_to("/bin/sh")
+    assert main(["setup-gym", "--python", python, "--dir", "mine"]) == 1
+    assert f"Repair or remove {tmp_path}/.gym-venv, or set TRL_GYM_PYTHON" in capsys.readouterr().err
+
+
+def test_an_upgrade_that_fails_leaves_what_worked(
+    uv: Path, python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "data/trl-gym/gym-env"
+    assert main(["setup-gym", "--python", python]) == 0
+    works = find_installation()
+    (made / "trl-gym-setup.json").write_text('{"fingerprint": "of an earlier version"}')
+    (made / "old").touch()
+    uv.with_name("uv.fails").write_text("error: Failed to fetch: `https://…`")
+    for fails_at in ("venv", "pip"):
+        uv.with_name("uv.fails_at").write_text(fails_at)
+        assert main(["setup-gym", "--python", python]) == 1
+        assert f"{made} is what it was before.\n  Check the network" in capsys.readouterr().err
+        assert find_installation() == works and (made / "old").exists()
+
+    tools = Tools(tmp_path / "log", str(uv))
+    with pytest.raises(KeyboardInterrupt), Environment(made).made(python, tools, True):
+        assert (made / "bin/python").exists() and not (made / "old").exists()
+        raise KeyboardInterrupt
+    assert find_installation() == works and (made / "old").exists()
+
+    made.rename(tmp_path / "data/trl-gym/gym-env.before")  # one was killed, and the next fails
+    made.mkdir()
+    (made / "trl-gym-setup.json").write_text('{"fingerprint": "started"}')
+    assert main(["setup-gym", "--python", python]) == 1
+    assert find_installation() == works and (made / "old").exists()
+
+    uv.with_name("uv.fails").unlink()
+    assert main(["setup-gym", "--python", python]) == 0
+    assert find_installation() == works and not (made / "old").exists()
+    assert {path.name for path in made.parent.iterdir()} == {"gym-env", "gym-python", "setup-gym.log"}
+
 
 def test_folders_with_other_things_are_left_alone(
     uv: Path, python: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -113,11 +164,22 @@ def test_folders_with_other_things_are_left_alone(
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.png").touch()
     (tmp_path / "file").touch()
-    for name in ("photos", "file"):
+    venv.create(tmp_path / "own")
+    for name in ("bin", "lib", "include"):
+        (tmp_path / "parts" / name).mkdir(parents=True)
+    (tmp_path / "trainer/bin").mkdir(parents=True)  # as that of a checkout
+    for name in ("bin/trl-gym", "trl-gym-setup.json"):
+        (tmp_path / "trainer" / name).touch()
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("photos", "file", "own", "parts"):
         assert main(["setup-gym", "--python", python, "--dir", name]) == 1
         told = capsys.readouterr().err
-        assert f"{name} exists and is no virtual environment. Move it away, or choose another folder. Then run" in told
-    assert (tmp_path / "photos/cat.png").exists() and calls(uv) == 0
+        assert f"{name} exists and was not made by set-up" in told and "Choose another folder, or move" in told
+    assert main(["setup-gym", "--python", python, "--dir", "trainer"]) == 1
+    assert "trainer is an environment that trl-gym runs in. Choose another folder" in capsys.readouterr().err
+    with pytest.raises(SetupError, match="is left alone"), Environment(tmp_path / "own").made(python, Tools(uv, None)):
+        pytest.fail("a checkout's .venv of the same Python was taken")
+    assert sorted(path for path in tmp_path.rglob("*") if "data" not in path.parts) == before and calls(uv) == 0
     assert main(["setup-gym", "--python", python, "--dir", "file/below"]) == 1
     assert "cannot be written to: File exists. Make it writable" in capsys.readouterr().err
     assert not (tmp_path / "data/trl-gym/gym-python").exists()  # nothing to remember
@@ -167,7 +229,9 @@ def test_a_command_that_fails_says_why(
     assert output.splitlines()[-1] in told and "Then run `trl-gym setup-gym` again." in told
 
 
-def test_a_python_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_python_on_path_is_found_and_one_that_does_not_fit_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tools = Tools(tmp_path / "log", None)
     with pytest.raises(
         SetupError, match=r"is not tested with Python 3\.14, but with 3\.12 \(nemo-gym 0\.4\.0\) and 3\.13"
@@ -175,6 +239,11 @@ def test_a_python_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         setup_gym.choose("3.14", tools)
     with pytest.raises(SetupError, match="`--python` /nowhere/python does not run"):
         setup_gym.choose("/nowhere/python", tools)
+    name = next(Path(sys.executable).parent.glob("python3.*")).name
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert setup_gym.choose(name, tools) == str(Path(sys.executable).with_name(name))
+    with pytest.raises(SetupError, match=r"`--python` python3\.99 does not run"):
+        setup_gym.choose("python3.99", tools)
     with pytest.raises(SetupError, match=r"No Python 3\.99 was found for NeMo Gym") as error:
         tools.choose_python(["3.99"], "NeMo Gym")
     assert "uv python install 3.99" in error.value.remedy

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -304,10 +306,10 @@ def test_scripts_that_make_math_data_are_installed(installation: Path) -> None:
 def test_commands_that_make_sudokus_run(tmp_path: Path) -> None:
     """As in the header, but for size and folder; the rows name the agent of the recipe."""
     lines = [line.strip() for line in header("several_environments.yaml").splitlines()]
-    commands = [line for line in lines if re.match(r"site=|make_sudokus=|\.gym-venv/bin/python", line)]
-    text = "\n".join(commands).replace(".gym-venv/bin/python", str(ROOT / ".gym-venv/bin/python"))
-    text = re.sub(r"--size \d+", "--size 2", text.replace("runs/data/mini_sudoku", str(tmp_path)))
-    subprocess.run(["bash", "-ec", text], check=True, capture_output=True, cwd=tmp_path)
+    commands = [line for line in lines if re.match(r"gym_python=|site=|make_sudokus=|\"\$gym_python", line)]
+    text = re.sub(r"--size \d+", "--size 2", "\n".join(commands).replace("runs/data/mini_sudoku", str(tmp_path)))
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # with `trl-gym`
+    subprocess.run(["bash", "-ec", text], check=True, capture_output=True, cwd=tmp_path, env=env)
     for file in ("train.jsonl", "validation.jsonl"):
         rows = load_gym_dataset(tmp_path / file)
         assert rows["agent"] == ["reasoning_gym_simple_agent"] * 2

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from trl_gym.errors import ConfigError
+from trl_gym.errors import ConfigError, TrlGymError
 from trl_gym.gym import setup
 from trl_gym.gym.install import PYTHON_VARIABLE, data_home, find_installation, remember
 from trl_gym.gym.setup import GymEnvironment, SetupError, Tools, python_version
@@ -32,12 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--python",
         metavar="PYTHON",
-        help=f"what to make it of: a path, or a version ({' or '.join(_MINORS)}; default: the first that is there)",
+        help=f"what to make it of: a path, a name on PATH, or a version ({' or '.join(_MINORS)}; default: the first "
+        "that is there)",
     )
     parser.add_argument(
         "--dir",
         metavar="DIR",
         help="the environment's folder (default: $XDG_DATA_HOME/trl-gym/gym-env, in ~/.local/share)",
+    )
+    parser.add_argument(
+        "--print-python",
+        action="store_true",
+        help="print the path of the interpreter that is used in this folder, and make nothing",
     )
 
 
@@ -45,10 +51,14 @@ def run(options: argparse.Namespace) -> int:
     """Make it or check it; return exit status 0.
 
     Raises:
-        ConfigError: There is no fitting Python, no network, no space, or the folder cannot be written to.
+        ConfigError: There is no fitting Python, no network, no space, the folder cannot be written to, or what was
+            made is not used, since something that does not work comes before it.
     """
     from rich.console import Console
 
+    if options.print_python:
+        _say(str(find_installation().python))
+        return 0
     home = data_home()
     if not home.is_absolute():
         raise ConfigError(
@@ -67,12 +77,23 @@ def run(options: argparse.Namespace) -> int:
             f"{home} cannot be written to: {error.strerror or error}.",
             f"Set XDG_DATA_HOME to another folder. {_AGAIN}",
         ) from error
-    _say(f"{said} ({time.monotonic() - started:.0f} s). It is found from any folder from now on: see {place}")
-    found = find_installation().python
-    if found != path / "bin" / "python":
-        _say(f"note: in this folder {found} comes first ({PYTHON_VARIABLE}, or a folder .gym-venv)")
+    _say(f"{said} ({time.monotonic() - started:.0f} s)")
+    _say_what_is_used(path / "bin" / "python", place)
     _say("next: trl-gym quickstart")
     return 0
+
+
+def _say_what_is_used(made: Path, place: Path) -> None:
+    try:
+        found = find_installation().python
+    except TrlGymError as error:
+        raise ConfigError(
+            f"In this folder something else comes before what was made ({made}): {error.problem}", error.remedy
+        ) from error
+    if found == made:
+        _say(f"It is found from any folder from now on: see {place}")
+    else:
+        _say(f"note: in this folder {found} comes first ({PYTHON_VARIABLE}, or a folder .gym-venv)")
 
 
 def set_up(environment: GymEnvironment, python: str | None, tools: Tools, busy: Busy) -> str:
@@ -88,8 +109,11 @@ def set_up(environment: GymEnvironment, python: str | None, tools: Tools, busy: 
         A sentence about what there is now.
 
     Raises:
-        SetupError: See `GymEnvironment.set_up`.
+        SetupError: See `GymEnvironment.set_up`; or the folder is an environment of trl-gym's own.
     """
+    environment.refuse_foreign()
+    if os.path.exists(os.path.join(environment.path, "bin", "trl-gym")):  # a checkout's .venv has a stamp too
+        raise SetupError(f"{environment.path} is an environment that trl-gym runs in.", "Choose another folder.")
     installed = python_version(environment.python) or ""
     interpreter = choose(python, tools)
     version = python_version(interpreter) or ""
@@ -125,13 +149,13 @@ def choose(python: str | None, tools: Tools) -> str:
     """
     if python is None:
         return tools.choose_python(_MINORS, "NeMo Gym")
-    if os.sep in python or os.path.exists(python):
-        path = os.path.abspath(os.path.expanduser(python))
-        if python_version(path) is None:
+    if os.sep in python or not python[:1].isdigit():
+        path = shutil.which(os.path.expanduser(python))
+        if path is None or python_version(path) is None:
             raise SetupError(
                 f"`--python` {python} does not run, or lacks the module venv.", "Name a working interpreter."
             )
-        return path
+        return os.path.abspath(path)
     setup.tested_gym(python)
     return tools.choose_python([".".join(python.split(".")[:2])], "`--python`")
 

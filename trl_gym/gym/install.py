@@ -21,7 +21,9 @@ MIN_PYTHON = (3, 12)
 PYTHON_VARIABLE = "TRL_GYM_PYTHON"
 VENV_NAME = ".gym-venv"
 _REMEMBERED = "gym-python"  # file in `data_home`, which holds a path
-_REMEDY = f"Run `trl-gym setup-gym`, or set {PYTHON_VARIABLE}=/path/to/bin/python to an interpreter that has nemo-gym."
+_SET_VARIABLE = f"set {PYTHON_VARIABLE}=/path/to/bin/python to an interpreter that has nemo-gym."
+_REMEDY = f"Run `trl-gym setup-gym`, or {_SET_VARIABLE}"
+_REMEDY_VARIABLE = f"Unset {PYTHON_VARIABLE}, or name an interpreter in it that has nemo-gym."
 
 _PROBE_TIMEOUT_S = 60.0  # a cold disk makes even `importlib.metadata` slow
 # Finds packages without importing them: nemo_gym itself takes seconds.
@@ -60,20 +62,26 @@ def find_installation(python: str | Path | None = None) -> GymInstallation:
         ConfigError: If the interpreter or its nemo-gym does not exist.
         UnsupportedVersionError: If the version of Python or nemo-gym is not supported.
     """
-    return probe(_find_python(python))
+    path, source, remedy = _find_python(python)
+    return probe(_executable(path, source, remedy), remedy)
 
 
-def _find_python(python: str | Path | None) -> Path:
+def _find_python(python: str | Path | None) -> tuple[Path, str, str]:
+    """Return the interpreter to use, what names it, and the remedy if it cannot be used.
+
+    `trl-gym setup-gym` is the remedy of none that comes before what this command makes.
+    """
     if python is not None:
-        return _executable(Path(python), "The argument `python`")
-    if from_environment := os.environ.get(PYTHON_VARIABLE):
-        return _executable(Path(from_environment), f"The environment variable {PYTHON_VARIABLE}")
+        return Path(python), "The argument `python`", "Name another one, or run `trl-gym setup-gym` and name none."
+    if named := os.environ.get(PYTHON_VARIABLE):
+        return Path(named), f"The environment variable {PYTHON_VARIABLE}", _REMEDY_VARIABLE
     candidates = default_candidates()
     for candidate in candidates:
         if candidate.is_file():
-            return _executable(candidate, "The search for Gym's interpreter")
+            remedy = f"Repair or remove {candidate.parents[1]}, or {_SET_VARIABLE}"
+            return candidate, "The search for Gym's interpreter", remedy
     if made := remembered():
-        return _executable(made, f"What `trl-gym setup-gym` has made ({data_home() / _REMEMBERED})")
+        return made, f"What `trl-gym setup-gym` has made ({data_home() / _REMEMBERED})", _REMEDY
     paths = ", ".join(map(str, candidates))
     raise ConfigError(
         f"No Python with NeMo Gym was found: {PYTHON_VARIABLE} is not set, `trl-gym setup-gym` has made none, and "
@@ -125,17 +133,21 @@ def default_candidates() -> list[Path]:
     return [folder / VENV_NAME / "bin" / "python" for folder in dict.fromkeys(folders)]
 
 
-def _executable(path: Path, source: str) -> Path:
+def _executable(path: Path, source: str, remedy: str) -> Path:
     path = Path(os.path.abspath(path.expanduser()))
     if not path.is_file():
-        raise ConfigError(f"{source} names {path}, which does not exist.", _REMEDY)
+        raise ConfigError(f"{source} names {path}, which does not exist.", remedy)
     if not os.access(path, os.X_OK):
-        raise ConfigError(f"{source} names {path}, which is not executable.", _REMEDY)
+        raise ConfigError(f"{source} names {path}, which is not executable.", remedy)
     return path
 
 
-def probe(python: Path) -> GymInstallation:
+def probe(python: Path, remedy: str = _REMEDY) -> GymInstallation:
     """Ask an interpreter for its versions: run it once, without importing anything heavy.
+
+    Args:
+        python: The interpreter.
+        remedy: That of an interpreter which cannot be used.
 
     Raises:
         ConfigError: If it cannot be run or has no nemo-gym.
@@ -145,16 +157,16 @@ def probe(python: Path) -> GymInstallation:
         done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S)
         found = json.loads(done.stdout)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"{python} cannot be run: {error}.", _REMEDY) from error
+        raise ConfigError(f"{python} cannot be run: {error}.", remedy) from error
     except ValueError as error:
-        raise ConfigError(f"{python} is not a working Python interpreter: {done.stderr.strip()}", _REMEDY) from error
+        raise ConfigError(f"{python} is not a working Python interpreter: {done.stderr.strip()}", remedy) from error
     python_version = ".".join(map(str, found["python"]))
     if found["root"] is None:
-        raise ConfigError(f"{python} (Python {python_version}) has no nemo-gym installed.", _REMEDY)
+        raise ConfigError(f"{python} (Python {python_version}) has no nemo-gym installed.", remedy)
     if tuple(found["python"]) < MIN_PYTHON:
         needed = ".".join(map(str, MIN_PYTHON))
-        raise UnsupportedVersionError(f"{python} is Python {python_version}; NeMo Gym needs {needed}.", _REMEDY)
+        raise UnsupportedVersionError(f"{python} is Python {python_version}; NeMo Gym needs {needed}.", remedy)
     version = found["version"]
     if version is None or not SpecifierSet(SUPPORTED_GYM).contains(version, prereleases=True):
-        raise UnsupportedVersionError(f"{python} has nemo-gym {version}, but {SUPPORTED_GYM} is needed.", _REMEDY)
+        raise UnsupportedVersionError(f"{python} has nemo-gym {version}, but {SUPPORTED_GYM} is needed.", remedy)
     return GymInstallation(python=python, version=version, root=Path(found["root"]))

@@ -9,6 +9,7 @@ although it runs on every 3.13 (packaging only): there it is resolved as if for 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -17,7 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 GYM_BY_PYTHON = (("3.12", "0.4.0"), ("3.13", "0.7.0"))  # tested together; the first Python that is found is taken
@@ -29,6 +30,7 @@ _IMPORTS = (
     "import nemo_gym.rollout_collection, responses_api_agents.simple_agent.app, responses_api_models.vllm_model.app"
 )
 _STAMP = "trl-gym-setup.json"
+_STARTED = "started"  # stands in the stamp while the environment is made
 _PROBE_TIMEOUT_S = 30.0
 _OFFLINE = ("failed to fetch", "dns error", "connection", "could not connect", "timed out", "name resolution")
 _NO_MATCH = ("no matching distribution", "no solution found", "unsatisfiable", "resolutionimpossible")
@@ -135,54 +137,70 @@ class Tools:
 
 
 class Environment:
-    """A virtual environment with a stamp that says what is in it."""
+    """A virtual environment with a stamp that says what is in it, from before there is anything else in it."""
 
     def __init__(self, path: Path | str, needed_gib: float = GYM_GIB) -> None:
-        self.path = os.fspath(path)
+        self.path = os.path.realpath(path)  # a link to a bigger disk stays one
         self.needed_gib = needed_gib
         self.python = os.path.join(self.path, "bin", "python")
         self.stamp = os.path.join(self.path, _STAMP)
+        self.aside = self.path + ".before"  # where what is replaced waits until its successor is whole
 
     def is_current(self, mark: str) -> bool:
         """Tell whether the set-up of this mark has been finished here."""
-        try:
-            with open(self.stamp) as stamp:
-                return json.load(stamp)["fingerprint"] == mark and os.path.exists(self.python)
-        except (OSError, ValueError, KeyError):
-            return False
+        return self._stamped() == mark and os.path.exists(self.python)
 
-    def create(self, interpreter: str, tools: Tools, fresh: bool = False) -> None:
-        """Make the folder; one with an interpreter of the same version stays, unless it is to be `fresh`.
+    def refuse_foreign(self) -> None:
+        """Make sure that nothing is in the way but what set-up has made, whole or half, and empty folders.
+
+        Raises:
+            SetupError: Something is: it may be anyone's, and stays as it is.
+        """
+        for path in (self.path, self.aside):
+            try:
+                ours = os.path.isfile(os.path.join(path, _STAMP)) or (os.path.isdir(path) and not os.listdir(path))
+            except OSError as error:
+                raise self._unwritable(error) from error
+            if os.path.lexists(path) and not ours:
+                raise SetupError(
+                    f"{path} exists and was not made by set-up (or by an earlier version, which did not finish): "
+                    "it is left alone.",
+                    "Choose another folder, or move this one away.",
+                )
+
+    @contextlib.contextmanager
+    def made(self, interpreter: str, tools: Tools, fresh: bool = False) -> Iterator[None]:
+        """Make the folder, for a block that installs and calls `finish`; what it replaces comes back if that fails.
+
+        One with an interpreter of the same version stays, unless it is to be `fresh`. A virtual environment works at
+        its own path only: the old one is renamed while its successor is made.
 
         Raises:
             SetupError: The disk is too full, the folder holds something else, or it cannot be made.
         """
-        parent = os.path.dirname(os.path.abspath(self.path))
         try:
-            os.makedirs(parent, exist_ok=True)
-            free = shutil.disk_usage(parent).free / 2**30
-            if not os.path.exists(self.stamp) and free < self.needed_gib:
-                raise SetupError(
-                    f"{self.path} needs about {self.needed_gib:g} GiB, and its disk has {free:.1f} GiB free.",
-                    "Free some space, or choose a folder on a bigger disk.",
-                )
-            if os.path.exists(self.path) and not self._may_be_replaced():
-                raise SetupError(
-                    f"{self.path} exists and is no virtual environment.", "Move it away, or choose another folder."
-                )
-            if os.path.exists(self.stamp):
-                os.remove(self.stamp)  # from now on half made
-            if not fresh and python_version(self.python) == python_version(interpreter):
-                return
-            if os.path.isdir(self.path):
-                shutil.rmtree(self.path)
+            self.refuse_foreign()
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            keep = not fresh and python_version(self.python) == python_version(interpreter)
+            if not keep:
+                self._clear()
         except OSError as error:
-            raise SetupError(
-                f"{self.path} cannot be written to: {error.strerror or error}.",
-                "Make it writable, or choose another folder.",
-            ) from error
-        make = [tools.uv, "venv", "--python", interpreter, self.path] if tools.uv else None
-        tools.check(make or [interpreter, "-m", "venv", self.path], f"creating {self.path}")
+            raise self._unwritable(error) from error
+        try:
+            if not keep:
+                self._check_disk()
+            self._start()
+            if not keep:
+                self._make(interpreter, tools)
+            yield
+        except BaseException as error:
+            if os.path.isdir(self.aside):
+                _remove(self.path)
+                os.rename(self.aside, self.path)
+                if isinstance(error, SetupError):
+                    error.problem += f" {self.path} is what it was before.\n "
+            raise
+        _remove(self.aside)
 
     def problem(self, imports: str, tools: Tools) -> str | None:
         """Import modules in the environment; return the last line of the error, None where all is well."""
@@ -197,15 +215,55 @@ class Environment:
         """
         command = [self.python, "-W", "ignore", "-c", imports]
         tools.check(command, f"importing what was installed into {self.path}", {"PYTHONDONTWRITEBYTECODE": ""})
+        self._write_stamp(mark)
+
+    def _clear(self) -> None:
+        """Move what is there aside. What is half made is removed, and what it was to replace still waits."""
+        if self._stamped() == _STARTED:
+            _remove(self.path)
+        elif os.path.isdir(self.path) and os.listdir(self.path):
+            _remove(self.aside)  # left by one that was killed after it had finished
+            os.rename(self.path, self.aside)
+
+    def _check_disk(self) -> None:
+        free = shutil.disk_usage(os.path.dirname(self.path)).free / 2**30
+        if free < self.needed_gib:
+            raise SetupError(
+                f"{self.path} needs about {self.needed_gib:g} GiB, and its disk has {free:.1f} GiB free.",
+                "Free some space, or choose a folder on a bigger disk.",
+            )
+
+    def _start(self) -> None:
+        """Mark the folder as half made: from now on set-up may remove it."""
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            self._write_stamp(_STARTED)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _make(self, interpreter: str, tools: Tools) -> None:
+        command = [interpreter, "-m", "venv", self.path]
+        if tools.uv and os.path.exists(tools.uv):  # one that the old environment held is aside
+            command = [tools.uv, "venv", "--python", interpreter, self.path, "--allow-existing"]  # with a stamp in it
+        tools.check(command, f"creating {self.path}")
+
+    def _unwritable(self, error: OSError) -> SetupError:
+        return SetupError(
+            f"{self.path} cannot be written to: {error.strerror or error}.",
+            "Make it writable, or choose another folder.",
+        )
+
+    def _write_stamp(self, mark: str) -> None:
         with open(self.stamp, "w") as stamp:
             json.dump({"fingerprint": mark}, stamp)
 
-    def _may_be_replaced(self) -> bool:
-        """Tell whether there is nothing but an environment, whole or half made."""
-        if not os.path.isdir(self.path):
-            return False
-        names = set(os.listdir(self.path))
-        return bool(names & {"pyvenv.cfg", _STAMP}) or names <= {"bin", "lib", "include", "lib64", ".gitignore"}
+    def _stamped(self) -> str | None:
+        """Return the mark in the stamp; None where there is none."""
+        try:
+            with open(self.stamp) as stamp:
+                return str(json.load(stamp)["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
 class GymEnvironment(Environment):
@@ -236,13 +294,13 @@ class GymEnvironment(Environment):
         Raises:
             SetupError: A step of it fails.
         """
-        self.create(interpreter, tools, fresh)
-        extra = []
-        version = python_version(self.python) or ""
-        if version.startswith("3.13.") and _numbers(version) < _numbers(_FLOOR):
-            extra = ["--python-version", _FLOOR] if tools.uv else ["--ignore-requires-python"]
-        tools.install(self.python, [f"nemo-gym=={gym}", *GYM_EXTRAS, *self.packages], extra)
-        self.finish(self.mark(gym), _IMPORTS, tools)
+        with self.made(interpreter, tools, fresh):
+            extra = []
+            version = python_version(self.python) or ""
+            if version.startswith("3.13.") and _numbers(version) < _numbers(_FLOOR):
+                extra = ["--python-version", _FLOOR] if tools.uv else ["--ignore-requires-python"]
+            tools.install(self.python, [f"nemo-gym=={gym}", *GYM_EXTRAS, *self.packages], extra)
+            self.finish(self.mark(gym), _IMPORTS, tools)
 
     def why_not_usable(self, gym: str, tools: Tools) -> str | None:
         """Say why this environment has to be made again; None where nothing has to be done."""
@@ -288,6 +346,18 @@ def find_links() -> list[str]:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         text = done.stdout if done.returncode == 0 else ""
     return [part for part in re.split(r"[\s,]+", text.strip()) if os.path.isdir(part) or "://" in part]
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder of ours, if it is there: the stamp last, so that the rest of it is ours still."""
+    if not os.path.isdir(folder):
+        return
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        elif entry.name != _STAMP:
+            os.remove(entry.path)
+    shutil.rmtree(folder)
 
 
 def _numbers(version: str) -> list[int]:
