@@ -495,6 +495,14 @@ def test_evaluation_may_be_greedy_and_neutral_values_are_taken() -> None:
     assert biased_ratio(GymGRPOConfig(**BASE, min_p=None, temperature=0.01)) is None
 
 
+def test_sampling_of_evaluation_is_that_of_training_with_changes() -> None:
+    changed = GymGRPOConfig(**BASE, temperature=0.8, top_p=0.9, gym_eval_sampling={"temperature": 0.0})
+    assert changed.sampling_in("train") == Sampling(temperature=0.8, top_p=0.9)
+    assert changed.sampling_in("eval") == Sampling(temperature=0.0, top_p=0.9)
+    same = GymGRPOConfig(**BASE, temperature=0.8)
+    assert same.sampling_in("eval") == same.sampling_in("train") == Sampling(temperature=0.8)
+
+
 @pytest.mark.parametrize(
     "options", [{"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}, {"repetition_penalty": 1.1}], ids=str
 )

@@ -51,18 +51,18 @@ class Watched(GymGRPOTrainer):
         self.foretold: list[tuple[list[int], list[int]]] = []  # tasks of a batch, and as they were known before
         self.told: dict[int, int] = {}  # the step of a batch's rollouts, by its number
         super().__init__(**kwargs)
-        self._look_ahead = LookAhead(num_ahead, self._generate_every)
+        self._look_ahead = LookAhead(num_ahead, self.args.generate_every)
         self._coming: dict[int, list[int]] = {}
 
     def get_batch_samples(self, *args: Any) -> Any:
         samples = super().get_batch_samples(*args)
-        for number in range(1 + self._step // self._generate_every, 8 + self._step // self._generate_every):
+        for number in range(1 + self._step // self.args.generate_every, 8 + self._step // self.args.generate_every):
             if (rows := self._look_ahead.rows(number)) is not None:
                 self._coming[number] = [row["task_index"] for row in rows]
         return samples
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if coming := self._coming.get(self._step // self._generate_every):
+        if coming := self._coming.get(self._step // self.args.generate_every):
             self.foretold.append(([row["task_index"] for row in inputs], coming))
         return super()._generate_and_score_completions(inputs)
 

@@ -38,6 +38,8 @@ from trl_gym.rollouts.tasks import further_tasks, own_share
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from trl_gym.config import GymGRPOConfig
+
 _STALENESS = "gym_max_staleness"
 BATCH_OPTIONS = (
     _STALENESS,
@@ -367,6 +369,36 @@ class Batches:
             identity=lambda row: _task(refill.dataset[row]),
         )
         return own_share(stream, counts, self._accelerator.process_index)
+
+
+def batches_of(
+    args: GymGRPOConfig,
+    accelerator: Accelerator,
+    source: RolloutSource,
+    dataset: Dataset,
+    *,
+    choose: Callable[[Example, int], Example],
+    plan: Plan,
+    reward: Callable[[Sequence[Rollout]], list[float | None]],
+) -> Batches:
+    """Return the batches of a configuration, for tasks of a dataset to train on. For the others see `Batches`."""
+    refill = Refill(
+        dataset=dataset,
+        num_rounds=args.gym_refill_rounds,
+        min_group_size=args.gym_min_group_size,
+        seed=args.seed,
+    )
+    return Batches(
+        accelerator,
+        source,
+        num_ahead=min(args.gym_batches_ahead, args.most_batches_ahead),
+        most_ahead=args.most_batches_ahead,
+        options={name: getattr(args, name) for name in BATCH_OPTIONS},
+        choose=choose,
+        plan=plan,
+        reward=reward,
+        refill=refill if args.gym_refill_rounds else None,
+    )
 
 
 def refill_metrics(

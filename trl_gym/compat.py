@@ -17,6 +17,7 @@ import contextlib
 import copy
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
 import types
@@ -149,6 +150,7 @@ def generation_backend(make: Callable[..., Any]) -> Iterator[None]:
     """
     import trl.trainer.grpo_trainer as grpo_trainer
 
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # about `rollout_func`, which this file watches for users
     original = grpo_trainer.VLLMGeneration
     grpo_trainer.VLLMGeneration = make
     try:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -329,7 +330,12 @@ class GymGRPOConfig(GRPOConfig):
         the largest that stays within S = `gym_max_staleness`. An epoch may end with a shorter optimizer step: this
         holds for batches of one epoch.
         """
-        return self.gym_max_staleness * self.gradient_accumulation_steps // self._generate_every
+        return self.gym_max_staleness * self.gradient_accumulation_steps // self.generate_every
+
+    def sampling_in(self, mode: str) -> Sampling:
+        """Return the distribution that tokens are drawn from in training, `"train"`, or in evaluation, `"eval"`."""
+        changes: Any = self.gym_eval_sampling if mode == "eval" else None
+        return dataclasses.replace(self.rollout_options.sampling, **(changes or {}))
 
     def rollouts_in_flight(self, num_processes: int) -> int:
         """Return how many rollouts run at the same time at most, in training or evaluation.
@@ -344,7 +350,7 @@ class GymGRPOConfig(GRPOConfig):
         return num_processes * min(self.gym_max_inflight, max(batch + ahead, evaluated))
 
     @property
-    def _generate_every(self) -> int:
+    def generate_every(self) -> int:
         """Micro-steps for which one generation batch is trained."""
         return (self.steps_per_generation or 1) * self.num_iterations
 

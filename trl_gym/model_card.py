@@ -17,6 +17,8 @@ import trl_gym
 from trl_gym.rollout_options import Sampling
 
 if TYPE_CHECKING:
+    from transformers import TrainerState
+
     from trl_gym.config import GymGRPOConfig
 
 _BEFORE = "### Framework versions"  # TRL's heading; the section stands in front of it, or at the end
@@ -27,6 +29,26 @@ _SHOWN = ("temperature", "top_p")  # of the sampling, also where they are as by 
 # Beside the reward and success of every environment and every evaluation.
 _RESULTS = ("reward", "success", "rollouts/failed_fraction", "rollouts/drift_fraction", "logprob_gap/mean")
 _RESULT = re.compile(r"(?:eval_(?:\w+_)?)?(?:gym/[^/]+/)?(?:reward|success|pass@\d+|mean@\d+)")
+
+
+def complete(args: GymGRPOConfig, state: TrainerState, *, base: str, source: Mapping[str, str]) -> None:
+    """Rewrite the card that TRL has written into `output_dir`.
+
+    Args:
+        args: The run's configuration.
+        state: What transformers logged.
+        base: See `completed`.
+        source: See `settings_of`.
+    """
+    output_dir = Path(args.output_dir)
+    checkpoint, path = output_dir / f"checkpoint-{state.global_step}", output_dir / "README.md"
+    card = completed(
+        path.read_text(encoding="utf-8"),
+        describe(settings_of(args, num_steps=state.global_step, source=source), state.log_history),
+        base=base,
+        folder=str(checkpoint if checkpoint.exists() else output_dir),
+    )
+    path.write_text(card, encoding="utf-8")
 
 
 def describe(settings: Mapping[str, str], history: Sequence[Mapping[str, Any]]) -> str:

@@ -12,6 +12,7 @@ Only the last column is cut where a terminal is narrow. The texts are made by th
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import math
 import threading
@@ -284,6 +285,38 @@ def make_progress(*, live: bool, quiet: bool = False, first: Mapping[str, str] |
     if live and draws(console):
         return BarProgress(console, first)
     return LineProgress(_line_console(quiet), first)
+
+
+def progress_of(args: GymGRPOConfig) -> RunProgress:
+    """Return what shows a run of this configuration; nothing on ranks but the first."""
+    return make_progress(live=not args.disable_tqdm, quiet=args.process_index > 0, first=first_phases(args))
+
+
+def clocks_of(progress: RunProgress) -> dict[str, PhaseClock]:
+    """Return the clocks of training, `"train"`, and of evaluation, `"eval"`, whose phases are shown."""
+    during_evaluation = functools.partial(progress.phase, evaluates=True)
+    return {"train": PhaseClock(progress.phase), "eval": PhaseClock(during_evaluation)}
+
+
+def loading_model(args: GymGRPOConfig) -> contextlib.AbstractContextManager[None]:
+    """While open, show that a trainer loads its model; see `working`."""
+    from transformers.utils import logging
+
+    live = not args.disable_tqdm and not logging.is_progress_bar_enabled()  # transformers draws bars of its own
+    may_take = "downloaded first where it is not cached"
+    return working("loading the model", may_take, live=live, quiet=args.process_index > 0)
+
+
+def waiting_for_servers(args: GymGRPOConfig, *, quiet: bool) -> contextlib.AbstractContextManager[None]:
+    """While open, show that a trainer waits for its servers; see `working`.
+
+    Args:
+        args: The trainer's configuration.
+        quiet: Whether there are none.
+    """
+    longest = f"at most {args.gym_server_start_timeout:g} s"
+    quiet = quiet or args.process_index > 0
+    return working("waiting for policy server and NeMo Gym", longest, live=not args.disable_tqdm, quiet=quiet)
 
 
 @contextlib.contextmanager

@@ -26,16 +26,21 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_gym.errors import ConfigError
+from trl_gym.ranks import agreed
 from trl_gym.untrusted import parse_json, shape_problem
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +200,28 @@ def restored(
         )
     logger.warning("%s has no state of trl-gym for so many ranks; its journal is not used again", checkpoint)
     return RunState(run, num_micro_steps, len(num_ranks), None)
+
+
+def read_back(
+    checkpoint: str, accelerator: Accelerator, *, run: str, num_micro_steps: int, generate_every: int
+) -> RunState:
+    """Return the state from which this rank continues, with `user` of the main process, of however many ranks that was
+    one. Every rank calls it in step; see `restored`.
+
+    Raises:
+        ConfigError: See `load_state` and `restored`.
+    """
+    with agreed(accelerator):
+        own = load_state(checkpoint, accelerator.process_index, accelerator.device)
+    state = restored(
+        checkpoint,
+        own,
+        gather_object([own and own.num_ranks]),
+        run=run,
+        num_micro_steps=num_micro_steps,
+        generate_every=generate_every,
+    )
+    return replace(state, user=broadcast_object_list([own and own.user])[0])
 
 
 def draw_orders(sampler: Any, num_epochs: int) -> None:

@@ -12,7 +12,6 @@ TRL's loop is not touched, and no method of it is copied. The overrides call TRL
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import uuid
@@ -21,26 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from trl_gym import compat
 from trl_gym import ranks as rank_agreement
 from trl_gym.accounting import Accounting
-from trl_gym.batches import BATCH_OPTIONS, Batches, GenerationBatch, Refill, plan_group, step_of_batch
+from trl_gym.batches import GenerationBatch, batches_of, plan_group, step_of_batch
 from trl_gym.callbacks import MetricsCallback, PhaseCallback, ProgressCallback, WeightSyncCallback
 from trl_gym.config import GymGRPOConfig, checked_args
-from trl_gym.config_checks import biased_ratio, check_datasets, check_refill
+from trl_gym.config_checks import check_datasets, check_refill
 from trl_gym.dataset import agent_with_tools
 from trl_gym.errors import naming
 from trl_gym.given import home_path
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.offload import measured_peak
-from trl_gym.model_card import completed, describe, settings_of
+from trl_gym.model_card import complete
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.server import PolicyBackend
-from trl_gym.progress import PhaseClock, first_phases, make_progress, working
+from trl_gym.progress import PhaseClock, clocks_of, loading_model, progress_of, waiting_for_servers
 from trl_gym.ranks import agreed
 from trl_gym.resume import (
     CheckpointCallback,
@@ -48,15 +46,12 @@ from trl_gym.resume import (
     RunState,
     draw_orders,
     last_complete_checkpoint,
-    load_state,
+    read_back,
     require_plain_tasks,
-    restored,
     save_state,
 )
-from trl_gym.rollout_options import Sampling
-from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.batch import checked_rewards, describe_drift, table_columns
-from trl_gym.rollouts.evaluation import emptied, evaluation_sampling
+from trl_gym.rollouts.evaluation import emptied
 from trl_gym.rollouts.journal import TOKENIZER
 from trl_gym.rollouts.metrics import oversample_metrics
 from trl_gym.rollouts.padding import TOKEN_WEIGHT, Results, compute_rows
@@ -157,34 +152,20 @@ class GymGRPOTrainer(GRPOTrainer):
         model = home_path(model) if isinstance(model, str) else model
         args = checked_args(args, model, kwargs)
         check_build(self.build_trajectories)
-        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # about `rollout_func`; compat.py watches it for users
         rewards = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_refill(args, len(rewards), train_dataset)
         check_datasets(args, train_dataset, eval_dataset)
-        if (bias := biased_ratio(args)) is not None and args.process_index == 0:
-            logger.warning(bias)
         self.threads = use_threads(model, on_gpu=torch.cuda.is_available() and not args.use_cpu)
-
-        self._run_id = uuid.uuid4().hex[:8]
-        self._completions: list[list[dict[str, Any]]] = []
-        self._columns: dict[str, list[Any]] = {}
-        self._num_eval_batches = 0
-        self._first_micro_step = 0  # of the optimizer step
-        self._look_ahead = LookAhead(args.most_batches_ahead, args.steps_per_generation * args.num_iterations)
-        shown = {"live": not args.disable_tqdm, "quiet": args.process_index > 0}
-        self._progress = make_progress(**shown, first=first_phases(args))
-        during_evaluation = functools.partial(self._progress.phase, evaluates=True)
-        self._clocks = {"train": PhaseClock(self._progress.phase), "eval": PhaseClock(during_evaluation)}
-        own = {name: kwargs.get(name) for name in ("processing_class", "peft_config", "quantization_config")}
-        own |= {"fork_server": fork_server, "agent_with_tools": agent_with_tools(train_dataset, eval_dataset)}
-        self._source = self._new_source(args, model, policy_server, gym_servers, own)
+        self._prepare(args)
+        given = {name: kwargs.get(name) for name in ("processing_class", "peft_config", "quantization_config")}
+        given |= {"policy": policy_server, "gym": gym_servers, "fork_server": fork_server}
+        tools = agent_with_tools(train_dataset, eval_dataset)
+        self._source = self._new_source(args, model, given | {"agent_with_tools": tools})
         servers.close_previous(args.output_dir, self)  # before a second server is started beside the first
         servers.show_notes(args, adapts=kwargs.get("peft_config") is not None)
         try:
             self._source.start()  # servers load while the model does
-            shown["live"] &= not transformers_logging.is_progress_bar_enabled()  # transformers draws bars of its own
-            loading = working("loading the model", "downloaded first where it is not cached", **shown)
-            with loading, compat.generation_backend(self._generation_backend):
+            with loading_model(args), compat.generation_backend(self._generation_backend):
                 super().__init__(
                     model=model,
                     reward_funcs=[gym, *rewards],
@@ -194,29 +175,49 @@ class GymGRPOTrainer(GRPOTrainer):
                     rollout_func=lambda *_: self._columns,
                     **kwargs,
                 )
-            # TRL would look at the last token. `training_rows` masks what Gym reports as cut.
-            self.mask_truncated_completions = False
-            self._run = broadcast_object_list([self._run_id])[0]
-            self._accounting = Accounting(args, self.accelerator)
             self._connect()
-            self._batches = Batches(
-                self.accelerator,
-                self._source,
-                num_ahead=min(args.gym_batches_ahead, args.most_batches_ahead),
-                most_ahead=args.most_batches_ahead,
-                options={name: getattr(args, name) for name in BATCH_OPTIONS},
-                choose=self._choose,
-                plan=self._plan,
-                reward=self._rewards,
-                refill=self._refill(),
-            )
-            self._set_callbacks()
-            with agreed(self.accelerator):
-                if self.accelerator.is_main_process:  # the text of the journal's tokens, before the first checkpoint
-                    self._tokenizer.save_pretrained(os.path.join(args.output_dir, TOKENIZER))
         except BaseException:
             self._source.close()
             raise
+
+    def _prepare(self, args: GymGRPOConfig) -> None:
+        """Set what TRL's `__init__` may ask for."""
+        self._run_id = uuid.uuid4().hex[:8]
+        self._completions: list[list[dict[str, Any]]] = []
+        self._columns: dict[str, list[Any]] = {}
+        self._num_eval_batches = 0
+        self._first_micro_step = 0  # of the optimizer step
+        self._look_ahead = LookAhead(args.most_batches_ahead, args.generate_every)
+        self._progress = progress_of(args)
+        self._clocks = clocks_of(self._progress)
+
+    def _connect(self) -> None:
+        """Wait for the servers, and build on what TRL's `__init__` has made."""
+        # TRL would look at the last token. `training_rows` masks what Gym reports as cut.
+        self.mask_truncated_completions = False
+        self._run = broadcast_object_list([self._run_id])[0]
+        self._accounting = Accounting(self.args, self.accelerator)
+        hooks = TrainerHooks(
+            build=self.build_trajectories,
+            decode=make_decoder(self._tokenizer),
+            push=self._push_weights,
+            progress=self._progress.rollouts,  # every rank collects; the first one's shows how far it is
+        )
+        with waiting_for_servers(self.args, quiet=self._source.policy_server is None):
+            self._source.connect(self.accelerator, self.model_wrapped, hooks)
+        self._batches = batches_of(
+            self.args,
+            self.accelerator,
+            self._source,
+            self.train_dataset,
+            choose=self._choose,
+            plan=self._plan,
+            reward=self._rewards,
+        )
+        self._set_callbacks()
+        with agreed(self.accelerator):
+            if self.accelerator.is_main_process:  # the text of the journal's tokens, before the first checkpoint
+                self._tokenizer.save_pretrained(os.path.join(self.args.output_dir, TOKENIZER))
 
     # ------------------------------------------------------------------------------------- what subclasses override
 
@@ -351,38 +352,17 @@ class GymGRPOTrainer(GRPOTrainer):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _new_source(
-        self,
-        args: GymGRPOConfig,
-        model: str | PreTrainedModel,
-        policy_server: PolicyBackend | None,
-        gym_servers: GymServers | None,
-        own: dict[str, Any],
-    ) -> RolloutSource:
-        """Choose where rollouts come from: the one place that knows which sources there are."""
+    def _new_source(self, args: GymGRPOConfig, model: str | PreTrainedModel, given: dict[str, Any]) -> RolloutSource:
+        """Choose where rollouts come from: the one place that knows which sources there are. `servers_for` is `given`
+        what else the servers of a run depend on."""
         if args.gym_replay is not None:
-            check_replay(args, has_servers=policy_server is not None or gym_servers is not None)
+            check_replay(args, has_servers=given["policy"] is not None or given["gym"] is not None)
             return JournalSource(args.gym_replay)
-        return LiveSource(args, servers.servers_for(args, model, policy=policy_server, gym=gym_servers, **own))
-
-    def _connect(self) -> None:
-        nobody_to_wait_for = self._source.policy_server is None or not self.accelerator.is_main_process
-        longest = f"at most {self.args.gym_server_start_timeout:g} s"
-        live = not self.args.disable_tqdm
-        with working("waiting for policy server and NeMo Gym", longest, live=live, quiet=nobody_to_wait_for):
-            self._source.connect(self.accelerator, self.model_wrapped, self._hooks())
+        return LiveSource(args, servers.servers_for(args, model, **given))
 
     def _generation_backend(self, **_: Any) -> compat.ServedGeneration:
         """Its weight sync is reached when weights changed and no callback has pushed them: at the start, on resume."""
         return compat.ServedGeneration(self._push_weights, self._source.server_config)
-
-    def _hooks(self) -> TrainerHooks:
-        return TrainerHooks(
-            build=self.build_trajectories,
-            decode=make_decoder(self._tokenizer),
-            push=self._push_weights,
-            progress=self._show_progress,
-        )
 
     def _set_callbacks(self) -> None:
         for callback in compat.default_progress_callbacks():
@@ -394,7 +374,7 @@ class GymGRPOTrainer(GRPOTrainer):
         # time that a process that was told to end may not have. The clock stops before that push counts its own time.
         self.add_callback(self._checkpoints)
         self.add_callback(PhaseCallback(self._clocks["train"]))
-        self.add_callback(WeightSyncCallback(self._push_weights, lambda: self._step % self._generate_every == 0))
+        self.add_callback(WeightSyncCallback(self._push_weights, lambda: self._step % self.args.generate_every == 0))
         self.add_callback(MetricsCallback(Path(self.args.output_dir) / "metrics.jsonl"))
         self.add_callback(ProgressCallback(self._progress))
 
@@ -421,8 +401,7 @@ class GymGRPOTrainer(GRPOTrainer):
         self._settle(batch)
         with self._clock.phase("scoring"):
             scored = super()._generate_and_score_completions(batch.examples)
-            same = self._sampling == self._trained_sampling
-            metrics, step = self._metrics[self._mode], self._current_step
+            metrics, step, same = self._metrics[self._mode], self._current_step, self._draws_as_trained
             self._accounting.compare_logprobs(scored, metrics, mode=self._mode, step=step, same=same)
             return self._accounting.mark(scored, self._mode)
 
@@ -432,27 +411,26 @@ class GymGRPOTrainer(GRPOTrainer):
         Args:
             inputs: `[B]`; TRL has repeated each example for every member of its group.
         """
+        info = BatchInfo(
+            run=self._run,
+            step=self._current_step,
+            mode=self._mode,
+            epoch=int(self.state.epoch or 0),
+            dataset=self._accounting.dataset,
+        )
         if self._mode == "eval":
             self._num_eval_batches += 1
-            return self._batches.evaluate(
-                inputs, self.num_generations_eval, number=self._num_eval_batches, info=self._batch_info()
-            )
-        return self._batches.train(
-            inputs,
-            self.num_generations,
-            number=self._step // self._generate_every,
-            info=self._batch_info(),
-            ahead=self._ahead,
-        )
+            return self._batches.evaluate(inputs, self.num_generations_eval, number=self._num_eval_batches, info=info)
+        number = self._step // self.args.generate_every
+        return self._batches.train(inputs, self.num_generations, number=number, info=info, ahead=self._ahead)
 
     def _ahead(self, number: int) -> tuple[list[dict[str, Any]], int] | None:
         """Return the examples of a generation batch to come, and the step that trains it first."""
-        rows = self._look_ahead.rows(number)
-        if rows is None:
+        if (rows := self._look_ahead.rows(number)) is None:
             return None
         return rows, step_of_batch(
             number,
-            generate_every=self._generate_every,
+            generate_every=self.args.generate_every,
             accumulation=self.args.gradient_accumulation_steps,
             num_steps=self.state.global_step,
             num_micro_steps=self._first_micro_step,
@@ -484,22 +462,16 @@ class GymGRPOTrainer(GRPOTrainer):
             eos_id=self._tokenizer.eos_token_id,
         )
         if self._mode == "train":
-            self._tell_rollouts()
+            facts, step = self._accounting.shared.finished, self._current_step
+            with agreed(self.accelerator), naming("on_rollouts", f"the {len(facts)} rollouts of step {step}"):
+                self.on_rollouts(facts)
         self._columns = training_rows(
             self._accounting.rows,
             rollouts,
             rewards,
             mask_truncated=self.args.mask_truncated_completions,
-            with_logprobs=self._sampling == self._trained_sampling,
+            with_logprobs=self._draws_as_trained,
         )
-
-    def _tell_rollouts(self) -> None:
-        facts = self._accounting.shared.finished
-        with (
-            agreed(self.accelerator),
-            naming("on_rollouts", f"the {len(facts)} rollouts of step {self._current_step}"),
-        ):
-            self.on_rollouts(facts)
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         # TRL wants as many prompts as completions.
@@ -542,34 +514,15 @@ class GymGRPOTrainer(GRPOTrainer):
             num_wanted=len(members),
             agent_of=self._source.agent_of,
             build=self.build_request,
-            sampling=self._sampling,
+            sampling=self.args.sampling_in(self._mode),
             completion_budget=self.max_completion_length,
             chat_template_kwargs=self.chat_template_kwargs,
-        )
-
-    def _refill(self) -> Refill | None:
-        if self.args.gym_refill_rounds == 0:
-            return None
-        return Refill(
-            dataset=self.train_dataset,
-            num_rounds=self.args.gym_refill_rounds,
-            min_group_size=self.args.gym_min_group_size,
-            seed=self.args.seed,
         )
 
     def _rewards(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         with naming("compute_rewards", f"the {len(rollouts)} rollouts of step {self._current_step}"):
             given = self.compute_rewards(rollouts)
         return checked_rewards(given, len(rollouts))
-
-    def _batch_info(self) -> BatchInfo:
-        return BatchInfo(
-            run=self._run,
-            step=self._current_step,
-            mode=self._mode,
-            epoch=int(self.state.epoch or 0),
-            dataset=self._accounting.dataset,
-        )
 
     # ------------------------------------------------------------------------------------------------- scoring, update
 
@@ -614,8 +567,7 @@ class GymGRPOTrainer(GRPOTrainer):
     ) -> torch.Tensor:
         rows, weight = weighted(inputs, self.loss_type)
         token_weight = rows.pop(TOKEN_WEIGHT, None)
-        beta = self.beta
-        self.beta = beta * weight
+        beta, self.beta = self.beta, self.beta * weight
         try:
             loss = super().compute_loss(model, rows, return_outputs, num_items_in_batch)
         finally:
@@ -654,31 +606,18 @@ class GymGRPOTrainer(GRPOTrainer):
         """Log, as in TRL, with the metrics of rollouts, seconds per phase and memory."""
         metrics = self._metrics[self._mode]
         if "train_runtime" not in logs:
-            for phase, seconds in self._clock.take().items():
-                metrics[f"seconds/{phase}"] = [round(seconds, 4)]
-            for name, gigabytes in measured_peak().items():
-                metrics[name] = [gigabytes]
+            seconds = {f"seconds/{phase}": round(spent, 4) for phase, spent in self._clock.take().items()}
+            for name, value in (seconds | measured_peak()).items():
+                metrics[name] = [value]
         self._accounting.take(metrics, mode=self._mode, num_attempts=self.num_generations_eval)
         super().log(logs, start_time)
 
     def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Write the card, as in TRL, with a section about environments, servers and results."""
-        output_dir, num_steps = Path(self.args.output_dir), self.state.global_step
-        super().create_model_card(model_name or output_dir.resolve().name, *args, **kwargs)
+        super().create_model_card(model_name or Path(self.args.output_dir).resolve().name, *args, **kwargs)
         if self.is_world_process_zero():
-            settings = settings_of(self.args, num_steps=num_steps, source=self._source.describe())
-            checkpoint, path = output_dir / f"checkpoint-{num_steps}", output_dir / "README.md"
-            card = completed(
-                path.read_text(encoding="utf-8"),
-                describe(settings, self.state.log_history),
-                base=compat.model_id(self.accelerator.unwrap_model(self.model)),
-                folder=str(checkpoint if checkpoint.exists() else output_dir),
-            )
-            path.write_text(card, encoding="utf-8")
-
-    def _show_progress(self, status: CollectionStatus) -> None:
-        if self.accelerator.is_main_process:  # every rank collects; one line tells how far the first is
-            self._progress.rollouts(status)
+            base = compat.model_id(self.accelerator.unwrap_model(self.model))
+            complete(self.args, self.state, base=base, source=self._source.describe())
 
     # ------------------------------------------------------------------------------------------- checkpoints, resuming
 
@@ -698,7 +637,7 @@ class GymGRPOTrainer(GRPOTrainer):
                 run=self._run,
                 num_micro_steps=self._step,
                 num_ranks=self.accelerator.num_processes,
-                buffered=self._buffered_inputs if self._step % self._generate_every else None,
+                buffered=self._buffered_inputs if self._step % self.args.generate_every else None,
                 queue=self._batches.state(),
                 user=user or None if self.accelerator.is_main_process else None,
             )
@@ -716,56 +655,36 @@ class GymGRPOTrainer(GRPOTrainer):
         if self._checkpoint:
             self._restore()
         else:
-            self._step += -self._step % self._generate_every
+            self._step += -self._step % self.args.generate_every
             self._batches.restore(QueueState())
         if self.args.gym_max_staleness and self.args.save_strategy != "no" and hasattr(self.train_dataset, "__len__"):
             require_plain_tasks(self.train_dataset[0])  # not hours later, at the first checkpoint
 
     def _restore(self) -> None:
         """Put back what transformers does not restore, before anything is sampled."""
-        checkpoint = str(self._checkpoint)
-        with agreed(self.accelerator):
-            own = load_state(checkpoint, self.accelerator.process_index, self.accelerator.device)
-        state = restored(
-            checkpoint,
-            own,
-            gather_object([own and own.num_ranks]),
+        state = read_back(
+            str(self._checkpoint),
+            self.accelerator,
             run=self._run,
             num_micro_steps=self.state.global_step * self.args.gradient_accumulation_steps,
-            generate_every=self._generate_every,
+            generate_every=self.args.generate_every,
         )
         self._run, self._step, self._buffered_inputs = state.run, state.num_micro_steps, state.buffered
         with agreed(self.accelerator):
             self._batches.restore(state.queue)
-        self._restore_user(own)
+        if state.user is not None:
+            with agreed(self.accelerator), naming("restore_checkpoint_state", f"{self._checkpoint}"):
+                self.restore_checkpoint_state(state.user)
         if self._train_sampler is not None:
             draw_orders(self._train_sampler, int(self.state.epoch or 0))
         self._source.resumed()
 
-    def _restore_user(self, own: RunState | None) -> None:
-        """Give every rank the state of a subclass that the main process saved, of however many ranks that was one."""
-        user = broadcast_object_list([own and own.user])[0]
-        if user is not None:
-            with agreed(self.accelerator), naming("restore_checkpoint_state", f"{self._checkpoint}"):
-                self.restore_checkpoint_state(user)
+    # ---------------------------------------------------------------------------------------------- where the run is
 
     @property
-    def _generate_every(self) -> int:
-        """Micro-steps per generation batch."""
-        return self.args.steps_per_generation * self.num_iterations
-
-    # -------------------------------------------------------------------------------------------------------- sampling
-
-    @property
-    def _sampling(self) -> Sampling:
-        """The distribution that this batch's tokens are drawn from."""
-        changes = self.args.gym_eval_sampling if self._mode == "eval" else None
-        return evaluation_sampling(self._trained_sampling, changes)
-
-    @property
-    def _trained_sampling(self) -> Sampling:
-        """The distribution whose log-probabilities TRL computes."""
-        return self.args.rollout_options.sampling
+    def _draws_as_trained(self) -> bool:
+        """Whether this batch's tokens are drawn from the distribution whose log-probabilities TRL computes."""
+        return bool(self.args.sampling_in(self._mode) == self.args.sampling_in("train"))
 
     @property
     def _current_step(self) -> int:

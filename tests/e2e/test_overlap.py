@@ -73,7 +73,7 @@ class Overlapping(RecordingTrainer):
 
     def in_update(self) -> None:
         """Wait until some of the next batch have ended, where it is known."""
-        batch = self._step // self._generate_every + 1
+        batch = self._step // self.args.generate_every + 1
         if self._look_ahead.rows(batch) is not None:
             wait_for(lambda: self.ended[batch] >= NUM_ENDED, f"rollouts of batch {batch} to end before it")
 
@@ -102,7 +102,7 @@ class Holding(Overlapping):
             entries = self._source._queue._entries
             self.whole_at_evaluation[self.state.global_step] = all(entry.is_whole for entry in entries)
         else:
-            self.newest = self._step // self._generate_every
+            self.newest = self._step // self.args.generate_every
         self.goes_on.set()
         if self._mode == "train":
             self.goes_on.clear()  # whoever waited goes on

@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 
 from tests.rollouts.test_metrics import fact
 from trl_gym.errors import RolloutError
-from trl_gym.rollout_options import Sampling
 from trl_gym.rollouts.batch import SharedBatch
 from trl_gym.rollouts.evaluation import (
     EvaluationProgress,
     attempt_metrics,
     evaluation_metrics,
-    evaluation_sampling,
     ks,
     pass_at_k,
     preserved_rng,
@@ -74,12 +72,6 @@ def test_environments_are_told_apart() -> None:
     metrics = evaluation_metrics([*facts, fact(agent="y", group="y-2", success=None)], 1)
     assert (metrics["pass@1"], metrics["gym/x/pass@1"], metrics["gym/y/pass@1"]) == (0.5, 1.0, 0.0)
     assert metrics["gym/y/mean@1"] == 0.0
-
-
-def test_sampling_of_evaluation_is_that_of_training_with_changes() -> None:
-    training = Sampling(temperature=0.8, top_p=0.9)
-    assert evaluation_sampling(training, {"temperature": 0.0}) == Sampling(temperature=0.0, top_p=0.9)
-    assert evaluation_sampling(training, None) == training
 
 
 def test_names_of_sets() -> None:

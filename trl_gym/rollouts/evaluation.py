@@ -17,12 +17,11 @@ import math
 import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import RolloutError, as_problems
-from trl_gym.rollout_options import Sampling
 
 if TYPE_CHECKING:
     from trl_gym.rollouts.batch import SharedBatch
@@ -92,11 +91,6 @@ def evaluation_metrics(facts: Sequence[RolloutFacts], num_generations: int) -> d
         own = [successes for (name, _), successes in tasks.items() if name == agent]
         metrics |= {f"gym/{agent}/{name}": value for name, value in attempt_metrics(own, num_generations).items()}
     return metrics
-
-
-def evaluation_sampling(training: Sampling, changes: Mapping[str, Any] | None) -> Sampling:
-    """Return the sampling of evaluation: that of training with the changes of `gym_eval_sampling`."""
-    return replace(training, **(changes or {}))
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from trl_gym import compat
 from trl_gym.config import GymGRPOConfig
-from trl_gym.config_checks import small_batch_notes
+from trl_gym.config_checks import biased_ratio, small_batch_notes
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.plan import this_device, try_estimate
@@ -383,7 +383,7 @@ def server_options(
 
 
 def show_notes(args: GymGRPOConfig, *, adapts: bool) -> None:
-    """Say on rank 0 what was set since it was not given, and what lets a run learn little.
+    """Say on rank 0 what was set since it was not given, and what biases a run or lets it learn little.
 
     Args:
         args: The trainer's configuration.
@@ -392,6 +392,8 @@ def show_notes(args: GymGRPOConfig, *, adapts: bool) -> None:
     process = PartialState()
     if not process.is_main_process:
         return
+    if (bias := biased_ratio(args)) is not None:
+        logger.warning("%s", bias)
     for note in args.notes:
         Console().print(f"default: {note}", markup=False, highlight=False, soft_wrap=True)
     for note in small_batch_notes(args, process.num_processes, adapts=adapts):
