@@ -119,6 +119,7 @@ def test_a_row_that_would_fail_in_training_is_named_before(tmp_path: Path, name:
 TOOL = {"type": "function", "name": "add", "strict": True, "parameters": {"type": "object", "properties": {"a": {}}}}
 MEANT = {"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}], "default": None, "enum": ["b", None]}}}
 FILLED = {"type": "object", "properties": {"a": {"default": None, "enum": None}, "b": None}, "required": None}
+NAMED_AS_KEYWORDS = {"properties": {"default": None, "properties": {"type": None}}, "$defs": {"any": {"type": None}}}
 # What `datasets` makes of a request, and what is sent of it.
 WITH_NULLS = {
     "a message": (
@@ -136,7 +137,15 @@ WITH_NULLS = {
     "a schema that means them": (odd(tools=[TOOL | {"parameters": MEANT}]), odd(tools=[TOOL | {"parameters": MEANT}])),
     "a schema that was filled": (
         odd(tools=[TOOL | {"parameters": FILLED}]),
-        odd(tools=[TOOL | {"parameters": {"type": "object"}}]),
+        odd(tools=[TOOL | {"parameters": {"type": "object", "properties": {"a": {}}}}]),
+    ),
+    "names of a schema": (
+        odd(tools=[TOOL | {"parameters": NAMED_AS_KEYWORDS}]),
+        odd(tools=[TOOL | {"parameters": {"properties": {"properties": {}}, "$defs": {"any": {}}}}]),
+    ),
+    "a schema with a null for a name": (
+        odd(tools=[TOOL | {"parameters": {"properties": {"a": {"type": "string"}, "default": None}}}]),
+        odd(tools=[TOOL | {"parameters": {"properties": {"a": {"type": "string"}}}}]),
     ),
 }
 

@@ -266,9 +266,16 @@ def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
 _REQUIRED_NULLS = frozenset({"parameters", "strict"})  # of a tool: Gym demands the keys, and takes null
 _SCHEMAS = frozenset({"parameters", "schema", "input_schema"})
 _MEANT_NULLS = frozenset({"default", "const"})  # of a JSON schema, where null is a value
+_BY_NAME = frozenset({"properties", "$defs", "definitions"})  # of a JSON schema: schemas by name
 
 
-def _pruned(value: Any) -> Any:
+def _pruned(value: Any, *, by_name: bool = False) -> Any:
+    """Leave out what is null, and what only nulls were in; but a name of a schema stays, whose keywords were all null.
+
+    Args:
+        value: A request, or a part of one.
+        by_name: Whether it has schemas by name: `{}`, of which `datasets` makes nulls, then allows any value.
+    """
     if isinstance(value, list):
         return [_pruned(one) for one in value]
     if not isinstance(value, Mapping):
@@ -276,19 +283,25 @@ def _pruned(value: Any) -> Any:
     is_tool = value.get("type") == "function"
     kept = {}
     for key, one in value.items():
+        pruned = _pruned(one, by_name=not by_name and key in _BY_NAME)
         if key in _SCHEMAS and isinstance(one, Mapping) and not _has_filled_nulls(one):
             kept[key] = one
-        elif (pruned := _pruned(one)) not in (None, {}) or one == {} or (is_tool and key in _REQUIRED_NULLS):
+            continue
+        stays = one is not None if by_name else one == {} or (is_tool and key in _REQUIRED_NULLS)
+        if stays or pruned not in (None, {}):
             kept[key] = pruned
     return kept
 
 
-def _has_filled_nulls(schema: Any) -> bool:
+def _has_filled_nulls(schema: Any, *, by_name: bool = False) -> bool:
     """Tell whether a schema has nulls that no schema means, so that all of its nulls are `datasets`' own."""
     if isinstance(schema, list):
         return any(map(_has_filled_nulls, schema))
     return isinstance(schema, Mapping) and any(
-        key not in _MEANT_NULLS if one is None else _has_filled_nulls(one) for key, one in schema.items()
+        by_name or key not in _MEANT_NULLS
+        if one is None
+        else _has_filled_nulls(one, by_name=not by_name and key in _BY_NAME)
+        for key, one in schema.items()
     )
 
 
