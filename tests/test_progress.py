@@ -21,6 +21,7 @@ from trl_gym.progress import (
     PhaseClock,
     RunProgress,
     first_phases,
+    headline,
     make_progress,
     rollouts_text,
     working,
@@ -105,6 +106,13 @@ LINES = [
     "evaluation of [/hard] at step 0: reward 0.500, success 0.250, 123 s",
     *(f"step {step:>2}/20: reward 0.500, success 0.250, failed 2%, 3.2 s" for step in range(1, 21)),
 ]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "said"), [(0, ""), (1e-4, "failed <1%"), (0.006, "failed 1%"), (1, "failed 100%")]
+)
+def test_a_few_failed_rollouts_are_not_none(fraction: float, said: str) -> None:
+    assert headline({"rollouts/failed_fraction": fraction}) == said
 
 
 def test_piped_output_is_one_plain_line_per_step() -> None:

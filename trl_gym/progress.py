@@ -435,8 +435,10 @@ def headline(metrics: Mapping[str, float]) -> str:
     shown = [
         f"{name} {metrics[name]:.3f}" for name in ("reward", "success") if isinstance(metrics.get(name), int | float)
     ]
-    failed = metrics.get("rollouts/failed_fraction")
-    return ", ".join(shown + ([f"failed {failed:.0%}"] if failed else []))
+    if failed := metrics.get("rollouts/failed_fraction"):
+        percent = f"{failed:.0%}"
+        shown.append(f"failed {'<1%' if percent == '0%' else percent}")
+    return ", ".join(shown)
 
 
 def rollouts_text(status: CollectionStatus, *, evaluates: bool = False) -> str:
