@@ -412,6 +412,13 @@ def test_groups_in_flight_fit_no_other_batches_and_those_that_may_become_too_old
         assert made._planned_again(made._restored[0], 9).begun == begun
 
 
+def test_groups_in_flight_keep_the_step_that_they_are_sampled_for() -> None:
+    """Journal lines of before and after the resume then have the same one; earlier versions saved none."""
+    made, saved = batches(Source(teaching()), num_rounds=0), in_flight_of_another().groups[0]
+    for changes, step in (({"step": 7}, 7), ({}, 9)):
+        assert {request.step for request in made._planned_again(saved | changes, 9).requests} == {step}
+
+
 def test_a_run_without_groups_in_flight_goes_on_with_other_batches() -> None:
     """Batches are numbered by their length: those that are planned next may have had their numbers before."""
     source = Source(teaching())

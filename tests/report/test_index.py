@@ -232,6 +232,12 @@ def test_attempts_are_estimated_as_by_the_evaluation_command() -> None:
     assert step_stats([row(member=1)], [LineState.COUNTED])[0].attempts == {}  # of training there are none
 
 
+def test_a_task_that_a_dataset_has_twice_is_two_in_the_evaluation_of_a_training() -> None:
+    rows = [row(mode="eval", group=group, member=member, success=1.0 - group) for group in (0, 1) for member in (0, 1)]
+    [stats] = step_stats(rows, [LineState.COUNTED] * 4)
+    assert (stats.attempts["pass@1/tasks"], stats.attempts["pass@2"]) == (2, 0.5)
+
+
 @given(st.lists(st.text(alphabet="ab ", max_size=30), min_size=1, max_size=5), st.text(alphabet="xy ", max_size=40))
 def test_lists_show_where_the_tasks_of_an_environment_differ(ends: list[str], start: str) -> None:
     texts = [" ".join(f"{start} {end}".split()) for end in ends]
