@@ -59,6 +59,8 @@ def test_the_small_policy_is_trained_where_no_model_is_named(here: Path) -> None
     [
         (["--gym-deadline", "0"], "`gym_deadline` is 0.0. Set it to a number of seconds above 0."),
         (["--gym-deadlines", "5"], "trl-gym doctor"),
+        (["--config", "nofile"], "`--config` is 'nofile', and there is no such file: it was looked for in {here} and"),
+        (["--config=recipes/nofile.yaml"], "`--config` is 'recipes/nofile.yaml', and there is no such file"),
         (["--config", "options.yaml"], "`gym_max_inflight` is None. Set it to a whole number."),
     ],
 )
@@ -68,7 +70,7 @@ def test_mistakes_in_options_are_one_message(
     (here / "options.yaml").write_text("gym_max_inflight: null\n")
     assert main(["train", *MINIMAL, *options]) == 1
     shown = capfd.readouterr().err
-    assert expected in shown and "ConfigError" in shown and "Traceback" not in shown
+    assert expected.format(here=here) in shown and "ConfigError" in shown and "Traceback" not in shown
 
 
 def with_fork_server(processes: list[psutil.Process]) -> list[psutil.Process]:

@@ -90,13 +90,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Options without the program's name, as TRL's parser takes them; default: those of this process.
     """
-    argv = with_config_found(home_words(sys.argv[1:] if argv is None else argv))
-    return with_output(lambda: _main(argv))
+    words = home_words(sys.argv[1:] if argv is None else argv)
+    return with_output(lambda: _main(words))
 
 
-def _main(argv: Sequence[str]) -> int:
+def _main(words: Sequence[str]) -> int:
     quiet()
     wait_without_spinning()
+    try:
+        argv = with_config_found(words)
+    except ConfigError as error:
+        sys.stderr.write(f"ConfigError: {error}\n")
+        return 1
     told = told_options(argv)
     is_plain = str(told.get("disable_tqdm", "")).lower() in ("true", "1", "yes")
     work = functools.partial(working, live=not is_plain, quiet=not _is_main(os.environ) or not _runs(told))
@@ -116,13 +121,23 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def with_config_found(argv: Sequence[str]) -> list[str]:
-    """Return options with the file that `--config` names as `recipes.find` finds it."""
-    words = list(argv)
-    for place, (word, following) in enumerate(pairwise([*argv, ""])):
-        if word == "--config" and following:
-            words[place + 1] = recipes.find(following)
-        elif word.startswith("--config="):
-            words[place] = f"--config={recipes.find(word.partition('=')[2])}"
+    """Return options with the file that `--config` names as `recipes.find` finds it, in a word of its own.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    for place, (word, named) in enumerate(pairwise([*words, ""])):
+        if word != "--config" or not named:
+            continue
+        words[place + 1] = found = recipes.find(named)
+        if not os.path.exists(found):
+            raise ConfigError(
+                f"`--config` is {named!r}, and there is no such file: it was looked for in {os.getcwd()} and, where "
+                f"it begins with `recipes/`, in {recipes.root()}.",
+                "Name a file that is there, or a recipe: `trl-gym recipes list` lists them, for `--config "
+                "recipes/NAME.yaml`.",
+            )
     return words
 
 
@@ -250,14 +265,13 @@ def parse_options(
     """
     from trl import ModelConfig, TrlParser
 
-    words = home_words(sys.argv[1:] if argv is None else argv)
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    words = with_config_found(home_words(sys.argv[1:] if argv is None else argv))
     parser = TrlParser((ScriptArguments, config, ModelConfig))
     try:
         script, args, model = parser.parse_args_and_config(words)
     except TrlGymError:
         raise
-    except (OSError, ValueError) as error:  # a file that does not exist, options that nobody knows
+    except (OSError, ValueError) as error:  # a file that cannot be read, options that nobody knows
         raise ConfigError(f"{error}.", "Correct them; `trl-gym doctor` lists every mistake in options.") from error
     model.model_name_or_path = home_paths(model.model_name_or_path)
     return script, args, model
