@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -32,7 +33,7 @@ _HOME = re.compile(r"(?P<option>(?:[\w.-]+=)?)(?P<path>~[^/=]*(?:/.*)?)", re.DOT
 _KEY = re.compile(r"(?:.*[-_])?key=?")
 
 
-def home_path(path: str) -> str:
+def home_path(path: str | Path) -> str:
     """Return a path with `~` spelled out, which no shell does in a YAML."""
     return os.path.expanduser(path)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import gzip
 import html
+import itertools
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -239,6 +241,47 @@ def test_a_run_that_goes_on_is_written_again(tmp_path: Path, capsys: pytest.Capt
     assert blob(target, "index")["reload_s"] == 0
     told = capsys.readouterr()
     assert told.out.count("v.html") == 3 and told.err.count("waiting for the first rollout") == 1
+
+
+def test_what_cannot_be_read_yet_does_not_end_the_watch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first line is being written, then one is damaged, then the run goes on, then its folder is gone."""
+    run, target = tmp_path / "run", tmp_path / "v.html"
+    (run / "rollouts").mkdir(parents=True)
+    options = build_parser().parse_args(["view", str(run), "--watch", "--output", str(target)])
+    torn = run / "rollouts" / "step-7.rank-0.jsonl"
+    torn.write_text('{"step": 7, "mo')
+    shown: list[tuple[float, float, int]] = []
+    seconds = itertools.count(0, 3)
+
+    def pause(waited: float) -> None:
+        if not target.exists():
+            torn.write_text("damaged\n")
+            write_run(run, Plan(steps=1, tasks=1))
+            return
+        index = blob(target, "index")
+        shown.append((waited, index["reload_s"], index["recorded"]))
+        if len(shown) == 1:
+            shutil.copy(run / "rollouts" / "step-1.rank-0.jsonl", run / "rollouts" / "step-2.rank-0.jsonl")
+        else:
+            run.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(ConfigError, match="run' of a run does not exist"):
+        watch(options, pause, lambda: next(seconds))
+    (first, second) = shown
+    assert first[:2] == second[:2] == (30, 30)  # writing takes 3 s, a tenth
+    assert 0 < first[2] < second[2] == blob(target, "index")["recorded"]
+    assert blob(target, "index") == {**blob(target, "index"), "reload_s": 0} and blob(target, "c0")
+    told = capsys.readouterr().err
+    assert told.count("holds no finished rollout yet") == told.count("torn by a crash after 15 bytes; left out") == 1
+    assert told.count("step-7.rank-0.jsonl, line 1: not JSON") == 1
+
+
+def test_a_page_can_be_written_below_the_home_folder(
+    viewed: Viewed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    page = write_page(open_run(viewed.folder), "~/v.html", PageOptions(max_rollouts=1))
+    assert page.path == tmp_path / "v.html" and page.path.is_file()
 
 
 def test_in_a_notebook_it_is_a_frame_of_its_own(viewed: Viewed) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import sys
 import time
 import webbrowser
@@ -88,44 +90,60 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def watch(options: argparse.Namespace, pause: Callable[[float], None]) -> int:
+def watch(
+    options: argparse.Namespace, pause: Callable[[float], None], clock: Callable[[], float] = time.monotonic
+) -> int:
     """Write the page whenever the run has gone on, until Ctrl-C; return 0, or 130 where there was nothing to write.
 
     Args:
         options: The flags.
         pause: Waits so many seconds; raises KeyboardInterrupt at Ctrl-C.
+        clock: Returns seconds; only differences count.
 
     Raises:
-        ConfigError: As `run`.
+        ConfigError: As `run`; but lines of a journal that cannot be read, since they are damaged or being written, are
+            told once and left out.
     """
+    from trl_gym.report.page import NothingRecordedError, end_reload
     from trl_gym.report.source import changes
 
     folders = [options.folder, *options.others]
     seen: list[tuple[Any, ...] | None] = []
     seconds, page = _WATCH_S, None
+    note_once = functools.cache(_note)
     try:
         while True:
             now = [changes(folder) for folder in folders]
             if None in now and not seen:
                 _note(f"waiting for the first rollout in {folders[now.index(None)]}")
             elif None not in now and now != seen:
-                started = time.monotonic()
-                _, written = _write(options, reload_s=seconds)
-                seconds = max(_WATCH_S, (time.monotonic() - started) / _SHARE_WRITING)
-                if page is None:
-                    _note("the page reads its file again by itself; Ctrl-C ends that")
-                    _open(options, written)
-                page = written
+                started = clock()
+                try:
+                    _, written = _write(options, reload_s=seconds, on_damaged=note_once)
+                except NothingRecordedError as error:  # its first line is being written
+                    note_once(error.problem)
+                else:
+                    if page is None:
+                        _note("the page reads its file again by itself; Ctrl-C ends that")
+                        _open(options, written)
+                    page = written
+                seconds = max(_WATCH_S, (clock() - started) / _SHARE_WRITING)
             seen = now
             pause(seconds)
     except KeyboardInterrupt:
         if page is None:
             return 130
-        _write(options)  # a page that reads its file no more
+        _write(options, on_damaged=note_once)
         return 0
+    finally:
+        if page is not None:
+            with contextlib.suppress(OSError):  # then the error that ends it says what cannot be written
+                end_reload(page.path)
 
 
-def _write(options: argparse.Namespace, reload_s: float = 0.0) -> tuple[RecordedRun, WrittenPage]:
+def _write(
+    options: argparse.Namespace, reload_s: float = 0.0, on_damaged: Callable[[str], None] | None = None
+) -> tuple[RecordedRun, WrittenPage]:
     from trl_gym.report.page import PageOptions, write_page
     from trl_gym.report.source import open_run
 
@@ -136,7 +154,10 @@ def _write(options: argparse.Namespace, reload_s: float = 0.0) -> tuple[Recorded
         others = [dataclasses.replace(other, name=str(other.folder)) for other in others]
     target = Path(options.output) if options.output else found.folder / "view.html"
     wanted = PageOptions(
-        max_rollouts=options.max_rollouts or None, with_tokens=not options.no_tokens, reload_s=reload_s
+        max_rollouts=options.max_rollouts or None,
+        with_tokens=not options.no_tokens,
+        reload_s=reload_s,
+        on_damaged=on_damaged,
     )
     try:
         page = write_page(found, target, wanted, others)

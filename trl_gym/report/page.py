@@ -17,6 +17,7 @@ into markup.
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import html
@@ -28,12 +29,13 @@ import os
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from trl_gym.errors import ConfigError
+from trl_gym.given import home_path
 from trl_gym.report.bodies import Pieces, Shared, conversation_body, token_bodies
 from trl_gym.report.index import advantages, causes, ordered, previews, sample, states, step_stats
 from trl_gym.report.rows import Row, row_of
@@ -45,6 +47,7 @@ _CHUNK_BYTES = 4 * 10**6  # of the journal's lines; what is unpacked at a time
 _CHUNK_ROLLOUTS = 128
 _NUM_CAUSES = 200
 _CAUSE_CHARACTERS = 2000
+_BLOB = b'<script type="application/octet-stream" id="%s">'
 _SCRIPTS = (
     *("dom.js", "data.js", "format.js", "filter.js", "charts.js", "list.js", "overview.js", "steps.js"),
     *("groups.js", "rollouts.js", "rollout.js", "answers.js", "conversation.js", "tokens.js", "timing.js"),
@@ -68,6 +71,11 @@ class PageOptions:
     max_rollouts: int | None = None
     with_tokens: bool = True  # whether token ids and log-probabilities are in it; the page is smaller without
     reload_s: float = 0.0  # seconds after which the page reads its file again; 0 for never
+    on_damaged: Callable[[str], None] | None = None  # told of journal lines that are left out; else they are an error
+
+
+class NothingRecordedError(ConfigError):
+    """A journal holds no rollout that can be shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +103,38 @@ def write_page(
         ConfigError: The journal holds no rollout, or a line that is not the last of its file is damaged.
         OSError: The file cannot be written.
     """
-    target = Path(path)
+    target = Path(home_path(path))
+    with _whole(target) as file:
+        recorded, shown = render(run, file, options or PageOptions(), others)
+    return WrittenPage(target, target.stat().st_size, recorded, shown)
+
+
+def end_reload(path: Path) -> None:
+    """Make a page read its file no more, when what it shows cannot be read again.
+
+    Args:
+        path: A page that was written with `reload_s`.
+
+    Raises:
+        OSError: The file cannot be read or written.
+    """
+    before, start, rest = path.read_bytes().partition(_BLOB % b"index")
+    data, end, after = rest.partition(b"<")
+    index = json.loads(gzip.decompress(base64.b64decode(data))) | {"reload_s": 0}
+    with _whole(path) as file:
+        file.write(before + start + _packed(index) + end + after)
+
+
+@contextlib.contextmanager
+def _whole(target: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of another one when it is written, or not at all."""
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
-            recorded, shown = render(run, file, options or PageOptions(), others)
+            yield file
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
-    return WrittenPage(target, target.stat().st_size, recorded, shown)
 
 
 def render(
@@ -117,7 +148,7 @@ def render(
     Raises:
         ConfigError: See `write_page`.
     """
-    lines, rows = _read(run)
+    lines, rows = _read(run, options.on_damaged)
     found = states(rows)
     shown = sample(rows, ordered(rows), options.max_rollouts)
     pieces = Pieces(run.tokenizer if options.with_tokens else None)
@@ -134,7 +165,7 @@ def render(
     _write_blob(file, "pieces", {"text": pieces.text, "special": pieces.special()})
     _write_blob(file, "metrics", read_metrics(run))
     if others:
-        _write_blob(file, "others", [_other(other) for other in others])
+        _write_blob(file, "others", [_other(other, options.on_damaged) for other in others])
     index = _index(run, rows, found, shown, places)
     index |= {"tokenizer": pieces.is_known, "reload_s": options.reload_s, "others": len(others)}
     own = [trained.get(rows[i].rollout_id) for i in shown]
@@ -150,16 +181,16 @@ def render(
     return len(rows), len(shown)
 
 
-def _read(run: RecordedRun) -> tuple[list[Line], list[Row]]:
+def _read(run: RecordedRun, on_damaged: Callable[[str], None] | None) -> tuple[list[Line], list[Row]]:
     """Return where each line stands, and its row."""
     lines, rows = [], []
     texts: dict[str, str] = {}  # one copy of the task that many rollouts have
-    for line in read_lines(run.journal):
+    for line in read_lines(run.journal, on_damaged):
         row = row_of(line.record)
         rows.append(replace(row, text=texts.setdefault(row.text, row.text)))
         lines.append(Line(line.path, line.offset, line.length, {}))
     if not rows:
-        raise ConfigError(
+        raise NothingRecordedError(
             f"The journal {str(run.journal)!r} holds no finished rollout yet. A line is written when a rollout ends.",
             "Try again then if the run goes on, else look into its `logs`.",
         )
@@ -188,8 +219,8 @@ def _trained(run: RecordedRun, wanted: set[str], with_logprobs: bool) -> dict[st
     }
 
 
-def _other(run: RecordedRun) -> dict[str, Any]:
-    _, rows = _read(run)
+def _other(run: RecordedRun, on_damaged: Callable[[str], None] | None) -> dict[str, Any]:
+    _, rows = _read(run, on_damaged)
     stats = [asdict(own) for own in step_stats(rows, states(rows))]
     agents = sorted({row.agent for row in rows})
     return {"run": run.name, "agents": agents, "steps": stats, "metrics": read_metrics(run)}
@@ -287,12 +318,15 @@ def _numbered(values: Sequence[str | None]) -> tuple[list[str | None], list[int]
 
 
 def _write_blob(file: IO[bytes], name: str, value: Any) -> None:
+    file.write(_BLOB % name.encode() + _packed(value) + b"</script>\n")
+
+
+def _packed(value: Any) -> bytes:
     try:
         text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     except ValueError:  # JSON has no infinity; 1e999 is one
         text = json.dumps(without_non_finite(value, "", []), separators=(",", ":"), allow_nan=False)
-    packed = base64.b64encode(gzip.compress(text.encode(), 6, mtime=0))
-    file.write(b'<script type="application/octet-stream" id="%s">%s</script>\n' % (name.encode(), packed))
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0))
 
 
 def _asset(*names: str) -> str:

@@ -334,23 +334,27 @@ def read_journal(folder: str | Path) -> Iterator[dict[str, Any]]:
     return (line.record for line in read_lines(folder))
 
 
-def read_lines(folder: str | Path) -> Iterator[Line]:
+def read_lines(folder: str | Path, on_damaged: Callable[[str], None] | None = None) -> Iterator[Line]:
     """Return all lines of a journal, by mode, step, rank and part; see `lines_of`."""
-    return (line for path in journal_files(folder) for line in lines_of(path))
+    return (line for path in journal_files(folder) for line in lines_of(path, on_damaged))
 
 
-def lines_of(path: Path) -> Iterator[Line]:
+def lines_of(path: Path, on_damaged: Callable[[str], None] | None = None) -> Iterator[Line]:
     """Yield the lines of a journal's file, without holding it in memory.
 
+    Args:
+        path: The file.
+        on_damaged: Is told of lines that cannot be read, which are left out.
+
     Raises:
-        ConfigError: A line cannot be read: it is not JSON, or has fields of other types than the journal writes. The
-            last one may have been torn by a crash; then it is left out, and logged.
+        ConfigError: A line cannot be read, and there is no `on_damaged`: it is not JSON, or has fields of other types
+            than the journal writes. The last one may have been torn by a crash; then it is left out, and logged.
     """
     with open(path, "rb") as file:
         offset = 0
         for number, raw in enumerate(file, start=1):
             if raw.strip():
-                record = _parse(raw, path, number)
+                record = _parse(raw, path, number, on_damaged)
                 if record is not None:
                     yield Line(path, offset, len(raw.rstrip(b"\n")), record)
             offset += len(raw)
@@ -428,12 +432,12 @@ def _schema_of(path: Path) -> int:
     return SCHEMA if not begin else 1 if match is None else int(match[1])
 
 
-def _parse(raw: bytes, path: Path, number: int) -> dict[str, Any] | None:
+def _parse(raw: bytes, path: Path, number: int, on_damaged: Callable[[str], None] | None) -> dict[str, Any] | None:
     try:
         record = parse_json(raw)
     except ValueError as error:  # also a character of which only the first bytes are there
         if not raw.endswith(b"\n"):
-            logger.warning("%s, line %d: torn by a crash after %d bytes; left out", path, number, len(raw))
+            (on_damaged or logger.warning)(f"{path}, line {number}: torn by a crash after {len(raw)} bytes; left out")
             return None
         problem: str | None = f"not JSON ({error})"
     else:
@@ -443,6 +447,9 @@ def _parse(raw: bytes, path: Path, number: int) -> dict[str, Any] | None:
             record = record if problem else as_of_today(record)
         except ValueError as error:
             problem = str(error)
+    if problem is not None and on_damaged is not None:
+        on_damaged(f"the journal is damaged: {path}, line {number}: {problem}; left out")
+        return None
     if problem is not None:
         raise ConfigError(
             f"The journal is damaged: {path}, line {number}: {problem}. Only the last line of a file may be torn.",

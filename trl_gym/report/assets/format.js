@@ -57,12 +57,6 @@ function plural(count, one, many = `${one}s`) {
   return `${num(count)} ${count === 1 ? one : many}`;
 }
 
-function shortCount(value) {
-  if (value < 1e4) return num(value);
-  if (value < 1e6) return `${Number((value / 1e3).toPrecision(3))} k`;
-  return `${Number((value / 1e6).toPrecision(3))} M`;
-}
-
 function clip(text, length) {
   return text.length > length ? `${text.slice(0, length - 1)}…` : text;
 }
