@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import html
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from trl_gym.notebook import messages_of, show_conversation, show_tokens
+import pytest
+
+from trl_gym.errors import PolicyServerError
+from trl_gym.notebook import messages_of, roll_out, show_conversation, show_tokens
 
 NASTY = "<script>alert(1)</script>"
 
@@ -40,6 +45,20 @@ def record(**changes: Any) -> dict[str, Any]:
         "env_mask": [1, 0, 0, 1],
         "logprobs": [-0.5, 0.0, 0.0, -1.25],
     } | changes
+
+
+def test_rollouts_can_lie_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.jsonl").write_text('{"responses_create_params": {"input": "1 + 1?"}}\n')
+    nobody: Any = SimpleNamespace(
+        base_urls=["http://127.0.0.1:9"],
+        head_url="http://127.0.0.1:9",
+        model_name="policy",
+        client=SimpleNamespace(api_key=None),
+    )
+    with pytest.raises(PolicyServerError):  # after the folder was made
+        roll_out("~/x.jsonl", policy=nobody, gym=nobody, output_dir="~/look")
+    assert list((tmp_path / "look").iterdir())
 
 
 def test_everything_that_was_said_in_order() -> None:

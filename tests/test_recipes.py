@@ -70,7 +70,7 @@ def test_options_find_recipes(here: Path) -> None:
     assert options.small_policy_dir == str(RECIPES / "small_policy")
     found = str(RECIPES / "math.yaml")
     assert with_config_found(["--config", "recipes/math.yaml", "--seed", "1"]) == ["--config", found, "--seed", "1"]
-    assert with_config_found(["--config=recipes/math.yaml", "--config"]) == [f"--config={found}", "--config"]
+    assert with_config_found(["--config=recipes/math.yaml", "--config"]) == ["--config", found, "--config"]
 
 
 def named_files(value: object) -> list[str]:
@@ -104,6 +104,12 @@ def test_the_copied_quickstart_holds_its_environment_and_its_model(here: Path) -
     script = here / "recipes/environments/calculator/generate_data.py"
     subprocess.run([sys.executable, script, "--output_dir", "data"], cwd=here, check=True, capture_output=True)
     assert (here / "data" / "train.jsonl").is_file()
+
+
+def test_a_copy_can_lie_below_the_home_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here / "home"))
+    assert recipes.copy("math", Path("~/x"))[0].is_relative_to(here / "home" / "x")
+    assert not (here / "~").exists()
 
 
 def test_a_copy_replaces_nothing_that_was_changed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

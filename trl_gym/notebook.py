@@ -20,6 +20,7 @@ from rich.console import Console
 
 from trl_gym.commands.collect import collect, counted, shown_progress, speaker
 from trl_gym.commands.rollout_flags import CollectOptions, NamedFile
+from trl_gym.given import home_path
 from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.responses import input_items, output_items, read_item
@@ -88,11 +89,11 @@ def roll_out(
         ServerError: A server does not answer, or died.
         InterruptedCollectionError: The cell was interrupted; what has ended is in the journal.
     """
-    path = Path(dataset)
+    path = Path(home_path(dataset))
     options = CollectOptions(
         mode="rollout",
         datasets=[NamedFile(path.stem, path)],
-        output_dir=Path(output_dir),
+        output_dir=Path(home_path(output_dir)),
         base_url=",".join(policy.base_urls),
         model=policy.model_name,
         api_key=policy.client.api_key,

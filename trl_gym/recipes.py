@@ -115,7 +115,7 @@ def files_of(name: str) -> list[Path]:
     return sorted(path.relative_to(base) for path in found)
 
 
-def copy(name: str, to: Path) -> list[Path]:
+def copy(name: str, to: str | Path) -> list[Path]:
     """Copy a recipe and what it needs below a folder, so that its commands work from there.
 
     Args:
@@ -129,7 +129,7 @@ def copy(name: str, to: Path) -> list[Path]:
         ConfigError: There is no such recipe, one of the files exists and differs (nothing is written then), or the
             folder cannot be written to.
     """
-    base = root()
+    to, base = Path(home_path(to)), root()
     wanted = {to / path: base / path for path in files_of(name)}
     in_the_way = [path for path, source in wanted.items() if path.exists() and not _same(path, source)]
     if in_the_way:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.errors import ConfigError, WeightSyncError
+from trl_gym.given import home_path
 from trl_gym.policy_server.adapter_files import CONFIG_FILE, TENSOR_FILE
 from trl_gym.weight_sync.source import AdapterSource
 
@@ -51,7 +52,7 @@ class AdapterTransport:
     replaces = False
 
     def __init__(self, folder: str | Path | None = None, *, max_adapters: int = 2) -> None:
-        base = Path(folder) if folder is not None else _SHARED_MEMORY
+        base = Path(home_path(folder)) if folder is not None else _SHARED_MEMORY
         if not base.is_dir():
             raise ConfigError(
                 f"The folder {base}, to hand adapters over in, does not exist.",

@@ -32,6 +32,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 import torch
 
 from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
+from trl_gym.given import home_path
 
 if TYPE_CHECKING:
     from trl_gym.policy_server.client import PolicyClient
@@ -245,7 +246,7 @@ class FileTransport:
     replaces = True
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self._place: _Place = _SharedMemoryFile() if folder is None else _FolderFile(Path(folder))
+        self._place: _Place = _SharedMemoryFile() if folder is None else _FolderFile(Path(home_path(folder)))
         self._num_complete = 0  # parameters in a complete update of the server that we are connected to
 
     def connect(self, client: PolicyClient) -> None:
