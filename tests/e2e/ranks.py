@@ -93,6 +93,7 @@ def run(kind: str, folder: Path, policy: str, gym_head: str, data: Path, model: 
             folder,
             num_generations=8,
             per_device_train_batch_size=8,
+            gradient_accumulation_steps=1,
             max_steps=NUM_STEPS,
             eval_strategy="no",
             gym_verify_sync_steps=1,
