@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def test_the_quickstart_is_well(
     monkeypatch.setattr("trl_gym.doctor.checks.CHECKS", [check for check in CHECKS if check.name != "vllm flags"])
     orphans_before = {process.pid for process in orphans(processes())}
     run = ["--config", "recipes/quickstart.yaml", "--output_dir", str(tmp_path / "run")]
+    variables = dict(os.environ)
     status = main(["doctor", "--json", *run, "--small_policy_dir", str(small_policy)])
     answer = json.loads(capsys.readouterr().out)
     told = {check["name"]: check for check in answer["checks"]}
@@ -35,7 +37,8 @@ def test_the_quickstart_is_well(
         assert told[name]["status"] == "ok", told[name]
     assert "by file" in told["weight sync"]["text"] and "nats" in told["weight sync"]["text"]
     assert "calculator_simple_agent: reward" in told["rollouts"]["text"]
-    # Nothing stays: no server, no folder, and nobody listens to the log any more.
+    # Nothing stays: no server, no folder, no variable, and nobody listens to the log any more.
+    assert {name for name in variables.keys() ^ os.environ.keys() if "VERBOSITY" in name} == set()
     assert {process.pid for process in orphans(processes())} <= orphans_before
     assert not (tmp_path / "run").exists()
     assert not list((tmp_path / "tmp").glob("trl-gym-*"))

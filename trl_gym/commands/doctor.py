@@ -100,9 +100,9 @@ def _tell(name: str, *, to_terminal: bool) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep libraries from talking between the findings; what matters of it is found by checks."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    wanted = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
+    ours = wanted.keys() - os.environ.keys()
+    os.environ.update({name: wanted[name] for name in ours})
     silent = logging.NullHandler()  # without any handler, Python writes warnings to stderr
     logging.root.addHandler(silent)
     try:
@@ -110,4 +110,6 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        for name in ours:  # transformers shows no progress to later runs of this process otherwise
+            os.environ.pop(name, None)
         logging.root.removeHandler(silent)
