@@ -38,7 +38,8 @@ from trl_gym.train import ScriptArguments, parse_options
 NO_URLS = [
     "", "127.0.0.1:9/v1", "localhost:9", "http:/127.0.0.1:9/v1", "http://127.0.0.1:99999/v1", "http://[::1/v1",
     "//h:1", "http://", "http:///v1", "http://h:", "http://h:0", "http://h:x", "http://h:+80", "ftp://h", "unix:///s",
-    "http://h/ x", "http://h\n.org", "http://h?x=1", "http://h#x", "http://[zz]:1", "http://1.2.3.4.5", "http://a..b",
+    "http://h/ x", "http://h\n.org", "http://h?x=s3cret", "h?x=s3cret", "http://h#s3cret",
+    "http://[zz]:1", "http://1.2.3.4.5", "http://a..b",
     "http://999.1.1.1", "http://*:80", "http://::1:80", "http://me:s3cret@h:1", "me:s3cret@h:1", "http://s3cret@[::1",
 ]  # fmt: skip
 URLS = [
@@ -78,6 +79,8 @@ def test_what_cannot_be_a_url_is_named_unless_it_holds_a_password() -> None:
             [problem] = url_problems("option", written)
             assert "`option`" in problem.text and "s3cret" not in problem.text
             assert "s3cret" in url or repr(url) in problem.text
+    [problem] = url_problems("option", "http://h:80/v1?api_key=s3cret")
+    assert "is 'http://h:80/v1', which has a query" in problem.text
 
 
 @pytest.mark.parametrize("option", URL_OPTIONS)

@@ -109,7 +109,8 @@ def _url_problem(option: str, url: str) -> Problem | None:
         why = _flaw(url)
     except ValueError as error:  # a bracket without the other one, a port beyond 65535
         why = f"is no URL ({error})"
-    return None if why is None else Problem(f"`{option}` is {url!r}, which {why}.", f"Set it to {_URL_FORM}.")
+    shown = re.split("[?#]", url)[0]  # what follows may be a key
+    return None if why is None else Problem(f"`{option}` is {shown!r}, which {why}.", f"Set it to {_URL_FORM}.")
 
 
 def _flaw(url: str) -> str | None:

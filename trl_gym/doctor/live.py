@@ -114,15 +114,29 @@ def flags(context: Context) -> Iterator[Finding]:
     """Let the installed vLLM parse the flags that the run would give it."""
     from trl_gym.policy_server.command import flags_from
 
-    _, given = choose(context.model, flags_from(run_options(context)[0]))  # with the parsers that are guessed
+    wanted = run_options(context)[0]
+    _, given = choose(context.model, flags_from(wanted))  # with the parsers that are guessed
     command = [sys.executable, "-c", _PARSE, json.dumps([context.model, *given])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PARSE_TIMEOUT_S)
     if done.returncode == 0:
-        yield ok(" ".join(given))
+        yield ok(shown_flags(context.model, wanted))
         return
     cause = find_cause(done.stderr) or (done.stderr.strip().splitlines() or ["no message"])[-1]
     remedy = remedy_for(cause) or "Run `vllm serve --help=all`, which describes every flag."
     yield failed(f"`gym_vllm_args`: {cause}", f"Correct `gym_vllm_args`. {remedy}")
+
+
+def shown_flags(model: str, options: Mapping[str, Any]) -> str:
+    """Return a server's command line, as `choose` completes it, without keys and passwords.
+
+    Args:
+        model: Model folder, or name on the hub.
+        options: As for `flags_from`.
+    """
+    from trl_gym.policy_server.command import flags_from
+    from trl_gym.rollouts.redaction import Redactor
+
+    return " ".join(choose(model, flags_from(Redactor()(options)))[1])
 
 
 def run_options(context: Context) -> tuple[dict[str, Any], Mapping[str, str]]:

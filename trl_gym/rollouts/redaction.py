@@ -20,8 +20,8 @@ REDACTED = "[redacted]"
 _MIN_SECRET_CHARS = 8
 
 _SECRET_KEYS = (
-    *("api_key", "apikey", "access_token", "auth_token", "bearer_token", "refresh_token", "authorization"),
-    *("client_secret", "secret_key", "secret_access_key", "private_key", "password"),
+    *("api_key", "apikey", "access_token", "auth_token", "bearer_token", "refresh_token", "hf_token"),
+    *("authorization", "client_secret", "secret_key", "secret_access_key", "private_key", "password"),
 )
 _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 
