@@ -15,6 +15,7 @@ from transformers import TrainerState
 
 from tests.conftest import RECIPES, wait_for
 from trl_gym.cli import main
+from trl_gym.config import GymGRPOConfig
 from trl_gym.errors import ConfigError
 from trl_gym.train import (
     ScriptArguments,
@@ -23,6 +24,7 @@ from trl_gym.train import (
     make_data,
     model_to_train,
     newest_checkpoint,
+    set_small_learning_rate,
     summarize,
     told_options,
     was_evaluated,
@@ -52,6 +54,25 @@ def test_the_small_policy_is_trained_where_no_model_is_named(here: Path) -> None
         ConfigError, match=r"`small_policy_dir` is runs/none, which has no config.json. Set it to recipes"
     ):
         model_to_train(None, ScriptArguments(small_policy_dir="runs/none"))
+
+
+@pytest.mark.parametrize(
+    ("named", "argv", "expected"),
+    [
+        (None, ["--seed", "1"], 0.5),
+        (None, ["--learning_rate", "1e-6"], 1e-6),  # given, although it is the default
+        (None, ["--config", "rate.yaml"], 1e-6),
+        ("Qwen/Qwen3-0.6B", ["--seed", "1"], 1e-6),
+    ],
+)
+def test_the_small_policy_has_its_own_learning_rate_unless_one_is_given(
+    here: Path, named: str | None, argv: list[str], expected: float
+) -> None:
+    (here / "rate.yaml").write_text("learning_rate: 1.0e-6\n")
+    script = ScriptArguments(small_policy_dir="recipes/small_policy", small_policy_learning_rate=0.5)
+    args = GymGRPOConfig(output_dir="out", use_cpu=True, report_to=[])
+    set_small_learning_rate(model_to_train(named, script), script, args, told_options(argv))
+    assert args.learning_rate == expected
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,7 @@ def _train(argv: Sequence[str], forks: ForkServer | None, work: _Work) -> None:
             script.train_files.append(str(train_file))
             script.eval_files.append(str(eval_file))
     model.model_name_or_path = model_to_train(model.model_name_or_path, script)
-    if model.model_name_or_path == script.small_policy_dir and "learning_rate" not in told_options(argv):
-        args.learning_rate = script.small_policy_learning_rate
+    set_small_learning_rate(model.model_name_or_path, script, args, told_options(argv))
     load_as_told(model, args)
     load_config(  # before servers are started
         model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
@@ -354,6 +353,19 @@ def model_to_train(named: str | None, script: ScriptArguments) -> str:
             f"Set it to {recipes.SMALL_POLICY}, which comes with trl-gym, or name a model with `model_name_or_path`.",
         )
     return script.small_policy_dir
+
+
+def set_small_learning_rate(model: str, script: ScriptArguments, args: GymGRPOConfig, told: Mapping[str, Any]) -> None:
+    """Give the small policy the learning rate of its size, where none is given.
+
+    Args:
+        model: What is trained.
+        script: Options of the script.
+        args: Options of the trainer, which are changed.
+        told: Options that are given, as `told_options` reads them.
+    """
+    if model == script.small_policy_dir and "learning_rate" not in told:
+        args.learning_rate = script.small_policy_learning_rate
 
 
 def load_as_told(model: ModelConfig, args: GymGRPOConfig) -> None:
