@@ -15,8 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOConfig, TrlParser
 
-from trl_gym.config import GymGRPOConfig
-from trl_gym.config_checks import biased_ratio, check_datasets, check_refill, fill_in, small_batch_notes
+from trl_gym.config import GymGRPOConfig, launched_processes
+from trl_gym.config_checks import (
+    biased_ratio,
+    check_datasets,
+    check_refill,
+    context_problem,
+    fill_in,
+    small_batch_notes,
+)
 from trl_gym.errors import ConfigError
 from trl_gym.rollout_options import SAMPLING_KEYS, RolloutOptions, Sampling
 
@@ -35,6 +42,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
             **BASE
             | {
                 "num_generations": 3,
+                "steps_per_generation": 1,
                 "gym_mode": "magic",
                 "gym_deadline": -1,
                 "gym_max_inflight": 0,
@@ -276,7 +284,7 @@ def test_what_is_not_given_trains_an_agent_and_is_told() -> None:
     assert GymGRPOConfig(**PLAIN, vllm_max_model_length=1024).max_completion_length == 512
     unset = {"gradient_accumulation_steps": None, "generation_batch_size": None, "steps_per_generation": None}
     for num_processes, expected in ((1, 8), (3, 3), (8, 1), (64, 1)):
-        several = SimpleNamespace(**{**vars(config), **unset})
+        several = SimpleNamespace(**{**vars(config), **unset, "per_device_train_batch_size": None})
         assert bool(fill_in(several, num_processes)) == (expected > 1)
         assert several.gradient_accumulation_steps == expected
 
@@ -287,7 +295,8 @@ def test_what_is_not_given_trains_an_agent_and_is_told() -> None:
         {"gradient_accumulation_steps": 1},
         {"steps_per_generation": 1},
         {"generation_batch_size": 8},
-        {"num_generations": 4},
+        {"per_device_train_batch_size": 8, "num_generations": 8},
+        {"per_device_train_batch_size": 8},
         {"per_device_train_batch_size": 16},
     ],
 )
@@ -299,6 +308,75 @@ def test_what_is_said_about_batches_stays(given: dict[str, int]) -> None:
     warned = small_batch_notes(config, 1, adapts=False)
     assert bool(warned) == (rows == config.num_generations)
     assert not warned or "`gradient_accumulation_steps`" in warned[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "tasks"),
+    [
+        ({"num_generations": 4}, 4, 8),
+        ({"num_generations": 8}, 8, 8),
+        ({"num_generations": 16, "eval_strategy": "steps", "eval_steps": 1}, 16, 8),
+        ({"num_generations": 5}, 5, 8),
+        ({"per_device_train_batch_size": 2}, 4, 1),
+        ({"per_device_train_batch_size": 12}, 2, 3),
+        ({"per_device_train_batch_size": 8, "num_generations": 16}, 2, 1),
+    ],
+)
+def test_the_default_makes_whole_groups(given: dict[str, Any], steps: int, tasks: int) -> None:
+    config = GymGRPOConfig(**PLAIN, **given, max_completion_length=100)
+    assert config.gradient_accumulation_steps == steps
+    assert config.generation_batch_size == tasks * config.num_generations
+    [note] = config.notes
+    assert f"is {steps}, for {tasks} × {config.num_generations} rollouts" in note
+
+
+def test_groups_that_do_not_fit_are_refused_by_the_options_that_make_them() -> None:
+    for steps in ({"gradient_accumulation_steps": 1}, {"steps_per_generation": 1}):
+        with pytest.raises(ConfigError, match="`num_generations` 16 does not divide a generation batch:") as caught:
+            GymGRPOConfig(**PLAIN, **steps, num_generations=16)
+        [problem] = caught.value.problems
+        assert "`per_device_train_batch_size` 8 × `steps_per_generation` 1 " in problem.text
+        assert "a multiple of 2 (`generation_batch_size` one of 16)" in problem.remedy
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_processes_are_counted_as_their_launcher_says(name: str) -> None:
+    assert launched_processes({name: "8"}) == 8
+    assert launched_processes({"RANK": "8"}) is None
+
+
+def test_what_is_launched_elsewhere_has_the_batches_of_its_processes() -> None:
+    class EightRanks(GymGRPOConfig):
+        world_size = 8
+
+    config = EightRanks(**PLAIN)
+    assert (config.gradient_accumulation_steps, config.generation_batch_size) == (1, 64)
+    assert EightRanks(**PLAIN, num_generations=16).generation_batch_size == 128
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("gradient_accumulation_steps", 0),
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", 0),
+        ("num_generations", 0),
+        ("num_generations", 1),
+        ("steps_per_generation", 0),
+        ("generation_batch_size", -8),
+    ],
+)
+def test_sizes_that_train_nothing_are_refused(option: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^1 problem.*\n.*`{option}` is {value}"):
+        GymGRPOConfig(**PLAIN, **{option: value})
+
+
+def test_a_context_that_ends_before_the_rollout_is_told() -> None:
+    config = GymGRPOConfig(**PLAIN)
+    problem = context_problem(config, 1024)
+    assert problem is not None and "`max_completion_length` 2048 " in problem.text and "1023 or less" in problem.remedy
+    assert context_problem(config, 2049) is context_problem(config, None) is None
+    assert context_problem(config, 2049, 2) is not None
 
 
 def test_a_learning_rate_for_whole_models_is_warned_of_with_an_adapter() -> None:
@@ -410,7 +488,7 @@ def test_every_problem_of_the_weight_sync_is_named() -> None:
         ("gym_weight_dir", 3, "Set it to a text or null."),
         ("gym_server_reconnect_timeout", None, "Set it to a number."),
         ("ddp_timeout", None, "Set it to a whole number."),  # TRL's and transformers' own
-        ("num_generations", "8 of them", "Set it to a whole number or null."),
+        ("num_generations", "8 of them", "Set it to a whole number."),
         ("max_completion_length", "long", "Set it to a whole number or null."),
     ],
 )

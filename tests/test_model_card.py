@@ -95,11 +95,10 @@ def make_trainer(
         use_cpu=True,
         num_generations=2,
         per_device_train_batch_size=4,
-        max_completion_length=8,
         logging_steps=1,
         gradient_checkpointing=False,
         disable_tqdm=True,
-        **({"max_steps": 2, "report_to": [], "save_strategy": "no"} | changes),
+        **({"max_completion_length": 8, "max_steps": 2, "report_to": [], "save_strategy": "no"} | changes),
     )
     return GymGRPOTrainer(
         model=model or build_model(tokenizer, tie=True, seed=0),
@@ -115,6 +114,15 @@ def trained(recorded: Path, output_dir: Path, **changes: Any) -> GymGRPOTrainer:
     trainer = make_trainer(recorded, output_dir, **changes)
     trainer.train()
     return trainer
+
+
+def test_a_context_that_ends_before_the_rollout_is_warned_of(
+    recorded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(recorded, tmp_path / "short").close()
+    assert "the context of" not in caplog.text
+    make_trainer(recorded, tmp_path / "long", max_completion_length=10**6).close()
+    assert "`max_completion_length` 1000000 and a prompt are more than the context of" in caplog.text
 
 
 def test_every_checkpoint_has_a_card_with_the_facts_so_far(recorded: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from typing import Any
 from trl import GRPOConfig
 
 from trl_gym import compat
-from trl_gym.config_checks import batch_problems, fill_in, find_problems, replace_wrong_types
+from trl_gym.config_checks import (
+    UNEVEN_OF_TRL,
+    batch_problems,
+    fill_in,
+    find_problems,
+    replace_wrong_sizes,
+    replace_wrong_types,
+)
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.given import home_paths
 from trl_gym.rollout_options import DEFAULT_RETRIES, RolloutOptions, Sampling, by_kind
@@ -29,6 +37,7 @@ _PATHS = (
     *("gym_config_paths", "gym_python", "gym_weight_dir", "gym_replay", "gym_log_dir"),
     *("resume_from_checkpoint", "deepspeed", "fsdp_config"),
 )
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # in accelerate's order
 _SYNCHRONOUS_MODE: str = GRPOConfig.vllm_importance_sampling_mode  # TRL's default
 
 
@@ -49,10 +58,16 @@ class GymGRPOConfig(GRPOConfig):
         max_completion_length (`int`, *optional*):
             Tokens of a conversation after its first prompt, over all its turns, tool outputs included. Default: 2048,
             or half of `vllm_max_model_length` where that is less; TRL's 512 are for one answer.
+        num_generations (`int`, *optional*):
+            Rollouts of each task. Default: 8.
+        per_device_train_batch_size (`int`, *optional*):
+            Rollouts of a micro-step on each process. Default: 8.
+        per_device_eval_batch_size (`int`, *optional*):
+            Rollouts of an evaluation's batch on each process. Default: 8, or as many more as whole groups need.
         gradient_accumulation_steps (`int`, *optional*):
-            Micro-steps of an optimizer step. Default: 8 divided by the number of processes, rounded up, where no other
-            option says how large batches are: 8 tasks × 8 rollouts, where TRL's 1 makes one task on each process.
-            Otherwise 1.
+            Micro-steps of an optimizer step. Default: as many as make 8 tasks of all processes, where TRL's 1 makes
+            one on each; as few as make whole groups with `per_device_train_batch_size` given; 1 with
+            `steps_per_generation` or `generation_batch_size` given.
         logging_steps (`float`, *optional*, defaults to `1`):
             Optimizer steps between two lines of metrics; TRL's 10 show nothing of the first nine.
 
@@ -221,6 +236,9 @@ class GymGRPOConfig(GRPOConfig):
         },
     )
     max_completion_length: int | None = None  # `__post_init__` sets it, and the next
+    num_generations: int = None  # type: ignore[assignment]
+    per_device_train_batch_size: int = None  # type: ignore[assignment]
+    per_device_eval_batch_size: int = None  # type: ignore[assignment]
     gradient_accumulation_steps: int = None  # type: ignore[assignment]
     logging_steps: float = 1
     gym_config_paths: list[str] = field(default_factory=list)
@@ -271,7 +289,7 @@ class GymGRPOConfig(GRPOConfig):
     gym_log_dir: str | None = None
 
     def __post_init__(self) -> None:
-        problems = [*self._parse_json_options(), *replace_wrong_types(self)]
+        problems = [*self._parse_json_options(), *replace_wrong_types(self), *replace_wrong_sizes(self)]
         self._spell_out_retries()
         for name in _PATHS:
             setattr(self, name, home_paths(getattr(self, name)))
@@ -283,18 +301,30 @@ class GymGRPOConfig(GRPOConfig):
         if self.vllm_importance_sampling_mode is None:
             # The ratio of a whole sequence grows with its length, and rollouts ahead begin with older weights.
             self.vllm_importance_sampling_mode = "token_truncate" if self.gym_max_staleness > 0 else _SYNCHRONOUS_MODE
-        self.notes: list[str] = fill_in(self, int(os.environ.get("WORLD_SIZE", "1")))  # told at the start
+        self.notes: list[str] = fill_in(self, self.world_size)  # told at the start
         problems += find_problems(self)
         try:
             super().__post_init__()
         except ValueError as error:  # TRL's and transformers' own checks stop at their first complaint
-            problems.append(Problem(str(error)))
+            if UNEVEN_OF_TRL not in str(error):
+                problems.append(Problem(str(error)))
         if self.steps_per_generation and self.num_generations:  # resolved by TRL, unless it complained before
             problems += batch_problems(self)
         if problems:
             raise ConfigError(f"{len(problems)} problem(s) in the configuration:", problems=problems)
         if self.gym_log_dir is None:
             self.gym_log_dir = os.path.join(self.output_dir, "logs")
+
+    @property
+    def world_size(self) -> int:
+        """Number of training processes, which sizes of batches depend on: those that were launched.
+
+        It is known before transformers has set up the devices. What looks at a run that is launched elsewhere
+        overrides it.
+        """
+        if "distributed_state" in vars(self):
+            return int(super().world_size)
+        return launched_processes(os.environ) or 1
 
     @property
     def rollout_options(self) -> RolloutOptions:
@@ -399,6 +429,15 @@ class GymGRPOConfig(GRPOConfig):
                 else own
                 for agent, own in self.gym_environments.items()
             }
+
+
+def launched_processes(environment: Mapping[str, str]) -> int | None:
+    """Return the number of processes that a launcher started, where accelerate looks for it; None without a launcher.
+
+    Args:
+        environment: Variables of one of these processes.
+    """
+    return next((int(environment[name]) for name in _SIZES if name in environment), None)
 
 
 def _describe_options(config: type[GymGRPOConfig]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -49,6 +50,17 @@ _AT_LEAST = {
     "gym_max_adapters": 2,  # one is loaded while the other is used
     "gym_weight_buffer_mb": 1,
 }
+# Sizes of batches, by which TRL divides; those of None are not given.
+_SIZES = {
+    "num_generations": 2,  # a group of one has no baseline
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 1,
+    "generation_batch_size": 1,
+    "num_generations_eval": 1,
+    "num_iterations": 1,
+}
 # Options of TRL that the rollout path cannot honour are refused: silence would be worse.
 _NOT_HONOURED = {
     "vllm_structured_outputs_regex": "NeMo Gym's agents make the requests",
@@ -87,6 +99,19 @@ def replace_wrong_types(config: GymGRPOConfig) -> list[Problem]:
         if is_checked and not _is_of(value, hint) and value != _default(one):
             setattr(config, one.name, _default(one))
             problems.append(Problem(f"`{one.name}` is {value!r}.", f"Set it to {_spelled(hint)}."))
+    return problems
+
+
+def replace_wrong_sizes(config: GymGRPOConfig) -> list[Problem]:
+    """Put the default where the size of a batch is too small for all other checks to be made; list such values."""
+    problems = []
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if one.name in _SIZES and value is not None:
+            found = list(number_problems(one.name, value, least=_SIZES[one.name], whole=True))
+            if found:
+                setattr(config, one.name, _default(one))
+            problems += found
     return problems
 
 
@@ -137,16 +162,31 @@ def fill_in(config: GymGRPOConfig, num_processes: int) -> list[str]:
             f"`max_completion_length` is {config.max_completion_length} tokens for a whole conversation after its "
             "first prompt (TRL's 512 are for one answer)"
         )
+    least_tasks = _GROUPS if config.per_device_train_batch_size is None else 1
+    for name in ("num_generations", "per_device_train_batch_size"):
+        if getattr(config, name) is None:
+            setattr(config, name, _TRL_ROWS)
+    group, rows = config.num_generations, config.per_device_train_batch_size * num_processes
+    if config.per_device_eval_batch_size is None:
+        evaluated = config.num_generations_eval or group
+        config.per_device_eval_batch_size = _whole_groups(num_processes, evaluated, at_least=_TRL_ROWS)
     if config.gradient_accumulation_steps is None:
-        told = config.generation_batch_size or config.steps_per_generation or config.num_generations != _TRL_ROWS
-        untouched = not told and config.per_device_train_batch_size == _TRL_ROWS
-        config.gradient_accumulation_steps = -(-_GROUPS // num_processes) if untouched else 1
-        if config.gradient_accumulation_steps > 1:
+        said = config.generation_batch_size or config.steps_per_generation
+        steps = 1 if said else _whole_groups(rows, group, at_least=-(-least_tasks * group // rows))
+        config.gradient_accumulation_steps = steps
+        if steps > 1:
+            of_trl = "no whole group" if rows % group else f"{rows // group}"
             notes.append(
-                f"`gradient_accumulation_steps` is {config.gradient_accumulation_steps}, for {_GROUPS} tasks × "
-                f"{_TRL_ROWS} rollouts per optimizer step (TRL's 1 makes one task on each process)"
+                f"`gradient_accumulation_steps` is {steps}, for {steps * rows // group} × {group} rollouts (tasks × "
+                f"`num_generations`) per optimizer step; TRL's 1 makes {of_trl}"
             )
     return notes
+
+
+def _whole_groups(rows: int, group: int, *, at_least: int) -> int:
+    """Return the smallest number from `at_least` on that makes whole groups of so many rows each time."""
+    unit = group // math.gcd(rows, group)
+    return -(-at_least // unit) * unit
 
 
 def small_batch_notes(config: GymGRPOConfig, num_processes: int, *, adapts: bool) -> list[str]:
@@ -382,7 +422,25 @@ def _overlap_problems(config: GymGRPOConfig) -> Iterator[Problem]:
 
 def batch_problems(config: GymGRPOConfig) -> list[Problem]:
     """List what is wrong with our options given the sizes of batches that TRL has resolved."""
-    return [*_small_group_problems(config), *_batch_ahead_problems(config), *_whole_group_problems(config)]
+    uneven = _uneven_problems(config)
+    return [*uneven, *_small_group_problems(config), *_batch_ahead_problems(config), *_whole_group_problems(config)]
+
+
+UNEVEN_OF_TRL = "must be divisible by num_generations"  # of its message, which names an option that it has set itself
+
+
+def _uneven_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    size, steps, group = config.per_device_train_batch_size, config.steps_per_generation, config.num_generations
+    rows = size * config.world_size
+    if steps * rows % group:
+        unit = _whole_groups(rows, group, at_least=1)
+        yield Problem(
+            f"`num_generations` {group} does not divide a generation batch: `per_device_train_batch_size` {size} × "
+            f"`steps_per_generation` {steps} (where not given, `gradient_accumulation_steps`) × {config.world_size} "
+            f"process(es) are {steps * rows} rollouts.",
+            f"Make those steps a multiple of {unit} (`generation_batch_size` one of {unit * rows}), or leave all of "
+            "them out.",
+        )
 
 
 def _small_group_problems(config: GymGRPOConfig) -> Iterator[Problem]:
@@ -478,6 +536,23 @@ def dataset_problem(config: GymGRPOConfig, num_tasks: int) -> Problem | None:
         f"`num_generations` {group}. Only whole generation batches are trained: there would be none.",
         f"Use at least {needed} tasks, or lower `per_device_train_batch_size`, `steps_per_generation` or "
         "`gradient_accumulation_steps` (its default).",
+    )
+
+
+def context_problem(config: GymGRPOConfig, context: int | None, prompt_tokens: int = 1) -> Problem | None:
+    """Say that rollouts end where a context does, before they have had `max_completion_length`.
+
+    Args:
+        config: Options of the run.
+        context: Tokens of prompt and completion that are served, or that the model was made for; None: not known.
+        prompt_tokens: Tokens of the longest prompt.
+    """
+    if context is None or prompt_tokens + (config.max_completion_length or 0) <= context:
+        return None
+    return Problem(
+        f"`max_completion_length` {config.max_completion_length} and a prompt are more than the context of {context} "
+        "tokens, where rollouts are cut off.",
+        f"Set `max_completion_length` to {max(context - prompt_tokens, 1)} or less.",
     )
 
 

@@ -175,6 +175,7 @@ class GymGRPOTrainer(GRPOTrainer):
                     rollout_func=lambda *_: self._columns,
                     **kwargs,
                 )
+            servers.show_context(args, self.model)
             self._connect()
         except BaseException:
             self._source.close()

@@ -11,6 +11,7 @@ from transformers import MambaConfig, Qwen3Config
 
 from tests.conftest import RECIPES
 from trl_gym import cli
+from trl_gym.commands.plan import _parse
 
 SIZES = {
     "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -112,6 +113,12 @@ def test_the_number_of_processes_is_that_of_the_gpus(
         assert "invalid positive number" in capsys.readouterr().err
 
 
+def test_default_batches_are_those_of_the_gpus(model: Path) -> None:
+    argv = ["--model_name_or_path", str(model), "--report_to", "none"]
+    sizes = {gpus: _parse(argv, gpus)[0].gradient_accumulation_steps for gpus in (1, 8)}
+    assert sizes == {1: 8, 8: 1}
+
+
 def test_a_model_that_is_only_on_the_hub_is_said_in_seconds(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +135,7 @@ def test_a_model_that_is_only_on_the_hub_is_said_in_seconds(
     ("words", "said"),
     [
         (["--model-name-or-path", "./nowhere"], "The model folder ./nowhere does not exist"),
-        (["--num-generations", "3"], "divisible"),
+        (["--num-generations", "3", "--steps-per-generation", "1"], "does not divide"),
         (["--no-such-option", "3"], "no_such_option"),
     ],
 )

@@ -18,9 +18,9 @@ from tests.conftest import RECIPES
 from tests.policy_server.tiny_model import build_tokenizer
 from trl_gym.doctor.checks import Check, run_checks
 from trl_gym.doctor.context import Context, Status
-from trl_gym.doctor.inputs import classify
-from trl_gym.doctor.live import EXAMINED, judge, leave
-from trl_gym.doctor.options import Launch, launch, read_launch
+from trl_gym.doctor.inputs import classify, dataset_size
+from trl_gym.doctor.live import EXAMINED, judge, leave, shown_flags
+from trl_gym.doctor.options import Launch, launch, open_files, options_file, read_launch
 from trl_gym.doctor.outcome import Verdict, verdict
 from trl_gym.doctor.static import SUPPORTED_PYTHON, Process, gpu, left_files, orphans, processes, why_not_writable
 from trl_gym.errors import ConfigError, FailureKind, RolloutFailure
@@ -132,8 +132,37 @@ def test_a_process_of_a_launched_run_counts_as_it_was_launched(
     context = Context(argv=[], accelerate_config=tmp_path / "accelerate.yaml")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert launch(context).processes == 8
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")  # of mpirun
+    assert launch(context).processes == 4
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launch(context).processes == 2
+
+
+def test_batches_are_those_of_the_processes_that_will_be_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    launched, data = tmp_path / "accelerate.yaml", tmp_path / "train.jsonl"
+    launched.write_text("num_processes: 8\n")
+    argv = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to", "none", "--train_files", str(data)]
+    with Context(argv=argv, quick=True, accelerate_config=launched) as context:
+        [*options_file(context)]
+        context.train_rows = [{"doctor_file": str(data)}] * 32
+        [size], [files] = dataset_size(context), open_files(context)
+    assert context.problems == []
+    assert size.text == "32 tasks; a generation batch has 8 × 8 rollouts (8 per device × 1 × 8 processes)"
+    assert "; 64 rollouts in flight" in files.text
+
+
+def test_keys_of_the_servers_flags_are_not_shown() -> None:
+    flags = {
+        "tool-call-parser": "none",
+        "reasoning-parser": "none",
+        "hf-token": "SECRET2",
+    }
+    shown = shown_flags("nowhere", {**flags, "max-num-batched-tokens": 512, "ssl-keyfile-password": "SECRET5"})
+    assert "SECRET" not in shown
+    assert "--hf-token [redacted]" in shown and "--max-num-batched-tokens 512" in shown
 
 
 @pytest.mark.parametrize(

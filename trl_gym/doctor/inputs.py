@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import difflib
 import json
 from collections import Counter
@@ -12,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.config_checks import dataset_problem, eval_dataset_problem
+from trl_gym.config_checks import context_problem, dataset_problem, eval_dataset_problem
 from trl_gym.dataset import ROW_COLUMN, first_with_tools, read_records
 from trl_gym.doctor.context import Context, Finding, failed, ok, skipped, warning
-from trl_gym.doctor.options import launch
 from trl_gym.errors import Problem, TrlGymError
 from trl_gym.hub import load_config
 from trl_gym.policy_server.command import flags_from
@@ -83,9 +81,8 @@ def rows(context: Context) -> Iterator[Finding]:
 
 def dataset_size(context: Context) -> Iterator[Finding]:
     """Check that there are tasks for one generation batch of all processes, and for an evaluation."""
-    args, script, processes = copy.copy(context.args), context.script, launch(context).processes
+    args, script, processes = context.args, context.script, context.args.world_size
     size, steps = args.per_device_train_batch_size, args.steps_per_generation
-    args.generation_batch_size = size * steps * processes
     counts = Counter(record[_FILE] for record in context.train_rows)
     if script.train_weights is None:
         num_tasks = sum(counts[file] for file in script.train_files)
@@ -250,11 +247,8 @@ def context_length(context: Context) -> Iterator[Finding]:
             f"{where} and `vllm_max_model_length` is {length}: {too_long} of {len(sizes)} rows fail at once",
             f"Set `vllm_max_model_length` to {sizes[longest] + completion} or more, or leave these rows out.",
         )
-    elif sizes[longest] + completion > length:
-        yield warning(
-            f"{where}; with `max_completion_length` {completion} that is more than the context of {length}",
-            f"Set `vllm_max_model_length` to {sizes[longest] + completion}, or rollouts of such rows are cut off.",
-        )
+    elif (problem := context_problem(args, length, sizes[longest])) is not None:
+        yield warning(f"{where}; {problem.text}", problem.remedy)
     else:
         yield ok(f"{where}, a rollout up to {completion} more, and the context {length}")
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import ModelConfig, TrlParser
 
-from trl_gym.config import GymGRPOConfig
+from trl_gym.config import GymGRPOConfig, launched_processes
 from trl_gym.doctor.context import Context, Finding, failed, ok, warning
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.run.servers import workers_problem
@@ -38,7 +38,8 @@ def options_file(context: Context) -> Iterator[Finding]:
     values, context.problems = parse(context.argv)
     context.script = ScriptArguments(**_own(ScriptArguments, values))
     context.model_options = ModelConfig(**_own(ModelConfig, values))
-    context.args = GymGRPOConfig.__new__(GymGRPOConfig)  # kept although its `__init__` raises
+    kind = _examined(context)
+    context.args = kind.__new__(kind)  # kept although its `__init__` raises
     try:
         context.args.__init__(**_own(GymGRPOConfig, values))  # type: ignore[misc]
     except ConfigError as error:
@@ -46,6 +47,21 @@ def options_file(context: Context) -> Iterator[Finding]:
     except Exception as error:  # of TRL's and transformers' own checks, which need devices and packages
         context.problems.append(Problem(f"{type(error).__name__}: {error}"))
     yield ok("read" if "--config" in context.argv else "no options file: what is not given has its default")
+
+
+def _examined(context: Context) -> type[GymGRPOConfig]:
+    """Return the class of a run's options that has the processes of its launch, and not this one."""
+    try:
+        num_processes = launch(context).processes
+    except ConfigError:  # the check of processes reads the same file, and fails
+        num_processes = 1
+
+    class ExaminedConfig(GymGRPOConfig):
+        @property
+        def world_size(self) -> int:
+            return num_processes
+
+    return ExaminedConfig
 
 
 def parse(argv: Sequence[str]) -> tuple[Namespace, list[Problem]]:
@@ -242,8 +258,8 @@ def launch_file(context: Context) -> Path | None:
 
 def launch(context: Context) -> Launch:
     """Say how the run is launched: as this process was, else as accelerate's configuration says."""
-    if "WORLD_SIZE" in os.environ:
-        return Launch(int(os.environ["WORLD_SIZE"]), os.environ)
+    if (launched := launched_processes(os.environ)) is not None:
+        return Launch(launched, os.environ)
     path = launch_file(context)
     return Launch() if path is None else read_launch(path)
 
@@ -308,13 +324,6 @@ def _process_problems(context: Context, config: dict[str, Any], num_gpus: int) -
         )
     if on_cpu and ("FSDP" in kind or "DEEPSPEED" in kind):
         yield Problem(f"{kind} needs GPUs.", "Use recipes/accelerate/cpu_two_processes.yaml.")
-    batch = args.per_device_train_batch_size * num_processes * (args.steps_per_generation or 1)
-    if num_processes > 1 and args.num_generations and batch % args.num_generations:
-        yield Problem(
-            f"{num_processes} processes make generation batches of {batch} rollouts, which groups of "
-            f"`num_generations` {args.num_generations} do not divide.",
-            "Set `per_device_train_batch_size` or `steps_per_generation` so that they do.",
-        )
     shares = context.starts_policy and args.gym_server_devices is None and isinstance(args.gym_vllm_args, dict | None)
     if shares and not on_cpu and num_gpus and (problem := workers_problem(args, here, num_gpus)) is not None:
         yield problem

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from trl_gym import compat
 from trl_gym.config import GymGRPOConfig
-from trl_gym.config_checks import biased_ratio, small_batch_notes
+from trl_gym.config_checks import biased_ratio, context_problem, small_batch_notes
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.plan import this_device, try_estimate
@@ -398,6 +398,19 @@ def show_notes(args: GymGRPOConfig, *, adapts: bool) -> None:
         Console().print(f"default: {note}", markup=False, highlight=False, soft_wrap=True)
     for note in small_batch_notes(args, process.num_processes, adapts=adapts):
         logger.warning("%s", note)
+
+
+def show_context(args: GymGRPOConfig, model: PreTrainedModel) -> None:
+    """Warn on rank 0 of rollouts that end where the model's context does, before `max_completion_length`.
+
+    Args:
+        args: The trainer's configuration.
+        model: The model that is trained.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    problem = context_problem(args, args.vllm_max_model_length or most)
+    if problem is not None and PartialState().is_main_process:
+        logger.warning("%s", problem)
 
 
 def _own_flags(args: GymGRPOConfig) -> dict[str, Any]:
