@@ -327,7 +327,7 @@ def test_the_default_makes_whole_groups(given: dict[str, Any], steps: int, tasks
     assert config.gradient_accumulation_steps == steps
     assert config.generation_batch_size == tasks * config.num_generations
     [note] = config.notes
-    assert f"is {steps}, for {tasks} × {config.num_generations} rollouts" in note
+    assert f"is {steps}, for {tasks} task{'s' if tasks > 1 else ''} × {config.num_generations} rollouts" in note
 
 
 def test_groups_that_do_not_fit_are_refused_by_the_options_that_make_them() -> None:

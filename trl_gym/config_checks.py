@@ -175,10 +175,11 @@ def fill_in(config: GymGRPOConfig, num_processes: int) -> list[str]:
         steps = 1 if said else _whole_groups(rows, group, at_least=-(-least_tasks * group // rows))
         config.gradient_accumulation_steps = steps
         if steps > 1:
+            tasks = f"{steps * rows // group} task{'s' if steps * rows > group else ''}"
             of_trl = "no whole group" if rows % group else f"{rows // group}"
             notes.append(
-                f"`gradient_accumulation_steps` is {steps}, for {steps * rows // group} × {group} rollouts (tasks × "
-                f"`num_generations`) per optimizer step; TRL's 1 makes {of_trl}"
+                f"`gradient_accumulation_steps` is {steps}, for {tasks} × {group} rollouts "
+                f"per optimizer step (TRL's 1 makes {of_trl})"
             )
     return notes
 
