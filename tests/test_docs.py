@@ -51,7 +51,8 @@ def test_generated_blocks_are_current(docs: ModuleType) -> None:
 def test_the_docstring_describes_every_option_and_its_default(docs: ModuleType, tmp_path: Path) -> None:
     config = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True)
     own = {field.name for field in fields(GymGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
-    filled_in = {"max_completion_length", "gradient_accumulation_steps"}  # of TRL, with a default that depends
+    filled_in = {"max_completion_length", "gradient_accumulation_steps"}  # of TRL, None where they are not given
+    filled_in |= {"num_generations", "per_device_train_batch_size", "per_device_eval_batch_size"}
     options = docs.options()
     assert {option.name for option in options} == own | filled_in | {"logging_steps"}
     for option in options:
