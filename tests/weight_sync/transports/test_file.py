@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from tests.weight_sync.streams import LookingClient, Stream, same_bits
 from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
+from trl_gym.weight_sync.transports.adapter import AdapterTransport
 from trl_gym.weight_sync.transports.file import FileSink, FileTransport, MapSink, layout, write
 
 DTYPES = [
@@ -191,6 +192,16 @@ def test_a_stream_that_is_not_as_announced_is_refused(
 def test_a_folder_that_is_not_there_is_refused_early(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gym_weight_dir"):
         FileTransport(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("transport", [FileTransport, AdapterTransport])
+def test_a_folder_below_the_home_folder(
+    transport: type[FileTransport | AdapterTransport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    transport("~")  # which is there
+    with pytest.raises(ConfigError, match=f"The folder {tmp_path}/missing"):
+        transport("~/missing")
 
 
 def test_memory_is_used_again_and_given_back_with_the_connection() -> None:
