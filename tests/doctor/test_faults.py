@@ -232,7 +232,7 @@ def bare(place: Place) -> str:
 
 
 BARE = (
-    Fault("gym interpreter", "nowhere/python, which does not exist", "TRL_GYM_PYTHON"),
+    Fault("gym interpreter", "nowhere/python, which does not exist", "trl-gym setup-gym"),
     Fault("tokenizer", "bare has no tokenizer", "save_pretrained"),
     Fault("dataset rows", "missing.jsonl: cannot be read", "Check the path"),
     Fault("options", "`max_completion_length` (600) leaves no room", "Lower the first, or raise the second"),
