@@ -13,7 +13,7 @@ import psutil
 import pytest
 from transformers import TrainerState
 
-from tests.conftest import RECIPES, wait_for
+from tests.conftest import RECIPES, load, wait_for
 from trl_gym.cli import main
 from trl_gym.config import GymGRPOConfig
 from trl_gym.errors import ConfigError
@@ -102,10 +102,10 @@ def with_fork_server(processes: list[psutil.Process]) -> list[psutil.Process]:
     return []
 
 
-@pytest.mark.parametrize("script", [["-m", "trl_gym.train"], [str(RECIPES / "grpo.py")]])
-def test_the_module_and_the_recipe_are_the_same_script(tmp_path: Path, script: list[str]) -> None:
-    """Both begin with a fork server, and end it when the options turn out to be wrong."""
-    command = [sys.executable, *script, *MINIMAL, "--gym_deadline", "0"]
+def test_the_module_and_the_recipe_are_the_same_script(tmp_path: Path) -> None:
+    """It begins with a fork server, and ends it when the options turn out to be wrong."""
+    assert load("recipe_grpo", RECIPES / "grpo.py").main.__module__ == "trl_gym.train"
+    command = [sys.executable, str(RECIPES / "grpo.py"), *MINIMAL, "--gym_deadline", "0"]
     environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as run:
         started = wait_for(lambda: with_fork_server(psutil.Process(run.pid).children(recursive=True)), "a fork server")
