@@ -272,7 +272,9 @@ def test_weights_are_pushed_while_calls_run(served: Served, random_policy: Path,
     before = served.metric(counted)
     with ThreadPoolExecutor(9) as pool:
         calls = [pool.submit(long_call, client, tag) for tag in tags]
-        wait_for(lambda: served.metric(counted) > before + 8 * 20, "all calls sample")
+        wait_for(lambda: all(is_running(client, tag) for tag in tags), "all calls have arrived")
+        arrived = served.metric(counted)
+        wait_for(lambda: served.metric(counted) > arrived + 8 * 20, "all calls sample")
         sync.transport = Interrupted(while_paused)
         sync.transport.connect(client)
         sync.push(new, 21)
