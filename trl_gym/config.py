@@ -37,7 +37,7 @@ _PATHS = (
     *("gym_config_paths", "gym_python", "gym_weight_dir", "gym_replay", "gym_log_dir"),
     *("resume_from_checkpoint", "deepspeed", "fsdp_config"),
 )
-_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # in accelerate's order
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # in accelerate's order
 _SYNCHRONOUS_MODE: str = GRPOConfig.vllm_importance_sampling_mode  # TRL's default
 
 
@@ -437,7 +437,7 @@ def launched_processes(environment: Mapping[str, str]) -> int | None:
     Args:
         environment: Variables of one of these processes.
     """
-    return next((int(environment[name]) for name in _SIZES if name in environment), None)
+    return next((int(environment[name]) for name in _WORLD_SIZES if name in environment), None)
 
 
 def _describe_options(config: type[GymGRPOConfig]) -> None:

@@ -213,14 +213,11 @@ def read_back(
     """
     with agreed(accelerator):
         own = load_state(checkpoint, accelerator.process_index, accelerator.device)
-    state = restored(
-        checkpoint,
-        own,
-        gather_object([own and own.num_ranks]),
-        run=run,
-        num_micro_steps=num_micro_steps,
-        generate_every=generate_every,
-    )
+    of_ranks = gather_object([own and own.num_ranks])
+    with agreed(accelerator):  # one rank alone may have to refuse, and the others would wait for it below
+        state = restored(
+            checkpoint, own, of_ranks, run=run, num_micro_steps=num_micro_steps, generate_every=generate_every
+        )
     return replace(state, user=broadcast_object_list([own and own.user])[0])
 
 

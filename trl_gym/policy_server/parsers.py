@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trl_gym.errors import ConfigError, Problem
+
+logger = logging.getLogger(__name__)
 
 TOOL_FLAG, REASONING_FLAG = "--tool-call-parser", "--reasoning-parser"
 NONE = "none"  # value of either flag: no parser, and no guess
@@ -238,7 +241,8 @@ def _generation_prompt(template: str) -> str:
     chat = {"messages": [{"role": "user", "content": "1"}], "add_generation_prompt": True}
     try:
         return environment.from_string(_GENERATION.sub("", template)).render(chat, bos_token="", eos_token="")
-    except Exception:  # a template is a program: it raises what it likes, and vLLM will say so
+    except Exception as error:  # a template is a program: it raises what it likes, and vLLM will say so
+        logger.info("the parser of thinking is guessed without a prompt, which cannot be rendered here: %r", error)
         return ""
 
 
