@@ -36,7 +36,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_gym.errors import ConfigError
-from trl_gym.ranks import agreed
+from trl_gym.ranks import on_all
 from trl_gym.untrusted import parse_json, shape_problem
 
 if TYPE_CHECKING:
@@ -211,13 +211,11 @@ def read_back(
     Raises:
         ConfigError: See `load_state` and `restored`.
     """
-    with agreed(accelerator):
-        own = load_state(checkpoint, accelerator.process_index, accelerator.device)
+    own = on_all(accelerator, lambda: load_state(checkpoint, accelerator.process_index, accelerator.device))
     of_ranks = gather_object([own and own.num_ranks])
-    with agreed(accelerator):  # one rank alone may have to refuse, and the others would wait for it below
-        state = restored(
-            checkpoint, own, of_ranks, run=run, num_micro_steps=num_micro_steps, generate_every=generate_every
-        )
+    given: Any = {"run": run, "num_micro_steps": num_micro_steps, "generate_every": generate_every}
+    # One rank alone may have to refuse, and the others would wait for it below.
+    state = on_all(accelerator, lambda: restored(checkpoint, own, of_ranks, **given))
     return replace(state, user=broadcast_object_list([own and own.user])[0])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.gradient import lean
 from tests.policy_server.tiny_model import build_model, build_tokenizer
+from trl_gym.errors import ConfigError
+from trl_gym.resume import QueueState, RunState, read_back, save_state
 from trl_gym.rollouts.tasks import LookAhead, further_tasks, own_share
 
 ROOT = Path(__file__).parents[2]
@@ -205,8 +208,20 @@ def main(folder: str) -> None:
             [run(Path(folder), tokenizer, ahead, **schedule, max_steps=max_steps) for ahead in (0, NUM_AHEAD)]
             for schedule, max_steps in on_two_ranks()
         ]
-    torch.save(found, Path(folder) / f"rank-{os.environ['RANK']}.pt")
+    told = refused_by_one_rank(Path(folder) / "checkpoint")
+    torch.save((found, told), Path(folder) / f"rank-{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
+
+
+def refused_by_one_rank(folder: Path) -> str:
+    """What a rank is told of a checkpoint by three ranks that has groups in flight for the first alone."""
+    process = PartialState()
+    if process.is_main_process:
+        save_state(folder, 0, RunState("run", 0, 3, None, QueueState(groups=[{"group": 0}])))
+    process.wait_for_everyone()
+    with pytest.raises(ConfigError) as refused:
+        read_back(str(folder), process, run="run", num_micro_steps=0, generate_every=1)
+    return str(refused.value)
 
 
 def on_two_ranks() -> list[tuple[dict[str, int], int]]:
@@ -220,7 +235,10 @@ def test_two_ranks(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    ranks, told = zip(
+        *(torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2)), strict=True
+    )
+    assert all("written by 3 ranks with groups of rollouts in flight" in words for words in told)
     for (schedule, max_steps), *both in zip(on_two_ranks(), *ranks, strict=True):
         for plain, ahead in both:
             check(plain, ahead, schedule, max_steps, num_ranks=2)
