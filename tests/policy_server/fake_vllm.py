@@ -39,6 +39,7 @@ class FakeVllm:
 
     max_model_len: int = 200
     weight_version: str = "default"
+    engine: str | None = None  # what it calls itself in `/version`; vLLM says nothing
     chat_status: int = 200
     finish_reason: str | None = None
     hangs: bool = False  # a chat is never answered; the client must hang up
@@ -83,7 +84,7 @@ class FakeVllm:
             case "/tokenizer_info" if self.chat_template is not None:
                 return 200, {"chat_template": self.chat_template, "tokenizer_class": "Letters"}
             case "/version":
-                return 200, {"version": "0.31.0"}
+                return 200, {"version": "0.31.0"} | ({} if self.engine is None else {"engine": self.engine})
             case "/weight_info":
                 return 200, {"weight_version": self.weight_version}
             case "/finish_weight_update":

@@ -57,6 +57,8 @@ class _Untagged(TypedDict):
 class _Info(TypedDict):
     model_names: Annotated[list[str], msgspec.Meta(min_length=1)]
     max_model_len: Annotated[int, msgspec.Meta(ge=1)]
+    engine: NotRequired[str]  # servers of earlier trl-gym versions, which were all vLLM, do not say
+    engine_version: NotRequired[str]
     untagged_calls: NotRequired[_Untagged]
     weight_transports: NotRequired[list[str] | None]
 
@@ -179,7 +181,7 @@ class PolicyClient:
         return all(answer.status_code == 200 for answer in answers)
 
     def info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
-        """`GET /trl_gym/info`: nonce, versions, `weight_version`, `max_model_len`, `model_names`, counters."""
+        """`GET /trl_gym/info`: nonce, engine, versions, `weight_version`, `max_model_len`, `model_names`, counters."""
         return self._call("GET", "/trl_gym/info", timeout_s=timeout_s, shape=_Info)
 
     def infos(self) -> list[dict[str, Any]]:

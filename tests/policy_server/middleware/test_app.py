@@ -105,6 +105,14 @@ async def test_info(http: Http) -> None:
     assert info["nonce"] == "n1"
     assert (info["max_model_len"], info["model_names"], info["turn_end_token_id"]) == (200, ["policy"], END)
     assert (info["vllm_version"], info["weight_version"]) == ("0.31.0", "default")
+    assert (info["engine"], info["engine_version"]) == ("vllm", "0.31.0")
+
+
+async def test_info_names_an_engine_that_names_itself(app: FakeVllm) -> None:
+    app.engine = "sglang"
+    info = (await Http(app)("GET", "/trl_gym/info"))[1]
+    assert (info["engine"], info["engine_version"]) == ("sglang", "0.31.0")
+    assert "vllm_version" not in info
 
 
 async def test_every_prompt_starts_with_all_tokens_seen(http: Http, app: FakeVllm) -> None:

@@ -41,6 +41,7 @@ class _Models(TypedDict):
 
 class _Version(TypedDict):
     version: str
+    engine: NotRequired[str]  # vLLM does not name itself; every other engine does
 
 
 class _WeightInfo(TypedDict):
@@ -315,7 +316,8 @@ class ServerInfo:
         self.history = WeightHistory()
 
     async def all(self, server: WrappedServer) -> dict[str, Any]:
-        """Return `vllm_version`, `max_model_len` and `model_names` (of the model itself, without adapters)."""
+        """Return `engine` (`"vllm"`, `"transformers"`, …), `engine_version` (of vLLM also by its older name,
+        `vllm_version`), `max_model_len` and `model_names` (of the model itself, without adapters)."""
         if self._info is None:
             models, version = await asyncio.gather(
                 server.ask_json("GET", "/v1/models", shape=_Models),
@@ -323,8 +325,11 @@ class ServerInfo:
             )
             if not models["data"][0].get("max_model_len"):
                 raise AnsweredError(Reply.error(500, "GET /v1/models: the first model has no max_model_len"))
+            engine = version.get("engine", "vllm")
             self._info = {
-                "vllm_version": version["version"],
+                "engine": engine,
+                "engine_version": version["version"],
+                **({"vllm_version": version["version"]} if engine == "vllm" else {}),
                 "max_model_len": models["data"][0]["max_model_len"],
                 "model_names": [model["id"] for model in models["data"] if model.get("parent") is None],
             }
