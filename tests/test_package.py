@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("untrusted",),
     ("errors", "supervisor"),
-    ("compat", "given", "hub", "processes", "responses", "rollout_options", "threads"),
+    ("compat", "engines", "given", "hub", "processes", "responses", "rollout_options", "threads"),
     ("config_checks",),
     ("config", "dataset", "recipes"),
     ("gym", "policy_server", "ranks"),

@@ -18,7 +18,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from trl_gym import compat
+from trl_gym import compat, engines
 from trl_gym.config_checks import (
     UNEVEN_OF_TRL,
     batch_problems,
@@ -37,6 +37,7 @@ _PATHS = (
     *("gym_config_paths", "gym_python", "gym_weight_dir", "gym_replay", "gym_log_dir"),
     *("resume_from_checkpoint", "deepspeed", "fsdp_config"),
 )
+TRANSPORTS = ("ipc", "nccl", "file", "adapter", "shared")
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # in accelerate's order
 _SYNCHRONOUS_MODE: str = GRPOConfig.vllm_importance_sampling_mode  # TRL's default
 
@@ -95,6 +96,11 @@ class GymGRPOConfig(GRPOConfig):
 
         > Parameters that control the policy server
 
+        gym_engine (`str`, *optional*, defaults to `"auto"`):
+            What samples. `"vllm"`: a server of vLLM. `"transformers"`: continuous batching in the trainer's own
+            process, with the very weights that are trained; it needs neither vLLM nor a copy of the model. `"sglang"`:
+            a server of SGLang. `"auto"`: with `vllm_mode="colocate"` vLLM where it is installed, else transformers.
+            With `vllm_mode="server"` the server is asked, and one that differs from what is named is refused.
         gym_vllm_args (`dict` or `str`, *optional*):
             Flags passed to `vllm serve`, e.g. `{"max-num-seqs": 256}`. `tool-call-parser` and `reasoning-parser` are
             guessed from the model's chat template where they are not among them; `"none"` means none.
@@ -189,7 +195,8 @@ class GymGRPOConfig(GRPOConfig):
         gym_weight_transport (`str`, *optional*, defaults to `"auto"`):
             How weights reach the policy server. `"ipc"`: CUDA IPC, on shared GPUs. `"nccl"`: broadcast to other GPUs
             or hosts. `"file"`: a file in shared memory or on a shared disk, works everywhere. `"adapter"`: only the
-            LoRA adapter is sent. `"auto"` chooses from the placement.
+            LoRA adapter is sent. `"shared"`: nothing is sent, since the engine is in the trainer's process. `"auto"`
+            chooses from engine and placement.
         gym_weight_dir (`str`, *optional*):
             Folder through which `file` and `adapter` hand over weights. Default: shared memory (`/dev/shm`). With a
             server on another host it must be on a disk that both see.
@@ -225,7 +232,7 @@ class GymGRPOConfig(GRPOConfig):
 
     use_vllm: bool = field(
         default=True,
-        metadata={"help": "Always true: rollouts are served by a vLLM server."},
+        metadata={"help": "Always true: rollouts are served by a policy server, see gym_engine."},
     )
     vllm_importance_sampling_mode: str | None = field(
         default=None,
@@ -248,6 +255,7 @@ class GymGRPOConfig(GRPOConfig):
     gym_python: str | None = None
     gym_overrides: dict[str, Any] | str | None = None
     gym_start_timeout: float = 120.0
+    gym_engine: str = field(default="auto", metadata={"choices": ["auto", *engines.NAMES]})
     gym_vllm_args: dict[str, Any] | str | None = None
     gym_server_start_timeout: float = 600.0
     gym_server_devices: str | None = None
@@ -277,7 +285,7 @@ class GymGRPOConfig(GRPOConfig):
     gym_eval_overlap: str = field(default="drain", metadata={"choices": ["drain", "share"]})
     gym_refill_rounds: int = 0
     gym_oversample: int = 0
-    gym_weight_transport: str = field(default="auto", metadata={"choices": ["auto", "ipc", "nccl", "file", "adapter"]})
+    gym_weight_transport: str = field(default="auto", metadata={"choices": ["auto", *TRANSPORTS]})
     gym_weight_dir: str | None = None
     gym_weight_buffer_mb: int = 512
     gym_sync_only_trainable: bool = False

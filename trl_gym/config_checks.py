@@ -10,6 +10,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_gym import engines
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.given import url_problems
 from trl_gym.rollout_options import SAMPLING_KEYS, Sampling, number_problems, sampling_problems
@@ -65,7 +66,7 @@ _SIZES = {
 _NOT_HONOURED = {
     "vllm_structured_outputs_regex": "NeMo Gym's agents make the requests",
     "generation_kwargs": "server-wide settings belong into `gym_vllm_args`",
-    "use_transformers_continuous_batching": "rollouts are served by vLLM",
+    "use_transformers_continuous_batching": "`gym_engine` says what samples",
 }
 # Their defaults; other values need overlap.
 _OVERLAP_ONLY = {"gym_batches_ahead": 1, "gym_on_stale": "wait", "gym_eval_overlap": "drain"}
@@ -229,6 +230,7 @@ def find_problems(config: GymGRPOConfig) -> list[Problem]:
         *_row_problems(config),
         *_shared_gpu_problems(config),
         *_overlap_problems(config),
+        *engines.named_problems(config),
         *_unused_option_problems(config),
     ]
 
