@@ -1,0 +1,124 @@
+"""Attend, in transformers' continuous batching, to the keys of one's own request only, in the trainer's precision.
+
+transformers packs the queries of all requests into one row, and its cache returns the keys of all of them in another.
+Its own `paged|sdpa` lets every query attend to every key under a mask, whose size (tokens of a batch × tokens of the
+cache) and cost grow with the square of the number of requests. Here requests that decode are one padded batch, and a
+prompt is computed by itself.
+
+It is also where precisions meet. Under autocast the weights are in float32 and what is computed from them in bfloat16,
+or in both: a rotary embedding in float32 makes queries and keys float32 beside values in bfloat16. The cache has the
+precision of the weights and refuses any other. So keys and values are widened when they are stored, which loses
+nothing, and what is attended to has the precision that the trainer's own forward pass has at this place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "paged|trl_gym"  # transformers needs the prefix
+
+
+def register() -> None:
+    """Make `NAME` known to transformers, once more or for the first time."""
+    AttentionInterface.register(NAME, paged_attention)
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cache: Any = None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute the attention of one layer, as transformers calls it.
+
+    Args:
+        module: The layer.
+        query: `[1, H, Q, D]`, the queries of all requests one after another.
+        key: `[1, K, Q, D]` of the same tokens, for K key heads.
+        value: `[1, K, Q, V]` of the same tokens.
+        attention_mask: None: transformers makes a mask for its own implementations alone.
+        cache: The paged cache, which stores keys and values and returns them with those of earlier tokens.
+        scaling: Factor of the scores; `D ** -0.5` when not given.
+        options: `read_index`, `write_index`, `cu_seq_lens_q`, `cu_seq_lens_k` of the batch.
+
+    Returns:
+        `[1, Q, H, V]`, and None for the weights.
+
+    Raises:
+        ValueError: It is called by a forward pass that is not the engine's.
+    """
+    if cache is None:
+        raise ValueError(
+            f"`{NAME}` is the attention of the engine that samples; park it before any other forward pass"
+        )
+    stored = {"read_index": options["read_index"], "write_index": options["write_index"]}
+    keys, values = cache.update(
+        key_states=key.to(cache.dtype), value_states=value.to(cache.dtype), layer_idx=module.layer_idx, **stored
+    )
+    window = getattr(module, "sliding_window", None)
+    lengths_k = options["cu_seq_lens_k"]
+    if isinstance(lengths_k, dict):  # of a model with both kinds of layers
+        lengths_k = lengths_k["sliding_attention" if window else "full_attention"]
+    num_queries, num_keys = options["cu_seq_lens_q"].diff().tolist(), lengths_k.diff().tolist()
+    queries = query[0].transpose(0, 1).split(num_queries)  # [q, H, D] each
+    pairs = list(zip(keys.to(query.dtype).split(num_keys), values.to(query.dtype).split(num_keys), strict=True))
+    single = [index for index, number in enumerate(num_queries) if number == 1]
+    outputs: list[torch.Tensor] = [query.new_empty(0)] * len(queries)
+    if single:
+        decoded = _decode(
+            torch.stack([queries[index] for index in single]), [pairs[index] for index in single], scaling
+        )
+        if len(single) == len(queries):
+            return decoded.unsqueeze(0), None
+        for index, output in zip(single, decoded.split(1), strict=True):
+            outputs[index] = output
+    for index, one in enumerate(queries):
+        if len(one) > 1:
+            outputs[index] = _prefill(one, *pairs[index], scaling, window)
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+def _decode(
+    queries: torch.Tensor, pairs: list[tuple[torch.Tensor, torch.Tensor]], scaling: float | None
+) -> torch.Tensor:
+    """Attend with one query per request, `[B, 1, H, D]`, to all of its keys. Return `[B, H, V]`."""
+    keys = torch.nn.utils.rnn.pad_sequence([key for key, _ in pairs], batch_first=True).transpose(1, 2)
+    values = torch.nn.utils.rnn.pad_sequence([value for _, value in pairs], batch_first=True).transpose(1, 2)
+    batch, key_heads, longest, _ = keys.shape
+    # The heads that share a key head are taken for as many queries of it: nothing is repeated.
+    grouped = queries.reshape(batch, key_heads, -1, queries.shape[-1])
+    lengths = [len(key) for key, _ in pairs]
+    mask = None
+    if min(lengths) < longest:
+        places = torch.arange(longest, device=queries.device)
+        mask = (places < torch.tensor(lengths, device=queries.device)[:, None])[:, None, None]
+    attended = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    return attended.reshape(batch, queries.shape[2], -1)
+
+
+def _prefill(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None, window: int | None
+) -> torch.Tensor:
+    """Attend with the newest tokens of one request, `[q, H, D]`, to its keys, `[k, K, D]`. Return `[q, H, V]`."""
+    num_queries, num_keys = len(queries), len(keys)
+    mask = None
+    if num_keys > num_queries or (window and num_keys > window):
+        ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=queries.device)
+        mask = ones.tril(num_keys - num_queries)
+        if window:
+            mask &= ones.triu(num_keys - num_queries - window + 1)
+    query, key, value = (states.transpose(0, 1).unsqueeze(0) for states in (queries, keys, values))
+    shared = query.shape[1] != key.shape[1]
+    attended = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=shared
+    )
+    return attended[0].transpose(0, 1)

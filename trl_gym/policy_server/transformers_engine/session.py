@@ -1,0 +1,317 @@
+"""Sample from a model that is trained elsewhere, for a time: from its first request until the model is wanted back.
+
+A session is one `ContinuousBatchingManager` of transformers. It lives between two changes of weights at most, since a
+manager remembers keys and values of old prompts and has no way to forget them; its end also frees their memory. While
+it lives, the model computes attention over a paged cache and is in eval mode, and no other forward pass works.
+Afterwards attention is what it was, and each submodule in train or eval mode, as when the session began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch.distributed.tensor import DTensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+
+from trl_gym.errors import ConfigError
+from trl_gym.policy_server.transformers_engine import attention
+
+BLOCK_SIZE = 32  # tokens
+_MAX_BATCH_TOKENS = 2048  # of one forward pass
+_SPARE_BLOCKS = 4  # transformers allocates some ahead
+_SHARE_OF_HOST = 0.25  # of what the operating system says is free: others use it too
+_NEITHER = 0.5  # a value for which transformers makes a processor that each request then gives its own
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Options of an engine."""
+
+    max_model_len: int  # tokens of prompt and completion together
+    max_concurrency: int = 256  # requests that are sampled at once; others wait for their turn
+    # Precision of the trainer's forward pass, `accelerator.mixed_precision`; None where it is that of the weights.
+    autocast: torch.dtype | None = None
+    kv_share: float = 0.5  # share of a device's free memory that keys and values may take
+    threads: int | None = None  # that sampling computes with on a CPU; None leaves the process's number
+
+
+def sampled_model(model: torch.nn.Module) -> PreTrainedModel:
+    """Return the transformers model in what a trainer holds: without DDP, accelerate's and PEFT's wrappers.
+
+    Adapters stay where they are, active and unmerged.
+
+    Raises:
+        ConfigError: It cannot be sampled from in this process.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if any(isinstance(one, DTensor) or hasattr(one, "ds_id") for one in model.parameters()) or any(
+        "FullyShardedDataParallel" in type(module).__name__ for module in model.modules()
+    ):
+        raise ConfigError(
+            "`gym_engine` is 'transformers' and the model is sharded (FSDP, DeepSpeed ZeRO-3 or tensor parallel): no "
+            "process holds all of its weights.",
+            "Train with DDP, or set `gym_engine` to 'vllm'.",
+        )
+    prompts = [name for name, one in getattr(model, "peft_config", {}).items() if one.is_prompt_learning]
+    if prompts:
+        raise ConfigError(
+            f"`gym_engine` is 'transformers' and the adapter {prompts[0]!r} learns prompts, which are no weights.",
+            "Use LoRA, or set `gym_engine` to 'vllm'.",
+        )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel) or not hasattr(base, "init_continuous_batching"):
+        raise ConfigError(
+            f"`gym_engine` is 'transformers' and the model is a {type(base).__name__}, which transformers cannot "
+            "sample from by continuous batching.",
+            "Set `gym_engine` to 'vllm'.",
+        )
+    _check_attention(base)
+    return base
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    problem = f"layers of the kind {sorted(kinds)[0]!r}" if kinds else ""
+    if getattr(config, "attn_logit_softcapping", None):
+        problem = "capped attention scores"
+    elif any(hasattr(module, "sinks") for module in model.modules()):
+        problem = "attention sinks"
+    elif config is not model.config and getattr(model.config, "vision_config", None) is not None:
+        problem = "a part for images"
+    if problem:
+        raise ConfigError(
+            f"`gym_engine` is 'transformers' and a {type(model).__name__} has {problem}, which it cannot sample with.",
+            "Set `gym_engine` to 'vllm'.",
+        )
+
+
+def num_blocks(model: PreTrainedModel, options: EngineOptions, free_bytes: int) -> int:
+    """Return of how many blocks the cache is: as many as all requests could need, or as memory allows.
+
+    Args:
+        model: The model.
+        options: Of the engine.
+        free_bytes: Memory of its device that is free.
+
+    Raises:
+        ConfigError: Not even one request of the greatest length fits.
+    """
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    # transformers reserves a mask as well, of the precision of the weights, when it checks whether memory suffices.
+    per_token = (2 * config.num_hidden_layers * heads * head_dim + _MAX_BATCH_TOKENS) * model.dtype.itemsize
+    affordable = int(free_bytes * options.kv_share) // (per_token * BLOCK_SIZE)
+    one = math.ceil(options.max_model_len / BLOCK_SIZE) + _SPARE_BLOCKS
+    if affordable < one:
+        raise ConfigError(
+            f"{free_bytes / 1e9:.1f} GB of memory are free, and the keys and values of one rollout of "
+            f"{options.max_model_len} tokens need {one * BLOCK_SIZE * per_token / options.kv_share / 1e9:.1f} GB.",
+            "Lower `vllm_max_model_length`, or free memory for the engine.",
+        )
+    return min(affordable, one * options.max_concurrency)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes of a device may be taken."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else os.sysconf("SC_PHYS_PAGES")
+    return int(pages * os.sysconf("SC_PAGE_SIZE") * _SHARE_OF_HOST)
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put all submodules into eval mode for a while; each gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:  # not `model.train()`: that also reaches what is kept in eval mode
+            module.training = training
+
+
+def autocast_of(model: PreTrainedModel, dtype: torch.dtype | None) -> torch.autocast:
+    """Return the context in which the trainer's forward pass runs."""
+    device = model.device.type
+    return torch.autocast(device, dtype=dtype) if dtype is not None else torch.autocast(device, enabled=False)
+
+
+class Session:
+    """Sampling from one state of the weights. It begins when it is made.
+
+    Args:
+        model: What `sampled_model` returned.
+        options: Of the engine.
+        filters: Which of `"top_k"` and `"top_p"` requests may set, beside the temperature.
+
+    Attributes:
+        filters: As given.
+        stopping: Whether `stop` was called: what has not ended by then is not an error.
+        aborting: Whether requests that have not ended by then end with what they have.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: EngineOptions, filters: Collection[str] = ()) -> None:
+        self.filters = frozenset(filters)
+        self.stopping = False
+        self.aborting = False
+        self._model, self._options = model, options
+        self._running: dict[str, _Running] = {}
+        self._precision: list[torch.autocast] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._num_threads: int | None = None
+        self._before = model.config._attn_implementation
+        config = ContinuousBatchingConfig(
+            block_size=BLOCK_SIZE,
+            num_blocks=num_blocks(model, options, free_memory(model.device)),
+            max_batch_tokens=_MAX_BATCH_TOKENS,
+            max_requests_per_batch=min(options.max_concurrency, _MAX_BATCH_TOKENS),
+            max_memory_percent=1.0,
+            return_logprobs=True,
+            per_request_processors=True,
+            # Both gain on a GPU what their setting up costs at every park; a request that is cancelled while two
+            # batches are in flight ends the thread of an asynchronous manager.
+            use_cuda_graph=False,
+            use_async_batching=False,
+        )
+        self._modes = in_eval_mode(model)
+        self._modes.__enter__()
+        try:
+            model.set_attn_implementation(self._attention())
+            self._hooks += [
+                model.register_forward_pre_hook(self._enter_precision),
+                model.register_forward_hook(self._leave_precision, always_call=True),
+            ]
+            self._manager = model.init_continuous_batching(_generation_config(self.filters), config)
+            self._manager.start()
+        except BaseException:
+            self._restore()
+            raise
+
+    def submit(
+        self, name: str, prompt_ids: Sequence[int], *, max_tokens: int, stop_ids: Collection[int], **sampling: float
+    ) -> asyncio.Future[Any]:
+        """Begin to sample. Called from the event loop that waits for it.
+
+        Args:
+            name: Of the request.
+            prompt_ids: `[T]`.
+            max_tokens: At most sampled.
+            stop_ids: Tokens of which the first one that is sampled is the last token.
+            sampling: `temperature`, `top_k`, `top_p`; the latter two if `filters` has them.
+
+        Returns:
+            A future of transformers' `GenerationOutput`, or of None where `stop` came before anything was sampled.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._running[name] = _Running(future, loop)
+
+        def answer(output: Any) -> None:
+            if output.is_finished():
+                self._answer(name, output)
+
+        self._manager.register_result_handler(name, answer)
+        added = self._manager.add_request(
+            list(prompt_ids),
+            request_id=name,
+            max_new_tokens=max_tokens,
+            eos_token_id=sorted(stop_ids) or -1,
+            record_timestamps=True,
+            **sampling,
+        )
+        if added is None:  # the thread has ended: transformers logs it, and tells nobody else
+            self._answer(name, None)
+        return future
+
+    def cancel(self, name: str) -> None:
+        """Abort a request that nobody waits for; its blocks of the cache are free after the forward pass that runs."""
+        if self._running.pop(name, None) is not None:
+            self._manager.cancel_request(name)
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the thread that samples has ended by itself."""
+        is_running = self._manager.is_running() and self._manager.background_thread_status.fatal_error is None
+        return not (is_running or self.stopping)
+
+    @property
+    def cause(self) -> str:
+        """What the thread that samples has ended of."""
+        error = self._manager.background_thread_status.fatal_error
+        return "it ended without an error" if error is None else f"{type(error).__name__}: {error}"
+
+    def stop(self) -> None:
+        """Stop sampling and give the model back. Called from any thread, once.
+
+        What runs is answered with the tokens that it has.
+        """
+        self.stopping = True
+        try:
+            self._manager.stop(block=True, hard_stop=True)
+        finally:
+            self._manager.destroy()
+            self._model.destroy_cached_continuous_batching_manager()
+            self._restore()
+        for name, running in list(self._running.items()):  # transformers forgets what comes beside the stop
+            running.loop.call_soon_threadsafe(self._answer, name, None)
+
+    def _answer(self, name: str, output: Any) -> None:
+        running = self._running.pop(name, None)
+        if running is not None and not running.future.done():
+            running.future.set_result(output)
+
+    def _restore(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._model.config._attn_implementation != self._before:
+            self._model.set_attn_implementation(self._before)
+        self._modes.__exit__(None, None, None)
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+
+    def _attention(self) -> str:
+        """Return the attention to sample with: flash attention if the trainer has it, and it takes the weights."""
+        is_half = self._model.dtype in (torch.bfloat16, torch.float16)
+        if "flash" in self._before and is_half:
+            return f"paged|{self._before.removeprefix('paged|')}"
+        attention.register()
+        return attention.NAME
+
+    def _enter_precision(self, *_: Any) -> None:
+        self._precision.append(autocast_of(self._model, self._options.autocast))
+        self._precision[-1].__enter__()
+
+    def _leave_precision(self, *_: Any) -> None:
+        self._precision.pop().__exit__(None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A request that is sampled."""
+
+    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+
+
+def _generation_config(filters: Collection[str]) -> GenerationConfig:
+    """Return the configuration for which transformers makes the processors of temperature and filters."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=_NEITHER,
+        top_k=1 if "top_k" in filters else None,
+        top_p=_NEITHER if "top_p" in filters else None,
+        eos_token_id=-1,
+        pad_token_id=0,
+    )
