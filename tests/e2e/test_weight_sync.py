@@ -44,6 +44,7 @@ from trl_gym.weight_sync.transports.plan import plan_transport
 pytestmark = pytest.mark.e2e
 
 HELD_OUT = probe_batch(256, seed=1)  # ids below the size of the vocabulary
+CALL_TOKENS = 450  # of 512: no call ends while it takes one request to pause the server
 MAX_GAP = 1e-4  # nats, mean; both sides compute in float32
 MAX_TOKEN_GAP = 1e-3  # of a single token
 
@@ -238,13 +239,13 @@ class Interrupted(FileTransport):
 
 def long_call(client: PolicyClient, tag: dict[str, Any]) -> dict[str, Any]:
     own = PolicyClient(client.base_urls, api_key=client.api_key)  # one per thread
-    body = {"messages": [{"role": "user", "content": tag["rollout"]}], "max_tokens": 300, "ignore_eos": True}
+    body = {"messages": [{"role": "user", "content": tag["rollout"]}], "max_tokens": CALL_TOKENS, "ignore_eos": True}
     return own.chat(**body, trl_gym=tag, timeout_s=120.0)
 
 
-def is_running(client: PolicyClient, tag: dict[str, Any]) -> bool:
-    url, body = f"{client.root_url}/trl_gym/rollouts/records", {"rollouts": [tag["rollout"]]}
-    return bool(client._sessions[0].post(url, json=body, timeout=60.0).json()["running"][tag["rollout"]])
+def are_running(client: PolicyClient, *tags: dict[str, Any]) -> bool:
+    url, body = f"{client.root_url}/trl_gym/rollouts/records", {"rollouts": [tag["rollout"] for tag in tags]}
+    return all(client._sessions[0].post(url, json=body, timeout=60.0).json()["running"].values())
 
 
 def gaps_to(model: torch.nn.Module, call: ModelCall) -> torch.Tensor:
@@ -266,17 +267,24 @@ def test_weights_are_pushed_while_calls_run(served: Served, random_policy: Path,
 
     def while_paused() -> None:
         calls.append(pool.submit(long_call, client, late))
-        wait_for(lambda: is_running(client, late), "a call arrives during the pause")
+        wait_for(lambda: are_running(client, late), "a call arrives during the pause")
         pauses.append(served.metric(counted) - before)
 
+    def all_sample() -> bool:
+        """Let them sample for as long as a request takes: what waits for an answer here cannot end meanwhile."""
+        client.resume()
+        client.pause("keep")
+        return served.metric(counted) > before + 8 * 10
+
     before = served.metric(counted)
+    sync.transport = Interrupted(while_paused)
+    sync.transport.connect(client)
     with ThreadPoolExecutor(9) as pool:
+        client.pause("keep")
         calls = [pool.submit(long_call, client, tag) for tag in tags]
-        wait_for(lambda: all(is_running(client, tag) for tag in tags), "all calls have arrived")
-        arrived = served.metric(counted)
-        wait_for(lambda: served.metric(counted) > arrived + 8 * 20, "all calls sample")
-        sync.transport = Interrupted(while_paused)
-        sync.transport.connect(client)
+        wait_for(lambda: are_running(client, *tags), "all calls have arrived")
+        wait_for(all_sample, "all calls sample")
+        client.resume()
         sync.push(new, 21)
         answers = [call.result(120.0) for call in calls]
     assert not client.is_paused()
@@ -295,9 +303,9 @@ def test_weights_are_pushed_while_calls_run(served: Served, random_policy: Path,
     earliest, latest = (sum(places) for places in zip(*switches, strict=True))
     assert all(first <= last for first, last in switches)
     if mode == "wait":
-        assert latest == 8 * 300 == pauses[0]
+        assert latest == 8 * CALL_TOKENS == pauses[0]
     else:  # all tokens of before the pause, and no other, are of the old weights
-        assert all(first > 0 and last < 300 for first, last in switches)
+        assert all(first > 0 and last < CALL_TOKENS for first, last in switches)
         assert earliest <= pauses[0] <= latest
 
 
