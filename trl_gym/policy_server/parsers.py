@@ -2,7 +2,8 @@
 
 A model writes a tool call as its chat template shows it calls, so the template decides. Its family (`model_type` in
 config.json) tells apart formats that share a marker, and speaks alone for models that have no template. The tables
-below say what is evidence of what; a test holds them against vLLM's parsers.
+below say what is evidence of what; a test holds them against vLLM's parsers. The transformers engine has a response
+template in their place (`transformers_engine/answers.py`), which is guessed from the same evidence.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 TOOL_FLAG, REASONING_FLAG = "--tool-call-parser", "--reasoning-parser"
 NONE = "none"  # value of either flag: no parser, and no guess
-REMEDY = (
+_REMEDY = (
     "Set `gym_vllm_args` to {'tool-call-parser': NAME} (`trl-gym serve MODEL --tool-call-parser NAME`); vLLM's "
     "documentation of tool calling has the parser of each model, and the chat template that some of them need."
 )
@@ -109,7 +110,7 @@ REASONING_RULES = (
     Rule("qwen3", "<think>", ("qwen3",), also="enable_thinking"),
     Rule("deepseek_v3", "<think>", ("deepseek",), also="thinking"),
 )
-_NAMED = "named by the options"
+NAMED = "named by the options"
 _LEFT = "left to vLLM's --config"
 _UNREAD = "the model's config.json and chat template cannot be read from here"
 _CLOSED_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
@@ -133,17 +134,35 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Parser:
-    """A parser of vLLM, or none, and why."""
+    """A parser of vLLM or a response template, or none, and why."""
 
     name: str | None
     why: str
 
     @property
     def is_guessed(self) -> bool:
-        return self.name is not None and self.why != _NAMED
+        return self.name is not None and self.why != NAMED
 
     def __str__(self) -> str:
         return f"`{self.name}` ({self.why})" if self.name else f"none ({self.why})"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How messages name what reads an answer, and say how to choose another one."""
+
+    noun: str
+    tool_option: str
+    reasoning_option: str
+    remedy: str
+
+
+VLLM = Kind(
+    "vLLM's parser",
+    f"`{TOOL_FLAG[2:]}` in `gym_vllm_args` (`trl-gym serve … {TOOL_FLAG}`)",
+    f"`{REASONING_FLAG[2:]}` in `gym_vllm_args` (`trl-gym serve … {REASONING_FLAG}`)",
+    _REMEDY,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +171,17 @@ class Parsers:
 
     tool: Parser
     reasoning: Parser
+    kind: Kind = VLLM
 
     def lines(self) -> list[str]:
         """Return a line for each guess, which says what overrides it; none for what was told or is not there."""
-        told = {"tool calls": (self.tool, TOOL_FLAG), "thinking": (self.reasoning, REASONING_FLAG)}
+        told = {
+            "tool calls": (self.tool, self.kind.tool_option),
+            "thinking": (self.reasoning, self.kind.reasoning_option),
+        }
         return [
-            f"{what}: read by vLLM's parser {parser}; `{flag[2:]}` in `gym_vllm_args` (`trl-gym serve … {flag}`) "
-            f"overrides that"
-            for what, (parser, flag) in told.items()
+            f"{what}: read by {self.kind.noun} {parser}; {option} overrides that"
+            for what, (parser, option) in told.items()
             if parser.is_guessed
         ]
 
@@ -174,7 +196,7 @@ class Parsers:
         return Problem(
             f"Rows of `{agent}` have tools, and the policy server would have no parser for tool calls: "
             f"{self.tool.why}.",
-            REMEDY,
+            self.kind.remedy,
         )
 
 
@@ -269,7 +291,7 @@ def _described(evidence: Evidence) -> str:
 def _told(value: str | None) -> Parser | None:
     if value in (NONE, ""):
         return Parser(None, "as the options say")
-    return None if value is None else Parser(value, _NAMED)
+    return None if value is None else Parser(value, NAMED)
 
 
 def _without_none(flags: Sequence[str]) -> list[str]:
@@ -313,6 +335,12 @@ def read_evidence(model: str | Path, flags: dict[str, str] | None = None) -> Evi
         return Evidence()
     has_files = any(_file(tokenizer, name, of_tokenizer) is not None for name in ("tekken.json", "params.json"))
     return Evidence(str(family or ""), mistral_files=has_files)
+
+
+def read_own_response_template(model: str | Path) -> dict[str, object] | None:
+    """Return the response template that a model's tokenizer brings; None without one."""
+    own = _object(_file(model, "tokenizer_config.json", None)).get("response_template")
+    return own if isinstance(own, dict) else None
 
 
 def _given_template(given: str) -> str:
