@@ -116,7 +116,7 @@ def server_flags() -> str:
 
 
 def versions() -> str:
-    """`compat.SUPPORTED` with the versions it was checked with, and the Python versions of pyproject.toml."""
+    """`compat.TESTED` with the versions that ran, and the Python versions of pyproject.toml."""
     import tomllib
 
     from trl_gym import compat
@@ -124,8 +124,8 @@ def versions() -> str:
     checked = dict(re.findall(r"^\| (\S+) +\| \S+ +\| (.+?) +\|$", compat.__doc__ or "", re.MULTILINE))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     rows = [("Python of the trainer", f"`{project['requires-python']}`", "3.11")]
-    rows += [(f"`{name}`", f"`{allowed}`", checked[name]) for name, allowed in compat.SUPPORTED.items()]
-    return _table(("package", "range", "checked with"), rows)
+    rows += [(f"`{name}`", f"`{allowed}`", checked[name]) for name, allowed in compat.TESTED.items()]
+    return _table(("package", "tested", "run with"), rows)
 
 
 def commands() -> str:

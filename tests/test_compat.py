@@ -25,10 +25,13 @@ def test_ranges_are_the_ones_in_pyproject_and_on_the_page() -> None:
     wanted = [*project["dependencies"], *project["optional-dependencies"]["vllm"]]
     declared = {r.name: r.specifier for r in map(Requirement, wanted)}
     page = (ROOT / "docs" / "reference" / "versions.md").read_text()
-    for package, supported in compat.SUPPORTED.items():
-        if package != "nemo-gym":  # lives in another interpreter
-            assert declared[package] == SpecifierSet(supported), package
-        assert f"`{supported}`" in page, package
+    for package, tested in compat.TESTED.items():
+        if package == "transformers":  # newer ones are left to the other packages of an environment
+            lower = tested.partition(",")[0]
+            assert declared[package] == SpecifierSet(f"{lower},<6")
+        elif package != "nemo-gym":  # lives in another interpreter
+            assert declared[package] == SpecifierSet(tested), package
+        assert f"`{tested}`" in page, package
 
 
 def test_every_unsupported_version_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,10 +40,52 @@ def test_every_unsupported_version_is_named_with_its_remedy(monkeypatch: pytest.
     with pytest.raises(UnsupportedVersionError) as caught:
         compat.check_versions(tuple(versions))
     message = str(caught.value)
-    assert "trl 1.9.0 is installed and trl-gym supports" in message
+    assert "trl 1.9.0 is installed and trl-gym needs >=1.16" in message
     assert "vllm is not installed" in message
     assert "pip install 'trl" in message
     assert "transformers" not in message
+
+
+def test_a_newer_version_that_has_every_name_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compat, "installed_version", {"trl": "1.99.0", "transformers": "5.17.0"}.__getitem__)
+    [told] = compat.check_versions()
+    [line] = caplog.messages
+    assert line == f"{told.text} {told.remedy}"
+    assert (
+        "trl 1.99.0 is newer than the versions that trl-gym was tested with (>=1.16,<1.17). It has every name" in line
+    )
+    assert "pip install 'trl>=1.16,<1.17'` if" in line
+    assert compat.check_versions(warn=False) == [told] and len(caplog.messages) == 1
+
+
+def test_a_newer_version_without_a_name_that_is_used_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer = tmp_path / "vllm" / "entrypoints" / "launchers"
+    newer.mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.setattr(compat, "installed_version", {"vllm": "0.99.0"}.__getitem__)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UnsupportedVersionError, match=r"vllm 0\.99\.0 is installed, which is newer") as caught:
+        compat.check_versions(("vllm",))
+    assert "vllm.v1.engine.async_llm.AsyncLLM (policy_server/engine/entry.py)" in str(caught.value)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("version", "tested", "newer"),
+    [
+        *(("5.12.1", False, False), ("5.13.0", True, False), ("5.24.3", True, False), ("5.25.0.dev0", False, True)),
+        *(("6.0", False, True), ("main", False, False)),
+    ],
+)
+def test_older_tested_and_newer_versions_are_told_apart(version: str, tested: bool, newer: bool) -> None:
+    assert compat.is_tested("transformers", version) == tested
+    assert compat.is_newer("transformers", version) == newer
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import trl_gym
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up: folders and files of the package. One imports at run time only from those in lines above its own.
 ROOMS = (
-    ("untrusted",),
+    ("untrusted", "upstream"),
     ("errors", "supervisor"),
     ("compat", "engines", "given", "hub", "processes", "responses", "rollout_options", "threads"),
     ("config_checks",),

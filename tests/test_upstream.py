@@ -1,5 +1,6 @@
 """Names of other packages that are private or move between releases: all are in the table of `docs/architecture.md`,
-and TRL's methods that we override have the signatures that we expect. mypy does not follow these packages."""
+TRL's methods that we override have the signatures that we expect, and `trl_gym.upstream` finds what a version lacks.
+mypy does not follow these packages."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import pytest
 import transformers
 from trl import GRPOTrainer
 
-from trl_gym import GymGRPOTrainer
+from trl_gym import GymGRPOTrainer, upstream
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_gym"
@@ -178,3 +179,76 @@ def test_transformers_writes_jit_checkpoints_where_we_expect_it() -> None:
     events = {name for name in vars(jit.JITCheckpointCallback) if name.startswith("on_")}
     assert events == {"on_pre_optimizer_step", "on_step_begin", "on_step_end", "on_epoch_end", "on_train_end"}
     assert transformers.__version__.startswith("5.")
+
+
+# -- what an installed version lacks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", sorted(FOLLOWED - {"deepspeed", "nemo_gym"}))
+def test_the_installed_versions_have_every_name(package: str) -> None:
+    assert upstream.missing(package) == []
+
+
+def package_of(folder: Path, **modules: str) -> Path:
+    """A package of the given sources; `__` in a name stands for a dot."""
+    for name, source in modules.items():
+        path = folder.joinpath("vllm", *name.split("__")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return folder / "vllm"
+
+
+def test_what_a_version_lacks_is_named_with_the_file_that_uses_it(tmp_path: Path) -> None:
+    theirs = package_of(
+        tmp_path,
+        config="class VllmConfig: ...",
+        engine__arg_utils="if True:\n    class AsyncEngineArgs: ...",
+        entrypoints__launchers__launcher="word = 'validate_api_server_args'",
+        reasoning="def __getattr__(name): ...",
+        entrypoints__common__cli_args="from vllm.x import make_arg_parser, validate_parsed_serve_args",
+        entrypoints__common__startup="cli_env_setup = print",
+    )
+    told = upstream.missing("vllm", theirs)
+    lacks = {name.partition(" ")[0] for name in told if name.endswith(" (policy_server/engine/entry.py)")}
+    assert "vllm.entrypoints.launchers.launcher.validate_api_server_args" in lacks
+    assert "vllm.tool_parsers.ToolParserManager" in lacks
+    there = ("config.", "engine.arg_utils", "reasoning", "entrypoints.common", "entrypoints.launchers.cli_args")
+    assert not [name for name in lacks if name.startswith(tuple(f"vllm.{module}" for module in there))]
+    assert told == sorted(told)
+
+
+def test_alternatives_are_one_need_and_what_may_be_missing_is_none() -> None:
+    tree = ast.parse(
+        "import a.b, other\nfrom a.c import d, e\nfrom .a import f\n"
+        "if TYPE_CHECKING:\n    from a.typed import g\nelse:\n    import a.run\n"
+        "try:\n    from a.new import h\nexcept ImportError:\n    from a.old import h\n"
+        "try:\n    import a.extra\nexcept (ImportError, OSError):\n    pass\n"
+        "try:\n    import a.needed\nexcept ImportError as error:\n    raise RuntimeError from error\n"
+        "def late():\n    try:\n        import a.later\n    except ValueError:\n        pass\n"
+    )
+    assert upstream.Imports(tree, "a").needs == [
+        [[("a.b", "")]],
+        [[("a.c", "d"), ("a.c", "e")]],
+        [[("a.run", "")]],
+        [[("a.new", "h")], [("a.old", "h")]],
+        [[("a.needed", "")]],
+        [[("a.later", "")]],
+    ]
+
+
+def test_a_method_of_trl_that_takes_something_else_is_named(tmp_path: Path) -> None:
+    source = inspect.getsource(inspect.getmodule(GRPOTrainer))
+    trainer = tmp_path / "trl" / "trainer" / "grpo_trainer.py"
+    trainer.parent.mkdir(parents=True)
+    trainer.write_text(source.replace("def _calculate_rewards(self, inputs,", "def _calculate_rewards(self, rows,"))
+    lacks = [name for name in upstream.missing("trl", tmp_path / "trl") if "_calculate_rewards" in name]
+    assert lacks == [
+        "trl.GRPOTrainer._calculate_rewards(inputs, prompts, completions, completion_ids_list) (trainer.py)"
+    ]
+    trainer.write_text(source.replace("_buffered_inputs", "_kept"))
+    assert "trl.GRPOTrainer._buffered_inputs (trainer.py)" in upstream.missing("trl", tmp_path / "trl")
+
+
+def test_every_name_of_trl_in_the_table_is_looked_for() -> None:
+    overridden, attributes = upstream.trainer_needs((PACKAGE / "trainer.py").read_text())
+    assert {name for name, file in table() if file == "trainer.py"} <= {*overridden, *attributes}

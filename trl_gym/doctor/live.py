@@ -24,7 +24,7 @@ from trl_gym.errors import FailureKind, PolicyServerError, ServerError
 from trl_gym.given import split_urls
 from trl_gym.gym.config import expand_overrides, resolve_configs, single_process_reasons
 from trl_gym.gym.discovery import look_at_head, new_http_session
-from trl_gym.gym.install import SUPPORTED_GYM, find_installation
+from trl_gym.gym.install import TESTED_GYM, find_installation
 from trl_gym.gym.servers import choose_processes
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, server_urls
 from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
@@ -70,7 +70,7 @@ def interpreter(context: Context) -> Iterator[Finding]:
     """Find an interpreter with a supported nemo-gym."""
     found = find_installation(context.args.gym_python)
     context.installation = found
-    yield ok(f"nemo-gym {found.version} at {found.python} (supported: {SUPPORTED_GYM})")
+    yield ok(f"nemo-gym {found.version} at {found.python} (tested: {TESTED_GYM})")
 
 
 def configs(context: Context) -> Iterator[Finding]:
@@ -176,11 +176,11 @@ def _facts(context: Context, client: PolicyClient, info: dict[str, Any]) -> Iter
             f"{client.base_url} has a context of {length} and `vllm_max_model_length` is {wanted}",
             f"Start it with `--max-model-len {wanted}`, or lower `vllm_max_model_length`.",
         )
-    version, supported = str(info.get("vllm_version") or ""), compat.SUPPORTED["vllm"]
-    if version and not compat.is_supported("vllm", version):
+    version, tested = str(info.get("vllm_version") or ""), compat.TESTED["vllm"]
+    if version and not compat.is_tested("vllm", version):
         yield warning(
-            f"{client.base_url} runs vLLM {version} and trl-gym knows {supported}",
-            f"`pip install 'vllm{supported}'` where the server runs.",
+            f"{client.base_url} runs vLLM {version} and trl-gym was tested with {tested}",
+            f"`pip install 'vllm{tested}'` where the server runs, if something behaves otherwise than documented.",
         )
     if client.is_paused():
         yield warning(

@@ -75,9 +75,12 @@ def vllm_version(_: Context) -> Iterator[Finding]:
 
 
 def _versions(*packages: str) -> Iterator[Finding]:
-    compat.check_versions(packages)
+    newer = compat.check_versions(packages, warn=False)
+    yield from (warning(one.text, one.remedy) for one in newer)
     for package in packages:
-        yield ok(f"{package} {compat.installed_version(package)} (supported: {compat.SUPPORTED[package]})")
+        version = compat.installed_version(package)
+        if version is not None and compat.is_tested(package, version):
+            yield ok(f"{package} {version} (tested: {compat.TESTED[package]})")
 
 
 _GIB = 1 << 30

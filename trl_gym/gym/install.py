@@ -6,17 +6,18 @@ Gym needs Python 3.12 and pins packages that conflict with vLLM: it has an envir
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.specifiers import SpecifierSet
-
-from trl_gym.compat import SUPPORTED
+from trl_gym import compat
 from trl_gym.errors import ConfigError, UnsupportedVersionError
 
-SUPPORTED_GYM = SUPPORTED["nemo-gym"]
+logger = logging.getLogger(__name__)
+
+TESTED_GYM = compat.TESTED["nemo-gym"]
 MIN_PYTHON = (3, 12)
 PYTHON_VARIABLE = "TRL_GYM_PYTHON"
 VENV_NAME = ".gym-venv"
@@ -60,7 +61,7 @@ def find_installation(python: str | Path | None = None) -> GymInstallation:
 
     Raises:
         ConfigError: If the interpreter or its nemo-gym does not exist.
-        UnsupportedVersionError: If the version of Python or nemo-gym is not supported.
+        UnsupportedVersionError: If Python or nemo-gym is too old, or a newer nemo-gym lacks what is used of it.
     """
     path, source, remedy = _find_python(python)
     return probe(_executable(path, source, remedy), remedy)
@@ -151,7 +152,7 @@ def probe(python: Path, remedy: str = _REMEDY) -> GymInstallation:
 
     Raises:
         ConfigError: If it cannot be run or has no nemo-gym.
-        UnsupportedVersionError: If a version is not supported.
+        UnsupportedVersionError: See `find_installation`.
     """
     try:
         done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S)
@@ -166,7 +167,11 @@ def probe(python: Path, remedy: str = _REMEDY) -> GymInstallation:
     if tuple(found["python"]) < MIN_PYTHON:
         needed = ".".join(map(str, MIN_PYTHON))
         raise UnsupportedVersionError(f"{python} is Python {python_version}; NeMo Gym needs {needed}.", remedy)
-    version = found["version"]
-    if version is None or not SpecifierSet(SUPPORTED_GYM).contains(version, prereleases=True):
-        raise UnsupportedVersionError(f"{python} has nemo-gym {version}, but {SUPPORTED_GYM} is needed.", remedy)
-    return GymInstallation(python=python, version=version, root=Path(found["root"]))
+    version, root = found["version"], Path(found["root"])
+    if version is not None and compat.is_newer("nemo-gym", version):
+        if (problem := compat.newer_problem("nemo-gym", version, root / "nemo_gym")) is not None:
+            raise UnsupportedVersionError(f"{python}: {problem.text}", remedy)
+        logger.warning("%s: %s", python, compat.untested("nemo-gym", version).text)
+    elif version is None or not compat.is_tested("nemo-gym", version):
+        raise UnsupportedVersionError(f"{python} has nemo-gym {version}, but {TESTED_GYM} is needed.", remedy)
+    return GymInstallation(python=python, version=version, root=root)

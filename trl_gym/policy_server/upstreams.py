@@ -229,7 +229,8 @@ CONTROL_PATHS = frozenset(
         *("/pause", "/resume", "/sleep", "/wake_up", "/release_kv_cache_memory"),
         *("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"),
         *("/init_weight_transfer_engine", "/start_weight_update", "/start_draft_weight_update", "/update_weights"),
-        *("/finish_weight_update", "/update_weight_version", "/collective_rpc", "/abort_requests"),
+        *("/finish_weight_update", "/update_weight_version", "/shutdown_weight_transfer_engine", "/weight_checker"),
+        *("/collective_rpc", "/abort_requests", "/inference/v1/abort_requests"),
         *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
     }
 )

@@ -1,6 +1,6 @@
 """The trainer's side of vLLM's weight transfer: every name of vLLM that is imported in the trainer's process.
 
-Holds for vLLM 0.30 (read) and 0.31 (read; imported and run up to the first call of CUDA, without a GPU). vLLM's own
+Holds for vLLM 0.30 to 0.33 (read; with 0.31 imported and run up to the first call of CUDA, without a GPU). vLLM's own
 trainer engines drive the whole sync and wait in ways that cannot be ended. So of `ipc` its engine is used, with a
 client that only passes on what it is given; of `nccl` the parts that the engine is made of: group, communicator and
 packed broadcast. The server's side is vLLM's own in both cases, and both sides pack with the same code.
@@ -79,11 +79,13 @@ def send_ipc(
         buffer_bytes: At least the size of the biggest tensor.
     """
     from vllm.distributed.weight_transfer import ipc_engine
+    from vllm.distributed.weight_transfer.base import WeightSource
 
     info = ipc_engine.IPCTrainerInitInfo(
         rank=0 if is_sender else 1, packed=True, packed_buffer_size_bytes=buffer_bytes
     )
-    source: Any = _Source(parameters, weights)
+    stream = _Source(parameters, weights)
+    source: Any = stream if hasattr(WeightSource, "iter_full") else _SourceBefore033(stream)
     engine = ipc_engine.IPCTrainerWeightTransferEngine.trainer_init(info, client=_Control(post), source=source)
     engine.send_weights()
 
@@ -92,15 +94,32 @@ class _Source:
     """A stream as vLLM's engines take it: on the current GPU, and nothing without dimensions. Walked once."""
 
     def __init__(self, parameters: Sequence[WeightMeta], weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self._parameters = parameters
+        self.metadata = [on_the_wire(one) for one in parameters]
         self._weights = weights
 
-    def metadata(self) -> list[WeightMeta]:
-        return [on_the_wire(one) for one in self._parameters]
+    def owned_names(self, rank: int) -> list[str]:
+        """All of them, on every rank: the stream yields whole tensors."""
+        return [one.name for one in self.metadata]
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def implements_iter_full(self) -> bool:
+        return True
+
+    def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._weights:
             yield name, _with_dimensions(tensor.detach().to("cuda"))
+
+
+class _SourceBefore033:
+    """The same for vLLM before 0.33, which calls `metadata` and iterates."""
+
+    def __init__(self, source: _Source) -> None:
+        self._source = source
+
+    def metadata(self) -> list[WeightMeta]:
+        return self._source.metadata
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._source.iter_full()
 
 
 def on_the_wire(one: WeightMeta) -> WeightMeta:

@@ -1,9 +1,8 @@
 """Run vLLM's server with our defaults. The only file that imports vLLM's server; importing it imports vLLM.
 
-It was read with vLLM 0.30 and run with 0.31, where the server is in `vllm.entrypoints.launchers`. It uses the argument
-parser of `vllm serve`, its validation, and the two parts of its `run_server_worker`: the engine, and the server on a
-socket that is already bound. Between them it chooses how the engine's process is started. When a release moves these
-names, only this file changes.
+It was read with vLLM 0.30 and run with 0.31 to 0.33 (docs/tested.md). It uses the argument parser of `vllm serve`, its
+validation, and the two parts of its `run_server_worker`: the engine, and the server on a socket that is already bound.
+Between them it chooses how the engine's process is started. When a release moves these names, only this file changes.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ import vllm.logger
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
@@ -35,6 +32,13 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs, set_ulimit
 from vllm.v1.engine.async_llm import AsyncLLM
+
+try:  # since 0.33
+    from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.common.startup import cli_env_setup
+except ImportError:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
 from trl_gym.policy_server.command import (
     DEFAULT_FLAGS,
