@@ -194,9 +194,9 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 _GATEWAY_DESCRIPTION = (
-    "Serve one URL for one or more vLLM OpenAI servers that hold the same model, and add to them what `trl-gym serve` "
-    "has: token-exact prompts and the tokens of every answer. Turns of a rollout stay on one upstream; when it is "
-    "lost, the others take over. Prints `ready URL` once it answers. Ctrl-C ends it."
+    "Serve one URL for one or more servers of vLLM or SGLang that hold the same model, and add to them what "
+    "`trl-gym serve` has: token-exact prompts and the tokens of every answer. Turns of a rollout stay on one "
+    "upstream; when it is lost, the others take over. Prints `ready URL` once it answers. Ctrl-C ends it."
 )
 
 
@@ -206,7 +206,7 @@ def _add_gateway(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="URL",
-        help="vLLM server, e.g. http://10.0.0.5:8000; repeat for replicas",
+        help="server of vLLM or SGLang, e.g. http://10.0.0.5:8000; repeat for replicas",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8001, help="port, or 0 for a free one (default: %(default)s)")

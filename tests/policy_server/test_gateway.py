@@ -185,7 +185,7 @@ async def test_an_upstream_that_is_still_loading_is_waited_for() -> None:
     assert notes[0].startswith(f"waiting for {fake.url}: GET /v1/models: HTTP 503")
     fake.answers.clear()
     [facts] = await checking
-    assert facts.vllm_version == "0.31.0" and len(notes) == 1
+    assert facts.version == "0.31.0" and len(notes) == 1
     await fake.stop()
 
 
@@ -194,10 +194,10 @@ async def test_an_upstream_that_is_still_loading_is_waited_for() -> None:
     [
         (
             {"GET /v1/models": (404, "nothing")},
-            "it is not an OpenAI server made by vLLM: GET /v1/models answered HTTP 404",
+            "it is not an OpenAI server made by vLLM or SGLang: GET /v1/models answered HTTP 404",
         ),
         ({"GET /v1/models": (200, {"data": [{"id": "gpt"}]})}, "it is not an OpenAI server made by vLLM"),
-        ({"GET /version": (404, {"detail": "x"})}, "an OpenAI server, but not vLLM's"),
+        ({"GET /version": (404, {"detail": "x"})}, "an OpenAI server, but neither vLLM's nor SGLang's"),
         ({"GET /trl_gym/info": (200, {"package_version": "1"})}, "trl-gym server already, .* Use its URL directly"),
         ({"POST /tokenize": (400, {"error": "no chat template"})}, "does not render chats.*no chat template"),
         ({"POST /v1/chat/completions": (500, {"error": "broken"})}, "answered HTTP 500: .*broken"),

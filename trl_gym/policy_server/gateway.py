@@ -1,13 +1,15 @@
-"""`trl-gym gateway`: exact prompts in front of vLLM servers that are not ours.
+"""`trl-gym gateway`: exact prompts in front of vLLM or SGLang servers that are not ours.
 
     Gym, trainer ──► gateway: OnPolicyMiddleware ──► UpstreamApp ──HTTP──► vLLM, vLLM, …
+                                                         └── SglangWire ──HTTP──► SGLang, SGLang, …
 
 The middleware is the one that `trl-gym serve` puts inside the server; here its inner application asks over the network
 (`upstreams.py`). Nothing of ours runs in the upstreams, and only their public routes are used.
 
 Before it serves, it finds out by behaviour what each upstream is: whether it answers (it waits for that), is an OpenAI
-server made by vLLM, is not one of ours already, renders chats and accepts an exact prompt, and which logprobs it
-reports. All upstreams must serve the same model; whether they hold the same weights cannot be seen from here.
+server made by vLLM or SGLang, is not one of ours already, renders chats and accepts an exact prompt, and which
+logprobs it reports. All upstreams must be of one kind and serve the same model; whether they hold the same weights
+cannot be seen from here.
 """
 
 from __future__ import annotations
@@ -31,7 +33,18 @@ from trl_gym.policy_server.client import root_url
 from trl_gym.policy_server.command import is_loopback
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.middleware.http import App, Receive, Reply, Scope, Send
-from trl_gym.policy_server.upstreams import Answering, ForwardedRequest, UpstreamApp, UpstreamLostError, quote, words
+from trl_gym.policy_server.sglang import dialect
+from trl_gym.policy_server.sglang.wire import SglangWire
+from trl_gym.policy_server.upstreams import (
+    Answering,
+    ForwardedRequest,
+    PlainWire,
+    UpstreamApp,
+    UpstreamLostError,
+    Wire,
+    quote,
+    words,
+)
 from trl_gym.processes import bind_socket, reachable
 from trl_gym.supervisor import raise_open_files
 
@@ -45,8 +58,11 @@ _NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, 
 _TOP = 5
 _MIN_GAP = 0.01  # between the most likely tokens, in nats; below it the two kinds of logprobs look alike
 
-_GIVE_VLLM = "Give the URL of a `vllm serve`."
+_GIVE_SERVER = "Give the URL of a `vllm serve`, or of an SGLang server."
 _GIVE_TEMPLATE = "Start it with --chat-template FILE."
+
+_NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
+_PROCESSED = "with --logprobs-mode processed_logprobs"
 
 Note = Callable[[str], None]
 
@@ -58,12 +74,15 @@ class UpstreamFacts:
     url: str  # root URL
     model_names: tuple[str, ...]  # as in `/v1/models`; the first is the policy
     max_model_len: int  # tokens of prompt and completion together
-    vllm_version: str  # as in `/version`
+    version: str  # of the engine
     has_prompt_field: bool  # whether it takes an exact prompt as the field `prompt_token_ids` of a chat request
     has_transfer_params: bool  # whether it takes one in `kv_transfer_params`
     # Whether its logprobs are those before temperature; `None` if that could not be measured.
     raw_logprobs: bool | None
     num_replicas: int = 1  # of its data-parallel engine
+    engine: str = "vllm"  # or `"sglang"`
+    # Ways in which it takes weights; None where the trainer finds out by asking.
+    weight_transports: tuple[str, ...] | None = None
 
 
 class _UnusableError(PolicyServerError):
@@ -89,7 +108,7 @@ async def check_upstreams(
     """
     deadline = time.monotonic() + timeout_s
     async with upstreams.open_session() as session:
-        checks = [_Check(session, url, api_key, deadline, note) for url in urls]
+        checks = [_Check(session, url, api_key, deadline, note, PlainWire(url)) for url in urls]
         results = await asyncio.gather(*(check.run() for check in checks))
     problems = [result for result in results if isinstance(result, Problem)]
     facts = [result for result in results if isinstance(result, UpstreamFacts)]
@@ -123,20 +142,30 @@ def _differences(facts: Sequence[UpstreamFacts]) -> list[Problem]:
                 "Start all with the same model and context.",
             )
         )
-    if not takes_prompt_field(facts) and not all(fact.has_transfer_params for fact in facts):
-        versions = upstreams.listed({fact.url: f"vLLM {fact.vllm_version}" for fact in facts})
+    if len({fact.engine for fact in facts}) > 1:
+        engines = upstreams.listed({fact.url: _named(fact) for fact in facts})
+        problems.append(
+            Problem(f"The upstreams are servers of different kinds ({engines}).", "Give those of one kind only.")
+        )
+    elif not takes_prompt_field(facts) and not all(fact.has_transfer_params for fact in facts):
+        versions = upstreams.listed({fact.url: _named(fact) for fact in facts})
         problems.append(
             Problem(f"The upstreams accept exact prompts in different ways ({versions}).", "Run one version of vLLM.")
         )
     return problems
 
 
+def _named(fact: UpstreamFacts) -> str:
+    return f"{_NAMES.get(fact.engine, fact.engine)} {fact.version}"
+
+
 def _logprobs_warning(fact: UpstreamFacts) -> str:
     if fact.raw_logprobs is None:
         return f"warning: {fact.url}: whether its logprobs are processed or raw could not be measured"
+    remedy = "without $SGLANG_RETURN_ORIGINAL_LOGPROB" if fact.engine == "sglang" else _PROCESSED
     return (
         f"warning: {fact.url} reports raw logprobs, those before temperature and top_p. Training is exact at "
-        "temperature 1 and top_p 1 only; for others start it with --logprobs-mode processed_logprobs"
+        f"temperature 1 and top_p 1 only; for others start it {remedy}"
     )
 
 
@@ -147,13 +176,14 @@ class _Check:
     api_key: str | None
     deadline: float
     note: Note
+    wire: Wire  # as to vLLM, until it is known to be another
 
     async def run(self) -> UpstreamFacts | Problem:
         """Return the facts, or why the server cannot be used."""
         waiting = False
         while True:
             try:
-                return await self._look()
+                return await replace(self, wire=await self._wire())._look()
             except _UnusableError as error:
                 return Problem(f"{self.url}: {error.problem}", error.remedy)
             except (aiohttp.ClientError, TimeoutError) as error:
@@ -165,9 +195,18 @@ class _Check:
                 waiting = True
             await asyncio.sleep(_RETRY_EVERY_S)
 
+    async def _wire(self) -> Wire:
+        """Find out whose server it is: SGLang's alone tells the path of its model."""
+        reply = await self._call("GET", "/model_info")
+        try:
+            dialect.read(reply.body, dialect.ModelInfo)
+        except ValueError:
+            return self.wire
+        return SglangWire(self.url)
+
     async def _look(self) -> UpstreamFacts:
         names, max_model_len = await self._models()
-        version = await self._version()
+        engine, version = await self._version()
         await self._refuse_our_own()
         rendered = await self._render(names[0])
         ids = [*rendered, rendered[-1]]  # of the vocabulary, and not what the server would render
@@ -177,12 +216,15 @@ class _Check:
         if not has_field and not has_params:
             raise _UnusableError(
                 f"it takes exact prompts neither as prompt_token_ids nor in kv_transfer_params: asked for {len(ids)} "
-                f"given tokens, it (vLLM {version}) answered on its own render of {len(rendered)}.",
-                "Run vLLM 0.27 or newer.",
+                f"given tokens, it ({_NAMES.get(engine, engine)} {version}) answered on its own render of "
+                f"{len(rendered)}.",
+                "Run vLLM 0.27 or SGLang 0.5.23, or newer.",
             )
         raw = await self._has_raw_logprobs(names[0], by_field if has_field else by_params)
-        replicas = await self._num_replicas()
-        return UpstreamFacts(self.url, names, max_model_len, version, has_field, has_params, raw, replicas)
+        replicas, transports = await self._replicas_and_transports()
+        return UpstreamFacts(
+            *(self.url, names, max_model_len, version, has_field, has_params, raw, replicas, engine, transports)
+        )
 
     async def _models(self) -> tuple[tuple[str, ...], int]:
         reply = await self._call("GET", "/v1/models")
@@ -199,20 +241,21 @@ class _Check:
             return tuple(model["id"] for model in models), int(models[0]["max_model_len"])
         except (ValueError, LookupError, TypeError) as error:
             raise _UnusableError(
-                f"it is not an OpenAI server made by vLLM: GET /v1/models answered HTTP {reply.status}: "
+                f"it is not an OpenAI server made by vLLM or SGLang: GET /v1/models answered HTTP {reply.status}: "
                 f"{quote(reply.body)}.",
-                _GIVE_VLLM,
+                _GIVE_SERVER,
             ) from error
 
-    async def _version(self) -> str:
+    async def _version(self) -> tuple[str, str]:
         reply = await self._call("GET", "/version")
         try:
-            return str(reply.json()["version"])
-        except (ValueError, LookupError, TypeError) as error:
+            answer = reply.json()
+            return str(answer.get("engine", "vllm")), str(answer["version"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _UnusableError(
-                f"it is an OpenAI server, but not vLLM's: GET /version answered HTTP {reply.status}: "
+                f"it is an OpenAI server, but neither vLLM's nor SGLang's: GET /version answered HTTP {reply.status}: "
                 f"{quote(reply.body)}.",
-                _GIVE_VLLM,
+                _GIVE_SERVER,
             ) from error
 
     async def _refuse_our_own(self) -> None:
@@ -243,11 +286,14 @@ class _Check:
         answer = reply.json()
         return isinstance(answer, dict) and answer.get("prompt_token_ids") == ids
 
-    async def _num_replicas(self) -> int:
-        """Count engines by their metrics, the only public route that tells; 1 for a server that has none."""
+    async def _replicas_and_transports(self) -> tuple[int, tuple[str, ...] | None]:
+        """Count engines, of vLLM by their metrics, the only public route that tells; 1 for a server that has none."""
+        if isinstance(self.wire, SglangWire):
+            args = self.wire.args or {}  # asked for by `_version`
+            return dialect.num_replicas(args), dialect.weight_transports(args)
         reply = await self._call("GET", "/metrics")
         found = re.findall(rb'^vllm:num_requests_running\{[^}]*engine="(\d+)"', reply.body, re.MULTILINE)
-        return max(1, len(set(found))) if reply.ok else 1
+        return (max(1, len(set(found))) if reply.ok else 1), None
 
     async def _has_raw_logprobs(self, model: str, how: dict[str, Any]) -> bool | None:
         """Halving the temperature doubles the distances between processed logprobs and leaves raw ones alone."""
@@ -277,7 +323,7 @@ class _Check:
         timeout_s = min(timeout_s, max(1.0, self.deadline - time.monotonic()))
         try:
             async with asyncio.timeout(timeout_s):
-                return await upstreams.ask(self.session, self.url, request)
+                return await self.wire.ask(self.session, request)
         except TimeoutError as error:
             raise TimeoutError(f"{request}: no answer within {timeout_s:.0f} s") from error
 
@@ -292,7 +338,9 @@ _LOOK_EVERY_S = 0.1
 class GatewayOptions:
     """The arguments of `trl-gym gateway`."""
 
-    upstreams: Sequence[str]  # URLs of vLLM's OpenAI servers, with or without `/v1`; all must serve the same model
+    upstreams: Sequence[
+        str
+    ]  # URLs of vLLM's or SGLang's servers, with or without `/v1`; all must serve the same model
     host: str = "127.0.0.1"  # address to listen on. One that other machines can reach demands `api_key`.
     port: int = 0  # port to listen on; 0 lets the operating system choose
     # Bearer tokens: one that the gateway demands on every route but `/health`, one that it sends to the upstreams.
@@ -344,7 +392,7 @@ def upstream_urls(given: Sequence[str]) -> list[str]:
     twice = sorted({root for root in roots if roots.count(root) > 1})
     problems += [Problem(f"--upstream {root} is given twice.", "Give it once.") for root in twice]
     if not roots:
-        problems.append(Problem("No --upstream is given.", "Name the URL of at least one vLLM server."))
+        problems.append(Problem("No --upstream is given.", "Name the URL of at least one server."))
     if problems:
         raise ConfigError("The gateway cannot be started:", problems=problems)
     return roots
@@ -375,6 +423,24 @@ def build_app(upstreams: UpstreamApp, settings: Settings) -> App:
     return app
 
 
+def assemble(facts: Sequence[UpstreamFacts], options: GatewayOptions) -> tuple[UpstreamApp, App]:
+    """Return the inner application of a gateway before servers that were checked, and the whole of it."""
+    raw_logprobs = {fact.url: fact.raw_logprobs for fact in facts}
+
+    def sglang(url: str) -> Wire:
+        return SglangWire(url, raw_logprobs=raw_logprobs[url])
+
+    wire = sglang if facts[0].engine == "sglang" else PlainWire
+    upstreams = UpstreamApp([fact.url for fact in facts], api_key=options.upstream_api_key, wire=wire)
+    settings = Settings(
+        api_keys=(options.api_key,) if options.api_key else (),
+        has_prompt_field=takes_prompt_field(facts),
+        weight_transports=facts[0].weight_transports,
+        num_replicas=shared_replicas(facts),
+    )
+    return upstreams, build_app(upstreams, settings)
+
+
 async def _serve(
     urls: list[str],
     options: GatewayOptions,
@@ -384,14 +450,9 @@ async def _serve(
 ) -> None:
     key = options.upstream_api_key
     facts = await check_upstreams(urls, api_key=key, timeout_s=options.start_timeout_s, note=note)
-    upstreams = UpstreamApp(urls, api_key=key)
-    settings = Settings(
-        api_keys=(options.api_key,) if options.api_key else (),
-        has_prompt_field=takes_prompt_field(facts),
-        num_replicas=shared_replicas(facts),
-    )
+    upstreams, app = assemble(facts, options)
     config = uvicorn.Config(
-        build_app(upstreams, settings),
+        app,
         lifespan="on",
         ws="none",
         log_config=None,

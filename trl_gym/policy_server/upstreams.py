@@ -19,6 +19,8 @@ background and comes back by itself) or *excluded* (it may hold other weights th
 When every upstream refuses a control call alike (the same 4xx, e.g. a route that stock servers do not have), nothing
 has changed anywhere and nobody is excluded.
 
+Requests and answers have vLLM's form. To a server that speaks another one leads another `Wire`, which translates.
+
 No reply that is made up here has the status 429, 502, 503, 504 or 520, which Gym retries forever, except that of
 `/health`, which Gym does not ask. Bodies of control calls are passed on as they are; an `init_weight_transfer_engine`
 for `nccl` needs other ranks for every replica and cannot be sent through here to more than one.
@@ -31,9 +33,9 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 from yarl import URL
@@ -221,6 +223,29 @@ def _hop_by_hop(headers: list[tuple[bytes, bytes]] | tuple[tuple[bytes, bytes], 
     return _HOP_BY_HOP | {name.strip().lower() for name in named.split(b",")}
 
 
+class Wire(Protocol):
+    """The way to one upstream, which is asked and answers in vLLM's form."""
+
+    async def ask(self, session: aiohttp.ClientSession, request: ForwardedRequest) -> Reply:
+        """Return one whole answer. Raises `aiohttp.ClientError`."""
+
+    async def stream(self, session: aiohttp.ClientSession, request: ForwardedRequest, answering: Answering) -> None:
+        """Pass one answer through; see `upstreams.stream`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainWire:
+    """The way to a server that speaks vLLM's form itself."""
+
+    url: str  # root URL, without `/v1`
+
+    async def ask(self, session: aiohttp.ClientSession, request: ForwardedRequest) -> Reply:
+        return await ask(session, self.url, request)
+
+    async def stream(self, session: aiohttp.ClientSession, request: ForwardedRequest, answering: Answering) -> None:
+        return await stream(session, self.url, request, answering)
+
+
 # -- the upstreams ----------------------------------------------------------------------------------------------------
 
 # Calls that change the state of a server: every replica must do them, or they are no longer replicas.
@@ -250,6 +275,7 @@ class Upstream:
     """One server behind the gateway."""
 
     url: str  # root URL, without `/v1`
+    wire: Wire  # the way to it
     num_running: int = 0  # number of requests that it is answering now
     num_sent: int = 0  # number of requests that it was ever given
     down: str | None = None  # why it is not asked until a probe succeeds, or `None`
@@ -293,10 +319,18 @@ class UpstreamApp:
         urls: Root URLs without `/v1`, all different.
         api_key: Sent as bearer token to each of them; a client's own `Authorization` never is.
         probe_every_s: Seconds between two looks at `/health` of an upstream.
+        wire: Makes the way to an upstream from its URL.
     """
 
-    def __init__(self, urls: Sequence[str], *, api_key: str | None = None, probe_every_s: float = 5.0) -> None:
-        self.upstreams = [Upstream(url) for url in urls]
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        api_key: str | None = None,
+        probe_every_s: float = 5.0,
+        wire: Callable[[str], Wire] = PlainWire,
+    ) -> None:
+        self.upstreams = [Upstream(url, wire(url)) for url in urls]
         self._api_key = api_key
         self._probe_every_s = probe_every_s
         self._session: aiohttp.ClientSession | None = None
@@ -410,7 +444,7 @@ class UpstreamApp:
             upstream.num_running += 1
             upstream.num_sent += 1
             try:
-                return await stream(self._open_session, upstream.url, request, answering)
+                return await upstream.wire.stream(self._open_session, request, answering)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                 upstream.mark_down(words(error))
             except aiohttp.ClientError as error:
@@ -444,7 +478,7 @@ class UpstreamApp:
         return listed(reasons)
 
     async def _ask(self, upstream: Upstream, request: ForwardedRequest) -> Reply:
-        return await ask(self._open_session, upstream.url, request)
+        return await upstream.wire.ask(self._open_session, request)
 
     @property
     def _open_session(self) -> aiohttp.ClientSession:

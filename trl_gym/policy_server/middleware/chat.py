@@ -326,7 +326,7 @@ class ChatTurns:
 
 
 def _sampled(turn: Turn, answer: dict[str, Any]) -> Sampled:
-    return Sampled.of(turn.sent, turn.answered, answer.get("metrics"))
+    return Sampled.of(turn.sent, turn.answered, answer.get("metrics"), answer.pop("weight_versions", None))
 
 
 def _stopped_by_itself(turn: Turn, answer: dict[str, Any], max_model_len: int) -> bool:

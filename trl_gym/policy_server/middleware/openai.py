@@ -55,6 +55,10 @@ class _Metrics(TypedDict):
     generation_time_ms: NotRequired[_Milliseconds]
 
 
+class _Span(TypedDict):
+    version: str
+
+
 class _Completion(TypedDict):
     """What is read of a chat completion, but for token ids and logprobs."""
 
@@ -62,6 +66,7 @@ class _Completion(TypedDict):
     usage: NotRequired[_Usage | None]
     metrics: NotRequired[_Metrics | None]
     weight_version: NotRequired[str | int | None]
+    weight_versions: NotRequired[list[_Span] | None]
 
 
 class _Entry(msgspec.Struct, gc=False):

@@ -14,6 +14,7 @@ The engine says how long a call was queued, and how long it took to its first an
 what the API server needed for the prompt; counted back from the answer, too late by what it needed for that. Mostly
 both err by less than a pause takes. Where they disagree the earlier one holds: a token is never said to be fresher
 than it is. Of a server that does not measure it is known when calls were sent and answered.
+SGLang says itself which tokens were sampled under which version.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +44,27 @@ class Sampled:
 
     first: tuple[float, float]
     last: tuple[float, float]
+    told: tuple[str, str] | None = None  # the versions of both, where the engine itself says so
 
     @classmethod
-    def of(cls, sent: float, answered: float, metrics: Mapping[str, Any] | None) -> Sampled:
+    def of(
+        cls,
+        sent: float,
+        answered: float,
+        metrics: Mapping[str, Any] | None,
+        spans: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Sampled:
         """Find the moments.
 
         Args:
             sent: When the call was sent to the server.
             answered: When its answer came.
             metrics: vLLM's `metrics` of the answer, in milliseconds.
+            spans: SGLang's `weight_versions`: stretches of tokens, in order, with the `version` of each.
         """
+        if spans:
+            told = (spans[0]["version"], spans[-1]["version"])
+            return cls((sent, answered), (answered, answered), told)
         metrics = metrics or {}
         until_first, decoding = metrics.get("time_to_first_token_ms"), metrics.get("generation_time_ms")
         if until_first is None or decoding is None:
@@ -100,6 +112,8 @@ class WeightHistory:
             sampled: When they were sampled.
             now: The version that the server holds.
         """
+        if sampled.told is not None:
+            return sampled.told
         first = self._place(*sampled.first)
         last = max(first, self._place(*sampled.last))
         known = [*(change.before for change in self._changes), now]

@@ -1,0 +1,1 @@
+"""SGLang's server behind the gateway: what it is asked and answers, in vLLM's form."""
