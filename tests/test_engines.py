@@ -57,6 +57,15 @@ def test_what_the_engine_lacks_is_refused_with_option_and_way_out(tmp_path: Path
     assert "set `gym_engine` to 'vllm'" in problem.remedy
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"gym_engine": "vllm"}, {"gym_engine": "transformers", "vllm_mode": "server"}]
+)
+def test_a_response_template_is_refused_where_nothing_reads_with_it(tmp_path: Path, options: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="`gym_response_template` is 'qwen3'"):
+        config(tmp_path, gym_response_template="qwen3", **options)
+    assert config(tmp_path, gym_response_template="qwen3", gym_engine="transformers").gym_response_template == "qwen3"
+
+
 def test_the_same_is_refused_when_auto_has_chosen_it_and_not_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,10 @@ class GymGRPOConfig(GRPOConfig):
         gym_vllm_args (`dict` or `str`, *optional*):
             Flags passed to `vllm serve`, e.g. `{"max-num-seqs": 256}`. `tool-call-parser` and `reasoning-parser` are
             guessed from the model's chat template where they are not among them; `"none"` means none.
+        gym_response_template (`str`, *optional*):
+            What reads tool calls and thinking with the transformers engine: a response template of TRL's by name
+            (`"qwen3"`, `"qwen3_5"`, `"llama3"`, …), or a JSON file with one; `"none"` means none. Default: the
+            tokenizer's own, else one that is guessed from the model's chat template.
         gym_server_start_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds until the server that we start must be ready.
         gym_server_devices (`str`, *optional*):
@@ -257,6 +261,7 @@ class GymGRPOConfig(GRPOConfig):
     gym_start_timeout: float = 120.0
     gym_engine: str = field(default="auto", metadata={"choices": ["auto", *engines.NAMES]})
     gym_vllm_args: dict[str, Any] | str | None = None
+    gym_response_template: str | None = None
     gym_server_start_timeout: float = 600.0
     gym_server_devices: str | None = None
     gym_server_restarts: int = 3

@@ -68,7 +68,7 @@ def describe_choice(config: GymGRPOConfig) -> str | None:
 
 
 def named_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    """List what contradicts the engine that a configuration names; nothing for "auto"."""
+    """List what contradicts the engine that a configuration names, or "auto" stands for where an option needs it."""
     if config.gym_engine == "transformers" and config.vllm_mode == "colocate":
         yield from in_process_problems(config)
     elif config.gym_weight_transport == "shared" and config.gym_engine != "auto":
@@ -76,6 +76,15 @@ def named_problems(config: GymGRPOConfig) -> Iterator[Problem]:
             f"`gym_weight_transport` is 'shared' and `gym_engine` {config.gym_engine!r}: only an engine in the "
             "trainer's own process computes with its weights.",
             "Set `gym_engine` to 'transformers' and `vllm_mode` to 'colocate', or leave the transport at 'auto'.",
+        )
+    if config.gym_response_template is not None and (
+        config.vllm_mode != "colocate" or started_engine(config) != "transformers"
+    ):
+        yield Problem(
+            f"`gym_response_template` is {config.gym_response_template!r}, and no policy server of the transformers "
+            "engine is started.",
+            "Set `gym_engine` to 'transformers', or leave it out: `gym_vllm_args` names the parsers of vLLM, and "
+            "`trl-gym serve --engine transformers --response-template` the template of a server elsewhere.",
         )
 
 
