@@ -82,6 +82,10 @@ class EngineLostError(PolicyServerLostError):
     """The thread that samples has ended; give the engine its model again."""
 
 
+class UnknownTokenError(ValueError):
+    """A prompt has a token that the model does not know."""
+
+
 class Gate:
     """Something that is open or not, waited for in event loops and changed from any thread."""
 
@@ -100,7 +104,8 @@ class Gate:
             self._is_open = True
             waiting, self._waiting = self._waiting, set()
         for loop, future in waiting:
-            loop.call_soon_threadsafe(_set, future)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_set, future)
 
     def close(self) -> None:
         self._is_open = False
@@ -282,6 +287,21 @@ class Engine:
             pass
 
     @contextmanager
+    def changing(self) -> Iterator[PreTrainedModel]:
+        """Lend the model to who changes its weights; nothing is sampled meanwhile, and nothing of before is kept.
+
+        Raises:
+            EngineLostError: There is no model yet.
+        """
+        with self._stopped():
+            yield self._present()
+
+    def _present(self) -> PreTrainedModel:
+        if self._model is None:
+            raise EngineLostError("The engine has no model yet.", "Wait until the trainer has loaded it.")
+        return self._model
+
+    @contextmanager
     def _stopped(self, *, abort: bool = False) -> Iterator[None]:
         """Hold all requests, end the session, and let them go on afterwards where nothing else holds them."""
         with self._changing:
@@ -313,6 +333,8 @@ class Engine:
 
         Raises:
             EngineLostError: The thread that samples has ended.
+            PolicyServerError: transformers refused this request.
+            UnknownTokenError: The model does not have one of the tokens.
         """
         job = _Job(list(prompt_ids), request)
         stop_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self._eos)
@@ -336,14 +358,15 @@ class Engine:
             self.check()
             if not self._gate.is_open:
                 return
+            self._check_tokens(job.prompt)
             session = self._begun(job.request.filters)
             future = self._submit(session, job, stop_ids)
             self._enter(job)
         try:
             output = await self._answer(session, future)
-        except asyncio.CancelledError:
+        except BaseException as error:
             session.cancel(job.name)
-            self.counters.aborted += 1
+            self.counters.aborted += isinstance(error, asyncio.CancelledError)
             raise
         finally:
             self._leave(job)
@@ -353,16 +376,21 @@ class Engine:
             job.aborted = session.aborting
         elif output is None or output.error is not None:
             if session.has_died:
-                self._lose(session.cause)
+                self._lose(session.cause if output is None else output.error)
             raise PolicyServerError(f"transformers could not sample a completion: {output and output.error}.")
 
     def _begun(self, filters: frozenset[str]) -> Session:
         """Return the session, which this request may be the first one of."""
         if self._session is None:
-            assert self._model is not None, "the gate is closed without a model"
             self._filters |= filters
-            self._session = Session(self._model, self.options, self._filters)
+            self._session = Session(self._present(), self.options, self._filters)
         return self._session
+
+    def _check_tokens(self, ids: Sequence[int]) -> None:
+        """Check that tokens are of the vocabulary: any other would end the thread that samples."""
+        size = self._present().get_input_embeddings().weight.shape[0]
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            raise UnknownTokenError(f"Token id {max(ids)} is out of vocabulary: the model has {size} tokens")
 
     def _submit(self, session: Session, job: _Job, stop_ids: frozenset[int]) -> asyncio.Future[Any]:
         request = job.request
@@ -372,8 +400,7 @@ class Engine:
         if "top_p" in session.filters:
             sampling["top_p"] = float(request.top_p)
         if "top_k" in session.filters:
-            assert self._model is not None
-            vocabulary = self._model.config.get_text_config().vocab_size
+            vocabulary = self._present().config.get_text_config().vocab_size
             sampling["top_k"] = min(request.top_k, vocabulary) or vocabulary
         return session.submit(
             job.name,
@@ -436,8 +463,9 @@ class Engine:
             `[N][T_i - 1]`, from the second token on.
         """
         with self._stopped(), torch.no_grad():
-            if (model := self._model) is None:
-                raise EngineLostError("The engine has no model yet.", "Wait until the trainer has loaded it.")
+            model = self._present()
+            for ids in prompts:
+                self._check_tokens(ids)
             with in_eval_mode(model), autocast_of(model, self.options.autocast):
                 return [_logprobs(model, list(ids)) for ids in prompts]
 

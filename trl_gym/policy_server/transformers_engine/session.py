@@ -243,14 +243,19 @@ class Session:
     @property
     def has_died(self) -> bool:
         """Whether the thread that samples has ended by itself."""
-        is_running = self._manager.is_running() and self._manager.background_thread_status.fatal_error is None
-        return not (is_running or self.stopping)
+        if self.stopping:
+            return False
+        return not self._manager.is_running() or self._status.can_accept_new_requests() is not None
 
     @property
     def cause(self) -> str:
         """What the thread that samples has ended of."""
-        error = self._manager.background_thread_status.fatal_error
+        error = self._status.fatal_error
         return "it ended without an error" if error is None else f"{type(error).__name__}: {error}"
+
+    @property
+    def _status(self) -> Any:
+        return self._manager.background_thread_status
 
     def stop(self) -> None:
         """Stop sampling and give the model back. Called from any thread, once.
@@ -265,7 +270,8 @@ class Session:
             self._model.destroy_cached_continuous_batching_manager()
             self._restore()
         for name, running in list(self._running.items()):  # transformers forgets what comes beside the stop
-            running.loop.call_soon_threadsafe(self._answer, name, None)
+            if not running.loop.is_closed():
+                running.loop.call_soon_threadsafe(self._answer, name, None)
 
     def _answer(self, name: str, output: Any) -> None:
         running = self._running.pop(name, None)
