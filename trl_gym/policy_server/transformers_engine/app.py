@@ -18,7 +18,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 from urllib.parse import parse_qs
@@ -432,15 +432,14 @@ async def _hang_up(receive: Receive) -> None:
         pass
 
 
-async def _gathered(calls: Sequence[Awaitable[Completion]]) -> list[Completion]:
+async def _gathered(calls: Sequence[Coroutine[Any, Any, Completion]]) -> list[Completion]:
     """Run calls side by side; if one fails, the others are cancelled."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_awaited(call)) for call in calls]
-    return [task.result() for task in tasks]
-
-
-async def _awaited(call: Awaitable[Completion]) -> Completion:
-    return await call
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _object(body: bytes) -> Json:
