@@ -175,7 +175,7 @@ class FakeSglang:
     def _server_info(self, _: Json) -> Json:
         args = {"served_model_name": self.started_name, "tp_size": 1, "pp_size": 1, "dp_size": 1}
         lora = {"max_lora_rank": 16, "lora_target_modules": ["q_proj", "v_proj"]} if self.lora else {}
-        return {**args, **lora, "enable_lora": self.lora, "version": "0.5.23", "internal_states": [{}]}
+        return {**args, **lora, "enable_lora": self.lora, "version": "0.5.23"}
 
     def _metrics(self, _: Json) -> Any:
         labels = f'{{engine_type="unified",model_name="{self.served_name}"}}'
@@ -234,8 +234,9 @@ class FakeSglang:
             raise Refused(f"1 validation error: {{'loc': ('body', '{wrong[0]}'), 'msg': 'Input should be valid'}}")
         if not body.get("messages"):
             raise Refused("Messages cannot be empty.")
-        if body.get("stream") and body.get("return_token_ids"):
-            raise Refused("return_token_ids is not supported with streaming on /v1/chat/completions.")
+        for name in ("return_prompt_token_ids", "return_token_ids"):
+            if body.get("stream") and body.get(name):
+                raise Refused(f"{name} is not supported with streaming. Please set stream=false when using it.")
         prompt = body["input_ids"] if body.get("input_ids") is not None else self._render(body)
         sampling = {**body, "max_new_tokens": body.get("max_completion_tokens") or body.get("max_tokens")}
         rid = body.get("rid") or uuid.uuid4().hex

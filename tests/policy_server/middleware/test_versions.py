@@ -88,6 +88,12 @@ def test_an_update_in_two_parts_is_one_change() -> None:
     assert found.versions(Sampled.of(1.5, 2.0, None), "2") == ("2", "2")
 
 
+def test_versions_that_the_engine_names_itself_count() -> None:
+    spans = [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 9}]
+    assert history((1.0, 2.0)).versions(Sampled.of(0.0, 3.0, None, spans), "9") == ("3", "4")
+    assert history((1.0, 2.0)).versions(Sampled.of(2.5, 3.0, None, []), "9") == ("9", "9")
+
+
 @given(
     widths=st.lists(st.floats(0.5, 5.0), min_size=2, max_size=9),
     first=st.floats(0.0, 40.0),
