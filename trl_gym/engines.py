@@ -56,11 +56,9 @@ def started_engine(config: GymGRPOConfig) -> str:
 
 
 def describe_choice(config: GymGRPOConfig) -> str | None:
-    """Say which engine "auto" stands for; None where an engine is named."""
-    if config.gym_engine != "auto":
+    """Say what "auto" stands for where it is not vLLM; None elsewhere."""
+    if config.gym_engine != "auto" or vllm_is_installed():
         return None
-    if vllm_is_installed():
-        return "`gym_engine` is vllm, which is installed"
     return (
         "`gym_engine` is transformers, since vLLM is not installed: rollouts are sampled in this process, with the "
         "weights that are trained"

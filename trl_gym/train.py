@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import yaml
 
 from trl_gym import recipes
+from trl_gym.engines import started_engine
 from trl_gym.errors import ConfigError, Problem, TrlGymError
 from trl_gym.given import home_paths, home_words, with_output
 from trl_gym.hub import load_config
@@ -150,6 +151,7 @@ def early_fork_server(argv: Sequence[str], environment: Mapping[str, str]) -> Fo
     """
     options = told_options(argv)
     elsewhere = options.get("vllm_mode") == "server" or options.get("gym_replay") is not None
+    elsewhere = elsewhere or options.get("gym_engine", "auto") not in ("auto", "vllm")
     if elsewhere or not _runs(options) or not _is_main(environment):
         return None
     devices = options.get("gym_server_devices")
@@ -381,7 +383,7 @@ def load_as_told(model: ModelConfig, args: GymGRPOConfig) -> None:
     args.model_init_kwargs = {name: value for name, value in told.items() if value is not None} | (
         args.model_init_kwargs or {}
     )
-    if told["revision"] is not None and args.vllm_mode == "colocate":
+    if told["revision"] is not None and args.vllm_mode == "colocate" and started_engine(args) == "vllm":
         assert not isinstance(args.gym_vllm_args, str)  # parsed by `GymGRPOConfig`
         args.gym_vllm_args = {"revision": told["revision"], **(args.gym_vllm_args or {})}
 

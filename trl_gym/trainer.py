@@ -61,7 +61,7 @@ from trl_gym.rollouts.rollout import Rollout, RolloutFacts, conversation
 from trl_gym.rollouts.rows import joined, training_rows, weighted
 from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_build, check_replay
 from trl_gym.rollouts.tasks import LookAhead
-from trl_gym.rollouts.trajectory import ModelCall, Trajectory, from_calls, make_decoder
+from trl_gym.rollouts.trajectory import ModelCall, Trajectory, from_calls
 from trl_gym.run import servers
 from trl_gym.run.live import LiveSource
 from trl_gym.threads import use_threads
@@ -120,8 +120,7 @@ class GymGRPOTrainer(GRPOTrainer):
         gym_servers ([`GymServers`], *optional*):
             A NeMo Gym to use instead of one that the trainer starts and stops itself.
         fork_server ([`ForkServer`], *optional*):
-            Process that has imported vLLM, or is doing so, and forks the trainer's policy server. By default the
-            trainer starts one itself.
+            Process that imports vLLM and forks the trainer's policy server. By default the trainer starts one.
         kwargs:
             Everything else that [`~trl.GRPOTrainer`] takes, except `tools`, `environment_factory` and `rollout_func`:
             a Gym environment brings its own tools.
@@ -200,7 +199,7 @@ class GymGRPOTrainer(GRPOTrainer):
         self._accounting = Accounting(self.args, self.accelerator)
         hooks = TrainerHooks(
             build=self.build_trajectories,
-            decode=make_decoder(self._tokenizer),
+            tokenizer=self._tokenizer,
             push=self._push_weights,
             progress=self._progress.rollouts,  # every rank collects; the first one's shows how far it is
         )

@@ -232,8 +232,9 @@ def test_vllm_takes_the_flags_of_a_server_that_we_start(name: str, skeleton: str
     told = vllm_entry.parse_args([model.model_name_or_path or "policy", *flags])
     assert told.weight_transfer_config.backend == "ipc"
     assert told.max_model_len == args.vllm_max_model_length
-    assert told.data_parallel_size == args.gym_vllm_args.get("data-parallel-size", 1)
-    assert told.enable_auto_tool_choice == ("tool-call-parser" in args.gym_vllm_args)
+    given = args.gym_vllm_args or {}
+    assert told.data_parallel_size == given.get("data-parallel-size", 1)
+    assert told.enable_auto_tool_choice == ("tool-call-parser" in given)
     assert bool(told.enable_lora) == model.use_peft
 
 

@@ -141,7 +141,7 @@ def connected(folder: Path, **options: Any) -> LiveSource:
     )
     live = LiveSource(GymGRPOConfig(**options), servers)  # type: ignore[arg-type]
     live._accelerator = Accelerator(cpu=True)
-    live._hooks = SimpleNamespace(push=lambda: None, progress=None, build=None, decode=None)  # type: ignore[assignment]
+    live._hooks = SimpleNamespace(push=lambda: None, progress=None, build=None, tokenizer=None)  # type: ignore[assignment]
     live._collector = live._journal = SimpleNamespace(commit=lambda: None)  # type: ignore[assignment]
     sampling = lambda push, *, again: contextlib.nullcontext()  # noqa: E731
     live._weights = SimpleNamespace(sampling=sampling)  # type: ignore[assignment]

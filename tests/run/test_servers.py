@@ -373,11 +373,13 @@ def test_a_rank_that_cannot_connect_its_source_ends_all(
 
     def connect(rank: int, gather: Any) -> None:
         HERE.rank, HERE.gather = rank, gather
-        servers = SimpleNamespace(wait_ready=lambda: None, secrets=())
+        servers = SimpleNamespace(wait_ready=lambda: None, take_model=lambda *_: None, secrets=(), own=None)
+        servers.policy = SimpleNamespace(client=SimpleNamespace(info=dict))
         source = LiveSource(SimpleNamespace(output_dir=tmp_path, gym_journal_max_mb=1, gym_overrides={}), servers)
         source._new_collector = lambda: None  # type: ignore[method-assign]
         source._new_queue = lambda collector: None  # type: ignore[method-assign]
-        source.connect(SimpleNamespace(process_index=rank), None, None)
+        accelerator = SimpleNamespace(process_index=rank, mixed_precision="no")
+        source.connect(accelerator, None, SimpleNamespace(tokenizer=None))
 
     gather_here(monkeypatch)
     for name in ("check_model", "Journal", "PolicyWeights"):

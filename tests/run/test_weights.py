@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,11 @@ class Recorder:
 
     def after_sampling(self, *, again: bool) -> None:
         self.calls.append(f"after_sampling(again={again})")
+
+    def resting(self) -> Any:
+        return contextlib.nullcontext()
+
+    sampling = resting
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_: self.calls.append(name)

@@ -84,7 +84,7 @@ class TrainerHooks:
     """Calls that a source may make to the trainer."""
 
     build: Build  # makes trajectories of Gym's answer
-    decode: Decode  # text of token ids
+    tokenizer: Any  # the trainer's, of the policy
     push: Callable[[], None]  # sends the current weights to the policy server. Every rank calls it in step.
     progress: Callable[[CollectionStatus], None]  # told how far a batch is, from any thread
 

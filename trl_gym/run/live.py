@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.compat import installed_version
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, RolloutError
 from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.ranks import agree_on_loss, agreed
@@ -28,6 +27,7 @@ from trl_gym.rollouts.redaction import secrets_in
 from trl_gym.rollouts.request import PolicyAccess
 from trl_gym.rollouts.reuse import Policy, Recall
 from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, TrainerHooks
+from trl_gym.rollouts.trajectory import make_decoder
 from trl_gym.run.weights import PolicyWeights, check_model
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class LiveSource:
         self._fingerprint = ""  # of those weights
         self._recall: Recall | None = None
         self._run = ""  # id of the training run
+        self._engine = ""  # of the policy server, with its version
         self._looked: _Look | None = None  # what the policy server had counted when rollouts in flight began
 
     @property
@@ -91,7 +92,8 @@ class LiveSource:
             ConfigError: The model's weights cannot be sent, or `gym_environments` names an agent that does not exist.
             ServerError: A server could not be started.
         """
-        check_model(self._args, accelerator, model)
+        check_model(self._args, accelerator, model, shares_weights=self._servers.own is not None)
+        self._servers.take_model(model, hooks.tokenizer, accelerator.mixed_precision)
         self._servers.wait_ready()
         self._accelerator, self._hooks = accelerator, hooks
         with agreed(accelerator):  # a full disk, or a server that does not answer this rank
@@ -101,6 +103,8 @@ class LiveSource:
                 max_bytes=self._args.gym_journal_max_mb * 1e6,
                 secrets=(*self._servers.secrets, *secrets_in(self._args.gym_overrides)),
             )
+            info = self.policy_server.client.info()
+            self._engine = f"{info.get('engine', 'vllm')} {info.get('engine_version', '')}".rstrip()
             self._weights = PolicyWeights(self._args, accelerator, self._servers, model)
             self._collector = self._new_collector()
             self._queue = self._new_queue(self._collector)
@@ -221,7 +225,7 @@ class LiveSource:
         told = {} if parsers is None else {"Tool parser": parsers.tool, "Reasoning parser": parsers.reasoning}
         return {
             "NeMo Gym": f"{self.gym_servers.gym_version} (`{self._args.gym_mode}`)",
-            "Policy server": f"{_vllm_version()} (`{'colocate' if shares else 'server'}`)",
+            "Policy server": f"{self._engine} (`{'colocate' if shares else 'server'}`)",
             **{name: str(parser) for name, parser in told.items()},
             "Weight sync": f"`{self._weights.transport_name}`",
         }
@@ -283,7 +287,7 @@ class LiveSource:
         dataset = {"dataset": evaluation.dataset} if evaluation is not None and evaluation.dataset else {}
         return Finisher(
             build=self._hooks.build,
-            decode=self._hooks.decode,
+            decode=make_decoder(self._hooks.tokenizer),
             journal=self._journal,
             tags=policy.tags() | dataset,
             drift_policy=self._args.gym_drift,
@@ -355,9 +359,3 @@ def describe_untagged(found: UntaggedCalls, number: int, policy: str) -> str:
         "Let the agent keep `metadata.extra_body`, or call the policy with a client that `gym_mode: host` reaches. "
         f"`gym_untagged_calls` is {policy!r}."
     )
-
-
-def _vllm_version() -> str:
-    """Return name and version of the vLLM installed here: that of a server that was started here."""
-    version = installed_version("vllm")
-    return "vllm" if version is None else f"vllm {version}"

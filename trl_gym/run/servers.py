@@ -3,6 +3,8 @@
     rank 0     start() ── both spawn and load side by side ── wait_ready() ── tell the addresses
     others                                                     wait_ready() ── attach to them
 
+With the engine in the training processes every rank starts its own policy server (`in_process.py`).
+
 Whoever starts a server stops it: one that was passed in running is borrowed and keeps running, one that was passed in
 unstarted is started, and stopped, here. What fails on one rank is raised on all of them.
 """
@@ -13,7 +15,8 @@ import logging
 import os
 import secrets
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +25,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from trl_gym import compat
+from trl_gym import compat, engines
 from trl_gym.config import GymGRPOConfig
 from trl_gym.config_checks import biased_ratio, context_problem, small_batch_notes
 from trl_gym.errors import ConfigError, Problem
@@ -33,8 +36,10 @@ from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.splice_probe import check_splice, check_tools
+from trl_gym.policy_server.transformers_engine.server import TransformersServer
 from trl_gym.processes import ServerState
 from trl_gym.ranks import agreed, on_main
+from trl_gym.run import in_process
 from trl_gym.run.recovery import PolicyRecovery, end_interrupted_update
 from trl_gym.weight_sync.transports.plan import plan_transport
 
@@ -65,6 +70,7 @@ def servers_for(
         lambda: server_options(args, model, peft_config, quantization_config, PartialState().num_processes),
         fork_server,
         agent_with_tools,
+        lambda key: in_process.new_server(args, model, processing_class, quantization_config, api_key=key),
     )
 
 
@@ -80,6 +86,10 @@ class RunServers:
             `server_options`.
         fork_server: Forks the policy server when one is started. Default: one of its own, for restarts.
         agent_with_tools: Agent of a dataset row with tools, for which the policy server needs a tool parser.
+        new_own: Makes, with a key, a policy server in this process; called on every rank when one is wanted.
+
+    Attributes:
+        own: This rank's policy server, where the engine is in the training processes; None elsewhere.
 
     Raises:
         ConfigError: The configuration names no policy server, or no NeMo Gym.
@@ -94,8 +104,11 @@ class RunServers:
         start_options: Callable[[], tuple[dict[str, Any], Mapping[str, str]]] = lambda: ({}, {}),
         fork_server: ForkServer | None = None,
         agent_with_tools: str | None = None,
+        new_own: Callable[[str], TransformersServer] = lambda key: TransformersServer(api_key=key),
     ) -> None:
         self._args = args
+        self._new_own = new_own
+        self.own: TransformersServer | None = None
         self._agent_with_tools = agent_with_tools
         self._servable = servable
         self._start_options = start_options
@@ -117,7 +130,43 @@ class RunServers:
         Raises:
             ConfigError, ServerError: On every rank, when rank 0 could not start them.
         """
+        self._start_own()
         on_main(self._process, self._start)
+
+    def take_model(self, model: torch.nn.Module, tokenizer: Any, mixed_precision: str) -> None:
+        """Let this rank's policy server serve the model that the trainer has loaded, where the engine is in this
+        process. Every rank calls it in step, before `wait_ready`.
+
+        Args:
+            model: The trainer's, wrapped.
+            tokenizer: The trainer's.
+            mixed_precision: Accelerate's.
+
+        Raises:
+            ConfigError: It cannot be sampled from in this process.
+        """
+        with agreed(self._process):
+            if self.own is not None:
+                self.own.take_model(model, tokenizer, autocast=in_process.precision_of(mixed_precision))
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Let this rank's engine sample while open, and training have the model afterwards, whatever happens. Every
+        rank enters and leaves it in step. Does nothing where the engine is elsewhere."""
+        if self.own is None:
+            yield
+            return
+        with self.own.sampling():
+            yield
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Keep this rank's engine from the model while open, also inside of `sampling`; see there."""
+        if self.own is None:
+            yield
+            return
+        with self.own.resting():
+            yield
 
     def wait_ready(self) -> None:
         """Wait for both on rank 0, then attach to them on the other ranks. Every rank calls it in step.
@@ -125,10 +174,12 @@ class RunServers:
         Raises:
             ServerError: On every rank, when one rank could not get them.
         """
-        base_urls, api_key, head_url = on_main(self._process, self._wait_ready)
+        with self.sampling():  # what is checked samples a token
+            base_urls, api_key, head_url = on_main(self._process, self._wait_ready)
         with agreed(self._process):
             if not self._process.is_main_process:
-                self.policy = PolicyServer.attach(base_urls, api_key=api_key)
+                if self.own is None:
+                    self.policy = PolicyServer.attach(base_urls, api_key=api_key)
                 self.gym = GymServers.attach(head_url).wait_ready()
 
     def check(self) -> None:
@@ -175,6 +226,8 @@ class RunServers:
             assert self._recovery is not None, "made by `wait_ready`"
             self._recovery.recover(error)
 
+        if self.own is not None:
+            in_process.restart_others(self._process, self.own)
         on_main(self._process, on_rank_0)
         self.policy.client.close()  # what is left of connections to the old process
 
@@ -215,6 +268,11 @@ class RunServers:
         if args.vllm_mode == "server":
             key = api_key_from_environment()
             return PolicyServer.attach(args.vllm_server_base_url, api_key=key, timeout_s=args.vllm_server_timeout)
+        if engines.started_engine(args) == "sglang":
+            raise ConfigError(
+                "`gym_engine` is 'sglang' and `vllm_mode` 'colocate': SGLang is not started from here.",
+                "Start it, and name it with `vllm_server_base_url` and `vllm_mode` 'server'.",
+            )
         flags, environment = self._start_options()
         if self._fork_server is None:
             devices = args.gym_server_devices
@@ -247,6 +305,30 @@ class RunServers:
             rollouts_in_flight=args.rollouts_in_flight(self._process.num_processes),
         )
 
+    def _start_own(self) -> None:
+        """Start a policy server on every rank, where the engine is in the training processes."""
+        key = on_main(self._process, self._own_key)
+        if key is None:
+            return
+        with agreed(self._process):
+            if self.policy is None:
+                self.policy = self._new_own(key)
+            assert isinstance(self.policy, TransformersServer)
+            self.own = self.policy
+            if self.own.state is ServerState.NEW:
+                self.own.start()
+        in_process.join(self.own)
+
+    def _own_key(self) -> str | None:
+        """Return the key of all ranks' servers; None where the engine is elsewhere."""
+        if self.policy is None and self._args.vllm_mode == "colocate":
+            if (said := engines.describe_choice(self._args)) is not None:
+                Console().print(f"default: {said}", markup=False, highlight=False, soft_wrap=True)
+            is_own = engines.started_engine(self._args) == "transformers"
+        else:
+            is_own = isinstance(self.policy, TransformersServer)
+        return secrets.token_urlsafe(_API_KEY_BYTES) if is_own else None
+
     def _start(self) -> None:
         if self.policy is None:
             self.policy = self.new_policy()
@@ -256,7 +338,10 @@ class RunServers:
             if self._own_fork_server is not None:
                 self._own_fork_server.start()
             self.policy.start()
+        elif self.own is not None:
+            self._show_parsers()
         elif self.policy.state is ServerState.READY:  # refused before a model is loaded for nothing
+            _check_engine(self._args.gym_engine, self.policy)
             self._check_splice_unless_paused()
         if self.gym is None:
             self.gym = self.new_gym()
@@ -313,6 +398,18 @@ class RunServers:
             raise ConfigError(problem.text, problem.remedy)
         for line in parsers.lines():
             Console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_engine(wanted: str, policy: PolicyBackend) -> None:
+    """Refuse a server that runs already and is of another engine than the one that is named."""
+    if wanted == "auto":
+        return
+    for url, info in zip(policy.base_urls, policy.client.infos(), strict=True):
+        if (found := info.get("engine", "vllm")) != wanted:
+            raise ConfigError(
+                f"`gym_engine` is {wanted!r}, and the policy server at {url} is of the engine {found!r}.",
+                "Leave the option at 'auto', or name the server that you mean.",
+            )
 
 
 def _check_sources(args: GymGRPOConfig, policy: PolicyBackend | None, gym: GymServers | None) -> None:

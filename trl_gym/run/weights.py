@@ -2,7 +2,7 @@
 
 push       one weight sync; a server that is lost meanwhile is recovered and gets everything again
 recover    the server is restarted or waited for, and holds none of our weights afterwards
-sampling   where the server shares the trainer's GPUs, it wakes before rollouts and sleeps after them
+sampling   where the server shares the trainer's GPUs, or its model, it wakes before rollouts and sleeps after them
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ class PolicyWeights:
         self._servers = servers
         self._accelerator = accelerator
         self._offloads = args.gym_offload_optimizer
-        plan = _plan(args, accelerator, model)
+        plan = _plan(args, accelerator, model, shares_weights=servers.own is not None)
         transport = plan.connect(servers.policy)
         self.transport_name = transport.name
         self.num_recoveries = 0
         self._sharing = self._new_sharing(args, transport)
         options = SyncOptions(
             dtype=getattr(torch, args.serving_dtype),
-            pause_mode=args.gym_pause_mode,
+            # Nothing that is trained is in flight where the engine is in this process; what is need not be waited for.
+            pause_mode=args.gym_pause_mode if servers.own is None else "keep",
             only_trainable=args.gym_sync_only_trainable,
             timeout_s=args.gym_sync_timeout,
             verify_every=args.gym_verify_sync_steps,
@@ -84,7 +85,8 @@ class PolicyWeights:
         """
         while True:
             try:
-                return self._sync.push(model, step)
+                with self._servers.resting():
+                    return self._sync.push(model, step)
             except WeightMismatchError:
                 raise
             except (PolicyServerError, WeightSyncError) as error:
@@ -114,7 +116,8 @@ class PolicyWeights:
             again: Whether the same weights will be sampled from again.
         """
         if self._sharing is None:
-            yield
+            with self._servers.sampling():
+                yield
             return
         if self._sharing.needs_push:
             push()
@@ -148,22 +151,29 @@ class PolicyWeights:
         )
 
 
-def check_model(args: GymGRPOConfig, accelerator: Accelerator, model: torch.nn.Module) -> None:
+def check_model(
+    args: GymGRPOConfig, accelerator: Accelerator, model: torch.nn.Module, *, shares_weights: bool = False
+) -> None:
     """Refuse a model whose weights cannot be sent, before anything is sampled. Local.
 
     Args:
         args: The trainer's configuration.
         accelerator: The trainer's accelerator.
         model: The trainer's model, wrapped.
+        shares_weights: Whether the engine computes with the trainer's own weights.
 
     Raises:
         ConfigError: See `plan_transport` and `check_supported`.
     """
-    check_supported(model, accelerator, sends_adapter=_plan(args, accelerator, model).sends_adapter)
+    if not shares_weights:
+        check_supported(model, accelerator, sends_adapter=_plan(args, accelerator, model).sends_adapter)
 
 
-def _plan(args: GymGRPOConfig, accelerator: Accelerator, model: torch.nn.Module) -> TransportPlan:
-    return plan_transport(args, accelerator.unwrap_model(model), on_cuda=accelerator.device.type == "cuda")
+def _plan(
+    args: GymGRPOConfig, accelerator: Accelerator, model: torch.nn.Module, *, shares_weights: bool = False
+) -> TransportPlan:
+    on_cuda = accelerator.device.type == "cuda"
+    return plan_transport(args, accelerator.unwrap_model(model), on_cuda=on_cuda, shares_weights=shares_weights)
 
 
 def _probe_tolerance(args: GymGRPOConfig, plan: TransportPlan) -> float:

@@ -220,7 +220,7 @@ class WeightSync:
     def _verify(self, model: torch.nn.Module, version: str) -> ProbeReport:
         unwrapped = self._accelerator.unwrap_model(model)
         batch = probe_batch(unwrapped.config.get_text_config().vocab_size)
-        ours = trainer_logprobs(model, batch)
+        ours = on_all(self._accelerator, lambda: trainer_logprobs(model, batch))  # a server may compute in a rank
 
         def ask(client: PolicyClient) -> ProbeReport:
             report = compare(ours, client.prompt_logprobs(batch))

@@ -30,6 +30,7 @@ from trl_gym.weight_sync.transports.plan import (
     plan_transport,
     server_problem,
 )
+from trl_gym.weight_sync.transports.shared import SharedTransport
 
 HERE, THERE = "http://127.0.0.1:8000/v1", "http://192.0.2.7:8000/v1"  # the second one is no one's
 LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
@@ -330,3 +331,30 @@ def test_two_active_adapters_or_none(lora: PeftModel) -> None:
 def test_servers_that_cannot_serve_it(lora: PeftModel, config: dict[str, Any], text: str) -> None:
     assert server_problem(plan_adapter(lora), SERVED) is None
     assert text in str(server_problem(plan_adapter(lora), SERVED | config))
+
+
+# -- an engine in the trainer's process -------------------------------------------------------------------------------
+
+
+def test_an_engine_in_this_process_shares_the_weights_whatever_they_are(lora: PeftModel) -> None:
+    for model in (nn.Linear(1, 1), lora, quantized()):
+        shared = plan_transport(args(), model, on_cuda=True, shares_weights=True)
+        assert isinstance(shared.connect(server("shared")), SharedTransport) and shared.adapter is None
+
+
+def test_a_server_of_its_own_does_not(lora: PeftModel) -> None:
+    with pytest.raises(ConfigError, match="has a process of its own"):
+        plan("shared", lora)
+
+
+def test_nothing_is_walked_and_nothing_sent() -> None:
+    class Untouched:
+        def metadata(self) -> Any:
+            raise AssertionError("no name is asked for")
+
+        def __iter__(self) -> Any:
+            raise AssertionError("no tensor is gathered")
+
+    transport = SharedTransport()
+    assert transport.replaces and transport.name == "shared"
+    assert transport.send(Untouched(), None, "3") == 0

@@ -4,9 +4,10 @@
     plan.server_flags(), .server_environment() for a server that we start, so that it can get its weights that way
     plan.connect(server)                       for a server that is ready, ours or not: the transport that sends
 
-"auto" is `adapter` for an adapter on a quantized base, which nothing else can carry. Else it is whole weights, because
-rollouts are faster without an adapter: `ipc` on shared GPUs, `nccl` to other GPUs, `file` without GPUs, and for a
-server that runs already the backend that it was started with. A transport that cannot work is refused with the reason.
+"auto" is `shared` for an engine in this process: nothing is sent. It is `adapter` for an adapter on a quantized base,
+which nothing else can carry. Else it is whole weights, because rollouts are faster without an adapter: `ipc` on shared
+GPUs, `nccl` to other GPUs, `file` without GPUs, and for a server that runs already the backend that it was started
+with. A transport that cannot work is refused with the reason.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from trl_gym.weight_sync.transports.adapter import AdapterTransport
 from trl_gym.weight_sync.transports.file import FileTransport
 from trl_gym.weight_sync.transports.ipc import ENVIRONMENT, IpcTransport
 from trl_gym.weight_sync.transports.nccl import NcclTransport
+from trl_gym.weight_sync.transports.shared import SharedTransport
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +70,7 @@ class TransportPlan:
     quantized: str | None
     stored_quantized: bool  # whether the checkpoint itself is quantized
     sends_adapter: bool  # whether the adapter is sent alone
+    shares_weights: bool = False  # whether the engine computes with the trainer's own weights
 
     @property
     def backend(self) -> str:
@@ -126,6 +129,8 @@ class TransportPlan:
             ConfigError: Nothing fits, or the transport that was asked for does not; says why and what does.
             UnsupportedVersionError: `ipc` or `nccl`, and this environment lacks vLLM or has another version.
         """
+        if self.shares_weights:
+            return SharedTransport()
         if self.sends_adapter:
             return self._adapter_transport(server)
         if "adapter" in server.weight_transports:  # wrapped layers do not take whole weights (0.31)
@@ -159,6 +164,7 @@ def plan_transport(
     quantization_config: Any = None,
     *,
     on_cuda: bool,
+    shares_weights: bool = False,
 ) -> TransportPlan:
     """Decide what is sent, and how. Local, the same on every rank; asked before the server is started, and again with
     the model that was loaded, which gives the same answer.
@@ -169,12 +175,20 @@ def plan_transport(
         peft_config: Adapter that the trainer will put on it.
         quantization_config: As given to the trainer.
         on_cuda: Whether the trainer computes on CUDA devices.
+        shares_weights: Whether the engine computes with the trainer's own weights, so that nothing is sent.
 
     Raises:
         ConfigError: Only an adapter can be sent, or was asked for, and vLLM cannot serve it; or whole weights were
             asked for and the base is quantized.
     """
     wanted = args.gym_weight_transport
+    if shares_weights:
+        return TransportPlan(args, on_cuda, None, None, False, False, shares_weights=True)
+    if wanted == "shared":
+        raise ConfigError(
+            "`gym_weight_transport` is 'shared', and the policy server has a process of its own.",
+            "Leave it at 'auto', or set `gym_engine` to 'transformers'.",
+        )
     stored = _stored_quantization(model, args.trust_remote_code)
     quantized = stored
     if isinstance(model, str):

@@ -1,0 +1,162 @@
+"""The policy server in the trainer's own process: its life, its thread, and whose turn the model is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tests.policy_server.tiny_model import build_random_policy
+from trl_gym.errors import PolicyServerError, PolicyServerLostError
+from trl_gym.policy_server.splice_probe import check_splice
+from trl_gym.policy_server.transformers_engine.server import TransformersServer
+from trl_gym.processes import ServerState
+
+CHAT: dict[str, Any] = {"model": "policy", "messages": [{"role": "user", "content": "1"}], "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_random_policy(tmp_path_factory.mktemp("policy") / "random")
+
+
+@pytest.fixture
+def model(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+
+
+@pytest.fixture
+def server(folder: Path, model: PreTrainedModel) -> Iterator[TransformersServer]:
+    with TransformersServer(max_model_len=128) as started:
+        started.take_model(model, AutoTokenizer.from_pretrained(folder))
+        yield started.wait_ready()
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "policy server" in thread.name]
+
+
+def test_callers_queue_at_the_port_until_there_is_a_model(folder: Path, model: PreTrainedModel) -> None:
+    with TransformersServer(max_model_len=128) as server:
+        assert server.state is ServerState.STARTING and not threads()
+        with pytest.raises(PolicyServerError, match="has no model yet"):
+            server.wait_ready()
+        answers: list[int] = []
+        url, headers = f"{server.client.root_url}/v1/models", {"Authorization": f"Bearer {server.client.api_key}"}
+        early = threading.Thread(
+            target=lambda: answers.append(requests.get(url, headers=headers, timeout=60).status_code)
+        )
+        early.start()
+        server.take_model(model, AutoTokenizer.from_pretrained(folder))
+        early.join(60)
+        assert answers == [200]
+        assert server.wait_ready().state is ServerState.READY
+        assert server.wait_ready() is server
+    assert server.state is ServerState.STOPPED and not threads()
+    server.stop()
+
+
+def test_it_demands_its_key_and_tells_what_it_is(server: TransformersServer) -> None:
+    assert requests.get(f"{server.client.root_url}/v1/models", timeout=10).status_code == 401
+    info = server.client.info()
+    assert info["engine"] == "transformers" and info["model_names"] == ["policy"] and info["max_model_len"] == 128
+    assert info["weight_transports"] == ["shared"]
+    assert server.base_urls == (server.own_url,) and server.own_url.startswith("http://127.0.0.1:")
+
+
+def test_the_model_is_sampled_from_inside_and_trained_outside(
+    server: TransformersServer, model: PreTrainedModel
+) -> None:
+    before = model.config._attn_implementation
+    with server.sampling():
+        check_splice(server.client, "policy")
+        answer = server.client.chat(**CHAT)
+        assert answer["usage"]["completion_tokens"] >= 1
+        with server.resting():
+            assert model.training and model.config._attn_implementation == before
+            model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+        assert server.client.chat(**CHAT)["choices"]
+    assert model.training and model.config._attn_implementation == before
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+
+
+def test_a_call_outside_of_sampling_waits_for_it(server: TransformersServer) -> None:
+    answers: list[Any] = []
+    caller = threading.Thread(target=lambda: answers.append(server.client.singly()[0].chat(**CHAT)))
+    caller.start()
+    while not server.client.info()["untagged_calls"]["others"]:
+        pass
+    assert not answers
+    with server.sampling():
+        caller.join(60)
+    assert len(answers) == 1
+
+
+def test_the_model_is_ordinary_again_whatever_ends_the_sampling(
+    server: TransformersServer, model: PreTrainedModel
+) -> None:
+    model.eval()
+    with pytest.raises(KeyboardInterrupt), server.sampling():
+        server.client.chat(**CHAT)
+        raise KeyboardInterrupt
+    assert not model.training
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+
+
+def test_a_dead_engine_is_noticed_and_replaced_at_the_same_address(
+    server: TransformersServer, model: PreTrainedModel
+) -> None:
+    server.check()
+    url, first = server.own_url, server.client.info()["instance"]
+
+    def die(*_: Any) -> None:
+        raise RuntimeError("a fault of the tests")
+
+    handle = model.register_forward_pre_hook(die)
+    with server.sampling():
+        with pytest.raises(PolicyServerError, match="a fault of the tests"):
+            server.client.chat(**CHAT)
+        with pytest.raises(PolicyServerLostError, match="a fault of the tests"):
+            server.check()
+        handle.remove()
+        server.restart()
+        server.check()
+        assert server.client.chat(**CHAT)["choices"]
+    assert server.own_url == url and server.client.info()["instance"] != first
+    assert len(threads()) == 1
+
+
+def test_the_loss_of_another_rank_is_one_until_the_restart(server: TransformersServer) -> None:
+    server.note_loss(PolicyServerLostError("rank 1: it ended"))
+    with pytest.raises(PolicyServerLostError, match="rank 1"):
+        server.check()
+    server.restart()
+    server.check()
+
+
+def test_servers_that_were_joined_are_controlled_as_one(folder: Path, model: PreTrainedModel) -> None:
+    other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with TransformersServer(api_key="same") as first, TransformersServer(api_key="same") as second:
+        urls = [first.own_url, second.own_url]
+        for server, own in ((first, model), (second, other)):
+            server.join(urls)
+            server.take_model(own, tokenizer)
+        assert first.wait_ready().base_urls == second.wait_ready().base_urls == tuple(urls)
+        first.client.finish_weight_update("7")
+        assert {one.weight_version() for one in first.client.singly()} == {"7"}
+        assert first.client.info()["max_model_len"] == model.config.max_position_embeddings
+
+
+def test_a_stopped_one_is_neither_started_nor_restarted(server: TransformersServer) -> None:
+    server.stop()
+    for call in (server.start, server.restart):
+        with pytest.raises(PolicyServerError, match="stopped"):
+            call()
+    server.check()
