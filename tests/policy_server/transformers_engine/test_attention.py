@@ -97,3 +97,10 @@ def test_keys_have_the_precision_of_the_cache_and_the_answer_that_of_the_query()
 def test_other_forward_passes_are_told_why_they_fail() -> None:
     with pytest.raises(ValueError, match="park it before any other forward pass"):
         paged_attention(SimpleNamespace(layer_idx=0), *torch.randn(3, 1, 1, 1, 4), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+def test_what_it_does_not_compute_is_refused(name: str) -> None:
+    options: dict[str, Any] = {name: 50.0, "read_index": None, "write_index": None}
+    with pytest.raises(ValueError, match=f"does not compute attention with `{name}`"):
+        paged_attention(SimpleNamespace(layer_idx=0), *torch.randn(3, 1, 1, 1, 4), None, cache=object(), **options)  # type: ignore[arg-type]

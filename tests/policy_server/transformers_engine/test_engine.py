@@ -9,7 +9,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from tests.conftest import until
 from tests.policy_server.transformers_engine.conftest import MAX_MODEL_LEN, gap
@@ -82,6 +88,34 @@ async def test_a_change_of_weights_leaves_nothing_of_the_old_ones(model: PreTrai
     after = await sample(engine, asked, free(8))
     engine.park()
     assert max(gap(model, *pair) for pair in zip(asked, after, strict=True)) < EXACT
+
+
+_SMALL = {
+    "vocab_size": 450,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.08,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+@pytest.mark.parametrize("kind", ["every layer has a window", "one layer has a window"])
+async def test_attention_within_a_window(engine_of: Make, kind: str) -> None:
+    if kind == "every layer has a window":
+        model: PreTrainedModel = MistralForCausalLM(MistralConfig(**_SMALL, sliding_window=16))
+    else:
+        layers = ["sliding_attention", "full_attention"]
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**_SMALL, sliding_window=16, layer_types=layers))
+    asked = [list(range(5, 5 + length)) for length in (3, 16, 17, 90)]
+    engine = engine_of(model.eval())
+    sampled = await sample(engine, asked, free(24))
+    engine.park()
+    assert max(gap(model, *pair) for pair in zip(asked, sampled, strict=True)) < EXACT
 
 
 @pytest.mark.parametrize("with_adapters", [False, True])

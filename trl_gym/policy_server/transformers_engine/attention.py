@@ -48,23 +48,26 @@ def paged_attention(
         attention_mask: None: transformers makes a mask for its own implementations alone.
         cache: The paged cache, which stores keys and values and returns them with those of earlier tokens.
         scaling: Factor of the scores; `D ** -0.5` when not given.
-        options: `read_index`, `write_index`, `cu_seq_lens_q`, `cu_seq_lens_k` of the batch.
+        options: `read_index`, `write_index`, `cu_seq_lens_q`, `cu_seq_lens_k` of the batch; the layer's
+            `sliding_window`, in tokens.
 
     Returns:
         `[1, Q, H, V]`, and None for the weights.
 
     Raises:
-        ValueError: It is called by a forward pass that is not the engine's.
+        ValueError: It is called by a forward pass that is not the engine's, or the layer caps its scores or has sinks.
     """
     if cache is None:
         raise ValueError(
             f"`{NAME}` is the attention of the engine that samples; park it before any other forward pass"
         )
+    if unknown := [name for name in ("softcap", "s_aux") if options.get(name) is not None]:
+        raise ValueError(f"`{NAME}` does not compute attention with `{unknown[0]}`")
     stored = {"read_index": options["read_index"], "write_index": options["write_index"]}
     keys, values = cache.update(
         key_states=key.to(cache.dtype), value_states=value.to(cache.dtype), layer_idx=module.layer_idx, **stored
     )
-    window = getattr(module, "sliding_window", None)
+    window = options.get("sliding_window", getattr(module, "sliding_window", None))  # Mistral's layers have none
     lengths_k = options["cu_seq_lens_k"]
     if isinstance(lengths_k, dict):  # of a model with both kinds of layers
         lengths_k = lengths_k["sliding_attention" if window else "full_attention"]
