@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "train with GRPO; the same as `accelerate launch -m trl_gym.train`, in one process"
     add("train", text, _TRAIN_DESCRIPTION, _add_train_options, _train, "--config YAML", True)
     add("recipes", "list, show or copy the recipes", recipes.DESCRIPTION, recipes.add_arguments, recipes.run)
-    text, usage = "serve a policy: vLLM's OpenAI server with token-exact prompts and weight updates", "MODEL [options]"
+    text, usage = "serve a policy: an OpenAI server with token-exact prompts and weight updates", "MODEL [options]"
     add("serve", text, _SERVE_DESCRIPTION, _add_serve, _serve, f"{usage} [any flag of `vllm serve`]")
     text = "token-exact prompts in front of vLLM servers that someone else started"
     add("gateway", text, _GATEWAY_DESCRIPTION, _add_gateway, _gateway)
@@ -129,8 +129,10 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 _SERVE_DESCRIPTION = (
-    "Serve a policy in the foreground. Prints `ready URL` once it answers; everything that vLLM says goes to a log "
-    "file. Ctrl-C ends it."
+    "Serve a policy in the foreground. Prints `ready URL` once it answers; everything else that the server says goes "
+    "to a log file. Ctrl-C ends it. The server is vLLM's and takes any flag of `vllm serve`; with `--engine "
+    "transformers` it is one on transformers, needs no vLLM, and takes --dtype, --device, --max-model-len, "
+    "--max-num-seqs and --response-template (a name of TRL's, a JSON file, or none)."
 )
 
 
@@ -141,8 +143,15 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve_options(parser: argparse.ArgumentParser) -> None:
+    from trl_gym.policy_server.command import ENGINES
+
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port, or 0 for a free one (default: %(default)s)")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="what samples (default: vllm where it is installed, else transformers)",
+    )
     parser.add_argument("--served-model-name", default="policy", help="name of the model (default: %(default)s)")
     parser.add_argument("--log-dir", default="trl_gym_logs", help="folder for the log file (default: %(default)s)")
     parser.add_argument(
@@ -164,6 +173,7 @@ def _serve(options: argparse.Namespace) -> int:
     if "-h" in vllm_flags or "--help" in vllm_flags:
         options.parser.print_help()
         return 0
+    from trl_gym.engines import vllm_is_installed
     from trl_gym.policy_server.command import api_key_from_environment
     from trl_gym.policy_server.server import PolicyServer
 
@@ -176,6 +186,7 @@ def _serve(options: argparse.Namespace) -> int:
         log_dir=serve.log_dir,
         start_timeout_s=serve.start_timeout,
         api_key=serve.api_key or api_key_from_environment(),
+        engine=serve.engine or ("vllm" if vllm_is_installed() else "transformers"),
     )
     try:
         server.start()

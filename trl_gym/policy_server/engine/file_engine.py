@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from trl_gym.policy_server.transformers_engine.weight_files import check_probe
 
 
 @dataclass
@@ -74,11 +75,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
             OSError: It cannot be opened.
             ValueError: It is another file.
         """
-        if not init_info.probe:
-            return
-        with Path(init_info.probe).open("rb") as file:
-            if file.read(len(init_info.secret)) != init_info.secret.encode():
-                raise ValueError(f"{init_info.probe} is another file here")
+        check_probe(init_info.probe, init_info.secret)
 
     def start_weight_update(self) -> None:
         # Names before the reload: it takes the parameters off their modules.

@@ -47,7 +47,7 @@ from trl_gym.policy_server.parsers import (
 from trl_gym.untrusted import check_depth, parse_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,22 @@ def chosen(evidence: Evidence, told: str | None = None, own: Json | None = None)
     if own:
         return _whole("response_template", "the tokenizer's own", own)
     return _guessed(guess_tool_parser(evidence), guess_reasoning_parser(evidence))
+
+
+def reader_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, told: str | None = None) -> Choice:
+    """Choose what reads the answers of a model that is loaded.
+
+    Args:
+        config: Of the model.
+        tokenizer: Of the policy, with its chat template.
+        told: Value of `gym_response_template`.
+
+    Raises:
+        ConfigError: See `chosen`.
+    """
+    templates = tokenizer.chat_template or ""
+    text = templates if isinstance(templates, str) else "\n".join(templates.values())
+    return chosen(Evidence(config.model_type, text), told, getattr(tokenizer, "response_template", None))
 
 
 def _whole(name: str, why: str, template: Json) -> Choice:

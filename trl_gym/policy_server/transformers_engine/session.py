@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch.distributed.tensor import DTensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_gym.errors import ConfigError
 from trl_gym.policy_server.transformers_engine import attention
@@ -131,6 +131,13 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else os.sysconf("SC_PHYS_PAGES")
     return int(pages * os.sysconf("SC_PAGE_SIZE") * _SHARE_OF_HOST)
+
+
+def turn_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the token ids that end an answer: those of the generation config, as in vLLM, and the tokenizer's."""
+    told = getattr(model.generation_config, "eos_token_id", None)
+    ids = told if isinstance(told, list) else [told]
+    return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
 
 
 @contextmanager
