@@ -261,6 +261,23 @@ def test_a_server_url_needs_server_mode() -> None:
         GymGRPOConfig(**BASE, vllm_mode="server", gym_vllm_args={"seed": 1})
 
 
+def test_options_of_sglang_are_for_a_server_of_sglang_that_is_started() -> None:
+    given = {"gym_sglang_args": {"context_length": 9, "tp": 2, "seed": 1}, "gym_vllm_args": {"seed": 1}}
+    with pytest.raises(ConfigError) as caught:
+        GymGRPOConfig(**BASE, gym_engine="sglang", **given)
+    for words in (
+        "must not set 'context_length': set `vllm_max_model_length`",
+        "must not set 'tp': set `vllm_tensor_parallel_size`",
+        "`gym_vllm_args` are flags of `vllm serve`",
+    ):
+        assert words in str(caught.value)
+    assert "'seed'" not in str(caught.value)
+    with pytest.raises(ConfigError, match="`gym_sglang_python` is set, and no SGLang is started"):
+        GymGRPOConfig(**BASE, gym_sglang_python="python")
+    with pytest.raises(ConfigError, match="`gym_sglang_args` is 'x'"):
+        GymGRPOConfig(**BASE, gym_engine="sglang", gym_sglang_args="x")
+
+
 def test_options_that_rollouts_cannot_honour_are_refused() -> None:
     with pytest.raises(ConfigError, match="vllm_structured_outputs_regex"):
         GymGRPOConfig(**BASE, vllm_structured_outputs_regex="a+")

@@ -130,6 +130,8 @@ def runs(process: psutil.Process) -> bool:
         (["--vllm_mode", "server"], {}, False),
         (["--vllm_mode=server"], {}, False),
         (["--gym_replay", "rollouts"], {}, False),
+        (["--gym_engine", "sglang"], {}, False),
+        (["--gym_engine=vllm"], {}, True),
         (["--config", "elsewhere.yaml"], {}, False),
         (["--config", "elsewhere.yaml", "--vllm_mode", "colocate"], {}, True),
         (["--vllm_mode", "colocate", "--config=elsewhere.yaml"], {}, True),

@@ -31,10 +31,12 @@ from trl_gym.errors import ConfigError, Problem
 from trl_gym.given import home_paths
 from trl_gym.rollout_options import DEFAULT_RETRIES, RolloutOptions, Sampling, by_kind
 
-_JSON_OPTIONS = ("gym_overrides", "gym_vllm_args", "gym_retries", "gym_environments", "gym_eval_sampling")
+_JSON_OPTIONS = (
+    *("gym_overrides", "gym_vllm_args", "gym_sglang_args", "gym_retries", "gym_environments", "gym_eval_sampling"),
+)
 # Where `~` is spelled out; transformers does it for `output_dir`. Some of them may be something else than a path.
 _PATHS = (
-    *("gym_config_paths", "gym_python", "gym_weight_dir", "gym_replay", "gym_log_dir"),
+    *("gym_config_paths", "gym_python", "gym_sglang_python", "gym_weight_dir", "gym_replay", "gym_log_dir"),
     *("resume_from_checkpoint", "deepspeed", "fsdp_config"),
 )
 TRANSPORTS = ("ipc", "nccl", "file", "adapter", "shared")
@@ -108,6 +110,11 @@ class GymGRPOConfig(GRPOConfig):
             What reads tool calls and thinking with the transformers engine: a response template of TRL's by name
             (`"qwen3"`, `"qwen3_5"`, `"llama3"`, …), or a JSON file with one; `"none"` means none. Default: the
             tokenizer's own, else one that is guessed from the model's chat template.
+        gym_sglang_args (`dict` or `str`, *optional*):
+            Flags passed to `sglang.launch_server` with `gym_engine="sglang"`, e.g. `{"max-running-requests": 256}`.
+            `tool-call-parser` and `reasoning-parser` are guessed where they are not among them; `"none"` means none.
+        gym_sglang_python (`str`, *optional*):
+            Interpreter that has SGLang. Default: `TRL_GYM_SGLANG_PYTHON`, else the trainer's own.
         gym_server_start_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds until the server that we start must be ready.
         gym_server_devices (`str`, *optional*):
@@ -262,6 +269,8 @@ class GymGRPOConfig(GRPOConfig):
     gym_engine: str = field(default="auto", metadata={"choices": ["auto", *engines.NAMES]})
     gym_vllm_args: dict[str, Any] | str | None = None
     gym_response_template: str | None = None
+    gym_sglang_args: dict[str, Any] | str | None = None
+    gym_sglang_python: str | None = None
     gym_server_start_timeout: float = 600.0
     gym_server_devices: str | None = None
     gym_server_restarts: int = 3

@@ -30,6 +30,13 @@ OWNED_VLLM_FLAGS = {
     "gpu-memory-utilization": "set `vllm_gpu_memory_utilization`",
     "tensor-parallel-size": "set `vllm_tensor_parallel_size`",
 }
+# The same for SGLang, besides those that the command of its server has for itself (`sglang/server.py`).
+OWNED_SGLANG_FLAGS = {
+    "context-length": "set `vllm_max_model_length`",
+    "mem-fraction-static": "set `vllm_gpu_memory_utilization`",
+    **dict.fromkeys(("tp", "tp-size", "tensor-parallel-size"), "set `vllm_tensor_parallel_size`"),
+    "enable-memory-saver": "set `vllm_enable_sleep_mode`",
+}
 # Values of `loss_type` with a mean over each row's tokens. The rows of a rollout weigh by their tokens there, which a
 # single `beta` for all of them cannot express.
 TOKEN_MEAN_LOSSES = ("grpo", "sapo")
@@ -294,6 +301,7 @@ def _server_problems(config: GymGRPOConfig) -> Iterator[Problem]:
         for flag in config.gym_vllm_args:
             if (reason := OWNED_VLLM_FLAGS.get(flag.lstrip("-").replace("_", "-"))) is not None:
                 yield Problem(f"`gym_vllm_args` must not set {flag!r}: {reason}.", "Remove it.")
+    yield from _sglang_problems(config)
     for name in ("gym_server_start_timeout", "gym_server_reconnect_timeout"):
         if (seconds := getattr(config, name)) >= config.ddp_timeout:
             yield Problem(
@@ -301,6 +309,29 @@ def _server_problems(config: GymGRPOConfig) -> Iterator[Problem]:
                 "which waits for the server would give up first.",
                 "Set `ddp_timeout` higher.",
             )
+
+
+def _sglang_problems(config: GymGRPOConfig) -> Iterator[Problem]:
+    given = config.gym_sglang_args
+    if not isinstance(given, dict | None):
+        yield Problem(f"`gym_sglang_args` is {given!r}.", "Set it to a mapping, or to a JSON object.")
+        return
+    starts = config.gym_engine == "sglang" and config.vllm_mode == "colocate"
+    for name in ("gym_sglang_args", "gym_sglang_python"):
+        if getattr(config, name) and not starts:
+            yield Problem(
+                f"`{name}` is set, and no SGLang is started: `gym_engine` is {config.gym_engine!r} and `vllm_mode` "
+                f"{config.vllm_mode!r}.",
+                f"Set `gym_engine` to 'sglang' and `vllm_mode` to 'colocate', or leave `{name}` out.",
+            )
+    if starts and config.gym_vllm_args:
+        yield Problem(
+            "`gym_vllm_args` are flags of `vllm serve`, and `gym_engine` is 'sglang'.", "Use `gym_sglang_args`."
+        )
+    for flag in given or {}:
+        name = flag.lstrip("-").replace("_", "-")
+        if (reason := OWNED_SGLANG_FLAGS.get(name)) is not None:
+            yield Problem(f"`gym_sglang_args` must not set {flag!r}: {reason}.", "Remove it.")
 
 
 def _length_problems(config: GymGRPOConfig) -> Iterator[Problem]:

@@ -87,7 +87,7 @@ def test_a_busy_port_is_one_readable_error(random_policy: Path, tmp_path: Path) 
 def test_an_unknown_flag_is_one_readable_error(random_policy: Path, tmp_path: Path) -> None:
     error = failed_serve(serve_argv(random_policy, tmp_path / "logs", "--port", "0", "--no-such-flag", "3"))
     assert "unrecognized arguments: --no-such-flag 3" in error
-    assert "Leave out the flag that this vLLM does not know" in error
+    assert "Leave out the flag that this engine does not know" in error
     assert "exit code 2" in error and "policy_server-" in error
 
 

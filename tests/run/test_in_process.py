@@ -17,6 +17,7 @@ from tests.test_ranks import on_ranks
 from trl_gym import GymGRPOConfig, GymServers
 from trl_gym.errors import ConfigError, PolicyServerLostError
 from trl_gym.policy_server.server import PolicyServer
+from trl_gym.policy_server.sglang.server import SglangCommand
 from trl_gym.policy_server.transformers_engine.server import TransformersServer
 from trl_gym.processes import ServerState
 from trl_gym.run import in_process
@@ -71,9 +72,9 @@ def test_it_is_what_auto_starts_where_vllm_is_not_installed(
         servers_for(options(folder, gym_engine="auto", gym_max_staleness=1), str(folder)).start()
 
 
-def test_sglang_is_not_started_and_vllm_not_in_its_place(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="SGLang is not started from here"):
-        RunServers(options(folder, gym_engine="sglang"), lambda: str(folder)).new_policy()
+def test_sglang_is_started_where_it_is_named(folder: Path) -> None:
+    policy = RunServers(options(folder, gym_engine="sglang"), lambda: str(folder)).new_policy()
+    assert isinstance(policy, PolicyServer) and isinstance(policy._serving, SglangCommand)
 
 
 def test_a_server_of_another_engine_than_the_named_one_is_refused(folder: Path, no_gym: list[Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,11 +173,41 @@ def test_a_managed_server_is_started_for_the_adapter_that_is_trained(tmp_path: P
     )
     folder = build_random_policy(tmp_path / "policy")
     run = servers_for(args, str(folder), peft_config=LoraConfig(r=3, target_modules=["q_proj"]))
-    flags = run.new_policy()._flags
+    flags = run.new_policy()._serving.flags
     assert "--enable-lora" in flags
     assert flags[flags.index("--max-lora-rank") + 1] == "8"
     assert flags[flags.index("--lora-target-modules") + 1] == "q_proj"
     assert flags[flags.index("--max-loras") + 1] == "6"  # the user's word is the last
+
+
+def test_sglang_is_started_with_its_own_names_for_the_options(tmp_path: Path) -> None:
+    args = GymGRPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        gym_config_paths=["environment.yaml"],
+        max_completion_length=16,
+        gym_engine="sglang",
+        gym_sglang_python=sys.executable,
+        gym_sglang_args={"max_running_requests": 8, "lora-backend": "triton"},
+        vllm_max_model_length=64,
+        gym_weight_transport="adapter",
+        gym_max_adapters=4,
+    )
+    folder = build_random_policy(tmp_path / "policy")
+    policy = servers_for(args, str(folder), peft_config=LoraConfig(r=3, target_modules=["q_proj"])).new_policy()
+    command = policy._serving
+    words = command.words(host="127.0.0.1", port=7, listen_fd=3, name="policy")
+    assert words[:4] == [sys.executable, "-m", "trl_gym.policy_server.sglang", str(folder)]
+    assert words[words.index("--sglang-python") + 1] == sys.executable
+    told = {one[2:]: other for one, other in pairwise(words) if one.startswith("--")}
+    expected = {"dtype": "float32", "context-length": "64", "device": "cpu", "max-running-requests": "8"}
+    expected |= {"max-lora-rank": "3", "max-loaded-loras": "5", "max-loras-per-batch": "5"}
+    expected |= {"lora-target-modules": "q_proj", "lora-backend": "triton"}  # the user's word is the last
+    assert expected.items() <= told.items()
+    assert command.variables({}) == {"SGLANG_USE_CPU_ENGINE": "1"}
+    args.gym_weight_transport = "nccl"
+    with pytest.raises(ConfigError, match="and SGLang is sent weights by 'file' or 'adapter'"):
+        servers_for(args, str(folder)).new_policy()
 
 
 def test_a_managed_server_may_have_devices_of_its_own(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.given import home_path, home_words, usable_key
+from trl_gym.policy_server.parsers import Parsers
 from trl_gym.threads import WAIT_POLICY
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,28 @@ def flags_from(vllm_args: Mapping[str, Any] | Sequence[str] | None) -> list[str]
         raise ConfigError(f"`vllm_args` has names with leading dashes: {', '.join(dashed)}.", "Leave out the dashes.")
     named = {name.replace("_", "-"): value for name, value in vllm_args.items()}
     _refuse_own_flags(named)
-    return [part for name, value in named.items() for part in _flag(name, value)]
+    return [part for name, value in named.items() for part in flag_words(name, value)]
+
+
+class ServeCommand(Protocol):
+    """What the process of a policy server runs: an engine, with our middleware in it or our gateway in front.
+
+    Attributes:
+        parsers: What reads the model's tool calls and thinking; None where the engine itself decides.
+    """
+
+    @property
+    def parsers(self) -> Parsers | None: ...
+
+    def check(self, host: str, api_key: str | None, environment: Mapping[str, str]) -> None:
+        """Find what would fail only after seconds of loading. Raises `ConfigError`; see `check_before_start`."""
+
+    def variables(self, environment: Mapping[str, str]) -> Mapping[str, str]:
+        """Return what is added to the environment of the process, which is given."""
+
+    def words(self, *, host: str, port: int, listen_fd: int, name: str) -> list[str]:
+        """Return the command, without secrets. It serves on the inherited socket; see `policy_server/__main__.py` for
+        what it is told by its environment."""
 
 
 def serve_command(
@@ -180,19 +202,24 @@ def check_before_start(
     Raises:
         ConfigError: The server cannot be started so; lists every problem, each with its remedy.
     """
-    problems = [*_model_problems(model, flags), *(_vllm_problems() if engine == "vllm" else ())]
-    if not is_loopback(host) and not api_key:
-        problems.append(
-            Problem(
-                f"host={host!r} can be reached from other machines, and the server has routes that replace its "
-                "weights.",
-                "Give `api_key` too.",
-            )
-        )
+    problems = [*model_problems(model, flags), *(_vllm_problems() if engine == "vllm" else ())]
+    problems += reach_problems(host, api_key)
     if not is_loopback(host) and engine == "vllm":
         problems += _pickle_problems(host, flags, os.environ if env is None else env)
     if problems:
         raise ConfigError("The policy server cannot be started:", problems=problems)
+
+
+def reach_problems(host: str, api_key: str | None) -> list[Problem]:
+    """List what lets everybody on the network replace the policy's weights."""
+    if is_loopback(host) or api_key:
+        return []
+    return [
+        Problem(
+            f"host={host!r} can be reached from other machines, and the server has routes that replace its weights.",
+            "Give `api_key` too.",
+        )
+    ]
 
 
 def _refuse_own_flags(names: Iterable[str]) -> None:
@@ -204,7 +231,8 @@ def _refuse_own_flags(names: Iterable[str]) -> None:
         )
 
 
-def _flag(name: str, value: Any) -> list[str]:
+def flag_words(name: str, value: Any) -> list[str]:
+    """Return one flag as in `flags_from`."""
     flag = f"--{name}"
     if value is None:
         return []
@@ -220,7 +248,8 @@ def _flag(name: str, value: Any) -> list[str]:
     return [flag, home_path(str(value))]
 
 
-def _model_problems(model: str | Path, flags: list[str]) -> list[Problem]:
+def model_problems(model: str | Path, flags: list[str]) -> list[Problem]:
+    """List what a model folder lacks; nothing for a name on the model hub."""
     folder = Path(model)
     if not folder.is_dir():
         if isinstance(model, Path) or re.match(r"[./~]", str(model)):

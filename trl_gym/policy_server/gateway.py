@@ -348,6 +348,9 @@ class GatewayOptions:
     upstream_api_key: str | None = field(default=None, repr=False)
     start_timeout_s: float = 600.0  # how long to wait for the upstreams to answer
     log_level: str = "warning"  # one of logging's names, lower case; `debug` logs every request
+    # Of a gateway that is started by a program: an inherited socket that listens already, and what it says of itself.
+    listen_fd: int | None = None
+    nonce: str | None = None
 
 
 def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable[[str], None]) -> None:
@@ -376,7 +379,8 @@ def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable
             "Give --api-key too, or set $VLLM_API_KEY.",
         )
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    with _bind(options.host, options.port) as sock:
+    given = options.listen_fd
+    with _bind(options.host, options.port) if given is None else socket.socket(fileno=given) as sock:
         asyncio.run(_serve(urls, options, sock, ready, note))
 
 
@@ -433,6 +437,7 @@ def assemble(facts: Sequence[UpstreamFacts], options: GatewayOptions) -> tuple[U
     wire = sglang if facts[0].engine == "sglang" else PlainWire
     upstreams = UpstreamApp([fact.url for fact in facts], api_key=options.upstream_api_key, wire=wire)
     settings = Settings(
+        nonce=options.nonce,
         api_keys=(options.api_key,) if options.api_key else (),
         has_prompt_field=takes_prompt_field(facts),
         weight_transports=facts[0].weight_transports,

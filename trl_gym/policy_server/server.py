@@ -33,6 +33,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +43,7 @@ from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.given import VLLM_SOCKET_VARIABLE, VLLM_SOCKETS, home_path, socket_folder, usable_key
 from trl_gym.policy_server import command, splice_probe
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
-from trl_gym.policy_server.command import ENV_NONCE
+from trl_gym.policy_server.command import ENV_NONCE, ServeCommand
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.parsers import Parsers, choose
 from trl_gym.policy_server.transformers_engine.alone import chosen_parsers
@@ -105,8 +106,47 @@ class PolicyBackend(Protocol):
         """End its process, if it is ours. Idempotent."""
 
 
+@dataclass(frozen=True)
+class OwnCommand:
+    """A server of ours: vLLM's with our middleware inside, or one on transformers. A `ServeCommand`."""
+
+    model: str | Path
+    flags: list[str]  # of `command.flags_from`
+    engine: str = "vllm"  # one of `command.ENGINES`
+
+    @cached_property
+    def _chosen(self) -> tuple[Parsers, list[str]]:
+        """The parsers, and all flags."""
+        if self.engine == "transformers":
+            return chosen_parsers(self.model, self.flags), self.flags
+        return choose(self.model, self.flags)
+
+    @property
+    def parsers(self) -> Parsers:
+        return self._chosen[0]
+
+    def check(self, host: str, api_key: str | None, environment: Mapping[str, str]) -> None:
+        command.check_before_start(self.model, host, api_key, self.flags, environment, self.engine)
+
+    def variables(self, environment: Mapping[str, str]) -> Mapping[str, str]:
+        sockets = socket_folder(VLLM_SOCKETS, environment)
+        return {} if sockets == tempfile.gettempdir() else {VLLM_SOCKET_VARIABLE: sockets}
+
+    def words(self, *, host: str, port: int, listen_fd: int, name: str) -> list[str]:
+        return command.serve_command(
+            self.model,
+            host=host,
+            port=port,
+            listen_fd=listen_fd,
+            name=name,
+            flags=self._chosen[1],
+            engine=self.engine,
+        )
+
+
 class PolicyServer:
-    """An OpenAI server with the on-policy middleware: vLLM's, or one on transformers. Implements `PolicyBackend`.
+    """An OpenAI server behind the on-policy middleware: vLLM's, one on transformers, or another engine's. Implements
+    `PolicyBackend`.
 
     Args:
         model: Model folder or name.
@@ -123,6 +163,8 @@ class PolicyServer:
         engine: One of `command.ENGINES`. With `transformers`, `vllm_args` are flags of `transformers_engine/alone.py`.
         fork_server: Forks the process, at a restart too; started and stopped by whoever made it. Default: the process
             is executed, and imports vLLM.
+        serving: What its process runs, in place of `engine` and `vllm_args`: another engine's server
+            (`sglang.server.SglangCommand`).
 
     Raises:
         ConfigError: `vllm_args` cannot be turned into flags, or the key cannot be sent.
@@ -143,6 +185,7 @@ class PolicyServer:
         devices: str | None = None,
         engine: str = "vllm",
         fork_server: ForkServer | None = None,
+        serving: ServeCommand | None = None,
     ) -> None:
         self.model = Path(model).expanduser() if isinstance(model, Path) else home_path(model)
         self.model_name = served_model_name
@@ -150,12 +193,11 @@ class PolicyServer:
         self.state = ServerState.NEW
         self.log_path: Path | None = None
         self._host, self._port = host, port
-        self._flags = command.flags_from(vllm_args)
+        self._serving = serving or OwnCommand(self.model, command.flags_from(vllm_args), engine)
         self._env = dict(env or {}) | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
         self._log_dir = Path(log_dir).expanduser()
         self._start_timeout_s = start_timeout_s
         self._api_key = usable_key("api_key", api_key)
-        self._engine = engine
         self._fork_server = fork_server
         self._nonce = secrets.token_hex(16)
         self._process: ChildProcess | None = None  # None also for a server that we are attached to
@@ -220,31 +262,23 @@ class PolicyServer:
     @property
     def parsers(self) -> Parsers | None:
         """What reads the model's tool calls and thinking: as `vllm_args` say, or guessed from the model's files. None
-        for a server that was attached to, which does not tell."""
+        for a server that was attached to, which does not tell, and for an engine that decides itself."""
         is_elsewhere = self._client is not None and self._process is None
-        return None if is_elsewhere else self._chosen[0]
-
-    @cached_property
-    def _chosen(self) -> tuple[Parsers, list[str]]:
-        """The parsers, and all flags."""
-        if self._engine == "transformers":
-            return chosen_parsers(self.model, self._flags), self._flags
-        return choose(self.model, self._flags)
+        return None if is_elsewhere else self._serving.parsers
 
     def start(self) -> PolicyServer:
         """Bind the port and start loading; returns at once.
 
         Raises:
-            ConfigError: The model folder, vLLM, the address or TMPDIR cannot work; nothing is started then.
+            ConfigError: The model folder, the engine, the address or TMPDIR cannot work; nothing is started then.
             PolicyServerError: The port is taken.
         """
         self._demand("start", ServerState.NEW)
         environment = {**os.environ, **self._env}
-        command.check_before_start(self.model, self._host, self._api_key, self._flags, environment, self._engine)
-        for line in self._chosen[0].lines():
+        self._serving.check(self._host, self._api_key, environment)
+        for line in self._serving.parsers.lines() if self._serving.parsers is not None else ():
             logger.info("%s", line)
-        if (sockets := socket_folder(VLLM_SOCKETS, environment)) != tempfile.gettempdir():
-            self._env[VLLM_SOCKET_VARIABLE] = sockets
+        self._env |= self._serving.variables(environment)
         try:
             sock = bind_socket(self._host, self._port)
         except OSError as error:
@@ -366,15 +400,7 @@ class PolicyServer:
         try:
             self._process = ChildProcess(
                 "policy server",
-                command.serve_command(
-                    self.model,
-                    host=self._host,
-                    port=self._port,
-                    listen_fd=sock.fileno(),
-                    name=self.model_name,
-                    flags=self._chosen[1],
-                    engine=self._engine,
-                ),
+                self._serving.words(host=self._host, port=self._port, listen_fd=sock.fileno(), name=self.model_name),
                 log_path=self.log_path,
                 # A key of the user's shell must not become the server's without our client knowing it.
                 env={**server_environment(), "VLLM_API_KEY": self._api_key, **self._env, ENV_NONCE: self._nonce},
@@ -476,8 +502,12 @@ _PREFIX = re.compile(r"^(?:\((?:\w+)(?: \w+)* pid=\d+\) )?(?:(?:ERROR|CRITICAL) 
 _CAUSE = re.compile(r"^(?:[\w.]*(?:Error|Exception)(?:: .+|$)|(?:[\w. -]+: )?error: .+)")
 _PYDANTIC = re.compile(r"validation errors? for \w+$")  # the reason is on the next line
 
-# Logged by processes that only notice that another one failed.
-_CONSEQUENCES = ("Engine core initialization failed", "Engine core proc", "WorkerProc initialization failed")
+# Logged by processes that only notice that another one failed, and by SGLang when it asks itself too early.
+_CONSEQUENCES = (
+    *("Engine core initialization failed", "Engine core proc", "WorkerProc initialization failed"),
+    *("Please see the error messages above", "/freeze_gc", "ConnectionRefusedError: [Errno 111]"),
+    "NewConnectionError: HTTPConnection(host='127.0.0.1'",
+)
 
 _REMEDIES: list[tuple[str, str]] = [
     (r"Repo id must be in the form", "Give a model path that exists on this machine, or a name on the hub."),
@@ -487,11 +517,17 @@ _REMEDIES: list[tuple[str, str]] = [
     ),
     (
         r"unrecognized arguments",
-        "Leave out the flag that this vLLM does not know; `vllm serve --help=all` lists those that it knows.",
+        "Leave out the flag that this engine does not know; `vllm serve --help=all` (`python -m sglang.launch_server "
+        "--help`) lists those that it knows.",
     ),
     (
         r"[Ii]nvalid tool call parser",
         "Choose one of the names in the message, or load your own with --tool-parser-plugin.",
+    ),
+    (
+        r"(?:increase|raise|Raise) --mem-fraction-static",
+        "Raise `vllm_gpu_memory_utilization` (SGLang's mem-fraction-static) or lower `vllm_max_model_length`: weights "
+        "and cache do not fit.",
     ),
     (
         r"No available memory for the cache blocks|larger than the available KV cache|KV cache is needed|"

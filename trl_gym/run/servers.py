@@ -35,13 +35,14 @@ from trl_gym.policy_server.command import api_key_from_environment
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
+from trl_gym.policy_server.sglang import server as sglang
 from trl_gym.policy_server.splice_probe import check_splice, check_tools
 from trl_gym.policy_server.transformers_engine.server import TransformersServer
 from trl_gym.processes import ServerState
 from trl_gym.ranks import agreed, on_main
 from trl_gym.run import in_process
 from trl_gym.run.recovery import PolicyRecovery, end_interrupted_update
-from trl_gym.weight_sync.transports.plan import plan_transport
+from trl_gym.weight_sync.transports.plan import TransportPlan, plan_transport
 
 logger = logging.getLogger(__name__)
 
@@ -268,12 +269,11 @@ class RunServers:
         if args.vllm_mode == "server":
             key = api_key_from_environment()
             return PolicyServer.attach(args.vllm_server_base_url, api_key=key, timeout_s=args.vllm_server_timeout)
-        if engines.started_engine(args) == "sglang":
-            raise ConfigError(
-                "`gym_engine` is 'sglang' and `vllm_mode` 'colocate': SGLang is not started from here.",
-                "Start it, and name it with `vllm_server_base_url` and `vllm_mode` 'server'.",
-            )
         flags, environment = self._start_options()
+        if engines.started_engine(args) == "sglang":
+            python = sglang.find_python(args.gym_sglang_python)
+            command = sglang.SglangCommand(model := self._servable(), sglang.flags_from(flags), python, environment)
+            return PolicyServer(model, serving=command, **self._placement)
         if self._fork_server is None:
             devices = args.gym_server_devices
             placed = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
@@ -282,12 +282,19 @@ class RunServers:
             self._servable(),
             vllm_args=flags,
             env=environment,
-            log_dir=args.gym_log_dir,
-            start_timeout_s=args.gym_server_start_timeout,
-            api_key=api_key_from_environment() or secrets.token_urlsafe(_API_KEY_BYTES),
-            devices=args.gym_server_devices,
             fork_server=self._fork_server,
+            **self._placement,
         )
+
+    @property
+    def _placement(self) -> dict[str, Any]:
+        """Arguments of a `PolicyServer` of any engine."""
+        return {
+            "log_dir": self._args.gym_log_dir,
+            "start_timeout_s": self._args.gym_server_start_timeout,
+            "api_key": api_key_from_environment() or secrets.token_urlsafe(_API_KEY_BYTES),
+            "devices": self._args.gym_server_devices,
+        }
 
     def new_gym(self) -> GymServers:
         """Return the NeMo Gym that the configuration names: one to start, or one that runs."""
@@ -333,7 +340,8 @@ class RunServers:
         if self.policy is None:
             self.policy = self.new_policy()
         if self.policy.state is ServerState.NEW:
-            compat.check_versions(("vllm",))
+            if engines.started_engine(self._args) == "vllm":
+                compat.check_versions(("vllm",))
             self._show_parsers()
             if self._own_fork_server is not None:
                 self._own_fork_server.start()
@@ -468,6 +476,9 @@ def server_options(
     """
     on_cuda = torch.cuda.is_available() and not args.use_cpu
     transport = plan_transport(args, model, peft_config, quantization_config, on_cuda=on_cuda)
+    if engines.started_engine(args) == "sglang":
+        gpus = _gpu_flags(args, model, peft_config, quantization_config, num_processes) if on_cuda else None
+        return _sglang_options(args, transport, gpus)
     flags: dict[str, Any] = {"dtype": args.serving_dtype, **transport.server_flags()}
     flags["max-model-len"] = args.vllm_max_model_length or "auto"  # as long as memory allows, instead of no start
     if args.trust_remote_code:
@@ -477,6 +488,38 @@ def server_options(
     else:
         flags["enforce-eager"] = True  # compiling for a CPU takes longer than it saves
     return flags | _own_flags(args), transport.server_environment()
+
+
+# Flags of vLLM and what they are called by SGLang, where they mean the same. vLLM's share of a GPU is of everything
+# that the server has there, SGLang's of weights and cache.
+_SGLANG_NAMES = {
+    "tensor-parallel-size": "tp-size",
+    "gpu-memory-utilization": "mem-fraction-static",
+    "enable-sleep-mode": "enable-memory-saver",
+}
+
+
+def _sglang_options(
+    args: GymGRPOConfig, transport: TransportPlan, gpus: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """Return flags and environment of SGLang's server.
+
+    Args:
+        args: The trainer's configuration.
+        transport: How it gets weights.
+        gpus: vLLM's flags for the GPUs; None where there are none.
+    """
+    flags: dict[str, Any] = {"dtype": args.serving_dtype, **transport.sglang_flags()}
+    if args.vllm_max_model_length is not None:
+        flags["context-length"] = args.vllm_max_model_length
+    if args.trust_remote_code:
+        flags["trust-remote-code"] = True
+    if gpus is None:
+        flags |= sglang.CPU_FLAGS
+    else:
+        flags |= {_SGLANG_NAMES[name]: value for name, value in gpus.items()}
+    own = {flag.lstrip("-").replace("_", "-"): value for flag, value in (args.gym_sglang_args or {}).items()}
+    return flags | own, sglang.CPU_ENVIRONMENT if gpus is None else {}
 
 
 def show_notes(args: GymGRPOConfig, *, adapts: bool) -> None:

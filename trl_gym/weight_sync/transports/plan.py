@@ -115,6 +115,30 @@ class TransportPlan:
         assert self.adapter is not None  # else `plan_transport` had refused
         return flags | lora_flags(self.adapter, self.args.gym_max_adapters)
 
+    def sglang_flags(self) -> dict[str, Any]:
+        """Return the flags of SGLang's server that we start. Whole weights need none.
+
+        Raises:
+            ConfigError: SGLang takes no weights this way.
+        """
+        wanted = self.args.gym_weight_transport
+        if wanted not in ("auto", "file", "adapter"):
+            raise ConfigError(
+                f"`gym_weight_transport` is {wanted!r}, and SGLang is sent weights by 'file' or 'adapter'.",
+                "Leave it at 'auto'.",
+            )
+        if not self.sends_adapter:
+            return {}
+        assert self.adapter is not None  # else `plan_transport` had refused
+        flags = {
+            "enable-lora": True,
+            "max-lora-rank": self.adapter.rank,
+            # Requests without one count as well; SGLang must hold as many as it may use at a time.
+            **dict.fromkeys(("max-loras-per-batch", "max-loaded-loras"), self.args.gym_max_adapters + 1),
+            "lora-target-modules": list(self.adapter.targets),
+        }
+        return flags if self.on_cuda else {**flags, "lora-backend": "torch_native"}
+
     def server_environment(self) -> Mapping[str, str]:
         """Return environment variables for a server that we start, which listens on a loopback address."""
         return ENVIRONMENT if self.backend == "ipc" else {}
