@@ -16,14 +16,18 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from tests.e2e.servers import calls_of, tagged
+from tests.e2e.servers import calls_of, random_like, tagged
 from tests.e2e.training import CALCULATOR, RecordingTrainer, config, gap
+from tests.weight_sync.streams import Stream
 from trl_gym import load_gym_dataset
 from trl_gym.errors import PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.sglang.server import PYTHON_VARIABLE
 from trl_gym.rollouts.journal import read_journal
+from trl_gym.weight_sync import sglang_transfer
+from trl_gym.weight_sync.transports.nccl import NcclTransport
 
 pytestmark = [
     pytest.mark.e2e,
@@ -33,6 +37,8 @@ pytestmark = [
 
 NUM_STEPS = 3
 MAX_GAP = 1e-3  # nats, in float32
+Json = dict[str, Any]
+
 USER = {"role": "user", "content": "What is 47 + 36?"}
 
 
@@ -71,7 +77,7 @@ def client(run: RecordingTrainer) -> PolicyClient:
 def test_it_is_sglang_that_samples(client: PolicyClient) -> None:
     info = client.info()
     assert (info["engine"], info["model_names"], info["max_model_len"]) == ("sglang", ["policy"], 512)
-    assert info["weight_transports"] == ["file"]
+    assert info["weight_transports"] == ["file", "nccl"]
 
 
 def test_every_sampled_token_is_kept_and_computed_alike(run: RecordingTrainer) -> None:
@@ -97,26 +103,41 @@ def test_each_step_samples_with_the_weights_of_the_last(run: RecordingTrainer, c
     assert gaps and max(gaps) < MAX_GAP
 
 
-def test_a_cancelled_rollout_ends_at_once(client: PolicyClient) -> None:
-    tag = tagged()
-    answers: list[dict[str, Any]] = []
-    body = {"messages": [USER], "max_tokens": 400, "ignore_eos": True, "trl_gym": tag}
-    calling = threading.Thread(target=lambda: answers.append(client.singly()[0].chat(timeout_s=120.0, **body)))
-    calling.start()
-    while not client.cancel_rollouts([tag["rollout"]]):  # until the call has arrived
-        assert calling.is_alive()
-    calling.join(60.0)
-    assert not calling.is_alive()
+@pytest.fixture
+def calling(client: PolicyClient) -> Iterator[tuple[Json, threading.Thread]]:
+    """A call of 400 tokens, which is being sampled."""
+    tag, other = tagged(), PolicyClient(client.base_urls, api_key=client.api_key, timeout_s=120.0)
 
+    def call() -> None:
+        other.chat(messages=[USER], max_tokens=400, ignore_eos=True, trl_gym=tag)
 
-def test_a_call_over_a_sync_tells_both_versions(client: PolicyClient, small_policy: Path) -> None:
-    tag = tagged()
-    other = client.singly()[0]
-    body = {"messages": [USER], "max_tokens": 400, "ignore_eos": True, "trl_gym": tag}
-    calling = threading.Thread(target=lambda: other.chat(timeout_s=120.0, **body))
-    calling.start()
+    thread = threading.Thread(target=call)
+    thread.start()
     while not running(client):
-        assert calling.is_alive()
+        assert thread.is_alive()
+    yield tag, thread
+    thread.join(120.0)
+    other.close()
+
+
+def running(client: PolicyClient) -> float:
+    lines = "\n".join(client.prometheus()).splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("sglang:num_running_reqs{"))
+
+
+def test_a_cancelled_rollout_ends_at_once(client: PolicyClient, calling: tuple[Json, threading.Thread]) -> None:
+    tag, thread = calling
+    assert client.cancel_rollouts([tag["rollout"]]) == 1
+    thread.join(60.0)
+    assert not thread.is_alive()
+    [record] = client.rollout_records([tag["rollout"]])[tag["rollout"]]
+    assert record["completion_tokens"] is None or record["completion_tokens"] < 400
+
+
+def test_a_call_over_a_sync_tells_both_versions(
+    client: PolicyClient, small_policy: Path, calling: tuple[Json, threading.Thread]
+) -> None:
+    tag, thread = calling
     client.pause("keep")
     before = client.weight_version()
     client.start_weight_update()
@@ -124,16 +145,30 @@ def test_a_call_over_a_sync_tells_both_versions(client: PolicyClient, small_poli
     client.finish_weight_update("later")
     client.reset_caches(running=True)
     client.resume()
-    calling.join(120.0)
+    thread.join(120.0)
     [record] = client.rollout_records([tag["rollout"]])[tag["rollout"]]
     assert (record["weight_version"], record["last_version"]) == (before, "later")
     [call] = calls_of(client, tag)
     assert len(call.generation_ids) == len(call.logprobs) == 400
 
 
-def running(client: PolicyClient) -> float:
-    lines = "\n".join(client.prometheus()).splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("sglang:num_running_reqs{"))
+def test_a_broadcast_over_gloo_arrives(client: PolicyClient, small_policy: Path) -> None:
+    model = random_like(small_policy, seed=3)
+    transport = NcclTransport(transfer=sglang_transfer)
+    transport.connect(client)
+    client.pause("keep")
+    client.start_weight_update()
+    transport.send(Stream(dict(model.named_parameters())), client, "sent")
+    client.finish_weight_update("sent")
+    client.reset_caches(running=True)
+    client.resume()
+    transport.disconnect()
+    ids = [5, 9, 300, 17, 44, 120, 8]
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    assert client.prompt_logprobs([ids])[0] == pytest.approx(expected, abs=MAX_GAP)
+    assert client.weight_version() == "sent"
 
 
 def test_death_is_found_and_a_restart_has_the_address(run: RecordingTrainer, client: PolicyClient) -> None:

@@ -28,10 +28,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import uvicorn
 from aiohttp import web
 from safetensors.torch import load_file
@@ -100,6 +102,8 @@ class FakeSglang:
         self.running: dict[str, Running] = {}
         self.adapters: dict[str, tuple[str, Any]] = {}
         self.asleep: set[str] = set()
+        self.group: Any = None  # of a weight update from a trainer's process
+        self.is_updating = False
         self.num_generated = self.num_prompted = self.port = 0
         self.ready.set()
 
@@ -465,6 +469,48 @@ class FakeSglang:
                     one.events.append((self.version, len(one.output)))
         self.version = version
 
+    async def _join_group(self, body: Json) -> Json:
+        """As `init_custom_process_group` (`utils/common.py`): its prefixes of the store's keys are torch's own."""
+        wait = timedelta(seconds=30)
+        port, size, name = body["master_port"], body["world_size"], body["group_name"]
+
+        def join() -> dist.ProcessGroup:
+            keys: Any = dist.TCPStore(body["master_address"], port, size, False, wait)
+            for prefix in (name, f"{name}/", "cpu/"):
+                keys = dist.PrefixStore(prefix, keys)
+            return dist.ProcessGroupGloo(keys, body["rank_offset"], size, wait)
+
+        assert body["backend"] == "gloo"
+        self.group = await asyncio.to_thread(join)
+        return {"success": True, "message": "Succeeded to initialize custom process group."}
+
+    def _leave_group(self, body: Json) -> Any:
+        gone, self.group = self.group, None
+        return web.json_response({"success": gone is not None, "message": ""}, status=200 if gone else 400)
+
+    def _begin_update(self, _: Json) -> Any:
+        was, self.is_updating = self.is_updating, True
+        return web.json_response({"success": not was, "message": "already open"}, status=400 if was else 200)
+
+    async def _receive(self, body: Json) -> Any:
+        if not self.is_updating:
+            return web.json_response({"success": False, "message": "must run between begin and end"}, status=400)
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        state, received = self.model.state_dict(), {}
+        for name, kind, shape in zip(body["names"], body["dtypes"], body["shapes"], strict=True):
+            tensor = torch.empty(shape, dtype=getattr(torch, kind))
+            await asyncio.to_thread(lambda one: self.group.broadcast([one], options).wait(), tensor)
+            received[name] = tensor
+        if unknown := set(received) - set(state):
+            return web.json_response({"success": False, "message": f"unknown: {unknown}"}, status=400)
+        self.model.load_state_dict(state | received)
+        return {"success": True, "message": "Succeeded to update parameter online."}
+
+    def _end_update(self, _: Json) -> Any:
+        was, self.is_updating = self.is_updating, False
+        return web.json_response({"success": was, "message": "none is open"}, status=200 if was else 400)
+
     def _update_version(self, body: Json) -> Json:
         if body.get("abort_all_requests", True):
             self._abort({"abort_all": True})
@@ -522,6 +568,11 @@ _ROUTES = {
     ("POST", "/abort_request"): "_abort",
     ("POST", "/flush_cache"): "_flush",
     ("POST", "/update_weights_from_disk"): "_update_from_disk",
+    ("POST", "/init_weights_update_group"): "_join_group",
+    ("POST", "/destroy_weights_update_group"): "_leave_group",
+    ("POST", "/begin_weight_update"): "_begin_update",
+    ("POST", "/update_weights_from_distributed"): "_receive",
+    ("POST", "/end_weight_update"): "_end_update",
     ("POST", "/update_weight_version"): "_update_version",
     ("POST", "/load_lora_adapter"): "_load_adapter",
     ("POST", "/unload_lora_adapter"): "_unload_adapter",

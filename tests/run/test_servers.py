@@ -205,8 +205,8 @@ def test_sglang_is_started_with_its_own_names_for_the_options(tmp_path: Path) ->
     expected |= {"lora-target-modules": "q_proj", "lora-backend": "triton"}  # the user's word is the last
     assert expected.items() <= told.items()
     assert command.variables({}) == {"SGLANG_USE_CPU_ENGINE": "1"}
-    args.gym_weight_transport = "nccl"
-    with pytest.raises(ConfigError, match="and SGLang is sent weights by 'file' or 'adapter'"):
+    args.gym_weight_transport = "ipc"
+    with pytest.raises(ConfigError, match="and SGLang is sent weights by 'file', 'nccl' or 'adapter'"):
         servers_for(args, str(folder)).new_policy()
 
 

@@ -118,7 +118,7 @@ def test_a_broadcast_is_what_vllm_unpacks() -> None:
 
     arriving = iter(wire)
     receiver = SimpleNamespace(broadcast=lambda tensor, src: tensor.copy_(next(arriving)))
-    told = NCCLWeightTransferUpdateInfo(**vllm_transfer.nccl_update_info(Stream(TENSORS).metadata()))
+    told = NCCLWeightTransferUpdateInfo(**vllm_transfer.nccl_update_infos(Stream(TENSORS).metadata(), 1)[0])
     agreed = NCCLWeightTransferInitInfo(
         **vllm_transfer.nccl_init_info(address="127.0.0.1", port=1, world_size=2, buffer_bytes=BUFFER_BYTES)
     )

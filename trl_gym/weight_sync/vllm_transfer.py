@@ -161,14 +161,20 @@ def nccl_init_info(*, address: str, port: int, world_size: int, buffer_bytes: in
     }
 
 
-def nccl_update_info(parameters: Iterable[WeightMeta]) -> dict[str, Any]:
-    """Return the body of `/update_weights`: the tensors that will be broadcast, in this order."""
+def nccl_update_infos(parameters: Iterable[WeightMeta], buffer_bytes: int) -> list[dict[str, Any]]:
+    """Return the body of the only `/update_weights`: the tensors that will be broadcast, in this order."""
     sent = [on_the_wire(one) for one in parameters]
-    return {
+    info = {
         "names": [one.name for one in sent],
         "dtype_names": [str(one.dtype).removeprefix("torch.") for one in sent],
         "shapes": [list(one.shape) for one in sent],
     }
+    return [info]
+
+
+def own_device() -> int:
+    """Return the index of our GPU. Raises `AssertionError` or `RuntimeError` where there is none."""
+    return int(torch.cuda.current_device())
 
 
 def join_nccl(listener: socket.socket, *, device: int, world_size: int, timeout_s: float) -> NcclLink:
@@ -215,8 +221,8 @@ def staged(tensor: torch.Tensor, device: int) -> tuple[torch.Tensor, torch.cuda.
 def broadcast(
     link: NcclLink, tensors: Iterable[tuple[str, tuple[torch.Tensor, torch.cuda.Event]]], buffer_bytes: int
 ) -> None:
-    """Broadcast in packed buffers, in the order of `nccl_update_info`. Blocks as long as a worker does not listen: run
-    it in a thread.
+    """Broadcast in packed buffers, in the order of `nccl_update_infos`. Blocks as long as a worker does not listen:
+    run it in a thread.
 
     Args:
         link: Connection to the server's workers.

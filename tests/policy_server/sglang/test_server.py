@@ -107,7 +107,7 @@ def test_it_is_ready_when_the_gateway_in_front_answers_and_dies_with_sglang(
     with server_of(stand_in) as server:
         info = server.client.info()
         assert (info["engine"], info["engine_version"], info["model_names"]) == ("sglang", "0.5.23", ["policy"])
-        assert info["weight_transports"] == ["file"] and server.max_model_len == 64
+        assert info["weight_transports"] == ["file", "nccl"] and server.max_model_len == 64
         log = server.log_path.read_text()  # type: ignore[union-attr]
         assert "server_args=ServerArgs(api_key='***', port=" in log  # a secret of the two
         assert (

@@ -18,13 +18,16 @@ from tests.policy_server.adapter_folder import write_adapter
 from tests.policy_server.fake_sglang import FakeSglang, behind_gateway, running
 from tests.policy_server.fake_upstream import FakeUpstream
 from tests.policy_server.tiny_model import build_model, build_random_policy
-from trl_gym.errors import PolicyServerError
+from tests.weight_sync.streams import Stream
+from trl_gym.errors import PolicyServerError, WeightSyncError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.gateway import check_upstreams
 from trl_gym.policy_server.middleware.ledger import CallRecord, Taken
 from trl_gym.policy_server.sglang.dialect import UnsupportedError
 from trl_gym.policy_server.sglang.wire import weight_folder
 from trl_gym.rollouts.trajectory import model_calls
+from trl_gym.weight_sync import sglang_transfer
+from trl_gym.weight_sync.transports.nccl import NcclTransport
 
 Json = dict[str, Any]
 
@@ -110,7 +113,7 @@ async def test_what_an_upstream_is_is_found_out_by_asking(policy: Path) -> None:
             await check_upstreams([fake.url, other.url], api_key=None, timeout_s=60.0, note=notes.append)
         await other.stop()
     assert (facts.engine, facts.version, facts.has_prompt_field) == ("sglang", "0.5.23", True)
-    assert (facts.raw_logprobs, facts.weight_transports, notes) == (False, ("file",), [])
+    assert (facts.raw_logprobs, facts.weight_transports, notes) == (False, ("file", "nccl"), [])
 
 
 async def test_raw_logprobs_are_measured(policy: Path) -> None:
@@ -223,6 +226,34 @@ def test_weights_from_a_file(client: PolicyClient, fake: FakeSglang, tmp_path: P
     assert [one.weight_version for one in records(client, f"file{nameless}")] == ["7"]
 
 
+def test_weights_by_broadcast(client: PolicyClient, fake: FakeSglang) -> None:
+    """Over gloo, in several calls of a buffer's size; the second trainer finds the first one's group."""
+    for version in ("10", "11"):
+        state = build_model(fake.tokenizer, tie=True, seed=int(version)).state_dict()
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+        transport = NcclTransport(buffer_mb=1, transfer=sglang_transfer)
+        transport._buffer_bytes = 100_000
+        transport.connect(client)
+        client.pause("keep")
+        client.start_weight_update()
+        num_bytes = transport.send(Stream(state), client, version)
+        client.finish_weight_update(version)
+        client.reset_caches(running=True)
+        client.resume()
+        assert num_bytes == sum(tensor.nbytes for tensor in state.values())
+        assert all(torch.equal(fake.model.state_dict()[name], tensor) for name, tensor in state.items())
+        assert client.weight_version() == version
+    assert len(fake.asked("/update_weights_from_distributed")) > 4
+    client.pause("keep")
+    client.start_weight_update()
+    with pytest.raises(WeightSyncError, match="The NCCL group was given up"):
+        transport.disconnect()
+        transport.send(Stream({}), client, "12")
+    assert not client.abandon_weight_update()
+    client.resume()
+    assert client.weight_version() == "11"
+
+
 def test_weights_that_cannot_be_loaded(client: PolicyClient, tmp_path: Path) -> None:
     save_file({"other": torch.ones(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(PolicyResponseError, match="no weight update was started"):
@@ -235,8 +266,8 @@ def test_weights_that_cannot_be_loaded(client: PolicyClient, tmp_path: Path) -> 
     with pytest.raises(UnsupportedError), weight_folder(str(tmp_path / "missing")):
         pass
     assert not client.abandon_weight_update()
-    with pytest.raises(PolicyResponseError, match="from files only"):
-        client.init_weight_transfer({"master_address": "a"})
+    with pytest.raises(PolicyResponseError, match="by file or by nccl"):
+        client.init_weight_transfer({"packed": True})
     secret = tmp_path / "secret"
     secret.write_text("s")
     client.init_weight_transfer({"probe": str(secret), "secret": "s"})

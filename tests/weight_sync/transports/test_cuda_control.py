@@ -78,7 +78,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(vllm_transfer, "broadcast", broadcast)
     monkeypatch.setattr(vllm_transfer, "staged", lambda tensor, device: tensor.clone())
     monkeypatch.setattr(nccl, "_own_client", lambda client: client)
-    monkeypatch.setattr(nccl, "_device", lambda: 0)
+    monkeypatch.setattr(vllm_transfer, "own_device", lambda: 0)
     yield wire
     wire.over.set()
 

@@ -16,6 +16,7 @@ from tests.policy_server.tiny_model import build_model, build_random_policy, bui
 from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, UnsupportedVersionError
 from trl_gym.run.servers import server_options
+from trl_gym.weight_sync import sglang_transfer
 from trl_gym.weight_sync.source import quantization_of
 from trl_gym.weight_sync.transports.adapter import AdapterTransport
 from trl_gym.weight_sync.transports.file import FileTransport
@@ -41,12 +42,16 @@ SERVED = {
 QUANTIZATION = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
 
 
-def server(*accepted: str, url: str = HERE, pickle: bool = True, **config: Any) -> Any:
+def server(*accepted: str, url: str = HERE, pickle: bool = True, engine: str = "vllm", **config: Any) -> Any:
     environment = {"VLLM_ALLOW_INSECURE_SERIALIZATION": pickle}
     return SimpleNamespace(
         base_urls=tuple(url.split(",")),
         weight_transports=accepted,
-        client=SimpleNamespace(server_environment=lambda: environment, server_config=lambda: SERVED | config),
+        client=SimpleNamespace(
+            server_environment=lambda: environment,
+            server_config=lambda: SERVED | config,
+            info=lambda: {"engine": engine},
+        ),
     )
 
 
@@ -198,6 +203,13 @@ def test_vllm_is_needed_on_our_side_too(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("trl_gym.compat.installed_version", lambda package: None)
     with pytest.raises(UnsupportedVersionError, match="vllm is not installed"):
         plan(on_cuda=True).connect(server(name))
+
+
+def test_a_broadcast_to_sglang_needs_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl_gym.compat.installed_version", lambda package: None)
+    chosen = plan("nccl", on_cuda=True).connect(server("file", "nccl", engine="sglang"))
+    assert isinstance(chosen, NcclTransport) and chosen._transfer is sglang_transfer
+    assert isinstance(plan(on_cuda=True).connect(server("file", "nccl", engine="sglang")), FileTransport)
 
 
 def test_a_server_on_another_host_needs_a_shared_folder(tmp_path: Path) -> None:

@@ -423,7 +423,7 @@ def num_replicas(args: Mapping[str, Any]) -> int:
 
 def weight_transports(args: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the ways in which the server takes weights, by their names in `gym_weight_transport`."""
-    return ("adapter",) if args.get("enable_lora") else ("file",)
+    return ("adapter",) if args.get("enable_lora") else ("file", "nccl")
 
 
 def server_config(args: Mapping[str, Any], *, raw_logprobs: bool | None) -> dict[str, Any]:
@@ -538,6 +538,23 @@ def disk_request(folder: str) -> dict[str, Any]:
     """Return `/update_weights_from_disk` from a folder with safetensors. The caches go with the old weights; the
     version comes with `version_request`."""
     return {"model_path": folder, "flush_cache": True, "abort_all_requests": False}
+
+
+def group_request(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `/init_weights_update_group` for the `init_info` of a broadcast; its caller is rank 0."""
+    names = ("master_address", "master_port", "rank_offset", "world_size")
+    return {
+        **{name: info.get(name) for name in names},
+        "group_name": info.get("group_name", "trl_gym"),
+        "backend": info.get("backend", "nccl"),
+    }
+
+
+def distributed_request(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `/update_weights_from_distributed` for the `update_info` of a broadcast. The caches go with the old
+    weights; the version comes with `version_request`."""
+    names = ("names", "dtypes", "shapes")
+    return {**{name: info.get(name) for name in names}, "group_name": "trl_gym", "flush_cache": True}
 
 
 def version_request(version: Any) -> dict[str, Any]:

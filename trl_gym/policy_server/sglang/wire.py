@@ -149,6 +149,7 @@ class SglangWire:
         self.args: dict[str, Any] | None = None
         self._adapters: frozenset[str] = frozenset()
         self._is_updating = self._has_weights = False  # since `/start_weight_update`; since `/update_weights`
+        self._is_receiving = False  # since `/begin_weight_update`, which a broadcast needs
         self._asleep: set[str] = set()  # tags of memory that is given back
         self._aborting: set[asyncio.Task[None]] = set()
         self._handlers: dict[tuple[str, str], _Handler] = {
@@ -410,10 +411,12 @@ class SglangWire:
 
     async def _init_transfer(self, call: _Call) -> Any:
         info = call.body.get("init_info") or {}
+        if "master_address" in info:
+            return await self._join_group(call, dialect.group_request(info))
         if unknown := sorted(set(info) - {"probe", "secret"}):
             raise dialect.UnsupportedError(
-                f"SGLang takes weights from files only through this gateway (init_info has {', '.join(unknown)}); set "
-                "`gym_weight_transport` to 'file'."
+                f"SGLang takes weights by file or by nccl through this gateway (init_info has {', '.join(unknown)}); "
+                "set `gym_weight_transport` to one of them."
             )
         if "probe" in info and _text_in(info["probe"]) != info.get("secret"):
             raise dialect.UnsupportedError(
@@ -425,19 +428,43 @@ class SglangWire:
         self._is_updating, self._has_weights = True, False
         return {}
 
+    async def _join_group(self, call: _Call, request: dict[str, Any]) -> Any:
+        """Let SGLang's workers meet a trainer; the group of one that is gone is in the way."""
+        name = {"group_name": request["group_name"]}
+        await ask(call.session, call.url, call.of("POST", "/destroy_weights_update_group", name))
+        await call.ask("POST", "/init_weights_update_group", request)
+        return {}
+
     async def _update_weights(self, call: _Call) -> Any:
-        path = (call.body.get("update_info") or {}).get("path")
+        info = call.body.get("update_info") or {}
+        path = info.get("path")
         is_updating, self._is_updating = self._is_updating, False
-        if not is_updating or not isinstance(path, str):
+        if is_updating and "names" in info:
+            await self._receive(call, info)
+        elif is_updating and isinstance(path, str):
+            with weight_folder(path) as folder:
+                await call.ask("POST", "/update_weights_from_disk", dialect.disk_request(str(folder)))
+        else:
+            await self._end_receiving(call)
             raise AnsweredError(Reply.error(400, "no weight update was started, or its `path` is missing"))
-        with weight_folder(path) as folder:
-            await call.ask("POST", "/update_weights_from_disk", dialect.disk_request(str(folder)))
         self._is_updating = self._has_weights = True
         return {}
+
+    async def _receive(self, call: _Call, info: dict[str, Any]) -> None:
+        if not self._is_receiving:
+            await call.ask("POST", "/begin_weight_update", {})
+            self._is_receiving = True
+        await call.ask("POST", "/update_weights_from_distributed", dialect.distributed_request(info))
+
+    async def _end_receiving(self, call: _Call) -> None:
+        if self._is_receiving:
+            self._is_receiving = False
+            await call.ask("POST", "/end_weight_update", {})
 
     async def _finish_update(self, call: _Call) -> Any:
         if not (self._is_updating and self._has_weights):
             raise AnsweredError(Reply.error(400, "no weight update was started, or it has brought no weights"))
+        await self._end_receiving(call)
         if (version := call.body.get("weight_version")) is not None:
             await call.ask("POST", "/update_weight_version", dialect.version_request(version))
         self._is_updating = False

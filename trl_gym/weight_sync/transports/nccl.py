@@ -17,8 +17,8 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -29,10 +29,34 @@ from trl_gym.processes import bind_socket
 from trl_gym.weight_sync import vllm_transfer
 
 if TYPE_CHECKING:
-    from trl_gym.weight_sync.protocol import WeightStream
+    from trl_gym.weight_sync.protocol import WeightMeta, WeightStream
 
 
 T = TypeVar("T")
+
+
+class Link(Protocol):
+    """A connection to the server's workers.
+
+    Attributes:
+        device: Index of our GPU.
+    """
+
+    @property
+    def device(self) -> Any: ...
+    def abort(self) -> None:
+        """End collectives that hang. Returns at once."""
+
+
+class Transfer(Protocol):
+    """What the engine of the server decides: `vllm_transfer` and `sglang_transfer` are two, and say the rest."""
+
+    def own_device(self) -> Any: ...
+    def nccl_init_info(self, *, address: str, port: int, world_size: int, buffer_bytes: int) -> dict[str, Any]: ...
+    def nccl_update_infos(self, parameters: Iterable[WeightMeta], buffer_bytes: int) -> list[dict[str, Any]]: ...
+    def join_nccl(self, listener: socket.socket, *, device: Any, world_size: int, timeout_s: float) -> Any: ...
+    def staged(self, tensor: torch.Tensor, device: Any) -> Any: ...
+    def broadcast(self, link: Any, tensors: Iterable[tuple[str, Any]], buffer_bytes: int) -> None: ...
 
 
 class ThreadGroup:
@@ -166,14 +190,16 @@ class NcclTransport:
     Args:
         buffer_mb: Size of a packed buffer, in MB; two of them are in use at a time on each side, and as much again is
             held back for the thread that sends.
+        transfer: The engine's part.
     """
 
     name = "nccl"
     replaces = True
 
-    def __init__(self, buffer_mb: int = 512) -> None:
+    def __init__(self, buffer_mb: int = 512, transfer: Transfer = vllm_transfer) -> None:
         self._buffer_bytes = buffer_mb * 10**6
-        self._link: vllm_transfer.NcclLink | None = None
+        self._transfer = transfer
+        self._link: Link | None = None
 
     def connect(self, client: PolicyClient) -> None:
         """Meet the server's workers.
@@ -182,12 +208,12 @@ class NcclTransport:
             WeightSyncError: They did not come within the client's timeout, or NCCL failed.
             PolicyServerError: The server refused.
         """
-        device = _device()
+        device = self._device()
         world_size = client.world_size() + 1
         address = local_address(client.root_url)
         listener = bind_socket(address)
         port = listener.getsockname()[1]
-        info = vllm_transfer.nccl_init_info(
+        info = self._transfer.nccl_init_info(
             address=address, port=port, world_size=world_size, buffer_bytes=self._buffer_bytes
         )
         threads = ThreadGroup(client.timeout_s)
@@ -196,7 +222,7 @@ class NcclTransport:
         join = "the trainer, to join the NCCL group"
         threads.start(
             join,
-            lambda: vllm_transfer.join_nccl(
+            lambda: self._transfer.join_nccl(
                 listener, device=device, world_size=world_size, timeout_s=client.timeout_s
             ),
         )
@@ -222,7 +248,7 @@ class NcclTransport:
             for name, tensor in stream:
                 num_bytes = tensor.numel() * tensor.element_size()
                 is_wanted = is_wanted and outgoing.put(
-                    (name, vllm_transfer.staged(tensor, link.device)), num_bytes, threads.remaining_s
+                    (name, self._transfer.staged(tensor, link.device)), num_bytes, threads.remaining_s
                 )
             outgoing.finish()
             _named(threads, "The broadcast of weights failed")
@@ -239,15 +265,28 @@ class NcclTransport:
 
     def _start(
         self, threads: ThreadGroup, outgoing: BoundedQueue[Any], parameters: list[Any], client: PolicyClient
-    ) -> vllm_transfer.NcclLink:
+    ) -> Link:
         link = self._link
         if link is None:
             raise WeightSyncError("The NCCL group was given up after a failure.", "Restart the policy server.")
-        info = vllm_transfer.nccl_update_info(parameters)
+        infos = self._transfer.nccl_update_infos(parameters, self._buffer_bytes)
         server = _own_client(client)
-        threads.start("the server, to load the weights", lambda: server.update_weights(info))
-        threads.start("the broadcast", lambda: vllm_transfer.broadcast(link, outgoing, self._buffer_bytes))
+
+        def load() -> None:
+            for info in infos:
+                server.update_weights(info)
+
+        threads.start("the server, to load the weights", load)
+        threads.start("the broadcast", lambda: self._transfer.broadcast(link, outgoing, self._buffer_bytes))
         return link
+
+    def _device(self) -> Any:
+        try:
+            return self._transfer.own_device()
+        except (AssertionError, RuntimeError) as error:
+            raise WeightSyncError(
+                f"`nccl` needs a CUDA device in the trainer's process ({error}).", "Use `gym_weight_transport: file`."
+            ) from error
 
 
 def local_address(url: str) -> str:
@@ -268,15 +307,6 @@ def local_address(url: str) -> str:
     except OSError as error:
         raise WeightSyncError(
             f"No way leads from here to the policy server at {url} ({error}).", "Check the network of the two hosts."
-        ) from error
-
-
-def _device() -> int:
-    try:
-        return int(torch.cuda.current_device())
-    except (AssertionError, RuntimeError) as error:
-        raise WeightSyncError(
-            f"`nccl` needs a CUDA device in the trainer's process ({error}).", "Use `gym_weight_transport: file`."
         ) from error
 
 

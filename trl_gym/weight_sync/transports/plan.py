@@ -25,6 +25,7 @@ from trl_gym import compat
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.policy_server.adapter_files import config_problems, module_problems
 from trl_gym.policy_server.command import is_loopback
+from trl_gym.weight_sync import sglang_transfer, vllm_transfer
 from trl_gym.weight_sync.merging import is_peft
 from trl_gym.weight_sync.source import quantization_method, quantization_of
 from trl_gym.weight_sync.transports.adapter import AdapterTransport
@@ -122,11 +123,13 @@ class TransportPlan:
             ConfigError: SGLang takes no weights this way.
         """
         wanted = self.args.gym_weight_transport
-        if wanted not in ("auto", "file", "adapter"):
+        if wanted not in ("auto", "file", "nccl", "adapter"):
             raise ConfigError(
-                f"`gym_weight_transport` is {wanted!r}, and SGLang is sent weights by 'file' or 'adapter'.",
+                f"`gym_weight_transport` is {wanted!r}, and SGLang is sent weights by 'file', 'nccl' or 'adapter'.",
                 "Leave it at 'auto'.",
             )
+        if wanted == "nccl":
+            _ = self.backend  # raises where it cannot work in this placement
         if not self.sends_adapter:
             return {}
         assert self.adapter is not None  # else `plan_transport` had refused
@@ -257,14 +260,18 @@ def _whole_weights(args: GymGRPOConfig, on_cuda: bool, server: PolicyBackend) ->
         )
     if name == "file":
         problem = None if args.gym_weight_dir is not None else _unshared_memory(server)  # a folder: seen by `connect`
-    else:
+    elif (engine := server.client.info().get("engine", "vllm")) == "vllm":
         compat.check_versions(("vllm",))  # both sides pack with its code
         problem = _ipc_problem(server) if name == "ipc" else None
+    else:
+        problem = None
     if problem is not None:
         raise ConfigError(f"The policy server takes weights by `{name}`, and {problem.text}", problem.remedy)
     if name == "file":
         return FileTransport(args.gym_weight_dir)
-    return (IpcTransport if name == "ipc" else NcclTransport)(args.gym_weight_buffer_mb)
+    if name == "ipc":
+        return IpcTransport(args.gym_weight_buffer_mb)
+    return NcclTransport(args.gym_weight_buffer_mb, sglang_transfer if engine == "sglang" else vllm_transfer)
 
 
 def _backend_of(server: PolicyBackend, wanted: str) -> str:
