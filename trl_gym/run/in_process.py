@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoTokenizer
 from trl_gym import compat
 from trl_gym.engines import require_fit
 from trl_gym.errors import ConfigError, PolicyServerLostError
-from trl_gym.policy_server.transformers_engine.answers import choose
-from trl_gym.policy_server.transformers_engine.server import TransformersServer, reader_of
+from trl_gym.policy_server.transformers_engine.answers import choose, reader_of
+from trl_gym.policy_server.transformers_engine.server import TransformersServer
 from trl_gym.ranks import Gather, Process, agree, agreed
 from trl_gym.weight_sync.source import quantization_method, quantization_of
 
@@ -56,7 +56,7 @@ def new_server(
     """
     require_fit(args)
     require_servable(args, model, quantization_config)
-    told = getattr(args, "gym_response_template", None)
+    told = args.gym_response_template
     if isinstance(model, str) and processing_class is None:
         reader = choose(model, told)
     else:

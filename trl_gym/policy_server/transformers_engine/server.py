@@ -21,7 +21,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,16 +30,16 @@ import uvicorn
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
-from trl_gym.policy_server.parsers import Evidence, Parsers
-from trl_gym.policy_server.transformers_engine.answers import Choice, chosen
+from trl_gym.policy_server.parsers import Parsers
+from trl_gym.policy_server.transformers_engine.answers import Choice, reader_of
 from trl_gym.policy_server.transformers_engine.app import EngineApp
 from trl_gym.policy_server.transformers_engine.engine import Engine
 from trl_gym.policy_server.transformers_engine.rendering import ChatRenderer
-from trl_gym.policy_server.transformers_engine.session import EngineOptions, sampled_model
+from trl_gym.policy_server.transformers_engine.session import EngineOptions, sampled_model, turn_ends
 from trl_gym.processes import ServerState, bind_socket, wait_until
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HOST = "127.0.0.1"
 _PROBE_TIMEOUT_S = 2.0
@@ -257,7 +257,7 @@ class TransformersServer:
             max_concurrency=self._max_concurrency,
             autocast=self._autocast,
         )
-        self._engine = Engine(options, eos_token_ids=_turn_ends(sampled, self._tokenizer))
+        self._engine = Engine(options, eos_token_ids=turn_ends(sampled, self._tokenizer))
         self._engine.take(self._model)
         if self._samples:
             self._engine.unpark()
@@ -340,22 +340,6 @@ class _Listener:
             self._thread.join(_STOP_TIMEOUT_S)
 
 
-def reader_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, told: str | None = None) -> Choice:
-    """Choose what reads the answers of a model that is loaded.
-
-    Args:
-        config: Of the model.
-        tokenizer: Of the policy, with its chat template.
-        told: Value of `gym_response_template`.
-
-    Raises:
-        ConfigError: See `answers.chosen`.
-    """
-    templates = tokenizer.chat_template or ""
-    text = templates if isinstance(templates, str) else "\n".join(templates.values())
-    return chosen(Evidence(config.model_type, text), told, getattr(tokenizer, "response_template", None))
-
-
 def _context_of(model: PreTrainedModel) -> int:
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length is None:
@@ -364,10 +348,3 @@ def _context_of(model: PreTrainedModel) -> int:
             "Set it to the tokens of the longest conversation, its prompt included.",
         )
     return int(length)
-
-
-def _turn_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collection[int]:
-    """Return the token ids that end an answer: those of the generation config, as in vLLM, and the tokenizer's."""
-    told = getattr(model.generation_config, "eos_token_id", None)
-    ids = told if isinstance(told, list) else [told]
-    return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
