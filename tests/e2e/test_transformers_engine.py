@@ -145,7 +145,7 @@ def test_evaluation_between_steps_samples_with_the_weights_of_its_step(run: Reco
     expected = {("train", step, step - 1) for step in range(1, NUM_STEPS + 1)} | {("eval", 2, 2), ("eval", 4, 4)}
     assert {(one["mode"], one["step"], one["version"]) for one in counted} == expected
     assert all(one["weight_versions"] == [str(one["version"])] for one in counted)
-    assert all(line["grad_norm"] > 0 for line in lines(run) if "grad_norm" in line)
+    assert any(line["grad_norm"] > 0 for line in lines(run) if "grad_norm" in line)  # 0 where all rewards are equal
 
 
 def test_rewards_are_those_of_what_was_sampled(run: RecordingTrainer, calculator_scoring: ModuleType) -> None:

@@ -77,6 +77,13 @@ def test_sglang_is_started_where_it_is_named(folder: Path) -> None:
     assert isinstance(policy, PolicyServer) and isinstance(policy._serving, SglangCommand)
 
 
+def test_tools_that_nothing_reads_are_refused_before_anything_starts(folder: Path, no_gym: list[Any]) -> None:
+    servers = servers_for(options(folder, gym_response_template="none"), str(folder), agent_with_tools="my_agent")
+    with pytest.raises(ConfigError, match=r"Rows of `my_agent` have tools.*`gym_response_template`"):
+        servers.start()
+    servers.stop()
+
+
 def test_a_server_of_another_engine_than_the_named_one_is_refused(folder: Path, no_gym: list[Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with TransformersServer(max_model_len=64) as running:

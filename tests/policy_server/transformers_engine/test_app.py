@@ -110,6 +110,29 @@ async def test_a_chat_completion_has_what_gym_and_the_middleware_read(http: Http
     assert said == [f"token_id:{token}" for token in as_ids["token_ids"]]
 
 
+async def test_an_id_that_the_tokenizer_does_not_have_is_sampled_and_has_no_text(
+    http: Http, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Models are made for a round number of ids. A small policy samples one of the others now and then."""
+    unknown = len(tokenizer) + 2
+    model.resize_token_embeddings(unknown + 1)
+
+    def prefer(_module: Any, _arguments: Any, output: Any) -> Any:
+        output.logits[..., unknown] = 1e4
+        return output
+
+    handle = model.register_forward_hook(prefer)
+    try:
+        answer = await http.chat(max_tokens=3, logprobs=True, return_token_ids=True)
+    finally:
+        handle.remove()
+    [choice] = answer["choices"]
+    assert choice["token_ids"] == [unknown] * 3 and not choice["message"]["content"]
+    assert [entry["token"] for entry in choice["logprobs"]["content"]] == [""] * 3
+    [completion] = (await http.post("/v1/completions", prompt=[1, 2], max_tokens=2))["choices"]
+    assert isinstance(completion["text"], str)
+
+
 async def test_exact_prompts_in_both_forms(http: Http) -> None:
     forced = [5, 6, 7, 8]
     for given in ({"prompt_token_ids": forced}, {"kv_transfer_params": {"prompt_token_ids": forced}}):

@@ -67,6 +67,9 @@ class Renderer(Protocol):
     def text(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of tokens."""
 
+    def sampled_text(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of sampled tokens; those beyond the vocabulary have none. Raises nothing."""
+
     def parse(self, ids: Sequence[int], prompt_ids: Sequence[int], body: Mapping[str, Any]) -> Json:
         """Return the assistant's message of sampled tokens. Raises nothing."""
 
@@ -331,7 +334,7 @@ class EngineApp:
             logprobs = {"tokens": tokens, "token_logprobs": completion.logprobs, "top_logprobs": None}
         return {
             "index": index,
-            "text": self._renderer.text(completion.ids),
+            "text": self._renderer.sampled_text(completion.ids),
             "logprobs": logprobs,
             "finish_reason": completion.finish_reason,
             "stop_reason": self._stop_reason(completion, body),
@@ -352,7 +355,7 @@ class EngineApp:
 
     def _word(self, token: int) -> Json:
         if (word := self._words.get(token)) is None:
-            text = self._renderer.text([token], skip_special_tokens=False)
+            text = self._renderer.sampled_text([token], skip_special_tokens=False)
             word = self._words[token] = {"token": text, "bytes": list(text.encode(errors="replace"))}
         return word
 

@@ -108,6 +108,11 @@ class ChatRenderer:
         """Return the text of tokens. Raises `RenderError` for ids that the vocabulary does not have."""
         return str(self._tokenizer.decode(self._known(ids), skip_special_tokens=skip_special_tokens))
 
+    def sampled_text(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of sampled tokens. Models have ids beyond those of their tokenizers, which have no text."""
+        known = [token for token in ids if token < self._size]
+        return str(self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens))
+
     def parse(self, ids: Sequence[int], prompt_ids: Sequence[int], body: Mapping[str, Any]) -> Json:
         """Return the assistant's message of an answer; see `AnswerReader.read`.
 
