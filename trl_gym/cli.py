@@ -132,7 +132,9 @@ _SERVE_DESCRIPTION = (
     "Serve a policy in the foreground. Prints `ready URL` once it answers; everything else that the server says goes "
     "to a log file. Ctrl-C ends it. The server is vLLM's and takes any flag of `vllm serve`; with `--engine "
     "transformers` it is one on transformers, needs no vLLM, and takes --dtype, --device, --max-model-len, "
-    "--max-num-seqs and --response-template (a name of TRL's, a JSON file, or none)."
+    "--max-num-seqs and --response-template (a name of TRL's, a JSON file, or none); with `--engine sglang` it is "
+    "SGLang's behind our gateway, from the interpreter in $TRL_GYM_SGLANG_PYTHON, and takes any flag of "
+    "`sglang.launch_server`."
 )
 
 
@@ -143,13 +145,13 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve_options(parser: argparse.ArgumentParser) -> None:
-    from trl_gym.policy_server.command import ENGINES
+    from trl_gym.engines import NAMES
 
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port, or 0 for a free one (default: %(default)s)")
     parser.add_argument(
         "--engine",
-        choices=ENGINES,
+        choices=NAMES,
         help="what samples (default: vllm where it is installed, else transformers)",
     )
     parser.add_argument("--served-model-name", default="policy", help="name of the model (default: %(default)s)")
@@ -165,28 +167,31 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    # Of what comes after MODEL, ours are picked out and vLLM gets the rest. Before MODEL only ours are allowed: which
-    # of vLLM's flags take a value, and so what is the model, is known only to vLLM's parser.
+    # Of what comes after MODEL, ours are picked out and the engine gets the rest. Before MODEL only ours are allowed:
+    # which of its flags take a value, and so what is the model, is known only to its parser.
     own = argparse.ArgumentParser(prog="trl-gym serve", usage=options.parser.usage, add_help=False, allow_abbrev=False)
     _add_serve_options(own)
-    serve, vllm_flags = own.parse_known_args(options.flags, namespace=options)
-    if "-h" in vllm_flags or "--help" in vllm_flags:
+    serve, flags = own.parse_known_args(options.flags, namespace=options)
+    if "-h" in flags or "--help" in flags:
         options.parser.print_help()
         return 0
     from trl_gym.engines import vllm_is_installed
     from trl_gym.policy_server.command import api_key_from_environment
     from trl_gym.policy_server.server import PolicyServer
+    from trl_gym.policy_server.sglang.server import SglangCommand, find_python, flags_from
 
+    is_sglang = serve.engine == "sglang"
     server = PolicyServer(
         options.model,
         served_model_name=serve.served_model_name,
         host=serve.host,
         port=serve.port,
-        vllm_args=vllm_flags,
+        vllm_args=None if is_sglang else flags,
         log_dir=serve.log_dir,
         start_timeout_s=serve.start_timeout,
         api_key=serve.api_key or api_key_from_environment(),
         engine=serve.engine or ("vllm" if vllm_is_installed() else "transformers"),
+        serving=SglangCommand(options.model, flags_from(flags), find_python()) if is_sglang else None,
     )
     try:
         server.start()

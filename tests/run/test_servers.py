@@ -188,21 +188,18 @@ def test_sglang_is_started_with_its_own_names_for_the_options(tmp_path: Path) ->
         max_completion_length=16,
         gym_engine="sglang",
         gym_sglang_python=sys.executable,
-        gym_sglang_args={"max_running_requests": 8, "lora-backend": "triton"},
+        gym_sglang_args={"max_running_requests": 8, "attention-backend": "intel_amx"},
         vllm_max_model_length=64,
-        gym_weight_transport="adapter",
-        gym_max_adapters=4,
     )
     folder = build_random_policy(tmp_path / "policy")
-    policy = servers_for(args, str(folder), peft_config=LoraConfig(r=3, target_modules=["q_proj"])).new_policy()
+    policy = servers_for(args, str(folder)).new_policy()
     command = policy._serving
     words = command.words(host="127.0.0.1", port=7, listen_fd=3, name="policy")
     assert words[:4] == [sys.executable, "-m", "trl_gym.policy_server.sglang", str(folder)]
     assert words[words.index("--sglang-python") + 1] == sys.executable
     told = {one[2:]: other for one, other in pairwise(words) if one.startswith("--")}
     expected = {"dtype": "float32", "context-length": "64", "device": "cpu", "max-running-requests": "8"}
-    expected |= {"max-lora-rank": "3", "max-loaded-loras": "5", "max-loras-per-batch": "5"}
-    expected |= {"lora-target-modules": "q_proj", "lora-backend": "triton"}  # the user's word is the last
+    expected |= {"attention-backend": "intel_amx", "sampling-backend": "pytorch"}  # the user's word is the last
     assert expected.items() <= told.items()
     assert command.variables({}) == {"SGLANG_USE_CPU_ENGINE": "1"}
     args.gym_weight_transport = "ipc"

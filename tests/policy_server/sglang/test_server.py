@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
+from trl_gym.cli import main
+from trl_gym.errors import ConfigError, PolicyServerLostError
 from trl_gym.policy_server.parsers import REASONING_RULES, TOOL_RULES
 from trl_gym.policy_server.server import PolicyServer, find_cause, remedy_for
 from trl_gym.policy_server.sglang.server import (
@@ -130,11 +131,15 @@ def test_it_is_ready_when_the_gateway_in_front_answers_and_dies_with_sglang(
     assert not alive and not [*keys.iterdir()]
 
 
-def test_what_ends_sglang_while_it_loads_is_told(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ends_sglang_while_it_loads_is_told_by_serve_too(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("SAYS", "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.")
-    with pytest.raises(PolicyServerError, match="Not enough memory") as caught:
-        server_of(stand_in).start().wait_ready()
-    assert "Raise `vllm_gpu_memory_utilization`" in str(caught.value)
+    monkeypatch.setenv(PYTHON_VARIABLE, sys.executable)
+    flags = ["--engine", "sglang", "--port", "0", "--log-dir", str(stand_in.parent), "--context-length", "64"]
+    assert main(["serve", str(stand_in), *flags]) == 1
+    told = capsys.readouterr().err
+    assert "Not enough memory" in told and "Raise `vllm_gpu_memory_utilization`" in told
 
 
 def test_a_cause_is_not_that_sglang_asked_itself_too_early() -> None:

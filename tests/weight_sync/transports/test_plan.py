@@ -205,6 +205,15 @@ def test_vllm_is_needed_on_our_side_too(name: str, monkeypatch: pytest.MonkeyPat
         plan(on_cuda=True).connect(server(name))
 
 
+def test_an_adapter_for_sglang(lora: PeftModel) -> None:
+    told = plan("adapter", lora, on_cuda=True, gym_max_adapters=4).sglang_flags()
+    assert (told["max-lora-rank"], told["max-loaded-loras"], told["max-loras-per-batch"]) == (LORA["r"], 5, 5)
+    assert told["lora-target-modules"] == sorted(LORA["target_modules"])
+    with pytest.raises(ConfigError, match="SGLang serves adapters with a GPU only"):
+        plan("adapter", lora).sglang_flags()
+    assert plan("auto", on_cuda=True).sglang_flags() == {}
+
+
 def test_a_broadcast_to_sglang_needs_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trl_gym.compat.installed_version", lambda package: None)
     chosen = plan("nccl", on_cuda=True).connect(server("file", "nccl", engine="sglang"))

@@ -133,14 +133,19 @@ class TransportPlan:
         if not self.sends_adapter:
             return {}
         assert self.adapter is not None  # else `plan_transport` had refused
-        flags = {
+        if not self.on_cuda:
+            raise ConfigError(
+                "SGLang serves adapters with a GPU only (its LoRA layers pin memory, 0.5.23), and the trainer uses "
+                "no CUDA device.",
+                "Set `gym_weight_transport` to 'file', by which the adapter is merged, or `gym_engine` to 'vllm'.",
+            )
+        return {
             "enable-lora": True,
             "max-lora-rank": self.adapter.rank,
             # Requests without one count as well; SGLang must hold as many as it may use at a time.
             **dict.fromkeys(("max-loras-per-batch", "max-loaded-loras"), self.args.gym_max_adapters + 1),
             "lora-target-modules": list(self.adapter.targets),
         }
-        return flags if self.on_cuda else {**flags, "lora-backend": "torch_native"}
 
     def server_environment(self) -> Mapping[str, str]:
         """Return environment variables for a server that we start, which listens on a loopback address."""
