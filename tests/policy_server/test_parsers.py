@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import json
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def test_vllm_has_every_parser_and_each_reads_the_marker_that_speaks_for_it() ->
     for rule in TOOL_RULES:
         module, _ = ToolParserManager.lazy_parsers[rule.parser]
         own = Path(importlib.util.find_spec(module).origin).read_text()
+        for base in re.findall(r"^from (vllm\.tool_parsers\.\w+_tool_parser) import", own, re.MULTILINE):
+            own += Path(importlib.util.find_spec(base).origin).read_text()
         marker = rule.marker.strip('": <>|｜[]').removesuffix("=")
         assert marker in own + shared or rule.marker == "<|tool_list_start|>", rule  # that one shows tools
     for rule in REASONING_RULES:

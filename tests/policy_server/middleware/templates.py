@@ -107,7 +107,10 @@ def template_paths() -> list[Path]:
 @cache
 def _vllm() -> SimpleNamespace:
     """vLLM's request model and renderer functions; they need no engine, and 7 s to import."""
-    from vllm.entrypoints.chat_utils import parse_chat_messages
+    try:  # since vLLM 0.32
+        from vllm.renderers.chat_utils import parse_chat_messages
+    except ImportError:
+        from vllm.entrypoints.chat_utils import parse_chat_messages
     from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
     from vllm.exceptions import VLLMValidationError
     from vllm.renderers.hf import _detect_content_format, safe_apply_chat_template
