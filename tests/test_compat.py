@@ -26,9 +26,8 @@ def test_ranges_are_the_ones_in_pyproject_and_on_the_page() -> None:
     declared = {r.name: r.specifier for r in map(Requirement, wanted)}
     page = (ROOT / "docs" / "reference" / "versions.md").read_text()
     for package, tested in compat.TESTED.items():
-        if package == "transformers":  # newer ones are left to the other packages of an environment
-            lower = tested.partition(",")[0]
-            assert declared[package] == SpecifierSet(f"{lower},<6")
+        if package == "transformers":
+            assert declared[package] == SpecifierSet(compat.ENGINE)
         elif package != "nemo-gym":  # lives in another interpreter
             assert declared[package] == SpecifierSet(tested), package
         assert f"`{tested}`" in page, package
@@ -86,6 +85,16 @@ def test_a_newer_version_without_a_name_that_is_used_is_refused(
 def test_older_tested_and_newer_versions_are_told_apart(version: str, tested: bool, newer: bool) -> None:
     assert compat.is_tested("transformers", version) == tested
     assert compat.is_newer("transformers", version) == newer
+
+
+def test_a_transformers_that_cannot_be_the_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.engine_problem() is None
+    monkeypatch.setattr(compat, "installed_version", {"transformers": "5.24.0"}.__getitem__)
+    problem = compat.engine_problem()
+    assert (
+        problem is not None and "transformers 5.24.0 is installed and the engine 'transformers' needs" in problem.text
+    )
+    assert "pip install 'transformers>=5.13,<5.19'`, or set `gym_engine` to 'vllm'" in problem.remedy
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("untrusted", "upstream"),
     ("errors", "supervisor"),
-    ("compat", "engines", "given", "hub", "processes", "responses", "rollout_options", "threads"),
+    ("compat", "given", "hub", "processes", "responses", "rollout_options", "threads"),
+    ("engines",),
     ("config_checks",),
     ("config", "dataset", "recipes"),
     ("gym", "policy_server", "ranks"),

