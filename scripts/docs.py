@@ -1,4 +1,5 @@
-"""Writes what docs/ takes from the code: options, commands, supported versions, settings of a managed server.
+"""Writes what docs/ takes from the code: options, commands, supported versions, settings of a managed server,
+the contract of a policy server.
 
     .venv/bin/python scripts/docs.py             # write the generated blocks of the pages again
     .venv/bin/python scripts/docs.py --check     # write nothing; fail when one is not current
@@ -12,18 +13,20 @@ failure and the metrics reference must mention is found by `docs_names.py`.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import inspect
 import json
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+CONTRACT = ROOT / "tests" / "e2e" / "contract"
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import docs_names  # noqa: E402
@@ -169,6 +172,44 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+def contract() -> str:
+    """The contract of a policy server: the docstrings of its tests, by section, and which engine refuses what."""
+    parts, cases = [], []
+    for path in sorted(CONTRACT.glob("test_*.py")):
+        source = path.read_text(encoding="utf-8")
+        told = {_case(node.name): inspect.cleandoc(ast.get_docstring(node) or "") for node in _tests(source)}
+        for letter, title in re.findall(r"^# -- ([A-Z]): (.+?) -+$", source, re.MULTILINE):
+            parts.append(f"### {letter}: {title}\n")
+            for case in (case for case in told if case[0] == letter):
+                first, *rest = told[case].split("\n\n")
+                parts += [f"**{case}. {' '.join(first.split())}**", *(" ".join(text.split()) for text in rest), ""]
+        cases += told
+    source = ast.parse((CONTRACT / "engines.py").read_text(encoding="utf-8"))
+    told = {node.target.id: node.value for node in source.body if isinstance(node, ast.AnnAssign)}
+    refused, untested = (ast.literal_eval(told[name]) for name in ("REFUSED", "UNTESTED"))
+    rows = [
+        (case, *(_cell(case, names, untested.get(engine, ())) for engine, names in refused.items())) for case in cases
+    ]
+    return "\n".join([*parts, "### Who refuses what\n", _table(("case", *refused), rows)])
+
+
+def _tests(source: str) -> Iterator[ast.FunctionDef]:
+    return (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_"))
+
+
+def _case(name: str) -> str:
+    return name.split("_")[1].upper()
+
+
+def _cell(case: str, refused: Sequence[str], untested: Sequence[str]) -> str:
+    """What an engine refuses of a case, and what was not tested; a tick where that is nothing."""
+    texts = []
+    for words, names in (("refuses", refused), ("not in the stand-in:", untested)):
+        if found := [f"`{name.split()[1]}`" for name in names if name.split()[0].upper() == case]:
+            texts.append(f"{words} {', '.join(found)}")
+    return "; ".join(texts) or "✓"
+
+
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -179,6 +220,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "server-flags": server_flags,
     "versions": versions,
     "commands": commands,
+    "contract": contract,
 }
 
 

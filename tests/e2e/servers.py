@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import re
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,12 +19,15 @@ from typing import Any, TypeVar
 import msgspec
 import requests
 import torch
+import uvicorn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tests.conftest import wait_for
 from tests.e2e.training import CALCULATOR
 from trl_gym import GymServers, PolicyServer
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.middleware.ledger import Taken
+from trl_gym.processes import bind_socket
 from trl_gym.rollouts.trajectory import ModelCall, model_calls
 
 MAX_MODEL_LEN = 512
@@ -33,7 +38,16 @@ FLAGS: dict[str, Any] = {
     "dtype": "float32",
 }  # the tool parser is guessed
 # In the order in which they run; each name is an argument of the mark `shares`.
-SHARED = ("small", "small, killed at the end", "random", "random, ended at the end", "untied")
+SHARED = (
+    "small",
+    "small, killed at the end",
+    "random",
+    "random, ended at the end",
+    "untied",
+    "untied, ended at the end",
+)
+
+API_KEY = "key-of-the-tests"  # that of `command_served`
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -90,6 +104,27 @@ def calls_of(client: PolicyClient, tag: Json) -> list[ModelCall]:
     records = msgspec.msgpack.decode(response.content, type=Taken).rollouts[tag["rollout"]]
     assert records is not None
     return model_calls(records)
+
+
+def is_running(client: PolicyClient, *tags: Json) -> bool:
+    """Return whether the server is answering a call of each rollout."""
+    url, body = f"{client.root_url}/trl_gym/rollouts/records", {"rollouts": [tag["rollout"] for tag in tags]}
+    return all(client._sessions[0].post(url, json=body, timeout=60.0).json()["running"].values())
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """Serve an ASGI application in a thread; its OpenAI base URL."""
+    sock = bind_socket()
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", ws="none", log_level="warning"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
+    thread.start()
+    wait_for(lambda: server.started, "it answers", timeout_s=10)
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @dataclass

@@ -4,20 +4,17 @@ the real middleware around a server without a model.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 import trl_gym
-from tests.conftest import wait_for
+from tests.e2e.servers import listening
 from tests.e2e.test_gym_servers import INTERPRETERS, START_TIMEOUT_S
 from tests.policy_server.fake_vllm import END, FakeVllm, Json
 from trl_gym.errors import FailureKind
@@ -25,7 +22,6 @@ from trl_gym.gym.servers import GymServers
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.middleware.identity import KEY_PATTERN, gym_key
-from trl_gym.processes import bind_socket
 from trl_gym.rollout_options import RolloutOptions, Sampling
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
@@ -95,15 +91,8 @@ class Served:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     policy = Policy()
-    sock = bind_socket()
-    middleware = OnPolicyMiddleware(policy, Settings(api_keys=(API_KEY,)))
-    server = uvicorn.Server(uvicorn.Config(middleware, lifespan="off", ws="none", log_level="warning"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
-    thread.start()
-    wait_for(lambda: server.started, "the policy answers", timeout_s=10)
-    yield Served(policy, f"http://127.0.0.1:{sock.getsockname()[1]}/v1")
-    server.should_exit = True
-    thread.join()
+    with listening(OnPolicyMiddleware(policy, Settings(api_keys=(API_KEY,)))) as base_url:
+        yield Served(policy, base_url)
 
 
 @pytest.fixture(scope="module", params=INTERPRETERS)

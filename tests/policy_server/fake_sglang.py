@@ -119,6 +119,7 @@ class FakeSglang:
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05, access_log=None)
         await self._runner.setup()
+        self._loop = asyncio.get_running_loop()
         sock = bind_socket(port=self.port)
         self.port = sock.getsockname()[1]
         await web.SockSite(self._runner, sock).start()
@@ -127,12 +128,17 @@ class FakeSglang:
     async def stop(self) -> None:
         await self._runner.cleanup()
 
+    def die(self) -> None:
+        """End as a killed process does. Called from another thread."""
+        asyncio.run_coroutine_threadsafe(self.stop(), self._loop).result(10.0)
+
     # -- HTTP ---------------------------------------------------------------------------------------------------------
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()
         try:
             body = json.loads(raw) if raw else {}
+            json.dumps(body, ensure_ascii=False).encode()  # pydantic takes no half surrogate
         except ValueError:
             return _flat_error(400, "1 validation error: JSON decode error")
         self.requests.append((request.method, request.path, body))
@@ -208,6 +214,8 @@ class FakeSglang:
         return {"text": self.tokenizer.decode(tokens, skip_special_tokens=skip)}
 
     def _render(self, body: Json) -> list[int]:
+        if not all(isinstance(message, dict) for message in body["messages"]):
+            raise Refused("1 validation error: {'loc': ('body', 'messages'), 'msg': 'Input should be a dictionary'}")
         messages = [{**message, "content": message.get("content") or ""} for message in body["messages"]]
         opened, prefix = body.get("add_generation_prompt"), []
         if (opened is None or body.get("continue_final_message")) and messages[-1]["role"] == "assistant":
@@ -238,6 +246,8 @@ class FakeSglang:
             raise Refused(f"1 validation error: {{'loc': ('body', '{wrong[0]}'), 'msg': 'Input should be valid'}}")
         if not body.get("messages"):
             raise Refused("Messages cannot be empty.")
+        if (body.get("temperature") or 0.0) < 0.0:
+            raise Refused(f"temperature must be non-negative, got {body['temperature']}.")
         for name in ("return_prompt_token_ids", "return_token_ids"):
             if body.get("stream") and body.get(name):
                 raise Refused(f"{name} is not supported with streaming. Please set stream=false when using it.")
@@ -655,14 +665,14 @@ async def running(folder: Path, **how: Any) -> AsyncIterator[FakeSglang]:
 
 
 @contextmanager
-def behind_gateway(folder: Path, **how: Any) -> Iterator[tuple[FakeSglang, str]]:
+def behind_gateway(folder: Path, *, gateway_key: str | None = None, **how: Any) -> Iterator[tuple[FakeSglang, str]]:
     """The stand-in and the base URL of a gateway before it, both in a thread of this process."""
     started: Future[tuple[FakeSglang, str, uvicorn.Server]] = Future()
 
     async def serve() -> None:
         async with running(folder, **how) as fake:
             facts = await check_upstreams([fake.url], api_key=fake.api_key, timeout_s=60.0, note=lambda _: None)
-            options = GatewayOptions(upstreams=[fake.url], upstream_api_key=fake.api_key)
+            options = GatewayOptions(upstreams=[fake.url], upstream_api_key=fake.api_key, api_key=gateway_key)
             config = uvicorn.Config(assemble(facts, options)[1], lifespan="on", ws="none", log_config=None)
             server, sock = uvicorn.Server(config), bind_socket()
             answering = asyncio.create_task(server.serve(sockets=[sock]))

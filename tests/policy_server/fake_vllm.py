@@ -120,7 +120,10 @@ class FakeVllm:
             return 404, {"error": {"message": f"The model `{model}` does not exist."}}
         forced = (request.get("kv_transfer_params") or {}).get("prompt_token_ids") or request.get("prompt_token_ids")
         prompt = forced or self.render(**request)
-        limit = request.get("max_completion_tokens") or request.get("max_tokens") or 1
+        asked = request.get("max_completion_tokens") or request.get("max_tokens")
+        if asked is None and len(prompt) == self.max_model_len:  # vLLM limits itself to the room, and refuses that
+            return 400, {"error": {"message": "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)"}}
+        limit = asked or 1
         if len(prompt) + limit > self.max_model_len:
             return 400, {"error": {"message": f"This model's maximum context length is {self.max_model_len} tokens."}}
         content = [{"token": chr(t), "logprob": -0.5} for t in self.reply]

@@ -558,6 +558,13 @@ async def test_overflow_is_the_400_that_ends_a_rollout_gracefully(http: Http, ap
     assert (await http.counters())["overflows"] == 1
 
 
+async def test_a_first_prompt_as_long_as_the_context_is_an_overflow(http: Http, app: FakeVllm) -> None:
+    app.max_model_len = len(render([USER]))
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG})
+    assert status == 400 and "maximum context length" in answer["error"]["message"]
+    assert (await http.counters())["overflows"] == 1
+
+
 async def test_an_untagged_request_is_answered_as_stock_plus_the_bundle(http: Http, app: FakeVllm) -> None:
     answer = await http.chat([USER], temperature=0.1, n=2, max_tokens=100)
     assert (app.chats()[-1]["temperature"], app.chats()[-1]["max_tokens"]) == (0.1, 100)

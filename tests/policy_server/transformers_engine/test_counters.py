@@ -15,6 +15,7 @@ def test_the_metrics_of_a_phase(model_name: str) -> None:
     counters = EngineCounters()
     before = parse_counters([counters.prometheus(model_name)], at=1.0)
     counters.add(30, Completion([1] * 20, [0.0] * 20, "stop", 1, queue_s=1.0, first_token_s=0.5, decode_s=1.5))
+    counters.generation_tokens += 20
     after = parse_counters([counters.prometheus(model_name)], at=11.0)
     assert engine_metrics(before, after) == {  # what transformers does not tell is missing
         "engine/prompt_tokens_per_second": 3.0,

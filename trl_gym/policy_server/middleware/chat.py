@@ -46,6 +46,7 @@ from trl_gym.policy_server.middleware.versions import Sampled
 
 CHAT_PATH = "/v1/chat/completions"
 _OVERFLOW = "maximum context length"  # Gym ends a rollout gracefully when it reads "context length" in a 400
+_IS_FULL = "max_tokens must be at least 1"  # what vLLM says of a prompt as long as the context, if it limits itself
 _NO_MEDIA = "a prompt of token ids cannot carry images, audio or video"
 
 
@@ -259,7 +260,7 @@ class ChatTurns:
     async def _ask(self, server: WrappedServer, turn: Turn, prompt: Prompt, abort: asyncio.Event | None) -> Reply:
         reply = await self._send(server, turn, prompt, abort)
         unbounded = turn.is_tagged and prompt.num_tokens is None
-        if unbounded and reply.status == 400 and _OVERFLOW in reply.error_text():
+        if unbounded and reply.status == 400 and any(said in reply.error_text() for said in (_OVERFLOW, _IS_FULL)):
             # Only the server renders a first prompt; its tokens are counted only if the limit was too high.
             tokens = await server.tokenize({**turn.render_options, "messages": turn.messages, **turn.ending})
             await self._limit(server, turn, Prompt(num_tokens=len(tokens["tokens"])))

@@ -34,7 +34,7 @@ from urllib.parse import parse_qs, urlsplit
 import aiohttp
 import msgspec
 
-from trl_gym.policy_server.middleware.http import AnsweredError, Reply, json_object
+from trl_gym.policy_server.middleware.http import AnsweredError, Reply, json_object, strict_json
 from trl_gym.policy_server.sglang import dialect
 from trl_gym.policy_server.upstreams import Answering, ForwardedRequest, ask, stream
 
@@ -99,10 +99,15 @@ class _Call:
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON object of the request; empty for no body. Raises `AnsweredError` for anything else."""
+        """The JSON object of the request; empty for no body. Raises `AnsweredError` for anything else: SGLang would
+        take NaN for a temperature."""
         if not self.request.body.strip():
             return {}
-        if (body := json_object(self.request.body)) is None:
+        try:
+            body = strict_json(self.request.body)
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
             raise AnsweredError(Reply.error(400, f"the body of {self.request} must be a JSON object"))
         return body
 

@@ -44,7 +44,6 @@ class EngineCounters:
         """Count a request that was answered."""
         self.requests += 1
         self.prompt_tokens += num_prompt_tokens
-        self.generation_tokens += len(completion.ids)
         self.queue_s += completion.queue_s
         self.inference_s += completion.first_token_s + completion.decode_s
 

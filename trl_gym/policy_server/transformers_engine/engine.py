@@ -372,6 +372,7 @@ class Engine:
             self._leave(job)
         if output is not None:
             job.absorb(output)
+            self.counters.generation_tokens += len(output.generated_tokens)  # also of one that is aborted
         if session.stopping:
             job.aborted = session.aborting
         elif output is None or output.error is not None:

@@ -95,12 +95,12 @@ class ModelFiles:
         """End an update.
 
         Raises:
-            WeightSyncError: Weights that had to come were in none of the files.
+            WeightSyncError: Weights that had to come were in none of the files, or there was none.
         """
         received, partial, model = self._received, self._partial, self._model
         self._received, self._partial, self._model = set(), False, None
         if model is None:
-            return
+            raise WeightSyncError("No weights have come that an update could be finished with.", "Send them first.")
         if not partial:
             own = model.state_dict(keep_vars=True)
             told = {own[name].data_ptr() for name in received}
