@@ -4,6 +4,8 @@ waits for a thread that has died."""
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -166,7 +168,10 @@ async def test_the_model_is_given_back_as_it_was(model: PreTrainedModel, engine:
     (sampled,) = await sample(engine, [[5, 6, 7]], free(8))
     with pytest.raises(ValueError, match="park it before any other forward pass"):
         model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert engine._session is not None
+    keys_and_values = weakref.ref(engine._session._manager.batch_processor.cache)
     engine.park()
+    assert keys_and_values() is None and gc.get_freeze_count() == 0
     assert model.training and not frozen.training and not any(m.training for m in frozen.modules())
     assert model.config._attn_implementation == before and not model._forward_hooks and not model._forward_pre_hooks
     assert not hasattr(model, "_cached_continuous_batching_manager")
@@ -240,8 +245,10 @@ async def test_a_dead_thread_is_told_to_all_at_once(model: PreTrainedModel, engi
     assert len((await engine.generate([5, 6, 7], free(4))).ids) == 4
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_a_thread_that_ends_without_a_word_is_noticed(model: PreTrainedModel, engine: Engine) -> None:
+async def test_a_thread_that_ends_without_a_word_is_noticed(
+    model: PreTrainedModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("threading.excepthook", lambda _: None)  # pytest would warn of it
     running = asyncio.ensure_future(engine.generate([5, 6, 7], free(200)))
     await until(lambda: engine.counters.running == 1)
 
