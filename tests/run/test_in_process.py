@@ -115,6 +115,10 @@ def test_a_model_that_was_loaded_needs_no_folder(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     server = in_process.new_server(options(folder), model, tokenizer, api_key="key")
     assert server.parsers is not None and server.parsers.tool.name == "qwen3"
+    assert in_process.new_server(options(folder), model, api_key="key").parsers == server.parsers
+    model.config._name_or_path = ""
+    with pytest.raises(ConfigError, match="Pass `processing_class`"):
+        in_process.new_server(options(folder), model, api_key="key")
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------

@@ -60,11 +60,14 @@ def new_server(
     if isinstance(model, str) and processing_class is None:
         reader = choose(model, told)
     else:
-        config, tokenizer = (
-            _config_of(args, model),
-            processing_class or AutoTokenizer.from_pretrained(compat.model_id(model)),
-        )
-        reader = reader_of(config, getattr(tokenizer, "tokenizer", tokenizer), told)
+        name = model if isinstance(model, str) else compat.model_id(model)
+        if processing_class is None and not name:
+            raise ConfigError(
+                "`model` was not loaded from a folder or hub id, so the policy server needs a tokenizer.",
+                "Pass `processing_class`.",
+            )
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        reader = reader_of(_config_of(args, model), getattr(tokenizer, "tokenizer", tokenizer), told)
     return TransformersServer(
         reader=reader,
         max_model_len=args.vllm_max_model_length,
