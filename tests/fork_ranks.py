@@ -1,19 +1,70 @@
-"""Ranks that share a gloo group, forked from one process that has imported what they run: importing takes longest.
+"""Processes of their own for tests, forked from one that has imported the trainer: importing takes longest.
+
+`run` calls a function in one, and `run_ranks` a module's `main` in several that share a gloo group. These end as
+`torchrun` does: with 1 once a rank has failed, and the others are killed. For ranks that must not have imported the
+trainer before, there is a command:
 
     python -m tests.fork_ranks NUM_RANKS MODULE [ARGUMENT …]        # each rank calls the module's `main(*arguments)`
-
-Ends as `torchrun` does: with 1 once a rank has failed, and the others are killed.
 """
 
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
 
 from trl_gym.processes import bind_socket
+
+
+def forked(function: Callable[..., None], *args: Any) -> BaseProcess:
+    """Start a function in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    # In this order: `tests/test_package.py` looks at what each of them loads, and others have imported both here.
+    context.set_forkserver_preload(["trl_gym.config", "trl_gym.trainer"])
+    process = context.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def run(function: Callable[..., None], *args: Any, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+    """Call a function in a process of its own, and return what it printed. One that hangs is killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = forked(_into, printed, function, args)
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        out, err = (path.read_text() if path.exists() else "" for path in printed)
+    return subprocess.CompletedProcess([function.__name__], process.exitcode or 0, out, err)
+
+
+def _into(files: list[Path], function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    function(*args)
+
+
+def run_ranks(num_ranks: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Let ranks call the `main` of a module, each with one thread."""
+    return run(_ranks, num_ranks, module, list(arguments))
+
+
+def _ranks(num_ranks: int, module: str, arguments: list[str]) -> None:
+    import torch
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    sys.exit(main(num_ranks, module, arguments))
 
 
 def run_rank(rank: int, num_ranks: int, port: int, module: str, arguments: list[str]) -> int:

@@ -1,7 +1,4 @@
-"""What each of two ranks does in `test_gradient.py`: cases of `gradient.py`, gradients to a file.
-
-python -m tests.fork_ranks 2 tests.gradient_ranks MODEL FOLDER
-"""
+"""What each of two ranks does in `test_gradient.py`: cases of `gradient.py`, gradients to a file of a folder."""
 
 from __future__ import annotations
 

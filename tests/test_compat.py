@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from tests.fork_ranks import run
 from trl_gym import compat
 from trl_gym.errors import UnsupportedVersionError
 
@@ -146,33 +146,37 @@ def test_the_swapped_backend_is_put_back_even_after_an_error() -> None:
     assert upstream.VLLMGeneration is original
 
 
-STOCK = """
-import sys
-from trl_gym import GymGRPOTrainer
-assert "vllm" not in sys.modules
-from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+def trl_alone(model: str, output_dir: str) -> None:
+    from trl_gym import GymGRPOTrainer  # noqa: F401
 
-args = GRPOConfig(
-    sys.argv[2], use_vllm=True, vllm_mode="server", vllm_server_base_url="http://127.0.0.1:9", vllm_server_timeout=0.0,
-    use_cpu=True, bf16=False, report_to="none",
-)
-data = Dataset.from_list([{"prompt": "Hello"}])
-try:
-    GRPOTrainer(sys.argv[1], lambda **_: [0.0], args=args, train_dataset=data)
-except OSError as error:  # TRL's own client says so
-    print("asked the server:", error)
-import trl.generation.vllm_generation as theirs
-import trl.trainer.grpo_trainer as trainer
-assert trainer.VLLMGeneration is theirs.VLLMGeneration and theirs.SamplingParams and "vllm" in sys.modules
-"""
+    assert "vllm" not in sys.modules
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    args = GRPOConfig(
+        output_dir,
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_base_url="http://127.0.0.1:9",
+        vllm_server_timeout=0.0,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+    data = Dataset.from_list([{"prompt": "Hello"}])
+    try:
+        GRPOTrainer(model, lambda **_: [0.0], args=args, train_dataset=data)
+    except OSError as error:  # TRL's own client says so
+        sys.stdout.write(f"asked the server: {error}")
+    import trl.generation.vllm_generation as theirs
+    import trl.trainer.grpo_trainer as trainer
+
+    assert trainer.VLLMGeneration is theirs.VLLMGeneration and theirs.SamplingParams and "vllm" in sys.modules
 
 
 def test_a_trainer_of_trl_finds_vllm_after_ours_was_imported(tmp_path: Path) -> None:
     """In a process of its own: others have imported TRL here, with vLLM."""
-    policy = ROOT / "recipes" / "small_policy"
-    run = [sys.executable, "-c", STOCK, str(policy), str(tmp_path)]
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = run(trl_alone, str(ROOT / "recipes" / "small_policy"), str(tmp_path))
     assert done.returncode == 0 and "asked the server:" in done.stdout, done.stderr
 
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
 
+from tests.fork_ranks import run_ranks
 from tests.gradient import (
     LOSS_TYPES,
     NUM_MEMBERS,
@@ -394,16 +392,7 @@ def test_too_few_rollouts_stop_training(model: Path, tmp_path: Path) -> None:
 def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two gloo processes wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.fork_ranks", "2", "tests.gradient_ranks"]
-    ended = subprocess.run(
-        [*command, str(model), str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    ended = run_ranks(2, "tests.gradient_ranks", str(model), str(folder))
     assert ended.returncode == 0, ended.stderr[-3000:]
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
 

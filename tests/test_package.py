@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import trl_gym
+from tests.fork_ranks import run
 
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up: folders and files of the package. One imports at run time only from those in lines above its own.
@@ -54,12 +55,17 @@ def test_servers_and_command_line_need_neither_torch_nor_vllm(module: str) -> No
     assert not {"torch", "vllm", "transformers"} & loaded_after(f"import {module}")
 
 
-def test_config_and_dataset_do_not_load_vllm() -> None:
-    assert "vllm" not in loaded_after("from trl_gym import GymGRPOConfig, load_gym_dataset")
+def say_what_is_loaded() -> None:
+    from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset, train  # noqa: F401
+
+    sys.stdout.write(" ".join(name for name in HEAVY if name in sys.modules))
 
 
-def test_the_trainer_does_not_load_vllm() -> None:
-    assert "vllm" not in loaded_after("import trl_gym.trainer, trl_gym.train")
+def test_config_dataset_and_trainer_do_not_load_vllm() -> None:
+    """Where `run` forks, the configuration was imported first, as in every script."""
+    done = run(say_what_is_loaded)
+    assert done.returncode == 0, done.stderr
+    assert "torch" in done.stdout and "vllm" not in done.stdout
 
 
 def test_what_is_imported_is_declared() -> None:

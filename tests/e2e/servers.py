@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import re
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -172,15 +170,6 @@ def command_served(model: Path, folder: Path) -> Iterator[Served]:
     finally:
         process.terminate()
         process.wait(20.0)
-
-
-def forked(function: Callable[..., None], *args: Any) -> BaseProcess:
-    """Start a function in a process of its own, forked from one that has imported the trainer: that takes longest."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trl_gym.trainer"])
-    process = context.Process(target=function, args=args)
-    process.start()
-    return process
 
 
 def vllm_metric(root_url: str, name: str) -> float:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -24,8 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests.conftest import wait_for
-from tests.e2e.servers import Pair, forked, vllm_metric
-from tests.e2e.training import CALCULATOR, ROOT, RecordingTrainer, config
+from tests.e2e.servers import Pair, vllm_metric
+from tests.e2e.training import CALCULATOR, RecordingTrainer, config
+from tests.fork_ranks import forked, run_ranks
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import GymServerError, PolicyServerLostError
 from trl_gym.rollouts.journal import read_journal
@@ -455,11 +454,7 @@ def test_two_ranks_lose_a_server_stop_early_and_share_groups(
     where: tuple[str, str, Path, Path], pair: Pair, tmp_path: Path
 ) -> None:
     arguments = [str(argument) for argument in (tmp_path, *where)]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fork_ranks", "2", "tests.e2e.test_overlap", *arguments],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
+    done = run_ranks(2, "tests.e2e.test_overlap", *arguments)
     assert done.returncode == 0, done.stderr[-6000:]
     assert "answers again, unchanged" in done.stderr and "will run again" in done.stderr
 

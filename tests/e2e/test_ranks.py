@@ -1,9 +1,9 @@
 """Several training processes with real servers: after every weight sync the server computes what the trainer computes;
 and when one process dies, every other says so, ends, and leaves nothing behind.
 
-Three processes under `accelerate launch` with tied embeddings, four forked ones with untied embeddings. DDP is
-accelerate's. FSDP2 is torch's own, over gloo: accelerate has it for GPUs only. For ZeRO, with which accelerate cannot
-train without a GPU either, see `tests/weight_sync/test_sharded.py`.
+Three processes under `accelerate launch` with tied embeddings and accelerate's DDP, four forked ones with untied
+embeddings and FSDP2. That is torch's own, over gloo: accelerate has it for GPUs only. For ZeRO, with which accelerate
+cannot train without a GPU either, see `tests/weight_sync/test_sharded.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import pytest
 
 from tests.e2e.ranks import NUM_STEPS, VICTIM
 from tests.e2e.training import MAX_MEAN_GAP, ROOT
+from tests.fork_ranks import run_ranks
 
 pytestmark = pytest.mark.e2e
 
 CPU_CONFIG = ROOT / "recipes" / "accelerate" / "cpu_two_processes.yaml"
-RUNS = {3: ["ddp", "killed"], 4: ["ddp", "fsdp2"]}
+RUNS = {3: ["ddp", "killed"], 4: ["fsdp2"]}
 ENDS_WITHIN_S = 60  # of the death of a rank
 
 
@@ -45,17 +46,15 @@ def launched(
     pair = request.getfixturevalue("pair" if request.param == 3 else "untied_pair")
     model = request.getfixturevalue("small_policy" if request.param == 3 else "untied_policy")
     data = calculator_data.generate(folder / "data", num_train=8, num_validation=1, seed=0)[0]
+    arguments = [str(folder), pair.policy.base_url, pair.gym.head_url, str(data), str(model), *RUNS[request.param]]
     if request.param == 3:
         launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(CPU_CONFIG)]
-        launch += ["--num_processes", "3", "--main_process_port", "0", "-m", "tests.e2e.ranks"]
+        launch += ["--num_processes", "3", "--main_process_port", "0", "-m", "tests.e2e.ranks", *arguments]
+        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
+        environment = os.environ | environment
+        done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     else:
-        launch = [sys.executable, "-m", "tests.fork_ranks", "4", "tests.e2e.ranks"]
-    launch += [str(folder), pair.policy.base_url, pair.gym.head_url, str(data), str(model)]
-    done = subprocess.run(
-        [*launch, *RUNS[request.param]],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"},
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        done = run_ranks(4, "tests.e2e.ranks", *arguments)
     ended = time.time()
     assert pair.policy.client.weight_version()  # servers that were passed in are not the ranks' to stop
     return request.param, folder, done, ended

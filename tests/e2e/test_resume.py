@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.servers import Pair, forked
-from tests.e2e.training import ROOT, RecordingTrainer, config
+from tests.e2e.servers import Pair
+from tests.e2e.training import RecordingTrainer, config
+from tests.fork_ranks import forked, run_ranks
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.request import RolloutRequest
@@ -257,10 +256,7 @@ def test_two_ranks_roll_out_their_own_rows_and_log_what_one_would(
     gradient of a given batch does not is shown in `tests/test_gradient.py`.
     """
     whole, _, _ = runs
-    launch = [sys.executable, "-m", "tests.fork_ranks", str(NUM_RANKS), "tests.e2e.two_ranks", str(tmp_path), *servers]
-    launch += [str(data), str(small_policy)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_ranks(NUM_RANKS, "tests.e2e.two_ranks", str(tmp_path), *servers, str(data), str(small_policy))
     assert done.returncode == 0, done.stderr[-4000:]
 
     recorded = list(read_journal(tmp_path / "rollouts"))

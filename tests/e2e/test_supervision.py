@@ -16,8 +16,8 @@ import psutil
 import pytest
 import requests
 
-from tests.e2e.servers import forked
 from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, config, gap
+from tests.fork_ranks import forked
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server import server as server_module

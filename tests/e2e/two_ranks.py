@@ -1,6 +1,6 @@
 """One rank of a run of `tests/e2e/test_resume.py`.
 
-python -m tests.fork_ranks 2 tests.e2e.two_ranks OUTPUT_DIR POLICY_URL GYM_HEAD_URL DATA MODEL
+Its arguments are OUTPUT_DIR POLICY_URL GYM_HEAD_URL DATA MODEL.
 """
 
 from __future__ import annotations

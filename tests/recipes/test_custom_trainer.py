@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
-import subprocess
+import contextlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from tests.conftest import RECIPES, load, page_code
+from tests.fork_ranks import run
 from trl_gym.rollouts.trajectory import Trajectory
 
 
@@ -60,29 +63,28 @@ def test_only_the_policys_own_number_is_a_bare_answer(recipe: ModuleType) -> Non
     assert recipe.bare_answer(completions=completions, gym_reward=[]) == [1.0, 0.0, 0.0, 0.0, 1.0]
 
 
-# The script up to the trainer, which is tested below: in a process of its own, since it sets logging up.
-SCRIPT = """
-import contextlib, sys
-sys.path.insert(0, "recipes")
-import custom_trainer
-
-class Stand(contextlib.nullcontext):
-    def __init__(self, model, reward_funcs, args, train_dataset, eval_dataset, peft_config):
+class Stand(contextlib.nullcontext[Any]):
+    def __init__(self, model: Any, reward_funcs: Any, args: Any, peft_config: Any, **datasets: Any) -> None:
         super().__init__(self)
-        print(args.easy_steps, args.turn_tokens, args.reward_weights, args.num_generations, end=" ")
-        print(len(train_dataset), len(eval_dataset))
+        sizes = [len(datasets[f"{name}_dataset"]) for name in ("train", "eval")]
+        found = (args.easy_steps, args.turn_tokens, args.reward_weights, args.num_generations, *sizes)
+        sys.stdout.write(f"{found}\n")
 
-    def train(self, resume_from_checkpoint):
-        print("trained")
+    def train(self, resume_from_checkpoint: str | None) -> None:
+        sys.stdout.write("trained\n")
 
-custom_trainer.CustomTrainer = Stand
-custom_trainer.main()
-"""
+
+def script(*options: str) -> None:
+    """The script up to the trainer: in a process of its own, since it sets logging up."""
+    recipe = load("recipe_custom_trainer", RECIPES / "custom_trainer.py")
+    recipe.CustomTrainer = Stand  # type: ignore[attr-defined]
+    sys.argv[1:] = options
+    os.chdir(RECIPES.parent)
+    recipe.main()
 
 
 def test_the_script_reads_the_quickstarts_configuration(tmp_path: Path) -> None:
     options = ["--config", "recipes/quickstart.yaml", "--output_dir", str(tmp_path), "--model_name_or_path", "none"]
-    command = [sys.executable, "-c", SCRIPT, *options, "--turn_tokens", "20", "--use_cpu", "true"]
-    done = subprocess.run(command, cwd=RECIPES.parent, capture_output=True, text=True, timeout=120)
+    done = run(script, *options, "--turn_tokens", "20", "--use_cpu", "true")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == ["8 20 [1.0, 0.1] 8 4000 256", "trained"]
+    assert done.stdout.splitlines()[-2:] == ["(8, 20, [1.0, 0.1], 8, 4000, 256)", "trained"]

@@ -6,8 +6,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOConfig, GRPOTrainer
 
+from tests.fork_ranks import run_ranks
 from tests.gradient import lean
 from tests.policy_server.tiny_model import build_model, build_tokenizer
 from trl_gym.errors import ConfigError
@@ -198,10 +197,7 @@ def test_nothing_is_read_twice_or_behind_the_end(
 
 
 def main(folder: str) -> None:
-    """What one rank does.
-
-    python -m tests.fork_ranks 2 tests.rollouts.test_tasks FOLDER
-    """
+    """What one rank does."""
     with lean():
         tokenizer = build_tokenizer()
         found = [
@@ -231,9 +227,7 @@ def on_two_ranks() -> list[tuple[dict[str, int], int]]:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "tests.fork_ranks", "2", "tests.rollouts.test_tasks", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    ended = run_ranks(2, "tests.rollouts.test_tasks", str(tmp_path))
     assert ended.returncode == 0, ended.stderr[-3000:]
     ranks, told = zip(
         *(torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2)), strict=True
