@@ -54,7 +54,7 @@ def nothing_outlives_the_tests() -> Iterator[None]:
     """Fail the last test when a process that any of them started still runs."""
     yield
     stop_forkserver()
-    wait_for(lambda: not children(), timeout_s=20.0, what=lambda: f"every child is gone: {children()}")
+    wait_for(lambda: not children(), what=lambda: f"every child is gone: {children()}")
 
 
 def children() -> list[list[str]]:

@@ -169,12 +169,12 @@ def command_served(model: Path, folder: Path) -> Iterator[Served]:
         yield Served(process, PolicyServer.attach(line.split()[1]), line)
     finally:
         process.terminate()
-        process.wait(20.0)
+        process.wait(60.0)
 
 
 def vllm_metric(root_url: str, name: str) -> float:
     """Return one of vLLM's own metrics, summed over its labels."""
-    text = requests.get(f"{root_url}/metrics", timeout=10.0).text
+    text = requests.get(f"{root_url}/metrics", timeout=60.0).text
     return sum(float(value) for value in re.findall(rf"^vllm:{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
 
 

@@ -26,6 +26,7 @@ ENVIRONMENTS = (
 )
 
 
+GYM = ROOT / ".gym-venv-0.7"
 OWN_CALLS = Path(__file__).parent / "environments" / "own_calls" / "own_calls.yaml"
 TRAINED = ("example_single_tool_call", "reasoning_gym")  # short prompts: a forward pass over them is cheap
 AGENTS = {name: f"{name}_simple_agent" for name in ENVIRONMENTS} | {
@@ -60,15 +61,17 @@ def policy(alone: None, warm: None, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("venv", [".gym-venv", ".gym-venv-0.7"])
-def test_they_roll_out_through_the_trainer(tmp_path: Path, venv: str, policy: PolicyServer) -> None:
-    """All seven in one Gym and one batch; then one step of training on two of them mixed."""
-    installation = next((ROOT / venv / "lib").glob("python*/site-packages/resources_servers"))
+def test_they_roll_out_through_the_trainer(tmp_path: Path, policy: PolicyServer) -> None:
+    """All seven in one Gym and one batch; then one step of training on two of them mixed.
+
+    `test_gym_servers.py` has all seven on both versions of Gym, `test_token_fidelity.py` three of the older on vLLM.
+    """
+    installation = next((GYM / "lib").glob("python*/site-packages/resources_servers"))
     every = load_gym_dataset(example_rows(tmp_path / "every.jsonl", installation, ENVIRONMENTS, 2))
     args = config(
         tmp_path / "out",
         gym_config_paths=[f"resources_servers/{name}/configs/{name}.yaml" for name in ENVIRONMENTS],
-        gym_python=str(ROOT / venv / "bin" / "python"),
+        gym_python=str(GYM / "bin" / "python"),
         max_completion_length=48,
         per_device_train_batch_size=8,
         num_generations=2,
@@ -112,7 +115,7 @@ def test_agents_that_make_their_own_calls_train(tmp_path: Path, policy: PolicySe
     args = config(
         tmp_path / "out",
         gym_config_paths=[str(OWN_CALLS)],
-        gym_python=str(ROOT / ".gym-venv-0.7" / "bin" / "python"),
+        gym_python=str(GYM / "bin" / "python"),
         gym_drift="split",
         max_completion_length=200,
         per_device_train_batch_size=10,

@@ -89,8 +89,9 @@ def gym(request: pytest.FixtureRequest) -> GymInstallation:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
+    before = set(psutil.Process().children(recursive=True))  # other tests share processes
     yield
-    wait_for(lambda: not psutil.Process().children(recursive=True), "every child is gone", timeout_s=10)
+    wait_for(lambda: not set(psutil.Process().children(recursive=True)) - before, "every child is gone")
 
 
 @pytest.fixture
@@ -328,7 +329,7 @@ async def test_several_processes_share_the_rollouts_and_end_together(
         assert (tmp_path / "logs" / "gym.log").is_file()
     finally:
         await asyncio.to_thread(servers.stop)
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
 
 
@@ -350,7 +351,7 @@ def test_sigkill_of_the_owner_leaves_nothing(gym: GymInstallation, tmp_path: Pat
         family = psutil.Process(owner.pid).children(recursive=True)
         assert len(family) == 2
         owner.kill()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
 
 
@@ -441,6 +442,6 @@ async def test_upstream_mode(
             servers.check()
     finally:
         await asyncio.to_thread(servers.stop)
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
     assert not {path.name for path in tmp_path.iterdir()} - {"env", "logs"}, "nothing in the user's folder"

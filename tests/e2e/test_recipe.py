@@ -143,7 +143,7 @@ def test_the_readme_runs_as_pasted_and_kill_9_leaves_nothing(
     below = after_a_step(run, tmp_path / "out")
     run.kill()
     wait_for(lambda: not running(below), lambda: f"still running: {running(below)}", timeout_s=END_TIMEOUT_S)
-    output = run.communicate(timeout=10)[0]
+    output = run.communicate(timeout=60)[0]
     assert "tool calls: read by vLLM's parser `hermes` (guessed from `<tool_call>` in the chat template)" in output
     assert "default: `gradient_accumulation_steps` is 8, for 8 tasks" in output, output
     rollouts = list(read_journal(tmp_path / "out" / "rollouts"))
@@ -156,7 +156,7 @@ def test_ctrl_c_ends_everything(small_policy: Path, tmp_path: Path) -> None:
     run, below = in_training(tmp_path)
     os.killpg(run.pid, signal.SIGINT)  # a terminal sends it to the whole foreground group
     wait_for(lambda: not running(below), lambda: f"still running: {running(below)}", timeout_s=END_TIMEOUT_S)
-    output, _ = run.communicate(timeout=10)
+    output, _ = run.communicate(timeout=60)
     assert run.returncode != 0
     assert "interrupted" in output and "the same command starts with the first step" in output
     assert len(list(read_journal(tmp_path / "rollouts"))) >= 32  # what was finished is kept

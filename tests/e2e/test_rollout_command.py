@@ -59,7 +59,7 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(
     wait_for(lambda: process.poll() is not None or (tmp_path / "rollouts").is_dir())
     wait_for(lambda: process.poll() is not None or sum(r["failure"] is None for r in lines(tmp_path)) >= 5)
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=120)
     interrupted = [r for r in lines(tmp_path) if r["failure"] is None]
     assert process.returncode == 130, errors
     assert 5 <= len(interrupted) < NUM_ROWS * NUM_GENERATIONS

@@ -110,7 +110,7 @@ def told(step: Step) -> str:
 
 
 @every_template
-@stable(max_examples=6)
+@stable(max_examples=4)
 @given(chat=chats(), other=chats(), order=st.randoms(use_true_random=False))
 def test_every_prompt_is_what_was_seen_and_what_the_template_adds(
     path: Path, chat: Chat, other: Chat, order: random.Random
@@ -128,7 +128,7 @@ def test_every_prompt_is_what_was_seen_and_what_the_template_adds(
 
 
 @every_template
-@stable(max_examples=3)
+@stable(max_examples=2)
 @given(chat=chats(literal))
 def test_special_tokens_as_text_never_make_a_prompt_wrong(path: Path, chat: Chat) -> None:
     for step in Rollout(Client(load_template(path)), chat).play():
