@@ -58,7 +58,7 @@ def _transformers(argv: Sequence[str], listen_fd: int | None) -> int:
     try:
         alone.main(argv, listen_fd=listen_fd)
     except TrlGymError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")  # as the cause of a death is found in a log
         return 1
     except KeyboardInterrupt:
         return 130

@@ -124,9 +124,9 @@ def _serve(options: argparse.Namespace, sock: socket.socket, key: str) -> None:
     device = options.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(device)
-    length = options.max_model_len or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if length is None:
-        raise ConfigError("The model does not say for how many tokens it was made.", "Give --max-model-len.")
+    length = context_of(
+        getattr(model.config.get_text_config(), "max_position_embeddings", None), options.max_model_len
+    )
     engine = Engine(
         EngineOptions(max_model_len=length, max_concurrency=options.max_num_seqs),
         eos_token_ids=turn_ends(model, tokenizer),
@@ -146,6 +146,25 @@ def _serve(options: argparse.Namespace, sock: socket.socket, key: str) -> None:
         asyncio.run(_answer(uvicorn.Server(config), sock, engine))
     finally:
         engine.park()
+
+
+def context_of(made_for: int | None, asked: int | None) -> int:
+    """Return the tokens of prompt and completion together.
+
+    Args:
+        made_for: Positions of the model, as far as it says.
+        asked: Value of `--max-model-len`.
+
+    Raises:
+        ConfigError: The model was made for less, or nobody says.
+    """
+    if made_for is None and asked is None:
+        raise ConfigError("The model does not say for how many tokens it was made.", "Give --max-model-len.")
+    if made_for is not None and asked is not None and asked > made_for:
+        raise ConfigError(
+            f"--max-model-len is {asked:,} and the model was made for {made_for:,} tokens.", "Lower --max-model-len."
+        )
+    return asked or made_for or 0
 
 
 async def _answer(server: uvicorn.Server, sock: socket.socket, engine: Engine) -> None:
