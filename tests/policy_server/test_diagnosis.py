@@ -32,7 +32,7 @@ pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
     ("log", "cause", "remedy"),
     [
         (ENGINE, "ValueError: No available memory for the cache blocks. Try more.", "give the KV cache more memory"),
-        (ARGPARSE, "unrecognized arguments: --no-such-flag 3", "this vLLM does not know"),
+        (ARGPARSE, "unrecognized arguments: --no-such-flag 3", "this engine does not know"),
         (
             PYDANTIC,
             "Model architectures ['FooForCausalLM'] are not supported for now.",
