@@ -345,12 +345,12 @@ def test_memory_is_given_back_and_taken(client: PolicyClient, fake: FakeSglang, 
     assert fake.asleep == {"kv_cache"}, "weights have no copy on the host"
     client.wake_up()
     client.sleep(2)
-    assert fake.asleep == {"weights", "kv_cache"} and client.health()
+    assert fake.asleep == {"weights", "kv_cache"} and fake.paused and client.health()
     held = pool.submit(ask, client, "held2")
     client.wake_up(["weights"])
     assert fake.asleep == {"kv_cache"} and not held.done()
     client.wake_up(["kv_cache"])
-    assert held.result(30.0) and not fake.asleep
+    assert held.result(30.0) and not fake.asleep and not fake.paused
 
 
 def test_adapters(policy: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ CHAT_PATH, COMPLETIONS_PATH, GENERATE_PATH = "/v1/chat/completions", "/v1/comple
 _TRANSLATED = (
     *("prompt_token_ids", "kv_transfer_params", "return_token_ids", "return_tokens_as_token_ids", "model", "messages"),
     *("add_generation_prompt", "structured_outputs", "include_stop_str_in_output", "include_reasoning"),
-    *("add_special_tokens", "request_id", "documents", "metadata", "store", "service_tier", "mm_processor_kwargs"),
+    *("add_special_tokens", "request_id", "documents", "metadata", "store", "service_tier"),
 )
 # What would change the answer and has no counterpart. A value that asks for nothing is let through.
 _UNSUPPORTED = (
@@ -232,7 +232,7 @@ def render_request(body: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     last = body["messages"][-1] if body.get("messages") else {}
     ends_with_answer = isinstance(last, dict) and last.get("role") == "assistant"
-    if not ends_with_answer and body.get("add_generation_prompt", True):
+    if not ends_with_answer and body.get("add_generation_prompt", True) and not body.get("add_special_tokens"):
         return None
     return tokenize_request({"add_generation_prompt": True, **body})
 

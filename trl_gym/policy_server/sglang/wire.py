@@ -4,8 +4,8 @@ Most requests become one of SGLang's (`dialect.py`). Some become several, or are
 what vLLM does for them:
 
   * `/pause?mode=wait` lets what runs finish. SGLang would abort or freeze it: calls that come are held here instead,
-    and SGLang is paused when the last one that was let through has ended. `/sleep` waits the same way, since SGLang
-    gives memory back only while it is idle.
+    and SGLang is paused when the last one that was let through has ended. `/sleep` waits the same way: a server
+    that is asked for its memory while something runs dies of it.
   * A weight update is begun, carried out and finished in three calls; SGLang replaces weights from disk in one.
   * A file of weights is not a folder with one, which is what SGLang reads: a folder with a link to it is made for the
     time of the call.
@@ -375,7 +375,8 @@ class SglangWire:
         return {"status": "paused"}
 
     async def _resume(self, call: _Call) -> Any:
-        await call.ask("POST", "/continue_generation", {})
+        if not self._asleep:
+            await call.ask("POST", "/continue_generation", {})
         self._gate.open("pause")
         return {"status": "resumed"}
 
@@ -390,6 +391,7 @@ class SglangWire:
         request = dialect.sleep_request(call.query("level", "1"), await self._server_args(call))
         self._gate.close("sleep")
         await self._gate.drained()
+        await call.ask("POST", "/pause_generation", dialect.pause_request("wait"))  # what others sent must not run
         await call.ask("POST", "/release_memory_occupation", request)
         self._asleep.update(request["tags"])
         return {}
@@ -400,6 +402,8 @@ class SglangWire:
             await call.ask("POST", "/resume_memory_occupation", {"tags": tags})
         self._asleep.difference_update(tags)
         if not self._asleep:
+            if "pause" not in self._gate.closed_by:
+                await call.ask("POST", "/continue_generation", {})
             self._gate.open("sleep")
         return {}
 
