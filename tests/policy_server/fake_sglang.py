@@ -657,11 +657,14 @@ def _as_stream(answer: Json) -> web.Response:
 
 @asynccontextmanager
 async def running(folder: Path, **how: Any) -> AsyncIterator[FakeSglang]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is tiny, and threads that wait for each other on busy cores are slow
     server = await FakeSglang(folder, **how).start()
     try:
         yield server
     finally:
         await server.stop()
+        torch.set_num_threads(num_threads)
 
 
 @contextmanager
@@ -692,7 +695,6 @@ def behind_gateway(folder: Path, *, gateway_key: str | None = None, **how: Any) 
 
 
 def _run(serve: Callable[[], Coroutine[Any, Any, None]], started: Future[Any]) -> None:
-    torch.set_num_threads(1)  # of this thread: its model is tiny, and the machine's other cores have work
     try:
         asyncio.run(serve())
     except BaseException as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -125,6 +126,29 @@ def test_a_chat_that_sglang_would_render_otherwise_is_rendered_as_it_is() -> Non
 def test_a_turn_that_goes_on_is_opened_by_sglang() -> None:
     body = {"messages": [USER], "continue_final_message": True, "add_generation_prompt": False}
     assert dialect.tokenize_request(body) == {"messages": [USER], "continue_final_message": True}
+
+
+@given(
+    body=st.dictionaries(
+        st.sampled_from(sorted({*dialect.Asked.__annotations__, "prompt", "documents", "top_k", "tools"})), JSON
+    )
+)
+def test_an_odd_request_is_refused_or_translated(body: Json) -> None:
+    body = {"messages": [USER], "prompt_logprobs": 0, **body}
+    makers = (
+        lambda: asked({key: value for key, value in body.items() if key != "prompt_logprobs"}),
+        lambda: dialect.render_request(body) if body["messages"] else None,
+        lambda: dialect.tokenize_request(body),
+        lambda: dialect.logprobs_request(body, adapter=None),
+        lambda: dialect.completion_request(body, rid="r", adapter=None),
+    )
+    try:
+        dialect.check_request(body)
+    except UnsupportedError:
+        return
+    for make in makers:
+        with contextlib.suppress(UnsupportedError, KeyError if not body.get("messages") else UnsupportedError):
+            make()
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------

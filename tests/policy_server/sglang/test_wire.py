@@ -24,7 +24,8 @@ from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.gateway import check_upstreams
 from trl_gym.policy_server.middleware.ledger import CallRecord, Taken
 from trl_gym.policy_server.sglang.dialect import UnsupportedError
-from trl_gym.policy_server.sglang.wire import weight_folder
+from trl_gym.policy_server.sglang.wire import SglangWire, weight_folder
+from trl_gym.policy_server.upstreams import CONTROL_PATHS
 from trl_gym.rollouts.trajectory import model_calls
 from trl_gym.weight_sync import sglang_transfer
 from trl_gym.weight_sync.transports.nccl import NcclTransport
@@ -197,6 +198,16 @@ def test_an_odd_answer_costs_one_call(client: PolicyClient, fake: FakeSglang, od
         ask(client, "odd")
     fake.answers.clear()
     ask(client, "even")
+
+
+@pytest.mark.parametrize("body", [[], "x", {"messages": 5}, {"update_info": []}, {"init_info": 1}, {"model": 3}, {}])
+def test_an_odd_request_is_refused(client: PolicyClient, fake: FakeSglang, body: Any) -> None:
+    """Whoever sends it, and whichever route it is sent to, it has an answer."""
+    calls = [route for route in SglangWire(fake.url)._handlers if route[0] == "POST" and route[1] not in CONTROL_PATHS]
+    calls += [("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/update_weights")]
+    for method, path in (*calls, ("POST", "/init_weight_transfer_engine")):
+        answer = client._sessions[0].request(method, f"{client.root_url}{path}", json=body, timeout=30.0)
+        assert answer.status_code in (200, 400, 404, 500) and answer.json() is not None, (path, answer.text)
 
 
 # -- weights and versions ---------------------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ class Reply:
             400: "BadRequestError",
             401: "AuthenticationError",
             403: "PermissionDeniedError",
+            404: "NotFoundError",
             409: "ConflictError",
             413: "RequestTooLargeError",
         }

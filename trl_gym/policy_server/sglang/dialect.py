@@ -60,6 +60,34 @@ class UnsupportedError(ValueError):
     """SGLang cannot do what is asked; the text is for the client."""
 
 
+# -- requests, as far as they are read --------------------------------------------------------------------------------
+
+
+class Asked(TypedDict):
+    """The fields of vLLM's requests that are translated."""
+
+    model: NotRequired[str | None]
+    messages: NotRequired[list[dict[str, Any]] | None]
+    prompt_token_ids: NotRequired[list[int] | None]
+    kv_transfer_params: NotRequired[dict[str, Any] | None]
+    chat_template_kwargs: NotRequired[dict[str, Any] | None]
+    structured_outputs: NotRequired[dict[str, Any] | None]
+    stop_token_ids: NotRequired[list[int] | None]
+    init_info: NotRequired[dict[str, Any] | None]
+    update_info: NotRequired[dict[str, Any] | None]
+    request_ids: NotRequired[list[str] | None]
+
+
+def check_request(body: Mapping[str, Any]) -> None:
+    """Check the types of the fields of a request; the functions below rely on them. SGLang checks the others.
+
+    Raises:
+        UnsupportedError: One has another.
+    """
+    if (problem := shape_problem(body, Asked)) is not None:
+        raise UnsupportedError(f"the request has another form ({problem})")
+
+
 # -- answers, as far as they are read ---------------------------------------------------------------------------------
 
 
@@ -217,8 +245,8 @@ def completion_request(body: Mapping[str, Any], *, rid: str, adapter: str | None
 def forced_prompt(body: Mapping[str, Any]) -> list[int] | None:
     """Return the ids of the exact prompt that a request gives; None if the server is to render it."""
     ids = body.get("prompt_token_ids")
-    if ids is None and isinstance(params := body.get("kv_transfer_params"), dict):
-        ids = params.get("prompt_token_ids")
+    if ids is None:
+        ids = (body.get("kv_transfer_params") or {}).get("prompt_token_ids")
     return ids or None
 
 
@@ -230,8 +258,7 @@ def render_request(body: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     if forced_prompt(body) is not None or body.get("continue_final_message"):
         return None
-    last = body["messages"][-1] if body.get("messages") else {}
-    ends_with_answer = isinstance(last, dict) and last.get("role") == "assistant"
+    ends_with_answer = body["messages"][-1].get("role") == "assistant"
     if not ends_with_answer and body.get("add_generation_prompt", True) and not body.get("add_special_tokens"):
         return None
     return tokenize_request({"add_generation_prompt": True, **body})
@@ -294,12 +321,10 @@ def _with_ids(logprobs: Any, ids: Sequence[int]) -> Any:
     return logprobs
 
 
-def _message(message: Any) -> Any:
-    if not isinstance(message, dict):
-        return message  # SGLang's own complaint is the best one
-    message = {key: value for key, value in message.items() if value is not None or key == "content"}
-    thought = message.pop("reasoning", None)
-    return message if thought is None else {"reasoning_content": thought, **message}
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    said = {key: value for key, value in message.items() if value is not None or key == "content"}
+    thought = said.pop("reasoning", None)
+    return said if thought is None else {"reasoning_content": thought, **said}
 
 
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
@@ -309,6 +334,13 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
         key for key, one in given if not (one is None or one is False or one in ([], {}) or (key, one) in nothing)
     ]:
         raise UnsupportedError(f"SGLang has no {', '.join(asked)}; leave it out of the request.")
+
+
+def _schema(value: Any) -> Any:
+    try:
+        return strict_json(value.encode()) if isinstance(value, str) else value
+    except ValueError as error:
+        raise UnsupportedError(f"structured_outputs.json is no JSON ({error})") from error
 
 
 def _structure(wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,7 +353,7 @@ def _structure(wanted: Mapping[str, Any]) -> dict[str, Any]:
         elif key == "choice" and isinstance(value, list) and all(isinstance(one, str) for one in value):
             request["regex"] = "|".join(f"({re.escape(one)})" for one in value)
         elif key == "json":
-            schema = strict_json(value.encode()) if isinstance(value, str) else value
+            schema = _schema(value)
             schema_format = {"name": "answer", "schema": schema}
             request["response_format"] = {"type": "json_schema", "json_schema": schema_format}
         elif key == "json_object":

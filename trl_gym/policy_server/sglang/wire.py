@@ -99,8 +99,11 @@ class _Call:
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON object of the request; empty for no body. Raises `AnsweredError` for anything else: SGLang would
-        take NaN for a temperature."""
+        """The JSON object of the request; empty for no body. SGLang would take NaN for a temperature.
+
+        Raises:
+            AnsweredError, UnsupportedError: It is something else, or has fields of other types.
+        """
         if not self.request.body.strip():
             return {}
         try:
@@ -109,6 +112,7 @@ class _Call:
             body = None
         if not isinstance(body, dict):
             raise AnsweredError(Reply.error(400, f"the body of {self.request} must be a JSON object"))
+        dialect.check_request(body)
         return body
 
     def query(self, name: str, default: str) -> str:
@@ -253,7 +257,7 @@ class SglangWire:
             for ids in dialect.prompts_of_ids(body):
                 await self._check_ids(call, ids)
             return dialect.completion_request(body, rid=rid, adapter=adapter)
-        if not isinstance(body.get("messages"), list) or not body["messages"]:
+        if not body.get("messages"):
             raise AnsweredError(Reply.error(400, "`messages` must be a list that is not empty"))
         request = dialect.chat_request(body, rid=rid, adapter=adapter)
         if (forced := request.get("input_ids")) is not None:
