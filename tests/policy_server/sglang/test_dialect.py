@@ -137,7 +137,7 @@ def test_an_odd_request_is_refused_or_translated(body: Json) -> None:
     body = {"messages": [USER], "prompt_logprobs": 0, **body}
     makers = (
         lambda: asked({key: value for key, value in body.items() if key != "prompt_logprobs"}),
-        lambda: dialect.render_request(body) if body["messages"] else None,
+        lambda: dialect.render_request(body),
         lambda: dialect.tokenize_request(body),
         lambda: dialect.logprobs_request(body, adapter=None),
         lambda: dialect.completion_request(body, rid="r", adapter=None),
@@ -146,8 +146,9 @@ def test_an_odd_request_is_refused_or_translated(body: Json) -> None:
         dialect.check_request(body)
     except UnsupportedError:
         return
+    body["messages"] = body["messages"] or [USER]  # `wire.py` refuses a chat without one
     for make in makers:
-        with contextlib.suppress(UnsupportedError, KeyError if not body.get("messages") else UnsupportedError):
+        with contextlib.suppress(UnsupportedError):
             make()
 
 
