@@ -94,7 +94,7 @@ def test_a_transformers_that_cannot_be_the_engine_is_named(monkeypatch: pytest.M
     assert (
         problem is not None and "transformers 5.24.0 is installed and the engine 'transformers' needs" in problem.text
     )
-    assert "pip install 'transformers>=5.13,<5.19'`, or set `gym_engine` to 'vllm'" in problem.remedy
+    assert "pip install 'transformers>=5.17,<5.19'`, or set `gym_engine` to 'vllm'" in problem.remedy
 
 
 @pytest.mark.parametrize(

