@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.compat import engine_problem
@@ -98,8 +98,13 @@ def require_fit(config: GymGRPOConfig) -> None:
         raise ConfigError("The engine 'transformers' cannot be started for this configuration:", problems=problems)
 
 
-def in_process_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    """List what an engine in the trainer's own process lacks for a configuration."""
+def in_process_problems(config: GymGRPOConfig, environment: Mapping[str, str] = os.environ) -> Iterator[Problem]:
+    """List what an engine in the trainer's own process lacks for a configuration.
+
+    Args:
+        config: Options of the run.
+        environment: Variables by which launchers say how the model is sharded.
+    """
     if (problem := engine_problem()) is not None:
         yield problem
     engine = _told(config)
@@ -123,7 +128,7 @@ def in_process_problems(config: GymGRPOConfig) -> Iterator[Problem]:
                     f"`{option}` is {value!r} and {engine}: transformers' continuous batching does not have it.",
                     f"Leave `{option}` out, {remedy}",
                 )
-    for what in _shards(config):
+    for what in _shards(config, environment):
         yield Problem(
             f"{what} and {engine}: each process samples with the whole model, which it has alone or with DDP only.",
             f"Train with one process or with DDP, {remedy}",
@@ -134,11 +139,11 @@ def _told(config: GymGRPOConfig) -> str:
     return "`gym_engine` 'transformers'" + (" (vLLM is not installed)" if config.gym_engine == "auto" else "")
 
 
-def _shards(config: GymGRPOConfig) -> Iterator[str]:
+def _shards(config: GymGRPOConfig, environment: Mapping[str, str]) -> Iterator[str]:
     """Name what spreads the model over processes, as far as options and launchers tell."""
-    if config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if config.fsdp or environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         yield "FSDP is set"
-    if config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+    if config.deepspeed or environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         yield "DeepSpeed is set"
     if config.parallelism_config is not None or (config.model_init_kwargs or {}).get("tp_plan") is not None:
         yield "Tensor parallelism is set"

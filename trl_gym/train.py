@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import yaml
 
 from trl_gym import recipes
-from trl_gym.engines import started_engine
+from trl_gym.engines import started_engine, vllm_is_installed
 from trl_gym.errors import ConfigError, Problem, TrlGymError
 from trl_gym.given import home_paths, home_words, with_output
 from trl_gym.hub import load_config
@@ -151,7 +151,8 @@ def early_fork_server(argv: Sequence[str], environment: Mapping[str, str]) -> Fo
     """
     options = told_options(argv)
     elsewhere = options.get("vllm_mode") == "server" or options.get("gym_replay") is not None
-    elsewhere = elsewhere or options.get("gym_engine", "auto") not in ("auto", "vllm")
+    engine = options.get("gym_engine", "auto")
+    elsewhere = elsewhere or engine not in ("auto", "vllm") or (engine == "auto" and not vllm_is_installed())
     if elsewhere or not _runs(options) or not _is_main(environment):
         return None
     devices = options.get("gym_server_devices")

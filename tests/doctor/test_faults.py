@@ -127,6 +127,61 @@ def test_tools_need_a_parser_that_is_named_or_guessed(tmp_path: Path, policy: Pa
     assert "`gym_vllm_args`" in missing.remedy
     assert found(silent, train_files=tooled).text.startswith("`hermes` (named by the options)")
     assert found(silent, gym_vllm_args=None).text.startswith("no row has tools")
+    sglang = {"gym_engine": "sglang", "gym_vllm_args": None, "train_files": tooled}
+    assert found(policy, **sglang).text.startswith("`hermes` (guessed from `<tool_call>`")
+    unknown = found(silent, **sglang, gym_sglang_args={"tool-call-parser": "mine"})
+    assert unknown.status is Status.SKIPPED and "the server's own configuration" in unknown.text
+
+
+@pytest.fixture
+def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name.startswith("vllm"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr("trl_gym.compat.importlib.metadata.version", version)
+
+
+@pytest.mark.usefixtures("no_vllm")
+def test_without_vllm_nothing_asks_for_it(tmp_path: Path, policy: Path) -> None:
+    tooled = [write(tmp_path / "tools.jsonl", row(tools=[{"type": "function", "name": "f"}]), row())]
+    entries = examine(options(tmp_path, policy, gym_vllm_args=None, train_files=tooled), CHECKS)
+    assert failures(entries) == {}
+    told = {entry.name: entry for entry in entries}
+    assert "since vLLM is not installed" in told["engine"].text and "transformers 5." in told["engine"].text
+    assert told["tool parser"].text.startswith("`qwen3` (guessed from `<tool_call>`")
+    assert "Qwen3ForCausalLM" in told["served model"].text
+    assert not told.keys() & {"vllm flags", "shared memory"}  # of a server and of a copy that there is not
+    assert not [entry for entry in entries if "vLLM" in entry.text and entry.name != "engine"]
+
+
+@pytest.mark.usefixtures("no_vllm")
+def test_what_the_engine_in_the_trainers_process_lacks_is_found(tmp_path: Path) -> None:
+    from transformers import Gemma2Config
+
+    capped = tmp_path / "capped"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Gemma2Config(**sizes, num_key_value_heads=1, head_dim=8, vocab_size=32).save_pretrained(capped)
+    (capped / "model.safetensors").touch()  # nothing reads weights here
+    names = ("options file", "options", "engine", "model", "served model")
+    checks = [check for check in CHECKS if check.name in names]
+
+    def found(model: Path, **changes: Any) -> dict[str, str]:
+        return failures(examine(options(tmp_path, model, gym_vllm_args=None, **changes), checks))
+
+    assert "capped attention scores" in found(capped)["served model"]
+    named = found(capped, gym_engine="transformers", vllm_tensor_parallel_size=2)
+    assert "`vllm_tensor_parallel_size` is 2" in named["options"] and named.keys() == {"options"}
+    assert "(vLLM is not installed)" in found(capped, vllm_tensor_parallel_size=2)["engine"]
+    (tmp_path / "accelerate.yaml").write_text("distributed_type: FSDP\nnum_processes: 2\n")
+    assert "FSDP is set" in found(capped, gym_engine="transformers")["engine"]
+    (tmp_path / "accelerate.yaml").unlink()
+    nowhere = found(capped, gym_engine="sglang", gym_sglang_python="/no/such/python")
+    assert "/no/such/python, which does not exist" in nowhere["engine"] and "served model" not in nowhere
 
 
 # -- faults, planted several at a time --------------------------------------------------------------------------------
@@ -161,7 +216,7 @@ class Place:
 def many(place: Place) -> str:
     real = importlib.metadata.version
     place.patch.setattr(
-        "trl_gym.compat.importlib.metadata.version", lambda name: "9.9" if name == "transformers" else real(name)
+        "trl_gym.compat.importlib.metadata.version", lambda name: "5.9" if name == "transformers" else real(name)
     )
     built = {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cu130"}
     place.patch.setattr("trl_gym.compat._built_version", built.get)
@@ -196,7 +251,7 @@ def many(place: Place) -> str:
 
 
 MANY = (
-    Fault("versions", "transformers 9.9 is installed", "pip install 'transformers>="),
+    Fault("versions", "transformers 5.9 is installed", "pip install 'transformers>="),
     Fault("versions", "torchvision 0.28.0+cu130 is installed beside torch 2.13.0+cpu", "pip uninstall -y torchvision"),
     Fault("reward plot", "no reward.png", "pip install 'trl-gym[plot]'", Status.WARNING),
     Fault("ports", "on 127.0.0.1 (`gym_overrides` head_server.port) cannot be used", "`ss -ltnp"),

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from tests.e2e.training import CALCULATOR, ROOT, RecordingTrainer, config
 from tests.e2e.training import gap as mean_gap
 from trl_gym import GymServers, load_gym_dataset
+from trl_gym.cli import main as main_of_cli
 from trl_gym.policy_server.transformers_engine.server import TransformersServer
 from trl_gym.processes import bind_socket
 from trl_gym.rollouts.journal import read_journal
@@ -236,6 +237,19 @@ def test_after_close_nothing_serves_and_the_model_is_an_ordinary_one(
     with bind_socket(port=port):
         pass  # the port is free
     assert gym.agents  # it was passed in, and is not ours to stop
+
+
+def test_the_doctor_examines_a_run_without_vllm(
+    small_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    run = ["--config", "recipes/quickstart.yaml", "--output_dir", str(tmp_path / "run")]
+    assert main_of_cli(["doctor", "--json", *run, "--small_policy_dir", str(small_policy)]) == 0
+    told = {check["name"]: check["text"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert "since vLLM is not installed" in told["engine"]
+    assert "by shared" in told["weight sync"] and "nats" in told["weight sync"]
+    assert "calculator_simple_agent: reward" in told["rollouts"]
+    assert not (tmp_path / "run").exists()
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

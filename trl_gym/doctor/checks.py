@@ -34,12 +34,17 @@ _serves, _starts_policy, _starts_gym = map(attrgetter, ("serves", "starts_policy
 _attaches_policy, _attaches_gym = map(attrgetter, ("attaches_policy", "attaches_gym"))
 _FILE = "options file"
 
+
+def _starts(engine: str) -> Callable[[Context], bool]:
+    return lambda context: context.engine == engine
+
+
 CHECKS = (
     Check("python", static.python),
     Check("versions", static.versions),
     Check(_FILE, options.options_file),
     Check("options", options.options, (_FILE,)),
-    Check("vllm", static.vllm_version, (_FILE,), _starts_policy),
+    Check("engine", static.engine, (_FILE,), _starts_policy),
     Check("processes", options.processes, (_FILE,)),
     Check("open files", options.open_files, (_FILE,), _serves),
     Check("devices", static.devices),
@@ -55,12 +60,13 @@ CHECKS = (
     Check("model", inputs.model, (_FILE,)),
     Check("tokenizer", inputs.tokenizer, (_FILE, "model")),
     Check("chat template", inputs.chat_template, (_FILE, "tokenizer")),
+    Check("served model", inputs.served_model, (_FILE, "engine", "model"), _starts("transformers")),
     Check("tool parser", inputs.tool_parser, (_FILE, "model"), _starts_policy),
     Check("context", inputs.context_length, (_FILE, "tokenizer")),
     Check("gpu", static.gpu, (_FILE, "model")),
     Check("memory", static.memory_plan, (_FILE, "model"), _starts_policy),
     Check("shared memory", static.shared_memory, (_FILE, "model"), _serves, False),
-    Check("vllm flags", live.flags, (_FILE, "model"), _starts_policy),
+    Check("vllm flags", live.flags, (_FILE, "model"), _starts("vllm")),
     Check("remote server", live.remote, (_FILE,), _attaches_policy),
     Check("folders", static.folders, (_FILE,)),
     Check("space", static.space, (_FILE, "model"), is_essential=False),
@@ -68,7 +74,10 @@ CHECKS = (
     Check("reward plot", static.reward_plot, is_essential=False),
     Check("leftovers", static.leftovers, (_FILE,), is_essential=False),
     Check(
-        "policy server", live.policy_server, ("options", "model", "tokenizer", "vllm flags", "remote server"), _serves
+        "policy server",
+        live.policy_server,
+        ("options", "engine", "model", "served model", "tokenizer", "vllm flags", "remote server"),
+        _serves,
     ),
     Check("gym servers", live.gym_servers, ("options", "gym configs", "gym head server"), _serves),
     Check("token continuation", live.continuation, ("policy server", "gym servers"), _serves),

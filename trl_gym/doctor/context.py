@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_gym.engines import started_engine
 from trl_gym.errors import Problem, TrlGymError
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Context:
     num_params: int = field(init=False)  # number of parameters of the model
     tokenizer: PreTrainedTokenizerBase = field(init=False)  # after "tokenizer"
     policy: PolicyBackend = field(init=False)  # after "policy server"
+    trained: Any = None  # the model as it is trained, once something needed it
     gym: GymServers = field(init=False)  # after "gym servers"
     servers: RunServers = field(init=False)  # both of them; after "token continuation"
     logged: list[str] = field(default_factory=list)  # warnings that trl-gym has logged during the check that runs now
@@ -121,6 +123,11 @@ class Context:
     def starts_policy(self) -> bool:
         """True if the run starts its policy server itself."""
         return self.serves and self.args.vllm_mode != "server"
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that the run starts, one of `engines.NAMES`; None where it starts none."""
+        return started_engine(self.args) if self.starts_policy else None
 
     @property
     def starts_gym(self) -> bool:

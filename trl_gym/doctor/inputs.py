@@ -19,7 +19,10 @@ from trl_gym.hub import load_config
 from trl_gym.policy_server.command import flags_from
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
-from trl_gym.policy_server.parsers import choose
+from trl_gym.policy_server.parsers import Parsers, choose
+from trl_gym.policy_server.sglang.server import SglangCommand
+from trl_gym.policy_server.sglang.server import flags_from as sglang_flags
+from trl_gym.policy_server.transformers_engine import answers
 from trl_gym.rollouts.request import stamp
 from trl_gym.train import load_train, make_data, model_to_train
 
@@ -211,10 +214,8 @@ def tokenizer(context: Context) -> Iterator[Finding]:
     if file is not None:
         loaded.chat_template = Path(file).read_text(encoding="utf-8")
     if not loaded.chat_template:
-        yield failed(
-            f"the tokenizer of {name} has no chat template",
-            "Save it with its `chat_template`, or set `gym_vllm_args` to {'chat-template': 'FILE'}.",
-        )
+        flag = ", or set `gym_vllm_args` to {'chat-template': 'FILE'}" if context.engine == "vllm" else ""
+        yield failed(f"the tokenizer of {name} has no chat template", f"Save it with its `chat_template`{flag}.")
         return
     context.tokenizer = loaded
     yield ok(f"{len(loaded)} tokens, with a chat template")
@@ -230,7 +231,7 @@ def context_length(context: Context) -> Iterator[Finding]:
         return
     if most is not None and length > most:
         yield failed(
-            f"`vllm_max_model_length` {length} is more than the model was made for ({most}); vLLM refuses it",
+            f"`vllm_max_model_length` {length} is more than the model was made for ({most})",
             f"Set `vllm_max_model_length` to {most} at most.",
         )
     records = context.train_rows[:_MAX_RENDERED]
@@ -282,10 +283,40 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def served_model(context: Context) -> Iterator[Finding]:
+    """Check that the model can be sampled from in the trainer's process; it is built without its weights."""
+    from trl import get_peft_config
+
+    from trl_gym import compat
+    from trl_gym.policy_server.transformers_engine.session import sampled_model
+    from trl_gym.run.in_process import require_servable
+
+    require_servable(context.args, context.model)
+    model = compat.empty_model(context.model_config, trust_remote_code=context.args.trust_remote_code)
+    if (adapter := get_peft_config(context.model_options)) is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+    name = type(sampled_model(model)).__name__
+    yield ok(f"transformers samples from {name} by continuous batching")
+
+
+def parsers_of(context: Context) -> Parsers:
+    """Return what reads answers of the policy server that the run starts. Raises `ConfigError`: see `choose` of each
+    engine."""
+    args = context.args
+    if context.engine == "transformers":
+        return answers.choose(context.model, args.gym_response_template).parsers
+    given = args.gym_sglang_args if context.engine == "sglang" else args.gym_vllm_args
+    named = {name.lstrip("-"): value for name, value in given.items()} if isinstance(given, dict) else {}
+    if context.engine == "sglang":
+        return SglangCommand(context.model, sglang_flags(named), "python").parsers
+    return choose(context.model, flags_from(named))[0]
+
+
 def tool_parser(context: Context) -> Iterator[Finding]:
     """Check that tool calls of the model can be read, as a run would have them read."""
-    given = context.args.gym_vllm_args if isinstance(context.args.gym_vllm_args, dict) else {}
-    parsers, _ = choose(context.model, flags_from({name.lstrip("-"): value for name, value in given.items()}))
+    parsers = parsers_of(context)
     agent = first_with_tools(record[ROW_COLUMN] for record in context.train_rows)
     problem = None if agent is None else parsers.problem(agent)
     if problem is not None:
@@ -294,7 +325,7 @@ def tool_parser(context: Context) -> Iterator[Finding]:
     if agent is None:
         yield ok(f"no row has tools; thinking: {parsers.reasoning}")
     elif parsers.tool.name is None:
-        yield skipped(f"rows of `{agent}` have tools, and {parsers.tool.why}")
+        yield skipped(f"rows of `{agent}` have tools; what reads their calls: {parsers.tool.why}")
     else:
         yield ok(f"{parsers.tool}; thinking: {parsers.reasoning}")
 
@@ -333,7 +364,7 @@ _CASES: dict[str, tuple[Message, list[Message], list[Message]]] = {
 }
 _RARE = "a system message after an answer"
 _REMEDY = (
-    "Rollouts of several turns drift there; `gym_drift` decides what becomes of them. Use a model, or a "
+    "Rollouts of several turns drift there; `gym_drift` decides what becomes of them. Use a model, or (with vLLM) a "
     "`chat-template` in `gym_vllm_args`, that docs/token_fidelity.md lists as exact."
 )
 

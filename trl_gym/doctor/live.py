@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import math
+import secrets
 import subprocess
 import sys
 import uuid
@@ -30,12 +31,15 @@ from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, serv
 from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.parsers import choose
-from trl_gym.policy_server.server import find_cause, remedy_for
+from trl_gym.policy_server.server import PolicyBackend, find_cause, remedy_for
 from trl_gym.policy_server.splice_probe import check_splice, check_tools, unusable
+from trl_gym.policy_server.transformers_engine.server import TransformersServer
 from trl_gym.processes import ServerState
 from trl_gym.train import load_as_told
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from trl_gym.config import GymGRPOConfig
     from trl_gym.rollouts.collector import RolloutCollector
     from trl_gym.rollouts.request import RolloutRequest
@@ -170,14 +174,20 @@ def remote(context: Context) -> Iterator[Finding]:
 def _facts(context: Context, client: PolicyClient, info: dict[str, Any]) -> Iterator[Finding]:
     length, wanted = info.get("max_model_len"), context.args.vllm_max_model_length
     served = f"{client.base_url} serves {', '.join(info.get('model_names', []))}"
-    yield ok(f"{served}, vLLM {info.get('vllm_version')}, context {length}, weights {info.get('weight_version')}")
+    engine, version = str(info.get("engine", "vllm")), str(info.get("engine_version") or "")
+    yield ok(f"{served}, {engine} {version}, context {length}, weights {info.get('weight_version')}")
+    if context.args.gym_engine not in ("auto", engine):
+        yield failed(
+            f"{client.base_url} is of the engine {engine} and `gym_engine` is {context.args.gym_engine!r}",
+            "Leave `gym_engine` at 'auto', or name the server that you mean.",
+        )
     if length is not None and wanted is not None and length < wanted:
         yield failed(
             f"{client.base_url} has a context of {length} and `vllm_max_model_length` is {wanted}",
             f"Start it with `--max-model-len {wanted}`, or lower `vllm_max_model_length`.",
         )
-    version, tested = str(info.get("vllm_version") or ""), compat.TESTED["vllm"]
-    if version and not compat.is_tested("vllm", version):
+    tested = compat.TESTED["vllm"]
+    if engine == "vllm" and version and not compat.is_tested(engine, version):
         yield warning(
             f"{client.base_url} runs vLLM {version} and trl-gym was tested with {tested}",
             f"`pip install 'vllm{tested}'` where the server runs, if something behaves otherwise than documented.",
@@ -201,12 +211,29 @@ def policy_server(context: Context) -> Iterator[Finding]:
     if context.quick and context.starts_policy:
         yield LEFT_OUT
         return
-    policy = context.policy = _new_run(context).new_policy()
+    in_process = context.engine == "transformers"
+    policy = context.policy = _new_in_process(context) if in_process else _new_run(context).new_policy()
     if context.starts_policy:
         context.resources.callback(policy.stop)
         policy.start()
+    if isinstance(policy, TransformersServer):
+        _give_model(context, policy)
     policy.wait_ready()
     yield ok(f"{policy.client.base_url}, takes weights by {', '.join(policy.weight_transports) or 'nothing'}")
+
+
+def _new_in_process(context: Context) -> PolicyBackend:
+    from trl_gym.run.in_process import new_server
+
+    return new_server(context.args, context.model, api_key=secrets.token_urlsafe())
+
+
+def _give_model(context: Context, server: TransformersServer) -> None:
+    """Let it serve the model that a run would train, loaded as its script loads it."""
+    from trl_gym.run.in_process import precision_of
+
+    autocast = precision_of(_accelerator(context).mixed_precision)
+    server.take_model(_trained(context), context.tokenizer, autocast=autocast)
 
 
 def gym_servers(context: Context) -> Iterator[Finding]:
@@ -234,7 +261,8 @@ def continuation(context: Context) -> Iterator[Finding]:
     from trl_gym.run.servers import RunServers
 
     context.servers = RunServers(_own_args(context), lambda: context.model, context.policy, context.gym)
-    context.servers.start()
+    with contextlib.redirect_stdout(io.StringIO()):  # parsers, which are a check of their own
+        context.servers.start()
     context.servers.wait_ready()
     exactly = "" if context.logged else ", which continues sampled tokens exactly"
     yield ok(f"NeMo Gym calls this policy server{exactly}")
@@ -253,13 +281,10 @@ def weight_sync(context: Context) -> Iterator[Finding]:
             "Restart that server if no run uses it.",
         )
         return
-    from accelerate import Accelerator
-
     from trl_gym.run.weights import PolicyWeights
 
-    accelerator = Accelerator(cpu=context.args.use_cpu)
-    model = _load_model(context).to(accelerator.device)
-    weights = PolicyWeights(_own_args(context), accelerator, context.servers, model)
+    model = _trained(context)
+    weights = PolicyWeights(_own_args(context), _accelerator(context), context.servers, model)
     try:
         report = weights.push(model, 0)
     finally:
@@ -307,7 +332,7 @@ def rollouts(context: Context) -> Iterator[Finding]:
         mode="doctor",
         weight_version="0",
     )
-    with closing(journal), closing(_collector(context)) as collector:
+    with closing(journal), closing(_collector(context)) as collector, context.servers.sampling():
         for request in requests:
             # One after another: what one environment does must not hide what another one does.
             try:
@@ -353,6 +378,19 @@ def _new_run(context: Context) -> RunServers:
 
     options, forks = lambda: run_options(context), context.fork_server
     return RunServers(_own_args(context), lambda: context.model, start_options=options, fork_server=forks)
+
+
+def _accelerator(context: Context) -> Accelerator:
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=context.args.use_cpu)
+
+
+def _trained(context: Context) -> Any:
+    """Return the model on the trainer's device, loaded once."""
+    if context.trained is None:
+        context.trained = _load_model(context).to(_accelerator(context).device)
+    return context.trained
 
 
 def _load_model(context: Context) -> Any:

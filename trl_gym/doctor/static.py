@@ -19,12 +19,13 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from requests.utils import get_netrc_auth
 
-from trl_gym import compat
+from trl_gym import compat, engines
 from trl_gym.doctor.context import Context, Finding, failed, from_error, ok, skipped, warning
 from trl_gym.doctor.options import launch
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.given import RAY_SOCKETS, VLLM_SOCKETS, socket_folder
 from trl_gym.hub import uses_proxy, why_unreachable
+from trl_gym.policy_server.sglang.server import find_python, sglang_version
 from trl_gym.processes import bind_socket
 from trl_gym.train import plot_problem
 
@@ -52,7 +53,33 @@ def versions(_: Context) -> Iterator[Finding]:
     yield from _versions("trl", "transformers")
 
 
-def vllm_version(_: Context) -> Iterator[Finding]:
+def engine(context: Context) -> Iterator[Finding]:
+    """Check that what samples is installed and has what the run asks of it."""
+    if context.engine == "vllm":
+        yield from _vllm()
+    elif context.engine == "sglang":
+        python = find_python(context.args.gym_sglang_python)
+        yield ok(f"SGLang {sglang_version(python)} at {python} (docs/tested.md says which version ran)")
+    elif context.engine == "transformers":
+        yield from _in_process(context)
+
+
+def _in_process(context: Context) -> Iterator[Finding]:
+    environment: Mapping[str, str] = {}
+    with contextlib.suppress(ConfigError):  # the check of processes reads the same file, and fails
+        environment = launch(context).environment
+    problems = [*engines.in_process_problems(context.args, environment)]
+    for problem in problems:
+        if problem not in context.problems:
+            yield failed(problem.text, problem.remedy)
+    if any(problem in context.problems for problem in problems):  # of an engine that is named
+        yield skipped("what it lacks is among the problems of the options", because=("options",))
+    if not problems:
+        told = engines.describe_choice(context.args) or "in the trainer's process, with the weights that are trained"
+        yield ok(f"transformers {compat.installed_version('transformers')}: {told}")
+
+
+def _vllm() -> Iterator[Finding]:
     """Check the version of vLLM, and that its build (for GPUs or CPUs, under two names) fits the machine."""
     import torch
 
@@ -161,6 +188,8 @@ def shared_memory(context: Context) -> Iterator[Finding]:
     args = context.args
     if args.gym_weight_dir is not None or args.gym_weight_transport not in ("auto", "file"):
         return
+    if context.engine == "transformers":  # which has the trainer's own weights
+        return
     on_cuda = torch.cuda.is_available() and not args.use_cpu
     plan = plan_transport(args, context.model, get_peft_config(context.model_options), on_cuda=on_cuda)
     if plan.sends_adapter or plan.backend != "file":
@@ -223,7 +252,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def sockets(context: Context) -> Iterator[Finding]:
     """Check that the folder of temporary files leaves room for the names of Unix sockets, which are short."""
-    wanted = [VLLM_SOCKETS] if context.starts_policy else []
+    wanted = [VLLM_SOCKETS] if context.engine == "vllm" else []
     if context.starts_gym and context.args.gym_mode == "upstream":
         wanted.append(RAY_SOCKETS)
     for program in wanted:

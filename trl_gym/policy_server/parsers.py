@@ -111,7 +111,7 @@ REASONING_RULES = (
     Rule("deepseek_v3", "<think>", ("deepseek",), also="thinking"),
 )
 NAMED = "named by the options"
-_LEFT = "left to vLLM's --config"
+_LEFT = "left to the server's own configuration"
 _UNREAD = "the model's config.json and chat template cannot be read from here"
 _CLOSED_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # transformers' own tag, which writes nothing
