@@ -117,7 +117,7 @@ def listening(app: Any) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", ws="none", log_level="warning"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
     thread.start()
-    wait_for(lambda: server.started, "it answers", timeout_s=10)
+    wait_for(lambda: server.started, "it answers")
     try:
         yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
     finally:
