@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,30 @@ def test_training_is_planned_alone_where_the_server_has_gpus_of_its_own(
     assert "server   KV cache" in served and "trainer" not in served
     assert cli.main([*argv, *awake, "--vllm-mode", "server", "--gpu-memory", "4"]) == 1
     assert "GiB are needed during update and the device has 4.0" in capsys.readouterr().out
+
+
+def test_an_engine_in_the_trainers_process_has_no_weights_of_its_own(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options(tmp_path, model, gpu_memory="given")
+    config = tmp_path / "run.yaml"
+    config.write_text(config.read_text().replace("vllm_enable_sleep_mode: true", ""))
+    argv = ["plan", "--config", str(config), "--gpu-memory", "23.6", "--gpus", "2", *EIGHT]
+    assert cli.main([*argv, "--gym-engine", "transformers"]) == 0
+    named = capsys.readouterr().out
+    assert "which samples in the same processes (transformers)" in named and "default:" not in named
+    assert "server" not in named and "utilization" not in named and "Warning" not in named
+    [cache] = re.findall(r"^engine   KV cache +([\d.]+) +· +· +(\d+) tokens × 229376 B$", named, re.MULTILINE)
+    assert float(cache[0]) == pytest.approx(int(cache[1]) * 229376 / 2**30, abs=0.01)  # 2 × 28 × 8 × 128 × 4 bytes
+    assert int(cache[1]) == 8 * (2048 + 4 * 32)  # all rollouts of a process
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert cli.main(argv) == 0
+    told, _, table = capsys.readouterr().out.partition("\n")
+    assert "since vLLM is not installed" in told and "`--gym_engine vllm`" in told and table == named
+    assert cli.main([*argv, "--gpu-memory", "10.5"]) == 1
+    out = capsys.readouterr().out
+    assert "no room for keys and values of one sequence of 2048 tokens" in out and "needed during update" in out
+    assert "tensor_parallel" not in out and "FSDP" not in out and "--accelerate-config" not in out  # not with it
 
 
 def test_the_number_of_processes_is_that_of_the_gpus(

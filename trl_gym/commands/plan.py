@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_gym.compat import check_versions
+from trl_gym.engines import describe_choice, started_engine
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.recipes import find
 
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Estimate the memory of one GPU at each moment of a step: prints the arithmetic as a table, the "
-    "`vllm_gpu_memory_utilization` that fits best where the policy server shares GPUs with training, and what does "
-    "not fit. For this machine or another one: needs no GPU, and of the model only its config.json; starts and writes "
-    "nothing. Takes all training options, from a YAML and from the command line. Exit status 0 when the run fits as "
-    "it is configured, else 1."
+    "`vllm_gpu_memory_utilization` that fits best where a policy server shares GPUs with training, and what does not "
+    "fit. With `gym_engine: transformers` there is one copy of the weights, and keys and values during rollouts. For "
+    "this machine or another one: needs no GPU, and of the model only its config.json; starts and writes nothing. "
+    "Takes all training options, from a YAML and from the command line. Exit status 0 when the run fits as it is "
+    "configured, else 1."
 )
 
 
@@ -92,15 +94,18 @@ def run(options: argparse.Namespace) -> int:
         load_config(named, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     except ConfigError as error:
         raise ConfigError(error.problem, f"{error.remedy} The plan needs no more of it than config.json.") from error
+    if args.vllm_mode == "colocate" and (said := describe_choice(args)) is not None:
+        sys.stdout.write(f"default: {said}; `--gym_engine vllm` plans a run with it\n")
     plans = _plans(args, model, launch, device)
     for title, plan in plans.items():
         sys.stdout.write(f"{title}\n{plan.describe()}\n")
-    shares = args.vllm_mode != "server" and args.gym_server_devices is None
+    shares = args.vllm_mode != "server" and args.gym_server_devices is None and not _samples_itself(args)
     problem = workers_problem(args, launch.processes, launch.processes) if shares else None
     if problem is not None:
         sys.stdout.write(f"Warning: {problem}\n")
     fits = not any(plan.problems for plan in plans.values()) and not (shares and num_workers(args) > launch.processes)
-    if not fits and launch.processes > 1 and options.accelerate_config is None:
+    may_shard = launch.processes > 1 and not _samples_itself(args)
+    if not fits and may_shard and options.accelerate_config is None:
         sys.stdout.write(f"--accelerate-config plans a model that is sharded, e.g. with {_SHARDED}.\n")
     return 0 if fits else 1
 
@@ -113,7 +118,9 @@ def _plans(args: GymGRPOConfig, model: ModelConfig, launch: Launch, device: Devi
 
     count = f"{launch.processes} GPU{'s' if launch.processes > 1 else ''} of {device.total_bytes / GIB:.1f} GiB"
     trained = f"{model.model_name_or_path}, trained on {count} ({launch.sharding})"
-    if args.vllm_mode == "server":
+    if _samples_itself(args):
+        sides = {f"{trained}, which samples in the same processes (transformers)": args}
+    elif args.vllm_mode == "server":
         sides = {f"{trained}; its policy server runs elsewhere": args}
     elif args.gym_server_devices is None:
         sides = {f"{trained}, which the policy server shares": args}
@@ -135,6 +142,10 @@ def _plans(args: GymGRPOConfig, model: ModelConfig, launch: Launch, device: Devi
             raise ConfigError(plan.text, plan.remedy)
         plans[title] = plan
     return plans
+
+
+def _samples_itself(args: GymGRPOConfig) -> bool:
+    return args.vllm_mode == "colocate" and started_engine(args) == "transformers"
 
 
 def _device(gib: float | None) -> DeviceMemory:

@@ -324,7 +324,11 @@ def _process_problems(context: Context, config: dict[str, Any], num_gpus: int) -
         )
     if on_cpu and ("FSDP" in kind or "DEEPSPEED" in kind):
         yield Problem(f"{kind} needs GPUs.", "Use recipes/accelerate/cpu_two_processes.yaml.")
-    shares = context.starts_policy and args.gym_server_devices is None and isinstance(args.gym_vllm_args, dict | None)
+    shares = (
+        context.engine in ("vllm", "sglang")
+        and args.gym_server_devices is None
+        and isinstance(args.gym_vllm_args, dict | None)
+    )
     if shares and not on_cpu and num_gpus and (problem := workers_problem(args, here, num_gpus)) is not None:
         yield problem
     served = [one.strip() for one in (args.gym_server_devices or "").split(",")]

@@ -173,7 +173,9 @@ def memory_plan(context: Context) -> Iterator[Finding]:
     say = failed if plan.utilization is None and context.args.gym_gpu_memory == "auto" else warning
     for problem in plan.problems:
         yield say(problem.text, problem.remedy)
-    if not plan.problems:
+    if not plan.problems and plan.serving.in_process:
+        yield ok(f"{plan.kv_tokens} tokens of KV cache during rollouts, in the trainer's process")
+    elif not plan.problems:
         share = plan.utilization if plan.serving.utilization is None else plan.serving.utilization
         yield ok(f"the policy server takes {share:g} of the GPU: {plan.given_tokens} tokens of KV cache")
 

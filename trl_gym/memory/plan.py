@@ -14,6 +14,9 @@ the KV cache. The CUDA context is made before vLLM takes its first snapshot and 
     u suggested   = (weights + activations + graphs + min(wanted KV, room)) / total
     room          = smallest of (total − reserve − everything else) over the moments at which the KV cache exists
 
+The engine in the trainer's own process (`gym_engine` 'transformers') has the trainer's weights and CUDA context. Its
+KV cache exists during rollouts only, and takes half of what is free then at most.
+
 Numbers that depend on kernels and libraries are estimates (activations) or assumptions (contexts, graphs); the table
 marks them. `trl_gym.memory.offload.measured_peak` measures what really happens. `try_estimate` never raises: what
 cannot be estimated (an architecture without attention heads, a model that transformers cannot build) stops no run.
@@ -29,6 +32,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trl_gym import compat
+from trl_gym.engines import started_engine
 from trl_gym.errors import Problem
 
 if TYPE_CHECKING:
@@ -137,6 +141,12 @@ class ServingShape:
     utilization: float | None = 0.3  # the fraction that is given; None takes the suggestion
     shares_device: bool = True  # with the trainer
     is_elsewhere: bool = False  # on devices that are not planned: only the trainer is
+    in_process: bool = False  # no server: the trainer's process samples with the weights that it trains
+
+    @property
+    def takes_share(self) -> bool:
+        """Whether there is a server that takes a given share of the device."""
+        return not (self.is_elsewhere or self.in_process)
 
     @property
     def sequence(self) -> int:
@@ -191,7 +201,7 @@ class MemoryPlan:
             if item.num_bytes:
                 cells = "".join(_cell(item.num_bytes if moment in item.moments else 0) for moment in MOMENTS)
                 lines.append(f"{item.owner:<8} {item.name:<21}{cells}   {item.formula}")
-        if not self.serving.is_elsewhere:
+        if self.serving.takes_share:
             cells = "".join(_cell(self.peaks[moment] - _sum(self.items, moment)) for moment in MOMENTS)
             lines.append(f"{'server':<8} {'KV cache':<21}{cells}   {kv_tokens} tokens × {self.kv_bytes_per_token} B")
         lines.append(f"{'sum':<30}" + "".join(_cell(self.peaks[moment]) for moment in MOMENTS))
@@ -204,9 +214,9 @@ class MemoryPlan:
                 f"{total / GIB:.1f} = {self.utilization:.3f}: {kv_tokens} tokens, {self.sequences} sequences of "
                 f"{sequence} (wanted: {self.wanted_tokens // sequence})."
             )
-        elif given is not None and not self.serving.is_elsewhere:
+        elif given is not None and self.serving.takes_share:
             lines.append(f"No fraction fits; the KV cache above is that of the given {given:g}.")
-        if given is not None and not self.serving.is_elsewhere:
+        if given is not None and self.serving.takes_share:
             lines.append(f"Given: {given:g}, {self.given_tokens} tokens.")
         return "\n".join([*lines, *(f"Warning: {problem}" for problem in self.problems)])
 
@@ -220,6 +230,8 @@ def kv_bytes_per_token(model: ModelShape, serving: ServingShape) -> int:
 
 def plan(model: ModelShape, training: TrainingShape, serving: ServingShape, device: DeviceMemory) -> MemoryPlan:
     """Add everything up. Pure."""
+    if serving.in_process:
+        return _in_process(model, training, serving, device)
     server = _server_items(model, serving)
     items = [*_device_items(serving, device), *server]
     if serving.shares_device:
@@ -256,10 +268,46 @@ def plan(model: ModelShape, training: TrainingShape, serving: ServingShape, devi
     return replace(result, problems=tuple(_problems(result, _remedies(training, serving), kv_moments)))
 
 
+def _in_process(model: ModelShape, training: TrainingShape, serving: ServingShape, device: DeviceMemory) -> MemoryPlan:
+    """Return the plan of a GPU whose trainer samples with the weights that it trains."""
+    from trl_gym.policy_server.transformers_engine.session import (
+        BLOCK_SIZE,
+        MAX_BATCH_TOKENS,
+        EngineOptions,
+        cache_blocks,
+    )
+
+    per_token, rollouts = kv_bytes_per_token(model, serving), frozenset((ROLLOUTS,))
+    # One layer's tensors for the largest batch, and its logits in float32.
+    batch = MAX_BATCH_TOKENS * (2 * (4 * model.hidden_size + 3 * model.intermediate_size) + 4 * model.vocab_size)
+    batches = f"{MAX_BATCH_TOKENS} tokens, their layers and logits, estimated"
+    items = [*_device_items(serving, device), *_trainer_items(model, training)]
+    free = max(0, device.total_bytes - _sum(items, ROLLOUTS))  # when the cache is made
+    items.append(Item("engine", "activations", batch, rollouts, batches))
+    options = EngineOptions(serving.context, serving.concurrency)
+    blocks, needed = cache_blocks(per_token, serving.kv_bytes, options, free)
+    kv_tokens = blocks * BLOCK_SIZE
+    items.append(Item("engine", "KV cache", kv_tokens * per_token, rollouts, f"{kv_tokens} tokens × {per_token} B"))
+    alone = _without_server(items, training, serving, device)
+    problems = alone.problems
+    if needed > free:
+        text = f"There is no room for keys and values of one sequence of {serving.context} tokens during rollouts: "
+        room = f"{needed / GIB:.1f} GiB must be free, and {free / GIB:.1f} are."
+        problems = (Problem(text + room, _remedies(training, serving)[ROLLOUTS]), *problems)
+    return replace(
+        alone,
+        kv_bytes_per_token=per_token,
+        kv_tokens=kv_tokens,
+        given_tokens=kv_tokens,
+        wanted_tokens=serving.concurrency * serving.sequence,
+        problems=problems,
+    )
+
+
 def _without_server(
     items: Sequence[Item], training: TrainingShape, serving: ServingShape, device: DeviceMemory
 ) -> MemoryPlan:
-    """Return the plan of a GPU that only trains."""
+    """Return the plan of a GPU on which no server has a share."""
     alone = tuple(item for item in items if item.owner != "server")
     peaks = {moment: _sum(alone, moment) for moment in MOMENTS}
     worst = max(MOMENTS, key=lambda moment: peaks[moment])
@@ -277,7 +325,7 @@ def _too_much(needed: Mapping[str, int], moment: str, device: DeviceMemory) -> s
 
 
 def _device_items(serving: ServingShape, device: DeviceMemory) -> list[Item]:
-    processes = 2 if serving.shares_device and not serving.is_elsewhere else 1
+    processes = 2 if serving.shares_device and serving.takes_share else 1
     reserve = int(_RESERVE * device.total_bytes)
     contexts = f"{processes} × {_CONTEXT_BYTES // MIB} MiB assumed"
     return [
@@ -403,13 +451,13 @@ def _problems(result: MemoryPlan, remedies: Mapping[str, str], kv_moments: tuple
 
 def _remedies(training: TrainingShape, serving: ServingShape) -> dict[str, str]:
     """Name the options that free memory at each moment, as far as they are not set."""
-    shared = serving.shares_device and not serving.is_elsewhere
+    shared = serving.shares_device and serving.takes_share
     sleep = "`vllm_enable_sleep_mode=True`" if shared and not serving.sleep else ""
     rollouts = (
         sleep,
-        "" if training.offload_optimizer else "`gym_offload_optimizer=True`",
+        "`gym_offload_optimizer=True`" if serving.takes_share and not training.offload_optimizer else "",
         "a smaller `vllm_max_model_length`, fewer rollouts at a time (`gym_max_inflight`)",
-        "more `vllm_tensor_parallel_size`",
+        "" if serving.in_process else "more `vllm_tensor_parallel_size`",
         "`gym_server_devices` apart from training's" if shared else "",
     )
     update = (
@@ -418,7 +466,7 @@ def _remedies(training: TrainingShape, serving: ServingShape) -> dict[str, str]:
         "a smaller `per_device_train_batch_size`" if training.sequences > 1 else "",
         "a smaller `max_completion_length`",
         "`optim='adamw_bnb_8bit'`" if training.optimizer_bytes > 2 else "",
-        "FSDP2 or ZeRO-3 over several GPUs" if training.stage < 3 else "",
+        "FSDP2 or ZeRO-3 over several GPUs" if training.stage < 3 and not serving.in_process else "",
     )
     options = {ROLLOUTS: rollouts, SYNC: ("a smaller `gym_weight_buffer_mb`", *rollouts), UPDATE: update}
     return {moment: f"Try {', '.join(filter(None, names))}." for moment, names in options.items()}
@@ -506,7 +554,18 @@ def estimate(
         offload_optimizer=args.gym_offload_optimizer,
         **_sharding(args, environment, _stored_bytes(args, model, config, shape, quantization_config), is_adapter),
     )
-    return plan(shape, training, _serving(args, device, context or length, length, num_processes), device)
+    if args.vllm_mode == "colocate" and started_engine(args) == "transformers":
+        serving = ServingShape(
+            context=context or length,
+            rollout_tokens=length,
+            concurrency=args.rollouts_in_flight(1),  # of this process
+            kv_bytes=max(1, int(training.weight_bytes)),
+            utilization=None,
+            in_process=True,
+        )
+    else:
+        serving = _serving(args, device, context or length, length, num_processes)
+    return plan(shape, training, serving, device)
 
 
 def count_params(

@@ -30,7 +30,7 @@ from trl_gym.errors import ConfigError, UnsupportedVersionError
 from trl_gym.policy_server.transformers_engine import attention
 
 BLOCK_SIZE = 32  # tokens
-_MAX_BATCH_TOKENS = 2048  # of one forward pass
+MAX_BATCH_TOKENS = 2048  # of one forward pass
 _SPARE_BLOCKS = 4  # transformers allocates some ahead
 _SHARE_OF_HOST = 0.25  # of what the operating system says is free: others use it too
 _NEITHER = 0.5  # a value for which transformers makes a processor that each request then gives its own
@@ -114,17 +114,31 @@ def num_blocks(model: PreTrainedModel, options: EngineOptions, free_bytes: int) 
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    # transformers reserves a mask as well, of the precision of the weights, when it checks whether memory suffices.
-    per_token = (2 * config.num_hidden_layers * heads * head_dim + _MAX_BATCH_TOKENS) * model.dtype.itemsize
-    affordable = int(free_bytes * options.kv_share) // (per_token * BLOCK_SIZE)
-    one = math.ceil(options.max_model_len / BLOCK_SIZE) + _SPARE_BLOCKS
-    if affordable < one:
+    per_token = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+    fitting, needed = cache_blocks(per_token, model.dtype.itemsize, options, free_bytes)
+    if needed > free_bytes:
         raise ConfigError(
             f"{free_bytes / 1e9:.1f} GB of memory are free, and the keys and values of one rollout of "
-            f"{options.max_model_len} tokens need {one * BLOCK_SIZE * per_token / options.kv_share / 1e9:.1f} GB.",
+            f"{options.max_model_len} tokens need {needed / 1e9:.1f} GB.",
             "Lower `vllm_max_model_length`, or free memory for the engine.",
         )
-    return min(affordable, one * options.max_concurrency)
+    return fitting
+
+
+def cache_blocks(per_token: int, width: int, options: EngineOptions, free_bytes: int) -> tuple[int, int]:
+    """Return the number of blocks, and how many bytes must be free for one request of the greatest length.
+
+    Args:
+        per_token: Bytes of keys and values of one token.
+        width: Bytes of one of their elements.
+        options: Of the engine.
+        free_bytes: Memory of the device that is free.
+    """
+    # transformers reserves a mask as well, of the precision of the weights, when it checks whether memory suffices.
+    block = (per_token + MAX_BATCH_TOKENS * width) * BLOCK_SIZE
+    one = math.ceil(options.max_model_len / BLOCK_SIZE) + _SPARE_BLOCKS
+    affordable = int(free_bytes * options.kv_share) // block
+    return min(affordable, one * options.max_concurrency), math.ceil(one * block / options.kv_share)
 
 
 def free_memory(device: torch.device) -> int:
@@ -201,8 +215,8 @@ class Session:
         config = ContinuousBatchingConfig(
             block_size=BLOCK_SIZE,
             num_blocks=num_blocks(model, options, free_memory(model.device)),
-            max_batch_tokens=_MAX_BATCH_TOKENS,
-            max_requests_per_batch=min(options.max_concurrency, _MAX_BATCH_TOKENS),
+            max_batch_tokens=MAX_BATCH_TOKENS,
+            max_requests_per_batch=min(options.max_concurrency, MAX_BATCH_TOKENS),
             max_memory_percent=1.0,
             return_logprobs=True,
             per_request_processors=True,
