@@ -24,6 +24,7 @@ from trl_gym.policy_server.transformers_engine.sampling import overflow
 
 Json = dict[str, Any]
 USER = {"role": "user", "content": "What is 47 + 36?"}
+PROBE = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
 
 
 @dataclass
@@ -192,6 +193,10 @@ async def test_completions(http: Http) -> None:
         ("/v1/completions", {"prompt": [5] * 256}, 400, overflow(MAX_MODEL_LEN, 256, 1)),
         ("/v1/completions", {"prompt": [5, 6], "max_tokens": 255}, 400, overflow(MAX_MODEL_LEN, 2, 255)),
         ("/v1/completions", {"prompt": [5], "max_tokens": 2, "prompt_logprobs": 0}, 400, "prompt_logprobs must be 0"),
+        ("/v1/completions", {"prompt": [], **PROBE}, 400, "The decoder prompt cannot be empty"),
+        ("/v1/completions", {"prompt": "", **PROBE}, 400, "The decoder prompt cannot be empty"),
+        ("/v1/completions", {"prompt": [[5], []], **PROBE}, 400, "The decoder prompt cannot be empty"),
+        ("/v1/completions", {"prompt": [[5], [5] * 256], **PROBE}, 400, overflow(MAX_MODEL_LEN, 256, 1)),
         ("/v1/completions", {"prompt": [5], "stream": True}, 400, "stream=True is not supported"),
         ("/tokenize", b"[1]", 400, "must be a JSON object"),
         ("/tokenize", b"{", 400, "no JSON"),
@@ -320,8 +325,11 @@ async def test_prompt_logprobs_as_the_weight_sync_asks_for_them(
 ) -> None:
     engine.park()
     ids = list(range(20, 40))
-    body = {"prompt": [ids, ids[:5]], "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-    choices = (await http.post("/v1/completions", **body))["choices"]
+    body = {"prompt": [ids, ids[:5]], **PROBE}
+    status, error = await http("POST", "/v1/completions", body)
+    assert status == 409 and "the trainer computes with its model" in error["error"]["message"]
+    with engine.lent():
+        choices = (await http.post("/v1/completions", **body))["choices"]
     entries = choices[0]["prompt_logprobs"]
     expected = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0], -1)
     assert entries[0] is None and len(choices[1]["prompt_logprobs"]) == 5

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +29,7 @@ from trl_gym.policy_server.transformers_engine.engine import (
     Completion,
     Engine,
     EngineLostError,
+    ModelBusyError,
     SamplingRequest,
     UnknownTokenError,
 )
@@ -303,19 +307,64 @@ async def test_stops_at_tokens_of_model_and_request(engine: Engine) -> None:
     assert (await engine.generate([5, 6, 7], free(60, temperature=0.0))).ids == whole.ids
 
 
-async def test_prompt_logprobs_in_between_and_while_parked(model: PreTrainedModel, engine: Engine) -> None:
+async def test_prompt_logprobs_in_between_and_while_lent(model: PreTrainedModel, engine: Engine) -> None:
     ids = list(range(20, 60))
     running = asyncio.ensure_future(engine.generate([5, 6, 7], free(100)))
     await until(lambda: engine.counters.running == 1)
     between = await asyncio.to_thread(engine.prompt_logprobs, [ids, ids[:7]])
     sampled = await running
     engine.park()
-    parked = engine.prompt_logprobs([ids])
+    with engine.lent():
+        parked = engine.prompt_logprobs([ids])
     assert model.training
     expected = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, :-1], -1)
     torch.testing.assert_close(torch.tensor(between[0]), expected.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1))
     assert parked[0] == pytest.approx(between[0], abs=1e-6) and between[1] == pytest.approx(between[0][:6], abs=1e-5)
     assert gap(model, [5, 6, 7], sampled) < EXACT
+
+
+def test_a_model_that_is_trained_is_not_touched(model: PreTrainedModel, engine: Engine) -> None:
+    engine.park()
+    forward = threading.Event()
+    model.register_forward_pre_hook(lambda *_: forward.set())
+    with engine.lent():
+        pass
+    for _ in range(2):
+        with pytest.raises(ModelBusyError, match="the trainer computes with its model"):
+            engine.prompt_logprobs([[5, 6]])
+        assert model.training and not forward.is_set()
+        with pytest.raises(ZeroDivisionError), engine.lent():
+            raise ZeroDivisionError
+
+
+def test_what_is_computed_with_a_lent_model_ends_before_it_is_taken_back(
+    model: PreTrainedModel, engine: Engine
+) -> None:
+    engine.park()
+    begun, waits, lock = threading.Event(), threading.Event(), engine._changing
+
+    @contextmanager
+    def changing() -> Iterator[None]:
+        waits.set()
+        with lock:
+            yield
+
+    def compute(*_: Any) -> None:
+        begun.set()
+        assert waits.wait(60)
+
+    model.register_forward_pre_hook(compute)
+    asking = threading.Thread(target=engine.prompt_logprobs, args=([[5, 6]],))
+    try:
+        with engine.lent():
+            asking.start()
+            assert begun.wait(60) and not model.training
+            engine._changing = changing()  # type: ignore[assignment]
+        assert model.training
+    finally:
+        waits.set()
+        asking.join(60)
+        engine._changing = lock
 
 
 async def test_tokens_out_of_the_vocabulary_are_refused_before_they_end_the_thread(engine: Engine) -> None:

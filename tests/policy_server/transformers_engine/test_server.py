@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
+from trl_gym.policy_server.client import PolicyResponseError
 from trl_gym.policy_server.splice_probe import check_splice
 from trl_gym.policy_server.transformers_engine.server import TransformersServer
 from trl_gym.processes import ServerState
@@ -84,6 +85,32 @@ def test_the_model_is_sampled_from_inside_and_trained_outside(
         assert server.client.chat(**CHAT)["choices"]
     assert model.training and model.config._attn_implementation == before
     model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+
+
+def test_sampling_goes_on_after_a_rest_that_has_failed(server: TransformersServer) -> None:
+    with server.sampling():
+        with pytest.raises(ZeroDivisionError), server.resting():
+            raise ZeroDivisionError
+        with server.resting():
+            pass
+        server.restart()
+        assert server.client.chat(**CHAT)["choices"]
+
+
+def test_only_a_rest_lends_the_model_to_who_asks_for_log_probabilities(
+    server: TransformersServer, model: PreTrainedModel
+) -> None:
+    ids, hook = [[5, 9, 300]], model.register_forward_pre_hook(lambda *_: pytest.fail("the model was touched"))
+    with pytest.raises(PolicyResponseError, match=r"HTTP 409: .*the trainer computes with its model"):
+        server.client.prompt_logprobs(ids)
+    hook.remove()
+    with server.resting():
+        resting = server.client.prompt_logprobs(ids)
+    with server.sampling():
+        assert server.client.prompt_logprobs(ids)[0] == pytest.approx(resting[0])
+    with pytest.raises(PolicyResponseError, match="HTTP 409"):
+        server.client.prompt_logprobs(ids)
+    assert model.training
 
 
 def test_a_call_outside_of_sampling_waits_for_it(server: TransformersServer) -> None:

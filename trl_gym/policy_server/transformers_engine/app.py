@@ -39,7 +39,14 @@ from trl_gym.policy_server.middleware.http import (
     read_body,
 )
 from trl_gym.policy_server.transformers_engine import counters
-from trl_gym.policy_server.transformers_engine.engine import Completion, Engine, EngineLostError, UnknownTokenError
+from trl_gym.policy_server.transformers_engine.engine import (
+    Completion,
+    Engine,
+    EngineLostError,
+    ModelBusyError,
+    SamplingRequest,
+    UnknownTokenError,
+)
 from trl_gym.policy_server.transformers_engine.sampling import RefusedError, overflow, read_sampling, token_ids
 from trl_gym.untrusted import parse_json
 
@@ -183,6 +190,8 @@ class EngineApp:
             return answered.reply
         except (RefusedError, UnknownTokenError) as error:
             return Reply.error(400, str(error))
+        except ModelBusyError as error:
+            return Reply.error(409, str(error))
         except EngineLostError as error:
             return Reply.error(500, str(error))
         except TrlGymError as error:
@@ -287,7 +296,7 @@ class EngineApp:
 
     async def _completions(self, body: Json, _query: Mapping[str, str]) -> Json:
         """Complete texts or tokens. With `prompt_logprobs` nothing is sampled, so that a weight sync can ask for them
-        while no trainer's rollouts run."""
+        while no trainer's rollouts run; while the trainer computes they are refused, and not held: it may be long."""
         self._check_model(body)
         if body.get("stream"):
             raise RefusedError("stream=True is not supported by the transformers engine in completions")
@@ -296,7 +305,7 @@ class EngineApp:
             if body["prompt_logprobs"] != 0 or body.get("max_tokens") != 1:
                 raise RefusedError("prompt_logprobs must be 0, with max_tokens=1, for the transformers engine")
             for prompt in prompts:
-                read_sampling(body, len(prompt), self.engine.options.max_model_len)
+                self._read(prompt, body)
             entries = await asyncio.to_thread(self.engine.prompt_logprobs, prompts)
             choices = [
                 _scored(index, prompt, one) for index, (prompt, one) in enumerate(zip(prompts, entries, strict=True))
@@ -310,12 +319,15 @@ class EngineApp:
         return {**self._head("cmpl", "text_completion"), "choices": choices, "usage": usage}
 
     async def _sample(self, prompt: list[int], body: Json) -> Completion:
+        return await self.engine.generate(prompt, self._read(prompt, body))
+
+    def _read(self, prompt: list[int], body: Json) -> SamplingRequest:
         length = self.engine.options.max_model_len
         if not prompt:
             raise RefusedError("The decoder prompt cannot be empty")
         if len(prompt) >= length:
             raise RefusedError(overflow(length, len(prompt), 1))
-        return await self.engine.generate(prompt, read_sampling(body, len(prompt), length))
+        return read_sampling(body, len(prompt), length)
 
     def _prompts(self, given: Any) -> list[list[int]]:
         if isinstance(given, str):

@@ -86,6 +86,10 @@ class UnknownTokenError(ValueError):
     """A prompt has a token that the model does not know."""
 
 
+class ModelBusyError(PolicyServerError):
+    """The trainer computes with the model."""
+
+
 class Gate:
     """Something that is open or not, waited for in event loops and changed from any thread."""
 
@@ -197,7 +201,7 @@ class Engine:
         self._session: Session | None = None
         self._filters: frozenset[str] = frozenset()  # that a request has set: sessions have them from then on
         self._lost: str | None = None
-        self._is_parked, self._is_paused = True, False
+        self._is_parked, self._is_lent, self._is_paused = True, False, False
         self._changing = threading.RLock()  # held from when sampling is stopped until it may begin again
         self._submitting = threading.Lock()  # held for moments: a request that has passed the gate is in the session
         self._gate = Gate(is_open=False)
@@ -246,6 +250,17 @@ class Engine:
             yield
         finally:
             self.park()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let `prompt_logprobs` have the model for a while although the engine is parked: who has parked it does not
+        compute meanwhile."""
+        self._is_lent = True
+        try:
+            yield
+        finally:
+            with self._changing:  # what is computed now ends first
+                self._is_lent = False
 
     @property
     def is_parked(self) -> bool:
@@ -454,17 +469,27 @@ class Engine:
     # -- log-probabilities of given tokens ----------------------------------------------------------------------------
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Compute log-probabilities of given sequences at temperature 1, also while the engine is paused or parked:
-        a weight sync asks for them, during which the trainer does not compute. Blocks; called from any thread.
+        """Compute log-probabilities of given sequences at temperature 1, also while the engine is paused. Blocks;
+        called from any thread.
 
         Args:
-            prompts: `[N][T_i]`.
+            prompts: `[N][T_i]`, T_i ≥ 1.
 
         Returns:
             `[N][T_i - 1]`, from the second token on.
+
+        Raises:
+            EngineLostError: There is no model yet.
+            ModelBusyError: The engine is parked, and the model is not `lent`.
+            UnknownTokenError: The model does not have one of the tokens.
         """
         with self._stopped(), torch.no_grad():
             model = self._present()
+            if self._is_parked and not self._is_lent:
+                raise ModelBusyError(
+                    "The engine is parked, and the trainer computes with its model.",
+                    "Ask for prompt_logprobs during rollouts or a weight sync.",
+                )
             for ids in prompts:
                 self._check_tokens(ids)
             with in_eval_mode(model), autocast_of(model, self.options.autocast):

@@ -213,12 +213,16 @@ class TransformersServer:
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """Let the model be an ordinary one while open, also inside of `sampling`."""
+        """Let the model be an ordinary one while open, also inside of `sampling`, which goes on afterwards whatever
+        happens. The server may be asked for `prompt_logprobs`, which must not be when this process computes."""
         samples = self._samples
         self._rest()
-        yield
-        if samples:
-            self._wake()
+        try:
+            with contextlib.nullcontext() if self._engine is None else self._engine.lent():
+                yield
+        finally:
+            if samples:
+                self._wake()
 
     def __enter__(self) -> TransformersServer:
         return self.start()
