@@ -32,7 +32,7 @@ from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.parsers import choose
 from trl_gym.policy_server.server import PolicyBackend, find_cause, remedy_for
-from trl_gym.policy_server.splice_probe import check_splice, check_tools, unusable
+from trl_gym.policy_server.splice_probe import check_sampling, check_splice, check_tools, unusable
 from trl_gym.policy_server.transformers_engine.server import TransformersServer
 from trl_gym.processes import ServerState
 from trl_gym.train import load_as_told
@@ -201,6 +201,8 @@ def _facts(context: Context, client: PolicyClient, info: dict[str, Any]) -> Iter
     check_splice(client, info["model_names"][0])
     if not context.logged:
         yield ok(f"{client.base_url} continues sampled tokens exactly")
+    if engine == "transformers":
+        check_sampling(client, info["model_names"][0], context.args.probe_tolerance)
     agent = first_with_tools(record[ROW_COLUMN] for record in context.train_rows)
     if agent is not None and check_tools(client, info["model_names"][0], agent):
         yield ok(f"{client.base_url} answers a chat with a tool")

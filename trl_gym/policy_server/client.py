@@ -402,6 +402,11 @@ class PolicyClient:
         """Ask for one chat completion; `body` is the JSON of the request, `trl_gym` included."""
         return self._call("POST", "/v1/chat/completions", json=body, timeout_s=timeout_s, shape=dict[str, Any])
 
+    def complete(self, *, timeout_s: float | None = None, **body: Any) -> dict[str, Any]:
+        """Ask for completions of texts or tokens; `body` is the JSON of the request."""
+        shape = _with("choices", list[dict[str, Any]])
+        return self._call("POST", "/v1/completions", json=body, timeout_s=timeout_s, shape=shape)
+
     def prompt_logprobs(
         self, token_ids: Sequence[Sequence[int]], *, model: str | None = None, timeout_s: float | None = None
     ) -> list[list[float]]:

@@ -1,5 +1,5 @@
-"""Find out whether a server continues sampled tokens exactly and parses tool calls, and if it is not ours, what it is;
-by what it does.
+"""Find out whether a server continues sampled tokens exactly, parses tool calls and samples from its model, and if it
+is not ours, what it is; by what it does.
 
 A stock server takes the token ids in a message, ignores them and renders the text again: everything works, and the
 trained tokens are not those that were sampled. So it is given a turn whose ids are certainly not how its tokenizer
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from trl_gym.errors import PolicyServerError, PolicyServerLostError
+from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 _FIRST = [{"role": "user", "content": "1"}]
 _TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 _NUM_SAMPLED = 4  # ids of the pretended turn
+_TEXTS = ("1", "What is 2?", "3 + 3 = 6")  # of different lengths
+_NUM_COMPARED = 8  # tokens of each
 REMEDY = (
     "Start it with `trl-gym serve MODEL`, or, if it may not be restarted, run `trl-gym gateway --upstream URL` in "
     "front of it and use the gateway's address."
@@ -98,6 +100,39 @@ def check_tools(client: PolicyClient, model_name: str, agent: str) -> bool:
             )
             answered = False
     return answered
+
+
+def check_sampling(client: PolicyClient, model_name: str, tolerance: float) -> None:
+    """Refuse a server that samples from something else than its model.
+
+    An engine computes attention otherwise than the model's code does: with a cache, and many sequences in a batch.
+    Where the two do not fit, nothing fails. So short answers are sampled side by side, and their log-probabilities are
+    compared with those of the same tokens in one ordinary forward pass.
+
+    Args:
+        client: Control plane of one or several servers of the engine "transformers".
+        model_name: Name of the served model.
+        tolerance: Mean absolute difference in nats that is allowed.
+
+    Raises:
+        ConfigError: A server computes something else.
+        PolicyServerError: A server refuses such a request.
+    """
+    for one in client.singly():
+        prompts = [one.render([{"role": "user", "content": text}]) for text in _TEXTS]
+        limits = {"max_tokens": _NUM_COMPARED, "ignore_eos": True}
+        answer = one.complete(model=model_name, prompt=prompts, logprobs=0, return_token_ids=True, **limits)
+        sampled = [choice["token_ids"] for choice in answer["choices"]]
+        told = [choice["logprobs"]["token_logprobs"] for choice in answer["choices"]]
+        whole = one.prompt_logprobs([[*prompt, *ids] for prompt, ids in zip(prompts, sampled, strict=True)])
+        computed = [logprobs[-len(ids) :] for logprobs, ids in zip(whole, sampled, strict=True)]
+        gaps = [abs(a - b) for pair in zip(told, computed, strict=True) for a, b in zip(*pair, strict=True)]
+        if not (gap := sum(gaps) / len(gaps)) <= tolerance:
+            raise ConfigError(
+                f"The engine 'transformers' at {one.base_url} does not compute what its model does: log-probabilities "
+                f"of tokens that it has sampled differ by {gap:.3f} nats on average ({tolerance:g} is allowed).",
+                "Set `gym_engine` to 'vllm'; raise `gym_probe_tolerance` only if precision explains the gap.",
+            )
 
 
 def unusable(client: PolicyClient, answer: PolicyResponseError) -> PolicyServerError:

@@ -36,7 +36,7 @@ from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
 from trl_gym.policy_server.sglang import server as sglang
-from trl_gym.policy_server.splice_probe import check_splice, check_tools
+from trl_gym.policy_server.splice_probe import check_sampling, check_splice, check_tools
 from trl_gym.policy_server.transformers_engine.server import TransformersServer
 from trl_gym.processes import ServerState
 from trl_gym.ranks import agreed, on_main
@@ -387,6 +387,8 @@ class RunServers:
 
     def _check_answers(self) -> None:
         check_splice(self.policy.client, self.policy.model_name)
+        if self.own is not None:
+            check_sampling(self.policy.client, self.policy.model_name, self._args.probe_tolerance)
         parsers = getattr(self.policy, "parsers", None)  # other backends, and servers elsewhere, do not tell
         if self._agent_with_tools is not None and (parsers is None or parsers.tool.name is None):
             check_tools(self.policy.client, self.policy.model_name, self._agent_with_tools)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from peft import PromptTuningConfig, TaskType, get_peft_model
-from transformers import PreTrainedModel
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from trl_gym.errors import ConfigError
 from trl_gym.policy_server.transformers_engine.session import (
@@ -64,6 +64,8 @@ def test_prompt_learning_is_refused(model: PreTrainedModel) -> None:
     [
         ({"layer_types": ["full_attention", "linear_attention"]}, "layers of the kind 'linear_attention'"),
         ({"attn_logit_softcapping": 50.0}, "capped attention scores"),
+        ({"kv_lora_rank": 16}, "compressed keys and values"),
+        ({"multi_query": True}, "one head of keys and values for all"),
     ],
 )
 def test_attention_that_it_does_not_compute_is_refused(
@@ -73,6 +75,12 @@ def test_attention_that_it_does_not_compute_is_refused(
         setattr(model.config, name, value)
     with pytest.raises(ConfigError, match=f"a Qwen3ForCausalLM has {said}"):
         sampled_model(model)
+
+
+def test_a_model_with_attention_of_its_own_is_refused() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    with pytest.raises(ConfigError, match="a BloomForCausalLM has attention of its own"):
+        sampled_model(BloomForCausalLM(BloomConfig(**sizes)))
 
 
 def test_other_models_are_refused() -> None:

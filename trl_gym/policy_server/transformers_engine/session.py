@@ -87,7 +87,13 @@ def _check_attention(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     problem = f"layers of the kind {sorted(kinds)[0]!r}" if kinds else ""
-    if getattr(config, "attn_logit_softcapping", None):
+    if not model.is_backend_compatible():
+        problem = "attention of its own"
+    elif getattr(config, "kv_lora_rank", None):
+        problem = "compressed keys and values"
+    elif getattr(config, "multi_query", False):
+        problem = "one head of keys and values for all"
+    elif getattr(config, "attn_logit_softcapping", None):
         problem = "capped attention scores"
     elif any(hasattr(module, "sinks") for module in model.modules()):
         problem = "attention sinks"

@@ -2,7 +2,10 @@
 
 Nothing is sent. What a sync does all the same is what must happen when weights have changed: the engine pauses,
 forgets what it has computed with the old ones, and gets the new version, which it stamps on what it samples; and a
-probe, now and then, compares the log-probabilities of both sides, which compute them differently.
+probe, now and then, compares log-probabilities, as with every transport. Both sides compute them by the same forward
+pass of the same model: it finds a server that has another model, and no fault of sampling. Whether the engine
+samples from what its model computes is checked when a run starts (`splice_probe.check_sampling`), and every batch that
+is trained compares the two (`sampling/…` of the metrics).
 """
 
 from __future__ import annotations
