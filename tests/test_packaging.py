@@ -73,19 +73,19 @@ def test_the_wheel_declares_what_the_project_does(wheel: Path) -> None:
 
 
 def install_blocks() -> list[str]:
-    """What the documentation tells people to type, one after the other: pip with and without a GPU, then uv."""
+    """What the documentation tells people to type, one after the other: pip with and without a GPU and without vLLM, then uv."""
     page = (ROOT / "docs" / "getting_started.md").read_text()
     section = page[page.index("## Install") : page.index("### In a checkout")]
     return [block for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL) if "pip" in block]
 
 
 def test_pip_and_uv_install_the_same() -> None:
-    pip_gpu, pip_cpu, uv_gpu, uv_cpu = install_blocks()
+    pip_gpu, pip_cpu, pip_small, uv_gpu, uv_cpu, uv_small = install_blocks()
     index = " --extra-index-url https://download.pytorch.org/whl/cpu"
     as_uv = {"pip install": "uv pip install", "pip uninstall -y": "uv pip uninstall", index: " --torch-backend cpu"}
     for ours, theirs in as_uv.items():
-        pip_gpu, pip_cpu = pip_gpu.replace(ours, theirs), pip_cpu.replace(ours, theirs)
-    assert (pip_gpu, pip_cpu) == (uv_gpu, uv_cpu)
+        pip_gpu, pip_cpu, pip_small = (block.replace(ours, theirs) for block in (pip_gpu, pip_cpu, pip_small))
+    assert (pip_gpu, pip_cpu, pip_small) == (uv_gpu, uv_cpu, uv_small)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = tmp_path_factory.mktemp("elsewhere") / ".venv" / "bin" / "python"
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, python.parents[1]], check=True)
     links = [link for link in find_links() if list(Path(link).glob("torch-*+cpu-*.whl"))]
-    for line in install_blocks()[-1].splitlines():
+    for line in install_blocks()[-2].splitlines():
         words = shlex.split(line.replace("trl-gym[", f"{wheel}["))
         if links and "--torch-backend" in words:
             words[words.index("--torch-backend") :] = [word for link in links for word in ("--find-links", link)]
