@@ -73,7 +73,7 @@ def test_the_wheel_declares_what_the_project_does(wheel: Path) -> None:
 
 
 def install_blocks() -> list[str]:
-    """What the documentation tells people to type, one after the other: pip with and without a GPU and without vLLM, then uv."""
+    """What the documentation tells people to type: pip with a GPU, without one, without vLLM; then uv the same."""
     page = (ROOT / "docs" / "getting_started.md").read_text()
     section = page[page.index("## Install") : page.index("### In a checkout")]
     return [block for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL) if "pip" in block]

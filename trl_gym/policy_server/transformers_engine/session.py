@@ -30,6 +30,7 @@ from trl_gym.errors import ConfigError, UnsupportedVersionError
 from trl_gym.policy_server.transformers_engine import attention
 
 BLOCK_SIZE = 32  # tokens
+_BLOCK_OPTION = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # until 5.17
 MAX_BATCH_TOKENS = 2048  # of one forward pass
 _SPARE_BLOCKS = 4  # transformers allocates some ahead
 _SHARE_OF_HOST = 0.25  # of what the operating system says is free: others use it too
@@ -219,7 +220,7 @@ class Session:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._before = model.config._attn_implementation
         config = ContinuousBatchingConfig(
-            block_size=BLOCK_SIZE,
+            **{_BLOCK_OPTION: BLOCK_SIZE},
             num_blocks=num_blocks(model, options, free_memory(model.device)),
             max_batch_tokens=MAX_BATCH_TOKENS,
             max_requests_per_batch=min(options.max_concurrency, MAX_BATCH_TOKENS),
