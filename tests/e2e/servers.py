@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import requests
 import torch
 import uvicorn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -143,9 +142,6 @@ class Served:
     def message(self, messages: list[Json], **body: Any) -> Json:
         return self.chat(messages, **body)["choices"][0]["message"]
 
-    def metric(self, name: str) -> float:
-        return vllm_metric(self.client.root_url, name)
-
 
 def serve_argv(model: Path, log_dir: Path, *more: str) -> list[str]:
     flags = [part for name, value in FLAGS.items() for part in (f"--{name}", str(value)) if part != "True"]
@@ -157,7 +153,7 @@ def serve_argv(model: Path, log_dir: Path, *more: str) -> list[str]:
 def command_served(model: Path, folder: Path) -> Iterator[Served]:
     """Run `trl-gym serve`."""
     process = subprocess.Popen(
-        serve_argv(model, folder / "logs", "--port", "0"),
+        serve_argv(model, folder / "logs", "--port", "0", "--api-key", API_KEY),
         stdout=subprocess.PIPE,
         stderr=(folder / "stderr").open("w"),
         text=True,
@@ -166,15 +162,15 @@ def command_served(model: Path, folder: Path) -> Iterator[Served]:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("ready http://127.0.0.1:"), (folder / "stderr").read_text()
-        yield Served(process, PolicyServer.attach(line.split()[1]), line)
+        yield Served(process, PolicyServer.attach(line.split()[1], api_key=API_KEY), line)
     finally:
         process.terminate()
         process.wait(60.0)
 
 
-def vllm_metric(root_url: str, name: str) -> float:
+def vllm_metric(client: PolicyClient, name: str) -> float:
     """Return one of vLLM's own metrics, summed over its labels."""
-    text = requests.get(f"{root_url}/metrics", timeout=60.0).text
+    [text] = client.prometheus(timeout_s=60.0)
     return sum(float(value) for value in re.findall(rf"^vllm:{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
 
 

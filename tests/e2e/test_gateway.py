@@ -23,7 +23,7 @@ import psutil
 import pytest
 import requests
 
-from tests.e2e.servers import MAX_MODEL_LEN, START_TIMEOUT_S, calls_of, tagged, vllm_metric
+from tests.e2e.servers import MAX_MODEL_LEN, START_TIMEOUT_S, vllm_metric
 from tests.policy_server.tiny_model import build_random_policy, build_tokenizer
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
@@ -35,14 +35,6 @@ pytestmark = pytest.mark.e2e
 
 HOT = {"rollout": "hot", "sampling": {"temperature": 1.5, "top_p": 1.0, "top_k": -1}}
 USER = {"role": "user", "content": "What is 47 + 36?"}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "the sum",
-        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
-    },
-}
 STOCK_FLAGS = ["--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager", "--dtype", "float32"]
 STOCK_FLAGS += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--served-model-name", "policy"]
 # Only what a small machine needs (see `vllm_entry`); nothing that the gateway could profit from.
@@ -79,7 +71,7 @@ class Gate:
         return self.chat(messages, **body)["choices"][0]["message"]
 
     def metric(self, name: str) -> float:
-        return vllm_metric(self.stock_url, name)
+        return vllm_metric(PolicyClient(self.stock_url), name)
 
 
 @pytest.fixture(scope="module")
@@ -116,41 +108,6 @@ def test_what_it_is_and_what_it_said_while_starting(gate: Gate) -> None:
     log = gate.log.read_text()
     assert f"waiting for {gate.stock_url}" in log
     assert "--logprobs-mode processed_logprobs" in log  # stock vLLM reports raw ones
-
-
-def test_three_turns_keep_every_sampled_token(gate: Gate) -> None:
-    messages: list[Json] = [USER]
-    rendered, tag = [], tagged()
-    for turn in range(3):
-        plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-        rendered.append(gate.client.render(plain))
-        answer = gate.chat(messages, max_tokens=12, trl_gym=tag)
-        assert "trl_gym" not in answer
-        messages += [answer["choices"][0]["message"], {"role": "user", "content": f"and {turn} + 1?"}]
-    calls = calls_of(gate.client, tag)
-    drifts_without_us = 0
-    for before, call, prompt in zip(calls, calls[1:], rendered[1:], strict=False):
-        seen = before.prompt_ids + before.generation_ids
-        assert call.prompt_ids[: len(seen)] == seen and len(call.logprobs) == len(call.generation_ids)
-        drifts_without_us += prompt[: len(seen)] != seen
-    assert drifts_without_us >= 1, "the template would have kept the tokens by itself: this test shows nothing"
-
-
-def test_a_tool_call_is_parsed_from_a_forced_prompt(gate: Gate) -> None:
-    call = '<tool_call>\n{"name": "add", "arguments": {"a": 47, "b": 36}}\n</tool_call>'
-    tag = tagged()
-    messages = [USER, gate.message([USER], max_tokens=8, trl_gym=tag, tools=[TOOL])]
-    messages += [{"role": "user", "content": "Use the tool."}]
-    first = gate.message(
-        messages, tools=[TOOL], tool_choice="auto", trl_gym=tag, structured_outputs={"choice": [call]}
-    )
-    assert first["tool_calls"][0]["function"]["name"] == "add"
-    messages += [first, {"role": "tool", "tool_call_id": first["tool_calls"][0]["id"], "content": "83"}]
-    gate.message(messages, tools=[TOOL], max_tokens=8, trl_gym=tag)
-    _, before, last = calls_of(gate.client, tag)
-    seen = before.prompt_ids + before.generation_ids
-    assert last.prompt_ids[: len(seen)] == seen
-    assert "<tool_response>\n83" in build_tokenizer().decode(last.prompt_ids[len(seen) :])
 
 
 def test_another_client_gets_the_stock_answer(gate: Gate) -> None:

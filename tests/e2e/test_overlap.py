@@ -374,7 +374,7 @@ def test_after_ctrl_c_nothing_runs_and_train_may_be_called_again(
             if place == "weight sync":
                 assert pair.policy.client.is_paused()
             else:
-                wait_for(lambda: vllm_metric(pair.policy.client.root_url, "num_requests_running") == 0, "no calls")
+                wait_for(lambda: vllm_metric(pair.policy.client, "num_requests_running") == 0, "no calls")
         trainer.seen.clear()
         trainer.train()
     assert [batch["step"] for batch in trainer.seen] == [0, 1]
@@ -470,7 +470,7 @@ def test_two_ranks_lose_a_server_stop_early_and_share_groups(
     assert set(Counter((*(line[name] for name in IDENTITY), line["attempt"]) for line in ended).values()) == {1}
     assert any(line["failure"] is not None and line["failure"]["kind"] == "cancelled" for line in whole)
     assert any(line["batch"] == 3 for line in whole), "the fourth batch had begun"
-    wait_for(lambda: vllm_metric(pair.policy.client.root_url, "num_requests_running") == 0, "no calls")
+    wait_for(lambda: vllm_metric(pair.policy.client, "num_requests_running") == 0, "no calls")
 
     # Three groups of four over two ranks with six rows each: the second group lies across them.
     assert Counter((line["rank"], line["group"]) for line in across if line["batch"] == 0) == {

@@ -40,7 +40,7 @@ def test_a_step_with_sleep_and_a_request_that_comes_too_early(served: Served, tm
     sharing.after_sampling()
     assert is_sleeping(client)
     with ThreadPoolExecutor(1) as pool:
-        early = pool.submit(PolicyClient(server.base_url).prompt_logprobs, SEQUENCES[:1])
+        early = pool.submit(PolicyClient(server.base_url, api_key=client.api_key).prompt_logprobs, SEQUENCES[:1])
         sharing.before_sync()
         assert is_sleeping(client) and sharing.state is Occupancy.WEIGHTS
         build_random_policy(tmp_path / "next", tie=True, seed=1)

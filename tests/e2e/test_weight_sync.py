@@ -11,7 +11,6 @@ import pickle
 import resource
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,14 +23,12 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from tests.conftest import wait_for
-from tests.e2e.servers import OneAtATime, Served, calls_of, random_like, tagged
+from tests.e2e.servers import OneAtATime, random_like
 from tests.policy_server.tiny_model import build_model, build_random_policy, build_tokenizer
 from trl_gym import GymGRPOConfig
 from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.server import PolicyServer
-from trl_gym.rollouts.trajectory import ModelCall
 from trl_gym.weight_sync import vllm_transfer
 from trl_gym.weight_sync.protocol import WeightTransport
 from trl_gym.weight_sync.source import WeightSource
@@ -44,9 +41,7 @@ from trl_gym.weight_sync.transports.plan import plan_transport
 pytestmark = pytest.mark.e2e
 
 HELD_OUT = probe_batch(256, seed=1)  # ids below the size of the vocabulary
-CALL_TOKENS = 450  # of 512: no call ends while it takes one request to pause the server
 MAX_GAP = 1e-4  # nats, mean; both sides compute in float32
-MAX_TOKEN_GAP = 1e-3  # of a single token
 
 
 @contextmanager
@@ -114,17 +109,6 @@ def target(request: pytest.FixtureRequest) -> Target:
     if request.param == "tied":
         return Target(request.getfixturevalue("served").server, request.getfixturevalue("random_policy"))
     return Target(request.getfixturevalue("untied_pair").policy, request.getfixturevalue("untied_policy"))
-
-
-def test_every_sync_arrives(target: Target) -> None:
-    assert target.server.weight_transports == ("file",)
-    sync = sync_with(target.server)
-    for step in (1, 2):
-        model = target.policy(seed=10 + step)
-        assert gap(target.client, model) > 0.1
-        sync.push(model, step)
-        assert gap(target.client, model) < MAX_GAP
-        assert target.client.weight_version() == str(step)
 
 
 def test_a_merged_adapter_arrives(target: Target) -> None:
@@ -220,93 +204,6 @@ def test_a_server_that_cannot_read_our_files_is_refused_before_anything_is_sent(
         transport.connect(elsewhere)
     assert list(tmp_path.iterdir()) == []
     assert target.client.health()
-
-
-# -- while calls run --------------------------------------------------------------------------------------------------
-
-
-class Interrupted(FileTransport):
-    """Calls something when the server is paused, before anything is sent."""
-
-    def __init__(self, while_paused: Callable[[], None]) -> None:
-        super().__init__()
-        self._while_paused = while_paused
-
-    def send(self, weights: Any, client: PolicyClient | None, version: str) -> int:
-        self._while_paused()
-        return super().send(weights, client, version)
-
-
-def long_call(client: PolicyClient, tag: dict[str, Any]) -> dict[str, Any]:
-    own = PolicyClient(client.base_urls, api_key=client.api_key)  # one per thread
-    body = {"messages": [{"role": "user", "content": tag["rollout"]}], "max_tokens": CALL_TOKENS, "ignore_eos": True}
-    return own.chat(**body, trl_gym=tag, timeout_s=120.0)
-
-
-def are_running(client: PolicyClient, *tags: dict[str, Any]) -> bool:
-    url, body = f"{client.root_url}/trl_gym/rollouts/records", {"rollouts": [tag["rollout"] for tag in tags]}
-    return all(client._sessions[0].post(url, json=body, timeout=60.0).json()["running"].values())
-
-
-def gaps_to(model: torch.nn.Module, call: ModelCall) -> torch.Tensor:
-    """How far each sampled token's log-probability is from what a model computes, `[T]`."""
-    [logprobs] = trainer_logprobs(model, [call.prompt_ids + call.generation_ids])
-    return (torch.tensor(call.logprobs) - torch.tensor(logprobs[len(call.prompt_ids) - 1 :])).abs()
-
-
-@pytest.mark.shares("random")
-@pytest.mark.parametrize("mode", ["wait", "keep"])
-def test_weights_are_pushed_while_calls_run(served: Served, random_policy: Path, mode: str) -> None:
-    """Each token was sampled with the weights of the version that its call is stamped with, and nothing hangs."""
-    client, counted = served.client, "generation_tokens_total"
-    old, new = random_like(random_policy, seed=60), random_like(random_policy, seed=61)
-    sync = sync_with(served.server, pause_mode=mode)
-    sync.push(old, 20)
-    tags, late = [tagged() for _ in range(8)], tagged()
-    pauses: list[float] = []
-
-    def while_paused() -> None:
-        calls.append(pool.submit(long_call, client, late))
-        wait_for(lambda: are_running(client, late), "a call arrives during the pause")
-        pauses.append(served.metric(counted) - before)
-
-    def all_sample() -> bool:
-        """Let them sample for as long as a request takes: what waits for an answer here cannot end meanwhile."""
-        client.resume()
-        client.pause("keep")
-        return served.metric(counted) > before + 8 * 10
-
-    before = served.metric(counted)
-    sync.transport = Interrupted(while_paused)
-    sync.transport.connect(client)
-    with ThreadPoolExecutor(9) as pool:
-        client.pause("keep")
-        calls = [pool.submit(long_call, client, tag) for tag in tags]
-        wait_for(lambda: are_running(client, *tags), "all calls have arrived")
-        wait_for(all_sample, "all calls sample")
-        client.resume()
-        sync.push(new, 21)
-        answers = [call.result(120.0) for call in calls]
-    assert not client.is_paused()
-    records = client.rollout_records([*(tag["rollout"] for tag in tags), late["rollout"]])
-    versions = [(record["weight_version"], record["last_version"]) for own in records.values() for record in own]
-    assert versions == [("20", "21" if mode == "keep" else None)] * 8 + [("21", None)]
-    assert [answer["weight_version"] for answer in answers] == ["20"] * 8 + ["21"]
-    calls_made = [call for tag in (*tags, late) for call in calls_of(client, tag)]
-    assert gaps_to(new, calls_made.pop()).max() < MAX_TOKEN_GAP
-    switches = []  # between which tokens each call changed weights: earliest and latest place
-    for call in calls_made:
-        by_old, by_new = (gaps_to(model, call) < MAX_TOKEN_GAP for model in (old, new))
-        switches.append(
-            (len(by_new) - int(by_new.flip(0).long().cumprod(0).sum()), int(by_old.long().cumprod(0).sum()))
-        )
-    earliest, latest = (sum(places) for places in zip(*switches, strict=True))
-    assert all(first <= last for first, last in switches)
-    if mode == "wait":
-        assert latest == 8 * CALL_TOKENS == pauses[0]
-    else:  # all tokens of before the pause, and no other, are of the old weights
-        assert all(first > 0 and last < CALL_TOKENS for first, last in switches)
-        assert earliest <= pauses[0] <= latest
 
 
 # -- ipc and nccl, without a GPU --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tests.e2e.contract.engines import TOOL, USER, Engine, prompt_of, said_ids, 
 @pytest.fixture(
     scope="module",
     params=[
+        pytest.param("vllm", marks=[pytest.mark.e2e, pytest.mark.shares("random")]),
         "transformers",
         "sglang",
     ],
@@ -27,6 +28,9 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 @pytest.fixture(
     scope="module",
     params=[
+        pytest.param(
+            "mortal_vllm", id="vllm", marks=[pytest.mark.e2e, pytest.mark.shares("untied, ended at the end")]
+        ),
         pytest.param("mortal_transformers", id="transformers"),
         pytest.param("mortal_sglang", id="sglang"),
     ],

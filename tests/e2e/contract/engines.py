@@ -13,13 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tests.e2e.servers import API_KEY, MAX_MODEL_LEN, Json, calls_of, listening, random_like
+from tests.e2e.servers import API_KEY, MAX_MODEL_LEN, Json, calls_of, listening, random_like, vllm_metric
 from tests.policy_server.fake_sglang import behind_gateway
 from trl_gym import PolicyServer
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
@@ -53,6 +54,7 @@ MAX_TOKEN_GAP = 1e-3  # of a single token
 
 # Parameters that an engine refuses, each behind the number of its case.
 REFUSED: dict[str, tuple[str, ...]] = {
+    "vllm": (),
     "transformers": (
         "s2 n",
         "s3 min_p",
@@ -182,6 +184,33 @@ class Engine:
         sync = self.sync()
         sync.push(model, step)
         sync.disconnect()
+
+
+def vllm(request: pytest.FixtureRequest) -> Engine:
+    """`trl-gym serve`, which the tests share."""
+    server = request.getfixturevalue("served").server
+    engine = _vllm(server, request.getfixturevalue("random_policy"))
+    engine.block_size = server.client.server_config()["cache_config"]["block_size"]
+    return engine
+
+
+def mortal_vllm(request: pytest.FixtureRequest) -> Engine:
+    """A `PolicyServer` that nobody needs afterwards."""
+    server = request.getfixturevalue("untied_pair").policy
+    engine = _vllm(server, request.getfixturevalue("untied_policy"))
+    [api_server] = psutil.Process(server._process.pid).children()
+    engine.kill = lambda: [child.kill() for child in api_server.children()]
+    return engine
+
+
+def _vllm(server: PolicyServer, model: Path) -> Engine:
+    def num_sampled() -> float:
+        return vllm_metric(server.client, "generation_tokens_total")
+
+    def num_running() -> float:
+        return vllm_metric(server.client, "num_requests_running")
+
+    return Engine("vllm", server, model, num_running=num_running, num_sampled=num_sampled, progress=num_sampled)
 
 
 @contextmanager

@@ -349,7 +349,7 @@ def test_l2_a_cancelled_rollout_frees_the_engine(engine: Engine) -> None:
         engine.client.cancel_rollouts([last["rollout"]])
         with pytest.raises(PolicyServerError, match=refused):
             call.result(20.0)
-    assert at_rest(engine) - before < engine.call_tokens - 1
+    assert at_rest(engine) - before < engine.call_tokens / 2
     with pytest.raises(PolicyServerError, match="cancelled"):
         engine.chat([USER], trl_gym=tag)
 
@@ -359,7 +359,7 @@ def at_rest(engine: Engine) -> float:
 
     def is_at_rest() -> bool:
         come = engine.progress()
-        for _ in range(3):
+        for _ in range(20):
             engine.client.info()  # as long as several tokens take
         return engine.num_running() == 0 and engine.progress() == come
 
@@ -378,7 +378,7 @@ def test_l3_a_client_that_hangs_up_frees_the_engine(engine: Engine) -> None:
             call = pool.submit(session.post, url, json=body, timeout=timeouts)
             with pytest.raises(requests.Timeout):
                 call.result(20.0)
-        assert 0 < at_rest(engine) - before < 399
+        assert 0 < at_rest(engine) - before < 400
 
 
 def test_l4_calls_of_no_rollout_are_counted(engine: Engine) -> None:
