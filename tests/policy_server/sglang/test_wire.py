@@ -351,6 +351,16 @@ def test_a_cancelled_rollout_is_aborted_by_name(
         call.result(30.0)
 
 
+def test_a_sleep_that_fails_is_none(client: PolicyClient, fake: FakeSglang) -> None:
+    fake.answers["POST /release_memory_occupation"] = (400, {"error": {"message": "no memory saver"}})
+    try:
+        with pytest.raises(PolicyResponseError, match="no memory saver"):
+            client.sleep(1)
+    finally:
+        fake.answers.clear()
+    assert not fake.paused and ask(client, "awake")
+
+
 def test_memory_is_given_back_and_taken(client: PolicyClient, fake: FakeSglang, pool: ThreadPoolExecutor) -> None:
     client.sleep(1)
     assert fake.asleep == {"kv_cache"}, "weights have no copy on the host"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +18,7 @@ from trl_gym.policy_server.transformers_engine.session import (
     BLOCK_SIZE,
     EngineOptions,
     autocast_of,
+    available_on_host,
     free_memory,
     num_blocks,
     sampled_model,
@@ -90,6 +93,17 @@ def test_other_models_are_refused() -> None:
 
 def test_the_host_has_memory(model: PreTrainedModel) -> None:
     assert 10**6 < free_memory(torch.device("cpu")) < 10**14
+
+
+def test_page_cache_counts_as_free_and_a_containers_limit_counts(tmp_path: Path) -> None:
+    host = psutil.virtual_memory()
+    assert 0.5 * host.available < available_on_host(tmp_path) <= host.total
+    given = {"memory.max": "3000\n", "memory.current": "2500\n", "memory.stat": "anon 9\ninactive_file 400\n"}
+    for name, text in given.items():
+        (tmp_path / name).write_text(text)
+    assert available_on_host(tmp_path) == 900
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_on_host(tmp_path) > 10**6
 
 
 def test_autocast_is_that_of_the_trainer(model: PreTrainedModel) -> None:

@@ -394,10 +394,18 @@ class SglangWire:
     async def _sleep(self, call: _Call) -> Any:
         request = dialect.sleep_request(call.query("level", "1"), await self._server_args(call))
         self._gate.close("sleep")
-        await self._gate.drained()
-        await call.ask("POST", "/pause_generation", dialect.pause_request("wait"))  # what others sent must not run
-        await call.ask("POST", "/release_memory_occupation", request)
-        self._asleep.update(request["tags"])
+        try:
+            await self._gate.drained()
+            await call.ask("POST", "/pause_generation", dialect.pause_request("wait"))  # what others sent must not run
+            await call.ask("POST", "/release_memory_occupation", request)
+            self._asleep.update(request["tags"])
+        except AnsweredError:
+            if not (self._asleep or "pause" in self._gate.closed_by):
+                await call.ask("POST", "/continue_generation", {})
+            raise
+        finally:
+            if not self._asleep:
+                self._gate.open("sleep")
         return {}
 
     async def _wake_up(self, call: _Call) -> Any:

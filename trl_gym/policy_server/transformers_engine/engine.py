@@ -35,7 +35,9 @@ from trl_gym.policy_server.transformers_engine.session import (
     EngineOptions,
     Session,
     autocast_of,
+    free_memory,
     in_eval_mode,
+    num_blocks,
     sampled_model,
 )
 
@@ -217,9 +219,10 @@ class Engine:
             model: The trainer's, wrapped or not.
 
         Raises:
-            ConfigError: It cannot be sampled from in this process.
+            ConfigError: It cannot be sampled from in this process, or the context does not fit into memory.
         """
         taken = sampled_model(model)
+        num_blocks(taken, self.options, free_memory(taken.device))
         with self._stopped():
             self._model, self._lost = taken, None
             eos = taken.generation_config.eos_token_id if taken.generation_config is not None else None

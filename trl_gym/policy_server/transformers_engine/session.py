@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch.distributed.tensor import DTensor
@@ -125,8 +126,8 @@ def num_blocks(model: PreTrainedModel, options: EngineOptions, free_bytes: int) 
     fitting, needed = cache_blocks(per_token, model.dtype.itemsize, options, free_bytes)
     if needed > free_bytes:
         raise ConfigError(
-            f"{free_bytes / 1e9:.1f} GB of memory are free, and the keys and values of one rollout of "
-            f"{options.max_model_len} tokens need {needed / 1e9:.1f} GB.",
+            f"`gym_engine` 'transformers' may take {free_bytes / 1e9:.1f} GB of memory, and keys and values of a "
+            f"rollout of {options.max_model_len} tokens need {needed / 1e9:.1f} GB.",
             "Lower `vllm_max_model_length`, or free memory for the engine.",
         )
     return fitting
@@ -149,12 +150,27 @@ def cache_blocks(per_token: int, width: int, options: EngineOptions, free_bytes:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return how many bytes of a device may be taken."""
+    """Return how many bytes of a device may be taken. Of a host's memory that is a part, and what its page cache holds
+    counts as free."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else os.sysconf("SC_PHYS_PAGES")
-    return int(pages * os.sysconf("SC_PAGE_SIZE") * _SHARE_OF_HOST)
+    return int(available_on_host() * _SHARE_OF_HOST)
+
+
+def available_on_host(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many bytes of the host's memory new allocations can get, within the limit of a container.
+
+    Args:
+        cgroup: Folder of this process's control group, version 2.
+    """
+    available = psutil.virtual_memory().available
+    try:
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        numbers = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such folder, or the limit is "max"
+        return available
+    return max(0, min(available, limit - used + int(numbers.get("inactive_file", 0))))
 
 
 def turn_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
