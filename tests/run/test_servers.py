@@ -483,8 +483,16 @@ def test_one_that_is_gone_is_not_kept_alive(tmp_path: Path) -> None:
 def test_a_server_that_shares_gpus_has_as_many_workers(
     tensor: int, data: int, training: int, gpus: int, said: str, proposed: int
 ) -> None:
-    args: Any = SimpleNamespace(vllm_tensor_parallel_size=tensor, gym_vllm_args={"data_parallel_size": data})
-    problem = workers_problem(args, training, gpus)
-    assert (problem is None) == (not said)
-    if problem is not None:
-        assert said in problem.text and f'{{"data-parallel-size": {proposed}}}' in problem.remedy
+    for engine, option, name in (
+        ("vllm", "gym_vllm_args", "data_parallel_size"),
+        ("sglang", "gym_sglang_args", "dp-size"),
+        ("sglang", "gym_sglang_args", "--data-parallel-size"),
+    ):
+        given = {"gym_vllm_args": None, "gym_sglang_args": None, option: {name: data}}
+        args: Any = SimpleNamespace(gym_engine=engine, vllm_tensor_parallel_size=tensor, **given)
+        problem = workers_problem(args, training, gpus)
+        assert (problem is None) == (not said)
+        if problem is not None:
+            assert said in problem.text and f'`{option}` to {{"data-parallel-size": {proposed}}}' in problem.remedy
+    args.gym_engine = "transformers"
+    assert workers_problem(args, training, gpus) is None

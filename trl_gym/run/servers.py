@@ -489,7 +489,7 @@ def server_options(
         flags |= _gpu_flags(args, model, peft_config, quantization_config, num_processes)
     else:
         flags["enforce-eager"] = True  # compiling for a CPU takes longer than it saves
-    return flags | _own_flags(args), transport.server_environment()
+    return flags | _flags_of(args.gym_vllm_args), transport.server_environment()
 
 
 # Flags of vLLM and what they are called by SGLang, where they mean the same. vLLM's share of a GPU is of everything
@@ -520,8 +520,7 @@ def _sglang_options(
         flags |= sglang.CPU_FLAGS
     else:
         flags |= {_SGLANG_NAMES[name]: value for name, value in gpus.items()}
-    own = {flag.lstrip("-").replace("_", "-"): value for flag, value in (args.gym_sglang_args or {}).items()}
-    return flags | own, sglang.CPU_ENVIRONMENT if gpus is None else {}
+    return flags | _flags_of(args.gym_sglang_args), sglang.CPU_ENVIRONMENT if gpus is None else {}
 
 
 def show_notes(args: GymGRPOConfig, *, adapts: bool) -> None:
@@ -555,8 +554,8 @@ def show_context(args: GymGRPOConfig, model: PreTrainedModel) -> None:
         logger.warning("%s", problem)
 
 
-def _own_flags(args: GymGRPOConfig) -> dict[str, Any]:
-    return {flag.lstrip("-").replace("_", "-"): value for flag, value in (args.gym_vllm_args or {}).items()}
+def _flags_of(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {flag.lstrip("-").replace("_", "-"): value for flag, value in (given or {}).items()}
 
 
 def _gpu_flags(
@@ -593,20 +592,26 @@ def _gpu_flags(
 
 def num_workers(args: GymGRPOConfig) -> int:
     """Return the number of GPUs that the policy server of a run uses."""
-    return args.vllm_tensor_parallel_size * int(_own_flags(args).get("data-parallel-size", 1))
+    flags = _flags_of(args.gym_sglang_args if args.gym_engine == "sglang" else args.gym_vllm_args)
+    replicas = flags.get("data-parallel-size", flags.get("dp-size", 1))  # SGLang has both names
+    return args.vllm_tensor_parallel_size * int(replicas)
 
 
 def workers_problem(args: GymGRPOConfig, training: int, gpus: int) -> Problem | None:
-    """Say that a policy server that shares GPUs with training has not as many workers as there are of these.
+    """Say that a policy server that shares GPUs with training has not as many workers as there are of these; None
+    where each training process serves its own model.
 
     Args:
         args: Options of the run.
         training: Training processes of the host.
         gpus: GPUs of the host.
     """
+    if engines.started_engine(args) == "transformers":
+        return None
     served = num_workers(args)
+    option = "gym_sglang_args" if args.gym_engine == "sglang" else "gym_vllm_args"
     fitting = max(1, min(training, gpus) // args.vllm_tensor_parallel_size)
-    remedy = f"""Set `gym_vllm_args` to {{"data-parallel-size": {fitting}}} to sample on all of them."""
+    remedy = f"""Set `{option}` to {{"data-parallel-size": {fitting}}} to sample on all of them."""
     if served > gpus:
         return Problem(
             f"The policy server has {served} workers (tensor parallel × data parallel) and the host {gpus} GPUs.",
