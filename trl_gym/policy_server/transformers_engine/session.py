@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch.distributed.tensor import DTensor
@@ -164,7 +164,12 @@ def available_on_host(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     Args:
         cgroup: Folder of this process's control group, version 2.
     """
-    available = psutil.virtual_memory().available
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        [kilobytes] = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+        available = int(kilobytes) * 1024
+    except (OSError, ValueError):  # no Linux: all that the machine has
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
         numbers = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
