@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     own.add_argument("--served-model-name", default="policy")
     own.add_argument("--sglang-python")
     options, flags = own.parse_known_args(argv)
-    key = secrets.token_urlsafe(_KEY_BYTES)
+    key = f"k{secrets.token_urlsafe(_KEY_BYTES)}"  # SGLang makes a flag of it, and a value must not begin with "-"
     kept = tempfile.TemporaryDirectory(prefix="trl-gym-sglang-")
     with kept as folder:
         config = Path(folder, "key.yaml")
