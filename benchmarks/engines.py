@@ -366,7 +366,9 @@ def main() -> None:
             arms.remove(arm)
     begun = machine()
     print(f"{begun}; {options.rounds} × {options.steps} steps", flush=True)
-    figures = tell(compare(arms, options.steps, options.rounds))
+    if not (runs := compare(arms, options.steps, options.rounds)):
+        sys.exit("no arm has run")
+    figures = tell(runs)
     if options.json is not None:
         facts = {"machine": begun, "at its end": machine(), "steps": options.steps, "rounds": options.rounds}
         options.json.write_text(json.dumps({**facts, "arms": figures}, indent=2) + "\n")
