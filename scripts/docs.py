@@ -128,7 +128,8 @@ def versions() -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     rows = [("Python of the trainer", f"`{project['requires-python']}`", "3.11")]
     rows += [(f"`{name}`", f"`{allowed}`", checked[name]) for name, allowed in compat.TESTED.items()]
-    rows.append(("`transformers` with `gym_engine: transformers`", f"`{compat.ENGINE}`", "5.17.0, 5.18.0"))
+    ran = "5.16.1, 5.17.0, 5.18.0, 5.24.0"
+    rows.append(("`transformers` with `gym_engine: transformers`", f"`{compat.ENGINE}`", ran))
     return _table(("package", "tested", "run with"), rows)
 
 

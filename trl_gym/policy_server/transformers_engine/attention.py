@@ -9,22 +9,52 @@ It is also where precisions meet. Under autocast the weights are in float32 and 
 or in both: a rotary embedding in float32 makes queries and keys float32 beside values in bfloat16. The cache has the
 precision of the weights and refuses any other. So keys and values are widened when they are stored, which loses
 nothing, and what is attended to has the precision that the trainer's own forward pass has at this place.
+
+Releases of transformers differ in who stores keys and values: until 5.23 the attention, from 5.24 on the model's code.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import weakref
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
-NAME = "paged|trl_gym"  # transformers needs the prefix
+NAME = "trl_gym"
 
 
-def register() -> None:
-    """Make `NAME` known to transformers, once more or for the first time."""
-    AttentionInterface.register(NAME, paged_attention)
+def attend(model: PreTrainedModel) -> None:
+    """Let a model compute attention over a paged cache, until it is set to another one.
+
+    By flash attention, if it was loaded with that and its weights have a precision for it; else by `paged_attention`.
+    """
+    before = model.config._attn_implementation
+    has_prefixes = "paged|sdpa" in AttentionInterface()  # until 5.18: a paged attention has a name of its own
+    if "flash" in before and model.dtype in (torch.bfloat16, torch.float16):
+        if has_prefixes:
+            model.set_attn_implementation(f"paged|{before.removeprefix('paged|')}")
+        return
+    # transformers 5.19 and later compute a mask, of the size of a batch times the cache, unless the name has `flash`
+    # in it, and would then load a kernel of that name if it were not set on the configuration itself.
+    name = f"paged|{NAME}" if has_prefixes else f"{NAME}_flash"
+    AttentionInterface.register(name, paged_attention)
+    model.config._attn_implementation = name
+
+
+def widen(cache: Any) -> None:
+    """Let a paged cache take keys and values of any precision that its own one holds, until it is gone."""
+    if "update" in vars(cache):
+        return
+    store, own = type(cache).update, weakref.proxy(cache)  # no circle: its memory is free when a session ends
+
+    def update(key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return store(own, key_states.to(own.dtype), value_states.to(own.dtype), *args, **kwargs)
+
+    cache.update = update
 
 
 def paged_attention(
@@ -34,7 +64,6 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cache: Any = None,
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -43,13 +72,13 @@ def paged_attention(
     Args:
         module: The layer.
         query: `[1, H, Q, D]`, the queries of all requests one after another.
-        key: `[1, K, Q, D]` of the same tokens, for K key heads.
-        value: `[1, K, Q, V]` of the same tokens.
+        key: `[1, K, Q, D]` of the same tokens, for K key heads; with those of earlier tokens where there is no cache.
+        value: `[1, K, Q, V]` of the same tokens as the keys.
         attention_mask: None: transformers makes a mask for its own implementations alone.
-        cache: The paged cache, which stores keys and values and returns them with those of earlier tokens.
         scaling: Factor of the scores; `D ** -0.5` when not given.
         options: `read_index`, `write_index`, `cu_seq_lens_q`, `cu_seq_lens_k` of the batch; the layer's
-            `sliding_window`, in tokens.
+            `sliding_window`, in tokens; `cache`, the paged one, where it is not the model's own code that stores keys
+            and values and gets them back with those of earlier tokens.
 
     Returns:
         `[1, Q, H, V]`, and None for the weights.
@@ -57,16 +86,13 @@ def paged_attention(
     Raises:
         ValueError: It is called by a forward pass that is not the engine's, or the layer caps its scores or has sinks.
     """
-    if cache is None:
+    if "cu_seq_lens_k" not in options:
         raise ValueError(
             f"`{NAME}` is the attention of the engine that samples; park it before any other forward pass"
         )
     if unknown := [name for name in ("softcap", "s_aux") if options.get(name) is not None]:
         raise ValueError(f"`{NAME}` does not compute attention with `{unknown[0]}`")
-    stored = {"read_index": options["read_index"], "write_index": options["write_index"]}
-    keys, values = cache.update(
-        key_states=key.to(cache.dtype), value_states=value.to(cache.dtype), layer_idx=module.layer_idx, **stored
-    )
+    keys, values = _stored(module, key, value, options)
     window = options.get("sliding_window", getattr(module, "sliding_window", None))  # Mistral's layers have none
     lengths_k = options["cu_seq_lens_k"]
     if isinstance(lengths_k, dict):  # of a model with both kinds of layers
@@ -88,6 +114,30 @@ def paged_attention(
         if len(one) > 1:
             outputs[index] = _prefill(one, *pairs[index], scaling, window)
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def _stored(
+    module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `[k, K, D]` and `[k, K, V]`, for one request after another: its earlier tokens and the new ones.
+
+    `cu_seq_lens_k` of the options becomes that of the layer where the cache says so.
+    """
+    cache = options.get("cache")
+    if cache is not None and not _takes_options(cache.__class__):
+        stored = {"read_index": options["read_index"], "write_index": options["write_index"]}
+        keys, values = cache.update(key, value, module.layer_idx, **stored)
+        return keys, values
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx, kwargs=options)
+    elif isinstance(options["cu_seq_lens_k"], dict):  # the cache replaces it when it stores
+        raise ValueError(f"the code of {type(module).__name__} does not store keys and values in a paged cache")
+    return key[0].transpose(0, 1), value[0].transpose(0, 1)
+
+
+@functools.cache
+def _takes_options(kind: Any) -> bool:
+    return "kwargs" in inspect.signature(kind.update).parameters
 
 
 def _decode(

@@ -256,9 +256,9 @@ class Session:
         self._modes = in_eval_mode(model)
         self._modes.__enter__()
         try:
-            model.set_attn_implementation(self._attention())
+            attention.attend(model)
             self._hooks += [
-                model.register_forward_pre_hook(self._enter_precision),
+                model.register_forward_pre_hook(self._enter_precision, with_kwargs=True),
                 model.register_forward_hook(self._leave_precision, always_call=True),
             ]
             self._manager = model.init_continuous_batching(_generation_config(self.filters), config)
@@ -313,12 +313,13 @@ class Session:
         """Whether the thread that samples has ended by itself."""
         if self.stopping:
             return False
-        return not self._manager.is_running() or self._status.can_accept_new_requests() is not None
+        return not self._manager.is_running() or self._status.local_status != self._status.DONT_STOP
 
     @property
     def cause(self) -> str:
         """What the thread that samples has ended of."""
-        error = self._status.fatal_error
+        holder = self._status if hasattr(self._status, "fatal_error") else self._manager  # the manager until 5.16
+        error = holder.fatal_error
         return "it ended without an error" if error is None else f"{type(error).__name__}: {error}"
 
     @property
@@ -354,15 +355,9 @@ class Session:
             self._model.set_attn_implementation(self._before)
         self._modes.__exit__(None, None, None)
 
-    def _attention(self) -> str:
-        """Return the attention to sample with: flash attention if the trainer has it, and it takes the weights."""
-        is_half = self._model.dtype in (torch.bfloat16, torch.float16)
-        if "flash" in self._before and is_half:
-            return f"paged|{self._before.removeprefix('paged|')}"
-        attention.register()
-        return attention.NAME
-
-    def _enter_precision(self, *_: Any) -> None:
+    def _enter_precision(self, _model: torch.nn.Module, _args: Any, options: dict[str, Any]) -> None:
+        if (cache := options.get("cache")) is not None:  # else it is no forward pass of ours
+            attention.widen(cache)
         self._precision.append(autocast_of(self._model, self._options.autocast))
         self._precision[-1].__enter__()
 
