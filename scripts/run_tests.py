@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     lanes = [subprocess.Popen([*pytest, "-m", SERVERS, *places.get("servers", [])])]
     for name, marks in BESIDE.items():
         # The lane with policy servers is the longer one: it goes first where all want a core.
-        beside = ["nice", "-n", "5", *pytest, "-m", marks, *places.get(name, []), "--color=no"]
+        beside = ["nice", "-n", "8", *pytest, "-m", marks, *places.get(name, []), "--color=no"]
         with log_of(name).open("w") as log:
             lanes.append(subprocess.Popen(beside, stdout=log, stderr=subprocess.STDOUT))
     logs = " and ".join(str(log_of(name)) for name in BESIDE)

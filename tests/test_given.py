@@ -179,8 +179,8 @@ def test_every_path_of_a_run_knows_the_home_folder(home: Path) -> None:
         "gym_python",
     } <= names.keys()
     lines = [f"{name}: {['~/x'] if many else '~/x'}" for name, many in names.items()]
-    (home / "run.yaml").write_text("\n".join(["use_cpu: true", "report_to: none", *lines]))
-    words = ["--use_cpu=true", "--report_to=none", *(f"--{name}=~/x" for name in names)]
+    (home / "run.yaml").write_text("\n".join(["use_cpu: true", "report_to: none", "gym_engine: sglang", *lines]))
+    words = ["--use_cpu=true", "--report_to=none", "--gym_engine=sglang", *(f"--{name}=~/x" for name in names)]
     for argv in (["--config=~/run.yaml"], words):
         parsed = parse_options(argv, GymGRPOConfig)
         for name in names:

@@ -61,9 +61,10 @@ def test_a_live_run_names_gym_policy_server_and_transport(tmp_path: Path) -> Non
     policy = SimpleNamespace(is_ours=True, parsers=parsers)
     source._servers = SimpleNamespace(gym=SimpleNamespace(gym_version="0.4.0"), policy=policy)
     source._weights = SimpleNamespace(transport_name="file")
+    source._engine = "sglang 0.5.23"  # as the server tells when it is connected to
     rows = settings_of(args, num_steps=3, source=source.describe())
     assert rows["NeMo Gym"] == "0.4.0 (`host`)"
-    assert rows["Policy server"].endswith("(`colocate`)") and rows["Policy server"].startswith("vllm")
+    assert rows["Policy server"] == "sglang 0.5.23 (`colocate`)"
     assert (rows["Tool parser"], rows["Reasoning parser"]) == ("`hermes` (guessed)", "none (no thinking)")
     assert (rows["Weight sync"], rows["Drift policy"], rows["Optimizer steps"]) == ("`file`", "`exclude`", "3")
     assert rows["trl-gym"] == __version__

@@ -37,7 +37,7 @@ _JSON_OPTIONS = (
 # Where `~` is spelled out; transformers does it for `output_dir`. Some of them may be something else than a path.
 _PATHS = (
     *("gym_config_paths", "gym_python", "gym_sglang_python", "gym_weight_dir", "gym_replay", "gym_log_dir"),
-    *("resume_from_checkpoint", "deepspeed", "fsdp_config"),
+    *("resume_from_checkpoint", "deepspeed", "fsdp_config", "gym_response_template"),
 )
 TRANSPORTS = ("ipc", "nccl", "file", "adapter", "shared")
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # in accelerate's order

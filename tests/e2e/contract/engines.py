@@ -99,6 +99,7 @@ class Engine:
         num_sampled: Returns how many tokens it has sampled since its start; exact while it is paused or idle.
         progress: Returns a number that grows with every token that is sampled, or with every forward pass.
         transport: Makes the transport by which it takes weights.
+        hang: Stops its engine, where that is a process, so that what is asked of it now is never answered.
         kill: Ends its engine, as a fault would.
         restart: Starts its engine again, where weights that compute NaN have ended it.
         call_tokens: Tokens of a call that does not end while it takes one request to pause the server.
@@ -115,6 +116,7 @@ class Engine:
     num_sampled: Callable[[], float]
     progress: Callable[[], float]
     transport: Callable[[], WeightTransport] = FileTransport
+    hang: Callable[[], Any] = lambda: None
     kill: Callable[[], Any] = lambda: None
     restart: Callable[[], Any] = lambda: None
     call_tokens: int = 450  # of 512
@@ -199,6 +201,7 @@ def mortal_vllm(request: pytest.FixtureRequest) -> Engine:
     server = request.getfixturevalue("untied_pair").policy
     engine = _vllm(server, request.getfixturevalue("untied_policy"))
     [api_server] = psutil.Process(server._process.pid).children()
+    engine.hang = lambda: [child.suspend() for child in api_server.children()]
     engine.kill = lambda: [child.kill() for child in api_server.children()]
     return engine
 

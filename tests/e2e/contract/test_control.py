@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import deepcopy
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -169,7 +171,7 @@ def test_w4_weights_are_pushed_while_calls_run(
         assert earliest <= pauses[0] <= latest
 
 
-@contextmanager
+@contextlib.contextmanager
 def interrupted(transport: Any, while_paused: Callable[[], None]) -> Iterator[None]:
     """Do something when the server is paused, before anything is sent."""
     send = transport.send
@@ -427,13 +429,21 @@ def test_e7_a_dead_engine_is_told(mortal: Engine) -> None:
     """A server whose engine has died says so: `GET /health` is no 200, or nothing answers there any more.
 
     A call that runs, and every later one, fails with an error at once: a 500 or a closed connection, never silence.
+    Nor is a pause that has come before silent, which a weight sync would wait for.
     """
+    client = mortal.another_client()
+    pausing = HTTPConnection(urlsplit(client.root_url).netloc, timeout=60.0)
     with ThreadPoolExecutor(1) as pool:
         running = in_thread(pool, mortal, max_tokens=400, ignore_eos=True, trl_gym=tagged())
         wait_for(lambda: mortal.num_running() > 0, "it samples")
+        mortal.hang()
+        pausing.request("POST", "/pause?mode=wait", headers={"Authorization": f"Bearer {client.api_key}"})
+        client.info()  # so that the pause has arrived
         mortal.kill()
         with pytest.raises(PolicyServerError):
             running.result(30.0)
+    with contextlib.closing(pausing), contextlib.suppress(ConnectionError):  # a timeout is none
+        pausing.getresponse()
     wait_for(lambda: not mortal.client.health(), "it is told", timeout_s=30.0)
     with pytest.raises(PolicyServerError, match=r"HTTP 500|cannot be reached"):
         mortal.another_client().chat(messages=[USER], max_tokens=2, timeout_s=20.0)

@@ -91,6 +91,11 @@ def serve(argv: Sequence[str], *, listen_fd: int | None) -> None:
     uvloop.run(_serve(f"http://{host}:{port}", sock, args, asked))
 
 
+# When the engine has died, uvicorn waits for the answers that are under way. A pause that came as it died gets none:
+# the client would wait for this process, and this process for its answer.
+_LAST_ANSWERS_S = 5
+
+
 async def _serve(address: str, sock: socket.socket, args: argparse.Namespace, asked: str | None) -> None:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
@@ -111,7 +116,7 @@ async def _serve(address: str, sock: socket.socket, args: argparse.Namespace, as
     )
     try:
         await engine.reset_mm_cache()  # what the engine has seen while it warmed up
-        ended = await build_and_serve(engine, address, sock, args)
+        ended = await build_and_serve(engine, address, sock, args, timeout_graceful_shutdown=_LAST_ANSWERS_S)
     finally:
         engine.shutdown(timeout=config.shutdown_timeout)
     try:
