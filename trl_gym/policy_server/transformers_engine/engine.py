@@ -284,6 +284,7 @@ class Engine:
             self._gate.close()
             await self._idle.passed()
         await asyncio.to_thread(self.forget, abort=mode == "abort")
+        await self._idle.passed()  # each request has taken its tokens, which are counted
 
     def resume(self) -> None:
         """Sample again, unless the engine is parked."""
