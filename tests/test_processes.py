@@ -115,7 +115,7 @@ def test_a_supervisor_gets_all_the_time_that_it_may_need(tmp_path: Path) -> None
     waited: list[float | None] = []
 
     class Hanging:
-        pid, returncode = 1, None
+        pid, returncode = 2**22 + 1, None  # of no process
 
         def poll(self) -> int | None:
             return self.returncode
@@ -133,6 +133,46 @@ def test_a_supervisor_gets_all_the_time_that_it_may_need(tmp_path: Path) -> None
     [first, *others] = waited
     assert first is not None and first > processes._GRACE_S + supervisor.KILL_S + supervisor.REAP_S
     assert others == [0.0, None], "killed, then awaited"
+
+
+def test_a_supervisor_that_is_stopped_is_continued_and_what_is_below_it_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_GRACE_S", GRACE_S)
+    child = ChildProcess("polite", [sys.executable, "-c", POLITE], log_path=tmp_path / "log")
+    wait_for(lambda: "up" in log_of(tmp_path / "log"))
+    assert child.pid is not None and child.stopped() == []
+    [server] = supervisor.descendants(child.pid)
+    os.kill(child.pid, signal.SIGSTOP)
+    wait_for(lambda: supervisor.is_stopped(child.pid))
+    assert child.poll() is None
+    wait_for(lambda: not supervisor.is_stopped(child.pid))
+    assert f"The supervisor of the polite, process {child.pid}, was stopped by someone" in caplog.text
+    os.kill(server, signal.SIGSTOP)
+    wait_for(lambda: child.stopped() != [])
+    assert child.stopped() == [f"{Path(f'/proc/{server}/comm').read_text().strip()} (pid {server})"]
+    os.kill(child.pid, signal.SIGSTOP)
+    child.stop()
+    assert child.poll() == 128 + signal.SIGKILL, "SIGINT does not end what is stopped"
+    assert not alive(server)
+
+
+def test_what_is_stopped_below_a_supervisor_that_hangs_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped again and again; its server ignores SIGINT, and has stopped a child in another session."""
+    monkeypatch.setattr(processes, "_GRACE_S", GRACE_S)
+    monkeypatch.setattr(processes, "_END_S", 0.0)
+    monkeypatch.setattr(ChildProcess, "_continue", lambda self: None)
+    child = ChildProcess("stubborn", [sys.executable, "-c", STUBBORN], log_path=tmp_path / "log")
+    wait_for(lambda: len(log_of(tmp_path / "log").split()) == 2)
+    family = [int(pid) for pid in log_of(tmp_path / "log").split()]
+    for pid in (family[1], child.pid):
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+    child.stop()
+    wait_for(lambda: not any(map(alive, family)))
+    assert child.poll() is not None
 
 
 def test_environment_can_be_added_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

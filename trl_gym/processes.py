@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -21,7 +22,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from trl_gym.supervisor import KILL_S, POLL_S, REAP_S
+from trl_gym.supervisor import KILL_S, POLL_S, REAP_S, descendants, is_stopped
+
+logger = logging.getLogger(__name__)
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _GRACE_S = 5.0  # from SIGINT to SIGKILL; "Ctrl-C ends all within 10 s" leaves room for both servers
@@ -97,15 +100,16 @@ class Launch:
     death_fd: int  # read end of the pipe that the supervisor watches
     grace_s: float  # from SIGINT to SIGKILL
     pass_fds: Sequence[int]  # for the server
+    adopts: bool = True  # as for `supervisor.supervise`
 
 
 Start = Callable[[Launch], Supervisor]
 """Starts both. Raises `OSError` if they cannot be started."""
 
 
-def execute(launch: Launch, *, adopts: bool = True) -> Supervisor:
-    """Run the command, below a supervisor that is a program too. A `Start`; `adopts` as for `supervisor.supervise`."""
-    numbers = [str(launch.death_fd), str(launch.grace_s), str(int(adopts)), *map(str, launch.pass_fds)]
+def execute(launch: Launch) -> Supervisor:
+    """Run the command, below a supervisor that is a program too. A `Start`."""
+    numbers = [str(launch.death_fd), str(launch.grace_s), str(int(launch.adopts)), *map(str, launch.pass_fds)]
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(_SUPERVISOR), *numbers, "--", *launch.command],
         stdin=subprocess.DEVNULL,
@@ -128,6 +132,7 @@ class ChildProcess:
         env: Variables added to (or, when `None`, removed from) our own environment.
         pass_fds: File descriptors that the process inherits, e.g. a socket that was bound for it.
         start: Starts it: as a program, or from a process that has imported what it needs (`ForkServer.fork`).
+        adopts: Whether all that it starts ends with it, as for `supervisor.supervise`.
     """
 
     def __init__(
@@ -139,8 +144,10 @@ class ChildProcess:
         env: Mapping[str, str | None] | None = None,
         pass_fds: Sequence[int] = (),
         start: Start = execute,
+        adopts: bool = True,
     ) -> None:
         self.name = name
+        self._adopts = adopts
         self.log_path = Path(log_path)
         self._started_at = time.monotonic()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +161,7 @@ class ChildProcess:
                     death_fd=death_read,
                     grace_s=_GRACE_S,
                     pass_fds=pass_fds,
+                    adopts=adopts,
                 )
                 self._supervisor = start(launch)
         except BaseException:
@@ -173,8 +181,21 @@ class ChildProcess:
         return self._supervisor.pid
 
     def poll(self) -> int | None:
-        """Return the exit code, or `None` while it runs."""
-        return self._supervisor.poll()
+        """Return the exit code, or `None` while it runs. A supervisor that someone has stopped is continued: it would
+        neither notice the end of the server, nor end it."""
+        code = self._supervisor.poll()
+        if code is None and (pid := self.pid) is not None and is_stopped(pid):
+            logger.warning(
+                "The supervisor of the %s, process %d, was stopped by someone. It is continued.", self.name, pid
+            )
+            self._continue()
+        return code
+
+    def stopped(self) -> list[str]:
+        """Return those processes of the server that someone has stopped, e.g. `"VLLM::EngineCor (pid 7)"`."""
+        pid = self.pid
+        found = [] if pid is None else [one for one in descendants(pid) if is_stopped(one)]
+        return [f"{_name_of(one)} (pid {one})" for one in found]
 
     def log_tail(self) -> str:
         """Return the last lines of the log, for error messages."""
@@ -209,10 +230,37 @@ class ChildProcess:
         """Send SIGINT, and SIGKILL to all that is left a few seconds later. Idempotent; safe in `atexit`."""
         self._death_pipe.close()
         # One that does not exist yet finds the pipe closed and starts nothing.
-        if self._supervisor.pid is not None and self.wait(_GRACE_S + _END_S) is None:
-            self._supervisor.kill()  # it hangs: cannot happen, must not leak; the server dies with it
-            self._supervisor.wait()
+        if (pid := self._supervisor.pid) is not None:
+            self._continue()
+            if self.wait(_GRACE_S + _END_S) is None:  # it hangs, and what is below it may be stopped
+                if self._adopts:
+                    _kill_below(pid)
+                self._supervisor.kill()
+                self._supervisor.wait()
         _running.discard(self)
+
+    def _continue(self) -> None:
+        """Let the supervisor go on, if someone has stopped it."""
+        if self._supervisor.poll() is None and (pid := self.pid) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def _kill_below(pid: int) -> None:
+    """SIGKILL what is below a supervisor that does not do so, which still adopts what loses its parent."""
+    deadline = time.monotonic() + KILL_S
+    while (family := descendants(pid)) and time.monotonic() < deadline:
+        for one in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _name_of(pid: int) -> str:
+    """Return the name that a process has given itself, at most 15 characters of it."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return "a process"
 
 
 def wait_until(deadline: float) -> bool:
@@ -227,6 +275,7 @@ def stop_all(children: Sequence[ChildProcess]) -> None:
     """Stop several processes, side by side. Idempotent."""
     for child in children:
         child._death_pipe.close()  # all of them first, so that their grace periods overlap
+        child._continue()
     for child in children:
         child.stop()
 

@@ -93,6 +93,13 @@ def descendants(root: int) -> list[int]:
     return found
 
 
+def is_stopped(pid: int) -> bool:
+    """Return whether someone has stopped a process (SIGSTOP, Ctrl-Z, a debugger). False where /proc does not exist."""
+    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] in ("T", "t")
+    return False
+
+
 def exists(pid: int) -> bool:
     """Return whether there is such a process."""
     try:

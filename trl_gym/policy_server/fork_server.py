@@ -33,7 +33,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,7 +85,7 @@ class ForkServer:
                 log_path=self._log_path,
                 env=self._env,
                 pass_fds=[theirs.fileno()],
-                start=partial(execute, adopts=False),
+                adopts=False,
             )
         self._control = ours
         return self
