@@ -210,14 +210,16 @@ def test_a_run_is_summed_up_from_what_is_on_disk(tmp_path: Path, capsys: pytest.
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-best"):
         (tmp_path / name).mkdir()
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    summarize(tmp_path, {"servers and model": 3.0})
+    left = tmp_path / "rollouts" / "step-1.rank-0.part-1.jsonl"  # by an earlier run into the same folder
+    left.write_bytes((tmp_path / "rollouts" / "step-1.rank-0.jsonl").read_bytes().replace(b"true", b"false"))
+    summarize(tmp_path, {"servers and model": 3.0}, [left])
     shown = capsys.readouterr().out
     for expected in ("0.100 → 0.400", "1 (0 failed)", "5 (2 sampled by the policy)", "6.0", "checkpoint-10"):
         assert expected in shown, shown
     assert shown.rstrip().endswith(f"trl-gym view {tmp_path}")  # what to do next
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "metrics.jsonl").write_text("")  # of fewer steps than `logging_steps`
-    summarize(tmp_path, {})
+    summarize(tmp_path, {}, [left])
     shown = capsys.readouterr().out
     assert "optimizer steps" not in shown and "5 (2 sampled by the policy)" in shown
 

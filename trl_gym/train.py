@@ -192,6 +192,7 @@ def _train(argv: Sequence[str], forks: ForkServer | None, work: _Work) -> None:
         from trl import get_peft_config
 
         from trl_gym.resume import last_complete_checkpoint
+        from trl_gym.rollouts.journal import journal_files
 
     transformers_logging.disable_progress_bar()
     script, args, model = parse_options(argv, GymGRPOConfig)
@@ -213,6 +214,7 @@ def _train(argv: Sequence[str], forks: ForkServer | None, work: _Work) -> None:
     )
     if script.resume and args.resume_from_checkpoint is None:
         args.resume_from_checkpoint = last_complete_checkpoint(args.output_dir)
+    earlier = [] if args.resume_from_checkpoint else journal_files(Path(args.output_dir) / "rollouts")
 
     clock.enter("servers and model")
     with GymGRPOTrainer(
@@ -232,7 +234,7 @@ def _train(argv: Sequence[str], forks: ForkServer | None, work: _Work) -> None:
         with work("stopping policy server and NeMo Gym"):
             trainer.close()
     if state.is_main_process:
-        summarize(args.output_dir, start_up)
+        summarize(args.output_dir, start_up, earlier)
 
 
 def _tell_start(trainer: GymGRPOTrainer) -> None:
@@ -392,12 +394,13 @@ def load_as_told(model: ModelConfig, args: GymGRPOConfig) -> None:
 # -- what a run achieved ----------------------------------------------------------------------------------------------
 
 
-def summarize(output_dir: str | Path, start_up: Mapping[str, float]) -> None:
+def summarize(output_dir: str | Path, start_up: Mapping[str, float], earlier: Sequence[Path] = ()) -> None:
     """Print a table of what a run achieved and write `reward.png`. Reads only what is on disk.
 
     Args:
         output_dir: Folder of the run, with `metrics.jsonl` and `rollouts/`.
         start_up: Seconds of the phases before training, by name.
+        earlier: Files of the journal that an earlier run left in this folder: its rollouts are not of this one.
     """
     from rich.console import Console
 
@@ -406,7 +409,7 @@ def summarize(output_dir: str | Path, start_up: Mapping[str, float]) -> None:
     folder = Path(output_dir)
     metrics = list(read_objects(folder / "metrics.jsonl"))
     console = Console()
-    console.print(_table(metrics, _count(folder / "rollouts"), start_up))
+    console.print(_table(metrics, _count(folder / "rollouts", earlier), start_up))
     picture = plot_reward(metrics, folder / "reward.png")
     for name, text in (
         ("checkpoint", newest_checkpoint(folder)),
@@ -493,12 +496,13 @@ def plot_reward(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path | None
     return path
 
 
-def _count(rollouts: Path) -> Counter[str]:
-    from trl_gym.rollouts.journal import Attempt, LineState, read_journal
+def _count(rollouts: Path, earlier: Sequence[Path]) -> Counter[str]:
+    from trl_gym.rollouts.journal import Attempt, LineState, journal_files, lines_of
     from trl_gym.rollouts.rollout import recorded_rows
 
     counted: Counter[str] = Counter()
-    for rollout in read_journal(rollouts):
+    files = [path for path in journal_files(rollouts) if path not in earlier]
+    for rollout in (line.record for path in files for line in lines_of(path)):
         if Attempt.of(rollout).state is LineState.COUNTED:
             counted["rollouts"] += 1
             counted["failed"] += rollout["failure"] is not None
