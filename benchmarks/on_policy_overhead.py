@@ -101,7 +101,7 @@ async def post_in_process(app: Any, body: bytes) -> Json:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    headers = [(b"content-length", str(len(body)).encode())]
+    headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
     await app(scope, receive, send)
     assert sent[0]["status"] == 200, sent[1]["body"][:300]

@@ -42,6 +42,7 @@ class FakeVllm:
     engine: str | None = None  # what it calls itself in `/version`; vLLM says nothing
     chat_status: int = 200
     finish_reason: str | None = None
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)  # more headers of its answers
     hangs: bool = False  # a chat is never answered; the client must hang up
     disconnects: int = 0
     reply: list[int] = field(default_factory=lambda: [ord("o"), ord("k"), END])
@@ -66,9 +67,8 @@ class FakeVllm:
         headers = dict(scope["headers"])
         assert int(headers.get(b"content-length", len(body))) == len(body)
         status, payload = self.answer(scope["path"], body)
-        await send(
-            {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]}
-        )
+        headers = [(b"content-type", b"application/json"), *self.headers]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(payload).encode()})
 
     def answer(self, path: str, body: bytes) -> tuple[int, Json]:

@@ -20,6 +20,7 @@ from trl_gym.rollouts.engine_metrics import engine_metrics, parse_counters
 
 CHAT = "/v1/chat/completions"
 BODY = json.dumps({"messages": [{"role": "user", "content": "0"}]}).encode()
+JSON = (b"content-type", b"application/json")
 RETRIED_FOREVER = {429, 502, 503, 504, 520}
 
 
@@ -385,7 +386,7 @@ async def test_a_restarted_upstream_is_excluded_by_its_weight_version() -> None:
 async def load_adapter(app: UpstreamApp, folder: Path, version: int) -> Call:
     """Through the gateway's middleware, which is what the trainer asks."""
     body = json.dumps({"name": f"policy@{version}", "path": str(folder), "version": str(version)}).encode()
-    call = await ask(OnPolicyMiddleware(app, Settings()), "POST", "/trl_gym/adapters", body=body)
+    call = await ask(OnPolicyMiddleware(app, Settings()), "POST", "/trl_gym/adapters", body=body, headers=[JSON])
     assert call.status == 200, call.text
     return call
 

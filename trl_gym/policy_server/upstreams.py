@@ -43,6 +43,7 @@ from yarl import URL
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.middleware.app import AFFINITY
 from trl_gym.policy_server.middleware.http import (
+    CONTROL_PATHS,
     MAX_REQUEST_BYTES,
     AnsweredError,
     ClientGoneError,
@@ -248,17 +249,6 @@ class PlainWire:
 
 # -- the upstreams ----------------------------------------------------------------------------------------------------
 
-# Calls that change the state of a server: every replica must do them, or they are no longer replicas.
-CONTROL_PATHS = frozenset(
-    {
-        *("/pause", "/resume", "/sleep", "/wake_up", "/release_kv_cache_memory"),
-        *("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"),
-        *("/init_weight_transfer_engine", "/start_weight_update", "/start_draft_weight_update", "/update_weights"),
-        *("/finish_weight_update", "/update_weight_version", "/shutdown_weight_transfer_engine", "/weight_checker"),
-        *("/collective_rpc", "/abort_requests", "/inference/v1/abort_requests"),
-        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
-    }
-)
 _START, _FINISH = "/start_weight_update", "/finish_weight_update"
 _LOAD_ADAPTER, _SET_VERSION = "/v1/load_lora_adapter", "/update_weight_version"
 _VERSION_PATHS = (_FINISH, _SET_VERSION)

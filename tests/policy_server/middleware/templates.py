@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Json = dict[str, Any]
+JSON = (b"content-type", b"application/json")
 MAX_MODEL_LEN = 1_000_000
 
 # Tags that are one token where the policies that know them have a tokenizer; all other tags are plain text there too.
@@ -358,6 +359,6 @@ class Client:
         async def send(message: Json) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [JSON], "query_string": b""}
         await self.middleware(scope, receive, send)
         return sent[0]["status"], json.loads(sent[1]["body"])

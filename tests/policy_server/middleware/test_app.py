@@ -13,6 +13,7 @@ import pytest
 
 from tests.policy_server.fake_vllm import END, FakeVllm, Json, render, with_tokens
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, _without_tokens
+from trl_gym.policy_server.middleware.identity import rollout_key
 from trl_gym.policy_server.middleware.ledger import CallRecord, Taken, sampled_ids, token_ids
 from trl_gym.policy_server.middleware.turn import TOKEN_KEYS
 
@@ -25,6 +26,7 @@ class Http:
 
     def __init__(self, app: FakeVllm) -> None:
         self.app, self.middleware = app, OnPolicyMiddleware(app)
+        self.headers: list[tuple[bytes, bytes]] = []  # of the last answer
 
     async def __call__(
         self, method: str, path: str, body: Json | bytes = b"", headers: dict[bytes, bytes] | None = None
@@ -41,12 +43,12 @@ class Http:
         async def send(message: Json) -> None:
             sent.append(message)
 
-        given = {b"content-length": str(len(raw)).encode(), **(headers or {})}
+        given = {b"content-length": str(len(raw)).encode(), b"content-type": b"application/json", **(headers or {})}
         scope = {"type": "http", "method": method, "path": path, "headers": list(given.items()), "query_string": b""}
         if path != "/v1/chat/completions" or b"stream" in raw:
             pending[:] = [raw]  # the fake reads one piece
         await self.middleware(scope, receive, send)
-        answer = b"".join(message.get("body", b"") for message in sent[1:])
+        answer, self.headers = b"".join(message.get("body", b"") for message in sent[1:]), sent[0]["headers"]
         if dict(sent[0]["headers"])[b"content-type"].startswith(b"text/event-stream"):
             return sent[0]["status"], answer.decode()
         if dict(sent[0]["headers"])[b"content-type"] == b"application/msgpack":
@@ -522,12 +524,40 @@ async def test_nan_in_a_turn_of_a_rollout_is_a_400(http: Http) -> None:
     assert (status, "NaN" in answer["error"]["message"]) == (400, True)
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
-async def test_other_ways_to_chat_take_no_turns_of_rollouts(http: Http, app: FakeVllm, path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["/v1/responses", "/v1/messages", "/v1/chat/completions/", "/v1/chat/completions/batch", "/of/tomorrow"]
+)
+async def test_no_other_route_takes_turns_of_rollouts(http: Http, app: FakeVllm, path: str) -> None:
     status, answer = await http("POST", path, {"input": "hi", "trl_gym": TAG})
-    assert (status, "/v1/chat/completions" in answer["error"]["message"]) == (400, True)
+    assert (status, f"not to {path}:" in answer["error"]["message"]) == (400, True)
+    header = {b"x-trl-gym-rollout": rollout_key(None, TAG).encode()}
+    assert (await http("PUT", path, {"input": "hi"}, header))[0] == 400
+    assert app.requests == []
     assert (await http("POST", path, {"input": 'what is "trl_gym"?'}))[0] == 404  # the server's own answer
     assert [called for called, _ in app.requests] == [path]
+    assert (await http("POST", "/tokenize", {"messages": [USER]}, header))[0] == 200
+
+
+@pytest.mark.parametrize("body", [{}, {"trl_gym": TAG}, {"trl_gym": TAG, "stream": True}])
+async def test_the_servers_headers_come_with_its_answer(http: Http, app: FakeVllm, body: Json) -> None:
+    app.headers = [(b"Access-Control-Allow-Origin", b"*"), (b"X-Request-Id", b"7"), (b"Content-Length", b"1")]
+    http.middleware = OnPolicyMiddleware(app)
+    await http("POST", "/v1/chat/completions", {"messages": [USER], **body})
+    assert http.headers[2:] == app.headers[:2]
+    app.chat_status = 400
+    await http("POST", "/v1/chat/completions", {"messages": [USER], **body})
+    assert http.headers[2:] == app.headers[:2]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/trl_gym/rollouts/cancel", "/trl_gym/sampling"])
+@pytest.mark.parametrize("kind", [b"text/plain", b"application/x-www-form-urlencoded", b""])
+async def test_a_body_that_is_not_said_to_be_json_is_refused_as_by_vllm(
+    http: Http, app: FakeVllm, path: str, kind: bytes
+) -> None:
+    status, answer = await http("POST", path, {"messages": [USER], "rollouts": []}, {b"content-type": kind})
+    assert status == 400 and answer["error"]["type"] == "Bad Request"
+    assert answer["error"]["message"].endswith("Only 'application/json' is allowed")
+    assert app.requests == []
 
 
 async def test_max_tokens_is_clamped_to_the_room(http: Http, app: FakeVllm) -> None:
@@ -695,7 +725,7 @@ async def test_a_servers_own_version_is_recorded_as_text(http: Http, app: FakeVl
     assert [one.weight_version for one in await http.take("r0")] == ["3"]
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/trl_gym/rollouts/take"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/trl_gym/rollouts/take", "/tokenize"])
 async def test_a_body_without_end_is_a_413(
     http: Http, app: FakeVllm, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -712,8 +742,16 @@ async def test_a_body_without_end_is_a_413(
     async def send(message: Json) -> None:
         sent.append(message)
 
-    await http.middleware({"type": "http", "method": "POST", "path": path, "headers": []}, receive, send)
-    assert sent[0]["status"] == 413 and b"longer than 67,108,864 bytes" in sent[1]["body"]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-type", b"application/json")]}
+    await http.middleware(scope, receive, send)
+    assert sent[0]["status"] == 413 and num_read > 2**26 and b"longer than 67,108,864 bytes" in sent[1]["body"]
+    assert app.requests == []
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize", "/update_weights", "/v1/audio/transcriptions"])
+async def test_a_body_that_is_said_to_be_too_long_is_not_read(http: Http, app: FakeVllm, path: str) -> None:
+    status, answer = await http("POST", path, b"{}", {b"content-length": b"67108865"})
+    assert (status, answer["error"]["type"]) == (413, "RequestTooLargeError")
     assert app.requests == []
 
 

@@ -74,6 +74,7 @@ class Server:
         async def send(message: Json) -> None:
             sent.append(message)
 
+        headers = {"content-type": "application/json", **headers}
         await self.middleware(scope(path, headers, method=method), receive, send)
         return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]) or b"null")
 
@@ -349,7 +350,9 @@ async def test_a_rollout_that_has_ended_makes_no_calls_at_all(server: Server, pa
     async def send(_message: Json) -> None:
         pass
 
-    await server.middleware(scope(f"/trl_gym/rollouts/{end}", bearer(API_KEY)), receive, send)
+    await server.middleware(
+        scope(f"/trl_gym/rollouts/{end}", {**bearer(API_KEY), "content-type": "application/json"}), receive, send
+    )
     num_asked = len(server.inner)
     status, answer = await server(path, judge, body)
     assert status == 400 and "has ended or was cancelled" in answer["error"]["message"]

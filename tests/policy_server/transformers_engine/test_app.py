@@ -23,6 +23,7 @@ from trl_gym.policy_server.transformers_engine.rendering import ChatRenderer
 from trl_gym.policy_server.transformers_engine.sampling import overflow
 
 Json = dict[str, Any]
+JSON = (b"content-type", b"application/json")
 USER = {"role": "user", "content": "What is 47 + 36?"}
 PROBE = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
 
@@ -47,7 +48,7 @@ class Http:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": query.encode()}
+        scope = {"type": "http", "method": method, "path": path, "headers": [JSON], "query_string": query.encode()}
         await self.app(scope, receive, send)
         if not sent:
             return 0, None

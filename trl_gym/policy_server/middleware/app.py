@@ -26,7 +26,8 @@ import hashlib
 import os
 import secrets
 from array import array
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import msgspec
@@ -42,6 +43,7 @@ from trl_gym.policy_server.command import (
 from trl_gym.policy_server.middleware.adapters import AdapterControl, on_its_own
 from trl_gym.policy_server.middleware.chat import CHAT_PATH, ChatTurns
 from trl_gym.policy_server.middleware.http import (
+    CONTROL_PATHS,
     AnsweredError,
     App,
     ClientGoneError,
@@ -52,6 +54,8 @@ from trl_gym.policy_server.middleware.http import (
     Send,
     ServerInfo,
     WrappedServer,
+    check_content_type,
+    check_length,
     json_object,
     path_of,
     read_body,
@@ -70,7 +74,12 @@ INFO_PATH = "/trl_gym/info"
 _RESUME_PATHS = ("/resume", "/wake_up")
 _FINISH_PATH = "/finish_weight_update"
 _VERSION_PATHS = (_FINISH_PATH, "/update_weight_version")
-_OTHER_PATHS = ("/v1/completions", "/v1/responses", "/v1/messages")
+# Calls that sample nothing, beside those that change the server's state; on every other route a rollout is refused.
+UNSAMPLED_PATHS = CONTROL_PATHS | {
+    *("/tokenize", "/detokenize", "/v1/messages/count_tokens", "/ping", "/start_profile", "/stop_profile"),
+    *("/scale_elastic_ep", "/is_scaling_elastic_ep", "/fault_tolerance/apply"),
+}
+_Handler = Callable[[WrappedServer, Send], Awaitable[Reply | None]]
 _RETRIED_FOREVER = (429, 502, 503, 504, 520)  # by Gym, every half second; a 500 three times
 
 
@@ -120,7 +129,7 @@ class OnPolicyMiddleware:
         self._server_info = ServerInfo()
         self._adapters = AdapterControl(self._server_info)
         self._chat = ChatTurns(self._server_info, self._adapters, has_prompt_field=settings.has_prompt_field)
-        self._handlers = {
+        self._handlers: dict[tuple[str, str], _Handler] = {
             ("GET", INFO_PATH): self._info,
             ("POST", CHAT_PATH): self._complete_chat,
             ("POST", "/trl_gym/rollouts/records"): self._records,
@@ -132,7 +141,6 @@ class OnPolicyMiddleware:
             ("POST", "/pause"): self._pause,
             **{("POST", path): self._resume for path in _RESUME_PATHS},
             **{("POST", path): self._change_version for path in _VERSION_PATHS},
-            **{("POST", path): self._refuse_turns for path in _OTHER_PATHS},
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,12 +148,15 @@ class OnPolicyMiddleware:
             return await self.app(scope, receive, send)
         try:
             self._gate.admit(scope)
+            if scope["type"] == "websocket" and identity_of(scope).turn_tag is not None:
+                raise RefusedError(f"a turn of a rollout must be sent to {CHAT_PATH}, not to a websocket", 403)
         except RefusedError as error:
             return await _refuse(scope, send, error)
-        handler = self._handlers.get((scope.get("method", ""), path_of(scope)))
+        handler = self._handler(scope)
         if handler is None:
             return await self.app(scope, receive, send)
         try:
+            check_length(scope)
             reply = await handler(WrappedServer(self.app, scope, receive), send)
         except AnsweredError as answered:
             reply = answered.reply
@@ -160,11 +171,23 @@ class OnPolicyMiddleware:
         if reply is None:
             return None  # the handler has let the application answer directly
         if reply.status in _RETRIED_FOREVER:
-            reply = Reply(500, reply.body, reply.content_type)
+            reply = replace(reply, status=500)
         await reply.send(send)
         return None
 
+    def _handler(self, scope: Scope) -> _Handler | None:
+        """Return what handles a request; None for one that is passed on as it is, since it has no body that counts."""
+        method, path = scope.get("method", ""), path_of(scope)
+        if (known := self._handlers.get((method, path))) is not None or method in ("", "GET", "HEAD", "OPTIONS"):
+            return known
+        return self._pass_on if path in UNSAMPLED_PATHS else self._refuse_turns
+
+    async def _pass_on(self, server: WrappedServer, send: Send) -> None:
+        body = await read_body(server.receive)
+        await self.app(server.scope, replay(body, server.receive), send)
+
     async def _complete_chat(self, server: WrappedServer, send: Send) -> Reply | None:
+        check_content_type(server.scope)
         body = await read_body(server.receive)
         identity = identity_of(server.scope)
         if (refusal := self._chat.refusal(identity.rollout)) is not None:
@@ -185,11 +208,14 @@ class OnPolicyMiddleware:
         return await self._chat.answer(server, turn)
 
     async def _refuse_turns(self, server: WrappedServer, send: Send) -> Reply | None:
-        """Refuse rollouts on the other routes that sample, whose schemas have no place for a token bundle."""
+        """Refuse rollouts on the other routes that sample, or may: what is not known here is not sampled as pinned."""
         body = await read_body(server.receive)
         identity = identity_of(server.scope)
         if identity.turn_tag is not None or _is_tagged(body):
-            raise InvalidTurnError(f"a turn of a rollout must be sent to {CHAT_PATH}: only it answers with token ids")
+            raise InvalidTurnError(
+                f"a turn of a rollout must be sent to {CHAT_PATH}, not to {path_of(server.scope)}: there alone it is "
+                "sampled with the parameters of its rollout, within its budget, and recorded"
+            )
         if identity.rollout is None:
             self._untagged.count(identity)
         elif (refusal := self._chat.refusal(identity.rollout)) is not None:
@@ -256,26 +282,26 @@ class OnPolicyMiddleware:
         await self.app(server.scope, server.receive, send)
 
     async def _load_adapter(self, server: WrappedServer, _send: Send) -> Reply:
-        return await self._adapters.load(server, _required_object(await read_body(server.receive)))
+        return await self._adapters.load(server, await _required_object(server))
 
     async def _clear_adapters(self, server: WrappedServer, _send: Send) -> Reply:
         return await self._adapters.clear(server)
 
     async def _records(self, server: WrappedServer, _send: Send) -> Reply:
-        names, book = _names(_required_object(await read_body(server.receive))), self._chat.book
+        names, book = _names(await _required_object(server)), self._chat.book
         records = {name: [_without_tokens(record) for record in calls] for name, calls in book.records(names).items()}
         running = book.num_running(names)
         return Reply.from_json(200, {"records": records, "running": running, "instance": self._instance})
 
     async def _take(self, server: WrappedServer, _send: Send) -> Reply:
-        names = _names(_required_object(await read_body(server.receive)))
+        names = _names(await _required_object(server))
         taken = Taken(self._instance, self._chat.book.take(names))
         self._replicas.release(names)
         await self._adapters.release(server, names)
         return Reply(200, msgspec.msgpack.encode(taken), b"application/msgpack")
 
     async def _cancel(self, server: WrappedServer, _send: Send) -> Reply:
-        request = _required_object(await read_body(server.receive))
+        request = await _required_object(server)
         names = _names(request)
         aborted = self._chat.book.cancel(names)
         self._replicas.release(names)
@@ -283,7 +309,7 @@ class OnPolicyMiddleware:
         return Reply.from_json(200, {"aborted": aborted})
 
     async def _pin_sampling(self, server: WrappedServer, _send: Send) -> Reply:
-        request = _required_object(await read_body(server.receive))
+        request = await _required_object(server)
         self._chat.sampling = checked_sampling(request.get("sampling"), "sampling")
         return Reply.from_json(200, {"sampling": self._chat.sampling})
 
@@ -295,10 +321,11 @@ async def _refuse(scope: Scope, send: Send, error: RefusedError) -> None:
     await Reply.error(error.status, str(error)).send(send)
 
 
-def _required_object(body: bytes) -> dict[str, Any]:
-    """Parse a JSON object. Raises `InvalidTurnError` for anything else, NaN and infinities in it included."""
+async def _required_object(server: WrappedServer) -> dict[str, Any]:
+    """Read a JSON object. Raises `InvalidTurnError` for anything else, NaN and infinities in it included."""
+    check_content_type(server.scope)
     try:
-        parsed = strict_json(body)
+        parsed = strict_json(await read_body(server.receive))
     except ValueError as error:
         raise InvalidTurnError(f"the body must be a JSON object ({error})") from None
     if not isinstance(parsed, dict):

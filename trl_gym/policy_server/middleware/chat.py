@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -170,10 +170,11 @@ class ChatTurns:
         if first is not None:
             answer["weight_version"] = str(first)
         if not (turn.is_ours and turn.is_streamed):
-            return Served(Reply(200, msgspec.json.encode(answer)), answer, tokens, last, prompt)
+            reply = replace(reply, body=msgspec.json.encode(answer), content_type=b"application/json")
+            return Served(reply, answer, tokens, last, prompt)
         include_usage = bool((turn.body.get("stream_options") or {}).get("include_usage"))
         events = openai.events(answer, include_usage=include_usage)
-        return Served(Reply(200, events, openai.CONTENT_TYPE), answer, tokens, last, prompt)
+        return Served(replace(reply, body=events, content_type=openai.CONTENT_TYPE), answer, tokens, last, prompt)
 
     async def _prompt(self, server: WrappedServer, turn: Turn) -> Prompt:
         if turn.is_tagged and turn.has_media:

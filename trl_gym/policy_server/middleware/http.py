@@ -28,6 +28,20 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 MAX_REQUEST_BYTES = 64 * 2**20  # a turn with the ids of 30 earlier ones has a megabyte
 _NOT_FOUND = 404
 _BODY_HEADERS = (b"content-length", b"content-type", b"transfer-encoding", b"expect")
+# Of an answer that is read whole: what is said of its body, which is another afterwards, and of its connection.
+_OWN_ANSWER_HEADERS = frozenset({*_BODY_HEADERS, b"content-encoding", b"connection", b"keep-alive"})
+
+# Calls that change the state of a server: every replica must do them, or they are no longer replicas.
+CONTROL_PATHS = frozenset(
+    {
+        *("/pause", "/resume", "/sleep", "/wake_up", "/release_kv_cache_memory"),
+        *("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"),
+        *("/init_weight_transfer_engine", "/start_weight_update", "/start_draft_weight_update", "/update_weights"),
+        *("/finish_weight_update", "/update_weight_version", "/shutdown_weight_transfer_engine", "/weight_checker"),
+        *("/collective_rpc", "/abort_requests", "/inference/v1/abort_requests"),
+        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    }
+)
 
 
 class _Model(TypedDict):
@@ -75,6 +89,7 @@ class Reply:
     status: int
     body: bytes
     content_type: bytes = b"application/json"
+    headers: tuple[tuple[bytes, bytes], ...] = ()  # the others of the server: CORS, load metrics, id of the request
 
     @property
     def ok(self) -> bool:
@@ -109,8 +124,8 @@ class Reply:
         return cls(status, compact_json(payload))
 
     @classmethod
-    def error(cls, status: int, message: str) -> Reply:
-        """Make an error reply in the form of OpenAI and vLLM."""
+    def error(cls, status: int, message: str, *, kind: str | None = None) -> Reply:
+        """Make an error reply in the form of OpenAI and vLLM; its `type` goes by the status if it has no `kind`."""
         kinds = {
             400: "BadRequestError",
             401: "AuthenticationError",
@@ -119,12 +134,12 @@ class Reply:
             409: "ConflictError",
             413: "RequestTooLargeError",
         }
-        kind = kinds.get(status, "InternalServerError")
+        kind = kind or kinds.get(status, "InternalServerError")
         return cls.from_json(status, {"error": {"message": message, "type": kind, "param": None, "code": status}})
 
     async def send(self, send: Send) -> None:
         headers = [(b"content-type", self.content_type), (b"content-length", str(len(self.body)).encode())]
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.start", "status": self.status, "headers": [*headers, *self.headers]})
         await send({"type": "http.response.body", "body": self.body})
 
 
@@ -170,6 +185,29 @@ def path_of(scope: Scope) -> str:
     return scope["path"].removeprefix(scope.get("root_path", ""))
 
 
+def check_content_type(scope: Scope) -> None:
+    """Check that a body is said to be JSON: what a web page may send without asking first is not.
+
+    Raises:
+        AnsweredError: It is not; with vLLM's words.
+    """
+    media_type = (header(scope, b"content-type") or b"").lower().partition(b";")[0]
+    if media_type != b"application/json":
+        text = "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"
+        raise AnsweredError(Reply.error(400, text, kind="Bad Request"))
+
+
+def check_length(scope: Scope, limit: int = MAX_REQUEST_BYTES) -> None:
+    """Check the length that a request says its body has. Raises `AnsweredError` if that is more than `limit` bytes."""
+    said = header(scope, b"content-length") or b""
+    if said.isdigit() and int(said[:20]) > limit:
+        raise _too_long(limit)
+
+
+def _too_long(limit: int) -> AnsweredError:
+    return AnsweredError(Reply.error(413, f"the body of this request is longer than {limit:,} bytes"))
+
+
 async def read_body(receive: Receive, limit: int = MAX_REQUEST_BYTES) -> bytes:
     """Read the whole request body.
 
@@ -185,7 +223,7 @@ async def read_body(receive: Receive, limit: int = MAX_REQUEST_BYTES) -> bytes:
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
         if size > limit:
-            raise AnsweredError(Reply.error(413, f"the body of this request is longer than {limit:,} bytes"))
+            raise _too_long(limit)
         if not message.get("more_body"):
             return b"".join(chunks)
 
@@ -233,13 +271,16 @@ class WrappedServer:
 
         status: int | None = None
         content_type = b"application/json"
+        headers: tuple[tuple[bytes, bytes], ...] = ()
         chunks: list[bytes] = []
 
         async def collect(message: Message) -> None:
-            nonlocal status, content_type
+            nonlocal status, content_type, headers
             if message["type"] == "http.response.start":
                 status = message["status"]
                 content_type = header(message, b"content-type") or content_type
+                given = message.get("headers", ())
+                headers = tuple((key, value) for key, value in given if key.lower() not in _OWN_ANSWER_HEADERS)
             elif message["type"] == "http.response.body":
                 chunks.append(message.get("body", b""))
 
@@ -248,7 +289,7 @@ class WrappedServer:
             raise ClientGoneError
         if status is None:
             raise RuntimeError(f"the application gave no answer to {method} {path}")
-        return Reply(status, b"".join(chunks), content_type)
+        return Reply(status, b"".join(chunks), content_type, headers)
 
     async def ask_json(
         self, method: str, path: str, payload: dict[str, Any] | bytes = b"", *, shape: Any = Any
