@@ -123,6 +123,10 @@ class GymGRPOConfig(GRPOConfig):
             How often, in the whole run, a server that we started is started again after it died.
         gym_server_reconnect_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds to wait for a server that runs elsewhere and has disappeared.
+        gym_server_hang_timeout (`float`, *optional*, defaults to `300.0`):
+            Seconds without an answer of the server's engine, which it gives between two of its forward passes, after
+            which it counts as hanging: one that we started is replaced, one elsewhere is waited for as if it had
+            disappeared. Raise it where one forward pass takes minutes (long prompts on a CPU, compilation in between).
         gym_gpu_memory (`str`, *optional*, defaults to `"given"`):
             `"given"`: the server takes `vllm_gpu_memory_utilization` of each GPU. `"auto"`: what the planner computes
             from model, batch and context. The planner's arithmetic is printed either way.
@@ -275,6 +279,7 @@ class GymGRPOConfig(GRPOConfig):
     gym_server_devices: str | None = None
     gym_server_restarts: int = 3
     gym_server_reconnect_timeout: float = 600.0
+    gym_server_hang_timeout: float = 300.0
     gym_gpu_memory: str = field(default="given", metadata={"choices": ["given", "auto"]})
     gym_offload_optimizer: bool = False
     gym_deadline: float = 600.0

@@ -44,6 +44,7 @@ _SECONDS = (
     "gym_start_timeout",
     "gym_server_start_timeout",
     "gym_server_reconnect_timeout",
+    "gym_server_hang_timeout",
     "gym_stall_timeout",
     "gym_sync_timeout",
 )
@@ -302,7 +303,7 @@ def _server_problems(config: GymGRPOConfig) -> Iterator[Problem]:
             if (reason := OWNED_VLLM_FLAGS.get(flag.lstrip("-").replace("_", "-"))) is not None:
                 yield Problem(f"`gym_vllm_args` must not set {flag!r}: {reason}.", "Remove it.")
     yield from _sglang_problems(config)
-    for name in ("gym_server_start_timeout", "gym_server_reconnect_timeout"):
+    for name in ("gym_server_start_timeout", "gym_server_reconnect_timeout", "gym_server_hang_timeout"):
         if (seconds := getattr(config, name)) >= config.ddp_timeout:
             yield Problem(
                 f"`{name}` is {seconds:g} and `ddp_timeout` {config.ddp_timeout}: the ranks that wait for the one "

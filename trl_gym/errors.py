@@ -88,7 +88,13 @@ class PolicyServerError(ServerError):
 
 
 class PolicyServerLostError(PolicyServerError):
-    """The policy server has died, cannot be reached or does not answer. Whoever supervises it may get it back."""
+    """The policy server has died, cannot be reached or does not answer. Whoever supervises it may get it back.
+
+    Attributes:
+        silent_s: Seconds for which its engine, which was asked, had not answered. Set by whoever has waited.
+    """
+
+    silent_s: float = 0.0
 
 
 class GymServerError(ServerError):
@@ -96,7 +102,13 @@ class GymServerError(ServerError):
 
 
 class WeightSyncError(TrlGymError, RuntimeError):
-    """Weights did not reach the policy server. The server is not resumed with half-updated weights."""
+    """Weights did not reach the policy server. The server is not resumed with half-updated weights.
+
+    Attributes:
+        silent_s: As for `PolicyServerLostError`.
+    """
+
+    silent_s: float = 0.0
 
 
 class WeightMismatchError(WeightSyncError):

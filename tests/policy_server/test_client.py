@@ -223,3 +223,26 @@ def test_a_slow_answer_and_none_at_all(server: Any) -> None:
     assert not gone.health()
     with pytest.raises(PolicyServerLostError, match="cannot be reached"):
         gone.resume()
+
+
+def test_an_engine_that_hangs_behind_a_process_that_answers(server: Any) -> None:
+    client, answers, seen = server
+    client.ask_engines()
+    answers["/is_paused"] = (404, {"detail": "Not Found"})  # stock vLLM outside of its development mode
+    client.ask_engines()
+    assert {path for _, path, _ in seen} == {"/is_paused"}
+    answers["/is_paused"] = (500, {"error": {"message": "EngineCore encountered an issue"}})
+    with pytest.raises(PolicyResponseError, match="EngineCore"):
+        client.ask_engines()
+    answers["/is_paused"] = (200, "slow")
+    with pytest.raises(
+        PolicyServerLostError, match=r"its HTTP process answers, and its engine does not .*0.2"
+    ) as lost:
+        client.patient(0.2).ask_engines()
+    assert lost.value.silent_s == 0.2
+    answers["/health"] = (200, "slow")
+    with pytest.raises(PolicyServerLostError, match=r"hangs: nothing answers"):
+        client.patient(0.2).ask_engines()
+    with pytest.raises(PolicyServerLostError, match="cannot be reached") as lost:
+        PolicyClient([client.base_url, "http://127.0.0.1:9/v1"], timeout_s=5.0).ask_engines()
+    assert lost.value.silent_s == 0.0

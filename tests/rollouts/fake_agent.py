@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from trl_gym.errors import PolicyServerError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.gym.servers import AgentInfo
 from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import budgets_from_options
@@ -48,9 +48,12 @@ class Agent:
 
 
 class Ledger:
-    """Plays the policy server's part; keeps what it was asked."""
+    """Plays the policy server's part; keeps what it was asked. With a root, it has an engine that never answers."""
 
-    def __init__(self) -> None:
+    hang_timeout_s, busy_until = 0.1, 0.0
+
+    def __init__(self, *roots: str) -> None:
+        self.roots = roots
         self.taken: list[str] = []
         self.cancelled: list[list[str]] = []
         self.broken: PolicyServerError | None = None
@@ -63,6 +66,12 @@ class Ledger:
 
     def describe_silence(self) -> str:
         return "the policy server refuses connections"
+
+    async def ask_engine(self, session: Any, root: str) -> None:
+        await asyncio.Event().wait()
+
+    def hang_of(self, root: str) -> PolicyServerLostError:
+        return PolicyServerLostError(f"the engine of {root} hangs")
 
     async def peek(self, session: Any, rollout_ids: Any) -> dict[str, CallState]:
         self._refuse()

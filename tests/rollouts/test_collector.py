@@ -70,6 +70,14 @@ async def test_a_dead_server_ends_the_collection_at_once(agent: Any) -> None:
     assert behaviour.cancelled == 3
 
 
+async def test_an_engine_that_hangs_ends_the_collection(agent: Any) -> None:
+    """Its rollouts would wait for their deadlines."""
+    behaviour, lookup = agent
+    with pytest.raises(PolicyServerLostError, match="the engine of http://policy hangs"):
+        await collect(lookup, [{"seconds": 30}] * 2, ledger=Ledger("http://policy"), deadline_s=60.0)
+    await until(lambda: behaviour.cancelled == 2)
+
+
 async def test_an_error_in_finish_reaches_the_caller(agent: Any) -> None:
     _, lookup = agent
 

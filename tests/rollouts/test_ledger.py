@@ -13,10 +13,11 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from tests.conftest import until
 from tests.rollouts.sampled import record
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.middleware.ledger import CallRecord, Taken, token_ids
-from trl_gym.rollouts.ledger import CallState, Ledger, weight_versions
+from trl_gym.rollouts.ledger import CallState, EngineWatch, Ledger, weight_versions
 from trl_gym.untrusted import read_body
 
 
@@ -39,6 +40,12 @@ class Server:
         self.extra: dict[str, Any] = {}
         self.asked: list[tuple[str, Any, str | None]] = []
         self.status, self.delay_s, self.num_dropped = 200, 0.0, 0
+        self.engine_answers = asyncio.Event()
+
+    async def ask_engine(self, request: web.Request) -> web.Response:
+        self.asked.append((request.path, None, request.headers.get("Authorization")))
+        await self.engine_answers.wait()
+        return web.json_response({"is_paused": False}, status=self.status)
 
     async def handle(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -63,8 +70,53 @@ async def server() -> AsyncIterator[tuple[Server, str]]:
     behaviour = Server()
     app = web.Application()
     app.router.add_post("/trl_gym/rollouts/{what}", behaviour.handle)
+    app.router.add_get("/is_paused", behaviour.ask_engine)
     async with TestServer(app) as running:
         yield behaviour, str(running.make_url("")).rstrip("/")
+
+
+async def test_the_part_of_a_server_that_hangs_is_named(server: Any) -> None:
+    behaviour, url = server
+    ledger = Ledger(url, "secret", hang_timeout_s=0.1)
+    async with aiohttp.ClientSession() as session:
+        watch = EngineWatch(ledger, session)
+
+        async def lost() -> PolicyServerLostError:
+            with pytest.raises(PolicyServerLostError) as caught:
+                while True:
+                    watch.look()
+                    await asyncio.sleep(0.01)
+            return caught.value
+
+        with ledger.busy():  # a weight sync
+            watch.look()
+            await until(lambda: behaviour.asked == [("/is_paused", None, "Bearer secret")])
+            await asyncio.sleep(2 * ledger.hang_timeout_s)
+            watch.look()
+        loss = await lost()
+        assert f"{url} hangs: nothing answers (waited for 0.1 s)" in str(loss) and loss.silent_s == 0.1
+        await ledger.ping(session)
+        assert "its HTTP process answers, and its engine does not" in str(await lost())
+        assert len(behaviour.asked) == 2, "one question at a time"
+        watch.close()
+
+
+@pytest.mark.parametrize("status", [200, 404])
+async def test_an_engine_that_answers_and_a_server_without_the_question_are_well(server: Any, status: int) -> None:
+    behaviour, url = server
+    behaviour.status = status
+    behaviour.engine_answers.set()
+    async with aiohttp.ClientSession() as session:
+        watch = EngineWatch(Ledger(url, hang_timeout_s=0.0), session)
+        watch.look()
+        question = watch._asked[url][0]
+        await until(question.done)
+        watch.look()
+        assert question.exception() is None and len(behaviour.asked) == 1, "it is asked every few seconds"
+        watch = EngineWatch(Ledger("http://127.0.0.1:9"), session)  # noticed by `ping`
+        watch.look()
+        await until(watch._asked["http://127.0.0.1:9"][0].done)
+        watch.look()
 
 
 async def test_calls_are_taken_and_rollouts_cancelled(server: Any) -> None:

@@ -16,6 +16,7 @@ from trl_gym.errors import ConfigError, PolicyServerLostError, RolloutError
 from trl_gym.policy_server.client import PolicyResponseError
 from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.rollouts.engine_metrics import EngineCounters
+from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.reuse import Policy
 from trl_gym.rollouts.source import BatchInfo
 from trl_gym.run.live import LiveSource, _Look
@@ -85,6 +86,15 @@ def test_a_server_without_metrics_ends_no_batch(tmp_path: Path) -> None:
     assert list(live._look().engine.values.values()) == [3.0]
 
 
+def test_a_server_that_is_lost_when_it_is_looked_at_is_got_back_later(tmp_path: Path) -> None:
+    def lost() -> UntaggedCalls:
+        raise PolicyServerLostError("GET /trl_gym/info: no answer within 60 s.")
+
+    live = source(tmp_path, policy=SimpleNamespace(client=SimpleNamespace(untagged_calls=lost)))
+    live._accelerator = Accelerator(cpu=True)
+    assert live._look() == _Look(UntaggedCalls(), EngineCounters(0.0))
+
+
 def test_metrics_of_a_batch_are_over_all_of_its_rounds(tmp_path: Path) -> None:
     """The engine's counter goes up by one with every look; between two batches without overlap others may count."""
     numbers, kept, text = iter(range(99)), list[bool](), "vllm:num_preemptions_total {}.0"
@@ -122,6 +132,7 @@ def test_a_sync_that_finds_the_server_dead_gives_up_what_was_in_flight(
     live = source(tmp_path)
     given_up: list[int] = []  # the version of the weights that what is given up began with, at most
     live._weights = Weights()  # type: ignore[assignment]
+    live._ledger = Ledger("http://policy")
     live._queue = SimpleNamespace(give_up_lost=lambda: given_up.append(live._version) or 3)  # type: ignore[assignment]
     for step in (1, 2, 3):
         live.push_weights(SimpleNamespace(), step)  # type: ignore[arg-type]

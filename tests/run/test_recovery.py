@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
+import requests
 
 from trl_gym.errors import (
     ConfigError,
@@ -16,6 +17,14 @@ from trl_gym.errors import (
 )
 from trl_gym.policy_server.client import PolicyResponseError
 from trl_gym.run.recovery import PolicyRecovery, end_interrupted_update
+
+
+def silence(what: str, silent_s: float = 0.0) -> PolicyServerLostError:
+    """As a client reports it."""
+    error = PolicyServerLostError(f"The policy server hangs: {what}.")
+    error.__cause__, error.silent_s = requests.ReadTimeout(), silent_s
+    return error
+
 
 LOSS = PolicyServerLostError("POST /trl_gym/rollouts/records: connection refused")
 DEATH = PolicyServerLostError("policy server ended (was ended by signal SIGKILL). Last lines of its log: …")
@@ -37,6 +46,11 @@ class Client:
 
     def health(self) -> bool:
         return self.healthy
+
+    def ask_engines(self) -> None:
+        if self.server.num_silent:
+            self.server.num_silent -= 1
+            raise silence("its engine does not")
 
     def infos(self) -> list[dict[str, Any]]:
         return [{"instance": self.server.look()}]
@@ -71,7 +85,7 @@ class Server:
         self.is_ours, self.death = is_ours, death
         self.instance = "first"
         self.client: Any = Client()
-        self.num_restarts = 0
+        self.num_restarts = self.num_silent = 0  # so often its engine does not answer
         self.pauses: list[float] = []
         self._restarts, self._looks = iter(restarts), iter(["first", *looks])
 
@@ -84,9 +98,12 @@ class Server:
         failure = next(self._restarts, None)
         if failure is not None:
             raise failure
-        self.death = None
+        self.death, self.num_silent = None, 0
         self.instance = f"restarted {self.num_restarts} times"
         self._looks = iter(())
+
+    def stopped(self) -> list[str]:
+        return ["VLLM::EngineCor (pid 7)"] if self.num_silent else []
 
     def look(self) -> str:
         seen = next(self._looks, self.instance)
@@ -100,6 +117,7 @@ class Server:
             "max_restarts": 3,
             "may_restart": True,
             "reconnect_timeout_s": 600.0,
+            "hang_timeout_s": 300.0,
             "sync_timeout_s": 500.0,
         }
         self.client.server = self
@@ -184,6 +202,27 @@ def test_one_that_hangs_or_whose_engine_is_dead_is_replaced(hangs: bool) -> None
     assert server.num_restarts == 1
 
 
+@pytest.mark.parametrize(
+    ("waited_s", "num_silent", "replaced"),
+    [
+        (0.0, 200, True),  # seconds, on this clock
+        (0.0, 100, False),  # a long prompt, a compilation
+        (300.0, 30, True),  # who noticed it has waited already
+        (600.0, 5, False),
+    ],
+)
+def test_an_engine_that_is_silent_is_replaced_when_its_time_is_over(
+    waited_s: float, num_silent: int, replaced: bool, clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(is_ours=True)
+    recovery = server.recovery(hang_timeout_s=150.0)
+    server.num_silent = num_silent
+    recovery.recover(silence("its engine does not", waited_s))
+    assert server.num_restarts == replaced and clock[0] < (20 if waited_s else 160)
+    assert ("Someone has stopped VLLM::EngineCor (pid 7)" in caplog.text) == replaced
+    assert "answers again, unchanged" in caplog.text or "its engine does not" in caplog.text
+
+
 def test_a_process_that_belongs_to_somebody_else_is_not_restarted() -> None:
     server = Server(is_ours=True, death=DEATH)
     with pytest.raises(PolicyServerLostError, match="SIGKILL"):
@@ -239,6 +278,17 @@ def test_not_forever(clock: list[float]) -> None:
     ) as caught:
         server.recovery(reconnect_timeout_s=20.0).recover(LOSS)
     assert caught.value.__cause__ is LOSS and clock[0] < 60
+
+
+@pytest.mark.usefixtures("clock")
+def test_an_engine_elsewhere_that_hangs_is_waited_for_and_named() -> None:
+    server = Server(is_ours=False)
+    recovery = server.recovery(reconnect_timeout_s=20.0)
+    server.num_silent = 3
+    recovery.recover(LOSS)
+    server.num_silent = 1000
+    with pytest.raises(PolicyServerError, match=r"did not come back within 20 s(.|\n)*its engine does not"):
+        recovery.recover(LOSS)
 
 
 def test_a_refusal_by_the_same_process_is_not_a_loss() -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
@@ -90,8 +91,8 @@ def test_a_push_pauses_transfers_finishes_resets_and_resumes(tmp_path: Path) -> 
     policy = other_policy()
     first = sync.push(policy, 0)
     assert server.calls == [
-        "init_weight_transfer", "pause", "start_weight_update", "update_weights", "finish_weight_update",
-        "reset_caches", "resume",
+        "ask_engines", "init_weight_transfer", "pause", "start_weight_update", "update_weights",
+        "finish_weight_update", "reset_caches", "resume",
     ]  # fmt: skip
     assert first.version == "0" and first.num_bytes > 0
     assert first.probe.mean_gap < 1e-5
@@ -142,7 +143,7 @@ def test_an_update_that_ctrl_c_cut_short_is_ended_by_the_next_push(tmp_path: Pat
     del server.update_weights
     server.calls.clear()
     sync.push(other_policy(), 2)
-    assert server.calls[:3] == ["abandon_weight_update", "pause", "start_weight_update"]
+    assert server.calls[1:4] == ["abandon_weight_update", "pause", "start_weight_update"]
     server.calls.clear()
     sync.push(other_policy(), 3)
     assert "abandon_weight_update" not in server.calls and server.version == "3"
@@ -154,10 +155,38 @@ def test_calls_that_do_not_end_in_time_are_named(tmp_path: Path, mode: str, monk
         raise PolicyServerLostError("POST /pause: no answer within 600 s.")
 
     monkeypatch.setattr(RecordingServer, "pause", pause, raising=False)
-    monkeypatch.setattr(RecordingServer, "health", lambda self: True, raising=False)
     with pytest.raises(PolicyServerLostError, match="within 600 s") as caught:
         sync_with(RecordingServer(), tmp_path, pause_mode=mode).push(other_policy(), 0)
     assert ("`gym_pause_mode` is 'wait'" in str(caught.value)) == (mode == "wait")
+
+
+def test_a_server_that_hangs_is_named_with_the_part_of_the_sync_and_the_transport(tmp_path: Path) -> None:
+    """Before it, where its engine has less time to answer; in it, where it is not asked once more."""
+    server = RecordingServer()
+    sync = sync_with(server, tmp_path, timeout_s=600.0, hang_timeout_s=7.0)
+    sync.push(other_policy(), 0)
+    hangs = PolicyServerLostError("POST /update_weights: no answer within 600 s.")
+    hangs.__cause__ = requests.ReadTimeout()
+
+    def hang(info: dict[str, str]) -> None:
+        raise hangs
+
+    server.update_weights = hang  # type: ignore[method-assign]
+    with pytest.raises(PolicyServerLostError) as caught:
+        sync.push(other_policy(), 1)
+    assert caught.value.silent_s == 600.0
+    assert "sync of version 1 was lost in the transfer (transport `file`): POST /update_weights" in str(caught.value)
+    given: list[float] = []
+
+    def ask_engines() -> None:
+        given.append(server.timeout_s)
+        raise PolicyServerLostError("its engine does not answer")
+
+    server.ask_engines = ask_engines  # type: ignore[attr-defined]
+    server.calls.clear()
+    with pytest.raises(PolicyServerLostError, match="its engine does not answer"):
+        sync.push(other_policy(), 2)
+    assert (given, server.calls) == ([7.0], [])
 
 
 def test_weights_are_written_in_the_servers_precision(tmp_path: Path) -> None:
@@ -271,7 +300,7 @@ def test_weights_beside_those_in_service_need_no_pause() -> None:
     server = RecordingServer()
     sync = WeightSync(Accelerator(cpu=True), SimpleNamespace(client=server), SideTransport())
     assert sync.push(other_policy(), 5).version == "5"
-    assert server.calls == ["connect", "send"]
+    assert server.calls == ["ask_engines", "connect", "send"]
 
 
 def test_a_probe_leaves_every_submodule_in_the_mode_that_it_found(tmp_path: Path) -> None:

@@ -82,6 +82,21 @@ def _with(name: str, kind: Any) -> Any:
     return TypedDict("_Answer", {name: kind})  # type: ignore[operator]
 
 
+ENGINE_PATH = "/is_paused"  # a question that is passed on to the engine
+
+
+def silence(url: str, silent_s: float, *, http_answers: bool) -> str:
+    """Say which part of a server does not answer.
+
+    Args:
+        url: Its address.
+        silent_s: Seconds that were waited for its engine.
+        http_answers: Whether the process that answers HTTP answered meanwhile what it can answer alone.
+    """
+    which = "its HTTP process answers, and its engine does not" if http_answers else "nothing answers"
+    return f"The policy server at {url} hangs: {which} (waited for {silent_s:g} s)."
+
+
 def root_url(url: str) -> str:
     """Return the address of a server from its URL with or without `/v1`."""
     return url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
@@ -170,7 +185,8 @@ class PolicyClient:
     # -- what it is and how it does -----------------------------------------------------------------------------------
 
     def health(self) -> bool:
-        """Return whether every server answers and its engine is alive. Raises nothing where one does not."""
+        """Return whether every server answers and says that its engine is alive. Raises nothing where one does not.
+        An engine that hangs says nothing: see `ask_engines`."""
         try:
             answers = [
                 session.get(f"{root_url(url)}/health", timeout=self._timeouts(None), allow_redirects=False)
@@ -179,6 +195,32 @@ class PolicyClient:
         except requests.RequestException:
             return False
         return all(answer.status_code == 200 for answer in answers)
+
+    def ask_engines(self) -> None:
+        """Return when the engine of every server has answered a question that its HTTP process alone cannot: an engine
+        does so between two forward passes, also while it is paused or asleep. One of a server that has no such
+        question (stock vLLM outside of its development mode) is taken for well.
+
+        Raises:
+            PolicyServerLostError: One has not answered in time.
+            PolicyServerError: One has failed.
+        """
+        for client in self.singly():
+            try:
+                client._call("GET", ENGINE_PATH)
+            except PolicyResponseError as error:
+                if error.status not in (404, 405):
+                    raise
+            except PolicyServerLostError as error:
+                if not isinstance(error.__cause__, requests.Timeout):
+                    raise
+                raise client._silence() from error
+
+    def _silence(self) -> PolicyServerLostError:
+        http_answers = self.patient(min(self.timeout_s, _CONNECT_TIMEOUT_S)).health()
+        lost = PolicyServerLostError(silence(self.root_url, self.timeout_s, http_answers=http_answers))
+        lost.silent_s = self.timeout_s
+        return lost
 
     def info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """`GET /trl_gym/info`: nonce, engine, versions, `weight_version`, `max_model_len`, `model_names`, counters."""
@@ -244,7 +286,7 @@ class PolicyClient:
 
     def is_paused(self) -> bool:
         """Return whether any server generates nothing until `resume`."""
-        answers = self._call_all("GET", "/is_paused", shape=_with("is_paused", bool))
+        answers = self._call_all("GET", ENGINE_PATH, shape=_with("is_paused", bool))
         return any(answer["is_paused"] for answer in answers)
 
     def resume(self) -> None:

@@ -373,6 +373,10 @@ class PolicyServer:
         text = self._process.describe_death()
         raise PolicyServerLostError(f"{cause.text}\n\n{text}" if cause.text else text, cause.remedy)
 
+    def stopped(self) -> list[str]:
+        """Return those of our processes that someone has stopped (SIGSTOP), by name and pid."""
+        return [] if self._process is None else self._process.stopped()
+
     def stop(self) -> None:
         """Stop the process, if it is ours. Idempotent."""
         self.state = ServerState.STOPPED

@@ -36,7 +36,7 @@ from trl_gym.gym.discovery import AgentInfo
 from trl_gym.policy_server.middleware.identity import without_keys
 from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.rollouts.admission import Admission, Budgets
-from trl_gym.rollouts.ledger import CallState, Ledger
+from trl_gym.rollouts.ledger import CallState, EngineWatch, Ledger
 from trl_gym.rollouts.request import PolicyAccess, RolloutRequest, next_attempt
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ class Collection(Generic[T]):
         self._num_suspicious = 0
         self._suspicion, self._looked = asyncio.Event(), asyncio.Event()
         self._num_unanswered_pings = 0
+        self._engines = None if context.ledger is None else EngineWatch(context.ledger, session)
         self._is_lost = False  # the policy server
         self._server: str | None = None  # what its process said of itself
         self._began = self._last_end = self._last_warning = self._clock()
@@ -157,6 +158,8 @@ class Collection(Generic[T]):
             for task in (*self._tasks, watch):  # `gather` leaves the siblings of a task that raised running
                 task.cancel()
             await asyncio.gather(*self._tasks, watch, rollouts, return_exceptions=True)
+            if self._engines is not None:
+                self._engines.close()
             await self._give_up()
 
     def end_early(self, failures: Mapping[int, RolloutFailure]) -> None:
@@ -326,6 +329,8 @@ class Collection(Generic[T]):
             self._server = who or self._server
             if self._num_unanswered_pings >= _PATIENCE:
                 raise PolicyServerLostError(self._context.ledger.describe_silence())
+        if self._engines is not None:
+            self._engines.look()
         self._mark_down(await asyncio.to_thread(self._context.agents_down, self._refused))
 
     def _require_same_server(self, who: str | None) -> None:

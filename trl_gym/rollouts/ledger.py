@@ -2,12 +2,18 @@
 
 The journal's line is written when a rollout ends, so that a crash loses nothing, and needs them: no request waits for
 more rollouts to end. Those that end while one runs are in the next one, together.
+
+The process that answers these questions goes on when its engine hangs, and rollouts would wait for that until their
+deadlines: `EngineWatch` asks the engines meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +22,7 @@ import msgspec
 
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.given import usable_key
-from trl_gym.policy_server.client import root_url, server_urls
+from trl_gym.policy_server.client import ENGINE_PATH, root_url, server_urls, silence
 from trl_gym.policy_server.middleware.ledger import CallRecord, CallTokens
 from trl_gym.untrusted import BodyTooLongError, read_beginning, read_body, redirect_problem
 
@@ -25,6 +31,8 @@ RECORDS_PATH = "/trl_gym/rollouts/records"
 CANCEL_PATH = "/trl_gym/rollouts/cancel"
 _TIMEOUT_S = 60.0
 _PEEK_TIMEOUT_S = 5.0  # for questions that only a person waits for
+_ASK_EVERY_S = 10.0  # an engine that answers
+_HEARD_S = 3 * _PEEK_TIMEOUT_S  # a server that answers a ping within this time is not what hangs
 _PAUSES_S = (0.1, 0.3)  # after a broken connection
 # Rollouts in one request. A server keeps the newest that were taken in case its answer is lost, of all ranks together.
 _MOST_TAKEN = 32
@@ -46,13 +54,24 @@ class Ledger:
     Args:
         base_urls: Base URLs; see `server_urls`.
         api_key: Their bearer token, if they demand one.
+        hang_timeout_s: Seconds without an answer of an engine after which it hangs.
+
+    Attributes:
+        roots: Their addresses, without `/v1`.
+        hang_timeout_s: As given.
+        busy_until: See `busy`.
     """
 
-    def __init__(self, base_urls: str | Sequence[str], api_key: str | None = None) -> None:
-        self._roots = tuple(root_url(url) for url in server_urls(base_urls))
+    def __init__(
+        self, base_urls: str | Sequence[str], api_key: str | None = None, *, hang_timeout_s: float = 300.0
+    ) -> None:
+        self.roots = tuple(root_url(url) for url in server_urls(base_urls))
         key = usable_key("api_key", api_key)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.hang_timeout_s = hang_timeout_s
+        self.busy_until = 0.0  # an engine may be silent until then, on the clock `time.monotonic`
         self._silent: list[str] = []
+        self._heard: dict[str, float] = {}  # when each server was heard last
         self._waiting: dict[str, asyncio.Future[_TakenCalls]] = {}  # by rollout, for the next request
         self._asked: dict[str, asyncio.Future[_TakenCalls]] = {}  # those of the request that runs
         self._taker: asyncio.Task[None] | None = None
@@ -99,7 +118,7 @@ class Ledger:
         """
         try:
             bodies = await self._post_all(session, TAKE_PATH, {"rollouts": names}, _TIMEOUT_S)
-            answers = [_read_answer(root, body) for root, body in zip(self._roots, bodies, strict=True)]
+            answers = [_read_answer(root, body) for root, body in zip(self.roots, bodies, strict=True)]
         except Exception as error:
             if isinstance(error.__cause__, BodyTooLongError) and len(names) > 1:
                 halves = names[: len(names) // 2], names[len(names) // 2 :]
@@ -110,7 +129,7 @@ class Ledger:
     def _calls_of(self, rollout_id: str, answers: Sequence[_Answer]) -> _TakenCalls | PolicyServerError:
         joined: list[CallRecord] = []
         is_whole = True
-        for root, answer in zip(self._roots, answers, strict=True):
+        for root, answer in zip(self.roots, answers, strict=True):
             try:
                 records = _records.decode(answer.rollouts[rollout_id])
                 _check(records or ())
@@ -131,7 +150,7 @@ class Ledger:
         try:
             states = [_states.decode(one) for one in bodies]
         except msgspec.MsgspecError as error:
-            roots = ", ".join(self._roots)
+            roots = ", ".join(self.roots)
             raise PolicyServerError(f"POST {RECORDS_PATH} of {roots}: the answer is no ledger ({error}).") from error
         return {
             name: CallState(
@@ -148,16 +167,40 @@ class Ledger:
             A name that differs from process to process, or `""` where one is slow, complains or does not say; None
             when nothing listens at the address of one of them any more: its rollouts cannot go on.
         """
-        names = await asyncio.gather(*(self._ping(session, root, timeout_s) for root in self._roots))
-        self._silent = [root for root, name in zip(self._roots, names, strict=True) if name is None]
+        names = await asyncio.gather(*(self._ping(session, root, timeout_s) for root in self.roots))
+        self._silent = [root for root, name in zip(self.roots, names, strict=True) if name is None]
         if self._silent:
             return None
         return "+".join(name for name in names if name) if all(names) else ""
 
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Let engines be silent while open: they load weights, for which a sync has limits of its own."""
+        self.busy_until = math.inf
+        try:
+            yield
+        finally:
+            self.busy_until = time.monotonic()
+
+    async def ask_engine(self, session: aiohttp.ClientSession, root: str) -> None:
+        """Return when the engine of a server has answered, or that server cannot be asked: `ping` notices why."""
+        timeout = aiohttp.ClientTimeout(total=None)
+        with contextlib.suppress(aiohttp.ClientError, OSError):
+            url = f"{root}{ENGINE_PATH}"
+            async with session.get(url, headers=self._headers, timeout=timeout, allow_redirects=False):
+                pass
+
+    def hang_of(self, root: str) -> PolicyServerLostError:
+        """Return the loss of a server whose engine has not answered in time."""
+        heard = time.monotonic() - self._heard.get(root, -math.inf) < _HEARD_S
+        loss = PolicyServerLostError(silence(root, self.hang_timeout_s, http_answers=heard))
+        loss.silent_s = self.hang_timeout_s
+        return loss
+
     def describe_silence(self) -> str:
         return " ".join(
             f"The policy server at {root} refuses connections: it has ended, or its network is gone."
-            for root in self._silent or self._roots
+            for root in self._silent or self.roots
         )
 
     async def cancel(
@@ -173,6 +216,7 @@ class Ledger:
     async def _ping(self, session: aiohttp.ClientSession, root: str, timeout_s: float) -> str | None:
         try:
             body = await self._post_once(session, f"{root}{RECORDS_PATH}", {"rollouts": []}, timeout_s)
+            self._heard[root] = time.monotonic()
             return _states.decode(body).instance
         except msgspec.MsgspecError:
             return ""
@@ -182,7 +226,7 @@ class Ledger:
     async def _post_all(
         self, session: aiohttp.ClientSession, path: str, body: dict[str, Any], timeout_s: float
     ) -> list[bytes]:
-        return await asyncio.gather(*(self._post(session, f"{root}{path}", body, timeout_s) for root in self._roots))
+        return await asyncio.gather(*(self._post(session, f"{root}{path}", body, timeout_s) for root in self.roots))
 
     async def _post(self, session: aiohttp.ClientSession, url: str, body: dict[str, Any], timeout_s: float) -> bytes:
         """Post with a few tries: a network that drops a connection now and then is no reason to give a batch up, and a
@@ -218,6 +262,39 @@ class Ledger:
             "started it.",
             "Restart it with the installed one (`trl-gym serve MODEL` or `trl-gym gateway --upstream URL`).",
         )
+
+
+class EngineWatch:
+    """Asks the engine of each server, one question at a time, as long as a collection runs.
+
+    Args:
+        ledger: Of the servers.
+        session: For the questions.
+    """
+
+    def __init__(self, ledger: Ledger, session: aiohttp.ClientSession) -> None:
+        self._ledger, self._session = ledger, session
+        self._asked: dict[str, tuple[asyncio.Task[None], float]] = {}  # by server: the newest question, and its time
+
+    def look(self) -> None:
+        """Ask what is due. Waits for no answer.
+
+        Raises:
+            PolicyServerLostError: An engine has not answered for too long.
+        """
+        now = time.monotonic()
+        for root in self._ledger.roots:
+            question, since = self._asked.get(root, (None, -math.inf))
+            if question is not None and not question.done():
+                if now - max(since, self._ledger.busy_until) > self._ledger.hang_timeout_s:
+                    raise self._ledger.hang_of(root)
+            elif now - since >= _ASK_EVERY_S:
+                self._asked[root] = asyncio.create_task(self._ledger.ask_engine(self._session, root)), now
+
+    def close(self) -> None:
+        """Forget the questions that are open."""
+        for question, _ in self._asked.values():
+            question.cancel()
 
 
 _TakenCalls = tuple[list[CallRecord] | None, str]

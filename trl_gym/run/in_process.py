@@ -74,6 +74,7 @@ def new_server(
         max_concurrency=args.rollouts_in_flight(1),
         api_key=api_key,
         start_timeout_s=args.gym_server_start_timeout,
+        hang_timeout_s=args.gym_server_hang_timeout,
     )
 
 

@@ -56,6 +56,7 @@ class LiveSource:
     _accelerator: Accelerator
     _hooks: TrainerHooks
     _weights: PolicyWeights
+    _ledger: Ledger
     _collector: RolloutCollector[Rollout] | None = None
     _queue: RolloutQueue  # of training
     _journal: Journal | None = None
@@ -127,7 +128,8 @@ class LiveSource:
     def push_weights(self, model: torch.nn.Module, step: int) -> dict[str, float]:
         """Send the weights to the policy server. Return the metrics `weight_sync/…`."""
         num_recoveries = self._weights.num_recoveries
-        report = self._weights.push(model, step)
+        with self._ledger.busy():
+            report = self._weights.push(model, step)
         if self._weights.num_recoveries > num_recoveries:  # and with it, what was in flight during the update
             self._note_loss(self._queue.give_up_lost())
         self._version, self._fingerprint = step, report.fingerprint
@@ -190,7 +192,11 @@ class LiveSource:
             if not self._accelerator.is_main_process:
                 return _Look(UntaggedCalls(), EngineCounters(0.0))
             client = self.policy_server.client
-            untagged = client.untagged_calls()
+            try:
+                untagged = client.untagged_calls()
+            except PolicyServerLostError as error:  # noticed where the server can be got back
+                logger.info("what the policy server has counted is not known: %s", error)
+                return _Look(UntaggedCalls(), EngineCounters(0.0))
             try:
                 texts = client.prometheus()
             except PolicyServerError as error:  # a server without such metrics; a lost one is noticed elsewhere
@@ -243,6 +249,7 @@ class LiveSource:
 
     def _new_collector(self) -> RolloutCollector[Rollout]:
         args, policy, gym = self._args, self.policy_server, self.gym_servers
+        self._ledger = Ledger(policy.base_urls, policy.client.api_key, hang_timeout_s=args.gym_server_hang_timeout)
         budgets = budgets_from_options(args.rollout_options)
         budgets.check_agents(gym.agents)
         return RolloutCollector(
@@ -252,7 +259,7 @@ class LiveSource:
             agents_down=gym.agents_down,
             on_environment_down=args.gym_on_environment_down,
             gym_log=gym.log_end,
-            ledger=Ledger(policy.base_urls, policy.client.api_key),
+            ledger=self._ledger,
             access=PolicyAccess(policy.base_urls, policy.client.api_key),
             stall_timeout_s=args.gym_stall_timeout,
         )

@@ -5,7 +5,9 @@
     borrowed      belongs to the caller who passed it in: neither
 
 A server that comes back does not hold the trainer's weights until they are pushed again. A server that turns out to
-be well is not replaced: what went wrong would go wrong again, and is raised.
+be well is not replaced: what went wrong would go wrong again, and is raised. It is well when its engine has answered:
+the process that answers HTTP goes on when an engine is stopped, or hangs in CUDA or NCCL. A server that is silent may
+be busy, and has `gym_server_hang_timeout` seconds, less those for which it was waited for already.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+
+import requests
 
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
@@ -38,6 +42,7 @@ class PolicyRecovery:
         max_restarts: How often its process may be restarted, if it is ours.
         may_restart: Whether this run may restart it; a server that was passed in belongs to the caller.
         reconnect_timeout_s: How long a server elsewhere is waited for, each time.
+        hang_timeout_s: How long a server may be silent before it counts as hanging.
         sync_timeout_s: Seconds that ending an interrupted weight update may take.
         sleep: For tests.
 
@@ -55,6 +60,7 @@ class PolicyRecovery:
         max_restarts: int,
         may_restart: bool,
         reconnect_timeout_s: float,
+        hang_timeout_s: float,
         sync_timeout_s: float,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -62,6 +68,7 @@ class PolicyRecovery:
         self._address = ", ".join(policy.base_urls)
         self._max_restarts, self._may_restart = max_restarts, may_restart
         self._reconnect_timeout_s, self._sync_timeout_s = reconnect_timeout_s, sync_timeout_s
+        self._hang_timeout_s = hang_timeout_s
         self._sleep = sleep
         self._reconnects: list[float] = []
         self._instance = answering_process(policy)
@@ -105,7 +112,7 @@ class PolicyRecovery:
                 return
 
     def _restart(self, error: Exception) -> None:
-        death = self._death()
+        death: PolicyServerError | None = self._death(error)
         if death is None:
             self._count_reconnect(error)
             return
@@ -143,25 +150,46 @@ class PolicyRecovery:
         )
         self._sleep(pause_s)
 
-    def _death(self) -> PolicyServerError | None:
+    def _death(self, error: Exception) -> PolicyServerLostError | None:
         """Return how our server died; None when it is well. A server that hangs counts as dead."""
-        deadline = time.monotonic() + _EXIT_TIMEOUT_S
+        started = time.monotonic()
+        waited_s = getattr(error, "silent_s", 0.0)
         while True:
             try:
                 self._policy.check()
             except PolicyServerLostError as death:
                 return death
             try:
-                answering_process(self._policy)
-            except PolicyServerError as silence:
-                hangs = PolicyServerLostError(f"Its process runs and does not answer: {silence}")
+                self._look()
+            except PolicyServerError as trouble:
+                silent_s = getattr(trouble, "silent_s", 0.0)
+                patience_s = max(_EXIT_TIMEOUT_S, self._hang_timeout_s - waited_s if silent_s else 0.0)
+                if time.monotonic() - started >= patience_s:
+                    return self._hang(trouble, waited_s + patience_s if silent_s else 0.0)
             else:
-                if self._policy.client.patient(_EXIT_TIMEOUT_S).health():
-                    return None
-                hangs = PolicyServerLostError("Its process runs and reports that its engine is dead.")
-            if time.monotonic() >= deadline:
-                return hangs
+                return None
             self._sleep(_POLL_S)
+
+    def _look(self) -> None:
+        """Return if the server is well. Raises `PolicyServerError` with what it looks like, `silent_s` set where it
+        does not answer at all."""
+        try:
+            answering_process(self._policy)
+            client = self._policy.client.patient(_LOOK_TIMEOUT_S)
+            client.ask_engines()
+            if not client.health():
+                raise PolicyServerError("It reports that its engine is dead.")
+        except PolicyServerLostError as silence:
+            if isinstance(silence.__cause__, requests.Timeout):
+                silence.silent_s = _LOOK_TIMEOUT_S
+            raise
+
+    def _hang(self, trouble: PolicyServerError, silent_s: float) -> PolicyServerLostError:
+        """Return the death of a server whose process runs, with what is known of the culprit."""
+        stopped: list[str] = getattr(self._policy, "stopped", list)()  # other backends do not tell
+        culprit = f" Someone has stopped {', '.join(stopped)}." if stopped else ""
+        since = f" It had {silent_s:.0f} s (`gym_server_hang_timeout`)." if silent_s else ""
+        return PolicyServerLostError(f"Its process runs and is of no use. {trouble.problem}{culprit}{since}")
 
     def _wait_for_return(self, error: Exception) -> None:
         started = time.monotonic()
@@ -170,6 +198,7 @@ class PolicyRecovery:
         while True:
             try:
                 now = answering_process(self._policy)
+                self._policy.client.patient(_LOOK_TIMEOUT_S).ask_engines()
                 break
             except PolicyServerError as silence:
                 at = time.monotonic()

@@ -367,6 +367,7 @@ class RunServers:
             max_restarts=self._args.gym_server_restarts,
             may_restart=self._owns_policy,
             reconnect_timeout_s=self._args.gym_server_reconnect_timeout,
+            hang_timeout_s=self._args.gym_server_hang_timeout,
             sync_timeout_s=self._args.gym_sync_timeout,
         )
         return self.policy.base_urls, self.policy.client.api_key, self.gym.head_url

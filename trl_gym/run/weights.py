@@ -68,6 +68,7 @@ class PolicyWeights:
             pause_mode=args.gym_pause_mode if servers.own is None else "keep",
             only_trainable=args.gym_sync_only_trainable,
             timeout_s=args.gym_sync_timeout,
+            hang_timeout_s=args.gym_server_hang_timeout,
             verify_every=args.gym_verify_sync_steps,
             probe_tolerance=_probe_tolerance(args, plan),
         )

@@ -8,6 +8,9 @@ calls without end cannot hold it up; calls that come are held by the engine. Wit
 keys and values are dropped with all others: they are computed again, by the new weights, before it goes on. (vLLM
 drops them when it pauses, and the reset makes sure of it.) `policy_server/middleware/versions.py` stamps such calls.
 
+First its engine is asked whether it answers at all (`gym_server_hang_timeout`): a step of a sync may take longer than
+that. One that hangs in a step is noticed when `gym_sync_timeout` is over.
+
 A transfer that fails leaves the server paused: resuming it would serve half-updated weights. The probe comes after the
 resume, because it asks the server to compute. An update can be answered with 200 and still not arrive: wrong names are
 skipped, tied embeddings keep an old copy, a cache survives. So both sides compute the log-probabilities of one fixed
@@ -22,10 +25,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+import requests
 import torch
 
 from trl_gym.errors import PolicyServerLostError, Problem, WeightMismatchError, WeightSyncError
@@ -59,6 +64,7 @@ class SyncOptions:
     pause_mode: Literal["wait", "keep"] = "wait"
     only_trainable: bool = False  # whether syncs after a complete one send only what is trained
     timeout_s: float = 600.0  # for each call to the server
+    hang_timeout_s: float = 300.0  # for an answer of its engine; `gym_server_hang_timeout`
     verify_every: int = 0  # steps after which a probe is made again; 0 for never
     probe_tolerance: float = 0.02  # mean absolute gap in nats that a probe may find
 
@@ -141,9 +147,11 @@ class WeightSync:
         watch.lap("plan")
         is_due = self._prepare(step, watch)
         try:
-            num_bytes = on_all(self._accelerator, lambda: self.transport.send(weights, self._client, version))
+            with self._located("the transfer", version):
+                num_bytes = on_all(self._accelerator, lambda: self.transport.send(weights, self._client, version))
             watch.lap("transfer")
-            self._on_main(lambda client: self._install(client, version))
+            with self._located("its end", version):
+                self._on_main(lambda client: self._install(client, version))
             if self._sharing is not None:
                 self._sharing.pushed()
                 self._sharing.before_sampling()
@@ -167,6 +175,7 @@ class WeightSync:
     def _prepare(self, step: int, watch: _Stopwatch) -> bool:
         """Make the server ready to receive. Return whether a probe is due, which a server that slept may need."""
         is_due = self._is_due(step)
+        self._on_main(lambda client: client.patient(self._options.hang_timeout_s).ask_engines())
         if self._sharing is not None:
             self._sharing.before_sync()
             watch.lap("wake")
@@ -178,9 +187,23 @@ class WeightSync:
             if self._is_open:
                 self._on_main(lambda client: client.abandon_weight_update())
             self._is_open = True
-            self._on_main(self._begin)
+            with self._located("the pause", str(step)):
+                self._on_main(self._begin)
             watch.lap("pause")
         return is_due
+
+    @contextmanager
+    def _located(self, phase: str, version: str) -> Iterator[None]:
+        """Say of a loss in which part of the sync it was found, and that the engine was waited for."""
+        try:
+            yield
+        except PolicyServerLostError as error:
+            where = f"The weight sync of version {version} was lost in {phase} (transport `{self.transport.name}`)"
+            lost = PolicyServerLostError(f"{where}: {error.problem}", error.remedy, error.problems)
+            lost.silent_s = (
+                self._options.timeout_s if isinstance(error.__cause__, requests.Timeout) else error.silent_s
+            )
+            raise lost from error
 
     def _weights(self, model: torch.nn.Module, partial: bool) -> WeightStream:
         if self.transport.name == "adapter":
@@ -191,8 +214,9 @@ class WeightSync:
         try:
             client.pause(self._options.pause_mode)
         except PolicyServerLostError as error:
-            if self._options.pause_mode != "wait" or not client.health():
+            if self._options.pause_mode != "wait":
                 raise
+            client.patient(self._options.hang_timeout_s).ask_engines()
             raise PolicyServerLostError(
                 f"{error.problem} It is well: model calls in flight have not ended, and `gym_pause_mode` is 'wait'.",
                 "Raise `gym_sync_timeout` above what the longest answer takes, or set `gym_pause_mode` to 'keep'.",

@@ -263,6 +263,28 @@ async def test_a_thread_that_ends_without_a_word_is_noticed(
         await running
 
 
+async def test_a_thread_that_hangs_is_told_and_left_behind(model: PreTrainedModel, engine_of: Make) -> None:
+    """In a forward pass that never ends, as one on a device that hangs."""
+    engine, never = engine_of(model, hang_timeout_s=0.2), threading.Event()
+    asked = [asyncio.ensure_future(engine.generate(prompt, free(200))) for prompt in prompts(4)]
+    await until(lambda: engine.counters.running == 4)
+    session = engine._session
+    assert session is not None
+    with model.register_forward_pre_hook(lambda *_: never.wait()):
+        errors = await asyncio.gather(*asked, return_exceptions=True)
+    assert {type(error) for error in errors} == {EngineLostError}
+    with pytest.raises(EngineLostError, match=r"no forward pass for 0.2 s \(`gym_server_hang_timeout`\)"):
+        engine.check()
+    engine.park()
+    assert model.training, "the trainer has its model"
+    engine.take(model)
+    engine.unpark()
+    assert len((await engine.generate([5, 6, 7], free(4))).ids) == 4
+    never.set()
+    await until(lambda: not session._manager.is_running())
+    assert len((await engine.generate([5, 6, 7], free(4))).ids) == 4
+
+
 async def test_a_cancelled_request_frees_its_memory(engine: Engine) -> None:
     kept = asyncio.ensure_future(engine.generate([5, 6, 7], free(240)))
     gone = [asyncio.ensure_future(engine.generate(prompt, free(200))) for prompt in prompts(8)]

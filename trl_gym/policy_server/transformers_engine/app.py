@@ -129,7 +129,7 @@ class EngineApp:
             "/server_info": self._server_info,
             "/get_world_size": lambda: {"world_size": 1},
             "/tokenizer_info": lambda: {"chat_template": renderer.chat_template},
-            "/is_paused": lambda: {"is_paused": engine.is_paused},
+            "/is_paused": self._is_paused,
             "/metrics": lambda: Reply(200, engine.counters.prometheus(model_name).encode(), counters.CONTENT_TYPE),
         }
         self._post: dict[str, Callable[[Json, Mapping[str, str]], Awaitable[Any]]] = {
@@ -212,6 +212,10 @@ class EngineApp:
         except EngineLostError as error:
             return Reply.error(503, str(error))
         return None
+
+    def _is_paused(self) -> Json:
+        self.engine.check()  # who asks wants an answer of the engine
+        return {"is_paused": self.engine.is_paused}
 
     def _models(self) -> Json:
         model = {"id": self._model_name, "object": "model", "owned_by": "trl-gym", "root": self._model_name}

@@ -81,7 +81,7 @@ class Completion:
 
 
 class EngineLostError(PolicyServerLostError):
-    """The thread that samples has ended; give the engine its model again."""
+    """The thread that samples has ended, or hangs; give the engine its model again."""
 
 
 class UnknownTokenError(ValueError):
@@ -453,13 +453,13 @@ class Engine:
     # -- its end ------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise `EngineLostError` if the thread that samples has ended."""
+        """Raise `EngineLostError` if the thread that samples has ended, or hangs."""
         session = self._session
         if self._lost is None and session is not None and session.has_died:
             self._lost = session.cause
         if self._lost is not None:
             raise EngineLostError(
-                f"The thread that samples from the model has ended: {self._lost}.",
+                f"The thread that samples from the model is lost: {self._lost}.",
                 "Look at its traceback, which transformers has logged. Restarting the engine needs no other process.",
             )
 

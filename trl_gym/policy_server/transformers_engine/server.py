@@ -59,6 +59,7 @@ class TransformersServer:
         api_key: Bearer token that it demands on every route but `/health`; a random one unless given. Ranks that
             `join` need the same.
         start_timeout_s: How long `wait_ready` and `restart` wait.
+        hang_timeout_s: How long a forward pass may take; a thread that takes longer counts as dead.
     """
 
     weight_transports = ("shared",)
@@ -74,6 +75,7 @@ class TransformersServer:
         reader: Choice | None = None,
         api_key: str | None = None,
         start_timeout_s: float = 60.0,
+        hang_timeout_s: float = 300.0,
     ) -> None:
         self.model_name = model_name
         self.state = ServerState.NEW
@@ -81,7 +83,7 @@ class TransformersServer:
         self._max_model_len, self._max_concurrency = max_model_len, max_concurrency
         self._reader = reader
         self._api_key = api_key or secrets.token_urlsafe(_KEY_BYTES)
-        self._start_timeout_s = start_timeout_s
+        self._start_timeout_s, self._hang_timeout_s = start_timeout_s, hang_timeout_s
         self._model: torch.nn.Module | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._autocast: torch.dtype | None = None
@@ -260,6 +262,7 @@ class TransformersServer:
             max_model_len=self._max_model_len or _context_of(sampled),
             max_concurrency=self._max_concurrency,
             autocast=self._autocast,
+            hang_timeout_s=self._hang_timeout_s,
         )
         self._engine = Engine(options, eos_token_ids=turn_ends(sampled, self._tokenizer))
         self._engine.take(self._model)

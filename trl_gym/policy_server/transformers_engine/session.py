@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import math
 import os
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,11 +32,14 @@ from trl_gym.compat import engine_problem
 from trl_gym.errors import ConfigError, UnsupportedVersionError
 from trl_gym.policy_server.transformers_engine import attention
 
+logger = logging.getLogger(__name__)
+
 BLOCK_SIZE = 32  # tokens
 _BLOCK_OPTION = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # until 5.17
 MAX_BATCH_TOKENS = 2048  # of one forward pass
 _SPARE_BLOCKS = 4  # transformers allocates some ahead
 _SHARE_OF_HOST = 0.25  # of what the operating system says is free: others use it too
+_LEFT_BEHIND_S = 1.0  # for a thread that hangs to end after all
 _NEITHER = 0.5  # a value for which transformers makes a processor that each request then gives its own
 
 
@@ -47,6 +52,7 @@ class EngineOptions:
     # Precision of the trainer's forward pass, `accelerator.mixed_precision`; None where it is that of the weights.
     autocast: torch.dtype | None = None
     kv_share: float = 0.5  # share of a device's free memory that keys and values may take
+    hang_timeout_s: float = 300.0  # for a forward pass; a thread that takes longer counts as dead
 
 
 def sampled_model(model: torch.nn.Module) -> PreTrainedModel:
@@ -240,6 +246,8 @@ class Session:
         self._precision: list[torch.autocast] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._before = model.config._attn_implementation
+        self._alive_at = time.monotonic()  # when the thread was last seen at work, or got some
+        self._is_hung = False
         config = ContinuousBatchingConfig(
             **{_BLOCK_OPTION: BLOCK_SIZE},
             num_blocks=num_blocks(model, options, free_memory(model.device)),
@@ -284,6 +292,8 @@ class Session:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
+        if not self._running:
+            self._alive_at = time.monotonic()
         self._running[name] = _Running(future, loop)
 
         def answer(output: Any) -> None:
@@ -310,16 +320,26 @@ class Session:
 
     @property
     def has_died(self) -> bool:
-        """Whether the thread that samples has ended by itself."""
+        """Whether the thread that samples has ended by itself, or hangs."""
         if self.stopping:
             return False
-        return not self._manager.is_running() or self._status.local_status != self._status.DONT_STOP
+        has_ended = not self._manager.is_running() or self._status.local_status != self._status.DONT_STOP
+        return has_ended or self._hangs
+
+    @property
+    def _hangs(self) -> bool:
+        """Whether a forward pass takes too long. Once it is so, it stays so: its requests are given up then."""
+        silent_s = time.monotonic() - self._alive_at
+        self._is_hung = self._is_hung or (bool(self._running) and silent_s > self._options.hang_timeout_s)
+        return self._is_hung
 
     @property
     def cause(self) -> str:
         """What the thread that samples has ended of."""
         holder = self._status if hasattr(self._status, "fatal_error") else self._manager  # the manager until 5.16
         error = holder.fatal_error
+        if error is None and self._manager.is_running():
+            return f"it has ended no forward pass for {self._options.hang_timeout_s:g} s (`gym_server_hang_timeout`)"
         return "it ended without an error" if error is None else f"{type(error).__name__}: {error}"
 
     @property
@@ -329,14 +349,19 @@ class Session:
     def stop(self) -> None:
         """Stop sampling and give the model back. Called from any thread, once.
 
-        What runs is answered with the tokens that it has.
+        What runs is answered with the tokens that it has. A thread that hangs is left behind, where it reads weights
+        at most: if it ever goes on, it ends.
         """
+        timeout_s = _LEFT_BEHIND_S if self._hangs else self._options.hang_timeout_s
         self.stopping = True
         try:
             with _old_objects_uncollected():
-                self._manager.stop(block=True, hard_stop=True)
+                self._manager.stop(block=True, timeout=timeout_s, hard_stop=True)
         finally:
-            self._manager.destroy()
+            if self._manager.is_running():
+                logger.error("the thread that samples hangs in a forward pass; it is left behind")
+            else:
+                self._manager.destroy()
             self._model.destroy_cached_continuous_batching_manager()
             self._restore()
         for name, running in list(self._running.items()):  # transformers forgets what comes beside the stop
@@ -356,12 +381,14 @@ class Session:
         self._modes.__exit__(None, None, None)
 
     def _enter_precision(self, _model: torch.nn.Module, _args: Any, options: dict[str, Any]) -> None:
+        self._alive_at = time.monotonic()
         if (cache := options.get("cache")) is not None:  # else it is no forward pass of ours
             attention.widen(cache)
         self._precision.append(autocast_of(self._model, self._options.autocast))
         self._precision[-1].__enter__()
 
     def _leave_precision(self, *_: Any) -> None:
+        self._alive_at = time.monotonic()
         if self._precision:  # else another hook has raised before ours
             self._precision.pop().__exit__(None, None, None)
 

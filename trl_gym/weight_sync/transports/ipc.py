@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.errors import PolicyServerError, TrlGymError, WeightSyncError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError, TrlGymError, WeightSyncError
 from trl_gym.weight_sync import vllm_transfer
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ class IpcTransport:
             for _ in stream:  # other ranks walk it to its end
                 pass
         if outbox.error is not None:
-            if client is not None:
+            if client is not None and not isinstance(
+                outbox.error, PolicyServerLostError
+            ):  # one that is lost is replaced
                 client.abandon_weight_update()
             raise outbox.error
         return 0 if client is None else sum(one.num_bytes for one in parameters)

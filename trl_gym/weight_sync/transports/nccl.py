@@ -107,11 +107,13 @@ class ThreadGroup:
                 name, result, error = self._outcomes.get(timeout=self.remaining_s)
             except queue.Empty:
                 self._on_failure()
-                raise WeightSyncError(
+                late = WeightSyncError(
                     f"Weights did not arrive within {self._timeout_s:g} s; still waiting for: "
                     f"{', '.join(sorted(self._running))}.",
                     "Set `gym_sync_timeout` higher if the transfer is only slow.",
-                ) from None
+                )
+                late.silent_s = self._timeout_s
+                raise late from None
             self._running.remove(name)
             if error is not None:
                 raise error
