@@ -25,6 +25,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def server_below(child: Any) -> psutil.Process:
+    """Return the server of a `ChildProcess`, which is below a guard and a supervisor."""
+    [supervisor] = psutil.Process(child.pid).children()
+    [server] = wait_for(supervisor.children)
+    return server
+
+
 def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = "", *, timeout_s: float = 60.0) -> Any:
     """Return what the condition gives once it holds. Asked a hundred times per second: tests wait for nothing else."""
     deadline = time.monotonic() + timeout_s

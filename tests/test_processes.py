@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.conftest import wait_for
+from tests.conftest import server_below, wait_for
 from trl_gym import processes, supervisor
 from trl_gym.processes import ChildProcess, bind_socket
 
@@ -81,32 +82,70 @@ def test_death_by_signal_is_named(tmp_path: Path) -> None:
     child.stop()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_survives_the_owner(tmp_path: Path, how: signal.Signals) -> None:
-    owner_code = (
-        "import sys, time; from pathlib import Path; from trl_gym import processes\n"
-        f"processes._GRACE_S = {GRACE_S}\n"
-        f"log = Path({str(tmp_path / 'log')!r})\n"
-        f"child = processes.ChildProcess('stubborn', [sys.executable, '-c', {STUBBORN!r}], log_path=log)\n"
-        "time.sleep(600)\n"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", owner_code])
+OWNER = """
+import sys, time
+from pathlib import Path
+from trl_gym import processes
+processes._GRACE_S = float(sys.argv[1])
+child = processes.ChildProcess("server", [sys.executable, "-c", sys.argv[2]], log_path=Path(sys.argv[3]))
+while "\\n" not in Path(sys.argv[3]).read_text(): time.sleep(0.01)
+exec(sys.argv[4])
+"""
+
+
+def own(tmp_path: Path, server: str, then: str = "time.sleep(600)", imports: str = "") -> subprocess.Popen[bytes]:
+    """Start a script that owns a server and does not stop it."""
+    words = [str(GRACE_S if server is STUBBORN else 60.0), server, str(tmp_path / "log"), then]
+    return subprocess.Popen([sys.executable, "-c", imports + OWNER, *words])
+
+
+@pytest.mark.parametrize(
+    ("whom", "how"),
+    [
+        ("owner", signal.SIGTERM),
+        *((whom, signal.SIGKILL) for whom in ("owner", "guard", "supervisor", "owner guard", "owner supervisor")),
+    ],
+)
+def test_nothing_survives_those_who_look_after_it(tmp_path: Path, whom: str, how: signal.Signals) -> None:
+    owner = psutil.Process(own(tmp_path, STUBBORN).pid)
     pids = [int(p) for p in wait_for(lambda: log_of(tmp_path / "log")).split()]
+    [guard] = owner.children()
+    [supervisor] = guard.children()
     assert len(pids) == 2 and all(map(alive, pids))
-    os.kill(owner.pid, how)
-    owner.wait()
-    wait_for(lambda: not any(map(alive, pids)), timeout_s=10.0)
+    for name in whom.split():
+        {"owner": owner, "guard": guard, "supervisor": supervisor}[name].send_signal(how)
+    wait_for(lambda: not any(map(alive, pids)))
+    owner.kill()
+    wait_for(lambda: not any(map(alive, [owner.pid, guard.pid, supervisor.pid])))
 
 
-def test_a_child_of_a_script_that_forgets_it_is_told_to_end(tmp_path: Path) -> None:
-    """Finalizers do nothing any more when children are stopped at interpreter exit."""
-    owner = (
-        "import sys, time; from pathlib import Path; from trl_gym.processes import ChildProcess\n"
-        "log = Path(sys.argv[1])\n"
-        f"child = ChildProcess('polite', [sys.executable, '-c', {POLITE!r}], log_path=log)\n"
-        "while 'up' not in log.read_text(): time.sleep(0.01)\n"
-    )
-    subprocess.run([sys.executable, "-c", owner, str(tmp_path / "log")], check=True, timeout=120)
+def test_a_supervisor_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    child = ChildProcess("polite", [sys.executable, "-c", POLITE], log_path=tmp_path / "log")
+    wait_for(lambda: "up" in log_of(tmp_path / "log"))
+    psutil.Process(child.pid).children()[0].suspend()
+    child.stop()
+    assert child.poll() == 7
+
+
+def test_a_killed_supervisor_is_told_of(tmp_path: Path) -> None:
+    child = ChildProcess("polite", [sys.executable, "-c", POLITE], log_path=tmp_path / "log")
+    wait_for(lambda: "up" in log_of(tmp_path / "log"))
+    psutil.Process(child.pid).children()[0].kill()
+    wait_for(lambda: child.poll() is not None)
+    assert "SIGKILL" in child.describe_end()
+
+
+FINALIZER = "import weakref\nclass A: pass\nfirst = A()\nweakref.finalize(first, print)\n"
+SERVER_CLASS = "from trl_gym import PolicyServer\n"
+CTRL_C = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+
+
+@pytest.mark.parametrize(
+    ("imports", "then"), [("", "sys.exit(3)"), (FINALIZER, ""), (SERVER_CLASS, ""), (SERVER_CLASS, CTRL_C)]
+)
+def test_a_child_of_a_script_that_forgets_it_is_told_to_end(tmp_path: Path, imports: str, then: str) -> None:
+    """Whatever runs at exit, in whatever order: finalizers do nothing any more when children are stopped."""
+    own(tmp_path, POLITE, then, imports).wait(120)
     assert (tmp_path / "log").read_text() == "up\nbye\n"
 
 
@@ -142,7 +181,7 @@ def test_a_supervisor_that_is_stopped_is_continued_and_what_is_below_it_is_named
     child = ChildProcess("polite", [sys.executable, "-c", POLITE], log_path=tmp_path / "log")
     wait_for(lambda: "up" in log_of(tmp_path / "log"))
     assert child.pid is not None and child.stopped() == []
-    [server] = supervisor.descendants(child.pid)
+    server = server_below(child).pid
     os.kill(child.pid, signal.SIGSTOP)
     wait_for(lambda: supervisor.is_stopped(child.pid))
     assert child.poll() is None

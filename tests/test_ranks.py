@@ -12,10 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import wait_for
 from trl_gym.errors import (
     ConfigError,
     GymServerError,
@@ -30,7 +32,7 @@ from trl_gym.errors import (
     WeightSyncError,
 )
 from trl_gym.policy_server.client import PolicyResponseError
-from trl_gym.ranks import agree, agree_on_loss, explained, on_all, on_main
+from trl_gym.ranks import agree, agree_on_loss, explained, is_launcher, on_all, on_main
 
 
 class Ranks:
@@ -259,3 +261,37 @@ def test_a_process_that_is_told_to_end_says_why_and_ends_by_the_signal(code: str
     )  # fmt: skip
     assert done.returncode == -signal.SIGTERM
     assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python /venv/bin/accelerate launch -m trl_gym.train", True),
+        ("python -u -m torch.distributed.run --nproc-per-node 2 grpo.py", True),
+        ("/venv/bin/torchrun grpo.py", True),
+        ("-bash", False),  # whose end `nohup` survives
+        ("python wrapper.py --config x.yaml accelerate", False),
+        ("", False),
+    ],
+)
+def test_launchers_are_known_by_their_command_line(command: str, expected: bool) -> None:
+    assert is_launcher(command.split(" ")) is expected
+
+
+# As `accelerate launch` starts one process: it does not pass SIGTERM on.
+LAUNCHER = """
+import subprocess, sys
+child = "import time; from trl_gym import ranks; ranks.end_with_launcher(); print(1, flush=True); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", child]).wait()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_training_ends_when_its_launcher_does(tmp_path: Path, how: signal.Signals) -> None:
+    launcher = tmp_path / "accelerate"
+    launcher.write_text(LAUNCHER)
+    with subprocess.Popen([sys.executable, launcher], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None and run.stdout.readline() == b"1\n"
+        [child] = psutil.Process(run.pid).children()
+        run.send_signal(how)
+        wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)

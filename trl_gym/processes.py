@@ -81,7 +81,7 @@ def reachable(host: str) -> str:
 
 
 class Supervisor(Protocol):
-    """The process between us and a server, see `trl_gym.supervisor`. `subprocess.Popen` is one."""
+    """The processes between us and a server, see `trl_gym.supervisor`, by the upper one. `subprocess.Popen` is one."""
 
     @property
     def pid(self) -> int | None: ...  # None until it exists
@@ -177,7 +177,7 @@ class ChildProcess:
 
     @property
     def pid(self) -> int | None:
-        """Pid of the supervisor; the server is its child. None while a fork server has not forked it yet."""
+        """Pid of the guard, above supervisor and server. None while a fork server has not forked it yet."""
         return self._supervisor.pid
 
     def poll(self) -> int | None:

@@ -5,7 +5,9 @@ ends them. Around work that only one rank does (`on_main`), or that can fail on 
 the ranks therefore tell each other how it went, whatever the type of the error.
 
 When a process ends all the same, the launcher (`accelerate launch`, `torchrun`) sends SIGTERM to the others within a
-tenth of a second, or their next collective breaks with a message about sockets; `explained` says what happened.
+tenth of a second, or their next collective breaks with a message about sockets; `explained` says what happened. When
+the launcher itself is told to end, it may end alone (`accelerate launch` of one process); `end_with_launcher` sees to
+that.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 from trl_gym import errors
 from trl_gym.errors import PolicyServerLostError, RankLostError, TrlGymError
+from trl_gym.supervisor import PR_SET_PDEATHSIG, prctl
 
 T = TypeVar("T")
 Gather = Callable[[list[Any]], list[Any]]
@@ -221,3 +226,33 @@ class _Sigterm:
         os.write(2, f"\n{self.message()}\n".encode())
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+# Programs, and modules that `python -m` runs, which start training processes and wait for them.
+_LAUNCHERS = frozenset(
+    {
+        *("accelerate", "accelerate-launch", "torchrun", "deepspeed"),
+        *("accelerate.commands.launch", "accelerate.commands.accelerate_cli", "deepspeed.launcher.launch"),
+        *("torch.distributed.run", "torch.distributed.launch"),
+    }
+)
+_WORDS = 4  # of a command line, in which the launcher's name stands: `python -u -m torch.distributed.run`
+
+
+def end_with_launcher() -> None:
+    """Get SIGTERM from now on when the launcher of this process ends, in whatever way. Linux only; does nothing for a
+    process that no launcher started. Idempotent."""
+    launcher = os.getppid()
+    try:
+        words = Path(f"/proc/{launcher}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # no /proc, or it has just ended: then nobody knows what it was
+        return
+    if sys.platform == "linux" and is_launcher(words):
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def is_launcher(command: Sequence[str]) -> bool:
+    """Return whether a command line is that of a launcher of training processes."""
+    return any(word in _LAUNCHERS or os.path.basename(word) in _LAUNCHERS for word in command[:_WORDS])

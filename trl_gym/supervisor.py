@@ -1,13 +1,15 @@
 """Stand between us and one server, so that the server cannot outlive us. Standard library only; run as a script, or
 in a process that was forked for it (`trl_gym.policy_server.engine.forking`).
 
-    trainer ──pipe──► supervisor ──► server (own session) ──► its own children
+    trainer ──pipe──► guard ──► supervisor ──► server (own session) ──► its own children
 
 The trainer holds the write end of a pipe and never writes. When the trainer ends, in whatever way, the kernel closes
 it; the supervisor then sends SIGINT to the server's process group, waits `grace_s`, and kills what is left. A
 parent-death signal alone would not do: it is tied to the *thread* that forked, so a server started from a worker
 thread would die with that thread, and it does not reach grandchildren such as vLLM's engine process. The supervisor
 declares itself sub-reaper, so grandchildren that lose their parent, or leave the session, are found and killed too.
+The guard is the same for the supervisor: it inherits what a killed supervisor leaves, and kills it. A signal wakes the
+supervisor when the guard is killed, and the guard lets a supervisor go on that someone has stopped.
 
     python supervisor.py DEATH_FD GRACE_S ADOPTS [FD …] -- COMMAND [ARG …]
 
@@ -25,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 PR_SET_PDEATHSIG = 1
@@ -101,22 +103,25 @@ def is_stopped(pid: int) -> bool:
 
 
 def exists(pid: int) -> bool:
-    """Return whether there is such a process."""
+    """Return whether there is such a process; one that has ended and is not waited for is none."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] != "Z"
     return True
 
 
-def kill_everything(group: int, *, adopts: bool) -> None:
-    """SIGKILL the group and, if this process adopts them, every descendant until none is left."""
+def kill_everything(group: int | None, *, adopts: bool) -> None:
+    """SIGKILL the group, if there is one, and, if this process adopts them, every descendant until none is left."""
     deadline = time.monotonic() + KILL_S
     while time.monotonic() < deadline:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGKILL)
+            if group is not None:
+                os.killpg(group, signal.SIGKILL)
         alive = descendants(os.getpid()) if adopts else []
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
@@ -136,8 +141,68 @@ def reap_everything() -> None:
                 time.sleep(0.01)
 
 
+def guard(pass_fds: Sequence[int], tell: Callable[[int], None] = lambda status: None) -> int | None:
+    """Fork, and return in the new process, which is to be the supervisor. The old one stays behind: it waits for the
+    supervisor, kills all that a killed one leaves, tells the exit status, and exits with it.
+
+    Args:
+        pass_fds: Descriptors for the server; closed in the process that stays.
+        tell: Called with the exit status, in the process that stays.
+
+    Returns:
+        Pid of the process that stays; None outside of Linux, where nothing is inherited and this does nothing.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    awaited = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, statuses are lost
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    stays = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return stays
+    for fd in pass_fds:
+        os.close(fd)  # what the owner gave the server is closed when the server has ended
+    while (status := _status_of(pid)) is None:
+        if signal.sigwait(awaited) != signal.SIGCHLD:
+            os.kill(pid, signal.SIGTERM)
+    if status < 0:
+        status = 128 - status
+        kill_everything(None, adopts=True)
+        reap_everything()
+    tell(status)
+    os._exit(status)
+
+
+def let_go_on(pid: int | None) -> None:
+    """Undo a SIGSTOP, if there was one."""
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _status_of(pid: int) -> int | None:
+    """Return the exit status of a child, None while it runs; let it go on if it was stopped."""
+    ended, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+    if not ended:
+        return None
+    if os.WIFSTOPPED(status):
+        let_go_on(pid)
+        return None
+    return os.waitstatus_to_exitcode(status)
+
+
 def supervise(
-    death_fd: int, grace_s: float, start: Callable[[], Child], *, owner: int | None = None, adopts: bool = True
+    death_fd: int,
+    grace_s: float,
+    start: Callable[[], Child],
+    *,
+    owner: int,
+    guarded_by: int | None = None,
+    adopts: bool = True,
 ) -> int:
     """Start the server, and end it when the pipe closes, or a signal asks for it, or the owner ends.
 
@@ -145,7 +210,8 @@ def supervise(
         death_fd: Read end of the pipe whose write end the owner holds.
         grace_s: Seconds from SIGINT to SIGKILL.
         start: Starts the server; called once, in the main thread.
-        owner: Pid of the owner; default: the parent of this process.
+        owner: Pid of the owner.
+        guarded_by: Pid from `guard`.
         adopts: Whether the server's descendants end with it, those too that have left its process group.
 
     Returns:
@@ -153,11 +219,6 @@ def supervise(
     """
     prctl(PR_SET_CHILD_SUBREAPER, int(adopts))
     raise_open_files()
-    parent = os.getppid()
-
-    def is_owned() -> bool:
-        return os.getppid() == parent if owner is None else exists(owner)
-
     asked_to_stop = False
 
     def on_signal(_signum: int, _frame: object) -> None:
@@ -172,7 +233,7 @@ def supervise(
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
     child = start()
-    while child.poll() is None and not asked_to_stop and is_owned():
+    while child.poll() is None and not asked_to_stop and exists(owner) and guarded_by in (None, os.getppid()):
         ready, _, _ = select.select([death_fd, wakeup_read], [], [], POLL_S)
         if death_fd in ready:
             break
@@ -186,17 +247,21 @@ def supervise(
     kill_everything(child.pid, adopts=adopts)
     status = child.wait()
     reap_everything()
+    let_go_on(guarded_by)  # it tells the status
     return status if status >= 0 else 128 - status
 
 
 def main(death_fd: int, grace_s: float, adopts: bool, pass_fds: list[int], command: list[str]) -> int:
+    owner = os.getppid()
+    guarded_by = guard(pass_fds) if adopts else None
+
     def start() -> Child:
         child = subprocess.Popen(command, start_new_session=True, pass_fds=pass_fds, preexec_fn=prepare_child)
         for fd in pass_fds:
-            os.close(fd)  # what the trainer gave the server is closed when the server has ended
+            os.close(fd)
         return child
 
-    return supervise(death_fd, grace_s, start, adopts=adopts)
+    return supervise(death_fd, grace_s, start, owner=owner, guarded_by=guarded_by, adopts=adopts)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from trl_gym.given import home_paths, home_words, with_output
 from trl_gym.hub import load_config
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.progress import PhaseClock, print_line, working
+from trl_gym.ranks import end_with_launcher
 from trl_gym.threads import wait_without_spinning
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(words: Sequence[str]) -> int:
     quiet()
     wait_without_spinning()
+    end_with_launcher()
     try:
         argv = with_config_found(words)
     except ConfigError as error:

@@ -148,6 +148,7 @@ class GymGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         compat.check_versions()
+        rank_agreement.end_with_launcher()
         model = home_path(model) if isinstance(model, str) else model
         args = checked_args(args, model, kwargs)
         check_build(self.build_trajectories)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import wait_for
+from tests.conftest import server_below, wait_for
 from tests.e2e.reset_proxy import ResetProxy
 from tests.e2e.training import CALCULATOR, ROOT, RecordingTrainer, config
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
@@ -232,9 +232,8 @@ def test_the_policy_server_killed_in_the_middle_of_a_batch(
     policy: PolicyServer, gym: GymServers, tmp_path: Path
 ) -> None:
     """The last one: there is no policy server after it."""
-    supervisor = psutil.Process(policy._process.pid)
-    family = supervisor.children(recursive=True)
-    [server] = supervisor.children()
+    server = server_below(policy._process)
+    family = psutil.Process(policy._process.pid).children(recursive=True)
     batch = Batch(policy, gym, tmp_path, {}, after(3, server.kill))
     with pytest.raises(PolicyServerError, match=r"policy server ended within .* \(signal SIGKILL\)[\s\S]*\.log"):
         batch.collect("killed", [calculator_row()] * 48, max_inflight=4, deadline=600)

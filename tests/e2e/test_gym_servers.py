@@ -156,7 +156,7 @@ async def test_seven_environments_in_one_process(gym: GymInstallation, tmp_path:
         assert key not in json.dumps(config)
         family = psutil.Process().children(recursive=True)
         assert key not in str([process.cmdline() for process in family])
-        assert len(family) == 2, "one supervisor, one host"
+        assert len(family) == 3, "one guard, one supervisor, one host"
     finally:
         await asyncio.to_thread(servers.stop)
     roles = {message["role"] for body in policy.requests for message in body["messages"]}
@@ -307,7 +307,7 @@ async def test_several_processes_share_the_rollouts_and_end_together(
         await asyncio.to_thread(servers.wait_ready)
         family = psutil.Process().children(recursive=True)
         hosts = [one for one in servers.servers if one.name == "halves"]
-        assert len({host.pid for host in hosts}) == servers.num_processes == 2 and len(family) == 4
+        assert len({host.pid for host in hosts}) == servers.num_processes == 2 and len(family) == 6
         for host in hosts:
             assert psutil.Process(host.pid).rlimit(psutil.RLIMIT_NOFILE) == (max(soft, min(65_536, hard)), hard)
         with await asyncio.to_thread(GymServers.attach, servers.head_url) as other_rank:
@@ -349,7 +349,7 @@ def test_sigkill_of_the_owner_leaves_nothing(gym: GymInstallation, tmp_path: Pat
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
         family = psutil.Process(owner.pid).children(recursive=True)
-        assert len(family) == 2
+        assert len(family) == 3
         owner.kill()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 
+from tests.conftest import server_below
 from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, config, gap
 from tests.fork_ranks import forked
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
@@ -61,7 +62,7 @@ def settings(output_dir: Path, **changes: Any) -> Any:
 
 def kill_server(trainer: Any) -> None:
     """The API server, without a word; its supervisor notices."""
-    [server] = psutil.Process(trainer.policy_server._process.pid).children()
+    server = server_below(trainer.policy_server._process)
     server.kill()
     server.wait(10)
 
@@ -169,7 +170,7 @@ def test_the_key_is_nowhere_but_in_the_environment(killed: Killing) -> None:
     key = killed.policy_server.client.api_key
     assert key is not None and len(key) >= 32
     family = psutil.Process().children(recursive=True)
-    assert len(family) >= 4, "policy server and NeMo Gym, each with its supervisor"
+    assert len(family) >= 6, "policy server and NeMo Gym, each with its guard and its supervisor"
     assert not [process for process in family if key in " ".join(process.cmdline())]
     holding = [path for path in walk(Path(killed.args.output_dir)) if key.encode() in path.read_bytes()]
     assert holding == []
@@ -299,16 +300,21 @@ def test_the_turns_of_a_rollout_find_their_prefix_on_their_replica(elsewhere: Po
 
 def test_engines_do_not_outlive_a_server_that_is_killed_with_its_supervisor(elsewhere: PolicyServer) -> None:
     """The last one on this server."""
-    supervisor = psutil.Process(elsewhere._process.pid)
-    family = supervisor.children(recursive=True)
-    [server] = supervisor.children()
+    guard = psutil.Process(elsewhere._process.pid)
+    family = guard.children(recursive=True)
+    [supervisor], server = guard.children(), server_below(elsewhere._process)
     assert len(family) >= 4, "API server, coordinator, two engines"
-    supervisor.suspend()  # it must not clean up
-    server.kill()
-    supervisor.kill()
+    for process in (guard, supervisor):  # they must not clean up
+        process.suspend()
+    for process in (server, supervisor, guard):
+        process.kill()
     engines = [process for process in family if "EngineCore" in process.name()]
     _, alive = psutil.wait_procs(engines, timeout=60)
-    for process in set(family) - {*engines, server}:  # the coordinator, which has no device, is not reached
+    for process in set(family) - {
+        *engines,
+        server,
+        supervisor,
+    }:  # the coordinator, which has no device, is not reached
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     assert len(engines) == 2 and not alive

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.conftest import server_below
 from trl_gym import processes
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server import command
@@ -120,7 +120,7 @@ def test_restart_keeps_the_address(make: Make, tmp_path: Path) -> None:
     assert server.is_ours
     for _ in range(2):
         first = instance(server)
-        os.kill(psutil.Process(server._process.pid).children()[0].pid, signal.SIGKILL)
+        os.kill(server_below(server._process).pid, signal.SIGKILL)
         assert server._process.wait(10.0) is not None
         with pytest.raises(PolicyServerLostError, match="SIGKILL"):
             server.check()
@@ -135,7 +135,7 @@ def test_restart_keeps_the_address(make: Make, tmp_path: Path) -> None:
 def test_a_restart_replaces_a_server_that_hangs(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_GRACE_S", 0.5)  # until it is killed
     server = make(STAND_IN, "right").start().wait_ready()
-    [process] = psutil.Process(server._process.pid).children()
+    process = server_below(server._process)
     process.suspend()
     server.restart()
     assert not process.is_running() and instance(server)
@@ -162,7 +162,7 @@ def test_a_log_that_cannot_be_read_or_written_prevents_no_restart(make: Make, tm
     server = make(STAND_IN, "right").start().wait_ready()
     shutil.rmtree(tmp_path / "logs")
     (tmp_path / "logs").touch()  # a file where the folder was: nothing can be read or written below it
-    os.kill(psutil.Process(server._process.pid).children()[0].pid, signal.SIGKILL)
+    os.kill(server_below(server._process).pid, signal.SIGKILL)
     assert server._process.wait(10.0) is not None
     with pytest.raises(PolicyServerLostError, match=r"SIGKILL") as caught:
         server.check()

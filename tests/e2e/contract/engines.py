@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import requests
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tests.conftest import server_below
 from tests.e2e.servers import API_KEY, MAX_MODEL_LEN, Json, calls_of, listening, random_like, vllm_metric
 from tests.policy_server.fake_sglang import behind_gateway
 from trl_gym import PolicyServer
@@ -200,7 +200,7 @@ def mortal_vllm(request: pytest.FixtureRequest) -> Engine:
     """A `PolicyServer` that nobody needs afterwards."""
     server = request.getfixturevalue("untied_pair").policy
     engine = _vllm(server, request.getfixturevalue("untied_policy"))
-    [api_server] = psutil.Process(server._process.pid).children()
+    api_server = server_below(server._process)
     engine.hang = lambda: [child.suspend() for child in api_server.children()]
     engine.kill = lambda: [child.kill() for child in api_server.children()]
     return engine

@@ -168,8 +168,14 @@ def supervise(request: socket.socket, imported: Imported) -> NoReturn:
         os.set_inheritable(fd, False)
     numbers = dict(zip(map(str, told["pass_fds"]), map(str, passed), strict=True))
     command = with_numbers(told["command"], numbers)
+    request.sendall(os.getpid().to_bytes(NUM_BYTES, "big"))
+
+    def tell(status: int) -> None:
+        with contextlib.suppress(OSError):  # nobody waits any more
+            request.sendall(status.to_bytes(NUM_BYTES, "big"))
+
+    guarded_by = supervisor.guard(passed, tell)
     supervisor_pid = os.getpid()
-    request.sendall(supervisor_pid.to_bytes(NUM_BYTES, "big"))
     reason = why_not_forked(command, told["environment"], imported)
 
     def start() -> supervisor.Child:
@@ -190,16 +196,14 @@ def supervise(request: socket.socket, imported: Imported) -> NoReturn:
         return child
 
     try:
-        status = supervisor.supervise(death, told["grace_s"], start, owner=told["owner"])
+        status = supervisor.supervise(death, told["grace_s"], start, owner=told["owner"], guarded_by=guarded_by)
     except OSError as error:
         if os.getpid() != supervisor_pid:
             raise  # it is the server's own
         sys.stderr.write(f"error: this server cannot be started: {error}\n")
         sys.stderr.flush()
         status = 1
-    with contextlib.suppress(OSError):  # nobody waits any more
-        request.sendall(status.to_bytes(NUM_BYTES, "big"))
-    os._exit(0)  # handlers of what was imported are the servers'
+    os._exit(status)  # handlers of what was imported are the servers'
 
 
 def with_numbers(command: Sequence[str], numbers: Mapping[str, str]) -> list[str]:
