@@ -409,9 +409,7 @@ async def test_sampling_is_pinned(http: Http, app: FakeVllm) -> None:
     assert (sent["temperature"], sent["top_p"], "top_k" in sent, "trl_gym" in sent) == (0.7, 1.0, False, False)
 
 
-SKEWING: Json = {
-    "min_p": 0.2,
-    "repetition_penalty": 1.1,
+OWN: Json = {
     "presence_penalty": 1.0,
     "frequency_penalty": 1.0,
     "logit_bias": {"5": 100},
@@ -420,24 +418,56 @@ SKEWING: Json = {
     "min_tokens": 3,
     "thinking_token_budget": 5,
     "vllm_xargs": {"skew": 1},
-}
-KEPT: Json = {
     "response_format": {"type": "json_object"},
     "structured_outputs": {"choice": ["a"]},
-    "stop": ["x"],
-    "seed": 1,
+    "guided_json": {"type": "object"},
+    "tool_choice": "required",
+    "regex": "a+",  # SGLang's, and as unknown to us as what a later engine has
 }
+PINNED: Json = {"min_p": 0.2, "repetition_penalty": 1.1}
+TOOL: Json = {"type": "function", "function": {"name": "f", "strict": True}}
+KEPT: Json = {"stop": ["x"], "ignore_eos": True, "parallel_tool_calls": False, "user": "me"}
 
 
+@pytest.mark.parametrize("policy", [None, "strip", "allow", "refuse"])
 @pytest.mark.parametrize("pinned_by", ["tag", "server", "nobody"])
-async def test_what_would_change_a_pinned_distribution_is_left_out(http: Http, app: FakeVllm, pinned_by: str) -> None:
-    """TRL computes the log-probabilities without it. Where nothing is pinned, the agent decides."""
+async def test_sampling_of_an_agents_own(http: Http, app: FakeVllm, pinned_by: str, policy: str | None) -> None:
+    """TRL computes the log-probabilities without it."""
     if pinned_by == "server":
         await http("POST", "/trl_gym/sampling", {"sampling": {"temperature": 0.7}})
-    await http.chat([USER], trl_gym=TAG if pinned_by == "tag" else {"rollout": "r0"}, **SKEWING, **KEPT)
+    tag: Json = TAG if pinned_by == "tag" else {"rollout": "r0"}
+    tag = {**tag, **({} if policy is None else {"agent_sampling": policy})}
+    asked = {**KEPT, **OWN, **PINNED, "seed": 1, "tools": [TOOL, 5]}
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": tag, **asked})
+    [record] = await http.records("r0")
+    names = sorted([*OWN, "seed", "tools.strict", *(PINNED if pinned_by != "nobody" else {})])
+    assert record["own_sampling"] == names[:16]
+    if policy == "refuse":
+        assert (status, record["status"], app.chats()) == (400, 400, [])
+        assert (
+            "`gym_agent_sampling` is 'refuse'" in answer["error"]["message"] and "seed" in answer["error"]["message"]
+        )
+        return
     sent = app.chats()[-1]
-    assert {key: sent[key] for key in KEPT} == KEPT
-    assert SKEWING.keys() & sent.keys() == (SKEWING.keys() if pinned_by == "nobody" else set())
+    assert "seed" not in sent
+    assert sent.keys() & PINNED.keys() == (PINNED.keys() if pinned_by == "nobody" else set())
+    left = {**KEPT, **OWN} if policy == "allow" else KEPT
+    assert {key: sent.get(key) for key in (KEPT | OWN)} == {key: left.get(key) for key in (KEPT | OWN)}
+    assert sent["tools"] == ([TOOL, 5] if policy == "allow" else [{**TOOL, "function": {"name": "f"}}, 5])
+
+
+async def test_what_leaves_the_distribution_as_it_is_counts_as_nothing(http: Http, app: FakeVllm) -> None:
+    neutral = {"presence_penalty": 0.0, "logit_bias": {}, "bad_words": [], "tool_choice": "auto", "seed": None}
+    neutral |= {"response_format": {"type": "text"}, "structured_outputs": None, "temperature": 0.7, "top_p": 0.9}
+    await http.chat([USER], trl_gym={**TAG, "agent_sampling": "refuse"}, **neutral)
+    assert (await http.records("r0"))[0]["own_sampling"] == []
+    await http.chat([USER], **OWN)  # of no rollout: as stock
+    assert OWN.items() <= app.chats()[-1].items()
+
+
+async def test_a_render_has_the_tools_that_are_sampled_with(http: Http, app: FakeVllm) -> None:
+    await converse(http, 2, tools=[TOOL])
+    assert all(not tool["function"].get("strict") for _, body in app.requests for tool in body.get("tools", ()))
 
 
 @pytest.mark.parametrize("number", [8, 8.0, "8", " 8 "])

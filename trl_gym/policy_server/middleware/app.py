@@ -14,8 +14,8 @@ returns the tokens of each answer; `chat.py` says how.
 
 A request with `trl_gym = {"rollout": …, "sampling": {…}, "completion_budget": …}` in its body, or in a key
 (`identity.py`), is a turn of that rollout, sampled with exactly these parameters: whatever else in the request would
-change the distribution is left out (`Turn.pin`), but for the format that the agent asks for. Without it (and without
-token ids in its messages) a request gets the stock answer plus the bundle, and a stream is the stock stream.
+change the distribution is left out (`sampling.py`). Without it (and without token ids in its messages) a request gets
+the stock answer plus the bundle, and a stream is the stock stream.
 
 Only the server's HTTP surface is used, so nothing here depends on vLLM's internals.
 """

@@ -40,6 +40,7 @@ from trl_gym.policy_server.middleware.ledger import (
     digest_of,
     record_of,
 )
+from trl_gym.policy_server.middleware.sampling import shortened
 from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError, Templates
 from trl_gym.policy_server.middleware.turn import Turn
 from trl_gym.policy_server.middleware.versions import Sampled
@@ -139,6 +140,7 @@ class ChatTurns:
             drift=served.prompt.drift,
             tokens=served.tokens,
             caller=turn.caller,
+            own_sampling=shortened(turn.own_sampling),
         )
         self.book.append(self._calls(turn), turn, record)
         return served.reply
@@ -155,6 +157,7 @@ class ChatTurns:
     ) -> Served:
         prompt = Prompt()
         try:
+            _refuse_own_sampling(turn)
             prompt = await self._prompt(server, turn)
             if turn.is_ours:
                 await self._limit(server, turn, prompt)
@@ -325,6 +328,16 @@ class ChatTurns:
         self.counters.cancelled += 1
         text = f"The rollout {rollout} has ended or was cancelled; its {_OVERFLOW} counts as reached."
         return Reply.error(400, text)
+
+
+def _refuse_own_sampling(turn: Turn) -> None:
+    if turn.own_sampling and turn.agent_sampling == "refuse":
+        names = ", ".join(shortened(turn.own_sampling))
+        text = (
+            f"This turn of a rollout asks for sampling of its own ({names}), and `gym_agent_sampling` is 'refuse'. "
+            "Take it out of the agent, or of the row's `metadata.extra_body`, or set the option to 'strip' or 'allow'."
+        )
+        raise AnsweredError(Reply.error(400, text))
 
 
 def _sampled(turn: Turn, answer: dict[str, Any]) -> Sampled:

@@ -84,6 +84,7 @@ class _Claims(msgspec.Struct, forbid_unknown_fields=True):
 
     rollout: str | None = None
     sampling: dict[str, Any] | None = None
+    agent_sampling: str | None = None
     completion_budget: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     gym: UntaggedPolicy | None = None
@@ -97,7 +98,8 @@ def rollout_key(api_key: str | None, tag: Mapping[str, Any]) -> str:
 
     Args:
         api_key: An API key of the server; None for a server that has none.
-        tag: The tag of the body: `rollout`, and optionally `sampling`, `completion_budget`, `chat_template_kwargs`.
+        tag: The tag of the body: `rollout`, and optionally `sampling`, `agent_sampling`, `completion_budget`,
+            `chat_template_kwargs`.
     """
     return _signed(api_key, {"rollout": tag["rollout"], **tag})
 

@@ -112,6 +112,7 @@ class CallRecord(msgspec.Struct, frozen=True, kw_only=True):
     drift: CallDrift | None = None
     error: str | None = None  # the server's words, when the status is not 200
     caller: str | None = None  # the NeMo Gym server that made the call, where it is known
+    own_sampling: tuple[str, ...] = ()  # fields that asked for another distribution, see `sampling.py`
     tokens: CallTokens | None = None  # None for a call that failed
 
 
@@ -153,6 +154,7 @@ def record_of(
     drift: CallDrift | None = None,
     tokens: CallTokens | None = None,
     caller: str | None = None,
+    own_sampling: tuple[str, ...] = (),
 ) -> CallRecord:
     """Make the record of a call.
 
@@ -165,6 +167,7 @@ def record_of(
         drift: The cause why the prompt is not exact, if it should have been.
         tokens: Its tokens.
         caller: The NeMo Gym server that made it, where it is known.
+        own_sampling: Fields of it that asked for another distribution.
     """
     answer = answer or {}
     usage, metrics = answer.get("usage") or {}, answer.get("metrics") or {}
@@ -184,6 +187,7 @@ def record_of(
         drift=drift,
         error=None if reply.ok else reply.error_text(),
         caller=caller,
+        own_sampling=own_sampling,
         tokens=tokens,
     )
 

@@ -17,30 +17,27 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trl_gym.policy_server.middleware.identity import NOBODY, Identity, agreed_rollout
+from trl_gym.policy_server.middleware.sampling import (
+    PINNED,
+    POLICIES,
+    leave_out,
+    leave_out_seed,
+    own_sampling,
+    pin,
+)
 from trl_gym.untrusted import MAX_DEPTH, check_depth
 
 if TYPE_CHECKING:
     from trl_gym.policy_server.middleware.ledger import RolloutCalls
 
-SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# They change the distribution that tokens are drawn from, which TRL computes again without them. A seed does not.
-_SKEWING_KEYS = (
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "allowed_token_ids",
-    "bad_words",
-    "min_tokens",
-    "thinking_token_budget",
-    "vllm_xargs",
-)
 TOKEN_KEYS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
 # Of chat messages, and as the Responses API names them.
 _TEXT_PARTS = frozenset({"text", "refusal", "thinking", "input_text", "output_text", "summary_text", "reasoning_text"})
-_TAG_KEYS = ("rollout", "sampling", "completion_budget", "chat_template_kwargs")
+_TAG_KEYS = ("rollout", "sampling", "agent_sampling", "completion_budget", "chat_template_kwargs")
 # Fields that decide how a chat is rendered, by their names in /tokenize.
 _RENDER_KEYS = ("model", "tools", "chat_template", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs")
 _LIMIT_KEYS = ("max_tokens", "max_completion_tokens")
+_STREAM_KEYS = ("include_usage", "continuous_usage_stats")
 _OBJECT_KEYS = ("chat_template_kwargs", "stream_options", "kv_transfer_params")
 
 _MAX_TOKEN_ID = 2**31 - 1  # an engine's limit; the server itself refuses ids beyond its vocabulary
@@ -70,6 +67,8 @@ class Turn:
     sampled: list[bytes | None] = field(default_factory=list)
     rollout: str | None = None  # id of the rollout; None for a request without a tag
     sampling: dict[str, Any] | None = None  # sampling parameters that the tag pins; None if it pins none
+    agent_sampling: str = POLICIES[0]  # what becomes of sampling of the agent's own, see `sampling.py`
+    own_sampling: list[str] = field(default_factory=list)  # names of the fields that ask for it
     completion_budget: int | None = None  # tokens after the first prompt of each conversation of the rollout
     newest: int | None = None  # index of the newest message whose tokens are known, or None
     seen: list[int] | None = None  # prompt and sampled ids of that message, or None
@@ -173,17 +172,9 @@ class Turn:
         parts = (part for content in contents if isinstance(content, list) for part in content)
         return any(isinstance(part, dict) and part.get("type") not in _TEXT_PARTS for part in parts)
 
-    def pin(self, sampling: Mapping[str, Any]) -> None:
-        """Sample with exactly these parameters, whatever the agent asked for; None means the server's own default, as
-        does a parameter that is not there. Nothing is pinned if there are none.
-
-        What an agent needs to read its answer (`response_format`, `structured_outputs`, `tool_choice`) stays.
-        """
-        if not sampling:
-            return
-        for key in (*SAMPLING_KEYS, *_SKEWING_KEYS):
-            self.body.pop(key, None)
-        self.body.update({key: value for key, value in sampling.items() if value is not None})
+    def pin(self, parameters: Mapping[str, Any]) -> None:
+        """Sample with exactly these parameters, see `sampling.pin`."""
+        self.own_sampling += pin(self.body, parameters)
 
     def limit_tokens(self, room: int) -> None:
         """Sample at most `room` tokens, and no more than the request itself allows."""
@@ -216,6 +207,11 @@ class Turn:
     def _apply_tag(self, tag: Mapping[str, Any]) -> None:
         self.rollout = tag["rollout"]
         self.completion_budget = tag.get("completion_budget")
+        self.agent_sampling = tag.get("agent_sampling") or self.agent_sampling
+        self.own_sampling = own_sampling(self.body)
+        if self.agent_sampling != "allow":
+            leave_out(self.body, self.own_sampling)
+        leave_out_seed(self.body)
         if tag.get("sampling"):
             self.sampling = tag["sampling"]
             self.pin(tag["sampling"])
@@ -248,6 +244,9 @@ def _checked_tag(tag: Any) -> Mapping[str, Any]:
         raise InvalidTurnError(f"trl_gym.completion_budget must be a positive integer, not {budget!r}")
     if tag.get("sampling"):
         checked_sampling(tag["sampling"], "trl_gym.sampling")
+    if (policy := tag.get("agent_sampling")) is not None and policy not in POLICIES:
+        one_of = ", ".join(POLICIES)
+        raise InvalidTurnError(f"trl_gym.agent_sampling must be one of {one_of}, not {_quoted(policy)}")
     options = tag.get("chat_template_kwargs")
     if not isinstance(options, Mapping | None):
         raise InvalidTurnError(f"trl_gym.chat_template_kwargs must be an object, not {options!r}")
@@ -259,6 +258,9 @@ def _check_types(body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
     for key in _OBJECT_KEYS:
         if not isinstance(body.get(key), dict | None):
             raise InvalidTurnError(f"{key} must be an object, not {_quoted(body[key])}")
+    for key in _STREAM_KEYS:
+        if not isinstance(value := (body.get("stream_options") or {}).get(key), bool | None):
+            raise InvalidTurnError(f"stream_options.{key} must be true or false, not {_quoted(value)}")
     for key in _LIMIT_KEYS:
         if body.get(key) is not None:
             body[key] = _limit(body[key], key)
@@ -291,16 +293,16 @@ def _quoted(value: Any) -> str:
     return repr(value)[:_MAX_QUOTED_CHARS]
 
 
-def checked_sampling(sampling: Any, name: str) -> dict[str, Any]:
-    """Return `sampling` if it is an object of known sampling parameters.
+def checked_sampling(parameters: Any, name: str) -> dict[str, Any]:
+    """Return `parameters` if they are an object of sampling parameters that can be pinned.
 
     Raises:
         InvalidTurnError: If it is anything else.
     """
-    if isinstance(sampling, dict) and not (unknown := sorted(set(sampling) - set(SAMPLING_KEYS))):
-        return sampling
-    names = f": {', '.join(unknown)}" if isinstance(sampling, dict) else ""
-    raise InvalidTurnError(f"{name} must be an object of {', '.join(SAMPLING_KEYS)}{names}")
+    if isinstance(parameters, dict) and not (unknown := sorted(set(parameters) - set(PINNED))):
+        return parameters
+    names = f": {', '.join(unknown)}" if isinstance(parameters, dict) else ""
+    raise InvalidTurnError(f"{name} must be an object of {', '.join(PINNED)}{names}")
 
 
 def _without_token_ids(message: _Fields) -> dict[str, Any]:

@@ -11,36 +11,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trl_gym.policy_server.middleware.sampling import SKEWING
 from trl_gym.policy_server.transformers_engine.engine import SamplingRequest
 
 _ENGINE = "the transformers engine"
 # Fields that would change what is sampled, with the values at which they do not (beside null).
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    **SKEWING,
     "n": (1,),
     "best_of": (1,),
     "use_beam_search": (False,),
     "min_p": (0,),
     "repetition_penalty": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     "length_penalty": (1,),
-    "min_tokens": (0,),
     "stop": ([], ""),
-    "bad_words": ([],),
-    "logit_bias": ({},),
-    "allowed_token_ids": (),
     "seed": (),
-    "thinking_token_budget": (),
-    "vllm_xargs": ({},),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "truncate_prompt_tokens": (),
     "top_logprobs": (0,),
-    "tool_choice": ("auto", "none"),
     "echo": (False,),
     "suffix": ("",),
 }
