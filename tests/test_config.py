@@ -442,6 +442,7 @@ def test_retries_may_be_a_number_or_by_kind() -> None:
         ("gym_environments", {"a": {"speed": 1}}, "gym_environments['a']['speed']"),
         ("gym_environments", {"a": {"deadline": 0}}, "gym_environments['a']['deadline']"),
         ("gym_environments", {"a": {"retries": {"policy": "x"}}}, "gym_environments['a']['retries']"),
+        ("gym_environments", {"a": {"agent_sampling": "maybe"}}, "gym_environments['a']['agent_sampling']"),
         ("gym_environments", {"a": 1}, "gym_environments"),
         ("gym_on_environment_down", "ignore", "gym_on_environment_down"),
         ("gym_min_group_size", 1, "gym_min_group_size"),
@@ -550,12 +551,15 @@ def test_all_calls_are_trained_in_rows_of_their_own(drift: str) -> None:
 def test_rollout_options_are_those_of_the_run() -> None:
     args = GymGRPOConfig(
         **BASE, temperature=0.7, top_k=0, max_completion_length=64, gym_deadline=5, gym_retries=1,
-        gym_environments={"slow": {"retries": 3}},
+        gym_environments={"slow": {"retries": 3}, "json": {"agent_sampling": "allow"}},
+        gym_agent_sampling="refuse",
     )  # fmt: skip
     assert args.rollout_options == RolloutOptions(
         sampling=Sampling(temperature=0.7), max_completion_length=64, deadline=5,
-        retries={"infrastructure": 1}, environments={"slow": {"retries": {"infrastructure": 3}}},
+        retries={"infrastructure": 1}, agent_sampling="refuse",
+        environments={"slow": {"retries": {"infrastructure": 3}}, "json": {"agent_sampling": "allow"}},
     )  # fmt: skip
+    assert [args.rollout_options.agent_sampling_of(agent) for agent in ("slow", "json")] == ["refuse", "allow"]
 
 
 def test_the_help_of_an_option_is_its_text_in_the_docstring() -> None:

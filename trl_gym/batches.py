@@ -444,6 +444,7 @@ def plan_group(
     build: Callable[[dict[str, Any], RolloutRequest], dict[str, Any]],
     sampling: Sampling,
     completion_budget: int,
+    agent_sampling: Callable[[str], str],
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> TaskGroup:
     """Make the requests of a group.
@@ -457,6 +458,7 @@ def plan_group(
         agent_of: Returns the agent of a row.
         build: Returns what is posted for a row; gets the request with the stamped one.
         sampling, completion_budget, chat_template_kwargs: See `request.stamp`.
+        agent_sampling: Returns that of an agent, see there.
 
     Raises:
         DatasetError: The row cannot be sent.
@@ -465,6 +467,7 @@ def plan_group(
     requests = []
     for member in members:
         row = gym_row(example)
+        agent = agent_of(row)
         identity: dict[str, Any] = {
             "rollout_id": f"{name}-m{member}-a0",
             "task_index": int(example.get("task_index", group)),
@@ -475,10 +478,11 @@ def plan_group(
             **identity,
             sampling=sampling,
             completion_budget=completion_budget,
+            agent_sampling=agent_sampling(agent),
             chat_template_kwargs=chat_template_kwargs,
         )
         place: dict[str, Any] = {"step": step, "batch": batch, "group": group, "attempt": 0}
-        request = RolloutRequest(**identity, **place, agent=agent_of(row), row=stamped)
+        request = RolloutRequest(**identity, **place, agent=agent, row=stamped)
         with naming("build_request", request.described):
             own = build(row, request)
             if own is not stamped:

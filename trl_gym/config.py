@@ -29,7 +29,7 @@ from trl_gym.config_checks import (
 )
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.given import home_paths
-from trl_gym.rollout_options import DEFAULT_RETRIES, RolloutOptions, Sampling, by_kind
+from trl_gym.rollout_options import AGENT_SAMPLING, DEFAULT_RETRIES, RolloutOptions, Sampling, by_kind
 
 _JSON_OPTIONS = (
     *("gym_overrides", "gym_vllm_args", "gym_sglang_args", "gym_retries", "gym_environments", "gym_eval_sampling"),
@@ -146,8 +146,8 @@ class GymGRPOConfig(GRPOConfig):
         gym_launch_rate (`float`, *optional*):
             Rollouts that are started per second and rank at most.
         gym_environments (`dict` or `str`, *optional*):
-            Other values for single agents: `{agent: {"deadline": …, "max_inflight": …, "retries": …, "launch_rate":
-            …}}`.
+            Other values for single agents: `{agent: {"deadline": …, "max_inflight": …, "retries": …, "launch_rate": …,
+            "agent_sampling": …}}`.
         gym_on_environment_down (`str`, *optional*, defaults to `"fail"`):
             What to do when an environment's servers do not answer any more: `"fail"` stops training, `"skip"` leaves
             its rollouts out of the batch and tries again with the next one.
@@ -161,6 +161,11 @@ class GymGRPOConfig(GRPOConfig):
         gym_eval_sampling (`dict` or `str`, *optional*):
             Sampling parameters of evaluation that differ from training: `temperature`, `top_p`, `top_k`, `min_p`,
             `repetition_penalty`.
+        gym_agent_sampling (`str`, *optional*, defaults to `"strip"`):
+            What the policy server does with a model call of a rollout that asks for another distribution than that of
+            `temperature`, `top_p` and the like (penalties, `logit_bias`, `response_format`, `structured_outputs`,
+            `tool_choice: required`, …) or for a seed. `"strip"` leaves it out, `"refuse"` refuses the call, which
+            fails the rollout, `"allow"` samples so, seeds excepted. Such calls are counted, and their agents named.
         gym_drift (`str`, *optional*, defaults to `"truncate"`):
             What to do with a rollout that drifts: one of its prompts does not start with the tokens already seen.
             `"truncate"` trains the tokens before, `"split"` trains those after it too, in a further row that begins
@@ -294,6 +299,7 @@ class GymGRPOConfig(GRPOConfig):
     gym_eval_sampling: dict[str, Any] | str | None = None
     gym_replay: str | None = None
     gym_journal_max_mb: float = 512.0
+    gym_agent_sampling: str = field(default=AGENT_SAMPLING[0], metadata={"choices": [*AGENT_SAMPLING]})
     gym_drift: str = field(default="truncate", metadata={"choices": ["truncate", "split", "exclude", "error"]})
     gym_train_calls: str = field(default="answer", metadata={"choices": ["answer", "all"]})
     gym_max_rows_factor: float = 2.0
@@ -364,6 +370,7 @@ class GymGRPOConfig(GRPOConfig):
                 min_p=self.min_p or 0.0,
                 repetition_penalty=self.repetition_penalty,
             ),
+            agent_sampling=self.gym_agent_sampling,
             max_completion_length=self.max_completion_length,  # type: ignore[arg-type]  # set by `__post_init__`
             deadline=self.gym_deadline,
             max_inflight=self.gym_max_inflight,

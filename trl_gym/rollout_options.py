@@ -15,7 +15,8 @@ from trl_gym.errors import FailureKind, Problem
 
 RETRIED_KINDS = tuple(str(kind) for kind in FailureKind if kind is not FailureKind.CANCELLED)
 DEFAULT_RETRIES = 2
-_ENVIRONMENT_KEYS = ("deadline", "max_inflight", "retries", "launch_rate")
+AGENT_SAMPLING = ("strip", "refuse", "allow")
+_ENVIRONMENT_KEYS = ("deadline", "max_inflight", "retries", "launch_rate", "agent_sampling")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class RolloutOptions:
 
     Attributes:
         sampling: Distribution that tokens are drawn from.
+        agent_sampling: What the policy server does with a model call that asks for another one, see `AGENT_SAMPLING`.
         max_completion_length: Tokens that a conversation of a rollout may have after its first prompt; a compaction
             begins a new one.
         deadline: Seconds after which a rollout counts as failed.
@@ -45,16 +47,21 @@ class RolloutOptions:
         launch_rate: Rollouts that one process starts per second at most; None for no limit.
         retries: Further attempts by failure kind; a kind that is missing has none.
         environments: Other values for single agents: `{agent: {"deadline", "max_inflight", "retries",
-            "launch_rate"}}`, each key optional.
+            "launch_rate", "agent_sampling"}}`, each key optional.
     """
 
     sampling: Sampling = Sampling()
+    agent_sampling: str = AGENT_SAMPLING[0]
     max_completion_length: int = 4096
     deadline: float = 600.0
     max_inflight: int = 256
     launch_rate: float | None = None
     retries: Mapping[str, int] = field(default_factory=lambda: by_kind(DEFAULT_RETRIES))
     environments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def agent_sampling_of(self, agent: str) -> str:
+        """Return `agent_sampling` for one agent."""
+        return str(self.environments.get(agent, {}).get("agent_sampling", self.agent_sampling))
 
     def problems(self, name: Callable[[str], str]) -> list[Problem]:
         """List every value that is out of its range.
@@ -185,6 +192,9 @@ def environment_problems(name: str, environments: Any) -> list[Problem]:
                 )
             elif key == "retries":
                 problems += retry_problems(where, by_kind(value))
+            elif key == "agent_sampling":
+                if value not in AGENT_SAMPLING:
+                    problems.append(Problem(f"`{where}` is {value!r}.", f"Choose among {', '.join(AGENT_SAMPLING)}."))
             elif key == "max_inflight":
                 problems += number_problems(where, value, least=1, whole=True)
             else:

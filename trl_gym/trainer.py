@@ -451,14 +451,13 @@ class GymGRPOTrainer(GRPOTrainer):
             for line in describe_drift([*rollouts, *(rollout for rollout, _ in batch.replaced_rollouts)]):
                 logger.warning(line)
             self._completions = [conversation(rollout) for rollout in rollouts]
-        logs = f"Read the rollouts in {self._source.folder} and the servers' logs in {self.args.gym_log_dir}."
         rewards = self._accounting.settle(
             rollouts,
             batch.rewards,
             replaced=batch.replaced_rollouts,
             mode=self._mode,
             step=self._current_step,
-            where=logs,
+            where=f"Read the rollouts in {self._source.folder} and the servers' logs in {self.args.gym_log_dir}.",
             pad_id=self._tokenizer.pad_token_id,
             eos_id=self._tokenizer.eos_token_id,
         )
@@ -517,6 +516,7 @@ class GymGRPOTrainer(GRPOTrainer):
             build=self.build_request,
             sampling=self.args.sampling_in(self._mode),
             completion_budget=self.max_completion_length,
+            agent_sampling=self.args.rollout_options.agent_sampling_of,
             chat_template_kwargs=self.chat_template_kwargs,
         )
 

@@ -16,7 +16,7 @@ from tests.policy_server.middleware.template_chats import TOOLS, Sampled, sample
 from tests.policy_server.middleware.templates import Template, load_template, template_paths
 from trl_gym.errors import ConfigError
 from trl_gym.policy_server import parsers
-from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
+from trl_gym.policy_server.middleware.sampling import leave_out, own_sampling
 from trl_gym.policy_server.parsers import (
     REASONING_RULES,
     TOOL_RULES,
@@ -104,19 +104,20 @@ def test_calls_as_a_shipped_template_writes_them_are_read(path: Path) -> None:
     assert read_call(template, text, guess.name) == [("echo", {"text": turn.text})], text
 
 
-@pytest.mark.parametrize("is_ours", [True, False])
-def test_a_strict_tool_does_not_constrain_what_our_server_samples(
-    is_ours: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("is_turn", [True, False])
+def test_neither_strict_tools_nor_a_choice_of_tools_constrain_a_turn(is_turn: bool) -> None:
+    """vLLM makes a grammar of both."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.parser.parser_manager import ParserManager
 
-    name = "VLLM_ENFORCE_STRICT_TOOL_CALLING"
-    monkeypatch.setenv(name, DEFAULT_ENVIRONMENT[name] if is_ours else "1")
     strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
-    request = ChatCompletionRequest(model="m", messages=MESSAGES, tools=strict, tool_choice="auto")
-    made = ParserManager.get_parser("hermes", enable_auto_tools=True)(load_template(TEMPLATES[0]).tokenizer)
-    assert (made.adjust_request(request).structured_outputs is None) == is_ours
+    for asked in ({"tools": strict, "tool_choice": "auto"}, {"tools": TOOLS, "tool_choice": "required"}):
+        body: dict[str, Any] = dict(asked)
+        if is_turn:
+            leave_out(body, own_sampling(body))
+        request = ChatCompletionRequest(model="m", messages=MESSAGES, **body)
+        made = ParserManager.get_parser("hermes", enable_auto_tools=True)(load_template(TEMPLATES[0]).tokenizer)
+        assert (made.adjust_request(request).structured_outputs is None) == is_turn
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)

@@ -13,8 +13,10 @@ from trl_gym.errors import FailureKind, RolloutError, RolloutFailure
 from trl_gym.policy_server.middleware.ledger import CallDrift, CallRecord, DriftCause
 from trl_gym.rollouts.collector import RolloutResult
 from trl_gym.rollouts.journal import Journal, read_journal
+from trl_gym.rollouts.metrics import rollout_metrics
 from trl_gym.rollouts.request import RolloutRequest
-from trl_gym.rollouts.source import Finisher
+from trl_gym.rollouts.rollout import facts_of
+from trl_gym.rollouts.source import Finisher, OwnSampling
 from trl_gym.rollouts.trajectory import from_calls
 
 
@@ -178,3 +180,21 @@ def test_an_answer_that_nobody_sampled_is_not_trained(tmp_path: Path) -> None:
     rollout = finisher(tmp_path, "truncate")(result(records=[]))
     assert rollout.failure.kind is FailureKind.ENVIRONMENT
     assert "the answer contradicts the policy server" in rollout.failure.text
+
+
+def test_sampling_of_an_agents_own_is_told_once_counted_and_written_down(tmp_path: Path) -> None:
+    told: list[str] = []
+    finish = dataclasses.replace(
+        finisher(tmp_path, "truncate"), own_sampling=OwnSampling(told.append, lambda agent: "strip")
+    )
+    first = record([], [1, 2], [3], own_sampling=("logit_bias", "seed"))
+    refused = CallRecord(status=400, prompt="rendered", seconds=0.1, own_sampling=("seed", "stop_at"))
+    failure = RolloutFailure(kind=FailureKind.DEADLINE, text="took too long", where="calculator /run")
+    rollouts = [finish(result(answer=None, failure=failure, records=found)) for found in ([first], [first, refused])]
+    assert ["(logit_bias, seed)" in told[0], "(stop_at)" in told[1]] == [True, True] and len(told) == 2
+    assert "Model calls of calculator" in told[0] and "`gym_agent_sampling` is 'strip'" in told[0]
+    metrics = rollout_metrics([facts_of(rollout, None, "train") for rollout in rollouts])
+    assert metrics["rollouts/own_sampling_calls"] == metrics["gym/calculator/rollouts/own_sampling_calls"] == 3.0
+    assert next(read_journal(tmp_path))["turns"][0]["own_sampling"] == ["logit_bias", "seed"]
+    plain = rollout_metrics([facts_of(finish(result()), 1.0, "train")])
+    assert "rollouts/own_sampling_calls" not in plain and len(told) == 2

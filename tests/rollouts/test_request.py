@@ -55,6 +55,13 @@ def test_a_row_keeps_everything_else_and_is_not_changed_in_place(extra: dict[str
     assert result["responses_create_params"]["metadata"]["k"] == "v"
 
 
+def test_what_an_agents_own_sampling_becomes_travels_where_it_is_not_the_default() -> None:
+    row = {"responses_create_params": {"input": "hi"}}
+    assert tag(stamped(row, agent_sampling="allow"))["trl_gym"]["agent_sampling"] == "allow"
+    assert stamped(row, agent_sampling="strip") == stamped(row)
+    assert request_hash(stamped(row, agent_sampling="refuse")) != request_hash(stamped(row))
+
+
 def test_identity_sampling_and_budget_travel_with_every_model_call() -> None:
     result = stamped({"responses_create_params": {"input": "hi"}})
     assert result["_ng_task_index"] == 7

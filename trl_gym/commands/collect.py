@@ -42,7 +42,7 @@ from trl_gym.rollouts.journal import Attempt, Journal, LineState, journal_files,
 from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.redaction import secrets_in
 from trl_gym.rollouts.request import PolicyAccess, RolloutRequest, stamp, task_hash
-from trl_gym.rollouts.source import Finisher
+from trl_gym.rollouts.source import Finisher, OwnSampling
 from trl_gym.rollouts.trajectory import from_calls
 
 MANIFEST = "collection.json"
@@ -316,10 +316,11 @@ def _run(
             if gym.num_processes > 1:
                 say(f"NeMo Gym runs in {gym.num_processes} processes")
             session = uuid.uuid4().hex[:8]
+            own_sampling = OwnSampling(say, options.rollouts.agent_sampling_of)
             for start in range(0, len(todo), _CHUNK):
                 chunk = todo[start : start + _CHUNK]
                 requests = [_request(job, options, endpoint, gym, session) for job in chunk]
-                finish = _finisher(chunk, journal, endpoint, options)
+                finish = _finisher(chunk, journal, endpoint, options, own_sampling)
                 _wait(collector.submit(requests, finish, progress).future, journal)
     except KeyboardInterrupt:
         done_now = len(jobs) - len(missing(jobs, done(read_journal(options.journal_dir))))
@@ -344,7 +345,11 @@ def _untagged_calls_told(options: CollectOptions, endpoint: Endpoint, say: Calla
 
 
 def _finisher(
-    jobs: Sequence[Job], journal: Journal, endpoint: Endpoint, options: CollectOptions
+    jobs: Sequence[Job],
+    journal: Journal,
+    endpoint: Endpoint,
+    options: CollectOptions,
+    own_sampling: OwnSampling,
 ) -> Callable[[RolloutResult], _Outcome]:
     job_of = {(job.task.index, job.member): job for job in jobs}
 
@@ -359,6 +364,7 @@ def _finisher(
             drift_policy="truncate",
             mode=options.mode,
             weight_version=endpoint.weight_version,
+            own_sampling=own_sampling,
         )
         return _Outcome(finisher(result).failure)
 
@@ -396,6 +402,7 @@ def _request(job: Job, options: CollectOptions, endpoint: Endpoint, gym: GymServ
         **identity,
         sampling=options.rollouts.sampling,
         completion_budget=options.rollouts.max_completion_length,
+        agent_sampling=options.rollouts.agent_sampling_of(agent),
     )
     if not endpoint.is_ours:
         row = without_tag(row)

@@ -14,6 +14,7 @@ from trl_gym.given import url_problems, usable_key
 from trl_gym.policy_server.command import KEY_VARIABLE, api_key_from_environment
 from trl_gym.recipes import find
 from trl_gym.rollout_options import (
+    AGENT_SAMPLING,
     DEFAULT_RETRIES,
     RolloutOptions,
     Sampling,
@@ -153,6 +154,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     policy.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
     policy.add_argument(
+        "--agent-sampling",
+        choices=AGENT_SAMPLING,
+        default=AGENT_SAMPLING[0],
+        help="sampling of an agent's own (penalties, logit_bias, response_format, seed, …) is left out, refuses the "
+        "call, or is allowed, as gym_agent_sampling says in training; for a policy served by trl-gym (default: "
+        "%(default)s)",
+    )
+    policy.add_argument(
         "--max-completion-length",
         type=int,
         default=4096,
@@ -206,6 +215,7 @@ def parse(options: argparse.Namespace, mode: str) -> CollectOptions:
         num_generations=options.num_generations,
         rollouts=RolloutOptions(
             sampling=Sampling(temperature=options.temperature, top_p=options.top_p),
+            agent_sampling=options.agent_sampling,
             max_completion_length=options.max_completion_length,
             deadline=options.deadline,
             max_inflight=options.max_inflight,

@@ -429,6 +429,7 @@ def _requests(context: Context) -> Iterator[RolloutRequest]:
             **identity,
             sampling=args.rollout_options.sampling,
             completion_budget=args.max_completion_length or 1,
+            agent_sampling=args.rollout_options.agent_sampling_of(agent),
             chat_template_kwargs=args.chat_template_kwargs,
         )
         yield RolloutRequest(**identity, group=index, attempt=0, agent=agent, row=row)

@@ -58,8 +58,6 @@ DEFAULT_ENVIRONMENT = {
     # of 5 s, a request that is just being sent dies with "connection reset".
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     WAIT_POLICY: "PASSIVE",
-    # A tool with `strict: true` (as many of Gym's, which 0.7 passes on) would constrain the calls that are sampled.
-    "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",
 }
 
 

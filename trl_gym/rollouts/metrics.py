@@ -11,6 +11,7 @@ as `gym/<agent>/<name>`, beside the numbers of its verify response:
 | `failed_fraction`, `failed/<kind>`* | of them, the ones that failed; by kind, 0 included |
 | `untrained_fraction` | of them, the ones not trained: failed, no reward, or their group was left out or replaced |
 | `retried_fraction` | of them, the ones that were run more than once |
+| `own_sampling_calls` | model calls that asked for another distribution; missing where there are none |
 | `drift_fraction`* | of those with tokens, the ones that drifted; also those excluded for it |
 | `reward`*, `reward_std`* | the environment's reward |
 | `truncated_fraction` | cut, as Gym reports it |
@@ -151,6 +152,7 @@ def _counts(facts: Sequence[RolloutFacts]) -> dict[str, float]:
         "failed_fraction": _fraction(facts, lambda fact: fact.failure is not None),
         "untrained_fraction": _fraction(facts, lambda fact: not fact.is_valid),
         "retried_fraction": _fraction(facts, lambda fact: fact.attempts > 1),
+        **({"own_sampling_calls": float(own)} if (own := sum(fact.own_sampling_calls for fact in facts)) else {}),
     }
 
 

@@ -25,7 +25,7 @@ from trl_gym.errors import DatasetError
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.policy_server.client import root_url
 from trl_gym.policy_server.middleware.identity import PREFIX, ROLLOUT_HEADER, rollout_key
-from trl_gym.rollout_options import Sampling
+from trl_gym.rollout_options import AGENT_SAMPLING, Sampling
 
 _REMEDY = "Load Gym datasets with `load_gym_dataset`, which names the line, and return such rows from `choose_task`."
 _ATTEMPT = re.compile(r"-a\d+$")
@@ -108,6 +108,7 @@ def stamp(
     member: int,
     sampling: Sampling,
     completion_budget: int,
+    agent_sampling: str = AGENT_SAMPLING[0],
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a copy of a Gym row with identity, sampling and budget written into it.
@@ -118,6 +119,7 @@ def stamp(
         sampling: Sampling parameters of every model call.
         completion_budget: Tokens that each conversation of the rollout may have after its first prompt; a compaction
             begins a new one. A single model call gets at most this many, or what the row asks for when that is less.
+        agent_sampling: What the policy server does with a model call that asks for another distribution.
         chat_template_kwargs: Passed to the chat template by the policy server.
 
     Raises:
@@ -133,6 +135,8 @@ def stamp(
     params["top_p"] = sampling.top_p
     metadata = dict(params.get("metadata") or {})
     tag: dict[str, Any] = {"rollout": rollout_id, "sampling": asdict(sampling), "completion_budget": completion_budget}
+    if agent_sampling != AGENT_SAMPLING[0]:  # servers of other versions need not know it
+        tag["agent_sampling"] = agent_sampling
     if options := dict(chat_template_kwargs or {}) | json_object(metadata.get("chat_template_kwargs")):
         metadata["chat_template_kwargs"] = json.dumps(options)
         tag["chat_template_kwargs"] = options  # for agents that drop `metadata`

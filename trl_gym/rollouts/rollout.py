@@ -276,6 +276,8 @@ def _model_turn(record: CallRecord | None) -> dict[str, Any]:
     }
     if record is not None and record.last_version is not None:
         turn["last_version"] = record.last_version  # weights changed while it ran
+    if record is not None and record.own_sampling:
+        turn["own_sampling"] = record.own_sampling
     return turn
 
 
@@ -303,6 +305,7 @@ class RolloutFacts:
     model_seconds: float | None = None
     # Seconds of these in the engine's queue; None where the server does not measure it.
     queue_seconds: float | None = None
+    own_sampling_calls: int = 0  # model calls that asked for another distribution than the run's
     turns: int = 0  # model calls that are trained
     prompt_tokens: int = 0  # tokens of the prompts, one of each row
     environment_tokens: int = 0  # tokens that the environment put after them
@@ -350,6 +353,7 @@ def facts_of(rollout: Rollout, reward: float | None, mode: str, step: int | None
         seconds=rollout.seconds,
         model_seconds=_total(rollout, "seconds"),
         queue_seconds=_total(rollout, "queue_s"),
+        own_sampling_calls=sum(bool(record.own_sampling) for record in rollout.records or ()),
         turns=sum(trajectory.num_turns for trajectory in trajectories),
         prompt_tokens=sum(prompts),
         environment_tokens=sum(trajectory.env_mask.count(0) for trajectory in trajectories),

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 
 from trl_gym.errors import ConfigError, FailureKind, Problem, RolloutError, RolloutFailure, naming
+from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.rollouts.attempts import CollectionStatus, RolloutResult
 from trl_gym.rollouts.counted_calls import DishonestAnswerError, counted_calls
 from trl_gym.rollouts.journal import Attempt, Journal, Line, LineState, line_states, read_line, read_lines
@@ -433,6 +434,37 @@ def _ordered(groups: Sequence[Mapping[int, Line]]) -> list[_Group]:
 # -- what happens to each rollout as it ends --------------------------------------------------------------------------
 
 
+class OwnSampling:
+    """Says once, for each agent and field, that model calls ask for another distribution than the run's.
+
+    Args:
+        say: Gets one line.
+        policy_of: Returns what the policy server does with such calls of an agent (`gym_agent_sampling`).
+    """
+
+    def __init__(self, say: Callable[[str], None], policy_of: Callable[[str], str]) -> None:
+        self._say, self._policy_of = say, policy_of
+        self._told: set[tuple[str, str]] = set()
+
+    def look(self, agent: str, records: Sequence[CallRecord]) -> None:
+        """Look at the policy server's records of one rollout."""
+        found = {(agent, name) for record in records for name in record.own_sampling} - self._told
+        if not found:
+            return
+        self._told |= found
+        names, policy = ", ".join(sorted(name for _, name in found)), self._policy_of(agent)
+        what = {
+            "strip": "that is left out, so that tokens are drawn from the distribution that is trained",
+            "refuse": "such calls are refused",
+            "allow": "they are sampled so, seeds and the run's own parameters excepted, while training computes the "
+            "log-probabilities without it",
+        }
+        self._say(
+            f"Model calls of {agent}, or its rows (`metadata.extra_body`), ask for sampling of their own ({names}): "
+            f"{what[policy]}. `gym_agent_sampling` is {policy!r}."
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finisher:
     """Turns an attempt that has ended into a rollout. Called once per attempt, in the collector's thread."""
@@ -446,6 +478,7 @@ class Finisher:
     mode: str  # `"train"` or `"eval"`
     weight_version: str  # the version that the policy server holds
     tags: Mapping[str, Any] = field(default_factory=dict)  # fields that are added to every line
+    own_sampling: OwnSampling | None = None  # tells of sampling of an agent's own
 
     def __call__(self, result: RolloutResult) -> Rollout:
         """Return the rollout, which is in the journal then.
@@ -455,6 +488,8 @@ class Finisher:
                 `TrajectoryError`, or the journal cannot be written.
         """
         rollout = self._rollout(result)
+        if self.own_sampling is not None:
+            self.own_sampling.look(result.request.agent, result.records or ())
         record = journal_record(rollout, mode=self.mode, weight_version=self.weight_version)
         # The line of an attempt that is not the last says so: whoever counts rollouts leaves it out.
         failed_for = None if rollout.failure is None else rollout.failure.kind

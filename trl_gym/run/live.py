@@ -26,7 +26,7 @@ from trl_gym.rollouts.queue import RolloutQueue, Sampler, TaskGroup
 from trl_gym.rollouts.redaction import secrets_in
 from trl_gym.rollouts.request import PolicyAccess
 from trl_gym.rollouts.reuse import Policy, Recall
-from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, TrainerHooks
+from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, OwnSampling, TrainerHooks
 from trl_gym.rollouts.trajectory import make_decoder
 from trl_gym.run.weights import PolicyWeights, check_model
 
@@ -71,6 +71,7 @@ class LiveSource:
         self._run = ""  # id of the training run
         self._engine = ""  # of the policy server, with its version
         self._looked: _Look | None = None  # what the policy server had counted when rollouts in flight began
+        self._own_sampling = OwnSampling(logger.warning, args.rollout_options.agent_sampling_of)
 
     @property
     def policy_server(self) -> PolicyBackend:
@@ -301,6 +302,7 @@ class LiveSource:
             train_calls=self._args.gym_train_calls,
             mode="train" if evaluation is None else "eval",
             weight_version=str(self._version),
+            own_sampling=self._own_sampling,
         )
 
     def _recover(self, loss: PolicyServerLostError, num_lost: int) -> None:

@@ -405,12 +405,20 @@ def test_l4_calls_of_no_rollout_are_counted(engine: Engine) -> None:
 def test_s1_a_rollouts_own_sampling_wins(engine: Engine) -> None:
     """Sampling that a rollout pins (`trl_gym.sampling`) wins over what the agent asks for, which is left out.
 
-    Pinned: `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`. Left out, too: penalties, `logit_bias`,
-    allowed or forbidden tokens.
+    Pinned: `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`. Left out, too, of every turn: penalties,
+    `logit_bias`, allowed or forbidden tokens, grammars, a `seed`, fields that nobody knows. `agent_sampling` of the
+    tag says otherwise: with `refuse` the call is a 400, with `allow` they are sampled with, the seed excepted.
     """
     greedy = engine.message([USER], temperature=0.0, max_tokens=12)["generation_token_ids"]
-    agents = {"temperature": 2.0, "top_p": 0.5, "logit_bias": {"9": 100}, "presence_penalty": 2.0}
+    agents = {"temperature": 2.0, "top_p": 0.5, "logit_bias": {"9": 100}, "presence_penalty": 2.0, "seed": 7}
+    agents |= {"structured_outputs": {"choice": ["the five apples"]}, "response_format": {"type": "json_object"}}
     assert engine.turn([USER], max_tokens=12, trl_gym=tagged(0.0), **agents).generation_ids == greedy
+    with pytest.raises(PolicyServerError, match=r"HTTP 400: .*gym_agent_sampling"):
+        engine.chat([USER], max_tokens=2, trl_gym=tagged(0.0) | {"agent_sampling": "refuse"}, **agents)
+    allowed = tagged() | {"agent_sampling": "allow"}
+    end = engine.tokenizer().eos_token_id
+    if (answer := engine.served("s6 logit_bias", [USER], logit_bias={str(end): 100}, trl_gym=allowed)) is not None:
+        assert answer["usage"]["completion_tokens"] == 1
     hot = [
         engine.turn([USER], temperature=0.0, max_tokens=12, ignore_eos=True, trl_gym=tagged()).generation_ids
         for _ in range(2)

@@ -332,12 +332,14 @@ class ChatTurns:
 
 def _refuse_own_sampling(turn: Turn) -> None:
     if turn.own_sampling and turn.agent_sampling == "refuse":
-        names = ", ".join(shortened(turn.own_sampling))
-        text = (
-            f"This turn of a rollout asks for sampling of its own ({names}), and `gym_agent_sampling` is 'refuse'. "
-            "Take it out of the agent, or of the row's `metadata.extra_body`, or set the option to 'strip' or 'allow'."
+        raise AnsweredError(
+            Reply.error(
+                400,
+                f"This turn of a rollout asks for sampling of its own ({', '.join(shortened(turn.own_sampling))}), and "
+                "`gym_agent_sampling` is 'refuse'. Take it out of the agent, or of the row's `metadata.extra_body`, or "
+                "set the option to 'strip' or 'allow'.",
+            )
         )
-        raise AnsweredError(Reply.error(400, text))
 
 
 def _sampled(turn: Turn, answer: dict[str, Any]) -> Sampled:

@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-POLICIES = ("strip", "refuse", "allow")  # values of `gym_agent_sampling`, the default first
-
 PINNED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Parameters that a rollout's tag sets."""
 

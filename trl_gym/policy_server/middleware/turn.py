@@ -19,12 +19,12 @@ import msgspec
 from trl_gym.policy_server.middleware.identity import NOBODY, Identity, agreed_rollout
 from trl_gym.policy_server.middleware.sampling import (
     PINNED,
-    POLICIES,
     leave_out,
     leave_out_seed,
     own_sampling,
     pin,
 )
+from trl_gym.rollout_options import AGENT_SAMPLING
 from trl_gym.untrusted import MAX_DEPTH, check_depth
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Turn:
     sampled: list[bytes | None] = field(default_factory=list)
     rollout: str | None = None  # id of the rollout; None for a request without a tag
     sampling: dict[str, Any] | None = None  # sampling parameters that the tag pins; None if it pins none
-    agent_sampling: str = POLICIES[0]  # what becomes of sampling of the agent's own, see `sampling.py`
+    agent_sampling: str = AGENT_SAMPLING[0]  # what becomes of sampling of the agent's own, see `sampling.py`
     own_sampling: list[str] = field(default_factory=list)  # names of the fields that ask for it
     completion_budget: int | None = None  # tokens after the first prompt of each conversation of the rollout
     newest: int | None = None  # index of the newest message whose tokens are known, or None
@@ -244,8 +244,8 @@ def _checked_tag(tag: Any) -> Mapping[str, Any]:
         raise InvalidTurnError(f"trl_gym.completion_budget must be a positive integer, not {budget!r}")
     if tag.get("sampling"):
         checked_sampling(tag["sampling"], "trl_gym.sampling")
-    if (policy := tag.get("agent_sampling")) is not None and policy not in POLICIES:
-        one_of = ", ".join(POLICIES)
+    if (policy := tag.get("agent_sampling")) is not None and policy not in AGENT_SAMPLING:
+        one_of = ", ".join(AGENT_SAMPLING)
         raise InvalidTurnError(f"trl_gym.agent_sampling must be one of {one_of}, not {_quoted(policy)}")
     options = tag.get("chat_template_kwargs")
     if not isinstance(options, Mapping | None):
