@@ -335,9 +335,9 @@ def _refuse_own_sampling(turn: Turn) -> None:
         raise AnsweredError(
             Reply.error(
                 400,
-                f"This turn of a rollout asks for sampling of its own ({', '.join(shortened(turn.own_sampling))}), and "
-                "`gym_agent_sampling` is 'refuse'. Take it out of the agent, or of the row's `metadata.extra_body`, or "
-                "set the option to 'strip' or 'allow'.",
+                f"This turn of a rollout asks for sampling of its own ({', '.join(shortened(turn.own_sampling))}), "
+                "and `gym_agent_sampling` is 'refuse'. Take it out of the agent or the row's `metadata.extra_body`, "
+                "or set the option to 'strip' or 'allow'.",
             )
         )
 
