@@ -579,6 +579,34 @@ async def test_the_servers_headers_come_with_its_answer(http: Http, app: FakeVll
     assert http.headers[2:] == app.headers[:2]
 
 
+async def test_thinking_that_is_not_asked_for_is_left_out_and_its_tokens_are_not(http: Http, app: FakeVllm) -> None:
+    app.change_answer = lambda answer: answer["choices"][0]["message"].update(reasoning="so", reasoning_content="so")
+    message = (await http.chat([USER], trl_gym=TAG, include_reasoning=False))["choices"][0]["message"]
+    assert (message["reasoning"], message["reasoning_content"], message["content"]) == (None, None, "ok")
+    assert message["generation_token_ids"] == app.reply
+    assert "include_reasoning" not in app.chats()[-1]
+    await http.chat([USER], include_reasoning=False)
+    assert app.chats()[-1]["include_reasoning"] is False
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"top_logprobs": 2}, "when using `top_logprobs`, `logprobs` must be set to true."),
+        ({"logprob_token_ids": [1]}, "when using `logprob_token_ids`, `logprobs` must be set to true."),
+        ({"stream": "yes", "trl_gym": TAG}, "stream must be true or false, not 'yes'"),
+        ({"stream": True, "stream_options": {"include_usage": 5}, "trl_gym": TAG}, "stream_options.include_usage"),
+        ({"stream": True, "stream_options": [1], "trl_gym": TAG}, "stream_options must be an object"),
+    ],
+)
+async def test_what_the_server_would_refuse_and_does_not_see_is_refused(
+    http: Http, app: FakeVllm, body: Json, said: str
+) -> None:
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": [USER], **body})
+    assert (status, said in answer["error"]["message"]) == (400, True)
+    assert app.requests == []
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/trl_gym/rollouts/cancel", "/trl_gym/sampling"])
 @pytest.mark.parametrize("kind", [b"text/plain", b"application/x-www-form-urlencoded", b""])
 async def test_a_body_that_is_not_said_to_be_json_is_refused_as_by_vllm(

@@ -305,6 +305,10 @@ class ChatTurns:
         openai.strip_unasked(answer, turn.asked)
         if tokens is not None:
             openai.slim(answer, tokens.handle, with_logprobs=not turn.asks_for_ids)
+        if turn.is_ours and turn.hides_thinking:
+            answer["choices"][0]["message"] |= dict.fromkeys(
+                {"reasoning", "reasoning_content"} & answer["choices"][0]["message"].keys()
+            )
         if adapter is not None:
             answer["model"] = turn.body.get("model") or (await self._server_info.all(server))["model_names"][0]
         if prompt.drift is not None:

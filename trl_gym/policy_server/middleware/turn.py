@@ -132,6 +132,7 @@ class Turn:
             turn._read_history(messages)
         if turn.is_ours:
             _check_is_sampled(body)
+            _check_stream(body)
         return turn
 
     @property
@@ -146,6 +147,10 @@ class Turn:
     @property
     def is_streamed(self) -> bool:
         return bool(self.body.get("stream"))
+
+    @property
+    def hides_thinking(self) -> bool:
+        return self.body.get("include_reasoning") not in (None, True)
 
     @property
     def asks_for_ids(self) -> bool:
@@ -195,6 +200,8 @@ class Turn:
             body["model"] = self.served_model
         if body.get("top_logprobs") is None:
             body["top_logprobs"] = 0  # an explicit null switches logprobs off
+        if self.is_ours:  # vLLM leaves out all tokens where it leaves out thinking; `hides_thinking` does
+            body.pop("include_reasoning", None)
         if self.is_streamed:  # the middleware streams the whole answer: only then are all its tokens known
             body["stream"] = False
             body.pop("stream_options", None)
@@ -264,6 +271,9 @@ def _check_types(body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
     for key in _LIMIT_KEYS:
         if body.get(key) is not None:
             body[key] = _limit(body[key], key)
+    for key in ("top_logprobs", "logprob_token_ids"):  # the server is asked for `logprobs` in any case
+        if body.get(key) not in (None, 0, []) and not body.get("logprobs"):
+            raise InvalidTurnError(f"when using `{key}`, `logprobs` must be set to true.")
     for message in messages:
         if not isinstance(message.get("tool_calls"), list | None):
             raise InvalidTurnError(f"tool_calls must be a list, not {_quoted(message['tool_calls'])}")
@@ -287,6 +297,14 @@ def _check_is_sampled(body: dict[str, Any]) -> None:
             raise InvalidTurnError(f"{key} must be 1 for a turn of a rollout, not {_quoted(body[key])}")
     if body.get("use_beam_search"):
         raise InvalidTurnError("use_beam_search must be false for a turn of a rollout, whose tokens must be sampled")
+
+
+def _check_stream(body: dict[str, Any]) -> None:
+    """Check what the server does not see of a turn, which it answers whole."""
+    options = body.get("stream_options") or {}
+    for name, value in (("stream", body.get("stream")), *((f"stream_options.{key}", options[key]) for key in options)):
+        if not isinstance(value, bool | None):
+            raise InvalidTurnError(f"{name} must be true or false, not {_quoted(value)}")
 
 
 def _quoted(value: Any) -> str:
