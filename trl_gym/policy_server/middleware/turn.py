@@ -132,7 +132,6 @@ class Turn:
             turn._read_history(messages)
         if turn.is_ours:
             _check_is_sampled(body)
-            _check_stream(body)
         return turn
 
     @property
@@ -297,14 +296,8 @@ def _check_is_sampled(body: dict[str, Any]) -> None:
             raise InvalidTurnError(f"{key} must be 1 for a turn of a rollout, not {_quoted(body[key])}")
     if body.get("use_beam_search"):
         raise InvalidTurnError("use_beam_search must be false for a turn of a rollout, whose tokens must be sampled")
-
-
-def _check_stream(body: dict[str, Any]) -> None:
-    """Check what the server does not see of a turn, which it answers whole."""
-    options = body.get("stream_options") or {}
-    for name, value in (("stream", body.get("stream")), *((f"stream_options.{key}", options[key]) for key in options)):
-        if not isinstance(value, bool | None):
-            raise InvalidTurnError(f"{name} must be true or false, not {_quoted(value)}")
+    if not isinstance(stream := body.get("stream"), bool | None):  # the server does not see it
+        raise InvalidTurnError(f"stream must be true or false, not {_quoted(stream)}")
 
 
 def _quoted(value: Any) -> str:
