@@ -27,7 +27,7 @@ def test_the_quickstart_is_well(
     # It imports vLLM once more in a process of its own, and is tested without servers.
     monkeypatch.setattr("trl_gym.doctor.checks.CHECKS", [check for check in CHECKS if check.name != "vllm flags"])
     orphans_before = {process.pid for process in orphans(processes())}
-    run = ["--config", "recipes/quickstart.yaml", "--output_dir", str(tmp_path / "run")]
+    run = ["--config", "recipes/quickstart.yaml", "--gym_engine", "vllm", "--output_dir", str(tmp_path / "run")]
     variables = dict(os.environ)
     status = main(["doctor", "--json", *run, "--small_policy_dir", str(small_policy)])
     answer = json.loads(capsys.readouterr().out)
