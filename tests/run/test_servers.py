@@ -12,7 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
+from transformers import AutoTokenizer, DiffLlamaConfig, DiffLlamaForCausalLM
 
 from tests.policy_server.fake_vllm import FakeVllm
 from tests.policy_server.test_splice_probe import REMEDIES, served
@@ -22,6 +24,7 @@ from trl_gym import GymGRPOConfig, GymServers
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, TrlGymError
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
+from trl_gym.policy_server.transformers_engine.server import TransformersServer
 from trl_gym.processes import ServerState
 from trl_gym.run.live import LiveSource
 from trl_gym.run.servers import RunServers, close_previous, servers_for, workers_problem
@@ -82,6 +85,21 @@ def test_one_that_splices_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert servers.policy.base_url == client.base_url
     assert started == ["gym"]
     assert len(vllm.chats()) == 1
+
+
+@pytest.mark.usefixtures("gym_that_must_not_start")
+def test_one_of_transformers_that_samples_from_something_else_than_its_model_is_refused(tmp_path: Path) -> None:
+    """DiffLlama says that it takes any attention, and subtracts two."""
+    tokenizer = AutoTokenizer.from_pretrained(build_random_policy(tmp_path / "policy"))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    odd = DiffLlamaForCausalLM(DiffLlamaConfig(vocab_size=len(tokenizer), initializer_range=0.08, **sizes))
+    with TransformersServer(max_model_len=256) as elsewhere:
+        elsewhere.take_model(odd, tokenizer)
+        client = elsewhere.wait_ready().client
+        policy = PolicyServer.attach(client.base_url, api_key=client.api_key)
+        with elsewhere.sampling(), pytest.raises(ConfigError, match="does not compute what its model does"):
+            run_servers(client.base_url, tmp_path, policy).start()
 
 
 # -- parsers of tool calls --------------------------------------------------------------------------------------------

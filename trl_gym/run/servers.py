@@ -388,8 +388,9 @@ class RunServers:
 
     def _check_answers(self) -> None:
         check_splice(self.policy.client, self.policy.model_name)
-        if self.own is not None:
-            check_sampling(self.policy.client, self.policy.model_name, self._args.probe_tolerance)
+        for one in self.policy.client.singly():  # one that runs elsewhere may be of this engine, too
+            if one.info().get("engine") == "transformers":
+                check_sampling(one, self.policy.model_name, self._args.probe_tolerance)
         parsers = getattr(self.policy, "parsers", None)  # other backends, and servers elsewhere, do not tell
         if self._agent_with_tools is not None and (parsers is None or parsers.tool.name is None):
             check_tools(self.policy.client, self.policy.model_name, self._agent_with_tools)

@@ -1,0 +1,183 @@
+"""A training run in which a process is killed or stopped again and again; then its journal is checked.
+
+    .venv/bin/python benchmarks/soak.py [--steps 100] [--every 20] [--engine vllm] [--seed 0] [--json FILE] [OPTION …]
+
+Trains the quickstart. About every `--every` seconds one process below the trainer gets SIGKILL, or SIGSTOP forever:
+vLLM's engine, its API server, NeMo Gym's host, a supervisor. Options that are unknown here go to the run. At the end:
+
+    ended      the run has exit code 0 and all its steps, with as many rollouts in each as the recipe asks for
+    rewards    every reward in the journal is what the environment's scoring says of the recorded answer
+    once       no rollout of training is counted twice; every one is of the batch and the step that it is recorded in
+    behind     no process and no temporary file is left
+
+Exit code 0 when all four hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+from measure import CALCULATOR, ROOT, machine
+
+sys.path[:0] = [str(ROOT), str(CALCULATOR / "resources_servers" / "calculator")]
+
+# A word of a process's name and command line → what it is.
+VICTIMS = {
+    "EngineCore": "engine",
+    "trl_gym.policy_server": "API server",
+    "gym/host.py": "NeMo Gym",
+}
+SUPERVISOR = "supervisor.py"
+WAYS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+ROLLOUTS = 128  # of a step of the quickstart
+# Temporary files of libraries, which a process that is well leaves as well.
+THEIRS = ("wandb-artifacts", "wandb-media", "torchinductor")
+
+
+def role_of(process: psutil.Process) -> str | None:
+    """Say what a process is; None for one that no fault is for."""
+    try:
+        text = f"{process.name()} {' '.join(process.cmdline())}"
+    except psutil.Error:
+        return None  # it has ended
+    role = next((role for word, role in VICTIMS.items() if word in text), None)
+    if SUPERVISOR in text:
+        return f"supervisor of {role}" if role else None
+    return role
+
+
+def strike(run: subprocess.Popen[bytes], rng: random.Random) -> str | None:
+    """Kill or stop a process of the run; returns what was done, None where there is nothing to strike."""
+    by_role: dict[str, list[psutil.Process]] = {}
+    for process in psutil.Process(run.pid).children(recursive=True):
+        if role := role_of(process):
+            by_role.setdefault(role, []).append(process)
+    if not by_role:
+        return None
+    role = rng.choice(sorted(by_role))
+    way = rng.choice(sorted(WAYS))
+    try:
+        rng.choice(by_role[role]).send_signal(WAYS[way])
+    except psutil.Error:
+        return None
+    return f"{role} {way}"
+
+
+def soak(command: list[str], every: float, rng: random.Random, log: Path, environment: Mapping[str, str]) -> Any:
+    """Run the command under faults; returns its exit code and what was done to it, by kind."""
+    done: Counter[str] = Counter()
+    begun = time.monotonic()
+    with log.open("wb") as output:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while run.poll() is None:
+                try:
+                    run.wait(rng.uniform(0.5, 1.5) * every)
+                except subprocess.TimeoutExpired:
+                    # The first rollouts show that the servers are up: a fault of the start ends a run, as it should.
+                    if b"step " in log.read_bytes() and (fault := strike(run, rng)) is not None:
+                        done[fault] += 1
+                        print(f"{time.monotonic() - begun:5.0f} s: {fault}", flush=True)
+        finally:
+            run.kill()
+    return run.wait(), done
+
+
+def problems_of(journal: Path, metrics: Iterable[Mapping[str, Any]], steps: int) -> tuple[list[str], Counter[str]]:
+    """Check a journal of the quickstart; returns what is wrong with it, and counts of its lines."""
+    from calculator_scoring import score
+
+    from trl_gym.responses import output_items
+    from trl_gym.rollouts.journal import Attempt, LineState, read_journal
+
+    wrong: list[str] = []
+    counts: Counter[str] = Counter()
+    seen: set[tuple[Any, ...]] = set()
+    per_step: Counter[int] = Counter()
+    for line in read_journal(journal):
+        counts["lines"] += 1
+        if line["reward"] is not None:
+            row = line["row"]
+            expected = [row[f"expected_{name}"] for name in ("tool", "arguments", "answer")]
+            counts["rewards"] += 1
+            if line["reward"] != score(output_items(line), *expected).reward:
+                wrong.append(f"{line['rollout_id']} has reward {line['reward']}, which its answer does not deserve")
+        if Attempt.of(line).state is not LineState.COUNTED or line["mode"] != "train":
+            continue
+        counts["counted"] += 1
+        counts[f"failed: {line['failure']['kind']}" if line["failure"] else "rewarded"] += 1
+        per_step[line["step"]] += 1
+        member = (line["batch"], line["group"], line["member"])
+        if member in seen or not line["rollout_id"]:
+            wrong.append(f"{line['rollout_id']} is the second rollout of batch, group, member {member}")
+        seen.add(member)
+    made = [row["step"] for row in metrics if "reward" in row]
+    if made != list(range(1, steps + 1)):
+        wrong.append(f"metrics.jsonl has the steps {made[:3]} … {made[-3:]}, {len(made)} in all")
+    wrong += [f"step {step} has {n} rollouts" for step, n in sorted(per_step.items()) if n != ROLLOUTS]
+    if len(per_step) != steps:
+        wrong.append(f"the journal has {len(per_step)} steps")
+    return wrong, counts
+
+
+def left_behind(stamp: str, folder: Path) -> list[str]:
+    """Return the processes that have this variable's value in their environment, and the files of a folder."""
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TRL_GYM_SOAK") == stamp and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(f"process {process.pid}: {' '.join(process.cmdline())[:120]}")
+        except psutil.Error:
+            continue  # it has ended, or is another user's
+    return left + [f"file {path}" for path in folder.iterdir() if not any(name in path.name for name in THEIRS)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
+    parser.add_argument("--every", type=float, default=20.0, help="mean seconds between faults")
+    parser.add_argument("--engine", default="vllm", help="gym_engine of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of what is struck, and when")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options, further = parser.parse_known_args()
+    folder = Path(tempfile.mkdtemp(prefix="trl-gym-soak-"))
+    (folder / "tmp").mkdir()
+    stamp = folder.name
+    command = [
+        *(sys.executable, "recipes/grpo.py", "--config", "recipes/quickstart.yaml", "--gym_engine", options.engine),
+        *("--output_dir", str(folder / "run"), "--max_steps", str(options.steps), "--gym_server_restarts", "1000"),
+        *("--eval_strategy", "no", "--eval_on_start", "false", "--save_steps", "1000", *further),
+    ]
+    environment = os.environ | {"TMPDIR": str(folder / "tmp"), "TRL_GYM_SOAK": stamp}
+    begun = time.monotonic()
+    code, done = soak(command, options.every, random.Random(options.seed), folder / "output.log", environment)
+    seconds = time.monotonic() - begun
+    time.sleep(5.0)  # what was killed at the end may take a moment
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    wrong, counts = problems_of(folder / "run" / "rollouts", metrics, options.steps)
+    wrong += [] if code == 0 else [f"the run ended with exit code {code}"]
+    wrong += [f"left behind: {one}" for one in left_behind(stamp, folder / "tmp")]
+    print(f"\n{machine()}; {seconds:.0f} s, {sum(done.values())} faults: {dict(done)}\n{dict(counts)}")
+    print(f"output: {folder / 'output.log'}")
+    print("\n".join(wrong[:20]) or "ended, rewards right, every rollout once, nothing left behind")
+    if options.json is not None:
+        facts = {"machine": machine(), "seconds": seconds, "faults": done, "journal": counts, "wrong": wrong}
+        options.json.write_text(json.dumps(facts, indent=2) + "\n")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
