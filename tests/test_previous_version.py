@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from trl import ModelConfig, TrlParser
 
 from tests.rollouts.recorded import grouped
+from trl_gym.checkpoints import last_whole_checkpoint
 from trl_gym.cli import main, parse_args
 from trl_gym.commands.collect import all_jobs, claim, done, load_tasks, missing
 from trl_gym.commands.rollout_flags import CollectOptions, NamedFile
 from trl_gym.commands.rollout_flags import parse as parse_options
 from trl_gym.commands.summary import outcomes, summarize
 from trl_gym.config import GymGRPOConfig
+from trl_gym.made_with import require_same
 from trl_gym.report.source import open_run, read_trained
-from trl_gym.resume import last_complete_checkpoint, load_state
+from trl_gym.resume import load_state
 from trl_gym.rollout_options import RolloutOptions, Sampling
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.request import RolloutRequest
@@ -137,10 +141,13 @@ def request_of(record: dict[str, Any]) -> RolloutRequest:
     return RolloutRequest(**{name: record[name] for name in names})
 
 
-def test_its_checkpoint_is_found_and_read(caplog: pytest.LogCaptureFixture) -> None:
+def test_its_checkpoint_is_found_and_read(old: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({"a": torch.zeros(1)}, old / "training" / "checkpoint-3" / "model.safetensors")  # too large to be kept
     with caplog.at_level(logging.WARNING):
-        checkpoint = last_complete_checkpoint(OLD / "training")
-    assert checkpoint == str(OLD / "training" / "checkpoint-3") and not caplog.records
+        checkpoint = last_whole_checkpoint(old / "training")
+        assert checkpoint == str(old / "training" / "checkpoint-3") and not caplog.records
+        assert require_same(checkpoint, {"seed": 1}, [], is_allowed=False)
+    assert "does not say what it was made with" in caplog.text
     state = load_state(checkpoint, rank=0)
     assert state is not None
     assert (state.run, state.num_micro_steps, state.num_ranks) == ("97184885", 6, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from trl_gym.errors import ConfigError
 from trl_gym.resume import (
     QueueState,
     RunState,
-    last_complete_checkpoint,
     load_state,
     require_plain_tasks,
     restored,
@@ -73,36 +71,6 @@ def test_a_damaged_state_is_refused(tmp_path: Path, written: Any) -> None:
     file.write_bytes(written) if isinstance(written, bytes) else torch.save(written, file)
     with pytest.raises(ConfigError, match=r"trl_gym_state\.rank-0\.pt cannot be read"):
         load_state(tmp_path, 0)
-
-
-@pytest.mark.parametrize("text", ["5", "null", "[" * 100_000, '"global_step"'])
-def test_a_checkpoint_with_an_odd_state_is_none(tmp_path: Path, text: str) -> None:
-    checkpoint(tmp_path, 1, text)
-    with pytest.raises(ConfigError, match="No checkpoint"):
-        last_complete_checkpoint(tmp_path)
-
-
-def checkpoint(folder: Path, step: int, state: str | None) -> None:
-    path = folder / f"checkpoint-{step}"
-    path.mkdir()
-    if state is not None:
-        (path / "trainer_state.json").write_text(state)
-
-
-def test_a_checkpoint_that_was_interrupted_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert last_complete_checkpoint(tmp_path) is None
-    checkpoint(tmp_path, 30, None)
-    with pytest.raises(ConfigError, match="written to its end"):
-        last_complete_checkpoint(tmp_path)
-    checkpoint(tmp_path, 9, '{"global_step": 9}')
-    checkpoint(tmp_path, 10, '{"global_step": 10}')
-    checkpoint(tmp_path, 20, '{"global_st')
-    checkpoint(tmp_path, 25, '{"global_step": 25}')  # written again on SIGTERM, and not to the end
-    (tmp_path / "checkpoint-25" / "checkpoint-is-incomplete.txt").touch()
-    (tmp_path / "checkpoint-best").mkdir()
-    with caplog.at_level(logging.WARNING):
-        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert "checkpoint-20 was interrupted" in caplog.text and "checkpoint-25 was interrupted" in caplog.text
 
 
 def test_a_state_is_taken_over_only_if_every_rank_has_one_of_as_many_ranks() -> None:

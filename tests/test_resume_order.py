@@ -20,6 +20,7 @@ from tests.gradient import lean
 from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.recorded import POLICY, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
+from trl_gym.checkpoints import MADE_WITH, damage
 from trl_gym.errors import ConfigError, RolloutError
 from trl_gym.resume import load_state, save_state
 from trl_gym.rollouts.queue import TaskGroup
@@ -354,12 +355,88 @@ def test_a_batch_that_was_begun_cannot_be_taken_over_without_its_rest(
     schedule = SCHEDULES["a batch for two steps"]
     trainer(recorded, tokenizer, tmp_path / "whole", **schedule, max_steps=2).train()
     for checkpoint in (tmp_path / "whole").glob("checkpoint-*"):
-        (checkpoint / "trl_gym_state.rank-0.pt").unlink()
+        for name in ("trl_gym_state.rank-0.pt", MADE_WITH):
+            (checkpoint / name).unlink()
     resumed = trainer(recorded, tokenizer, tmp_path / "again", **schedule, max_steps=3)
     with pytest.raises(ConfigError, match=r"checkpoint-1 was saved in the middle .* not written by trl-gym"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert [step for step, _ in resumed.batches] == [2]
+
+
+def test_a_run_is_not_continued_with_what_breaks_exactness_unless_that_is_allowed(
+    recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the middle of a generation batch: its rest fits no other batches, and is left out. The learning rate is
+    that of the checkpoint, as transformers resumes it; the schedule's length is the run's own."""
+    schedule = SCHEDULES["a batch for two steps"]
+    whole = trainer(recorded, tokenizer, tmp_path / "whole", **schedule, max_steps=3)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    other = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "seed": 4, "max_steps": 4}
+    other |= {"temperature": 0.9, "learning_rate": 5e-4}
+    resumed = trainer(recorded, tokenizer, tmp_path / "again", **other)
+    with pytest.raises(ConfigError) as caught:
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert [problem.text.split()[0] for problem in caught.value.problems] == [
+        "`gradient_accumulation_steps`",
+        "`seed`",
+        "`steps_per_generation`",
+    ]
+    assert not resumed.batches
+    resumed = trainer(recorded, tokenizer, tmp_path / "again", **other, gym_resume_changed="allow")
+    with caplog.at_level("WARNING"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert "`temperature` was 1.0 and is 0.9" in caplog.text and "`max_steps` was 3 and is 4" in caplog.text
+    assert "`learning_rate` stays 0.001, which the checkpoint puts back (0.0005 has no effect)" in caplog.text
+    assert "does not fit the batches of this run" in caplog.text
+    assert resumed.state.global_step == 4 and resumed.batches[0][0] == 1 and resumed._run != whole._run
+    rates = {row["step"]: row["learning_rate"] for row in resumed.state.log_history if "learning_rate" in row}
+    assert rates[2] == pytest.approx(1e-3 * (1 - 1 / 3)), "as it was left"
+    assert rates[3] == pytest.approx(1e-3 * (1 - 2 / 4))
+
+
+def test_a_checkpoint_without_the_state_of_its_optimizer_is_refused(
+    recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    options = {**SCHEDULES["a batch per step"], "max_steps": 1}
+    trainer(recorded, tokenizer, tmp_path, **options, save_only_model=True).train()
+    resumed = trainer(recorded, tokenizer, tmp_path, **options | {"max_steps": 2})
+    with pytest.raises(
+        ConfigError, match=r"(?s)optimizer.pt is missing.*rng_state.pth is.*scheduler.pt is.*trl_gym_sta"
+    ):
+        resumed.train(resume_from_checkpoint=True)
+    resumed = trainer(recorded, tokenizer, tmp_path, **options | {"max_steps": 2}, gym_resume_changed="allow")
+    resumed.train(resume_from_checkpoint=True)
+    assert [step for step, _ in resumed.batches] == [1]
+
+
+def test_a_job_whose_last_save_was_cut_goes_on_from_the_one_before_or_from_nothing(
+    recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And writes over it: a folder that is written again is not whole until it has been."""
+    schedule = SCHEDULES["a batch for two steps"]
+    whole = trainer(recorded, tokenizer, tmp_path, **schedule, max_steps=3)
+    whole.train()
+    model = tmp_path / "checkpoint-3" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-7])
+    resumed = trainer(recorded, tokenizer, tmp_path, **schedule, max_steps=3)
+    with caplog.at_level("WARNING"):
+        resumed.train(resume_from_checkpoint=True)
+    assert f"{model.parent} is not whole, and is passed over as it is: model.safetensors is cut" in caplog.text
+    assert resumed.batches == whole.batches[1:] and not list(damage(model.parent))
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        (checkpoint / "optimizer.pt").write_bytes(b"")
+    again = trainer(recorded, tokenizer, tmp_path, **schedule, max_steps=3)
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    again.save_model = cut  # type: ignore[method-assign]  # which transformers calls first in a save
+    with pytest.raises(OSError, match="No space"):
+        again.train(resume_from_checkpoint=True)
+    assert again.batches == whole.batches[:1]
+    assert "trainer_state.json, which is written last, is missing" in "".join(damage(tmp_path / "checkpoint-1"))
 
 
 def test_evaluation_is_refused(recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path) -> None:

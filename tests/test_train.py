@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import save_file
 from transformers import TrainerState
 
 from tests.conftest import RECIPES, load, wait_for
@@ -238,6 +239,7 @@ def test_an_interrupted_run_says_how_it_goes_on(here: Path) -> None:
     assert "No whole checkpoint" in told()
     whole = here / "out/checkpoint-2"
     whole.mkdir()
+    save_file({}, whole / "model.safetensors")
     (whole / "trainer_state.json").write_text('{"global_step": 2}')
     assert "The same command with `--resume` continues from out/checkpoint-2." in told()
     assert "with `ARGS=--resume` continues" in told(MAKELEVEL="1")

@@ -169,12 +169,12 @@ def test_generate_returns_completions_where_they_are_replaced() -> None:
 
 
 def test_transformers_writes_jit_checkpoints_where_we_expect_it() -> None:
-    """`trl_gym.resume` relies on the file that marks an unfinished one, and on the events at which it is written."""
+    """Resuming relies on the file that marks an unfinished one, and on the events at which it is written."""
     from transformers import trainer_jit_checkpoint as jit
 
-    from trl_gym import resume
+    from trl_gym import checkpoints
 
-    assert f'"{resume._INCOMPLETE}"' in inspect.getsource(jit.CheckpointManager)
+    assert f'"{checkpoints.INCOMPLETE}"' in inspect.getsource(jit.CheckpointManager)
     assert "self.trainer._save_checkpoint" in inspect.getsource(jit.CheckpointManager)
     events = {name for name in vars(jit.JITCheckpointCallback) if name.startswith("on_")}
     assert events == {"on_pre_optimizer_step", "on_step_begin", "on_step_end", "on_epoch_end", "on_train_end"}

@@ -242,6 +242,10 @@ class GymGRPOConfig(GRPOConfig):
 
         gym_replay (`str`, *optional*):
             Folder of a journal to train from instead of live rollouts; no server is started.
+        gym_resume_changed (`str`, *optional*, defaults to `"refuse"`):
+            What to do with a checkpoint that cannot be continued exactly, since it was made with other data, seed,
+            batches, ranks, optimizer or adapter, or has no optimizer state: `"refuse"` starts nothing and names them
+            all, `"allow"` names them and goes on. Other options that have changed are named and taken either way.
         gym_journal_max_mb (`float`, *optional*, defaults to `512.0`):
             Size in MB at which a journal file is continued in a new one.
         gym_log_dir (`str`, *optional*):
@@ -298,6 +302,7 @@ class GymGRPOConfig(GRPOConfig):
     gym_min_valid_fraction: float = 0.1
     gym_eval_sampling: dict[str, Any] | str | None = None
     gym_replay: str | None = None
+    gym_resume_changed: str = field(default="refuse", metadata={"choices": ["refuse", "allow"]})
     gym_journal_max_mb: float = 512.0
     gym_agent_sampling: str = field(default=AGENT_SAMPLING[0], metadata={"choices": [*AGENT_SAMPLING]})
     gym_drift: str = field(default="truncate", metadata={"choices": ["truncate", "split", "exclude", "error"]})

@@ -11,7 +11,8 @@ that, three things are lost with the process (checked in TRL 1.16), and are put 
 
 The first two are written to the checkpoint folder (`trl_gym_state.rank-<r>.pt`), before transformers writes
 `trainer_state.json`; the third follows from the epoch. With them go the groups of rollouts that are in flight
-(`gym_max_staleness`), and the id of the run, which a resumed one keeps.
+(`gym_max_staleness`), and the id of the run, which a resumed one keeps. Which checkpoint is resumed, and whether it
+was made as this run would go on, is decided before anything is loaded (`begin`; checkpoints.py, made_with.py).
 
 A checkpoint holds weights between two optimizer steps, and no gradients. One that is asked for within an accumulation
 window (transformers' `enable_jit_checkpoint` does so on SIGTERM, just before the optimizer steps) is written when that
@@ -24,8 +25,7 @@ import contextlib
 import io
 import logging
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,19 +35,20 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_gym import made_with
+from trl_gym.checkpoints import TRAINER_STATE, checkpoint_to_resume
 from trl_gym.errors import ConfigError
-from trl_gym.ranks import on_all
-from trl_gym.untrusted import parse_json, shape_problem
+from trl_gym.ranks import on_all, on_main
+from trl_gym.untrusted import shape_problem
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
+
+    from trl_gym.config import GymGRPOConfig
 
 logger = logging.getLogger(__name__)
 
 _SCHEMA = 1
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_TRAINER_STATE = "trainer_state.json"
-_INCOMPLETE = "checkpoint-is-incomplete.txt"  # stands in the folder while transformers' JIT checkpoint is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,59 @@ class RunState:
     buffered: list[dict[str, Any]] | None
     queue: QueueState = field(default_factory=QueueState)
     user: dict[str, Any] | None = None  # what `GymGRPOTrainer.checkpoint_state` returned on rank 0; there alone
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run begins, and what its checkpoints are made with."""
+
+    made_with: Mapping[str, Any]  # `made_with.facts`
+    checkpoint: str | None  # folder of the checkpoint that is resumed; None at the beginning
+    fits: bool = True  # whether what the checkpoint has of a generation batch fits those of this run
+
+
+def begin(
+    asked: str | bool | None,
+    args: GymGRPOConfig,
+    process: Accelerator | PartialState,
+    facts: Mapping[str, Any],
+    *,
+    is_told: bool = True,
+) -> Start:
+    """Choose the checkpoint that a run continues from, and compare what it was made with. Every rank calls it in step.
+
+    Args:
+        asked: `resume_from_checkpoint`.
+        args: Options of the run.
+        process: This rank.
+        facts: What this run makes checkpoints with (`made_with.facts`), or the part that is known.
+        is_told: Whether changes that are not refused are said.
+
+    Raises:
+        ConfigError: See `checkpoints.checkpoint_to_resume` and `made_with.require_same`.
+    """
+    rank, num_ranks = process.process_index, process.num_processes
+    checkpoint = checkpoint_to_resume(asked, args.output_dir, rank, gather_object)
+    if checkpoint is None:
+        return Start(facts, None)
+    lost = gather_object(on_all(process, lambda: made_with.lost_files(checkpoint, rank, num_ranks)))
+    given: Any = {"is_allowed": args.gym_resume_changed == "allow", "is_told": is_told}
+    fits = on_main(process, lambda: made_with.require_same(checkpoint, facts, lost, **given))
+    return Start(facts, checkpoint, fits)
+
+
+def prepare_folder(folder: str | Path, facts: Mapping[str, Any], *, writes: bool) -> None:
+    """Begin a checkpoint: its folder is none that is whole until transformers writes the file that makes it so, also
+    where it is one that was written before.
+
+    Args:
+        folder: Its folder.
+        facts: What it is made with.
+        writes: Whether this rank writes what is there once; see `TrainingArguments.should_save`.
+    """
+    if writes:
+        (Path(folder) / TRAINER_STATE).unlink(missing_ok=True)
+        made_with.write(folder, facts)
 
 
 class _StateShape(msgspec.Struct):
@@ -166,6 +220,7 @@ def restored(
     run: str,
     num_micro_steps: int,
     generate_every: int,
+    fits: bool = True,
 ) -> RunState:
     """Return the state from which this rank continues.
 
@@ -176,11 +231,19 @@ def restored(
         run: Id of the run where the checkpoint has none.
         num_micro_steps: Micro-steps done, as far as optimizer steps tell.
         generate_every: Micro-steps per generation batch.
+        fits: Whether what it has of a generation batch fits those of this run; else it is left, as was allowed.
 
     Raises:
         ConfigError: A generation batch was begun, and a checkpoint of plain TRL or of another number of ranks does not
             have the rest of it.
     """
+    if not fits:
+        logger.warning(
+            "%s: what it has of a generation batch, and of rollouts in flight, does not fit the batches of this run, "
+            "and is left out; its journal is not used again",
+            checkpoint,
+        )
+        return RunState(run, num_micro_steps, len(num_ranks), None)
     if own is not None and all(num == len(num_ranks) for num in num_ranks):
         return own
     if own is not None and own.queue.groups:
@@ -203,7 +266,7 @@ def restored(
 
 
 def read_back(
-    checkpoint: str, accelerator: Accelerator, *, run: str, num_micro_steps: int, generate_every: int
+    start: Start, accelerator: Accelerator, *, run: str, num_micro_steps: int, generate_every: int
 ) -> RunState:
     """Return the state from which this rank continues, with `user` of the main process, of however many ranks that was
     one. Every rank calls it in step; see `restored`.
@@ -211,9 +274,11 @@ def read_back(
     Raises:
         ConfigError: See `load_state` and `restored`.
     """
+    checkpoint = str(start.checkpoint)
     own = on_all(accelerator, lambda: load_state(checkpoint, accelerator.process_index, accelerator.device))
     of_ranks = gather_object([own and own.num_ranks])
     given: Any = {"run": run, "num_micro_steps": num_micro_steps, "generate_every": generate_every}
+    given["fits"] = start.fits
     # One rank alone may have to refuse, and the others would wait for it below.
     state = on_all(accelerator, lambda: restored(checkpoint, own, of_ranks, **given))
     return replace(state, user=broadcast_object_list([own and own.user])[0])
@@ -223,28 +288,6 @@ def draw_orders(sampler: Any, num_epochs: int) -> None:
     """Draw the orders of the epochs that are over, so that TRL's sampler continues with the next one."""
     for _ in range(num_epochs):
         next(iter(sampler), None)
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """Return the newest checkpoint that was written to its end; None when there is no checkpoint at all.
-
-    Raises:
-        ConfigError: There are checkpoints, and all were interrupted.
-    """
-    found = [
-        (int(match[1]), path)
-        for path in Path(output_dir).glob("checkpoint-*")
-        if path.is_dir() and (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    for _, path in sorted(found, reverse=True):
-        if _is_complete(path):
-            return str(path)
-        logger.warning("%s was interrupted while it was written; trying the one before", path)
-    if found:
-        raise ConfigError(
-            f"No checkpoint in {output_dir} was written to its end.", "Start again without `resume_from_checkpoint`."
-        )
-    return None
 
 
 class CheckpointCallback(TrainerCallback):
@@ -342,13 +385,3 @@ def _remove_if_empty(checkpoint: Path) -> None:
 
 def _path(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"trl_gym_state.rank-{rank}.pt"
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Check the file that transformers writes last of those that resuming needs, and that no rewrite is unfinished."""
-    try:
-        state = parse_json((checkpoint / _TRAINER_STATE).read_text())
-        is_written = isinstance(state, dict) and "global_step" in state
-    except (OSError, ValueError):
-        return False
-    return is_written and not (checkpoint / _INCOMPLETE).exists()

@@ -69,7 +69,7 @@ class ScriptArguments:
     agent: str | None = field(default=None, metadata={"help": "Agent for rows that name none."})
     resume: bool = field(
         default=False,
-        metadata={"help": "Continue from the newest complete checkpoint in output_dir, if any (for requeued jobs)."},
+        metadata={"help": "Continue from the newest whole checkpoint in output_dir, if any (for requeued jobs)."},
     )
     small_policy_dir: str | None = field(
         default=None, metadata={"help": "Model folder that is trained when no model is given, as in the quickstart."}
@@ -190,10 +190,12 @@ def _train(argv: Sequence[str], forks: ForkServer | None, work: _Work) -> None:
     with clock.phase("imports"), work("importing torch and TRL", "up to a minute where files are cold"):
         from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset  # isort: skip  # imports the others, too
         from accelerate import PartialState
+        from accelerate.utils import gather_object
         from transformers.utils import logging as transformers_logging
         from trl import get_peft_config
 
-        from trl_gym.resume import last_complete_checkpoint
+        from trl_gym import made_with, resume
+        from trl_gym.checkpoints import last_whole_checkpoint
         from trl_gym.rollouts.journal import journal_files
 
     transformers_logging.disable_progress_bar()
@@ -215,14 +217,20 @@ def _train(argv: Sequence[str], forks: ForkServer | None, work: _Work) -> None:
         model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
     )
     if script.resume and args.resume_from_checkpoint is None:
-        args.resume_from_checkpoint = last_complete_checkpoint(args.output_dir)
+        args.resume_from_checkpoint = last_whole_checkpoint(args.output_dir, state.process_index, gather_object)
+    with clock.phase("data"):
+        train_dataset = load_train(script, args.seed)
+    if args.resume_from_checkpoint is not None:  # what is refused is refused before servers are started
+        facts = made_with.facts(args, train_dataset, state.num_processes)
+        start = resume.begin(args.resume_from_checkpoint, args, state, facts, is_told=False)
+        args.resume_from_checkpoint = start.checkpoint
     earlier = [] if args.resume_from_checkpoint else journal_files(Path(args.output_dir) / "rollouts")
 
     clock.enter("servers and model")
     with GymGRPOTrainer(
         model=model.model_name_or_path,
         args=args,
-        train_dataset=load_train(script, args.seed),
+        train_dataset=train_dataset,
         eval_dataset=load_gym_dataset(script.eval_files, agent=script.agent) if script.eval_files else None,
         peft_config=get_peft_config(model),
         fork_server=forks,
@@ -440,11 +448,9 @@ def after_interrupt(options: Mapping[str, Any], environment: Mapping[str, str]) 
     folder = Path(str(options.get("output_dir", ""))).expanduser()
     if "output_dir" not in options or not any((folder / "rollouts").glob("*.jsonl")):
         return "Nothing was rolled out yet: the same command starts again."
-    from trl_gym.resume import last_complete_checkpoint  # imports torch, which a run with rollouts has
+    from trl_gym.checkpoints import last_whole_checkpoint
 
-    checkpoint = None
-    with contextlib.suppress(ConfigError):  # all that there are were interrupted
-        checkpoint = last_complete_checkpoint(folder)
+    checkpoint = last_whole_checkpoint(folder, is_told=False)
     further = "`ARGS=--resume`" if "MAKELEVEL" in environment else "`--resume`"
     go_on = (
         "No whole checkpoint was written yet (`save_steps`): the same command starts with the first step."

@@ -4,7 +4,7 @@ TRL's loop is not touched, and no method of it is copied. The overrides call TRL
 
     RolloutSource    rollouts/source.py    where rollouts come from, and everything that needs servers
     Accounting       accounting.py         what is trained of a batch, what is logged and evaluated
-    resume.py                              what a checkpoint needs for exact resuming
+    resume.py                              what a checkpoint needs for exact resuming, and which one is resumed
     model_card.py                          the section of the model card
 
 `docs/architecture.md` lists every name of TRL and transformers that is overridden or private.
@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from trl_gym import compat
+from trl_gym import compat, made_with, resume
 from trl_gym import ranks as rank_agreement
 from trl_gym.accounting import Accounting
 from trl_gym.batches import GenerationBatch, batches_of, plan_group, step_of_batch
@@ -40,16 +40,6 @@ from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.server import PolicyBackend
 from trl_gym.progress import PhaseClock, clocks_of, loading_model, progress_of, waiting_for_servers
 from trl_gym.ranks import agreed
-from trl_gym.resume import (
-    CheckpointCallback,
-    QueueState,
-    RunState,
-    draw_orders,
-    last_complete_checkpoint,
-    read_back,
-    require_plain_tasks,
-    save_state,
-)
 from trl_gym.rollouts.batch import checked_rewards, describe_drift, table_columns
 from trl_gym.rollouts.evaluation import emptied
 from trl_gym.rollouts.journal import TOKENIZER
@@ -328,17 +318,20 @@ class GymGRPOTrainer(GRPOTrainer):
         return self._source.gym_servers
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, as in transformers. True means the newest checkpoint in `output_dir` that was written to its end.
+        """Train, as in transformers. True means the newest checkpoint in `output_dir` that is whole.
 
         When one of several processes ends, the others say so, and end too.
+
+        Raises:
+            ConfigError: The checkpoint is not whole, or was made in another way than this run would go on.
         """
-        if resume_from_checkpoint in (True, "true", "True"):
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
-        self._checkpoint = resume_from_checkpoint
         ranks = self.accelerator.process_index, self.accelerator.num_processes
+        of_model = made_with.of_model(self.accelerator.unwrap_model(self.model), self.reward_func_names)
+        facts = made_with.facts(self.args, self.train_dataset, ranks[1], **of_model)
+        self._start = resume.begin(resume_from_checkpoint, self.args, self.accelerator, facts)
         try:
             with rank_agreement.explained(*ranks, lambda: f"in step {self._current_step}"):
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                return super().train(self._start.checkpoint, *args, **kwargs)
         finally:
             self._progress.stop()  # also when a notebook's cell is interrupted
             self._source.abandon()
@@ -368,7 +361,7 @@ class GymGRPOTrainer(GRPOTrainer):
     def _set_callbacks(self) -> None:
         for callback in compat.default_progress_callbacks():
             self.remove_callback(callback)
-        self._checkpoints = CheckpointCallback(
+        self._checkpoints = resume.CheckpointCallback(
             self._begin, lambda: self._save_checkpoint(self.model, None), lambda: self._step
         )
         # Order matters: the state is put back first. A checkpoint is on disk before weights are pushed, which takes
@@ -630,11 +623,14 @@ class GymGRPOTrainer(GRPOTrainer):
         step = self.state.global_step
         if self._checkpoints.postpones(step):
             return
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         self._source.before_saving()
+        with agreed(self.accelerator):
+            resume.prepare_folder(folder, self._start.made_with, writes=self.args.should_save)
         if not self.args.save_only_model:
             with agreed(self.accelerator), naming("checkpoint_state", f"the checkpoint of step {step}"):
                 user = self.checkpoint_state()
-            state = RunState(
+            state = resume.RunState(
                 run=self._run,
                 num_micro_steps=self._step,
                 num_ranks=self.accelerator.num_processes,
@@ -643,7 +639,7 @@ class GymGRPOTrainer(GRPOTrainer):
                 user=user or None if self.accelerator.is_main_process else None,
             )
             with agreed(self.accelerator):
-                save_state(Path(self.args.output_dir) / f"checkpoint-{step}", self.accelerator.process_index, state)
+                resume.save_state(folder, self.accelerator.process_index, state)
         with self._checkpoints.saving(step):
             super()._save_checkpoint(model, trial)
 
@@ -653,18 +649,18 @@ class GymGRPOTrainer(GRPOTrainer):
         # `train` may be called again, as in a notebook after Ctrl-C: the policy server refuses names of rollouts that
         # have ended, and what was in flight or left of a generation batch is gone.
         self._run_id = uuid.uuid4().hex[:8]
-        if self._checkpoint:
+        if self._start.checkpoint is not None:
             self._restore()
         else:
             self._step += -self._step % self.args.generate_every
-            self._batches.restore(QueueState())
+            self._batches.restore(resume.QueueState())
         if self.args.gym_max_staleness and self.args.save_strategy != "no" and hasattr(self.train_dataset, "__len__"):
-            require_plain_tasks(self.train_dataset[0])  # not hours later, at the first checkpoint
+            resume.require_plain_tasks(self.train_dataset[0])  # not hours later, at the first checkpoint
 
     def _restore(self) -> None:
         """Put back what transformers does not restore, before anything is sampled."""
-        state = read_back(
-            str(self._checkpoint),
+        state = resume.read_back(
+            self._start,
             self.accelerator,
             run=self._run,
             num_micro_steps=self.state.global_step * self.args.gradient_accumulation_steps,
@@ -674,10 +670,10 @@ class GymGRPOTrainer(GRPOTrainer):
         with agreed(self.accelerator):
             self._batches.restore(state.queue)
         if state.user is not None:
-            with agreed(self.accelerator), naming("restore_checkpoint_state", f"{self._checkpoint}"):
+            with agreed(self.accelerator), naming("restore_checkpoint_state", f"{self._start.checkpoint}"):
                 self.restore_checkpoint_state(state.user)
         if self._train_sampler is not None:
-            draw_orders(self._train_sampler, int(self.state.epoch or 0))
+            resume.draw_orders(self._train_sampler, int(self.state.epoch or 0))
         self._source.resumed()
 
     # ---------------------------------------------------------------------------------------------- where the run is
