@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOConfig, TrlParser
 
+from trl_gym import made_with
 from trl_gym.config import GymGRPOConfig, launched_processes
 from trl_gym.config_checks import (
     biased_ratio,
@@ -626,3 +627,11 @@ def test_datasets_of_which_nothing_would_be_trained_or_evaluated_are_refused() -
     with pytest.raises(ConfigError, match="too small") as caught:
         check_datasets(args, [], [])
     assert len(caught.value.problems) == 2
+
+
+def test_it_is_decided_for_every_option_what_follows_when_a_run_is_resumed_with_another_value() -> None:
+    groups = (made_with._REFUSED, made_with._TOLD, made_with._KEPT_BY_OPTIMIZER, made_with._KEPT_BY_STATE)
+    names = [name for group in (*groups, made_with._SILENT) for name in group]
+    assert sorted(names) == sorted(set(names)), "once"
+    beside = {"world_size", "train_dataset", "adapter", "model", "reward_funcs"}  # what is no option
+    assert set(names) == {one.name for one in fields(GymGRPOConfig)} | beside, "add it to `trl_gym/made_with.py`"

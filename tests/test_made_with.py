@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,10 @@ from trl_gym.errors import ConfigError
 from trl_gym.made_with import CONSEQUENCES, Change, Consequence, changes, facts, lost_files, of_model, require_same
 
 DATA = Dataset.from_dict({"gym_row": [json.dumps({"n": n}) for n in range(6)], "task_index": list(range(6))})
-BESIDE = {"world_size", "train_dataset", "adapter", "model", "reward_funcs"}  # what is no option
 
 
 def config(folder: Path, **options: Any) -> GymGRPOConfig:
     return GymGRPOConfig(output_dir=str(folder), use_cpu=True, report_to=[], **options)
-
-
-def test_it_is_decided_for_every_option_what_follows_from_a_change() -> None:
-    groups = (made_with._REFUSED, made_with._TOLD, made_with._KEPT_BY_OPTIMIZER, made_with._KEPT_BY_STATE)
-    names = [name for group in (*groups, made_with._SILENT) for name in group]
-    assert sorted(names) == sorted(set(names)), "once"
-    assert set(names) == {one.name for one in fields(GymGRPOConfig)} | BESIDE
 
 
 def test_a_value_of_every_option_is_kept_and_compared(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ _SILENT = (
     *("gym_gpu_memory", "gym_offload_optimizer", "gym_max_inflight", "gym_launch_rate", "gym_stall_timeout"),
     *("gym_min_valid_fraction", "gym_journal_max_mb", "gym_weight_transport", "gym_weight_dir", "gym_log_dir"),
     *("gym_weight_buffer_mb", "gym_sync_only_trainable", "gym_sync_timeout", "gym_verify_sync_steps"),
-    *("gym_max_adapters", "gym_probe_tolerance"),
+    *("gym_max_adapters", "gym_probe_tolerance", "gym_server_hang_timeout"),
 )
 CONSEQUENCES: Mapping[str, Consequence] = {
     **dict.fromkeys(_REFUSED, Consequence.REFUSED),

@@ -40,6 +40,7 @@ from trl_gym.ranks import end_with_launcher
 from trl_gym.threads import wait_without_spinning
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from datasets import Dataset
     from rich.table import Table
     from transformers import TrainerState
@@ -190,12 +191,9 @@ def _train(argv: Sequence[str], forks: ForkServer | None, work: _Work) -> None:
     with clock.phase("imports"), work("importing torch and TRL", "up to a minute where files are cold"):
         from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset  # isort: skip  # imports the others, too
         from accelerate import PartialState
-        from accelerate.utils import gather_object
         from transformers.utils import logging as transformers_logging
         from trl import get_peft_config
 
-        from trl_gym import made_with, resume
-        from trl_gym.checkpoints import last_whole_checkpoint
         from trl_gym.rollouts.journal import journal_files
 
     transformers_logging.disable_progress_bar()
@@ -216,14 +214,9 @@ def _train(argv: Sequence[str], forks: ForkServer | None, work: _Work) -> None:
     load_config(  # before servers are started
         model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
     )
-    if script.resume and args.resume_from_checkpoint is None:
-        args.resume_from_checkpoint = last_whole_checkpoint(args.output_dir, state.process_index, gather_object)
     with clock.phase("data"):
         train_dataset = load_train(script, args.seed)
-    if args.resume_from_checkpoint is not None:  # what is refused is refused before servers are started
-        facts = made_with.facts(args, train_dataset, state.num_processes)
-        start = resume.begin(args.resume_from_checkpoint, args, state, facts, is_told=False)
-        args.resume_from_checkpoint = start.checkpoint
+    args.resume_from_checkpoint = checkpoint_to_start_from(script, args, state, train_dataset)
     earlier = [] if args.resume_from_checkpoint else journal_files(Path(args.output_dir) / "rollouts")
 
     clock.enter("servers and model")
@@ -368,6 +361,29 @@ def model_to_train(named: str | None, script: ScriptArguments) -> str:
             f"Set it to {recipes.SMALL_POLICY}, which comes with trl-gym, or name a model with `model_name_or_path`.",
         )
     return script.small_policy_dir
+
+
+def checkpoint_to_start_from(
+    script: ScriptArguments, args: GymGRPOConfig, state: PartialState, train_dataset: Dataset
+) -> str | None:
+    """Return the checkpoint that the run continues from, if any. Every rank calls it in step. The trainer compares
+    again, with its model: what can be refused before servers are started is refused here.
+
+    Raises:
+        ConfigError: See `resume.begin`.
+    """
+    from accelerate.utils import gather_object
+
+    from trl_gym import made_with, resume
+    from trl_gym.checkpoints import last_whole_checkpoint
+
+    asked = args.resume_from_checkpoint
+    if script.resume and asked is None:
+        asked = last_whole_checkpoint(args.output_dir, state.process_index, gather_object)
+    if not asked:
+        return None
+    facts = made_with.facts(args, train_dataset, state.num_processes)
+    return resume.begin(asked, args, state, facts, is_told=False).checkpoint
 
 
 def set_small_learning_rate(model: str, script: ScriptArguments, args: GymGRPOConfig, told: Mapping[str, Any]) -> None:
