@@ -470,6 +470,26 @@ async def test_a_render_has_the_tools_that_are_sampled_with(http: Http, app: Fak
     assert all(not tool["function"].get("strict") for _, body in app.requests for tool in body.get("tools", ()))
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be", "utf-8-sig", "escaped"])
+async def test_no_encoding_hides_a_tag(http: Http, app: FakeVllm, path: str, encoding: str) -> None:
+    """Servers find the encoding of JSON out, whatever the header says."""
+    text = json.dumps({"messages": [USER], "prompt": "é", "trl_gym": TAG}, ensure_ascii=False)
+    if encoding == "escaped":
+        body = text.replace("trl_gym", "trl\\u005fgym").replace("0.7", "NaN").encode()
+    else:
+        body = text.encode(encoding)
+    status, answer = await http("POST", path, body)
+    assert status == 400 and answer["error"]["message"], answer
+    assert not app.requests
+
+
+async def test_bytes_that_are_no_text_are_said_to_be_that(http: Http) -> None:
+    body = b'{"messages": [{"role": "user", "content": "\xff"}]}'
+    status, answer = await http("POST", "/v1/chat/completions", body)
+    assert status == 400 and "the body is not UTF-8" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize("number", [8, 8.0, "8", " 8 "])
 @pytest.mark.parametrize("key", ["max_tokens", "max_completion_tokens"])
 async def test_a_token_limit_is_a_number_in_whatever_form(http: Http, app: FakeVllm, key: str, number: Any) -> None:

@@ -346,7 +346,8 @@ def _without_tokens(record: CallRecord) -> dict[str, Any]:
 
 
 def _is_tagged(body: bytes) -> bool:
-    return b'"trl_gym"' in body and "trl_gym" in (json_object(body) or {})
+    may_be = b'"trl_gym"' in body or b"\\u" in body  # an escape may hide it from us, and from no parser
+    return may_be and "trl_gym" in (json_object(body) or {})
 
 
 def _affinity(turn: Turn) -> str | None:

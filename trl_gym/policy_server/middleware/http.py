@@ -212,7 +212,8 @@ async def read_body(receive: Receive, limit: int = MAX_REQUEST_BYTES) -> bytes:
     """Read the whole request body.
 
     Raises:
-        AnsweredError: It has more than `limit` bytes.
+        AnsweredError: It has more than `limit` bytes, or is JSON in another encoding than UTF-8, which servers read
+            and we would not: a tag in it would not be seen.
         ClientGoneError: If the client hangs up before it is complete.
     """
     chunks, size = [], 0
@@ -225,7 +226,10 @@ async def read_body(receive: Receive, limit: int = MAX_REQUEST_BYTES) -> bytes:
         if size > limit:
             raise _too_long(limit)
         if not message.get("more_body"):
-            return b"".join(chunks)
+            body = b"".join(chunks)
+            if not (encoding := json.detect_encoding(body)).startswith("utf-8"):
+                raise AnsweredError(Reply.error(400, f"the body is {encoding}: JSON must be sent in UTF-8"))
+            return body
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

@@ -111,6 +111,8 @@ class Turn:
             check_depth([body, plain])
         except msgspec.MsgspecError:
             return None
+        except UnicodeDecodeError as error:
+            raise InvalidTurnError(f"the body is not UTF-8 ({error})") from None
         except (ValueError, RecursionError):
             raise InvalidTurnError(f"the body is nested more than {MAX_DEPTH} levels deep") from None
         if not messages:
