@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import until
 from tests.policy_server.adapter_folder import write_adapter
 from tests.policy_server.fake_vllm import FakeVllm, Json
 from tests.policy_server.middleware.test_app import TAG, USER, Http
@@ -180,6 +181,32 @@ async def test_a_cancelled_rollout_lets_go(http: Http, app: FakeVllm, folder: Pa
     await load(http, folder, 1)
     await http("POST", "/trl_gym/rollouts/cancel", {"rollouts": ["r0"]})
     assert await held(http) == ["policy@1"]
+
+
+@pytest.mark.parametrize("end", ["take", "cancel"])
+async def test_a_late_call_is_refused_and_holds_nothing(http: Http, app: FakeVllm, folder: Path, end: str) -> None:
+    """Neither one that comes when its rollout has ended, nor one that has come before and was not served yet."""
+    await load(http, folder, 0)
+    await http.chat([USER], trl_gym=TAG)
+    num_chats, may_answer = len(app.chats()), asyncio.Event()
+    http.middleware._server_info.__init__()  # so that the next call has to ask first
+
+    async def slow(scope: Json, receive: object, send: object) -> None:
+        await (app(scope, receive, send) if scope["path"] != "/v1/models" else may_answer.wait())
+        if scope["path"] == "/v1/models":
+            await app(scope, receive, send)
+
+    http.middleware.app = slow
+    early = asyncio.create_task(http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG}))
+    await until(lambda: bool(http.middleware._chat.book.num_running(["r0"])["r0"]))
+    await http("POST", f"/trl_gym/rollouts/{end}", {"rollouts": ["r0"]})
+    may_answer.set()
+    late = await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG})
+    for status, answer in (await early, late):
+        assert status == 400 and "has ended or was cancelled" in answer["error"]["message"]
+    for version in (1, 2, 3):
+        assert (await load(http, folder, version))[0] == 200
+    assert (await held(http), len(app.chats())) == (["policy@3"], num_chats)
 
 
 async def test_the_same_version_again_is_another_adapter(http: Http, app: FakeVllm, folder: Path) -> None:

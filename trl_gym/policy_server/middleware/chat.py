@@ -148,6 +148,8 @@ class ChatTurns:
     async def _serve_routed(self, server: WrappedServer, turn: Turn, abort: asyncio.Event | None = None) -> Served:
         """Serve the turn with the adapter that its rollout began with."""
         policy_names = await self._adapters.policy_names(server)
+        if abort is not None and abort.is_set():
+            raise AbortedError  # it would hold an adapter that its rollout, which has ended, has let go
         with self._adapters.routed(turn.body.get("model"), turn.rollout, policy_names) as adapter:
             turn.served_model = None if adapter is None else adapter.served
             return await self._serve(server, turn, adapter, abort)

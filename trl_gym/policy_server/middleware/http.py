@@ -313,6 +313,8 @@ class WrappedServer:
 
     async def ask_until(self, abort: asyncio.Event, method: str, path: str, payload: dict[str, Any]) -> Reply:
         """Do what `ask` does, but hang up and raise `AbortedError` when `abort` is set."""
+        if abort.is_set():
+            raise AbortedError
 
         async def receive() -> Message:
             client, aborted = asyncio.ensure_future(self.receive()), asyncio.ensure_future(abort.wait())
