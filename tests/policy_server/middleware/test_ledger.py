@@ -182,6 +182,19 @@ def test_what_was_changed_is_named() -> None:
     assert histories.difference(edited) is None and histories.difference(asked) is None
 
 
+@pytest.mark.parametrize(("num_others", "is_told"), [(1, True), (8, True), (500, False)])
+def test_what_was_forgotten_is_not_called_rewritten(num_others: int, is_told: bool) -> None:
+    """Of conversations in the same tokens (a template need not write all of a message) only some are kept."""
+    histories = Histories()
+    fronts = [[USER | {"content": f"hi {number}"}] for number in range(num_others + 1)]
+    for front in fronts:
+        histories.remember([1, 2, 3], of(*front))
+    for front in fronts:
+        assert histories.difference(turn(*front, sampled(ASSISTANT, [2, 3]), rollout=None)) is None
+    edited = turn(USER | {"content": "other"}, sampled(ASSISTANT, [2, 3]), rollout=None)
+    assert (histories.difference(edited) is not None) == is_told
+
+
 def test_an_agent_may_merge_what_it_got_into_its_last_message() -> None:
     histories = Histories()
     histories.remember([1, 2, 3], of(USER, ASSISTANT))

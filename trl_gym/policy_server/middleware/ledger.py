@@ -41,6 +41,7 @@ from trl_gym.policy_server.middleware.turn import Turn, handle_in
 from trl_gym.responses import said_in_message
 
 _MAX_ANSWERS = 65_536  # to clients without a tag; about 200 bytes each
+_MAX_SAME = 64  # of them, those with the same tokens
 _MAX_ROLLOUTS = 16_384
 _MAX_BYTES = 2 << 30  # of token ids and log-probabilities, over all rollouts
 _MAX_ENDED = 65_536  # names of rollouts whose calls are refused
@@ -484,7 +485,8 @@ class Histories:
     def remember(self, seen: Sequence[int], digest: Digest) -> None:
         """Keep the digest of an answer's request; `seen` is prompt plus sampled tokens."""
         known = self._digests.setdefault(key_of(seen), [])
-        known[:] = [*[one for one in known if one != digest][-7:], digest]  # conversations may have the same tokens
+        others = [one for one in known if one != digest]  # conversations may have the same tokens
+        known[:] = [*others[1 - _MAX_SAME :], digest]
         if len(self._digests) > _MAX_ANSWERS:
             self._digests.popitem(last=False)
 
@@ -492,13 +494,14 @@ class Histories:
         """Tell what the agent has changed in the request that led to the newest answer with token ids.
 
         Returns:
-            One sentence, or None if nothing changed or the answer is unknown (another server gave it).
+            One sentence, or None if nothing changed or the answer is unknown: another server gave it, or so many
+            conversations have these tokens that some are forgotten.
         """
         if turn.seen is None or turn.newest is None:
             return None
         now = digest_of(turn, turn.newest)
         found = [digest.difference(now) for digest in self._digests.get(key_of(turn.seen), ())]
-        return None if None in found or not found else found[-1]
+        return None if None in found or len(found) in (0, _MAX_SAME) else found[-1]
 
 
 # -- the calls of all rollouts ----------------------------------------------------------------------------------------
