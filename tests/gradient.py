@@ -192,6 +192,11 @@ def make_trainer(
 
 def reference_step(model: Path, case: Case, output_dir: Path) -> Step:
     """One step of TRL's `GRPOTrainer` on the rollouts that did not fail; single process, one micro-batch."""
+    return trained_reference(model, case, output_dir)[0]
+
+
+def trained_reference(model: Path, case: Case, output_dir: Path) -> tuple[Step, list[dict[str, float]]]:
+    """The same, with what was logged of each step, where the options make several."""
     sizes = {len(own) for own in case.surviving.values()}
     assert len(sizes) == 1, "TRL's groups are of one size"
     num_members = sizes.pop()
@@ -205,7 +210,7 @@ def reference_step(model: Path, case: Case, output_dir: Path) -> Step:
         trainer = ReferenceTrainer(
             case, model=str(model), args=args, train_dataset=tasks(case.surviving), reward_funcs=prepared_reward
         )
-    return _step(_with_other_reference(trainer))
+    return trained(_with_other_reference(trainer))
 
 
 def gradient_by_hand(

@@ -52,6 +52,19 @@ def test_evaluation_sets_have_metrics_of_their_own(model: Path, tmp_path: Path) 
     assert len(logged) == 2 and "eval_first_success" in logged[0] and "eval_second_success" in logged[1]
 
 
+def test_a_task_without_a_rollout_leaves_no_trace_in_the_means_of_an_evaluation(model: Path, tmp_path: Path) -> None:
+    """Of the third task both attempts fail. The first set has the others alone."""
+    options = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"}
+    case = Case(
+        name="x", failed={(2, 0), (2, 1)}, equal={1}, options=EVALUATION | options | {"per_device_eval_batch_size": 6}
+    )
+    trainer = make_trainer(model, case, tmp_path)
+    alone, beside = (trainer.evaluate(tasks(of)) for of in ([0, 1], [0, 2, 1]))
+    for name in ("eval_vespo/phi_seq_mean", "eval_frac_reward_zero_std", "eval_entropy", "eval_reward"):
+        assert beside[name] == pytest.approx(alone[name], rel=1e-5), name
+    assert alone["eval_frac_reward_zero_std"] == 0.5 and 0 < alone["eval_vespo/phi_seq_mean"] < 1
+
+
 def test_a_set_without_a_name_has_the_plain_prefix(model: Path, tmp_path: Path) -> None:
     metrics = prepared(model, tmp_path).evaluate(tasks([0, 1]))
     assert metrics["eval_rollouts/count"] == 4

@@ -36,6 +36,7 @@ from tests.gradient import (
     save_model,
     tasks,
     trained,
+    trained_reference,
     trajectory_of,
 )
 from tests.gradient_ranks import (
@@ -98,7 +99,7 @@ def check_weights(batches: list[dict[str, torch.Tensor]], *, num_valid: int) -> 
         mask = batch["completion_mask"] * batch["tool_mask"]
         untrained = mask.sum(1) == 0
         assert batch["advantages"][untrained].abs().sum() == 0
-        assert batch["completion_mask"][untrained].sum() == untrained.sum()  # of one token each
+        assert batch["completion_mask"][untrained].sum() == batch["prompt_mask"][untrained].sum() == 0  # not computed
 
 
 def test_these_are_all_loss_types_of_trl() -> None:
@@ -254,6 +255,11 @@ def test_a_mixture_of_experts_loses_padding_and_keeps_its_router_loss(tmp_path: 
     # There are no experts in float64.
     batches = compared(tmp_path / "model", tmp_path, {"router_aux_loss_coef": 0.1}, tolerance=1e-4)
     assert any(min(lengths_of(batches[first])) < max(lengths_of(batches[first + 1])) for first in (0, 2))
+    # Rows that fill up have no router loss either.
+    case = Case(name="experts", failed=UNEQUAL, options={"router_aux_loss_coef": 0.1})
+    step, reference = (run(tmp_path / "model", case, tmp_path / run.__name__) for run in (gym_step, reference_step))
+    assert difference(step, reference) < 1e-4
+    assert step.logs["aux_loss"] == pytest.approx(reference.logs["aux_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"loss_type": "cispo"}, {"importance_sampling_level": "sequence"}])
@@ -278,6 +284,41 @@ def test_metrics_do_not_depend_on_micro_batches(model: Path, tmp_path: Path, opt
     for one, four in zip(*logs, strict=True):
         for name in names:
             assert four[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name
+
+
+# Gym reports what was cut; TRL looks at the last token. Times and memory are of the machine.
+NOT_COMPARED = re.compile(r"clipped_ratio|terminated_length|step_time|seconds|memory|_runtime|_per_second")
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "level", "num_micro_batches"),
+    [(loss_type, "sequence", 1) for loss_type in LOSS_TYPES]
+    + [(loss_type, "sequence", 4) for loss_type in ("dapo", "cispo", "vespo")]
+    + [(loss_type, "token", 1) for loss_type in ("dapo", "cispo")],
+)
+def test_every_metric_of_trl_is_one_of_the_rollouts_that_are_trained(
+    model: Path, tmp_path: Path, loss_type: str, level: str, num_micro_batches: int
+) -> None:
+    """All that is logged of two steps on one generation batch, the second of which is off-policy. Of three groups one
+    rollout fails, of a fourth all do."""
+    options: dict[str, Any] = {"num_iterations": 2, "max_steps": 2, "beta": 0.1, "learning_rate": 0.01}
+    options |= {"loss_type": loss_type, "importance_sampling_level": level, "epsilon": 1e-3, "epsilon_high": 1e-3}
+    options |= {"gradient_accumulation_steps": num_micro_batches} | (VESPO if loss_type == "vespo" else {})
+    failed = UNEQUAL | {(3, member) for member in range(NUM_MEMBERS)}
+    case = Case(name="metrics", failed=failed, num_tasks=4, equal={1}, options=options)
+    [_, logs], [_, reference] = (
+        trained(make_trainer(model, case, tmp_path / "gym")), trained_reference(model, case, tmp_path / "trl")
+    )  # fmt: skip
+    compared = {name for name in reference[1] | reference[0] if not NOT_COMPARED.search(name)}
+    if num_micro_batches > 1:  # TRL's means of what is least and most in each
+        compared -= {"clip_ratio/low_min", "clip_ratio/high_max"}
+    for ours, theirs in zip(logs, reference, strict=True):
+        for name in compared & theirs.keys():
+            of_gym = ours[name.replace("prepared_reward", "gym")]
+            assert of_gym == pytest.approx(theirs[name], rel=1e-5, abs=1e-7), name
+    by_loss = [name for name in compared if name.startswith(("clip_ratio", "cispo", "vespo"))]
+    assert (by_loss or loss_type == "sapo") and all(reference[1][name] > 0 for name in by_loss if "min" not in name)
+    assert reference[0]["frac_reward_zero_std"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("max_rows", [2, 3])

@@ -7,6 +7,7 @@
     after scoring           advantages and weights of the rows; the gap between sampling and training
     after splitting         which rows are in which micro-batch of an optimizer step
     rewards                 NaN for a rollout that is not a sample, for every reward function: out of the baseline
+    after the loss          TRL's means over tokens and over sequences: of those of rollouts that are trained
     log, evaluate           metrics of rollouts, named evaluation sets, a random state left as it was
 
 What the loss divides by is in `trl_gym.rollouts.rows`.
@@ -46,7 +47,7 @@ from trl_gym.rollouts.metrics import (
 )
 from trl_gym.rollouts.padding import TOKEN_WEIGHT, by_length, is_sum_over_rows, num_loss_tokens, token_weights
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts
-from trl_gym.rollouts.rows import Row
+from trl_gym.rollouts.rows import ROW_COUNTS, SHARE, Row, mean_of_trained, num_trained_rows, row_counts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,13 +59,14 @@ logger = logging.getLogger(__name__)
 Metrics = MutableMapping[str, list[float]]
 """Values by name since the last log, as TRL keeps them."""
 
-# TRL's means over tokens; those behind the first two are over rows with `importance_sampling_level="sequence"`.
-_TOKEN_MEANS = (
-    "entropy",
-    "kl",
-    *(f"clip_ratio/{name}_mean" for name in ("low", "high", "region")),
-    "cispo_clip_ratio",
-)
+# TRL's means over tokens, and over rows, with what a row that is not trained adds to their sums: its ratio is 1 and
+# its advantage 0, so that nothing of it is clipped. The others are over tokens or, with
+# `importance_sampling_level="sequence"`, over rows.
+_TOKEN_MEANS = ("entropy", "kl")
+_ROW_MEANS = {"vespo/phi_seq_mean": 1.0}
+_CLIPPED_MEANS = (*(f"clip_ratio/{name}_mean" for name in ("low", "high", "region")), "cispo_clip_ratio")
+_EQUAL_GROUPS = "frac_reward_zero_std"
+_LEAST_CLIPPED, _MOST_CLIPPED = "clip_ratio/low_min", "clip_ratio/high_max"
 
 
 class Accounting:
@@ -224,28 +226,47 @@ class Accounting:
             has_router_loss=has_router_loss,
         )
         arranged = by_length(micro_batches, num_together) if is_sum else list(micro_batches)
-        own = torch.stack([num_loss_tokens(batch) for batch in arranged]).float()
-        weights = token_weights(self._accelerator.reduce(own, reduction="sum"), num_together)
-        return [batch | {TOKEN_WEIGHT: weight} for batch, weight in zip(arranged, weights, strict=True)]
+        own = torch.stack([torch.stack([num_loss_tokens(batch), num_trained_rows(batch)]) for batch in arranged])
+        num_tokens, num_trained = self._accelerator.reduce(own.float(), reduction="sum").T
+        num_rows = self._accelerator.num_processes * torch.tensor([len(batch[SHARE]) for batch in arranged])
+        weights = token_weights(num_tokens, num_together)
+        counts = row_counts(num_rows.to(num_trained.device), num_trained, num_together)
+        return [
+            batch | {TOKEN_WEIGHT: weight, ROW_COUNTS: count}
+            for batch, weight, count in zip(arranged, weights, counts, strict=True)
+        ]
 
-    def weigh_means(self, metrics: Metrics, token_weight: torch.Tensor | None) -> None:
-        """Make TRL's means over the tokens of each micro-batch means over the tokens of an optimizer step.
+    def weigh_means(
+        self, metrics: Metrics, token_weight: torch.Tensor | None, counts: torch.Tensor | None = None
+    ) -> None:
+        """Make TRL's means over the tokens, or rows, of each micro-batch means over those of an optimizer step, and
+        leave the rows out that are not trained.
 
         Args:
             metrics: TRL's, with those of a micro-batch last.
-            token_weight: Of that micro-batch; None outside of training.
+            token_weight: Of that micro-batch; None for one that `arrange` has not seen.
+            counts: See `rows.row_counts`; None for one of a checkpoint of an earlier version.
         """
-        if token_weight is None:
-            return
-        by_token = _TOKEN_MEANS if self._args.importance_sampling_level == "token" else _TOKEN_MEANS[:2]
-        for name in by_token:
+        is_by_token = self._args.importance_sampling_level == "token"
+        for name in (*_TOKEN_MEANS, *(_CLIPPED_MEANS if is_by_token else ())) if token_weight is not None else ():
             if metrics.get(name):
                 metrics[name][-1] *= float(token_weight)
+        if counts is None:
+            return
+        if not is_by_token and metrics.get(_LEAST_CLIPPED):  # 0 or 1 of each row
+            num_rows, num_trained, _ = counts.tolist()
+            num_clipped = round(metrics["clip_ratio/low_mean"][-1] * num_rows)
+            metrics[_LEAST_CLIPPED][-1] = float(num_clipped == num_trained) if num_trained else math.nan
+            metrics[_MOST_CLIPPED][-1] = metrics[_MOST_CLIPPED][-1] if num_trained else math.nan
+        for name, untrained in (_ROW_MEANS | ({} if is_by_token else dict.fromkeys(_CLIPPED_MEANS, 0.0))).items():
+            if metrics.get(name):
+                metrics[name][-1] = mean_of_trained(metrics[name][-1], counts, untrained=untrained)
 
-    def compare_logprobs(self, batch: dict[str, Any], metrics: Metrics, *, mode: str, step: int, same: bool) -> None:
+    def correct_scores(self, batch: dict[str, Any], metrics: Metrics, *, mode: str, step: int, same: bool) -> None:
         """Log how far sampling and training are apart; in training, write the trainer's log-probabilities down.
 
-        TRL's own metrics of it are means of ranks' means and count rows that are not trained; they are corrected.
+        TRL's own metrics of it are means of ranks' means and count rows that are not trained; they are corrected. So
+        is its fraction of groups with equal rewards, which counts groups that have none.
 
         Args:
             batch: A scored batch, `R` rows.
@@ -283,6 +304,20 @@ class Accounting:
                 corrected[f"sampling/sampling_logp_difference/{name}"] = merged.get(f"logprob_gap/{name}", torch.nan)
         for name, value in corrected.items():
             metrics[name][-1] = value
+        if metrics.get(_EQUAL_GROUPS):
+            metrics[_EQUAL_GROUPS][-1] *= self._groups_per_trained_one(mode)
+
+    def _groups_per_trained_one(self, mode: str) -> float:
+        """Return how many times as many groups a batch has as groups with a rollout that is trained; 1 where TRL does
+        not look at groups, or looks at groups of one."""
+        args = self._args
+        size = args.num_generations if mode == "train" else args.num_generations_eval or args.num_generations
+        is_by_group = args.multi_objective_aggregation == "sum_then_normalize" and args.scale_rewards != "batch"
+        if size == 1 or not is_by_group:
+            return 1.0
+        groups = {fact.group for fact in self.shared.facts}
+        trained = {fact.group for fact in self.shared.facts if fact.is_valid}
+        return len(groups) / len(trained) if trained else math.nan
 
     def _cut(self, batch: dict[str, Any], is_trained: Sequence[bool]) -> ValueSum | None:
         return logprobs.cut_tokens(

@@ -48,7 +48,7 @@ from trl_gym.rollouts.padding import TOKEN_WEIGHT, Results, compute_rows
 from trl_gym.rollouts.queue import TaskGroup
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import Rollout, RolloutFacts, conversation
-from trl_gym.rollouts.rows import joined, training_rows, weighted
+from trl_gym.rollouts.rows import ROW_COUNTS, joined, training_rows, weighted
 from trl_gym.rollouts.source import BatchInfo, JournalSource, RolloutSource, TrainerHooks, check_build, check_replay
 from trl_gym.rollouts.tasks import LookAhead
 from trl_gym.rollouts.trajectory import ModelCall, Trajectory, from_calls
@@ -396,7 +396,7 @@ class GymGRPOTrainer(GRPOTrainer):
         with self._clock.phase("scoring"):
             scored = super()._generate_and_score_completions(batch.examples)
             metrics, step, same = self._metrics[self._mode], self._current_step, self._draws_as_trained
-            self._accounting.compare_logprobs(scored, metrics, mode=self._mode, step=step, same=same)
+            self._accounting.correct_scores(scored, metrics, mode=self._mode, step=step, same=same)
             return self._accounting.mark(scored, self._mode)
 
     def _next_batch(self, inputs: list[dict[str, Any]]) -> GenerationBatch:
@@ -523,10 +523,11 @@ class GymGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before:  # TRL has generated nothing, or evaluates, for which it keeps nothing
+        if self._mode == "train" and self._buffered_inputs is before:  # TRL has generated nothing
             return inputs
-        split = self._accounting.arrange(self._buffered_inputs or [], has_router_loss=self.aux_loss_enabled)
-        self._buffered_inputs = split
+        generated = self._buffered_inputs or [] if self._mode == "train" else [inputs]  # TRL keeps none of evaluation
+        split = self._accounting.arrange(generated, has_router_loss=self.aux_loss_enabled)
+        self._buffered_inputs = split if self._mode == "train" else before
         return split[self._step % len(split)]
 
     def _get_per_token_logps_and_entropies(
@@ -560,13 +561,13 @@ class GymGRPOTrainer(GRPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         rows, weight = weighted(inputs, self.loss_type)
-        token_weight = rows.pop(TOKEN_WEIGHT, None)
+        token_weight, counts = rows.pop(TOKEN_WEIGHT, None), rows.pop(ROW_COUNTS, None)
         beta, self.beta = self.beta, self.beta * weight
         try:
             loss = super().compute_loss(model, rows, return_outputs, num_items_in_batch)
         finally:
             self.beta = beta
-        self._accounting.weigh_means(self._metrics[self._mode], token_weight)
+        self._accounting.weigh_means(self._metrics[self._mode], token_weight, counts)
         return loss
 
     # -------------------------------------------------------------------------------------- evaluation, what is logged

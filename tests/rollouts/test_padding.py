@@ -71,6 +71,23 @@ def test_calls_are_as_wide_as_their_longest_row_and_rows_begin_in_the_first_colu
     assert all((mask.diff(dim=1) <= 0).all() and mask[:, 0].all() for _, mask, _ in model.calls)
 
 
+@given(lengths, st.integers(1, 8))
+def test_rows_that_are_hidden_whole_are_not_computed_unless_there_are_no_others(
+    rows: list[tuple[int, int]], num_rows: int
+) -> None:
+    ids, mask, num_kept = padded(rows)
+    for step in (2, 1):  # every second row, then all
+        model, hidden = Model(), mask.clone()
+        hidden[::step] = 0
+        found = compute_rows(model, ids, hidden, num_kept, num_rows=num_rows)
+        assert found[0].shape == (len(rows), num_kept) and found[0].requires_grad
+        expected = Model()(ids, hidden, num_kept)
+        is_shown = hidden.any(1)
+        assert torch.equal(found[0][is_shown], expected[0][is_shown])
+        assert sum(len(own) for own, *_ in model.calls) == max(int(is_shown.sum()), 1)
+        assert all(own.any(1).all() for _, own, _ in model.calls)
+
+
 def test_a_completion_that_is_masked_whole_has_zeros() -> None:
     ids, mask, num_kept = padded([(2, 3), (3, 3)])
     mask[:, -num_kept:] = 0

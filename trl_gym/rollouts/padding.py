@@ -8,7 +8,8 @@ depends on padding: attention masks it, and TRL sets the results there to 0. So 
 - rows that are scored are computed beside rows of their length, whatever their places in the batch;
 - as many columns are computed as the longest of the rows that are computed together has tokens. Each row begins in the
   first one: its tokens have the positions that they had on the policy server, whichever rows are beside it;
-- results go back to the places and the width that TRL expects. Divisors, masks and metrics see no difference.
+- results go back to the places and the width that TRL expects. Divisors, masks and metrics see no difference;
+- rows that are hidden whole, as those that fill a batch up are in the loss (`rows.weighted`), are not computed.
 
 A loss that is a sum over rows does not depend on which micro-batch of an optimizer step a row is in, as long as all
 have the same number of rows (`rows.py` has the table). There, rows are sorted (`by_length`). Otherwise they stay where
@@ -57,7 +58,8 @@ def compute_rows(
         compute: Its results of a token depend on nothing but the tokens before it that the mask shows, and are 0 where
             the mask is 0.
         input_ids: `[B, P + T]`, prompts padded on the left and completions padded on the right.
-        attention_mask: `[B, P + T]`.
+        attention_mask: `[B, P + T]`. Rows of which it shows nothing are not computed; where there are no others, the
+            first is, since every rank computes something.
         num_kept: `T`, width of the completions.
         num_rows: Most rows of one call.
         multiple: Calls have a multiple of so many columns.
@@ -66,8 +68,13 @@ def compute_rows(
         Log-probabilities and entropies `[B, T]`, 0 where the mask is 0; the mean of the router losses.
     """
     width, found = input_ids.shape[1] - num_kept, []
+    is_shown = attention_mask.any(1)
+    if not is_shown.any():
+        is_shown[0] = True
+        attention_mask = attention_mask.clone()
+        attention_mask[0, width - 1 : width + 1] = 1
     firsts, ends = _ends(attention_mask, width)
-    order = sorted(range(len(ends)), key=lambda row: firsts[row] - ends[row])
+    order = sorted(is_shown.nonzero()[:, 0].tolist(), key=lambda row: firsts[row] - ends[row])
     for start in range(0, len(order), num_rows):
         rows = order[start : start + num_rows]
         longest = max(ends[row] - firsts[row] for row in rows)
@@ -82,12 +89,17 @@ def compute_rows(
         found.append([_put_back(values, prompts, num_kept) for values in results[:2]] + [results[2]])
     parts = zip(*found, strict=True)
     logprobs, entropies, router_losses = ([part for part in own if part is not None] for own in parts)
-    places = torch.tensor(order, device=input_ids.device).argsort()
+    places = torch.tensor(order, device=input_ids.device)
     return (
-        torch.cat(logprobs)[places],
-        torch.cat(entropies)[places] if entropies else None,
+        _in_places(logprobs, places, len(is_shown)),
+        _in_places(entropies, places, len(is_shown)) if entropies else None,
         torch.stack(router_losses).mean() if router_losses else None,
     )
+
+
+def _in_places(parts: Sequence[torch.Tensor], places: torch.Tensor, num_rows: int) -> torch.Tensor:
+    rows = torch.cat(list(parts))
+    return rows.new_zeros(num_rows, rows.shape[1]).index_copy(0, places, rows)
 
 
 def _ends(attention_mask: torch.Tensor, width: int) -> tuple[list[int], list[int]]:

@@ -187,6 +187,11 @@ NUM_MICRO_BATCHES = "num_micro_batches"
 _MEAN_OVER_ROWS = ("grpo", "sapo", "luspo", "dr_grpo")
 MEAN_OVER_MICRO_BATCH = ("bnpo",)
 _MEAN_OVER_ALL_TOKENS = ("dapo", "cispo", "vespo")
+# What TRL hands to the model of rows that may have images; see `GymGRPOTrainer._get_per_token_logps_and_entropies`.
+_OF_IMAGES = (
+    *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
+    *("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
+)
 LOSS_TYPES = (*_MEAN_OVER_ROWS, *MEAN_OVER_MICRO_BATCH, *_MEAN_OVER_ALL_TOKENS)
 
 
@@ -220,6 +225,10 @@ def weighted(batch: Mapping[str, Any], loss_type: str) -> tuple[dict[str, Any], 
         batch: A part of what `mark` returned, `B` rows; anything else is returned as it is, with weight 1.
         loss_type: One of `LOSS_TYPES`.
 
+    Returns:
+        Rows that are not trained have masks of 0, upon which `padding.compute_rows` leaves them out: also out of the
+        router loss, which knows no other mask. Where there are images, it does not compute them.
+
     Raises:
         ConfigError: `loss_type` is not one of them.
     """
@@ -227,6 +236,9 @@ def weighted(batch: Mapping[str, Any], loss_type: str) -> tuple[dict[str, Any], 
     share, total, num_micro_batches = (rows.pop(name, None) for name in (SHARE, NUM_VALID, NUM_MICRO_BATCHES))
     if share is None:
         return rows, 1.0
+    if not any(rows.get(name) is not None for name in _OF_IMAGES):
+        is_trained = share[:, None] > 0
+        rows |= {name: rows[name] * is_trained for name in ("prompt_mask", "completion_mask") if name in rows}
     weight = _weight(loss_type, len(share), float(share.sum()), int(total), int(num_micro_batches))
     advantages = rows["advantages"]
     if loss_type in TOKEN_MEAN_LOSSES:
@@ -246,3 +258,40 @@ def _weight(loss_type: str, num_rows: int, num_valid: float, total: int, num_mic
         return 1.0  # without a valid row there is only 0 to be weighted
     counted = num_valid if loss_type in MEAN_OVER_MICRO_BATCH else num_rows
     return counted * num_micro_batches / total
+
+
+# -- TRL's means over rows --------------------------------------------------------------------------------------------
+
+ROW_COUNTS = "row_counts"
+
+
+def num_trained_rows(micro_batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return how many rows of a part of what `mark` returned are of rollouts that are trained, `[]`."""
+    return (micro_batch[SHARE] > 0).sum()
+
+
+def row_counts(num_rows: torch.Tensor, num_trained: torch.Tensor, num_together: int) -> torch.Tensor:
+    """Return what `mean_of_trained` needs of each micro-batch, `[M, 3]`.
+
+    Args:
+        num_rows: `[M]`, rows of each micro-batch, over all ranks.
+        num_trained: `[M]`, those of them that are trained.
+        num_together: How many micro-batches in succession belong to one optimizer step.
+    """
+    in_step = num_trained.double().view(-1, num_together).mean(1).repeat_interleave(num_together)
+    return torch.stack([num_rows.double(), num_trained.double(), in_step], dim=1)
+
+
+def mean_of_trained(mean: float, counts: torch.Tensor, *, untrained: float) -> float:
+    """Return a value of a micro-batch whose mean over an optimizer step's is that of the step's trained rows.
+
+    Args:
+        mean: Over all rows of the micro-batch, on all ranks.
+        counts: `[3]`, see `row_counts`.
+        untrained: The value of a row that is not trained.
+
+    Returns:
+        NaN where the step trains no row, which TRL leaves out.
+    """
+    num_rows, num_trained, in_step = counts.tolist()
+    return (mean * num_rows - untrained * (num_rows - num_trained)) / in_step if in_step else math.nan
