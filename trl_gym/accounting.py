@@ -248,9 +248,10 @@ class Accounting:
             counts: See `rows.row_counts`; None for one of a checkpoint of an earlier version.
         """
         is_by_token = self._args.importance_sampling_level == "token"
-        for name in (*_TOKEN_MEANS, *(_CLIPPED_MEANS if is_by_token else ())) if token_weight is not None else ():
+        weight = 1.0 if token_weight is None else float(token_weight)
+        for name in (*_TOKEN_MEANS, *(_CLIPPED_MEANS if is_by_token else ())):
             if metrics.get(name):
-                metrics[name][-1] *= float(token_weight)
+                metrics[name][-1] *= weight
         if counts is None:
             return
         if not is_by_token and metrics.get(_LEAST_CLIPPED):  # 0 or 1 of each row
