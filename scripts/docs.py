@@ -111,6 +111,26 @@ def configuration() -> str:
     return "\n".join(parts)
 
 
+def trl_options() -> str:
+    """The options of TRL that mean something of their own here, those that are refused, and the others."""
+    from trl_gym.trl_options import HERE, INHERITED, OF_TRANSFORMERS, REFUSED
+
+    def named(names: Sequence[str]) -> str:
+        return ", ".join(f"`{name}`" for name in names)
+
+    here = [(named(names), text) for names, text in HERE.items()]
+    refused = [
+        (f"`{name}`" + (f" with `vllm_mode: {one.mode}`" if one.mode else ""), one.reason, one.remedy)
+        for name, one in REFUSED.items()
+    ]
+    parts = [_table(("option", "here"), here)]
+    parts.append("Refused where they differ from TRL's default, since they would have no effect on rollouts:")
+    parts.append(_table(("option", "why", "instead"), refused))
+    parts.append(f"As in TRL: {named(INHERITED)}.")
+    parts.append(f"As in TRL and transformers, some of which TRL's GRPO does not look at: {named(OF_TRANSFORMERS)}.")
+    return "\n\n".join(parts)
+
+
 def server_flags() -> str:
     """Flags of `vllm serve` that `gym_vllm_args` refuses."""
     from trl_gym.config_checks import OWNED_VLLM_FLAGS
@@ -218,6 +238,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "configuration": configuration,
+    "trl-options": trl_options,
     "server-flags": server_flags,
     "versions": versions,
     "commands": commands,

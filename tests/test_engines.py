@@ -37,6 +37,7 @@ REFUSED: dict[str, Any] = {
     "gym_vllm_args": {"max-num-seqs": 8},
     "gym_gpu_memory": "auto",
     "vllm_enable_sleep_mode": True,
+    "vllm_gpu_memory_utilization": 0.5,
     "vllm_tensor_parallel_size": 2,
     "gym_sync_only_trainable": True,
     "gym_weight_transport": "file",

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("untrusted", "upstream"),
     ("errors", "supervisor"),
-    ("compat", "given", "hub", "processes", "responses", "rollout_options", "threads"),
+    ("compat", "given", "hub", "processes", "responses", "rollout_options", "trl_options", "threads"),
     ("engines",),
     ("config_checks",),
     ("config", "dataset", "recipes"),

@@ -14,6 +14,7 @@ from trl_gym import engines
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.given import url_problems
 from trl_gym.rollout_options import SAMPLING_KEYS, Sampling, number_problems, sampling_problems
+from trl_gym.trl_options import unused_problems
 
 if TYPE_CHECKING:
     from trl_gym.config import GymGRPOConfig
@@ -69,12 +70,6 @@ _SIZES = {
     "generation_batch_size": 1,
     "num_generations_eval": 1,
     "num_iterations": 1,
-}
-# Options of TRL that the rollout path cannot honour are refused: silence would be worse.
-_NOT_HONOURED = {
-    "vllm_structured_outputs_regex": "NeMo Gym's agents make the requests",
-    "generation_kwargs": "server-wide settings belong into `gym_vllm_args`",
-    "use_transformers_continuous_batching": "`gym_engine` says what samples",
 }
 # Their defaults; other values need overlap.
 _OVERLAP_ONLY = {"gym_batches_ahead": 1, "gym_on_stale": "wait", "gym_eval_overlap": "drain"}
@@ -239,7 +234,7 @@ def find_problems(config: GymGRPOConfig) -> list[Problem]:
         *_shared_gpu_problems(config),
         *_overlap_problems(config),
         *engines.named_problems(config),
-        *_unused_option_problems(config),
+        *unused_problems(config),
     ]
 
 
@@ -407,12 +402,6 @@ def _shared_gpu_problems(config: GymGRPOConfig) -> Iterator[Problem]:
             "`gym_server_devices` places a server that we start and `vllm_mode` is 'server', where one runs already.",
             "Set `vllm_mode` to 'colocate', or leave the devices out.",
         )
-
-
-def _unused_option_problems(config: GymGRPOConfig) -> Iterator[Problem]:
-    for name, reason in _NOT_HONOURED.items():
-        if getattr(config, name):
-            yield Problem(f"`{name}` has no effect on Gym rollouts: {reason}.", "Remove it.")
 
 
 def _overlap_problems(config: GymGRPOConfig) -> Iterator[Problem]:

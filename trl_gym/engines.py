@@ -33,6 +33,7 @@ _NOT_IN_PROCESS: dict[str, tuple[Any, str]] = {
     "gym_vllm_args": (None, "they are flags of `vllm serve`"),
     "gym_gpu_memory": ("given", "the planner computes the share of a server of its own"),
     "vllm_enable_sleep_mode": (False, "its cache is freed after every batch of rollouts as it is"),
+    "vllm_gpu_memory_utilization": (0.3, "its cache takes what the trainer leaves"),
     "vllm_tensor_parallel_size": (1, "each process serves the whole model"),
     "gym_sync_only_trainable": (False, "no weights are sent"),
 }
