@@ -101,8 +101,12 @@ class FakeVllm:
             case "/v1/unload_lora_adapter":
                 del self.adapters[request["lora_name"]]
                 return 200, "Success"
+            case "/v1/completions" if request.get("return_token_ids"):
+                return self.complete(request)
             case "/v1/completions":
                 return 200, {"model": request.get("model", "policy"), "prompt": request["prompt"]}
+            case "/tokenize" if "prompt" in request:
+                return 200, {"tokens": tokens_of(request["prompt"])}
             case "/tokenize":
                 tokens = self.render(**request)
                 return 200, {"tokens": tokens, "token_strs": [chr(token) for token in tokens]}
@@ -133,7 +137,7 @@ class FakeVllm:
                 {
                     "index": index,
                     "message": {"role": "assistant", "content": "".join(chr(t) for t in self.reply if t != END)},
-                    "logprobs": {"content": content} if request.get("logprobs") else None,
+                    "logprobs": {"content": content} if request.get("logprobs") is not None else None,
                     "token_ids": self.reply if request.get("return_token_ids") else None,
                     "finish_reason": self.finish_reason or ("stop" if self.reply[-1] == END else "length"),
                     "stop_reason": None,
@@ -150,6 +154,25 @@ class FakeVllm:
         }
         self.change_answer(answer)
         return self.chat_status, answer
+
+    def complete(self, request: Json) -> tuple[int, Json]:
+        """Answer a completion of one text as a chat that was rendered to its tokens."""
+        prompt = request["prompt"]
+        ids = tokens_of(prompt) if isinstance(prompt, str) else prompt
+        chat = {**request, "messages": [{}], "prompt_token_ids": ids}
+        status, answer = self.chat(chat)
+        if status != 200:
+            return status, answer
+        [choice] = answer["choices"]
+        choice |= {"text": choice.pop("message")["content"], "prompt_token_ids": answer.pop("prompt_token_ids")}
+        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]] if "logprobs" in request else None
+        choice["logprobs"] = {"tokens": [chr(token) for token in self.reply], "token_logprobs": logprobs}
+        return 200, {**answer, "object": "text_completion"}
+
+
+def tokens_of(text: str) -> list[int]:
+    """The tokens of a text, in which `|` is the turn's end."""
+    return [END if letter == "|" else ord(letter) for letter in text]
 
 
 def with_tokens(middleware: Any, rollout: str, answer: Json) -> Json:

@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "s8 response_format",
         "s9 top_logprobs",
     ),
-    "sglang": ("s6 allowed_token_ids",),
+    "sglang": ("s6 allowed_token_ids", "t6 return_token_ids"),
 }
 # What SGLang has and its stand-in has not.
 UNTESTED: dict[str, tuple[str, ...]] = {

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from tests.conftest import wait_for
 from tests.e2e.contract.engines import (
     MAX_TOKEN_GAP,
+    REFUSED,
     SAID,
     TOOL,
     USER,
@@ -283,6 +284,35 @@ def test_t5_a_budget_spans_the_turns(engine: Engine) -> None:
         engine.message([*messages, second, {"role": "user", "content": "3"}], trl_gym=tag)
     before, last = calls_of(engine.client, tag)
     assert len(last.prompt_ids) + len(last.generation_ids) - len(before.prompt_ids) == 40
+
+
+def test_t6_a_completion_of_a_text_is_a_turn(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
+    """`POST /v1/completions` with one prompt, a text or token ids, is a turn, too.
+
+    NeMo Gym's model server sends them with `use_completions_api`. Sampling is pinned, tokens are limited and recorded.
+    The handle is in `prompt_token_ids`, `token_ids` and `logprobs` of the choice. A text that begins with the prompt
+    of an earlier call of its rollout and goes on with what was sampled there starts with the tokens of that call.
+    """
+    tag, chat, pinned = tagged(2.0, completion_budget=100), [USER], {"temperature": 0.0, "logprobs": 0}
+    for turn in range(3):
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        body = {"prompt": prompt, "max_tokens": 10, "return_tokens_as_token_ids": True, "trl_gym": tag, **pinned}
+        answer = engine.ask("POST", "/v1/completions", json=body)
+        if "t6 return_token_ids" in REFUSED[engine.name]:
+            assert answer.status_code == 400 and "return_token_ids" in answer.text
+            return
+        [choice] = answer.json()["choices"]
+        [handle] = choice["token_ids"]
+        assert choice["prompt_token_ids"] == [handle] and choice["logprobs"]["tokens"] == [f"token_id:{handle}"]
+        chat += [{"role": "assistant", "content": choice["text"]}, {"role": "user", "content": str(turn)}]
+    answer = engine.ask("POST", "/v1/completions", json={"prompt": prompt * 40, "trl_gym": tag})
+    assert answer.status_code == 400 and "maximum context length" in answer.text
+    calls, seen = calls_of(engine.client, tag), list[int]()
+    assert len(calls) == 3
+    for call in calls:
+        assert call.drift is None and call.prompt_ids[: len(seen)] == seen
+        assert call.logprobs == pytest.approx(logprobs_of(engine.original, call, 2.0), abs=MAX_TOKEN_GAP)
+        seen = call.prompt_ids + call.generation_ids
 
 
 # -- L: rollouts and their records ------------------------------------------------------------------------------------

@@ -318,8 +318,10 @@ async def test_whoever_has_a_rollouts_key_makes_turns_of_it_and_nothing_else(pla
     assert (asked["temperature"], asked["max_tokens"]) == (0.7, 50)
     [record] = await server.records("r0")
     assert record["caller"] is None
-    for path in ("/v1/completions", "/v1/responses", "/v1/messages"):
+    for path in ("/v1/responses", "/v1/messages"):
         assert (await server(prefix + path, {**headers, **JUDGE}, {"prompt": "x"}))[0] == 400
+    assert (await server(prefix + "/v1/completions", {**headers, **JUDGE}, {"prompt": "x"}))[0] == 200
+    assert len(await server.records("r0")) == 2
     assert (await server.chat({**headers, **AGENT}, prefix + CHAT))[0] == 200
     assert (await server.records("r0"))[-1]["caller"] == "responses_api_agents/agent"
 
@@ -359,10 +361,14 @@ async def test_a_rollout_that_has_ended_makes_no_calls_at_all(server: Server, pa
     assert len(server.inner) == num_asked
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/invocations"])
 async def test_turns_on_other_routes_are_refused(server: Server, path: str) -> None:
-    for headers in (bearer(rollout_key(API_KEY, TAG)), {**bearer(API_KEY), ROLLOUT_HEADER: rollout_key(API_KEY, TAG)}):
+    key = rollout_key(API_KEY, TAG)
+    for headers in (bearer(key), {**bearer(API_KEY), ROLLOUT_HEADER: key}):
         status, answer = await server(path, headers, {"prompt": "x"})
+        if path == "/invocations" and headers == bearer(key):
+            assert status == 403  # which the key does not open
+            continue
         assert status == 400 and CHAT in answer["error"]["message"]
     assert server.inner == []
 

@@ -5,6 +5,7 @@ would see tokens that were never sampled. This middleware makes every prompt sta
 returns the tokens of each answer; `chat.py` says how.
 
     POST /v1/chat/completions        one turn, called by Gym's model server
+    POST /v1/completions             one turn as a text, called by Gym's model server with `use_completions_api`
     GET  /trl_gym/info               identity, versions, counters
     POST /trl_gym/rollouts/records   the model calls of rollouts so far: numbers of tokens, seconds, versions, drift
     POST /trl_gym/rollouts/take      the model calls of rollouts that have ended, with their tokens, as MessagePack
@@ -41,7 +42,7 @@ from trl_gym.policy_server.command import (
     ENV_WEIGHT_TRANSPORTS,
 )
 from trl_gym.policy_server.middleware.adapters import AdapterControl, on_its_own
-from trl_gym.policy_server.middleware.chat import CHAT_PATH, ChatTurns
+from trl_gym.policy_server.middleware.chat import ChatTurns
 from trl_gym.policy_server.middleware.http import (
     CONTROL_PATHS,
     AnsweredError,
@@ -67,7 +68,7 @@ from trl_gym.policy_server.middleware.ledger import CallRecord, Taken
 from trl_gym.policy_server.middleware.replicas import Replicas
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import RenderRefusedError
-from trl_gym.policy_server.middleware.turn import InvalidTurnError, Turn, checked_sampling
+from trl_gym.policy_server.middleware.turn import CHAT_PATH, COMPLETIONS_PATH, InvalidTurnError, Turn, checked_sampling
 
 AFFINITY = "trl_gym.affinity"  # key in the scope: requests with the same value should reach the same engine
 INFO_PATH = "/trl_gym/info"
@@ -132,6 +133,7 @@ class OnPolicyMiddleware:
         self._handlers: dict[tuple[str, str], _Handler] = {
             ("GET", INFO_PATH): self._info,
             ("POST", CHAT_PATH): self._complete_chat,
+            ("POST", COMPLETIONS_PATH): self._complete_text,
             ("POST", "/trl_gym/rollouts/records"): self._records,
             ("POST", "/trl_gym/rollouts/take"): self._take,
             ("POST", "/trl_gym/rollouts/cancel"): self._cancel,
@@ -200,6 +202,18 @@ class OnPolicyMiddleware:
         if turn is None or (turn.is_streamed and not turn.is_ours):
             await self._forward(server, body, send)  # vLLM's own answer, or its own complaint
             return None
+        return await self._answer(server, turn)
+
+    async def _complete_text(self, server: WrappedServer, send: Send) -> Reply | None:
+        body = await read_body(server.receive)
+        identity = identity_of(server.scope)
+        if identity.turn_tag is None and not _is_tagged(body):
+            return await self._pass_on_untagged(server, body, send)
+        check_content_type(server.scope)
+        turn = Turn.from_completion(body, identity)
+        return self._chat.refusal(turn.rollout) or await self._answer(server, turn)
+
+    async def _answer(self, server: WrappedServer, turn: Turn) -> Reply:
         if (affinity := _affinity(turn)) is not None:
             scope: Scope = {**server.scope, AFFINITY: affinity}
             if turn.rollout is not None and not self._chat.book.has_ended(turn.rollout):
@@ -213,9 +227,14 @@ class OnPolicyMiddleware:
         identity = identity_of(server.scope)
         if identity.turn_tag is not None or _is_tagged(body):
             raise InvalidTurnError(
-                f"a turn of a rollout must be sent to {CHAT_PATH}, not to {path_of(server.scope)}: there alone it is "
-                "sampled with the parameters of its rollout, within its budget, and recorded"
+                f"a turn of a rollout must be sent to {CHAT_PATH} or {COMPLETIONS_PATH}, not to "
+                f"{path_of(server.scope)}: there alone it is sampled with the parameters of its rollout, within its "
+                "budget, and recorded"
             )
+        return await self._pass_on_untagged(server, body, send)
+
+    async def _pass_on_untagged(self, server: WrappedServer, body: bytes, send: Send) -> Reply | None:
+        identity = identity_of(server.scope)
         if identity.rollout is None:
             self._untagged.count(identity)
         elif (refusal := self._chat.refusal(identity.rollout)) is not None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from trl_gym.policy_server.middleware import openai, splice
+from trl_gym.policy_server.middleware import completions, openai, splice
 from trl_gym.policy_server.middleware.adapters import Adapter, AdapterControl
 from trl_gym.policy_server.middleware.http import (
     AbortedError,
@@ -45,7 +45,6 @@ from trl_gym.policy_server.middleware.templates import Chat, RenderRefusedError,
 from trl_gym.policy_server.middleware.turn import Turn
 from trl_gym.policy_server.middleware.versions import Sampled
 
-CHAT_PATH = "/v1/chat/completions"
 _OVERFLOW = "maximum context length"  # Gym ends a rollout gracefully when it reads "context length" in a 400
 _IS_FULL = "max_tokens must be at least 1"  # what vLLM says of a prompt as long as the context, if it limits itself
 _NO_MEDIA = "a prompt of token ids cannot carry images, audio or video"
@@ -117,7 +116,8 @@ class ChatTurns:
         if turn.sampling is None:
             turn.pin(self.sampling)
         turn.known = self.book.calls(turn.rollout)
-        turn.known.recognize(turn)
+        if turn.prompt is None:
+            turn.known.recognize(turn)
         with self.book.running(turn.rollout) as abort:
             try:
                 return await self._serve_recorded(server, turn, abort)
@@ -174,14 +174,11 @@ class ChatTurns:
             first = last = answer.get("weight_version")
         if first is not None:
             answer["weight_version"] = str(first)
-        if not (turn.is_ours and turn.is_streamed):
-            reply = replace(reply, body=msgspec.json.encode(answer), content_type=b"application/json")
-            return Served(reply, answer, tokens, last, prompt)
-        include_usage = bool((turn.body.get("stream_options") or {}).get("include_usage"))
-        events = openai.events(answer, include_usage=include_usage)
-        return Served(replace(reply, body=events, content_type=openai.CONTENT_TYPE), answer, tokens, last, prompt)
+        return Served(_written(reply, turn, answer), answer, tokens, last, prompt)
 
     async def _prompt(self, server: WrappedServer, turn: Turn) -> Prompt:
+        if turn.prompt is not None:
+            return await self._text_prompt(server, turn, turn.prompt)
         if turn.is_tagged and turn.has_media:
             raise AnsweredError(
                 Reply.error(
@@ -210,11 +207,44 @@ class ChatTurns:
         self.counters.spliced += 1
         return Prompt(forced, len(forced), self._skipped_turn(turn, turn.newest))
 
+    async def _text_prompt(self, server: WrappedServer, turn: Turn, prompt: str | list[int]) -> Prompt:
+        """Find the prompt of a completion; see `completions.py`."""
+        calls = self._calls(turn)
+        if not isinstance(prompt, str):
+            calls.go_on(turn, calls.parent(prompt))
+            return Prompt(prompt, len(prompt))
+        found = calls.texts.continued(prompt)
+        if found is None:
+            return Prompt()
+        if found.call is None:
+            text = "the prompt begins with that of an earlier call, and does not go on with what was sampled there"
+            return await self._as_rendered(server, turn, CallDrift(cause=DriftCause.MESSAGE_WITHOUT_IDS, text=text))
+        calls.go_on(turn, found.call)
+        seen = turn.seen or []
+        rest = {**turn.render_options, "prompt": found.rest, "add_special_tokens": False}
+        try:
+            tail = (await server.tokenize(rest))["tokens"] if found.rest else []
+        except RenderRefusedError as error:
+            raise AnsweredError(Reply.error(400, str(error))) from error
+        stopped = calls.records[found.call].finish_reason == "stop"
+        forced = await self._closed(server, turn, tail) or completions.joined(seen, tail, stopped=stopped)
+        self.counters.spliced += 1
+        return Prompt(forced, len(forced))
+
+    async def _closed(self, server: WrappedServer, turn: Turn, tail: list[int]) -> list[int] | None:
+        """Return the exact prompt where `tail` begins with a turn's end as the chat template writes it; else None."""
+        try:
+            closing = await self.templates.closing(server.tokenize, turn.render_options)
+            if closing.end is None or tail[: closing.end + 1] != closing.ids[: closing.end + 1]:
+                return None
+            return splice.splice(turn.seen or [], tail, closing, self.templates.stop_ids)
+        except (splice.NoBoundaryError, RenderRefusedError):
+            return None  # a model without a chat template, for which completions are
+
     async def _as_rendered(self, server: WrappedServer, turn: Turn, drift: CallDrift) -> Prompt:
         """Let the server render, and report why, unless its render starts with the tokens seen anyway."""
-        body = {**turn.render_options, "messages": turn.messages, **turn.ending}
         try:
-            tokens = (await server.tokenize(body))["tokens"]
+            tokens = (await server.tokenize(turn.tokenize_request))["tokens"]
         except RenderRefusedError as error:
             raise AnsweredError(Reply.error(400, str(error))) from error
         if turn.seen is not None and tokens[: len(turn.seen)] == turn.seen:
@@ -268,7 +298,7 @@ class ChatTurns:
         unbounded = turn.is_tagged and prompt.num_tokens is None
         if unbounded and reply.status == 400 and any(said in reply.error_text() for said in (_OVERFLOW, _IS_FULL)):
             # Only the server renders a first prompt; its tokens are counted only if the limit was too high.
-            tokens = await server.tokenize({**turn.render_options, "messages": turn.messages, **turn.ending})
+            tokens = await server.tokenize(turn.tokenize_request)
             await self._limit(server, turn, Prompt(num_tokens=len(tokens["tokens"])))
             reply = await self._send(server, turn, prompt, abort)
         return reply
@@ -278,9 +308,9 @@ class ChatTurns:
         clock = self._server_info.history.clock
         turn.sent = clock()
         if abort is None:
-            reply = await server.ask("POST", CHAT_PATH, request)
+            reply = await server.ask("POST", turn.path, request)
         else:
-            reply = await server.ask_until(abort, "POST", CHAT_PATH, request)
+            reply = await server.ask_until(abort, "POST", turn.path, request)
         turn.answered = clock()
         return reply
 
@@ -292,8 +322,8 @@ class ChatTurns:
         Raises:
             AnsweredError: The bundle of a rollout's turn is not exact, or the answer is no chat completion.
         """
-        with expecting_vllm(f"POST {CHAT_PATH}"):
-            answer = openai.read_completion(reply.body)
+        with expecting_vllm(f"POST {turn.path}"):
+            answer = (openai.read_completion if turn.prompt is None else completions.as_chat)(reply.body)
         tokens = None
         try:
             if turn.is_ours and len(answer["choices"]) != 1:
@@ -326,6 +356,7 @@ class ChatTurns:
         if _stopped_by_itself(turn, answer, max_model_len):
             self.templates.stop_ids.add(ids[-1])
         if turn.rollout is not None:
+            turn.said = message["content"] if turn.prompt is not None else ""
             return self._calls(turn).tokens_of(turn, message, prompt)
         self._histories.remember(prompt + ids, digest_of(turn, len(turn.messages)))
         return None
@@ -346,6 +377,18 @@ def _refuse_own_sampling(turn: Turn) -> None:
                 "or set the option to 'strip' or 'allow'.",
             )
         )
+
+
+def _written(reply: Reply, turn: Turn, answer: dict[str, Any]) -> Reply:
+    """Return the reply to the client, with the headers of the server's."""
+    streamed = turn.is_ours and turn.is_streamed
+    usage = bool((turn.body.get("stream_options") or {}).get("include_usage"))
+    form: Any = openai
+    if turn.prompt is not None:
+        wants_logprobs = turn.body.get("logprobs") is not None and not turn.asks_for_ids
+        answer, form = completions.as_text(answer, with_logprobs=wants_logprobs), completions
+    body = form.events(answer, include_usage=usage) if streamed else msgspec.json.encode(answer)
+    return replace(reply, body=body, content_type=openai.CONTENT_TYPE if streamed else b"application/json")
 
 
 def _sampled(turn: Turn, answer: dict[str, Any]) -> Sampled:

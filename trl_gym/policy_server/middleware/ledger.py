@@ -36,6 +36,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from trl_gym.policy_server.middleware.completions import Texts
 from trl_gym.policy_server.middleware.http import Reply
 from trl_gym.policy_server.middleware.turn import Turn, handle_in
 from trl_gym.responses import said_in_message
@@ -228,6 +229,7 @@ class RolloutCalls:
     is_whole: bool = True  # False when tokens were dropped to make room
     # One event per running call; setting it hangs up on the engine.
     aborts: list[asyncio.Event] = field(default_factory=list)
+    texts: Texts = field(default_factory=Texts)  # of its completions
     _digests: dict[int, Digest] = field(default_factory=dict)  # by index: the request that the call answered
     _by_handle: dict[int, int] = field(default_factory=dict)
     _by_front: dict[bytes, list[int]] = field(default_factory=dict)  # by the messages in front of the answer
@@ -260,8 +262,14 @@ class RolloutCalls:
             said = None if index is None else self._tokens(index).said
             digests.add(turn.messages[place], turn.sampled[place], said)
         if turn.call is not None:
-            turn.seen = token_ids(self.records, turn.call)
-            turn.num_first_prompt = self._num_first_prompt(turn.call)
+            self.go_on(turn, turn.call)
+
+    def go_on(self, turn: Turn, call: int | None) -> None:
+        """Let a request go on from a call: set `seen`, `call` and `num_first_prompt`. None: it begins a conversation,
+        with a prompt of token ids."""
+        turn.call = call
+        turn.seen = None if call is None else token_ids(self.records, call)
+        turn.num_first_prompt = len(turn.prompt or ()) if call is None else self._num_first_prompt(call)
 
     def difference(self, turn: Turn) -> str | None:
         """Tell what the agent has changed in front of the newest recognized message; None if nothing."""
@@ -281,7 +289,7 @@ class RolloutCalls:
         if turn.call is not None and self.is_whole and prompt[: len(turn.seen or ())] == turn.seen:
             parent = turn.call
         elif self.is_whole:
-            parent = self._parent(prompt)
+            parent = self.parent(prompt)
         start = 0 if parent is None else len(token_ids(self.records, parent))
         return CallTokens(
             handle=-secrets.randbelow(1 << _HANDLE_BITS) - 1,
@@ -307,7 +315,9 @@ class RolloutCalls:
         self._by_handle[tokens.handle] = index
         for front in {digest.messages, digest.before_answer}:
             self._by_front.setdefault(front, []).append(index)
-        if not tokens.said:
+        if isinstance(turn.prompt, str):
+            self.texts.add(index, turn.prompt, turn.said)
+        elif not tokens.said:
             self._empty[digest.messages] = index
         num_bytes = len(tokens.prompt) + len(tokens.sampled) + len(tokens.logprobs)
         self.num_bytes += num_bytes
@@ -316,7 +326,7 @@ class RolloutCalls:
     def drop_tokens(self) -> None:
         """Make room: what was recorded is lost, and the rollout with it."""
         self.records.clear()
-        for known in (self._digests, self._by_handle, self._by_front, self._empty):
+        for known in (self._digests, self._by_handle, self._by_front, self._empty, self.texts):
             known.clear()
         self.newest, self.num_bytes, self.is_whole = None, 0, False
 
@@ -328,7 +338,7 @@ class RolloutCalls:
             sampled = _packed(ids)
             index = self._likeliest(turn, lambda tokens: tokens.sampled == sampled)
             if index is None and place == turn.newest and turn.seen is not None:  # `Turn` has parsed the newest ids
-                index = self._parent(turn.seen)
+                index = self.parent(turn.seen)
                 return index if index is not None and token_ids(self.records, index) == turn.seen else None
             return index
         if message.get("role") != "assistant":
@@ -369,7 +379,7 @@ class RolloutCalls:
                 turn.newest += 1
         turn.sampled[place] = b"[%d]" % self._tokens(index).handle
 
-    def _parent(self, prompt: list[int]) -> int | None:
+    def parent(self, prompt: list[int]) -> int | None:
         """Return the call with most tokens of those with whose tokens a prompt starts."""
         best, length = None, 0
         for index, record in enumerate(self.records):

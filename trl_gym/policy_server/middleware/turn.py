@@ -40,6 +40,11 @@ _LIMIT_KEYS = ("max_tokens", "max_completion_tokens")
 _STREAM_KEYS = ("include_usage", "continuous_usage_stats")
 _OBJECT_KEYS = ("chat_template_kwargs", "stream_options", "kv_transfer_params")
 
+CHAT_PATH, COMPLETIONS_PATH = "/v1/chat/completions", "/v1/completions"
+_COMPLETION_TOKENS = 16  # of a completion that says no limit, as vLLM and OpenAI have it
+# Fields of a completion with which it has no exact record: other tokens in its prompt, or in its answer.
+_NO_TURN = ("echo", "suffix", "prompt_embeds", "prompt_logprobs", "truncate_prompt_tokens")
+
 _MAX_TOKEN_ID = 2**31 - 1  # an engine's limit; the server itself refuses ids beyond its vocabulary
 
 _MAX_QUOTED_CHARS = 100
@@ -65,6 +70,8 @@ class Turn:
     messages: list[dict[str, Any]]  # its messages, without token ids
     # Sampled ids of each message as JSON, or a handle in their place (`[-7]`), or None.
     sampled: list[bytes | None] = field(default_factory=list)
+    prompt: str | list[int] | None = None  # of a completion, text or token ids; None for a chat
+    said: str = ""  # the text of a completion's answer, once it has one
     rollout: str | None = None  # id of the rollout; None for a request without a tag
     sampling: dict[str, Any] | None = None  # sampling parameters that the tag pins; None if it pins none
     agent_sampling: str = AGENT_SAMPLING[0]  # what becomes of sampling of the agent's own, see `sampling.py`
@@ -118,13 +125,8 @@ class Turn:
         if not messages:
             return None
         _check_types(body, plain)
-        tag = body.pop("trl_gym", None)
         turn = cls(body, plain, asked=_asked(body), caller=identity.caller)
-        if tag is not None:
-            agreed_rollout(identity.rollout, _checked_tag(tag)["rollout"])
-            tag = identity.tag or tag  # what is signed counts, and it alone
-        if (tag := tag or identity.turn_tag) is not None:
-            turn._apply_tag(_checked_tag(tag))
+        turn._read_tag(identity)
         turn.render_options = _render_options(body)
         options = json.dumps(turn.render_options, sort_keys=True).encode()
         turn.options_key = hashlib.blake2b(options, digest_size=16).digest()
@@ -135,6 +137,45 @@ class Turn:
         if turn.is_ours:
             _check_is_sampled(body)
         return turn
+
+    @classmethod
+    def from_completion(cls, raw: bytes, identity: Identity) -> Turn:
+        """Parse the body of a completion that is a rollout's turn. Raises as `from_json`, for any other body too."""
+        try:
+            body = _any.decode(raw)
+            check_depth(body)
+        except (ValueError, RecursionError) as error:
+            raise InvalidTurnError(f"a turn of a rollout must be a JSON object without NaN ({error})") from None
+        if not isinstance(body, dict):
+            raise InvalidTurnError("a turn of a rollout must be a JSON object")
+        prompt = body.pop("prompt", None)
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            [prompt] = prompt
+        if not prompt or not (isinstance(prompt, str) or _are_ids(prompt)):
+            raise InvalidTurnError("a turn of a rollout must have one `prompt`, a text or a list of token ids")
+        if asked := [key for key in _NO_TURN if not (body.get(key) in (None, "") or body[key] is False)]:
+            raise InvalidTurnError(f"a turn of a rollout must be sampled without {', '.join(asked)}")
+        body.pop("max_completion_tokens", None)  # which is no field of a completion
+        body.setdefault("max_tokens", _COMPLETION_TOKENS)
+        _check_types(body, [])
+        _check_is_sampled(body)
+        turn = cls(body, [{"role": "prompt", "content": str(prompt)}], [None], prompt, caller=identity.caller)
+        turn._read_tag(identity)
+        if body.get("model") is not None:
+            turn.render_options = {"model": body["model"]}
+        return turn
+
+    @property
+    def path(self) -> str:
+        return CHAT_PATH if self.prompt is None else COMPLETIONS_PATH
+
+    @property
+    def tokenize_request(self) -> dict[str, Any]:
+        """Return the `/tokenize` that makes the tokens which the server makes of this request."""
+        if self.prompt is None:
+            return {**self.render_options, "messages": self.messages, **self.ending}
+        special = self.body.get("add_special_tokens", True)
+        return {**self.render_options, "prompt": self.prompt, "add_special_tokens": special}
 
     @property
     def is_tagged(self) -> bool:
@@ -196,21 +237,35 @@ class Turn:
             has_prompt_field: Whether the server takes the prompt as a field of its own. Otherwise it is passed as a
                 prefill server passes it to a decode server, which uses the ids and still parses tools and reasoning.
         """
-        body = {**self.body, "messages": self.messages, "logprobs": True, "return_token_ids": True}
+        body = {**self.body, "return_token_ids": True}
         if self.served_model is not None:
             body["model"] = self.served_model
-        if body.get("top_logprobs") is None:
+        if self.prompt is None:
+            body |= {"messages": self.messages, "logprobs": True}
+        else:
+            body |= {"prompt": forced or self.prompt, "logprobs": body.get("logprobs") or 0}
+        if self.prompt is None and body.get("top_logprobs") is None:
             body["top_logprobs"] = 0  # an explicit null switches logprobs off
         if self.is_ours:  # vLLM leaves out all tokens where it leaves out thinking; `hides_thinking` does
             body.pop("include_reasoning", None)
         if self.is_streamed:  # the middleware streams the whole answer: only then are all its tokens known
             body["stream"] = False
             body.pop("stream_options", None)
-        if forced is not None and has_prompt_field:
+        if forced is None or self.prompt is not None:
+            return body
+        if has_prompt_field:
             body["prompt_token_ids"] = forced
-        elif forced is not None:
+        else:
             body["kv_transfer_params"] = {**(body.get("kv_transfer_params") or {}), "prompt_token_ids": forced}
         return body
+
+    def _read_tag(self, identity: Identity) -> None:
+        tag = self.body.pop("trl_gym", None)
+        if tag is not None:
+            agreed_rollout(identity.rollout, _checked_tag(tag)["rollout"])
+            tag = identity.tag or tag  # what is signed counts, and it alone
+        if (tag := tag or identity.turn_tag) is not None:
+            self._apply_tag(_checked_tag(tag))
 
     def _apply_tag(self, tag: Mapping[str, Any]) -> None:
         self.rollout = tag["rollout"]
@@ -352,6 +407,10 @@ def _asked(body: dict[str, Any]) -> frozenset[str]:
     if "top_logprobs" in body and body["top_logprobs"] is None:
         asked.discard("logprobs")  # vLLM returns none in that case
     return frozenset(asked)
+
+
+def _are_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(type(token) is int and 0 <= token <= _MAX_TOKEN_ID for token in prompt)
 
 
 def _token_ids(message: _Fields, key: str) -> list[int]:

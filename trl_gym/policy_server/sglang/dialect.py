@@ -236,6 +236,11 @@ def completion_request(body: Mapping[str, Any], *, rid: str, adapter: str | None
         UnsupportedError: SGLang has no such parameter.
     """
     _refuse_unsupported({key: value for key, value in body.items() if key != "echo"})
+    if body.get("return_token_ids"):
+        raise UnsupportedError(
+            "SGLang has no return_token_ids of /v1/completions, which a turn of a rollout needs; send it to "
+            f"{CHAT_PATH}."
+        )
     dropped = ("model", "structured_outputs", "return_token_ids", "return_tokens_as_token_ids", "add_special_tokens")
     request = {key: value for key, value in body.items() if key not in dropped and value is not None}
     request |= _structure(body.get("structured_outputs") or {}) | {"rid": rid}

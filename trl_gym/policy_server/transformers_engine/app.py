@@ -302,6 +302,7 @@ class EngineApp:
         """Complete texts or tokens. With `prompt_logprobs` nothing is sampled, so that a weight sync can ask for them
         while no trainer's rollouts run; while the trainer computes they are refused, and not held: it may be long."""
         self._check_model(body)
+        timings: Json = {}
         if body.get("stream"):
             raise RefusedError("stream=True is not supported by the transformers engine in completions")
         prompts = self._prompts(body.get("prompt"))
@@ -317,10 +318,14 @@ class EngineApp:
             num_sampled = 0
         else:
             completions = await _gathered([self._sample(prompt, body) for prompt in prompts])
-            choices = [self._choice(index, one, body) for index, one in enumerate(completions)]
+            choices = [
+                self._choice(index, prompt, one, body)
+                for index, (prompt, one) in enumerate(zip(prompts, completions, strict=True))
+            ]
             num_sampled = sum(len(one.ids) for one in completions)
+            timings = {"metrics": _timings(completions[0])} if len(completions) == 1 else {}
         usage = _usage(sum(map(len, prompts)), num_sampled)
-        return {**self._head("cmpl", "text_completion"), "choices": choices, "usage": usage}
+        return {**self._head("cmpl", "text_completion"), "choices": choices, "usage": usage, **timings}
 
     async def _sample(self, prompt: list[int], body: Json) -> Completion:
         return await self.engine.generate(prompt, self._read(prompt, body))
@@ -342,8 +347,8 @@ class EngineApp:
             return [token_ids("prompt", one) for one in given]
         return [token_ids("prompt", given)]
 
-    def _choice(self, index: int, completion: Completion, body: Json) -> Json:
-        logprobs = None
+    def _choice(self, index: int, prompt: list[int], completion: Completion, body: Json) -> Json:
+        with_ids, logprobs = bool(body.get("return_token_ids")), None
         if body.get("logprobs") is not None:
             entries = self._logprobs(completion, body)
             tokens = [entry["token"] for entry in entries]
@@ -354,7 +359,8 @@ class EngineApp:
             "logprobs": logprobs,
             "finish_reason": completion.finish_reason,
             "stop_reason": self._stop_reason(completion, body),
-            "token_ids": completion.ids if body.get("return_token_ids") else None,
+            "token_ids": completion.ids if with_ids else None,
+            "prompt_token_ids": prompt if with_ids else None,
         }
 
     def _stop_reason(self, completion: Completion, body: Json) -> int | None:
