@@ -49,14 +49,23 @@ def test_a_newer_version_that_has_every_name_is_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(compat, "installed_version", {"trl": "1.99.0", "transformers": "5.17.0"}.__getitem__)
-    [told] = compat.check_versions()
+    _, [told] = compat.version_problems()
+    compat.check_versions()
     [line] = caplog.messages
     assert line == f"{told.text} {told.remedy}"
     assert (
         "trl 1.99.0 is newer than the versions that trl-gym was tested with (>=1.16,<1.17). It has every name" in line
     )
     assert "pip install 'trl>=1.16,<1.17'` if" in line
-    assert compat.check_versions(warn=False) == [told] and len(caplog.messages) == 1
+
+
+def test_a_newer_version_is_told_before_another_package_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compat, "installed_version", {"trl": "1.99.0", "transformers": "5.1.0"}.__getitem__)
+    with pytest.raises(UnsupportedVersionError, match=r"transformers 5\.1\.0 is installed"):
+        compat.check_versions()
+    assert [line.split(" that")[0] for line in caplog.messages] == ["trl 1.99.0 is newer than the versions"]
 
 
 def test_a_newer_version_without_a_name_that_is_used_is_refused(

@@ -108,19 +108,15 @@ def _install(package: str) -> str:
     return f"Run `pip install '{package}{TESTED[package]}'`."
 
 
-def check_versions(packages: Sequence[str] = ("trl", "transformers"), *, warn: bool = True) -> list[Problem]:
+def version_problems(packages: Sequence[str] = ("trl", "transformers")) -> tuple[list[Problem], list[Problem]]:
     """Compare installed versions with the tested ranges, and the build of torchvision with that of torch.
 
     Args:
         packages: Packages of `TESTED` in this interpreter.
-        warn: Whether versions that are newer than the tested ones are logged as warnings.
 
     Returns:
-        What is known of versions that are newer than the tested ones.
-
-    Raises:
-        UnsupportedVersionError: Names every package that is missing, too old, newer and without a name that is used,
-            or of a wrong build, with the command that fixes it.
+        Every package that is missing, too old, newer and without a name that is used, or of a wrong build, with the
+        command that fixes it; and what is known of other versions that are newer than the tested ones.
     """
     problems: list[Problem] = []
     newer: list[Problem] = []
@@ -137,11 +133,23 @@ def check_versions(packages: Sequence[str] = ("trl", "transformers"), *, warn: b
             )
     if "transformers" in packages and (problem := torchvision_problem()) is not None:
         problems.append(problem)
+    return problems, newer
+
+
+def check_versions(packages: Sequence[str] = ("trl", "transformers")) -> None:
+    """Say which installed versions are newer than the tested ones, and refuse those that do not fit.
+
+    Args:
+        packages: Packages of `TESTED` in this interpreter.
+
+    Raises:
+        UnsupportedVersionError: Names every package that does not fit; see `version_problems`.
+    """
+    problems, newer = version_problems(packages)
+    for one in newer:  # first: they may be why something else goes wrong
+        logger.warning("%s %s", one.text, one.remedy)
     if problems:
         raise UnsupportedVersionError("Installed packages do not fit:", problems=problems)
-    for one in newer if warn else ():
-        logger.warning("%s %s", one.text, one.remedy)
-    return newer
 
 
 def engine_problem() -> Problem | None:

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from trl_gym import compat
-from trl_gym.doctor.context import Status, failed, from_error
-from trl_gym.errors import TrlGymError
+from trl_gym.doctor.context import Status, failed, warning
 
 MAX_WIDTH = 99  # columns
 _NAME_WIDTH = 18
@@ -65,13 +64,12 @@ def not_importable(error: Exception) -> list[Entry]:
         error: Of the import. Where packages do not fit together, what is wrong with them is told instead: upstream's
             words name whatever was asked for first.
     """
-    try:
-        compat.check_versions()
-    except TrlGymError as reason:
-        found = from_error(reason)
-    else:
+    wrong, newer = compat.version_problems()
+    found = [failed(one.text, one.remedy) for one in wrong]
+    if not wrong:
         text = f"{type(error).__name__}: {error}"
         found = [failed(text, "Install trl-gym into an empty environment, as its README says, and run this there.")]
+    found += [warning(one.text, one.remedy) for one in newer]
     told = [Entry("versions", one.status, one.text, one.remedy, 0.0) for one in found]
     return [*told, Entry("all other checks", Status.SKIPPED, "they cannot be imported", "", 0.0)]
 

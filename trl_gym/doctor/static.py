@@ -84,7 +84,7 @@ def _vllm() -> Iterator[Finding]:
     import torch
 
     yield from _versions("vllm")
-    if importlib.util.find_spec("vllm") is None:
+    if compat.installed_version("vllm") is not None and importlib.util.find_spec("vllm") is None:
         yield failed(
             "vLLM is listed as installed and has no module", "`pip install --force-reinstall 'trl-gym[vllm]'`"
         )
@@ -102,7 +102,8 @@ def _vllm() -> Iterator[Finding]:
 
 
 def _versions(*packages: str) -> Iterator[Finding]:
-    newer = compat.check_versions(packages, warn=False)
+    wrong, newer = compat.version_problems(packages)
+    yield from (failed(one.text, one.remedy) for one in wrong)
     yield from (warning(one.text, one.remedy) for one in newer)
     for package in packages:
         version = compat.installed_version(package)

@@ -265,6 +265,26 @@ def test_weights_by_broadcast(client: PolicyClient, fake: FakeSglang) -> None:
     assert client.weight_version() == "11"
 
 
+def test_a_broadcast_that_fails_is_ended_at_the_server_before_the_next_one(
+    client: PolicyClient, fake: FakeSglang
+) -> None:
+    """SGLang would refuse to begin another one."""
+    path, info = "POST /update_weights_from_distributed", {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]]}
+    fake.answers[path] = (400, {"success": False, "message": "a rank is gone"})
+    num_ended = len(fake.asked("/end_weight_update"))
+    client.start_weight_update()
+    with pytest.raises(PolicyResponseError, match="a rank is gone"):
+        client.update_weights(info)
+    assert fake.is_updating
+    assert not client.abandon_weight_update()
+    assert not fake.is_updating and len(fake.asked("/end_weight_update")) == num_ended + 1
+    fake.answers[path] = (200, {"success": True, "message": ""})
+    client.start_weight_update()
+    client.update_weights(info)
+    client.finish_weight_update("12")
+    assert not fake.is_updating and client.weight_version() == "12"
+
+
 def test_weights_that_cannot_be_loaded(client: PolicyClient, tmp_path: Path) -> None:
     save_file({"other": torch.ones(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(PolicyResponseError, match="no weight update was started"):

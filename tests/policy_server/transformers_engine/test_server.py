@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DiffLlamaConfig, DiffLlamaForCausalLM, PreTrainedModel
 
+from tests.conftest import wait_for
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyResponseError
@@ -153,6 +155,39 @@ def test_the_model_is_ordinary_again_whatever_ends_the_sampling(
         raise KeyboardInterrupt
     assert not model.training
     model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["parked", "paused", "running"])
+def test_calls_that_wait_or_run_when_it_stops_are_answered_with_an_error(
+    server: TransformersServer, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """uvicorn would cancel them after a second, and log a traceback for each of them to the user's terminal."""
+    answers: list[requests.Response] = []
+    url, headers = f"{server.own_url}/chat/completions", {"Authorization": f"Bearer {server.client.api_key}"}
+    body = {**CHAT, "max_tokens": 100, "ignore_eos": True}
+
+    def call() -> None:
+        answers.append(requests.post(url, json=body, headers=headers, timeout=60))
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    with server.sampling() if mode != "parked" else contextlib.nullcontext():
+        if mode == "paused":
+            server.client.pause()
+        for caller in callers:
+            caller.start()
+        wait_for(lambda: _waiting(server) == len(callers))
+        server.stop()
+    for caller in callers:
+        caller.join(60)
+    assert [answer.status_code for answer in answers] == [500] * 3
+    assert "The policy server of this process was stopped." in answers[0].json()["error"]["message"]
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
+    assert not threads()
+
+
+def _waiting(server: TransformersServer) -> int:
+    counters = server._engine.counters
+    return counters.held + counters.running
 
 
 def test_a_dead_engine_is_noticed_and_replaced_at_the_same_address(

@@ -142,10 +142,7 @@ def _serve(options: argparse.Namespace, sock: socket.socket, key: str) -> None:
     config = uvicorn.Config(
         app, lifespan="off", ws="none", log_config=None, access_log=False, timeout_keep_alive=_KEEP_ALIVE_S
     )
-    try:
-        asyncio.run(_answer(uvicorn.Server(config), sock, engine))
-    finally:
-        engine.park()
+    asyncio.run(_answer(uvicorn.Server(config), sock, engine))
 
 
 def context_of(made_for: int | None, asked: int | None) -> int:
@@ -171,9 +168,10 @@ async def _answer(server: uvicorn.Server, sock: socket.socket, engine: Engine) -
     """Serve until a signal comes. Raises `EngineLostError` once the engine is lost: this process is of no use then."""
     serving = asyncio.ensure_future(server.serve(sockets=[sock]))
     try:
-        while not serving.done():
+        while not (serving.done() or server.should_exit):
             await asyncio.wait({serving}, timeout=_CHECK_EVERY_S)
             engine.check()
     finally:
         server.should_exit = True
+        await asyncio.to_thread(engine.end)  # calls that wait, as in a pause, would hold it
         await serving

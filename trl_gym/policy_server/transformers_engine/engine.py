@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 PauseMode = Literal["wait", "abort", "keep"]
 _LOOK_S = 1.0  # between two looks whether the thread that samples is alive
+_ENDED = "The policy server of this process was stopped"  # also why an engine is lost
 _GREEDY = 1e-5  # temperatures below are taken for zero, as vLLM does
 _ALMOST_ZERO = 1e-6  # that of greedy sampling: scores that differ by more than float32's resolution are told apart
 
@@ -244,6 +245,11 @@ class Engine:
         self._is_parked = True
         with self._stopped():
             pass
+
+    def end(self) -> None:
+        """Give the model back, and answer all requests that wait or run, and those that come, with an error."""
+        self._lost = self._lost or _ENDED
+        self.park()
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -457,6 +463,8 @@ class Engine:
         session = self._session
         if self._lost is None and session is not None and session.has_died:
             self._lost = session.cause
+        if self._lost is _ENDED:
+            raise EngineLostError(f"{_ENDED}.")
         if self._lost is not None:
             raise EngineLostError(
                 f"The thread that samples from the model is lost: {self._lost}.",

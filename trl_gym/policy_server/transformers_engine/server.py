@@ -276,11 +276,11 @@ class TransformersServer:
         self._listener = _Listener(app, self._socket)
 
     def _end(self) -> None:
-        """Give the model back, and end the thread with the calls that wait. Idempotent."""
+        """Give the model back, answer the calls that wait with an error, and end the thread. Idempotent."""
         engine, listener, self._engine, self._listener = self._engine, self._listener, None, None
         try:
             if engine is not None:
-                engine.park()
+                engine.end()
         finally:
             if listener is not None:
                 listener.stop()
