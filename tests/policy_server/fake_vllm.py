@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl_gym.policy_server.middleware.http import TOO_MANY_CHARS
 from trl_gym.policy_server.middleware.ledger import sampled_ids, token_ids
 
 END = 2
@@ -43,6 +44,7 @@ class FakeVllm:
     chat_status: int = 200
     finish_reason: str | None = None
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)  # more headers of its answers
+    longest_token: int | None = None  # characters; None for a server that does not count them
     hangs: bool = False  # a chat is never answered; the client must hang up
     disconnects: int = 0
     reply: list[int] = field(default_factory=lambda: [ord("o"), ord("k"), END])
@@ -101,6 +103,8 @@ class FakeVllm:
             case "/v1/unload_lora_adapter":
                 del self.adapters[request["lora_name"]]
                 return 200, "Success"
+            case "/v1/completions" if (said := self.too_long(request)) is not None:
+                return 400, {"error": {"message": said}}
             case "/v1/completions" if request.get("return_token_ids"):
                 return self.complete(request)
             case "/v1/completions":
@@ -154,6 +158,14 @@ class FakeVllm:
         }
         self.change_answer(answer)
         return self.chat_status, answer
+
+    def too_long(self, request: Json) -> str | None:
+        """What vLLM says of a prompt with more characters than its tokens can have."""
+        num_output = request.get("max_tokens") or 0
+        how = {"max_model_len": self.max_model_len, "num_output": num_output, "num_chars": len(request["prompt"])}
+        how |= {"num_input": self.max_model_len - num_output}
+        most = how["num_input"] * (self.longest_token or 0)
+        return TOO_MANY_CHARS.format(**how, most=most) if self.longest_token and how["num_chars"] > most else None
 
     def complete(self, request: Json) -> tuple[int, Json]:
         """Answer a completion of one text as a chat that was rendered to its tokens."""

@@ -252,7 +252,8 @@ def test_t4_a_limit_is_clamped_to_the_room_and_a_full_context_is_told(engine: En
     """A limit above the room that is left is lowered to it; where no room is left, the answer is a 400.
 
     Its text has `maximum context length`, upon which NeMo Gym ends the rollout gracefully. That holds for a first
-    prompt, which the engine renders, for a later one, and for a request of no rollout.
+    prompt, which the engine renders, for a later one, and for a request of no rollout. A text with more characters
+    than the context's tokens can have is refused before it is tokenized.
     """
     long = [{"role": "user", "content": "1" * (MAX_MODEL_LEN - 30)}]
     length = len(engine.client.render(long))
@@ -268,6 +269,10 @@ def test_t4_a_limit_is_clamped_to_the_room_and_a_full_context_is_told(engine: En
         with pytest.raises(PolicyServerError, match=r"HTTP 400: .*maximum context length"):
             engine.chat(messages, max_tokens=4, **of)
     assert engine.client.info()["counters"]["overflows"] == before + 2
+    endless = {"messages": [{"role": "user", "content": "1 + 2 = 3. " * 50_000}]}
+    for path, body in (("/v1/chat/completions", {**endless, "trl_gym": tagged()}), ("/tokenize", endless)):
+        refused = engine.ask("POST", path, json=body)
+        assert refused.status_code == 400 and "your prompt contains 550000 characters" in refused.text
     full = [{"role": "user", "content": "1" * (MAX_MODEL_LEN - length + MAX_MODEL_LEN - 30)}]
     assert len(engine.client.render(full)) == MAX_MODEL_LEN
     with pytest.raises(PolicyServerError, match=r"HTTP 400: .*maximum context length"):

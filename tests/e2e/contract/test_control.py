@@ -318,7 +318,8 @@ def test_e3_a_mistake_is_a_4xx_that_says_what_it_is(engine: Engine) -> None:
     """A request that is wrong is a 4xx with `error.message` that says what is wrong, and the server lives.
 
     404: an unknown route or model. 400: no JSON, no messages, a limit that is none, ids that the vocabulary lacks, a
-    bundle that is broken. 413: a body of more than 64 MiB.
+    bundle that is broken, a body that is not said to be JSON, a turn of a rollout on another route. 413: a body of
+    more than 64 MiB.
     """
     chat, sent = "/v1/chat/completions", {"content-type": "application/json"}
     body = {"messages": [USER], "max_tokens": 2}
@@ -348,6 +349,11 @@ def test_e3_a_mistake_is_a_4xx_that_says_what_it_is(engine: Engine) -> None:
         (chat, turn(prompt_token_ids=None), 400, "needs prompt_token_ids"),
         (chat, turn(generation_token_ids=["6"]), 400, "needs generation_token_ids"),
         (chat, {"data": b" " * (MAX_REQUEST_BYTES + 1), "headers": sent}, 413, "longer than"),
+        ("/nothing", {"data": b" " * (MAX_REQUEST_BYTES + 1)}, 413, "longer than"),
+        (chat, {"data": json.dumps(body), "headers": {"content-type": "text/plain"}}, 400, "application/json"),
+        (chat, {"json": {**body, "top_logprobs": 2}}, 400, "`logprobs` must be set to true"),
+        (f"{chat}/", turn(), 400, "must be sent to /v1/chat/completions"),
+        ("/v1/responses", {"json": {"input": "hi", "trl_gym": tagged()}}, 400, "must be sent to /v1/chat/completions"),
         ("/tokenize", {"json": {"messages": "hi"}}, 400, None),
         ("/v1/completions", {"json": {"prompt": [[5, 10**6]], **probe}}, 400, "vocab"),
         ("/v1/completions", {"json": {"prompt": [[5] * 600], **probe}}, 400, "maximum context length"),

@@ -826,6 +826,44 @@ async def test_a_body_without_end_is_a_413(
     assert app.requests == []
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 80_000}], "trl_gym": TAG}),
+        ("/v1/completions", {"prompt": "x" * 80_000, "trl_gym": TAG}),
+        ("/tokenize", {"prompt": "x" * 80_000}),
+        ("/tokenize", {"messages": [{"role": "tool", "content": [{"type": "text", "text": "x" * 80_000}]}]}),
+    ],
+)
+async def test_a_prompt_that_no_context_holds_is_an_overflow_before_it_is_tokenized(
+    http: Http, app: FakeVllm, path: str, body: Json
+) -> None:
+    app.longest_token = 399
+    for _ in range(2):
+        status, answer = await http("POST", path, body)
+        said = "maximum context length is 200 tokens. However, you requested 0 output tokens and your prompt contains"
+        assert status == 400 and f"{said} 80000 characters (more than 79800 characters" in answer["error"]["message"]
+    # It is asked once how long a token is, by a request that cannot be served.
+    asked = [
+        body.get("max_tokens") for called, body in app.requests if called in ("/v1/completions", path, "/tokenize")
+    ]
+    assert asked == [199]
+    if path != "/tokenize":
+        assert (await http.counters())["overflows"] == 2
+
+
+async def test_a_prompt_that_may_fit_is_tokenized(http: Http, app: FakeVllm) -> None:
+    app.longest_token, thinking = 401, {"role": "assistant", "content": "<think>" + "x" * 100_000 + "</think>ok"}
+    messages = [USER, thinking, {"role": "user", "content": "y" * 80_000}]  # templates leave thinking out
+    status, answer = await http("POST", "/v1/chat/completions", {"messages": messages, "trl_gym": TAG})
+    assert status == 400 and "the prompt of 180026 tokens leaves no room" in answer["error"]["message"]
+    app.longest_token, http.middleware = None, OnPolicyMiddleware(app)  # where it is not told, tokens may be long
+    assert (await http("POST", "/tokenize", {"prompt": "x" * 80_000}))[0] == 200
+    app.engine, http.middleware = "sglang", OnPolicyMiddleware(app)  # might sample such a request
+    assert (await http("POST", "/tokenize", {"prompt": "x" * 80_000}))[0] == 200
+    assert [path for path, _ in app.requests].count("/v1/completions") == 2
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize", "/update_weights", "/v1/audio/transcriptions"])
 async def test_a_body_that_is_said_to_be_too_long_is_not_read(http: Http, app: FakeVllm, path: str) -> None:
     status, answer = await http("POST", path, b"{}", {b"content-length": b"67108865"})

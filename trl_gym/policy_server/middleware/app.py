@@ -45,6 +45,7 @@ from trl_gym.policy_server.middleware.adapters import AdapterControl, on_its_own
 from trl_gym.policy_server.middleware.chat import ChatTurns
 from trl_gym.policy_server.middleware.http import (
     CONTROL_PATHS,
+    MANY_CHARS,
     AnsweredError,
     App,
     ClientGoneError,
@@ -68,7 +69,14 @@ from trl_gym.policy_server.middleware.ledger import CallRecord, Taken
 from trl_gym.policy_server.middleware.replicas import Replicas
 from trl_gym.policy_server.middleware.splice import NoBoundaryError
 from trl_gym.policy_server.middleware.templates import RenderRefusedError
-from trl_gym.policy_server.middleware.turn import CHAT_PATH, COMPLETIONS_PATH, InvalidTurnError, Turn, checked_sampling
+from trl_gym.policy_server.middleware.turn import (
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    InvalidTurnError,
+    Turn,
+    checked_sampling,
+    num_chars,
+)
 
 AFFINITY = "trl_gym.affinity"  # key in the scope: requests with the same value should reach the same engine
 INFO_PATH = "/trl_gym/info"
@@ -134,6 +142,7 @@ class OnPolicyMiddleware:
             ("GET", INFO_PATH): self._info,
             ("POST", CHAT_PATH): self._complete_chat,
             ("POST", COMPLETIONS_PATH): self._complete_text,
+            ("POST", "/tokenize"): self._tokenize,
             ("POST", "/trl_gym/rollouts/records"): self._records,
             ("POST", "/trl_gym/rollouts/take"): self._take,
             ("POST", "/trl_gym/rollouts/cancel"): self._cancel,
@@ -186,6 +195,15 @@ class OnPolicyMiddleware:
 
     async def _pass_on(self, server: WrappedServer, send: Send) -> None:
         body = await read_body(server.receive)
+        await self.app(server.scope, replay(body, server.receive), send)
+
+    async def _tokenize(self, server: WrappedServer, send: Send) -> None:
+        """Refuse by size what a stock server tokenizes at any length, since its answer is no prompt."""
+        body = await read_body(server.receive)
+        if len(body) > MANY_CHARS and (request := json_object(body)) is not None:
+            text = request.get("prompt")
+            size = len(text) if isinstance(text, str) else num_chars(request.get("messages"))
+            await self._server_info.check_size(server, size)
         await self.app(server.scope, replay(body, server.receive), send)
 
     async def _complete_chat(self, server: WrappedServer, send: Send) -> Reply | None:

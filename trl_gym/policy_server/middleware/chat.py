@@ -160,6 +160,8 @@ class ChatTurns:
         prompt = Prompt()
         try:
             _refuse_own_sampling(turn)
+            if turn.is_ours:  # a stock server counts the characters of all others itself
+                await self._check_size(server, turn.num_chars)
             prompt = await self._prompt(server, turn)
             if turn.is_ours:
                 await self._limit(server, turn, prompt)
@@ -175,6 +177,13 @@ class ChatTurns:
         if first is not None:
             answer["weight_version"] = str(first)
         return Served(_written(reply, turn, answer), answer, tokens, last, prompt)
+
+    async def _check_size(self, server: WrappedServer, num_chars: int) -> None:
+        try:
+            await self._server_info.check_size(server, num_chars)
+        except AnsweredError as answered:
+            self.counters.overflows += answered.reply.status == 400
+            raise
 
     async def _prompt(self, server: WrappedServer, turn: Turn) -> Prompt:
         if turn.prompt is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -348,6 +349,18 @@ def _own_scope(scope: Scope, method: str, path: str, num_body_bytes: int) -> Sco
     }
 
 
+# What vLLM says of a prompt that it refuses before it is tokenized (`vllm/renderers/params.py`), as other engines of
+# ours do: from it follows how many characters the longest token of the vocabulary has.
+TOO_MANY_CHARS = (
+    "This model's maximum context length is {max_model_len} tokens. However, you requested {num_output} output tokens "
+    "and your prompt contains {num_chars} characters (more than {most} characters, which is the upper bound for "
+    "{num_input} input tokens). Please reduce the length of the input prompt or the number of requested output tokens."
+)
+_UPPER_BOUND = re.compile(r"\(more than (\d+) characters, which is the upper bound for (\d+) input tokens\)")
+_LONGEST_TOKEN = 1024  # characters, where a server does not tell; vocabularies have runs of some hundred blanks
+MANY_CHARS = 2**16  # more than any token has; a prompt of fewer is tokenized in no time
+
+
 class ServerInfo:
     """Cache what the wrapped server says about itself; ask for the weight version again when weights change.
 
@@ -358,6 +371,7 @@ class ServerInfo:
     def __init__(self) -> None:
         self._info: dict[str, Any] | None = None
         self._tokenizer: dict[str, Any] | None = None
+        self._longest_token: int | None = None
         self._version: str | None = None
         self._has_versions = True
         self._num_changes = 0
@@ -385,6 +399,34 @@ class ServerInfo:
 
     async def max_model_len(self, server: WrappedServer) -> int:
         return (await self.all(server))["max_model_len"]
+
+    async def check_size(self, server: WrappedServer, num_chars: int) -> None:
+        """Check the length of a prompt before it is tokenized, which takes seconds and gigabytes for a long one.
+
+        Args:
+            server: The wrapped server.
+            num_chars: A number of characters that the prompt has at least.
+
+        Raises:
+            AnsweredError: More than the context can have, as vLLM answers it.
+        """
+        if num_chars <= MANY_CHARS:
+            return
+        max_model_len = await self.max_model_len(server)
+        if self._longest_token is None:
+            self._longest_token = await self._find_longest_token(server, max_model_len)
+        most = max_model_len * self._longest_token
+        if num_chars > most:
+            how = {"max_model_len": max_model_len, "num_output": 0, "num_input": max_model_len}
+            raise AnsweredError(Reply.error(400, TOO_MANY_CHARS.format(**how, num_chars=num_chars, most=most)))
+
+    async def _find_longest_token(self, server: WrappedServer, max_model_len: int) -> int:
+        """Ask for a completion that leaves room for a prompt of one token: it is refused, in the words above."""
+        if (await self.all(server))["engine"] not in ("vllm", "transformers"):
+            return _LONGEST_TOKEN
+        request = {"prompt": "0" * MANY_CHARS, "max_tokens": max_model_len - 1}
+        found = _UPPER_BOUND.search((await server.ask("POST", "/v1/completions", request)).error_text())
+        return int(found[1]) // int(found[2]) if found and int(found[2]) else _LONGEST_TOKEN
 
     async def chat_template(self, server: WrappedServer) -> str | None:
         """Return the source of the server's chat template; None if it does not tell, or has several."""

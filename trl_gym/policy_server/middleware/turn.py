@@ -24,6 +24,7 @@ from trl_gym.policy_server.middleware.sampling import (
     own_sampling,
     pin,
 )
+from trl_gym.responses import text_of
 from trl_gym.rollout_options import AGENT_SAMPLING
 from trl_gym.untrusted import MAX_DEPTH, check_depth
 
@@ -219,6 +220,13 @@ class Turn:
         parts = (part for content in contents if isinstance(content, list) for part in content)
         return any(isinstance(part, dict) and part.get("type") not in _TEXT_PARTS for part in parts)
 
+    @property
+    def num_chars(self) -> int:
+        """Return a number of characters that its prompt has at least, whatever template renders it."""
+        if self.prompt is not None:
+            return len(self.prompt) if isinstance(self.prompt, str) else 0
+        return num_chars(self.messages)
+
     def pin(self, parameters: Mapping[str, Any]) -> None:
         """Sample with exactly these parameters, see `sampling.pin`."""
         self.own_sampling += pin(self.body, parameters)
@@ -355,6 +363,15 @@ def _check_is_sampled(body: dict[str, Any]) -> None:
         raise InvalidTurnError("use_beam_search must be false for a turn of a rollout, whose tokens must be sampled")
     if not isinstance(stream := body.get("stream"), bool | None):  # the server does not see it
         raise InvalidTurnError(f"stream must be true or false, not {_quoted(stream)}")
+
+
+def num_chars(messages: Any) -> int:
+    """Return how many characters messages have at least, once rendered: templates leave thinking of answers out."""
+    total = 0
+    for message in messages if isinstance(messages, list) else ():
+        text = text_of(message.get("content")) if isinstance(message, dict) else ""
+        total += len(text.rpartition("</think>")[2] if "</think>" in text else text)
+    return total
 
 
 def _quoted(value: Any) -> str:

@@ -29,6 +29,7 @@ import transformers
 from trl_gym.errors import TrlGymError
 from trl_gym.policy_server.middleware import openai
 from trl_gym.policy_server.middleware.http import (
+    TOO_MANY_CHARS,
     AnsweredError,
     ClientGoneError,
     Receive,
@@ -65,8 +66,13 @@ class Renderer(Protocol):
     @property
     def chat_template(self) -> str | None: ...
 
-    def render(self, body: Mapping[str, Any]) -> list[int]:
-        """Return the tokens of a request's `prompt`, or of its `messages` as its template options say."""
+    def render(self, body: Mapping[str, Any], check: Callable[[str], None] = ...) -> list[int]:
+        """Return the tokens of a request's `prompt`, or of its `messages` as its template options say; `check` may
+        refuse the text before it is tokenized."""
+
+    @property
+    def longest_token(self) -> int:
+        """Return the number of characters of the longest token."""
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Return each token as the vocabulary spells it."""
@@ -256,6 +262,20 @@ class EngineApp:
         with _refusing():
             return self._renderer.render(body)
 
+    def _prompt(self, text: Json, body: Json) -> list[int]:
+        """Return the tokens of a prompt that may fit beside the output that the request wants."""
+        length, asked = self.engine.options.max_model_len, body.get("max_completion_tokens") or body.get("max_tokens")
+        num_output = asked if isinstance(asked, int) and 0 < asked < length else 0
+        most = (length - num_output) * self._renderer.longest_token
+
+        def check(prompt: str) -> None:
+            if len(prompt) > most:
+                sizes = {"max_model_len": length, "num_output": num_output, "num_input": length - num_output}
+                raise RefusedError(TOO_MANY_CHARS.format(**sizes, num_chars=len(prompt), most=most))
+
+        with _refusing():
+            return self._renderer.render(text, check)
+
     def _check_model(self, body: Json) -> None:
         name = body.get("model")
         if name is not None and name != self._model_name:
@@ -269,7 +289,7 @@ class EngineApp:
         transfer = body.get("kv_transfer_params")
         forced = transfer.get("prompt_token_ids") if isinstance(transfer, dict) else None
         forced = body.get("prompt_token_ids") if forced is None else forced
-        prompt = self._render(body) if forced is None else token_ids("prompt_token_ids", forced)
+        prompt = self._prompt(body, body) if forced is None else token_ids("prompt_token_ids", forced)
         completion = await self._sample(prompt, body)
         message = self._renderer.parse(completion.ids, prompt, body)
         if body.get("parallel_tool_calls") is False and message.get("tool_calls"):
@@ -305,7 +325,7 @@ class EngineApp:
         timings: Json = {}
         if body.get("stream"):
             raise RefusedError("stream=True is not supported by the transformers engine in completions")
-        prompts = self._prompts(body.get("prompt"))
+        prompts = self._prompts(body)
         if body.get("prompt_logprobs") is not None:
             if body["prompt_logprobs"] != 0 or body.get("max_tokens") != 1:
                 raise RefusedError("prompt_logprobs must be 0, with max_tokens=1, for the transformers engine")
@@ -338,11 +358,12 @@ class EngineApp:
             raise RefusedError(overflow(length, len(prompt), 1))
         return read_sampling(body, len(prompt), length)
 
-    def _prompts(self, given: Any) -> list[list[int]]:
-        if isinstance(given, str):
-            return [self._render({"prompt": given})]
-        if isinstance(given, list) and given and all(isinstance(one, str) for one in given):
-            return [self._render({"prompt": one}) for one in given]
+    def _prompts(self, body: Json) -> list[list[int]]:
+        given = body.get("prompt")
+        texts = [given] if isinstance(given, str) else given
+        if isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts):
+            special = {key: body[key] for key in ("add_special_tokens",) if key in body}
+            return [self._prompt({"prompt": one, **special}, body) for one in texts]
         if isinstance(given, list) and given and all(isinstance(one, list) for one in given):
             return [token_ids("prompt", one) for one in given]
         return [token_ids("prompt", given)]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -78,13 +78,19 @@ class ChatRenderer:
         source = self._tokenizer.chat_template
         return source if isinstance(source, str) else None
 
-    def render(self, body: Mapping[str, Any]) -> list[int]:
+    @cached_property
+    def longest_token(self) -> int:
+        """The number of characters of the longest token, as the vocabulary spells it."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
+    def render(self, body: Mapping[str, Any], check: Callable[[str], None] = lambda _text: None) -> list[int]:
         """Return the token ids of a prompt.
 
         Args:
             body: Of `POST /tokenize` or of a chat completion: `prompt`, a text, or `messages` with `tools`,
                 `documents`, `reasoning_effort`, `chat_template_kwargs`, `add_generation_prompt`,
                 `continue_final_message` and `add_special_tokens`.
+            check: Called with the text before it is tokenized; may raise.
 
         Raises:
             RenderError: There is no template, it refuses the chat, or the request has another form.
@@ -93,6 +99,7 @@ class ChatRenderer:
         if prompt is not None and not isinstance(prompt, str):
             raise RenderError("`prompt` must be a text")
         text = self._rendered(body) if prompt is None else prompt
+        check(text)
         special = bool(body.get("add_special_tokens", prompt is not None))
         try:
             return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
