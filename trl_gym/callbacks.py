@@ -7,14 +7,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_gym.errors import RolloutError
 from trl_gym.progress import PhaseClock, RunProgress
+from trl_gym.storage import writing
 from trl_gym.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
@@ -131,15 +131,9 @@ class MetricsCallback(TrainerCallback):
         beside.write_text("".join(f"{line}\n" for line in kept))
         os.replace(beside, self._path)
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RolloutError(
-                f"The metrics cannot be written to {self._path} ({error}).",
-                "Free some space there, or make it writable, and resume from the last checkpoint.",
-            ) from error
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        safe = "Checkpoints and journal are not affected."
+        return writing("The metrics", self._path, safe=safe, also="and resume from the newest checkpoint")
 
 
 class ProgressCallback(TrainerCallback):

@@ -16,6 +16,7 @@ from types import MappingProxyType
 import trl_gym
 from trl_gym.errors import TrlGymError
 from trl_gym.given import home_words, usable_key, with_output
+from trl_gym.storage import told
 
 _CHECK_EVERY_S = 0.5
 _FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
@@ -117,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     options = parse_args(argv)
     try:
-        return options.run(options)
+        with told("The command", os.getcwd()):
+            return options.run(options)
     except TrlGymError as error:
         print(f"trl-gym: error: {error}", file=sys.stderr)
         return 1

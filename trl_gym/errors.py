@@ -115,6 +115,10 @@ class WeightMismatchError(WeightSyncError):
     """The server holds the version that was sent and still computes other log-probabilities than the trainer."""
 
 
+class StorageError(TrlGymError, RuntimeError):
+    """A file could not be written: a full disk, a folder that is read-only, a limit of this process."""
+
+
 class RolloutError(TrlGymError, RuntimeError):
     """A batch of rollouts cannot be trained on (for example: not a single rollout succeeded)."""
 

@@ -37,8 +37,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_gym import made_with
 from trl_gym.checkpoints import TRAINER_STATE, checkpoint_to_resume
-from trl_gym.errors import ConfigError
+from trl_gym.errors import ConfigError, StorageError
 from trl_gym.ranks import on_all, on_main
+from trl_gym.storage import writing
 from trl_gym.untrusted import shape_problem
 
 if TYPE_CHECKING:
@@ -135,14 +136,25 @@ class _StateShape(msgspec.Struct):
 
 
 def save_state(folder: str | Path, rank: int, state: RunState) -> None:
-    """Write one rank's state, whole or not at all."""
+    """Write one rank's state, whole or not at all.
+
+    Raises:
+        StorageError: See `storage.writing`.
+        ConfigError: A checkpoint cannot hold it.
+    """
     path = _path(folder, rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     _require_plain(state)
     fields = {name: getattr(state, name) for name in RunState.__slots__}
-    torch.save({"schema": _SCHEMA, **fields, "queue": asdict(state.queue)}, beside)
-    os.replace(beside, path)
+    with _writing(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"schema": _SCHEMA, **fields, "queue": asdict(state.queue)}, beside)
+        os.replace(beside, path)
+
+
+def _writing(folder: str | Path) -> contextlib.AbstractContextManager[None]:
+    safe = "The checkpoints before it are whole, and the journal has every rollout."
+    return writing("The checkpoint", folder, safe=safe, kind=StorageError, also="and resume from the newest one")
 
 
 def require_plain_tasks(tasks: Any) -> None:
@@ -319,24 +331,30 @@ class CheckpointCallback(TrainerCallback):
         return is_open
 
     @contextlib.contextmanager
-    def saving(self, step: int) -> Iterator[None]:
-        """While open, torch's random state is one that leads to the present state when transformers resumes.
+    def saving(self, step: int, output_dir: str | Path) -> Iterator[None]:
+        """While open, torch's random state is one that leads to the present state when transformers resumes, and what
+        the disk refuses is explained.
 
         That is the present one, except between the begin of an epoch and its first step: the epoch's iterator has
         drawn from the random state, and will draw from the restored one again.
 
         Args:
             step: Optimizer steps made.
+            output_dir: The run's folder.
+
+        Raises:
+            StorageError: See `storage.writing`.
         """
-        if self._epoch is None or self._epoch[0] != step:
-            yield
-            return
-        now = torch.get_rng_state()
-        torch.set_rng_state(self._epoch[1])
+        before = None
+        if self._epoch is not None and self._epoch[0] == step:
+            before = torch.get_rng_state()
+            torch.set_rng_state(self._epoch[1])
         try:
-            yield
+            with _writing(Path(output_dir) / f"checkpoint-{step}"):
+                yield
         finally:
-            torch.set_rng_state(now)
+            if before is not None:
+                torch.set_rng_state(before)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

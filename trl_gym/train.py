@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import yaml
 
-from trl_gym import recipes
+from trl_gym import recipes, storage
 from trl_gym.engines import started_engine, vllm_is_installed
 from trl_gym.errors import ConfigError, Problem, TrlGymError
 from trl_gym.given import home_paths, home_words, with_output
@@ -112,7 +112,8 @@ def _main(words: Sequence[str]) -> int:
     try:
         # vLLM is imported while this process imports torch and TRL.
         early = early_fork_server(argv, os.environ)
-        with early or contextlib.nullcontext() as forks:
+        folder = str(told.get("output_dir") or os.getcwd())
+        with storage.told("The run", folder), early or contextlib.nullcontext() as forks:
             _train(argv, forks, work)
     except TrlGymError as error:
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")

@@ -32,6 +32,7 @@ from trl_gym.config import GymGRPOConfig, checked_args
 from trl_gym.config_checks import check_datasets, check_refill
 from trl_gym.dataset import agent_with_tools
 from trl_gym.errors import naming
+from trl_gym.folder_owner import take_for
 from trl_gym.given import home_path
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.offload import measured_peak
@@ -54,6 +55,7 @@ from trl_gym.rollouts.tasks import LookAhead
 from trl_gym.rollouts.trajectory import ModelCall, Trajectory, from_calls
 from trl_gym.run import servers
 from trl_gym.run.live import LiveSource
+from trl_gym.storage import told
 from trl_gym.threads import use_threads
 
 with compat.without_vllm():
@@ -151,7 +153,7 @@ class GymGRPOTrainer(GRPOTrainer):
         given |= {"policy": policy_server, "gym": gym_servers, "fork_server": fork_server}
         tools = agent_with_tools(train_dataset, eval_dataset)
         self._source = self._new_source(args, model, given | {"agent_with_tools": tools})
-        servers.close_previous(args.output_dir, self)  # before a second server is started beside the first
+        self._folder = take_for(self, args.output_dir)  # before a second server is started beside the first
         servers.show_notes(args, adapts=kwargs.get("peft_config") is not None)
         try:
             self._source.start()  # servers load while the model does
@@ -168,7 +170,7 @@ class GymGRPOTrainer(GRPOTrainer):
             servers.show_context(args, self.model)
             self._connect()
         except BaseException:
-            self._source.close()
+            self.close()
             raise
 
     def _prepare(self, args: GymGRPOConfig) -> None:
@@ -330,7 +332,8 @@ class GymGRPOTrainer(GRPOTrainer):
         facts = made_with.facts(self.args, self.train_dataset, ranks[1], **of_model)
         self._start = resume.begin(resume_from_checkpoint, self.args, self.accelerator, facts)
         try:
-            with rank_agreement.explained(*ranks, lambda: f"in step {self._current_step}"):
+            where = rank_agreement.explained(*ranks, lambda: f"in step {self._current_step}")
+            with where, told("Training", self.args.output_dir):
                 return super().train(self._start.checkpoint, *args, **kwargs)
         finally:
             self._progress.stop()  # also when a notebook's cell is interrupted
@@ -339,6 +342,7 @@ class GymGRPOTrainer(GRPOTrainer):
     def close(self) -> None:
         """Stop what the trainer started; servers that were passed in keep running. Also done at interpreter exit."""
         self._source.close()
+        self._folder.release()
 
     def __enter__(self) -> GymGRPOTrainer:
         return self
@@ -641,7 +645,7 @@ class GymGRPOTrainer(GRPOTrainer):
             )
             with agreed(self.accelerator):
                 resume.save_state(folder, self.accelerator.process_index, state)
-        with self._checkpoints.saving(step):
+        with self._checkpoints.saving(step, self.args.output_dir):
             super()._save_checkpoint(model, trial)
 
     def _begin(self) -> None:

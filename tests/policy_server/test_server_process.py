@@ -167,7 +167,7 @@ def test_a_log_that_cannot_be_read_or_written_prevents_no_restart(make: Make, tm
     with pytest.raises(PolicyServerLostError, match=r"SIGKILL") as caught:
         server.check()
     assert "cannot be read" in str(caught.value)
-    with pytest.raises(PolicyServerError, match="cannot be started with the log"):
+    with pytest.raises(PolicyServerError, match="policy server's log cannot be written to"):
         server.restart()  # counted and tried again by `PolicyRecovery`
     (tmp_path / "logs").unlink()
     server.restart()

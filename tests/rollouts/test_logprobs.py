@@ -229,5 +229,5 @@ def test_rows_and_rollouts_must_be_of_one_batch(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "training_logprobs").write_text("in the way")
-    with pytest.raises(RolloutError, match=f"could not be written to {tmp_path}/training_logprobs"):
+    with pytest.raises(RolloutError, match=f"cannot be written to {tmp_path}/training_logprobs"):
         write(tmp_path, [[0.0] * 3], (rollout("a", 3), 0), step=0, rank=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from trl_gym.policy_server.server import PolicyServer
 from trl_gym.policy_server.transformers_engine.server import TransformersServer
 from trl_gym.processes import ServerState
 from trl_gym.run.live import LiveSource
-from trl_gym.run.servers import RunServers, close_previous, servers_for, workers_problem
+from trl_gym.run.servers import RunServers, servers_for, workers_problem
 
 
 class Rerendering(FakeVllm):
@@ -448,42 +447,6 @@ def test_every_rank_hears_that_a_server_does_not_come_back(tmp_path: Path, monke
     first, second = play(monkeypatch, tmp_path, 2, call)
     assert str(first) == "The budget is used up. Find the cause."
     assert type(second) is PolicyServerError and str(second) == "rank 0: The budget is used up. Find the cause."
-
-
-# -- one trainer per output folder ------------------------------------------------------------------------------------
-
-
-class Trainer:
-    def __init__(self) -> None:
-        self.num_closed = 0
-
-    def close(self) -> None:
-        self.num_closed += 1
-
-
-def test_a_trainer_for_the_same_folder_replaces_the_one_before(tmp_path: Path) -> None:
-    first, second, elsewhere = Trainer(), Trainer(), Trainer()
-    close_previous(tmp_path / "out", first)
-    close_previous(tmp_path / "other", elsewhere)
-    close_previous(f"{tmp_path}/x/../out", second)
-    assert (first.num_closed, second.num_closed, elsewhere.num_closed) == (1, 0, 0)
-    close_previous(tmp_path / "out", second)
-    assert second.num_closed == 0
-
-
-def test_one_that_is_gone_is_not_kept_alive(tmp_path: Path) -> None:
-    closed: list[Path] = []
-
-    class Telling(Trainer):
-        def close(self) -> None:
-            closed.append(tmp_path)
-
-    first = Telling()
-    close_previous(tmp_path, first)
-    del first
-    gc.collect()
-    close_previous(tmp_path, Trainer())
-    assert closed == []
 
 
 @pytest.mark.parametrize(

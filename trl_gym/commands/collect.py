@@ -27,6 +27,7 @@ from trl_gym.errors import (
     RolloutFailure,
     ServerError,
 )
+from trl_gym.folder_owner import FolderOwner
 from trl_gym.gym.config import POLICY_MODEL, resolve_configs
 from trl_gym.gym.install import find_installation
 from trl_gym.gym.servers import GymServers
@@ -44,6 +45,7 @@ from trl_gym.rollouts.redaction import secrets_in
 from trl_gym.rollouts.request import PolicyAccess, RolloutRequest, stamp, task_hash
 from trl_gym.rollouts.source import Finisher, OwnSampling
 from trl_gym.rollouts.trajectory import from_calls
+from trl_gym.storage import writing
 
 MANIFEST = "collection.json"
 _COMMIT_EVERY_S = 1.0
@@ -161,8 +163,7 @@ def claim(options: CollectOptions) -> None:
                 f"{options.output_dir} holds the journal of something else, perhaps of a training run.",
                 "Choose another `--output-dir`.",
             )
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(manifest, indent=2) + "\n")
+        write_json(path, manifest)
         return
     before = _read(path)
     changed = [f"{name} {before.get(name)!r} → {now!r}" for name, now in manifest.items() if before.get(name) != now]
@@ -285,13 +286,14 @@ def collect(options: CollectOptions, *, say: Callable[[str], None], progress: Co
     """
     tasks = load_tasks(options.datasets, agent=options.agent, limit=options.limit)
     jobs = all_jobs(tasks, options.num_generations)
-    claim(options)
-    todo = missing(jobs, done(read_journal(options.journal_dir)))
-    num_found = len(jobs) - len(todo)
-    if num_found:
-        say(f"{num_found} of {len(jobs)} rollouts are in {options.journal_dir} already")
-    if todo:
-        _run(options, jobs, todo, say, progress)
+    with FolderOwner(options.output_dir, option="--output-dir", what=f"`trl-gym {options.mode}`"):
+        claim(options)
+        todo = missing(jobs, done(read_journal(options.journal_dir)))
+        num_found = len(jobs) - len(todo)
+        if num_found:
+            say(f"{num_found} of {len(jobs)} rollouts are in {options.journal_dir} already")
+        if todo:
+            _run(options, jobs, todo, say, progress)
     return Collected(jobs, num_found)
 
 
@@ -497,8 +499,10 @@ def run_collection(options: CollectOptions, errors: Console) -> Collected | None
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file whole or not at all."""
     beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(beside, path)
+    with writing("What the command found", path, safe="Rollouts that have ended are in the journal."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        os.replace(beside, path)
 
 
 def speaker(console: Console) -> Callable[[str], None]:

@@ -43,6 +43,7 @@ from trl_gym.gym.discovery import (
 )
 from trl_gym.gym.install import GymInstallation
 from trl_gym.processes import ChildProcess, bind_socket, reachable, wait_until
+from trl_gym.storage import writing
 from trl_gym.threads import gym_environment
 
 Mode = Literal["host", "upstream"]
@@ -124,7 +125,8 @@ class GymProcess:
         self._has_process_per_server = options.mode == "upstream"
         host, port = head_address(options.overrides)
         head_socket = bind_head(self._http, host, port, options.mode)
-        try:
+        safe = "Its process was not started."
+        with head_socket, writing("NeMo Gym's log or settings", log_path, safe=safe, kind=GymServerError):
             host, port = head_socket.getsockname()[:2]
             below = socket_folder(RAY_SOCKETS) if self._has_process_per_server else None
             self._work_dir = Path(tempfile.mkdtemp(prefix="trl-gym-", dir=below))
@@ -137,8 +139,6 @@ class GymProcess:
                 policy_model_name=options.policy_model_name,
             )
             self.child = self._spawn(options, config, head_socket, log_path, self._work_dir)
-        finally:
-            head_socket.close()  # the child has its own copy
         self._head_url = f"http://{reachable(host)}:{port}"
 
     def wait_ready(self, deadline: float, timeout_s: float) -> None:

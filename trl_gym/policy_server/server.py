@@ -48,6 +48,7 @@ from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.parsers import Parsers, choose
 from trl_gym.policy_server.transformers_engine.alone import chosen_parsers
 from trl_gym.processes import ChildProcess, ServerState, bind_socket, execute, reachable, wait_until
+from trl_gym.storage import writing
 from trl_gym.threads import server_environment
 
 logger = logging.getLogger(__name__)
@@ -401,7 +402,8 @@ class PolicyServer:
         again = f"-restart{self._num_starts}" if self._num_starts else ""
         self._num_starts += 1
         self.log_path = self._log_dir / f"policy_server-{self._port}{again}.log"
-        try:
+        safe = "Its process was not started."
+        with writing("The policy server's log", self.log_path, safe=safe, kind=PolicyServerError):
             self._process = ChildProcess(
                 "policy server",
                 self._serving.words(host=self._host, port=self._port, listen_fd=sock.fileno(), name=self.model_name),
@@ -411,11 +413,6 @@ class PolicyServer:
                 pass_fds=[sock.fileno()],
                 start=execute if self._fork_server is None else self._fork_server.fork,
             )
-        except OSError as error:
-            raise PolicyServerError(
-                f"The policy server's process cannot be started with the log {self.log_path}: {error}.",
-                "Make room, or choose another folder for logs (`gym_log_dir`).",
-            ) from error
 
     def _rebind(self) -> socket.socket:
         """Bind our port again. Connections that the dead server left behind do not hold it (`SO_REUSEADDR`); what is

@@ -35,7 +35,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
 import threading
 import time
@@ -49,9 +48,10 @@ from typing import Annotated, Any
 
 import msgspec
 
-from trl_gym.errors import ConfigError, FailureKind, RolloutError
+from trl_gym.errors import ConfigError, FailureKind
 from trl_gym.rollouts.redaction import Redactor, secrets_of
 from trl_gym.rollouts.trajectory import compact_floats
+from trl_gym.storage import writing
 from trl_gym.untrusted import MAX_NUMBER, parse_json, shape_problem
 from trl_gym.untrusted import number as as_number
 
@@ -97,7 +97,8 @@ class Journal:
     ) -> None:
         self.folder = Path(folder)
         self.rank = rank
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._max_bytes = max_bytes
         self._redactor = Redactor([*secrets_of(os.environ), *secrets])
         self._warned_of: set[tuple[str, str]] = set()  # environment, place in the line
@@ -116,7 +117,7 @@ class Journal:
         `commit`.
 
         Raises:
-            RolloutError: The disk is full or gone. Lines written before are intact, this one is not there.
+            RolloutError: See `storage.writing`. Lines written before are intact, this one is not there.
         """
         # Tokens are most of a line, and no text: they are not walked.
         redacted, is_finite = self._redactor.look({name: record[name] for name in record if name not in _TOKENS})
@@ -124,11 +125,12 @@ class Journal:
         line = self._encode(stamped, is_finite)
         with self._lock:
             part = self._part(record["mode"], record["step"], len(line))
-            try:
-                _write_all(part.descriptor, line)
-            except OSError as error:
-                self._abandon(part)
-                raise self._failure(part.path, error) from error
+            with _writing(part.path):
+                try:
+                    _write_all(part.descriptor, line)
+                except OSError:
+                    self._abandon(part)
+                    raise
             part.size += len(line)
 
     def commit(self) -> None:
@@ -143,7 +145,7 @@ class Journal:
             has_new_file, self._has_new_file = self._has_new_file, False
         try:
             for part in (*ended, *open_parts):
-                with self._explained(part.path):
+                with _writing(part.path):
                     os.fsync(part.descriptor)
             if has_new_file:
                 self._sync_folder()
@@ -200,15 +202,11 @@ class Journal:
         number = 0
         while True:
             path = self.path(step, mode, number)
-            try:
+            with _writing(path), contextlib.suppress(FileExistsError):
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-            except FileExistsError:
-                number += 1
-                continue
-            except OSError as error:
-                raise self._failure(path, error) from error
-            self._has_new_file = True
-            return _Part(path, descriptor)
+                self._has_new_file = True
+                return _Part(path, descriptor)
+            number += 1
 
     def _abandon(self, part: _Part) -> None:
         """After a write that failed halfway: cut the torn line off, and write no more to this file."""
@@ -218,31 +216,22 @@ class Journal:
             os.ftruncate(part.descriptor, part.size)
 
     def _sync_folder(self) -> None:
-        with self._explained(self.folder):
+        with _writing(self.folder):
             descriptor = os.open(self.folder, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
 
-    @contextlib.contextmanager
-    def _explained(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise self._failure(path, error) from error
 
-    def _failure(self, path: Path, error: OSError) -> RolloutError:
-        try:
-            usage = shutil.disk_usage(self.folder)
-            space = f"{usage.free / 1e6:.1f} MB of {usage.total / 1e6:.0f} MB are free there"
-        except OSError as unknown:
-            space = f"free space unknown: {unknown.strerror}"
-        return RolloutError(
-            f"The journal {path} cannot be written: {error.strerror or error} ({space}). What was recorded before is "
-            "intact and nothing is trained on that is not recorded.",
-            "Make room, or choose another `output_dir`, and resume from the last checkpoint.",
-        )
+def _writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Explain what is refused, see `storage.writing`."""
+    return writing(
+        "The journal",
+        path,
+        safe="What was recorded before is intact, and nothing is trained on that is not recorded.",
+        also="and resume from the newest checkpoint",
+    )
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -28,9 +28,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from trl_gym.errors import RolloutError
 from trl_gym.rollouts.journal import SCHEMA, TRAINING_LOGPROBS
 from trl_gym.rollouts.metrics import ValueSum
+from trl_gym.storage import writing
 
 if TYPE_CHECKING:
     from trl_gym.rollouts.rollout import Rollout
@@ -181,16 +181,12 @@ def record(
         line |= {"advantage": round(advantages[place], _DIGITS), "logprobs": first}
         line |= {"further_rows": further} if further else {}
         lines.append(json.dumps(line, separators=(",", ":")) + "\n")
-    try:
+    safe = "The rollouts themselves are in the journal."
+    with writing("The trainer's log-probabilities", folder, safe=safe, also="and resume from the newest checkpoint"):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"step-{step}.rank-{rank}.jsonl").open("ab+") as file:
             _end_torn_line(file)
             file.write("".join(lines).encode())
-    except OSError as error:
-        raise RolloutError(
-            f"The trainer's log-probabilities could not be written to {folder} ({error}).",
-            "Free some space there, or make it writable, and resume: the rollouts themselves are in the journal.",
-        ) from error
 
 
 def _end_torn_line(file: IO[bytes]) -> None:

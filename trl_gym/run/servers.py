@@ -14,11 +14,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -622,35 +621,3 @@ def workers_problem(args: GymGRPOConfig, training: int, gpus: int) -> Problem | 
     if served < training:
         return Problem(f"Training uses {training} GPUs of this host and the policy server {served} of them.", remedy)
     return None
-
-
-# -- one trainer per output folder of this process --------------------------------------------------------------------
-#
-# A notebook cell that is run again makes a second trainer while the first, still named by `trainer`, holds the device
-# with its policy server. Two trainers never write to one folder.
-
-
-class Closable(Protocol):
-    """A trainer."""
-
-    def close(self) -> None:
-        """Stop what it started. Idempotent."""
-
-
-# The newest trainer by resolved output folder. Weak: it keeps no trainer alive.
-_trainers: weakref.WeakValueDictionary[str, Closable] = weakref.WeakValueDictionary()
-
-
-def close_previous(output_dir: str | Path, trainer: Closable) -> None:
-    """Close the trainer that this process made for the same folder before, and remember this one.
-
-    Args:
-        output_dir: The trainer's folder.
-        trainer: The new trainer, before it starts anything.
-    """
-    key = str(Path(output_dir).resolve())
-    previous = _trainers.get(key)
-    if previous is not None and previous is not trainer:
-        logger.info("closing the previous trainer for %s: a new one replaces it", key)
-        previous.close()
-    _trainers[key] = trainer

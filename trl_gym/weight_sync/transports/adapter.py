@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from trl_gym.errors import ConfigError, WeightSyncError
 from trl_gym.given import home_path
 from trl_gym.policy_server.adapter_files import CONFIG_FILE, TENSOR_FILE
+from trl_gym.storage import writing
 from trl_gym.weight_sync.source import AdapterSource
 
 if TYPE_CHECKING:
@@ -117,16 +118,13 @@ class AdapterTransport:
 
         unique = uuid.uuid4().hex[:8]  # a version that is sent again must not overwrite what may be read again
         path, partial = self._folder / f"{name}-{unique}", self._folder / f".{name}-{unique}.partial"
+        safe, also = "The policy server keeps the weights that it has.", "for which `gym_weight_dir` can be set"
         try:
-            partial.mkdir(parents=True)
-            save_file(tensors, partial / TENSOR_FILE, metadata={"format": "pt"})
-            (partial / CONFIG_FILE).write_text(json.dumps(config, indent=1))
-            os.replace(partial, path)
-        except OSError as error:
-            raise WeightSyncError(
-                f"The adapter could not be written to {self._folder} ({error}).",
-                "Free some space there, or set `gym_weight_dir` to a bigger folder.",
-            ) from error
+            with writing("The adapter", self._folder, safe=safe, kind=WeightSyncError, also=also):
+                partial.mkdir(parents=True)
+                save_file(tensors, partial / TENSOR_FILE, metadata={"format": "pt"})
+                (partial / CONFIG_FILE).write_text(json.dumps(config, indent=1))
+                os.replace(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return path

@@ -18,7 +18,6 @@ where a failing write is an error and touching a map would end the process.
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 import os
@@ -31,8 +30,9 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 import torch
 
-from trl_gym.errors import ConfigError, PolicyServerError, WeightSyncError
+from trl_gym.errors import ConfigError, PolicyServerError, Problem, WeightSyncError
 from trl_gym.given import home_path
+from trl_gym.storage import refusal
 
 if TYPE_CHECKING:
     from trl_gym.policy_server.client import PolicyClient
@@ -314,11 +314,11 @@ class FileTransport:
             raise failure from error
 
     def _not_written(self, error: OSError, num_bytes: int) -> WeightSyncError:
-        state = os.statvfs(self._place.folder)
+        found = refusal(error, self._place.folder) or Problem(str(error), "Make room there")
         return WeightSyncError(
-            f"Weights could not be written to {self._place.folder} ({os.strerror(error.errno or errno.EIO)}): "
-            f"{num_bytes / 1e6:,.1f} MB are needed, {state.f_bavail * state.f_frsize / 1e6:,.1f} MB are free.",
-            "Free some space there, or set `gym_weight_dir` to a bigger folder that the policy server sees too.",
+            f"Weights could not be written to {self._place.folder}: {found.text}. {num_bytes / 1e6:,.1f} MB are "
+            "needed. The policy server keeps the weights that it has.",
+            f"{found.remedy}: set `gym_weight_dir` to one that is bigger and that the policy server sees too.",
         )
 
 
