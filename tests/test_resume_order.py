@@ -433,7 +433,7 @@ def test_a_job_whose_last_save_was_cut_goes_on_from_the_one_before_or_from_nothi
         raise OSError("No space left on device")
 
     again.save_model = cut  # type: ignore[method-assign]  # which transformers calls first in a save
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="No space"):
         again.train(resume_from_checkpoint=True)
     assert again.batches == whole.batches[:1]
     assert "trainer_state.json, which is written last, is missing" in "".join(damage(tmp_path / "checkpoint-1"))

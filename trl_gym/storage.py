@@ -101,6 +101,8 @@ def _number_of(error: BaseException, path: str | os.PathLike[str]) -> int | None
         number = error.errno
     elif match := _NUMBER.search(str(error)):
         number = int(match[1])
+    elif os.strerror(errno.ENOSPC) in str(error):
+        number = errno.ENOSPC
     elif any(sign in str(error) for sign in _WRITERS):
         number = errno.ENOSPC if _free(path)[0] < _FULL_BYTES else errno.EIO
     else:
