@@ -21,7 +21,7 @@ from tests.policy_server.tiny_model import build_model, build_tokenizer
 from tests.rollouts.recorded import POLICY, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
 from trl_gym.checkpoints import MADE_WITH, damage
-from trl_gym.errors import ConfigError, RolloutError
+from trl_gym.errors import ConfigError, RolloutError, StorageError
 from trl_gym.resume import load_state, save_state
 from trl_gym.rollouts.queue import TaskGroup
 from trl_gym.rollouts.request import RolloutRequest
