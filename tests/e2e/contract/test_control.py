@@ -32,8 +32,12 @@ from tests.e2e.contract.engines import (
 )
 from tests.e2e.servers import MAX_MODEL_LEN, Json, calls_of, is_running, tagged
 from trl_gym.errors import PolicyServerError
+from trl_gym.policy_server.middleware.app import UNSAMPLED_PATHS
 from trl_gym.policy_server.middleware.http import MAX_REQUEST_BYTES
 from trl_gym.policy_server.middleware.identity import rollout_key
+
+# Routes that the middleware handles itself.
+OUR_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/wake_up"})
 
 # -- W: weights and versions ------------------------------------------------------------------------------------------
 
@@ -429,6 +433,34 @@ def test_e6_metrics_count(engine: Engine) -> None:
     for kind, more in (("generation", 7), ("prompt", usage["prompt_tokens"])):
         assert after[f"vllm:{kind}_tokens_total"] - before[f"vllm:{kind}_tokens_total"] == more
     assert after["vllm:num_requests_running"] == 0
+
+
+def test_e8_no_route_that_may_sample_passes_a_turn_by(engine: Engine) -> None:
+    """On every other route that takes a body a turn of a rollout is a 400, also on those that are not known yet.
+
+    But for routes of which it is known that they sample nothing.
+    """
+    answer = engine.ask("GET", "/openapi.json")  # vLLM's, which lists its routes
+    spec = answer.json() if answer.ok else {"paths": {}}
+    routes = {path: ways["post"] for path, ways in spec["paths"].items() if "post" in ways}
+    assert engine.name != "vllm" or {"/v1/completions", "/v1/responses", "/invocations"} <= routes.keys()
+    for path in {"/v1/chat/completions/", "/of/tomorrow", "/generate", *routes.keys()} - OUR_PATHS - UNSAMPLED_PATHS:
+        answer = engine.ask("POST", path, json={"trl_gym": tagged(), "messages": [USER], "prompt": "a", "input": "a"})
+        assert answer.status_code == 400 and f"not to {path}:" in answer.text, path
+    for path in routes.keys() & (OUR_PATHS | UNSAMPLED_PATHS) - {"/v1/chat/completions", "/v1/completions"}:
+        taken = json.dumps(_schemas(routes[path], spec))
+        assert '"temperature"' not in taken and '"max_tokens"' not in taken, f"{path} samples"
+
+
+def _schemas(part: Any, spec: Json, depth: int = 4) -> Any:
+    """A part of an OpenAPI document with what it refers to."""
+    if isinstance(part, list):
+        return [_schemas(one, spec, depth) for one in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        return _schemas(spec["components"]["schemas"][part["$ref"].split("/")[-1]], spec, depth - 1) if depth else None
+    return {key: _schemas(one, spec, depth) for key, one in part.items() if key != "responses"}
 
 
 def test_e7_a_dead_engine_is_told(mortal: Engine) -> None:
