@@ -10,7 +10,7 @@ import contextlib
 import gc
 import json
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Case:
         num_tasks: Groups.
         num_further: Tasks of the dataset that are not of the batch.
         equal: Tasks whose rollouts all have the same reward.
+        components: Returns the reward components of a rollout by (task, member); None for one without.
         kept: Tasks that are trained, where others than the first are.
         max_rows: Most rows of a rollout; they have one to so many, see `num_rows_of`.
         options: Of the configuration, beyond what all cases have.
@@ -59,6 +60,7 @@ class Case:
     num_tasks: int = 3
     num_further: int = 0
     equal: Collection[int] = ()
+    components: Callable[[int, int], dict[str, Any] | None] = lambda task, member: None
     kept: Sequence[int] | None = None
     max_rows: int = 1
     options: dict[str, Any] = field(default_factory=dict)
@@ -159,6 +161,8 @@ def rollout_of(request: RolloutRequest, case: Case) -> Rollout:
         _item(second_prompt, trajectory.completion_ids[first + 3 : last], trajectory.logprobs[first + 3 :]),
     ]
     answer = {"reward": reward, "steps": 2 + request.member, "response": {"output": output, **cut}}
+    if (components := case.components(request.task_index, request.member)) is not None:
+        answer["reward_components"] = components
     [whole] = from_calls(calls_in(answer))
     rows = in_rows(whole, num_rows_of(request.task_index, request.member, case.max_rows))
     return Rollout(request=request, answer=answer, failure=None, trajectories=rows, seconds=1.0)
@@ -197,6 +201,11 @@ def reference_step(model: Path, case: Case, output_dir: Path) -> Step:
 
 def trained_reference(model: Path, case: Case, output_dir: Path) -> tuple[Step, list[dict[str, float]]]:
     """The same, with what was logged of each step, where the options make several."""
+    return trained(make_reference(model, case, output_dir))
+
+
+def make_reference(model: Path, case: Case, output_dir: Path, *reward_funcs: Any, **options: Any) -> ReferenceTrainer:
+    """TRL's `GRPOTrainer` on the rollouts that did not fail, whose `place` reward functions get: (task, member)."""
     sizes = {len(own) for own in case.surviving.values()}
     assert len(sizes) == 1, "TRL's groups are of one size"
     num_members = sizes.pop()
@@ -205,12 +214,17 @@ def trained_reference(model: Path, case: Case, output_dir: Path) -> tuple[Step, 
         **_common(output_dir, num_rows, num_members)
         | {name: value for name, value in case.options.items() if not name.startswith("gym_")}
         | {"gradient_accumulation_steps": 1, "use_vllm": True}
+        | options
     )
     with compat.generation_backend(lambda **_: compat.ServedGeneration(lambda: None, dict)):
         trainer = ReferenceTrainer(
-            case, model=str(model), args=args, train_dataset=tasks(case.surviving), reward_funcs=prepared_reward
+            case,
+            model=str(model),
+            args=args,
+            train_dataset=tasks(case.surviving),
+            reward_funcs=list(reward_funcs) or prepared_reward,
         )
-    return trained(_with_other_reference(trainer))
+    return _with_other_reference(trainer)
 
 
 def gradient_by_hand(
@@ -370,6 +384,7 @@ class ReferenceTrainer(GRPOTrainer):
             "env_mask": [
                 [0] * len(t.env_mask) if m else t.env_mask for (t, *_), m in zip(prepared, masked, strict=True)
             ],
+            "place": [(task, own) for task, of in self._case.surviving.items() for own in of],
             "prepared": [self._case.reward(task, own) for task, of in self._case.surviving.items() for own in of],
         }
 

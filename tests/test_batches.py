@@ -222,6 +222,13 @@ def test_equal_rewards_are_equal_whatever_their_mean_is_rounded_to(rewards: list
     assert not RewardedGroup(ended=ended, rewards=[*rewards[:-1], rewards[-1] + 1]).teaches(2)
 
 
+def test_groups_of_equal_rewards_stay_where_what_they_are_made_of_differs() -> None:
+    source = Source(lambda task: EQUAL)
+    batch = train(batches(source, apart=lambda rewarded: 0.0 if rewarded[0][0].request.task_index else 1.0), [0, 1])
+    assert tasks_of(batch.groups)[0] == 0 and batch.groups[0].teaches(2) and not batch.groups[1].teaches(2)
+    assert [len(tasks) for tasks, _, _ in source.asked] == [2, 1, 1, 1]
+
+
 def test_further_tasks_are_those_of_the_seed_and_the_batch_and_chosen_again() -> None:
     def drawn(number: int, seed: int = 1) -> list[int]:
         source = Source(teaching())

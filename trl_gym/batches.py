@@ -53,6 +53,10 @@ Ahead = Callable[[int], tuple[Sequence[Example], int] | None]
 """The number of a batch to come → its examples, and its `BatchInfo.step`; None where it is not known."""
 
 
+Apart = Callable[[Sequence[tuple[Rollout, float]]], float]
+"""Rollouts of a group that can be trained, with their rewards → see `RewardedGroup.apart`."""
+
+
 class Plan(Protocol):
     """Makes the requests of a group."""
 
@@ -92,6 +96,8 @@ class RewardedGroup:
 
     ended: EndedGroup
     rewards: list[float | None]  # by rollout, checked; None takes one out
+    # How far apart those are that can be trained, in what they are rewarded for; None: in these rewards.
+    apart: float | None = None
 
     @property
     def valid(self) -> list[float]:
@@ -103,7 +109,9 @@ class RewardedGroup:
     def is_flat(self) -> bool:
         """Whether all of these rewards are the same, of two at least."""
         # Not by the standard deviation: rounding leaves one to rewards of which none is a sum of powers of 2.
-        return len(self.valid) > 1 and max(self.valid) - min(self.valid) <= _EQUAL
+        if len(self.valid) < 2:
+            return False
+        return (max(self.valid) - min(self.valid) if self.apart is None else self.apart) <= _EQUAL
 
     def teaches(self, min_group_size: int) -> bool:
         """Tell whether an advantage of it may differ from 0."""
@@ -157,6 +165,8 @@ class Batches:
         choose: Returns the example that a group rolls out, given the one whose turn it is and the group's index.
         plan: See `Plan`.
         reward: Returns the rewards of rollouts, checked.
+        apart: Returns how far apart rollouts are in what they are rewarded for, given them and their rewards; None: as
+            far as the rewards are.
         refill: How groups that teach nothing are replaced in training; None leaves them.
         gather: From a list on every rank to the list of all, by rank; accelerate's unless given.
     """
@@ -172,13 +182,14 @@ class Batches:
         choose: Callable[[Example, int], Example],
         plan: Plan,
         reward: Callable[[Sequence[Rollout]], list[float | None]],
+        apart: Apart | None = None,
         refill: Refill | None = None,
         gather: Gather | None = None,
     ) -> None:
         self._accelerator, self._source = accelerator, source
         self._num_ahead, self._most_ahead, self._options = num_ahead, most_ahead, dict(options)
         self._choose, self._plan, self._reward = choose, plan, reward
-        self._refill, self._gather = refill, gather or _gather
+        self._apart, self._refill, self._gather = apart, refill, gather or _gather
         self._num_planned = 0  # generation batches of training that are planned, in the run
         self._restored: list[dict[str, Any]] = []  # groups that were in flight when the checkpoint was written
 
@@ -300,11 +311,18 @@ class Batches:
         with agreed(self._accelerator, self._gather):
             rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
             rewards = iter(self._reward(rollouts) if rollouts else [])
-        rewarded = [
-            RewardedGroup(ended=group, rewards=list(itertools.islice(rewards, len(group.rollouts))))
-            for group in collected.groups
-        ]
+            rewarded = [
+                self._rewarded(group, list(itertools.islice(rewards, len(group.rollouts))))
+                for group in collected.groups
+            ]
         return GenerationBatch(groups=rewarded, metrics=collected.metrics)
+
+    def _rewarded(self, ended: EndedGroup, rewards: list[float | None]) -> RewardedGroup:
+        found = zip(ended.rollouts, rewards, strict=True)
+        valid = [(rollout, reward) for rollout, reward in found if reward is not None and rollout.trajectories]
+        judges = self._apart if self._refill is not None and valid else None
+        apart = None if judges is None else judges(valid)
+        return RewardedGroup(ended=ended, rewards=rewards, apart=apart)
 
     # ------------------------------------------------------------------------------------- groups that teach nothing
 
@@ -380,6 +398,7 @@ def batches_of(
     choose: Callable[[Example, int], Example],
     plan: Plan,
     reward: Callable[[Sequence[Rollout]], list[float | None]],
+    apart: Apart | None = None,
 ) -> Batches:
     """Return the batches of a configuration, for tasks of a dataset to train on. For the others see `Batches`."""
     refill = Refill(
@@ -397,6 +416,7 @@ def batches_of(
         choose=choose,
         plan=plan,
         reward=reward,
+        apart=apart,
         refill=refill if args.gym_refill_rounds else None,
     )
 

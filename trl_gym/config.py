@@ -24,6 +24,7 @@ from trl_gym.config_checks import (
     batch_problems,
     fill_in,
     find_problems,
+    read_reward_weights,
     replace_wrong_sizes,
     replace_wrong_types,
 )
@@ -158,6 +159,11 @@ class GymGRPOConfig(GRPOConfig):
         gym_min_valid_fraction (`float`, *optional*, defaults to `0.1`):
             A generation batch in which a smaller part of the rollouts can be trained on stops training. Rollouts of
             groups that `gym_refill_rounds` replaces count, too.
+        gym_reward_components (`bool`, *optional*, defaults to `False`):
+            Train the `reward_components` of Gym's answers (its multi-reward contract) instead of the reward that they
+            are made of. Each is a column of its own, as a reward function is, under `multi_objective_aggregation`
+            (`"normalize_then_sum"`: GDPO) and `scale_rewards`, with the weight that `reward_weights` has for its name.
+            Rollouts without any have their reward in the column `gym`.
         gym_eval_sampling (`dict` or `str`, *optional*):
             Sampling parameters of evaluation that differ from training: `temperature`, `top_p`, `top_k`, `min_p`,
             `repetition_penalty`.
@@ -266,6 +272,14 @@ class GymGRPOConfig(GRPOConfig):
             f"{_SYNCHRONOUS_MODE}."
         },
     )
+    # Numbers, or weights by name; on a command line text, which `__post_init__` reads.
+    reward_weights: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of gym, the environment's reward, and of reward functions: a list in that order, or a "
+            "mapping by name, which gym_reward_components needs. Default: 1 for each."
+        },
+    )
     max_completion_length: int | None = None  # `__post_init__` sets it, and the next
     num_generations: int = None  # type: ignore[assignment]
     per_device_train_batch_size: int = None  # type: ignore[assignment]
@@ -300,6 +314,7 @@ class GymGRPOConfig(GRPOConfig):
     gym_stall_timeout: float = 60.0
     gym_min_group_size: int = 2
     gym_min_valid_fraction: float = 0.1
+    gym_reward_components: bool = False
     gym_eval_sampling: dict[str, Any] | str | None = None
     gym_replay: str | None = None
     gym_resume_changed: str = field(default="refuse", metadata={"choices": ["refuse", "allow"]})
@@ -328,6 +343,7 @@ class GymGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         problems = [*self._parse_json_options(), *replace_wrong_types(self), *replace_wrong_sizes(self)]
+        problems += read_reward_weights(self)
         self._spell_out_retries()
         for name in _PATHS:
             setattr(self, name, home_paths(getattr(self, name)))

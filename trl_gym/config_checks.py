@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
@@ -141,6 +142,36 @@ def _spelled(hint: Any) -> str:
 
 def _default(one: Field[Any]) -> Any:
     return one.default_factory() if one.default_factory is not MISSING else one.default
+
+
+def read_reward_weights(config: GymGRPOConfig) -> list[Problem]:
+    """Read `reward_weights`, numbers or a mapping by name, from text too; None where it is something else."""
+    given: Any = config.reward_weights
+    if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str) and given[0].lstrip().startswith("{"):
+        given = given[0]
+    config.reward_weights = None
+    try:
+        given = json.loads(given) if isinstance(given, str) else given
+        weights = {str(name): float(weight) for name, weight in given.items()} if isinstance(given, dict) else None
+        listed = [float(weight) for weight in given or ()] if weights is None else list(weights.values())
+    except (TypeError, ValueError):
+        listed = [math.nan]
+    if not all(map(math.isfinite, listed)):
+        return [
+            Problem(
+                f"`reward_weights` is {given!r}.",
+                """Set it to a list of numbers, or to a mapping from names to numbers ('{"name": 1}').""",
+            )
+        ]
+    config.reward_weights = given and (listed if weights is None else weights)  # type: ignore[assignment]
+    if weights is None and listed and config.gym_reward_components:
+        return [
+            Problem(
+                f"`reward_weights` is {given!r} and `gym_reward_components` true: components have names, no order.",
+                "Set it to a mapping from the name of each component, and of each reward function, to its weight.",
+            )
+        ]
+    return []
 
 
 # -- what is not given ------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ _TOLD = (
     *("label_smoothing_factor", "beta", "epsilon", "delta", "epsilon_high", "sapo_temperature_neg"),
     *("sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
     *("importance_sampling_level", "reward_weights", "multi_objective_aggregation", "scale_rewards", "loss_type"),
+    "gym_reward_components",
     *("mask_truncated_completions", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max"),
     *("entropy_coef_delta", "entropy_target", "vllm_importance_sampling_correction"),

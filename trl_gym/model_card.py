@@ -28,7 +28,7 @@ _ENVIRONMENT = re.compile(r"(?:eval_)?gym/(?P<agent>[^/]+)/reward")
 _SHOWN = ("temperature", "top_p")  # of the sampling, also where they are as by default
 # Beside the reward and success of every environment and every evaluation.
 _RESULTS = ("reward", "success", "rollouts/failed_fraction", "rollouts/drift_fraction", "logprob_gap/mean")
-_RESULT = re.compile(r"(?:eval_(?:\w+_)?)?(?:gym/[^/]+/)?(?:reward|success|pass@\d+|mean@\d+)")
+_RESULT = re.compile(r"(?:eval_(?:\w+_)?)?(?:gym/[^/]+/)?(?:reward|success|pass@\d+|mean@\d+|reward_components/.+)")
 
 
 def complete(args: GymGRPOConfig, state: TrainerState, *, base: str, source: Mapping[str, str]) -> None:
@@ -118,10 +118,19 @@ def settings_of(args: GymGRPOConfig, *, num_steps: int, source: Mapping[str, str
         "Optimizer steps": str(num_steps),
         "Rollouts per task": str(args.num_generations),
         **(drawn if args.gym_replay is None else {}),  # recorded rollouts were drawn as their own run says
+        **_rewarded(args),
         "Drift policy": f"`{args.gym_drift}`",
         **source,
         "trl-gym": trl_gym.__version__,
     }
+
+
+def _rewarded(args: GymGRPOConfig) -> dict[str, str]:
+    if not args.gym_reward_components:
+        return {}
+    weights: dict[str, float] = args.reward_weights if isinstance(args.reward_weights, dict) else {}
+    named = ", ".join(f"`{name}` {weight:g}" for name, weight in weights.items()) or "1 for each"
+    return {"Rewards": f"components, `{args.multi_objective_aggregation}`, weights {named}"}
 
 
 def _cell(text: str) -> str:

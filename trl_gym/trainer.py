@@ -45,6 +45,7 @@ from trl_gym.rollouts.batch import checked_rewards, describe_drift, table_column
 from trl_gym.rollouts.evaluation import emptied
 from trl_gym.rollouts.journal import TOKENIZER
 from trl_gym.rollouts.metrics import oversample_metrics
+from trl_gym.rollouts.objectives import Objectives, check_rewards_are_gyms, fill_table, gym, unnamed_weights
 from trl_gym.rollouts.padding import TOKEN_WEIGHT, Results, compute_rows
 from trl_gym.rollouts.queue import TaskGroup
 from trl_gym.rollouts.request import RolloutRequest
@@ -62,14 +63,6 @@ with compat.without_vllm():
     from trl import GRPOTrainer
 
 logger = logging.getLogger(__name__)
-
-
-def gym(*, gym_reward: list[float | None], **_: Any) -> list[float]:
-    """Return the environment's reward, as a TRL reward function; its name is the metric's name.
-
-    A failed rollout is 0 here and NaN after `_calculate_rewards`, which also takes other reward functions out.
-    """
-    return [0.0 if reward is None else reward for reward in gym_reward]
 
 
 class GymGRPOTrainer(GRPOTrainer):
@@ -100,7 +93,7 @@ class GymGRPOTrainer(GRPOTrainer):
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             Reward functions added to the environment's reward. They get the conversation as `completions`, and
             `gym_reward` and `gym_result` (Gym's answer, `None` for a failed rollout) as keyword arguments.
-            `args.reward_weights`, when set, begins with the weight of the environment's reward.
+            `args.reward_weights`, when set, begins with the weight of the environment's reward, or names weights.
         args ([`GymGRPOConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`], *optional*):
@@ -144,6 +137,7 @@ class GymGRPOTrainer(GRPOTrainer):
         model = home_path(model) if isinstance(model, str) else model
         args = checked_args(args, model, kwargs)
         check_build(self.build_trajectories)
+        check_rewards_are_gyms(args, type(self).compute_rewards, GymGRPOTrainer.compute_rewards)
         rewards = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_refill(args, len(rewards), train_dataset)
         check_datasets(args, train_dataset, eval_dataset)
@@ -157,7 +151,7 @@ class GymGRPOTrainer(GRPOTrainer):
         servers.show_notes(args, adapts=kwargs.get("peft_config") is not None)
         try:
             self._source.start()  # servers load while the model does
-            with loading_model(args), compat.generation_backend(self._generation_backend):
+            with loading_model(args), compat.generation_backend(self._generation_backend), unnamed_weights(args):
                 super().__init__(
                     model=model,
                     reward_funcs=[gym, *rewards],
@@ -190,6 +184,7 @@ class GymGRPOTrainer(GRPOTrainer):
         self.mask_truncated_completions = False
         self._run = broadcast_object_list([self._run_id])[0]
         self._accounting = Accounting(self.args, self.accelerator)
+        self._objectives = Objectives.of(self.args, self, tells=self.accelerator.is_main_process)
         hooks = TrainerHooks(
             build=self.build_trajectories,
             tokenizer=self._tokenizer,
@@ -206,6 +201,7 @@ class GymGRPOTrainer(GRPOTrainer):
             choose=self._choose,
             plan=self._plan,
             reward=self._rewards,
+            apart=self._objectives.apart if self.args.gym_reward_components else None,
         )
         self._set_callbacks()
         with agreed(self.accelerator):
@@ -488,6 +484,11 @@ class GymGRPOTrainer(GRPOTrainer):
     ) -> torch.Tensor:
         # TRL has `[R]` completions here, and `[B]` of all else: one reward per rollout, and so one advantage.
         completion_ids_list = joined(self._accounting.rows, len(prompts), eos_id=self._tokenizer.eos_token_id)
+        if self.args.gym_reward_components:
+            facts, table = self._accounting.shared.facts, self._logs
+            self._objectives.columns(facts).give(self)
+            num_logged, names = len(table["prompt"]), self.reward_func_names
+            fill_table(table["rewards"], names, num_logged=num_logged, num_rollouts=len(facts))
         with naming("reward_funcs", f"the rollouts of step {self._current_step}"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._accounting.exclude_failures(rewards)

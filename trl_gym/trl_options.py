@@ -43,7 +43,8 @@ HERE: dict[tuple[str, ...], str] = {
     ("chat_template_kwargs",): "stamped into every model call of a rollout",
     ("vllm_importance_sampling_mode",): '`"token_truncate"` by default with '
     "[`gym_max_staleness`](#gym_max_staleness), else TRL's default",
-    ("reward_weights",): "begins with the weight of the environment's reward, when set",
+    ("reward_weights",): "a list that begins with the weight of the environment's reward, or a mapping by name "
+    "(`gym`, components, reward functions), which [`gym_reward_components`](#gym_reward_components) needs",
     ("mask_truncated_completions",): "masks what Gym reports as cut, where TRL looks at the last token",
     ("pad_to_multiple_of",): "of what is computed together, where TRL pads all rows of a batch",
     ("use_vllm",): "always true",

@@ -68,7 +68,7 @@ def test_a_row_that_is_there_twice_counts_twice() -> None:
 
 
 def test_numbers_per_environment() -> None:
-    records = [record(member, reward=float(member)) for member in range(4)]
+    records = [record(member, reward=float(member), reward_components={"x": member}) for member in range(4)]
     records.append(record(4, reward=None))
     records.append(record(5, agent="other", verify={"success": True}, reward=0.0))
     summaries = summarize(outcomes(records, jobs(6)))
@@ -76,6 +76,7 @@ def test_numbers_per_environment() -> None:
     assert (one.rollouts, one.failed) == (5, {"deadline": 1})
     assert one.reward_mean == 1.5
     assert one.reward_std == pytest.approx(1.2909944)
+    assert one.reward_components == {"x": 1.5}
     assert one.success == 0.75  # a reward of 1 and above
     assert one.turns == 2.0
     assert (one.seconds_p50, one.seconds_p95) == (2.5, pytest.approx(3.85))

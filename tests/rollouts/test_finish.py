@@ -14,6 +14,7 @@ from trl_gym.policy_server.middleware.ledger import CallDrift, CallRecord, Drift
 from trl_gym.rollouts.collector import RolloutResult
 from trl_gym.rollouts.journal import Journal, read_journal
 from trl_gym.rollouts.metrics import rollout_metrics
+from trl_gym.rollouts.objectives import component_problem
 from trl_gym.rollouts.request import RolloutRequest
 from trl_gym.rollouts.rollout import facts_of
 from trl_gym.rollouts.source import Finisher, OwnSampling
@@ -104,6 +105,17 @@ def test_without_drift_every_policy_does_the_same(tmp_path: Path, policy: str) -
     rollout = finisher(tmp_path, policy)(result(DRIFTED[:2]))
     assert rollout.drift is None and rollout.reward == 1.0
     assert rollout.trajectories[0].num_turns == 2
+
+
+def test_an_answer_that_cannot_be_trained_on_is_the_environments_failure(tmp_path: Path) -> None:
+    finish = dataclasses.replace(finisher(tmp_path, "truncate"), problem_of=component_problem)
+    answer = {"reward": 1.0, "response": {"output": DRIFTED}, "reward_components": {"style": "good"}}
+    rollout = finish(result(answer=answer, retried_kinds=frozenset({FailureKind.ENVIRONMENT})))
+    assert rollout.failure.kind is FailureKind.ENVIRONMENT and rollout.reward is None
+    assert "the answer cannot be used: a finite number is needed as reward component" in rollout.failure.text
+    [line] = read_journal(tmp_path)
+    assert line["retried"] and "`reward_components['style']` is 'good'" in line["failure"]["text"]
+    assert finish(result(answer=answer | {"reward_components": {"style": 1.0}})).reward == 1.0
 
 
 def test_a_failure_of_gyms_is_passed_on(tmp_path: Path) -> None:

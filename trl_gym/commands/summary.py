@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from trl_gym.commands.collect import Job, counted
 from trl_gym.responses import model_call_indices, output_items
 from trl_gym.rollouts.evaluation import attempt_metrics
 from trl_gym.rollouts.metrics import mean, percentile
-from trl_gym.rollouts.rollout import success_of
+from trl_gym.rollouts.rollout import components_of, success_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,7 @@ class Outcome:
     success: float | None  # 0 to 1; None when it failed
     turns: int  # model calls
     seconds: float  # wall time
+    components: Mapping[str, float] = field(default_factory=dict)  # its reward components by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,7 @@ class Summary:
     failed: dict[str, int]  # number of failed ones by kind of failure
     reward_mean: float | None  # mean reward
     reward_std: float | None  # sample standard deviation of the reward; 0.0 for a single rollout
+    reward_components: dict[str, float]  # mean of each component, of the rollouts that have it
     success: float | None  # mean success
     turns: float | None  # mean number of model calls
     seconds_p50: float | None  # median of wall times
@@ -72,11 +74,20 @@ def _summary_of(ended: Sequence[Outcome]) -> Summary:
         failed=dict(Counter(outcome.failure for outcome in ended if outcome.failure is not None).most_common()),
         reward_mean=mean(rewards),
         reward_std=(statistics.stdev(rewards) if len(rewards) > 1 else 0.0) if rewards else None,
+        reward_components=_means(outcome.components for outcome in good),
         success=mean([outcome.success for outcome in good if outcome.success is not None]),
         turns=mean([outcome.turns for outcome in good]),
         seconds_p50=percentile(seconds, 50),
         seconds_p95=percentile(seconds, 95),
     )
+
+
+def _means(components: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for own in components:
+        for name, value in own.items():
+            values[name].append(value)
+    return {name: statistics.fmean(own) for name, own in sorted(values.items())}
 
 
 def show_summary(summaries: Mapping[str, Summary], console: Console) -> None:
@@ -177,6 +188,7 @@ def _outcome(record: Mapping[str, Any]) -> Outcome:
         turns=sum(turn.get("kind") == "model" for turn in record.get("turns", ()))
         or len(set(model_call_indices(output_items(record))) - {None}),
         seconds=record.get("seconds") or 0.0,
+        components={} if failure is not None else components_of(record),
     )
 
 

@@ -38,6 +38,7 @@ weights of the call that sampled it and the step that trains it: k - 1 - v for s
 | `success`, `gym/<agent>/success` | see `Rollout.success` |
 | `gym/<agent>/<field>` | mean of each number of the verify response, where none of the above has its name |
 | `gym/<agent>/reward_components/<name>` | mean of each number of its `reward_components` |
+| `gym/<agent>/reward_components_gap` | mean of how far their sum is from the reward |
 | `gym/<agent>/drift/<cause>` | fraction of the rollouts with tokens that drifted for this cause |
 """
 
@@ -209,6 +210,8 @@ def _fields(facts: Sequence[RolloutFacts]) -> dict[str, float]:
             values[name].append(value)
         for name, value in fact.components.items():
             values[f"reward_components/{name}"].append(value)
+        if fact.components and fact.reward is not None:
+            values["reward_components_gap"].append(abs(math.fsum(fact.components.values()) - fact.reward))
     return {name: fmean(own) for name, own in values.items()}
 
 

@@ -336,7 +336,6 @@ def facts_of(rollout: Rollout, reward: float | None, mode: str, step: int | None
     trajectories = list(rollout.trajectories)
     prompts = [len(trajectory.prompt_ids) for trajectory in trajectories]
     sampled = [trajectory.env_mask.count(1) for trajectory in trajectories]
-    components = (answer or {}).get("reward_components")
     calls, errors = count_tool_calls(output_items(answer))
     return RolloutFacts(
         agent=rollout.request.agent,
@@ -365,7 +364,7 @@ def facts_of(rollout: Rollout, reward: float | None, mode: str, step: int | None
         staleness={} if step is None else _staleness(rollout.sampled_calls, step),
         spans_versions=len({version for call in rollout.sampled_calls for version in (call.first, call.last)}) > 1,
         fields=rollout.metrics(),
-        components=_numbers(components if isinstance(components, dict) else {}),
+        components=components_of(answer),
     )
 
 
@@ -382,6 +381,12 @@ def _staleness(calls: Sequence[VersionedCall], step: int) -> dict[int, int]:
 def _total(rollout: Rollout, name: str) -> float | None:
     values = [value for record in rollout.records or () if (value := getattr(record, name)) is not None]
     return sum(values) if values else None
+
+
+def components_of(answer: Mapping[str, Any] | None) -> dict[str, float]:
+    """Return the numbers of Gym's `reward_components` by name."""
+    components = (answer or {}).get("reward_components")
+    return _numbers(components if isinstance(components, dict) else {})
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -479,6 +479,8 @@ class Finisher:
     weight_version: str  # the version that the policy server holds
     tags: Mapping[str, Any] = field(default_factory=dict)  # fields that are added to every line
     own_sampling: OwnSampling | None = None  # tells of sampling of an agent's own
+    # Says why an answer with a reward cannot be trained on all the same.
+    problem_of: Callable[[Mapping[str, Any]], str | None] | None = None
 
     def __call__(self, result: RolloutResult) -> Rollout:
         """Return the rollout, which is in the journal then.
@@ -513,6 +515,9 @@ class Finisher:
                 text="the policy server cannot say which tokens it sampled: it was lost, or had no room for them",
                 where=agent,
             )
+        elif failure is None and self.problem_of is not None and (problem := self.problem_of(result.answer or {})):
+            text = f"the answer cannot be used: {problem}"
+            failure = RolloutFailure(kind=FailureKind.ENVIRONMENT, text=text, where=agent)
         elif failure is None:
             assert result.answer is not None, "an attempt ends with an answer or a failure"
             try:

@@ -22,6 +22,7 @@ from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.engine_metrics import EngineCounters, engine_metrics, parse_counters
 from trl_gym.rollouts.journal import Journal
 from trl_gym.rollouts.ledger import Ledger
+from trl_gym.rollouts.objectives import component_problem
 from trl_gym.rollouts.queue import RolloutQueue, Sampler, TaskGroup
 from trl_gym.rollouts.redaction import secrets_in
 from trl_gym.rollouts.request import PolicyAccess
@@ -303,6 +304,7 @@ class LiveSource:
             mode="train" if evaluation is None else "eval",
             weight_version=str(self._version),
             own_sampling=self._own_sampling,
+            problem_of=component_problem if self._args.gym_reward_components else None,
         )
 
     def _recover(self, loss: PolicyServerLostError, num_lost: int) -> None:
