@@ -94,6 +94,7 @@ class FakeSglang:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.served_name = self.started_name = str(folder)
+        self.scheduler_hangs = False
         self.version, self.paused, self.ready = "default", "", asyncio.Event()
         self.requests: list[tuple[str, str, Json]] = []
         self.answers: dict[str, tuple[int, Any]] = {}
@@ -182,7 +183,9 @@ class FakeSglang:
     def _model_info(self, _: Json) -> Json:
         return {"model_path": self.served_name, "is_generation": True, "weight_version": self.version}
 
-    def _server_info(self, _: Json) -> Json:
+    async def _server_info(self, _: Json) -> Json:
+        while self.scheduler_hangs:  # it has a part in the answer
+            await asyncio.sleep(0.01)
         args = {"served_model_name": self.started_name, "tp_size": 1, "pp_size": 1, "dp_size": 1}
         lora = {"max_lora_rank": 16, "lora_target_modules": ["q_proj", "v_proj"]} if self.lora else {}
         return {**args, **lora, "enable_lora": self.lora, "version": "0.5.23"}

@@ -64,6 +64,25 @@ async def test_what_an_upstream_answers_is_passed_unchanged(status: int) -> None
         assert app.upstreams[0].in_rotation and fake.asked("/v1/completions") == 1
 
 
+async def test_one_whose_engine_hangs_is_out_of_rotation_until_it_answers() -> None:
+    first, second = (FakeUpstream(answers={"GET /is_paused": (200, {"is_paused": False})}) for _ in range(2))
+    async with serving(first, second, engine_timeout_s=0.2) as app:
+        assert (await ask(app, "GET", "/is_paused")).json() == {"is_paused": False}
+        first.hangs.add("/is_paused")
+        await until(lambda: app.upstreams[0].down is not None)
+        assert app.upstreams[0].down == "its engine has not answered for 0.2 s"
+        asked = first.asked("/health")
+        await until(lambda: first.asked("/health") > asked + 1)
+        assert [one.in_rotation for one in app.upstreams] == [False, True], "its `/health` is not enough"
+        second.answers["GET /is_paused"] = (200, {"is_paused": True})
+        assert (await ask(app, "GET", "/is_paused")).json() == {"is_paused": True}
+        first.hangs.clear()
+        app.upstreams[0].mark_down("so that it is asked now")
+        await until(lambda: app.upstreams[0].in_rotation)
+        first.answers["GET /is_paused"] = (404, {})
+        assert (await ask(app, "GET", "/is_paused")).status == 404, "one of them does not say"
+
+
 @pytest.mark.parametrize("key", ["upstream-key", None])
 async def test_the_clients_key_is_replaced(key: str | None) -> None:
     fake = FakeUpstream()
@@ -219,7 +238,7 @@ async def test_without_affinity_the_least_busy_one_is_asked() -> None:
             await call.done()
         one_after_the_other = [served_by(await ask(app, "POST", "/detokenize", body=b"{}")) for _ in range(3)]
         assert len(set(one_after_the_other)) == 3
-        assert len({served_by(await ask(app, "GET", "/is_paused")) for _ in range(3)}) == 1
+        assert len({served_by(await ask(app, "GET", "/version")) for _ in range(3)}) == 1
 
 
 # -- failover ---------------------------------------------------------------------------------------------------------

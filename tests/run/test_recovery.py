@@ -208,7 +208,8 @@ def test_one_that_hangs_or_whose_engine_is_dead_is_replaced(hangs: bool) -> None
         (0.0, 200, True),  # seconds, on this clock
         (0.0, 100, False),  # a long prompt, a compilation
         (300.0, 30, True),  # who noticed it has waited already
-        (600.0, 5, False),
+        (600.0, 0, False),
+        (140.0, 5, False),
     ],
 )
 def test_an_engine_that_is_silent_is_replaced_when_its_time_is_over(

@@ -8,8 +8,9 @@
                     ▼
                 forward, stream the answer back ── lost before its first byte ──► the next upstream
 
-An upstream is in rotation unless it is *down* (it cannot be reached or `/health` says no; it is probed in the
-background and comes back by itself) or *excluded* (it may hold other weights than the rest):
+An upstream is in rotation unless it is *down* (it cannot be reached, `/health` says no, or its engine does not answer,
+which `/is_paused` asks; it is probed in the background and comes back by itself) or *excluded* (it may hold other
+weights than the rest):
 
   * A control call failed on it. It is admitted again when a whole weight update that began after that failure, from
     `/start_weight_update` to `/finish_weight_update`, has succeeded on it; or when it has loaded a new adapter and
@@ -41,6 +42,7 @@ import aiohttp
 from yarl import URL
 
 from trl_gym.errors import PolicyServerError
+from trl_gym.policy_server.client import ENGINE_PATH
 from trl_gym.policy_server.middleware.app import AFFINITY
 from trl_gym.policy_server.middleware.http import (
     CONTROL_PATHS,
@@ -309,6 +311,7 @@ class UpstreamApp:
         urls: Root URLs without `/v1`, all different.
         api_key: Sent as bearer token to each of them; a client's own `Authorization` never is.
         probe_every_s: Seconds between two looks at `/health` of an upstream.
+        engine_timeout_s: Seconds within which its engine must answer.
         wire: Makes the way to an upstream from its URL.
     """
 
@@ -318,11 +321,12 @@ class UpstreamApp:
         *,
         api_key: str | None = None,
         probe_every_s: float = 5.0,
+        engine_timeout_s: float = 300.0,
         wire: Callable[[str], Wire] = PlainWire,
     ) -> None:
         self.upstreams = [Upstream(url, wire(url)) for url in urls]
         self._api_key = api_key
-        self._probe_every_s = probe_every_s
+        self._probe_every_s, self._engine_timeout_s = probe_every_s, engine_timeout_s
         self._session: aiohttp.ClientSession | None = None
         self._monitors: list[asyncio.Task[None]] = []
         self._running: set[asyncio.Task[None]] = set()
@@ -332,7 +336,11 @@ class UpstreamApp:
         """Open the connection pool and begin to watch the upstreams. Called by the lifespan protocol."""
         self._session = open_session()
         await asyncio.gather(*(self._learn_version(upstream) for upstream in self.upstreams))
-        self._monitors = [asyncio.create_task(self._monitor(upstream)) for upstream in self.upstreams]
+        self._monitors = [
+            asyncio.create_task(monitor(upstream))
+            for upstream in self.upstreams
+            for monitor in (self._monitor, self._monitor_engine)
+        ]
         for monitor in self._monitors:
             monitor.add_done_callback(_report_death)
 
@@ -415,6 +423,8 @@ class UpstreamApp:
                 reply = await self._weight_info(request)
             elif (request.method, request.path) == ("GET", "/health"):
                 reply = self._health()
+            elif (request.method, request.path) == ("GET", ENGINE_PATH):
+                reply = await self._is_paused(request)
             elif (request.method, request.path) == ("GET", "/metrics"):
                 reply = await self._metrics(request)
             else:
@@ -523,11 +533,7 @@ class UpstreamApp:
         return reply
 
     async def _weight_info(self, request: ForwardedRequest) -> Reply:
-        asked = [upstream for upstream in self.upstreams if upstream.in_rotation]
-        answers = await asyncio.gather(*(self._ask_or_mark_down(upstream, request) for upstream in asked))
-        replies = {upstream.url: reply for upstream, reply in zip(asked, answers, strict=True) if reply is not None}
-        if not replies:
-            raise self._nobody_left()
+        replies = await self._ask_all(request)
         versions = {url: quote(r.body) if r.ok else f"HTTP {r.status}" for url, r in replies.items()}
         if len(set(versions.values())) > 1:
             raise PolicyServerError(
@@ -535,18 +541,30 @@ class UpstreamApp:
             )
         return next(iter(replies.values()))
 
+    async def _is_paused(self, request: ForwardedRequest) -> Reply:
+        """Ask the engines of all upstreams in rotation, and return what one says that is paused, or has no such
+        question."""
+        replies = list((await self._ask_all(request)).values())
+        refusals = [reply for reply in replies if not reply.ok]
+        return next(iter([*refusals, *(one for one in replies if _object(one).get("is_paused")), *replies]))
+
     async def _metrics(self, request: ForwardedRequest) -> Reply:
         """Return the metrics of all upstreams in rotation in one text, each told by a label `upstream`."""
-        asked = [upstream for upstream in self.upstreams if upstream.in_rotation]
-        answers = await asyncio.gather(*(self._ask_or_mark_down(upstream, request) for upstream in asked))
-        replies = {upstream.url: reply for upstream, reply in zip(asked, answers, strict=True) if reply is not None}
-        if not replies:
-            raise self._nobody_left()
+        replies = await self._ask_all(request)
         if (refusal := next((reply for reply in replies.values() if not reply.ok), None)) is not None:
             return refusal  # those of some would be taken for those of all
         lines = [_labelled(line, url) for url, reply in replies.items() for line in reply.body.splitlines()]
         lines = sorted(filter(None, lines), key=lambda line: line.partition(b"{")[0])  # a metric's lines are together
         return Reply(200, b"\n".join(lines) + b"\n", b"text/plain; version=0.0.4; charset=utf-8")
+
+    async def _ask_all(self, request: ForwardedRequest) -> dict[str, Reply]:
+        """Return the answers of all upstreams in rotation, by URL. Raises `PolicyServerError` if there is none."""
+        asked = [upstream for upstream in self.upstreams if upstream.in_rotation]
+        answers = await asyncio.gather(*(self._ask_or_mark_down(upstream, request) for upstream in asked))
+        replies = {upstream.url: reply for upstream, reply in zip(asked, answers, strict=True) if reply is not None}
+        if not replies:
+            raise self._nobody_left()
+        return replies
 
     async def _ask_or_mark_down(self, upstream: Upstream, request: ForwardedRequest) -> Reply | None:
         try:
@@ -567,12 +585,24 @@ class UpstreamApp:
             await asyncio.sleep(self._probe_every_s)
             await self._probe(upstream)
 
+    async def _monitor_engine(self, upstream: Upstream) -> None:
+        """Have the engine of an upstream answer, which may be in a forward pass or load weights."""
+        while True:
+            await asyncio.sleep(self._probe_every_s)
+            with contextlib.suppress(aiohttp.ClientError):  # the other monitor marks it down
+                try:
+                    async with asyncio.timeout(self._engine_timeout_s):
+                        await self._ask(upstream, self._get(ENGINE_PATH))
+                except TimeoutError:
+                    upstream.mark_down(f"its engine has not answered for {self._engine_timeout_s:g} s")
+
     async def _probe(self, upstream: Upstream) -> None:
         """Ask `/health` and mark the upstream accordingly."""
         try:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 health = await self._ask(upstream, self._get("/health"))
                 if health.ok and upstream.down is not None:
+                    await self._ask(upstream, self._get(ENGINE_PATH))
                     await self._come_back(upstream)
         except (aiohttp.ClientError, TimeoutError) as error:
             return upstream.mark_down(f"GET /health: {words(error)}")

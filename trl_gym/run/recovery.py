@@ -163,9 +163,10 @@ class PolicyRecovery:
                 self._look()
             except PolicyServerError as trouble:
                 silent_s = getattr(trouble, "silent_s", 0.0)
-                patience_s = max(_EXIT_TIMEOUT_S, self._hang_timeout_s - waited_s if silent_s else 0.0)
-                if time.monotonic() - started >= patience_s:
-                    return self._hang(trouble, waited_s + patience_s if silent_s else 0.0)
+                patience_s = self._hang_timeout_s - waited_s if silent_s else _EXIT_TIMEOUT_S
+                passed_s = time.monotonic() - started
+                if passed_s >= patience_s:
+                    return self._hang(trouble, waited_s + passed_s if silent_s else 0.0)
             else:
                 return None
             self._sleep(_POLL_S)

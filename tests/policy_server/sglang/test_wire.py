@@ -19,7 +19,7 @@ from tests.policy_server.fake_sglang import FakeSglang, behind_gateway, running
 from tests.policy_server.fake_upstream import FakeUpstream
 from tests.policy_server.tiny_model import build_model, build_random_policy
 from tests.weight_sync.streams import Stream
-from trl_gym.errors import PolicyServerError, WeightSyncError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError, WeightSyncError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
 from trl_gym.policy_server.gateway import check_upstreams
 from trl_gym.policy_server.middleware.ledger import CallRecord, Taken
@@ -132,6 +132,18 @@ def test_what_it_says_of_itself(client: PolicyClient, policy: Path) -> None:
     assert client.server_config()["model_config"] == {"logprobs_mode": "processed_logprobs"}
     assert client.world_size() == 1 and client.health() and not client.is_paused()
     assert "vllm:num_requests_running" in client.prometheus()[0]
+
+
+def test_a_scheduler_that_hangs_is_noticed_though_its_server_answers(fake: FakeSglang, client: PolicyClient) -> None:
+    client.ask_engines()
+    client.pause()
+    client.ask_engines()  # where it would sample no token
+    fake.scheduler_hangs = True
+    assert client.health()
+    with pytest.raises(PolicyServerLostError, match="its HTTP process answers, and its engine does not"):
+        client.patient(0.2).ask_engines()
+    fake.scheduler_hangs = False
+    client.resume()
 
 
 # -- exact prompts ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ what vLLM does for them:
   * A file of weights is not a folder with one, which is what SGLang reads: a folder with a link to it is made for the
     time of the call.
   * `/health` of SGLang samples a token, which a paused server never does. It is asked whether it answers at all; its
-    process ends with its engine.
+    process ends with its engine. Whether its scheduler answers, paused or not, is asked with `/is_paused`.
   * A token id that is not in the vocabulary ends SGLang's process: exact prompts are checked here.
   * A client that hangs up is noticed by SGLang when a token comes, by a request that waits for its turn after seconds:
     it is aborted by name as well.
@@ -385,6 +385,7 @@ class SglangWire:
         return {"status": "resumed"}
 
     async def _is_paused(self, call: _Call) -> Any:
+        await call.ask("GET", "/server_info")  # which SGLang's scheduler answers: it hangs where that does
         if "pause" in self._gate.closed_by:
             return {"is_paused": True}
         # Another gateway, or this one before it was started again, may have paused it: then it is not ready.
