@@ -192,10 +192,11 @@ class ChildProcess:
         return code
 
     def stopped(self) -> list[str]:
-        """Return those processes of the server that someone has stopped, e.g. `"VLLM::EngineCor (pid 7)"`."""
-        pid = self.pid
-        found = [] if pid is None else [one for one in descendants(pid) if is_stopped(one)]
-        return [f"{_name_of(one)} (pid {one})" for one in found]
+        """Return those processes of the server that someone has stopped: `"policy server (pid 7)"` itself, and those
+        below it by the names that they have given themselves, e.g. `"VLLM::EngineCor (pid 8)"`."""
+        family = [] if (pid := self.pid) is None else descendants(pid)
+        names = {one: self.name if one == family[0] else _name_of(one) for one in family if is_stopped(one)}
+        return [f"{name} (pid {one})" for one, name in names.items()]
 
     def log_tail(self) -> str:
         """Return the last lines of the log, for error messages."""

@@ -107,7 +107,7 @@ async def test_an_engine_that_answers_and_a_server_without_the_question_are_well
     behaviour.status = status
     behaviour.engine_answers.set()
     async with aiohttp.ClientSession() as session:
-        watch = EngineWatch(Ledger(url, hang_timeout_s=0.0), session)
+        watch = EngineWatch(Ledger(url), session)
         watch.look()
         question = watch._asked[url][0]
         await until(question.done)

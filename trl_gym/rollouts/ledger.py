@@ -288,7 +288,7 @@ class EngineWatch:
             if question is not None and not question.done():
                 if now - max(since, self._ledger.busy_until) > self._ledger.hang_timeout_s:
                     raise self._ledger.hang_of(root)
-            elif now - since >= _ASK_EVERY_S:
+            elif now - since >= min(_ASK_EVERY_S, self._ledger.hang_timeout_s / 4):
                 self._asked[root] = asyncio.create_task(self._ledger.ask_engine(self._session, root)), now
 
     def close(self) -> None:
