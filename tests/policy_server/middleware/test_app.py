@@ -568,6 +568,12 @@ async def test_a_request_that_is_nested_too_deeply_is_a_400(http: Http) -> None:
         assert status == 400 and "nested" in answer["error"]["message"]
 
 
+async def test_a_body_of_very_many_objects_is_not_parsed(http: Http, app: FakeVllm) -> None:
+    body = b'{"messages": [' + b"{}," * 2_000_000 + b'{}], "trl_gym": {"rollout": "r0"}}'
+    status, answer = await http("POST", "/v1/chat/completions", body)
+    assert status == 400 and "more than 2,000,000 lists and objects" in answer["error"]["message"]
+
+
 async def test_nan_in_a_turn_of_a_rollout_is_a_400(http: Http) -> None:
     body = b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN, "trl_gym": {"rollout": "r"}}'
     status, answer = await http("POST", "/v1/chat/completions", body)

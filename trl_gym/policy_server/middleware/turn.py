@@ -26,7 +26,7 @@ from trl_gym.policy_server.middleware.sampling import (
 )
 from trl_gym.responses import text_of
 from trl_gym.rollout_options import AGENT_SAMPLING
-from trl_gym.untrusted import MAX_DEPTH, check_depth
+from trl_gym.untrusted import MAX_CONTAINERS, MAX_DEPTH, check_depth
 
 if TYPE_CHECKING:
     from trl_gym.policy_server.middleware.ledger import RolloutCalls
@@ -112,6 +112,7 @@ class Turn:
             RefusedError: If the body names another rollout than the request's keys.
         """
         try:
+            _check_count(raw)
             fields = _fields.decode(raw)
             messages = _messages.decode(fields.pop("messages", b"null"))
             body = {key: _any.decode(value) for key, value in fields.items()}
@@ -122,7 +123,8 @@ class Turn:
         except UnicodeDecodeError as error:
             raise InvalidTurnError(f"the body is not UTF-8 ({error})") from None
         except (ValueError, RecursionError):
-            raise InvalidTurnError(f"the body is nested more than {MAX_DEPTH} levels deep") from None
+            text = f"{MAX_DEPTH} levels deep, or has more than {MAX_CONTAINERS:,} lists and objects"
+            raise InvalidTurnError(f"the body is nested more than {text}") from None
         if not messages:
             return None
         _check_types(body, plain)
@@ -143,6 +145,7 @@ class Turn:
     def from_completion(cls, raw: bytes, identity: Identity) -> Turn:
         """Parse the body of a completion that is a rollout's turn. Raises as `from_json`, for any other body too."""
         try:
+            _check_count(raw)
             body = _any.decode(raw)
             check_depth(body)
         except (ValueError, RecursionError) as error:
@@ -322,6 +325,12 @@ def _checked_tag(tag: Any) -> Mapping[str, Any]:
     if not isinstance(options, Mapping | None):
         raise InvalidTurnError(f"trl_gym.chat_template_kwargs must be an object, not {options!r}")
     return tag
+
+
+def _check_count(raw: bytes) -> None:
+    """Raise `ValueError` for more lists and objects than a chat has, each of which takes 60 times its 2 bytes."""
+    if raw.count(b"{") + raw.count(b"[") > MAX_CONTAINERS:
+        raise ValueError(f"more than {MAX_CONTAINERS:,} lists and objects")
 
 
 def _check_types(body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
