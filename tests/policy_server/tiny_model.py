@@ -7,10 +7,10 @@ rule is about. It learns nothing; for a policy that can, see `recipes/tiny_polic
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 TURN_END = "<|im_end|>"
 
@@ -61,6 +61,15 @@ def build_random_policy(folder: Path, *, tie: bool = True, seed: int = 0) -> Pat
     build_model(tokenizer, tie=tie, seed=seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def attend_otherwise(model: PreTrainedModel) -> None:
+    """Let a model compute something else under an engine's attention, as code that does not take it from there may."""
+
+    def doubled(module: Any, _: Any, output: Any) -> Any:
+        return (2 * output[0], *output[1:]) if module.config._attn_implementation.startswith("paged") else output
+
+    model.model.layers[0].self_attn.register_forward_hook(doubled)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

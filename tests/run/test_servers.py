@@ -11,13 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig
-from transformers import AutoTokenizer, DiffLlamaConfig, DiffLlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.policy_server.fake_vllm import FakeVllm
 from tests.policy_server.test_splice_probe import REMEDIES, served
-from tests.policy_server.tiny_model import build_random_policy
+from tests.policy_server.tiny_model import attend_otherwise, build_random_policy
 from tests.test_ranks import on_ranks
 from trl_gym import GymGRPOConfig, GymServers
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, TrlGymError
@@ -88,13 +87,11 @@ def test_one_that_splices_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("gym_that_must_not_start")
 def test_one_of_transformers_that_samples_from_something_else_than_its_model_is_refused(tmp_path: Path) -> None:
-    """DiffLlama says that it takes any attention, and subtracts two."""
-    tokenizer = AutoTokenizer.from_pretrained(build_random_policy(tmp_path / "policy"))
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    odd = DiffLlamaForCausalLM(DiffLlamaConfig(vocab_size=len(tokenizer), initializer_range=0.08, **sizes))
+    folder = build_random_policy(tmp_path / "policy")
+    odd = AutoModelForCausalLM.from_pretrained(folder)
+    attend_otherwise(odd)
     with TransformersServer(max_model_len=256) as elsewhere:
-        elsewhere.take_model(odd, tokenizer)
+        elsewhere.take_model(odd, AutoTokenizer.from_pretrained(folder))
         client = elsewhere.wait_ready().client
         policy = PolicyServer.attach(client.base_url, api_key=client.api_key)
         with elsewhere.sampling(), pytest.raises(ConfigError, match="does not compute what its model does"):

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import requests
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DiffLlamaConfig, DiffLlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.conftest import wait_for
-from tests.policy_server.tiny_model import build_random_policy
+from tests.policy_server.tiny_model import attend_otherwise, build_random_policy
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyResponseError
 from trl_gym.policy_server.splice_probe import check_sampling, check_splice
@@ -100,22 +100,13 @@ def test_sampling_goes_on_after_a_rest_that_has_failed(server: TransformersServe
 
 
 def test_an_engine_that_samples_from_something_else_than_its_model_is_found(
-    server: TransformersServer, folder: Path
+    server: TransformersServer, model: PreTrainedModel
 ) -> None:
-    """DiffLlama says that it takes any attention, and subtracts two."""
     with server.sampling():
         check_sampling(server.client, "policy", 1e-4)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(0)
-    odd = DiffLlamaForCausalLM(DiffLlamaConfig(vocab_size=len(tokenizer), initializer_range=0.08, **sizes))
-    with TransformersServer(max_model_len=128) as other:
-        other.take_model(odd, tokenizer)
-        with (
-            other.wait_ready().sampling(),
-            pytest.raises(ConfigError, match=r"does not compute .* differ by [\d.]+ n"),
-        ):
-            check_sampling(other.client, "policy", 0.1)
+    attend_otherwise(model)
+    with server.sampling(), pytest.raises(ConfigError, match=r"does not compute .* differ by [\d.]+ n"):
+        check_sampling(server.client, "policy", 0.1)
 
 
 def test_only_a_rest_lends_the_model_to_who_asks_for_log_probabilities(
