@@ -21,6 +21,7 @@ make it slower; "with a server" prints the median.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import statistics
@@ -266,8 +267,28 @@ def served(name: str, dtype: str, repeats: int, transport_name: str) -> dict[str
 # -- GPUs -------------------------------------------------------------------------------------------------------------
 
 
-def between_gpus(name: str, repeats: int, transport_name: str) -> dict[str, str]:
+@dataclass(frozen=True)
+class Handed:
+    """Weights that were handed to another process by `ipc` or `nccl`."""
+
+    num_bytes: int  # of one time
+    sent_s: list[float]  # of each time
+    copied_s: list[float]  # of the same bytes from one place on the device to another, in turns with these
+    differing: list[str]  # tensors of which other bytes arrived
+
+
+def hand_over(name: str, repeats: int, transport_name: str, *, buffer_mb: int = 512, on_cpu: bool = False) -> Handed:
+    """Hand weights over, several times, and compare their bytes.
+
+    Args:
+        name: Of a size. Beside its weights there are tensors of odd lengths.
+        repeats: How often, after a first time.
+        transport_name: `"ipc"` or `"nccl"`.
+        buffer_mb: Size of the transport's buffer.
+        on_cpu: Whether memory of the host stands for a GPU's, for `ipc` only.
+    """
     from tests.weight_sync.streams import Stream
+    from tests.weight_sync.transports.cuda_stand_in import cuda_of_the_host
     from tests.weight_sync.transports.gpu_receiver import pattern, receiver
     from trl_gym.weight_sync.transports import nccl
     from trl_gym.weight_sync.transports.ipc import IpcTransport
@@ -276,35 +297,43 @@ def between_gpus(name: str, repeats: int, transport_name: str) -> dict[str, str]
     with torch.device("meta"):
         shapes = build(SIZES[name], torch.bfloat16)
     sizes = {key: parameter.numel() for key, parameter in shapes.named_parameters()}
-    weights = Stream({key: pattern(place, size, 0) for place, (key, size) in enumerate(sizes.items())})
+    sizes |= {"odd": 1_234_567, "one": 1, "none": 0}
+    device = "cpu" if on_cpu else "cuda:0"
+    weights = Stream({key: pattern(place, size, device) for place, (key, size) in enumerate(sizes.items())})
     targets = {key: torch.empty_like(tensor) for key, tensor in weights.tensors.items()}
-    num_bytes = 2 * sum(sizes.values())
-    transport = IpcTransport() if transport_name == "ipc" else NcclTransport()
+    transport = IpcTransport(buffer_mb) if transport_name == "ipc" else NcclTransport(buffer_mb)
     nccl._own_client = lambda client: client  # the receiver's is no HTTP client, and thread-safe
 
     def copy() -> None:
         for key, tensor in weights.tensors.items():
             targets[key].copy_(tensor)
-        torch.cuda.synchronize()
+        if not on_cpu:
+            torch.cuda.synchronize()
 
     def send() -> None:
         client.start_weight_update()
         transport.send(weights, client, "0")
         client.finish_weight_update()
 
-    with receiver(transport_name, device=0 if transport_name == "ipc" else 1) as client:
+    stand_in = cuda_of_the_host() if on_cpu else contextlib.nullcontext()
+    with receiver(transport_name, device if transport_name == "ipc" else "cuda:1") as client, stand_in:
         transport.connect(client)
         times = [(seconds(send), seconds(copy)) for _ in range(repeats + 1)][1:]
         differing = client.ask("differing", sizes)
         transport.disconnect()
-    sent, copied = (statistics.median(column) for column in zip(*times, strict=True))
+    return Handed(2 * sum(sizes.values()), *(list(column) for column in zip(*times, strict=True)), differing)
+
+
+def between_gpus(name: str, repeats: int, transport_name: str) -> dict[str, str]:
+    handed = hand_over(name, repeats, transport_name)
+    sent, copied = statistics.median(handed.sent_s), statistics.median(handed.copied_s)
     return {
         "model": name,
-        "MB": f"{num_bytes / 1e6:,.0f}",
+        "MB": f"{handed.num_bytes / 1e6:,.0f}",
         f"{transport_name} s": f"{sent:.3f}",
-        f"{transport_name} GB/s": f"{num_bytes / sent / 1e9:.1f}",
-        "device copy GB/s": f"{num_bytes / copied / 1e9:.1f}",
-        "tensors that differ": str(len(differing)),
+        f"{transport_name} GB/s": f"{handed.num_bytes / sent / 1e9:.1f}",
+        "device copy GB/s": f"{handed.num_bytes / copied / 1e9:.1f}",
+        "tensors that differ": str(len(handed.differing)),
     }
 
 

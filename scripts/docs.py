@@ -1,5 +1,5 @@
 """Writes what docs/ takes from the code: options, commands, supported versions, settings of a managed server,
-the contract of a policy server.
+the contract of a policy server, and what `gpu_check.py` found on a GPU.
 
     .venv/bin/python scripts/docs.py             # write the generated blocks of the pages again
     .venv/bin/python scripts/docs.py --check     # write nothing; fail when one is not current
@@ -30,6 +30,7 @@ CONTRACT = ROOT / "tests" / "e2e" / "contract"
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import docs_names  # noqa: E402
+import gpu_check  # noqa: E402
 
 _BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _GROUP = re.compile(r"^\s*> Parameters that control (?P<title>.+)$")
@@ -236,6 +237,17 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def gpu_parts() -> str:
+    """The parts of `scripts/gpu_check.py`, with what they need."""
+    return _table(("part", "what it shows", "needs beside the trainer's packages", "minutes"), gpu_check.needed())
+
+
+def gpu_tested() -> str:
+    """What ran on a GPU: the JSON of `scripts/gpu_check.py`, where there is one."""
+    said, rows = gpu_check.tested()
+    return f"{said}\n\n{_table(('part', 'what it shows', 'result', 'measured'), rows)}"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "configuration": configuration,
     "trl-options": trl_options,
@@ -243,6 +255,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "versions": versions,
     "commands": commands,
     "contract": contract,
+    "gpu-parts": gpu_parts,
+    "gpu-tested": gpu_tested,
 }
 
 

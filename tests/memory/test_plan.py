@@ -341,6 +341,9 @@ def test_a_trainers_configuration(tmp_path: Path) -> None:
     # The model could do 32768 tokens, a rollout will not: 512 after a prompt.
     unbounded = estimate(args(tmp_path, vllm_max_model_length=None), model, 1, DEVICE, environment={})
     assert (unbounded.serving.context, unbounded.serving.sequence) == (32_768, 512 + 1024)
+    wide = args(tmp_path, gym_weight_buffer_mb=1)  # the biggest tensor makes both buffers as big as itself
+    head = numbers(estimate(wide, Qwen3ForCausalLM(qwen(vocab_size=8192)), 1, DEVICE, environment={}))
+    assert head["trainer transfer buffers"] == 2 * 8192 * qwen().hidden_size * 4
     by_file = estimate(args(tmp_path, gym_weight_transport="file"), model, 1, DEVICE, environment={})
     assert numbers(by_file)["trainer transfer buffers"] == 0
 

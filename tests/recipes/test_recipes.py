@@ -30,7 +30,7 @@ ROOT = RECIPES.parent
 ALL = sorted(path.name for path in RECIPES.glob("*.yaml"))
 FOR_GPUS = [name for name in ALL if name not in ("quickstart.yaml", "smollm2.yaml")]
 GYMS = (".gym-venv", ".gym-venv-0.7")
-HEADINGS = ("Trains", "Hardware", "Batch", "Scale", "Time", "Data", "Command", "Expected", "Stop")
+HEADINGS = ("Trains", "Hardware", "Batch", "Scale", "Checked", "Time", "Data", "Command", "Expected", "Stop")
 
 
 @cache
@@ -53,7 +53,7 @@ def header(name: str) -> str:
 def test_all_recipes_are_here() -> None:
     assert set(ALL) == {
         "quickstart.yaml", "workplace_assistant.yaml", "math.yaml", "several_environments.yaml", "lora_24gb.yaml",
-        "colocated_8gpu.yaml", "remote_server.yaml", "smollm2.yaml",
+        "one_80gb.yaml", "colocated_8gpu.yaml", "remote_server.yaml", "smollm2.yaml",
     }  # fmt: skip
     listed = (RECIPES / "README.md").read_text()
     assert [name for name in ALL if f"]({name})" not in listed] == []
@@ -202,8 +202,28 @@ def test_the_plan_that_the_header_names_fits_and_says_what_the_header_says(
     if name == "several_environments.yaml":  # "as workplace_assistant.yaml"
         return
     assert f"fraction of {round(float(fraction), 2)}" in section(name, "Hardware")
-    if name != "lora_24gb.yaml":  # its table is of what is given
+    if name not in ("lora_24gb.yaml", "one_80gb.yaml"):  # their tables are of what is given
         assert f"{contexts} " in section(name, "Hardware")
+
+
+@pytest.mark.parametrize("name", FOR_GPUS)
+def test_what_a_recipe_says_was_checked_is_checked_here(
+    name: str, models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plan, for each GPU that it names; the first is that of the command in the header."""
+    monkeypatch.chdir(ROOT)
+    checked = section(name, "Checked")
+    sizes = re.findall(r"of (\d+\.\d) GiB", checked)
+    assert checked.startswith("by that plan, in the tests, for") and re.search(
+        r"[Nn]ot run on (a GPU|GPUs)\.$", checked
+    )
+    [(command, told)] = re.findall(r"trl-gym (plan --config .*?--gpu-memory (\S+).*?)$", header(name), re.M)
+    assert sizes[0] == told
+    for size in sizes[1:]:
+        words = shlex.split(command.replace(f"--gpu-memory {told}", f"--gpu-memory {size}"))
+        model = str(models / str(parsed(name)[2].model_name_or_path))
+        assert main([*words, "--model-name-or-path", model]) == 0
+        assert "Warning" not in capsys.readouterr().out
 
 
 # -- what reads them: vLLM --------------------------------------------------------------------------------------------

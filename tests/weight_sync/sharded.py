@@ -107,9 +107,11 @@ def zero(policy: nn.Module, stage: int) -> nn.Module:
     return engine
 
 
-def compare(make: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
+def compare(
+    make: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module], accelerator: Accelerator | None = None
+) -> dict[str, Any]:
     """One model, bare and wrapped. Every comparison is of bits."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = accelerator or Accelerator(cpu=True)
     bare = make()
     expected = {name: tensor.clone() for name, tensor in WeightSource(bare)}
     digits = fingerprint(bare, accelerator)
@@ -144,11 +146,15 @@ def abandon(source: WeightSource, expected: dict[str, torch.Tensor]) -> bool:
     return False
 
 
-def after_a_step(policy: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> bool:
+def after_a_step(
+    policy: nn.Module, wrap: Callable[[nn.Module], nn.Module], accelerator: Accelerator | None = None
+) -> bool:
     """The optimizer's step is in the stream: whatever a wrapper keeps beside it is not stale."""
+    accelerator = accelerator or Accelerator(cpu=True)
+    ids = torch.arange(8, device=accelerator.device)[None]
     wrapped = wrap(policy)
     before = {name: tensor.clone() for name, tensor in WeightSource(wrapped)}
-    loss = wrapped(input_ids=torch.arange(8)[None], use_cache=False).logits.float().pow(2).mean()
+    loss = wrapped(input_ids=ids, use_cache=False).logits.float().pow(2).mean()
     if hasattr(wrapped, "backward"):
         wrapped.backward(loss)
         wrapped.step()
@@ -156,8 +162,7 @@ def after_a_step(policy: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> b
         loss.backward()
         torch.optim.SGD(wrapped.parameters(), lr=1.0).step()
     with torch.no_grad():  # as the probe: FSDP2 leaves some parameters whole
-        wrapped(input_ids=torch.arange(8)[None], use_cache=False)
-    accelerator = Accelerator(cpu=True)
+        wrapped(input_ids=ids, use_cache=False)
     after = {name: tensor.clone() for name, tensor in WeightSource(wrapped)}
     whole = model()
     whole.load_state_dict(after, strict=False)

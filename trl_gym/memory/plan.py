@@ -391,9 +391,12 @@ def _trainer_items(model: ModelShape, training: TrainingShape) -> list[Item]:
 def _sync_items(model: ModelShape, serving: ServingShape) -> list[Item]:
     # vLLM builds each layer again before it copies it over the old one.
     rebuilt = int((model.layer_params + model.head_params) * serving.weight_bytes) // serving.tensor_parallel
+    # Two buffers, or one and the server's copy of it; each holds the biggest tensor.
+    head, buffers = 2 * int(model.head_params * serving.weight_bytes), serving.transfer_bytes
+    what = "gym_weight_buffer_mb" if buffers >= head else "as big as the head: more than gym_weight_buffer_mb"
     return [
         Item("server", "layer being reloaded", rebuilt, frozenset((SYNC,)), "one layer and the head"),
-        Item("trainer", "transfer buffers", serving.transfer_bytes, frozenset((SYNC,)), "gym_weight_buffer_mb"),
+        Item("trainer", "transfer buffers", max(buffers, head) if buffers else 0, frozenset((SYNC,)), what),
     ]
 
 

@@ -1,9 +1,10 @@
 """The trainer's side of vLLM's weight transfer: every name of vLLM that is imported in the trainer's process.
 
-Holds for vLLM 0.30 to 0.33 (read; with 0.31 imported and run up to the first call of CUDA, without a GPU). vLLM's own
-trainer engines drive the whole sync and wait in ways that cannot be ended. So of `ipc` its engine is used, with a
-client that only passes on what it is given; of `nccl` the parts that the engine is made of: group, communicator and
-packed broadcast. The server's side is vLLM's own in both cases, and both sides pack with the same code.
+Holds for vLLM 0.30 to 0.33 (read; with 0.31 run without a GPU: `ipc` with memory of the host in the place of CUDA's,
+`nccl` up to the first call of CUDA). vLLM's own trainer engines drive the whole sync and wait in ways that cannot be
+ended. So of `ipc` its engine is used, with a client that only passes on what it is given; of `nccl` the parts that the
+engine is made of: group, communicator and packed broadcast. The server's side is vLLM's own in both cases, and both
+sides pack with the same code.
 
 Everything here needs CUDA.
 """

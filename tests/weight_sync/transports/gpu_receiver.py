@@ -1,6 +1,6 @@
 """The server's side of `ipc` and `nccl` without a server: vLLM's own worker engine in a process of its own, on a GPU.
 
-Written without a GPU at hand. It has not been run.
+`ipc` also on a CPU, where `cuda_stand_in.py` takes the place of CUDA. On a GPU it has not been run.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from tests.weight_sync.transports.cuda_stand_in import cuda_of_the_host
 from trl_gym.errors import PolicyServerError
 
 
-def pattern(place: int, num_elements: int, device: int) -> torch.Tensor:
+def pattern(place: int, num_elements: int, device: str) -> torch.Tensor:
     """Bytes that both sides can make: `[num_elements]` of bfloat16, the same on GPUs of one kind."""
-    generator = torch.Generator(device=f"cuda:{device}").manual_seed(4711 + place)
+    generator = torch.Generator(device=device).manual_seed(4711 + place)
     bits = torch.randint(-(2**15), 2**15, (num_elements,), generator=generator, dtype=torch.int16, device=device)
     return bits.view(torch.bfloat16)
 
@@ -39,9 +40,17 @@ class Holder(torch.nn.Module):
         return set(new)
 
 
-def _receive(connection: Connection, backend: str, device: int) -> None:
+def _receive(connection: Connection, backend: str, device: str) -> None:
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    torch.cuda.set_device(device)
+    if device == "cpu":
+        torch.set_num_threads(1)  # it was forked, without the threads of its parent
+    else:
+        torch.cuda.set_device(device)
+    with cuda_of_the_host() if device == "cpu" else nullcontext():
+        _answer(connection, backend, device)
+
+
+def _answer(connection: Connection, backend: str, device: str) -> None:
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
@@ -49,7 +58,8 @@ def _receive(connection: Connection, backend: str, device: int) -> None:
     config: Any = SimpleNamespace(parallel_config=parallel, model_config=None)
     engine_class: Any = IPCWeightTransferEngine if backend == "ipc" else NCCLWeightTransferEngine
     holder = Holder()
-    engine = engine_class(SimpleNamespace(backend=backend), config, torch.device("cuda", device), holder)
+    worker_device = torch.device("cuda:0" if device == "cpu" else device)
+    engine = engine_class(SimpleNamespace(backend=backend), config, worker_device, holder)
 
     def differing(sizes: dict[str, int]) -> list[str]:
         expected = {name: pattern(place, size, device) for place, (name, size) in enumerate(sizes.items())}
@@ -114,9 +124,15 @@ class ReceiverClient:
 
 
 @contextmanager
-def receiver(backend: str, device: int, *, timeout_s: float = 120.0) -> Iterator[ReceiverClient]:
-    """Run the other process."""
-    context = multiprocessing.get_context("spawn")
+def receiver(backend: str, device: str, *, timeout_s: float = 120.0) -> Iterator[ReceiverClient]:
+    """Run the other process.
+
+    Args:
+        backend: `"ipc"` or `"nccl"`.
+        device: The worker's, e.g. `"cuda:0"`; `"cpu"` for `ipc` alone.
+        timeout_s: For each of its answers.
+    """
+    context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")  # CUDA cannot be forked
     ours, theirs = context.Pipe()
     process = context.Process(target=_receive, args=(theirs, backend, device), daemon=True)
     process.start()

@@ -269,6 +269,10 @@ class Session:
                 model.register_forward_pre_hook(self._enter_precision, with_kwargs=True),
                 model.register_forward_hook(self._leave_precision, always_call=True),
             ]
+            if (
+                model.device.type == "cuda"
+            ):  # the manager's stream does not wait for what changes the weights on others
+                torch.cuda.synchronize(model.device)
             self._manager = model.init_continuous_batching(_generation_config(self.filters), config)
             self._manager.start()
         except BaseException:
