@@ -633,5 +633,5 @@ def test_it_is_decided_for_every_option_what_follows_when_a_run_is_resumed_with_
     groups = (made_with._REFUSED, made_with._TOLD, made_with._KEPT_BY_OPTIMIZER, made_with._KEPT_BY_STATE)
     names = [name for group in (*groups, made_with._SILENT) for name in group]
     assert sorted(names) == sorted(set(names)), "once"
-    beside = {"world_size", "train_dataset", "adapter", "model", "reward_funcs"}  # what is no option
+    beside = {"world_size", "train_dataset", "adapter", "model", "sharding", "reward_funcs"}  # what is no option
     assert set(names) == {one.name for one in fields(GymGRPOConfig)} | beside, "add it to `trl_gym/made_with.py`"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
@@ -29,7 +30,7 @@ def test_a_value_of_every_option_is_kept_and_compared(tmp_path: Path) -> None:
     """As JSON; and an option that a subclass adds is told."""
     own = facts(config(tmp_path), DATA, 2)
     loud = {name for name, consequence in CONSEQUENCES.items() if consequence is not Consequence.SILENT}
-    assert own.keys() == loud - {"adapter", "model", "reward_funcs"}
+    assert own.keys() == loud - {"adapter", "model", "sharding", "reward_funcs"}
     made_with.write(tmp_path, own)
     assert made_with.read(tmp_path) == json.loads(json.dumps(own)) == own
 
@@ -84,14 +85,15 @@ def test_an_adapter_is_compared_by_what_it_is() -> None:
         model = torch.nn.Sequential(torch.nn.Linear(3, 3))
         model.config = type("Config", (), {"_name_or_path": base})()
         made = get_peft_model(model, LoraConfig(target_modules=["0"], **options))
-        return json.loads(json.dumps(of_model(made, ["gym"]), default=made_with._plain))
+        return json.loads(json.dumps(of_model(Accelerator(cpu=True), made, ["gym"]), default=made_with._plain))
 
     then = adapted("base", lora_alpha=8)
     assert changes(then, adapted("base", lora_alpha=8)) == []
     [other] = changes(then, adapted("base", lora_alpha=16))
     assert str(other) == '`adapter` was {"default": {"lora_alpha": 8}} and is {"default": {"lora_alpha": 16}}'
     assert other.consequence is Consequence.REFUSED
-    assert of_model(torch.nn.Linear(1, 1), ["gym"])["adapter"] is None
+    own = of_model(Accelerator(cpu=True), torch.nn.Linear(1, 1), ["gym"])
+    assert own == {"model": "", "adapter": None, "sharding": None, "reward_funcs": ["gym"]}
 
 
 @pytest.fixture

@@ -33,12 +33,15 @@ from trl_gym.rollouts.redaction import Redactor, secrets_in, secrets_of
 from trl_gym.untrusted import parse_json
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from trl_gym.config import GymGRPOConfig
 
 logger = logging.getLogger(__name__)
 
 _SCHEMA = 1
 _NUM_SHOWN_CHARS = 200  # of a value
+_SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # of accelerate; the state of the others has one form
 _PATHS_OF_ADAPTER = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
 
 
@@ -59,7 +62,7 @@ LAYOUT = (
 _REFUSED = (
     *LAYOUT,
     *("train_dataset", "adapter", "seed", "data_seed", "shuffle_dataset", "dataloader_drop_last"),
-    *("optim", "optim_target_modules", "fsdp", "deepspeed", "parallelism_config", "accelerator_config"),
+    *("sharding", "optim", "optim_target_modules", "fsdp", "deepspeed", "parallelism_config", "accelerator_config"),
 )
 # The optimizer's state and transformers' `trainer_state.json` have them.
 _KEPT_BY_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -176,11 +179,16 @@ def facts(args: GymGRPOConfig, dataset: Any, world_size: int, **more: Any) -> di
     return plain
 
 
-def of_model(model: Any, reward_funcs: Sequence[str]) -> dict[str, Any]:
-    """Return what is known once there is a model: where it is from, its adapters, and the rewards' names."""
+def of_model(accelerator: Accelerator, model: Any, reward_funcs: Sequence[str]) -> dict[str, Any]:
+    """Return what is known once there is a model: where it is from, its adapters, what shards it (a launcher may have
+    said so), and the rewards' names."""
+    model = accelerator.unwrap_model(model)
+    kind = str(accelerator.distributed_type.value)
     adapters = getattr(model, "peft_config", None) or {}
     own = {name: _adapter(config) for name, config in adapters.items() if name != "ref"}  # TRL's, with `beta`
-    return {"model": compat.model_id(model), "adapter": own or None, "reward_funcs": list(reward_funcs)}
+    sharding = kind if kind in _SHARDING else None
+    names = list(reward_funcs)
+    return {"model": compat.model_id(model), "adapter": own or None, "sharding": sharding, "reward_funcs": names}
 
 
 def write(folder: str | Path, made_with: Mapping[str, Any]) -> None:

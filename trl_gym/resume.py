@@ -287,7 +287,9 @@ def read_back(
         ConfigError: See `load_state` and `restored`.
     """
     checkpoint = str(start.checkpoint)
-    own = on_all(accelerator, lambda: load_state(checkpoint, accelerator.process_index, accelerator.device))
+    # torch loads to "cpu", and not to the "cpu:0" that accelerate has with several ranks.
+    device = accelerator.device if accelerator.device.type != "cpu" else "cpu"
+    own = on_all(accelerator, lambda: load_state(checkpoint, accelerator.process_index, device))
     of_ranks = gather_object([own and own.num_ranks])
     given: Any = {"run": run, "num_micro_steps": num_micro_steps, "generate_every": generate_every}
     given["fits"] = start.fits

@@ -324,7 +324,7 @@ class GymGRPOTrainer(GRPOTrainer):
             ConfigError: The checkpoint is not whole, or was made in another way than this run would go on.
         """
         ranks = self.accelerator.process_index, self.accelerator.num_processes
-        of_model = made_with.of_model(self.accelerator.unwrap_model(self.model), self.reward_func_names)
+        of_model = made_with.of_model(self.accelerator, self.model, self.reward_func_names)
         facts = made_with.facts(self.args, self.train_dataset, ranks[1], **of_model)
         self._start = resume.begin(resume_from_checkpoint, self.args, self.accelerator, facts)
         try:

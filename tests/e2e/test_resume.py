@@ -44,7 +44,9 @@ class Seeded(RecordingTrainer):
     def build_request(self, row: dict[str, Any], request: RolloutRequest) -> dict[str, Any]:
         metadata = request.row["responses_create_params"]["metadata"]
         seed = 1000 * self.state.global_step + 10 * request.task_index + request.member
-        metadata["extra_body"] = json.dumps(json.loads(metadata["extra_body"]) | {"seed": seed})
+        extra = json.loads(metadata["extra_body"])
+        extra["trl_gym"]["sampling"]["seed"] = seed  # a seed that is no part of what the rollout pins is left out
+        metadata["extra_body"] = json.dumps(extra)
         return request.row
 
 

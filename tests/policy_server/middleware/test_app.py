@@ -456,6 +456,14 @@ async def test_sampling_of_an_agents_own(http: Http, app: FakeVllm, pinned_by: s
     assert sent["tools"] == ([TOOL, 5] if policy == "allow" else [{**TOOL, "function": {"name": "f"}}, 5])
 
 
+async def test_a_seed_that_the_rollout_pins_is_sampled_with(http: Http, app: FakeVllm) -> None:
+    tag = {**TAG, "sampling": {**TAG["sampling"], "seed": 5}}
+    await http.chat([USER], trl_gym=tag, seed=1)
+    assert app.chats()[-1]["seed"] == 5
+    status, _ = await http("POST", "/trl_gym/sampling", {"sampling": {"seed": 5}})  # would be that of all rollouts
+    assert status == 400
+
+
 async def test_what_leaves_the_distribution_as_it_is_counts_as_nothing(http: Http, app: FakeVllm) -> None:
     neutral = {"presence_penalty": 0.0, "logit_bias": {}, "bad_words": [], "tool_choice": "auto", "seed": None}
     neutral |= {"response_format": {"type": "text"}, "structured_outputs": None, "temperature": 0.7, "top_p": 0.9}

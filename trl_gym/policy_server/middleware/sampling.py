@@ -35,7 +35,7 @@ SKEWING: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields that change the distribution, each with the values at which it does not (beside null)."""
 
-_SEED = "seed"
+SEED = "seed"
 _STRICT = "tools.strict"
 
 HARMLESS = frozenset(
@@ -86,7 +86,7 @@ def leave_out(body: MutableMapping[str, Any], names: list[str]) -> None:
 def leave_out_seed(body: MutableMapping[str, Any]) -> None:
     """Take the seed out of a request. One seed makes all members of a group the same rollout, whose advantages are
     zero, and ends vLLM's CPU engine where a prompt is computed in chunks."""
-    body.pop(_SEED, None)
+    body.pop(SEED, None)
 
 
 def pin(body: MutableMapping[str, Any], sampling: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ import msgspec
 from trl_gym.policy_server.middleware.identity import NOBODY, Identity, agreed_rollout
 from trl_gym.policy_server.middleware.sampling import (
     PINNED,
+    SEED,
     leave_out,
     leave_out_seed,
     own_sampling,
@@ -317,7 +318,7 @@ def _checked_tag(tag: Any) -> Mapping[str, Any]:
     if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
         raise InvalidTurnError(f"trl_gym.completion_budget must be a positive integer, not {budget!r}")
     if tag.get("sampling"):
-        checked_sampling(tag["sampling"], "trl_gym.sampling")
+        checked_sampling(tag["sampling"], "trl_gym.sampling", SEED)  # a rollout's own makes it reproducible
     if (policy := tag.get("agent_sampling")) is not None and policy not in AGENT_SAMPLING:
         one_of = ", ".join(AGENT_SAMPLING)
         raise InvalidTurnError(f"trl_gym.agent_sampling must be one of {one_of}, not {_quoted(policy)}")
@@ -387,13 +388,13 @@ def _quoted(value: Any) -> str:
     return repr(value)[:_MAX_QUOTED_CHARS]
 
 
-def checked_sampling(parameters: Any, name: str) -> dict[str, Any]:
-    """Return `parameters` if they are an object of sampling parameters that can be pinned.
+def checked_sampling(parameters: Any, name: str, *more: str) -> dict[str, Any]:
+    """Return `parameters` if they are an object of sampling parameters that can be pinned, those of `more` among them.
 
     Raises:
         InvalidTurnError: If it is anything else.
     """
-    if isinstance(parameters, dict) and not (unknown := sorted(set(parameters) - set(PINNED))):
+    if isinstance(parameters, dict) and not (unknown := sorted(set(parameters) - {*PINNED, *more})):
         return parameters
     names = f": {', '.join(unknown)}" if isinstance(parameters, dict) else ""
     raise InvalidTurnError(f"{name} must be an object of {', '.join(PINNED)}{names}")
