@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError, WeightMismatchError, WeightSyncError
 from trl_gym.run.weights import PolicyWeights
 
 
@@ -81,6 +81,24 @@ def test_the_server_wakes_before_rollouts_and_sleeps_afterwards(again: bool) -> 
     with weights_with(recorder).sampling(lambda: recorder.calls.append("push"), again=again):
         recorder.calls.append("rollouts")
     assert recorder.calls == ["push", "before_sampling", "rollouts", f"after_sampling(again={again})"]
+
+
+def test_a_server_that_is_lost_as_it_wakes_or_falls_asleep_is_recovered() -> None:
+    """As one is that hangs."""
+    recorder, losses = Recorder(), [PolicyServerLostError("hangs")] * 2
+
+    def lost(name: str) -> None:
+        recorder.calls.append(name)
+        if losses:
+            raise losses.pop()
+
+    recorder.before_sampling = lambda: lost("before_sampling")  # type: ignore[method-assign]
+    recorder.after_sampling = lambda *, again: lost("after_sampling")  # type: ignore[method-assign, misc]
+    with weights_with(recorder).sampling(lambda: None, again=False):
+        losses.append(PolicyServerLostError("hangs"))
+    got_back = ["make_room", "recover", "disconnect", "reset"]
+    waking = [*["before_sampling", *got_back] * 2, "before_sampling"]
+    assert recorder.calls == [*waking, "after_sampling", *got_back, "after_sampling"]
 
 
 def test_after_a_failure_the_server_is_left_as_it_is() -> None:

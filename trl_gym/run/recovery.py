@@ -123,7 +123,7 @@ class PolicyRecovery:
                     f"and `gym_server_restarts` allows no more. It died of this: {death.problem}",
                     death.remedy or "Find the cause in its log before you raise `gym_server_restarts`.",
                 ) from error
-            self._pause_before_restart(death)
+            self._pause_before_restart(death, error)
             started = time.monotonic()
             try:
                 self._policy.restart()
@@ -138,15 +138,16 @@ class PolicyRecovery:
             logger.warning("the policy server is back after %.0f s", time.monotonic() - started)
             return
 
-    def _pause_before_restart(self, death: PolicyServerError) -> None:
+    def _pause_before_restart(self, death: PolicyServerError, error: Exception) -> None:
         pause_s = min(2.0 ** (self.num_restarts - 1), _MAX_PAUSE_S) if self.num_restarts else 0.0
         self.num_restarts += 1
         logger.warning(
-            "restarting the policy server in %g s (%d of %d restarts). It has died: %s",
+            "restarting the policy server in %g s (%d of %d restarts). It has died: %s\nIt was found out so: %s",
             pause_s,
             self.num_restarts,
             self._max_restarts,
             death,
+            error,
         )
         self._sleep(pause_s)
 

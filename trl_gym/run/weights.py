@@ -2,7 +2,8 @@
 
 push       one weight sync; a server that is lost meanwhile is recovered and gets everything again
 recover    the server is restarted or waited for, and holds none of our weights afterwards
-sampling   where the server shares the trainer's GPUs, or its model, it wakes before rollouts and sleeps after them
+sampling   where the server shares the trainer's GPUs, or its model, it wakes before rollouts and sleeps after them;
+           one that is lost in between is recovered
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trl_gym.errors import PolicyServerError, WeightMismatchError, WeightSyncError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError, WeightMismatchError, WeightSyncError
 from trl_gym.memory.offload import OptimizerOffload, check_offload
 from trl_gym.memory.sharing import DeviceSharing
 from trl_gym.ranks import agreed
@@ -120,11 +121,20 @@ class PolicyWeights:
             with self._servers.sampling():
                 yield
             return
-        if self._sharing.needs_push:
-            push()
-        self._sharing.before_sampling()
+        while True:
+            if self._sharing.needs_push:
+                push()
+            try:
+                self._sharing.before_sampling()
+                break
+            except PolicyServerLostError as error:
+                self.recover(error)
         yield  # after an exception the run ends: the server is left as it is
-        self._sharing.after_sampling(again=again)
+        try:
+            self._sharing.after_sampling(again=again)
+        except PolicyServerLostError as error:
+            self.recover(error)
+            self._sharing.after_sampling(again=again)
 
     def before_saving(self) -> None:
         """Bring the optimizer's state back to the device, which a checkpoint needs."""

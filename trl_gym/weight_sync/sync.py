@@ -197,12 +197,14 @@ class WeightSync:
         """Say of a loss in which part of the sync it was found, and that the engine was waited for."""
         try:
             yield
-        except PolicyServerLostError as error:
+        except (PolicyServerLostError, WeightSyncError) as error:
+            silent_s = self._options.timeout_s if isinstance(error.__cause__, requests.Timeout) else error.silent_s
+            if isinstance(error, WeightSyncError) and not silent_s:
+                raise  # refused, not lost
+            kind = WeightSyncError if isinstance(error, WeightSyncError) else PolicyServerLostError
             where = f"The weight sync of version {version} was lost in {phase} (transport `{self.transport.name}`)"
-            lost = PolicyServerLostError(f"{where}: {error.problem}", error.remedy, error.problems)
-            lost.silent_s = (
-                self._options.timeout_s if isinstance(error.__cause__, requests.Timeout) else error.silent_s
-            )
+            lost = kind(f"{where}: {error.problem}", error.remedy, error.problems)
+            lost.silent_s = silent_s
             raise lost from error
 
     def _weights(self, model: torch.nn.Module, partial: bool) -> WeightStream:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.weight_sync.streams import Stream
-from trl_gym.errors import PolicyServerError, WeightSyncError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError, WeightSyncError
 from trl_gym.weight_sync import vllm_transfer
 from trl_gym.weight_sync.transports import nccl
 from trl_gym.weight_sync.transports.ipc import IpcTransport
@@ -29,12 +29,14 @@ TENSORS = {"a": torch.ones(300_000), "b": torch.ones(()), "c": torch.ones(2, 3)}
 class Server:
     """The server's side of one transfer; `fail` makes a call raise, `hang` makes it wait until the test is over."""
 
-    def __init__(self, *, fail: str = "", hang: str = "", timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, *, fail: str = "", hang: str = "", timeout_s: float = 60.0, error: PolicyServerError | None = None
+    ) -> None:
         self.root_url, self.base_urls = "http://127.0.0.1:1", ("http://127.0.0.1:1/v1",)
         self.api_key, self.timeout_s = None, timeout_s
         self.over = threading.Event()
         self.calls: list[tuple[str, Any]] = []
-        self._fail, self._hang = fail, hang
+        self._fail, self._hang, self._error = fail, hang, error
 
     def world_size(self) -> int:
         return 3
@@ -54,7 +56,7 @@ class Server:
         if name == self._hang:
             self.over.wait()
         if name == self._fail:
-            raise PolicyServerError(f"{name} answered 500")
+            raise self._error or PolicyServerError(f"{name} answered 500")
 
 
 @pytest.fixture
@@ -185,12 +187,17 @@ def test_the_buffer_grows_to_the_biggest_tensor(
     assert "a has 1 MB and `gym_weight_buffer_mb` is 1" in caplog.text
 
 
-def test_after_a_refusal_nothing_more_is_posted_and_the_stream_is_walked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [PolicyServerError("answered 500"), PolicyServerLostError("no answer within 600 s")])
+def test_after_a_failure_nothing_more_is_posted_and_the_stream_is_walked(
+    error: PolicyServerError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs is not asked for an end that it would not answer either."""
     monkeypatch.setattr(vllm_transfer, "send_ipc", chunks_of_one)
-    server, stream = Server(fail="update_weights"), Stream(TENSORS)
-    with pytest.raises(PolicyServerError, match="update_weights answered 500"):
+    server, stream = Server(fail="update_weights", error=error), Stream(TENSORS)
+    with pytest.raises(type(error), match=error.problem):
         IpcTransport().send(stream, server, "1")
-    assert [name for name, _ in server.calls] == ["update_weights", "abandon_weight_update"]
+    ended = [] if isinstance(error, PolicyServerLostError) else ["abandon_weight_update"]
+    assert [name for name, _ in server.calls] == ["update_weights", *ended]
     assert stream.is_over
 
 
