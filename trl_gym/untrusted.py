@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
@@ -52,6 +53,28 @@ def parse_json(text: str | bytes, constant: Callable[[str], Any] | None = None) 
     if _num_brackets(text) > MAX_DEPTH:
         check_depth(value)
     return value
+
+
+def check_portable(text: str) -> None:
+    """Check that JSON, which a policy wrote, can be read by everyone who gets it: it has no NaN, no half of a
+    surrogate, no number without end, and at most `MAX_DEPTH` levels. Raises `ValueError`."""
+    try:
+        check_depth(msgspec.json.decode(text.encode()))
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+    json.loads(text)  # refuses integers of more than 4,300 digits
+
+
+# An escape of a whole character beyond the first plane, of half of one, or another one.
+_HALF = rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+_ESCAPE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>" + _HALF + rb")|\\.", re.DOTALL
+)
+
+
+def without_halves(body: bytes) -> bytes:
+    """Return JSON in whose texts escapes of half a surrogate are six plain characters: no UTF-8 has halves."""
+    return _ESCAPE.sub(lambda found: b"\\" * (found["half"] is not None) + found[0], body)
 
 
 def _num_brackets(text: str | bytes) -> int:

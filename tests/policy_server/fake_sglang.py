@@ -162,7 +162,12 @@ class FakeSglang:
             assert request.transport is not None
             request.transport.abort()
             raise
-        return answer if isinstance(answer, web.StreamResponse) else web.json_response(answer)
+        if isinstance(answer, web.StreamResponse):
+            return answer
+        try:  # FastAPI writes what it is given in UTF-8
+            return web.json_response(body=json.dumps(answer, ensure_ascii=False).encode())
+        except UnicodeEncodeError:
+            return web.Response(status=500, text="Internal Server Error")
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -631,7 +636,9 @@ def _tool_calls(text: str) -> tuple[str, list[Json] | None]:
     inside, closed, _ = rest.partition("\n</tool_call>")
     try:
         call = json.loads(inside) if opened and closed else None
-        function = {"name": call["name"], "arguments": json.dumps(call["arguments"])} if call else None
+        function = (
+            {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)} if call else None
+        )
     except (ValueError, KeyError, TypeError):
         function = None
     if function is None:

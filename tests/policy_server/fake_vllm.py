@@ -111,6 +111,8 @@ class FakeVllm:
                 return 200, {"model": request.get("model", "policy"), "prompt": request["prompt"]}
             case "/tokenize" if "prompt" in request:
                 return 200, {"tokens": tokens_of(request["prompt"])}
+            case "/detokenize":
+                return 200, {"prompt": "".join(map(chr, request["tokens"]))}
             case "/tokenize":
                 tokens = self.render(**request)
                 return 200, {"tokens": tokens, "token_strs": [chr(token) for token in tokens]}

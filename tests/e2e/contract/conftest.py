@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.e2e.contract import engines
-from tests.e2e.contract.engines import TOOL, USER, Engine, prompt_of, said_ids, taught
+from tests.e2e.contract.engines import ODD, TOOL, USER, Engine, prompt_of, said_ids, taught
 
 
 @pytest.fixture(
@@ -82,6 +82,14 @@ def parrot(random_policy: Path) -> PreTrainedModel:
     tokenizer = AutoTokenizer.from_pretrained(random_policy)
     model = AutoModelForCausalLM.from_pretrained(random_policy)
     return taught(model, prompt_of(tokenizer, [USER], [TOOL]), said_ids(tokenizer))
+
+
+@pytest.fixture(scope="session")
+def odd_parrot(random_policy: Path) -> PreTrainedModel:
+    """One that answers with `ODD`."""
+    tokenizer = AutoTokenizer.from_pretrained(random_policy)
+    model = AutoModelForCausalLM.from_pretrained(random_policy)
+    return taught(model, prompt_of(tokenizer, [USER], [TOOL]), said_ids(tokenizer, ODD))
 
 
 @pytest.fixture

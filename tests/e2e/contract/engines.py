@@ -47,6 +47,7 @@ TOOL = {
     },
 }
 SAID = 'ok\n<tool_call>\n{"name": "add", "arguments": {"a": 47, "b": 36}}\n</tool_call>'
+ODD = SAID.replace("36", '"\\udbea"')  # half of a surrogate pair, as JSON can write it
 MARKERS = ("<tool_call>", "</tool_call>")
 PROBE = probe_batch(256, seed=1)  # ids below the size of the vocabulary
 MAX_GAP = 1e-4  # nats, mean; both sides compute in float32
@@ -341,8 +342,8 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: list[Json], tools: A
     return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
 
 
-def said_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [*one_by_one(tokenizer, SAID, whole=MARKERS), tokenizer.eos_token_id]
+def said_ids(tokenizer: PreTrainedTokenizerBase, said: str = SAID) -> list[int]:
+    return [*one_by_one(tokenizer, said, whole=MARKERS), tokenizer.eos_token_id]
 
 
 def gap(engine: Engine, model: torch.nn.Module) -> float:

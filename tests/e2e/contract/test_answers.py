@@ -9,17 +9,19 @@ changes what is sampled is ever ignored.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
 import requests
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.conftest import wait_for
 from tests.e2e.contract.engines import (
     MAX_TOKEN_GAP,
+    ODD,
     REFUSED,
     SAID,
     TOOL,
@@ -318,6 +320,30 @@ def test_t6_a_completion_of_a_text_is_a_turn(engine: Engine, tokenizer: PreTrain
         assert call.drift is None and call.prompt_ids[: len(seen)] == seen
         assert call.logprobs == pytest.approx(logprobs_of(engine.original, call, 2.0), abs=MAX_TOKEN_GAP)
         seen = call.prompt_ids + call.generation_ids
+
+
+def test_t7_what_the_policy_writes_oddly_is_answered(
+    engine: Engine,
+    odd_parrot: PreTrainedModel,
+    push: Callable[[torch.nn.Module, int], None],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """A call with arguments that not everyone can read is given as text: it is the policy's fault, and no error.
+
+    That is half of a surrogate pair, an integer of thousands of digits, thousands of levels, NaN, or no JSON. The turn
+    is recorded as it was sampled and goes on exactly. An engine that has sampled such an answer and cannot send it is
+    asked once more, without calls.
+    """
+    prompt, ids = prompt_of(tokenizer, [USER], [TOOL]), said_ids(tokenizer, ODD)
+    push(odd_parrot, 8)
+    tag, kwargs = tagged(), {"tools": [TOOL], "max_tokens": len(ids) + 5}
+    [choice] = engine.chat([USER], trl_gym=tag, **kwargs)["choices"]
+    message = choice["message"]
+    assert "\\udbea" in message["content"] and not message.get("tool_calls") and choice["finish_reason"] == "stop"
+    engine.chat([USER, message, USER], trl_gym=tag, **kwargs)
+    first, last = calls_of(engine.client, tag)
+    assert (first.prompt_ids, first.generation_ids) == (prompt, ids)
+    assert last.prompt_ids[: len(prompt + ids)] == prompt + ids
 
 
 # -- L: rollouts and their records ------------------------------------------------------------------------------------

@@ -1067,3 +1067,68 @@ async def test_the_first_class_field_is_used_where_there_is_one(
     await converse(Http(app), 2)
     assert "kv_transfer_params" not in app.chats()[-1]
     assert app.chats()[-1]["prompt_token_ids"]
+
+
+ODD_ARGUMENTS = {
+    "half a surrogate": '{"a": "\\udbea"}',
+    "digits": '{"a": ' + "9" * 5000 + "}",
+    "depth": "[" * 3000 + "]" * 3000,
+    "no JSON": '{"a": ',
+    "NaN": '{"a": NaN}',
+    "1e999": '{"a": 1e999}',
+}
+
+
+def calling(arguments: str) -> Callable[[Json], None]:
+    def change(answer: Json) -> None:
+        [choice] = answer["choices"]
+        choice["message"]["tool_calls"] = [{"id": "c", "function": {"name": "f", "arguments": arguments}}]
+        choice["message"] |= {"content": None, "reasoning": "hm"}
+        choice["finish_reason"] = "tool_calls"
+
+    return change
+
+
+@pytest.mark.parametrize("arguments", [*ODD_ARGUMENTS.values(), '{"a": "\udbea"}'], ids=[*ODD_ARGUMENTS, "raw half"])
+@pytest.mark.parametrize("end", [True, False])
+async def test_a_call_that_not_everyone_can_read_is_text(http: Http, app: FakeVllm, arguments: str, end: bool) -> None:
+    """It is the policy's fault: the turn is answered, goes on from exact tokens, and the verifier sees it."""
+    app.change_answer, app.reply = calling(arguments), [*map(ord, "so"), *([END] if end else [])]
+    answer = await http.slim_chat([USER], trl_gym=TAG, tools=[TOOL], max_tokens=10 if end else 2)
+    [choice] = answer["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("so", "stop" if end else "length")
+    assert not choice["message"].get("tool_calls") and "reasoning" not in choice["message"]
+    json.dumps(answer, ensure_ascii=False).encode()
+    app.change_answer = lambda answer: None
+    await http.chat([USER, choice["message"], USER], trl_gym=TAG, tools=[TOOL])
+    first, second = await http.take("r0")
+    assert second.tokens is not None and (second.tokens.parent, second.drift) == (0, None)
+    assert sampled_ids(first.tokens) == app.reply
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud83d\\ude00 é"}', "", "[1]", "null", '{"a": "\\\\udbea"}'])
+async def test_other_calls_are_passed_on_as_they_are(http: Http, app: FakeVllm, arguments: str) -> None:
+    app.change_answer = calling(arguments)
+    [choice] = (await http.slim_chat([USER], trl_gym=TAG, tools=[TOOL]))["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == arguments
+    assert all(path != "/detokenize" for path, _ in app.requests)
+
+
+@pytest.mark.parametrize(
+    "text", ["'utf-8' codec can't encode '\\udbea': surrogates not allowed", "Internal Server Error"]
+)
+async def test_what_a_server_cannot_send_is_sampled_again_as_text(http: Http, app: FakeVllm, text: str) -> None:
+    """One that is not ours has lost what it sampled. The prompt is the same, with its tools."""
+    chat = app.chat
+    app.chat = lambda request: chat(request) if request.get("tool_choice") == "none" else (500, {"detail": text})
+    message = (await http.chat([USER], trl_gym=TAG, tools=[TOOL]))["choices"][0]["message"]
+    assert message["content"] == "ok"
+    assert [record["status"] for record in await http.records("r0")] == [200]
+    status, _ = await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG})
+    assert status == 500  # without tools nothing is read, so that is not the reason
+
+
+async def test_a_half_surrogate_that_a_tool_returns_is_sent_on_as_text(http: Http, app: FakeVllm) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "a \ud83d b"}], "trl_gym": TAG}).encode()
+    assert (await http("POST", "/v1/chat/completions", body))[0] == 200
+    assert app.chats()[-1]["messages"][0]["content"] == "a \\ud83d b"

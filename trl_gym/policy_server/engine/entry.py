@@ -8,6 +8,7 @@ Between them it chooses how the engine's process is started. When a release move
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -16,10 +17,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvloop
 import vllm.logger
+from starlette.responses import JSONResponse
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
@@ -83,6 +86,7 @@ def serve(argv: Sequence[str], *, listen_fd: int | None) -> None:
     if configure_logging := getattr(vllm.logger, "configure_logging_from_args", None):  # since 0.31
         configure_logging(args)
     _configure_environment(args)
+    answer_any_text()
     sock = _listen(args, listen_fd)
     set_ulimit()
     decorate_logs("APIServer")
@@ -295,6 +299,17 @@ def _run_the_worker_in_the_engine(args: argparse.Namespace) -> None:
     engine = threads_here(args.model).policy_server or 1
     os.environ.setdefault(NUM_THREADS, str(max(1, engine // max(1, args.data_parallel_size or 1))))
     sys.stderr.write(f"threads: {os.environ[NUM_THREADS]} for each engine, on {num_cores()} cores\n")
+
+
+def answer_any_text() -> None:
+    """Let the server write half of a surrogate as JSON can, by its escape. A policy can say one in the arguments of a
+    call, and the server would refuse to answer with what it has sampled."""
+
+    def render(self: JSONResponse, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")  # in a text of JSON, that is the escape
+
+    JSONResponse.render = render  # type: ignore[method-assign]
 
 
 def _listen(args: argparse.Namespace, listen_fd: int | None) -> socket.socket:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -48,6 +48,10 @@ from trl_gym.policy_server.middleware.versions import Sampled
 _OVERFLOW = "maximum context length"  # Gym ends a rollout gracefully when it reads "context length" in a 400
 _IS_FULL = "max_tokens must be at least 1"  # what vLLM says of a prompt as long as the context, if it limits itself
 _NO_MEDIA = "a prompt of token ids cannot carry images, audio or video"
+
+
+class _Text(TypedDict):
+    prompt: str
 
 
 @dataclass(slots=True)
@@ -166,6 +170,8 @@ class ChatTurns:
             if turn.is_ours:
                 await self._limit(server, turn, prompt)
             reply = await self._ask(server, turn, prompt, abort)
+            if turn.is_ours and turn.body.get("tools") and not reply.ok and openai.is_unreadable(reply):
+                prompt, reply = await self._ask_for_text(server, turn, prompt, abort)
             if not reply.ok:
                 return Served(reply, prompt=prompt)
             answer, tokens = await self._complete(server, turn, prompt, adapter, reply)
@@ -312,6 +318,17 @@ class ChatTurns:
             reply = await self._send(server, turn, prompt, abort)
         return reply
 
+    async def _ask_for_text(
+        self, server: WrappedServer, turn: Turn, prompt: Prompt, abort: asyncio.Event | None
+    ) -> tuple[Prompt, Reply]:
+        """Sample again, of the same prompt, and read no calls: what a server has sampled and cannot send is lost."""
+        if prompt.forced is None:  # a server may leave the tools out of a prompt without calls
+            body = {**turn.render_options, "messages": turn.messages, **turn.ending}
+            tokens = (await server.tokenize(body))["tokens"]
+            prompt = replace(prompt, forced=tokens, num_tokens=len(tokens))
+        turn.body["tool_choice"] = "none"
+        return prompt, await self._send(server, turn, prompt, abort)
+
     async def _send(self, server: WrappedServer, turn: Turn, prompt: Prompt, abort: asyncio.Event | None) -> Reply:
         request = turn.sampling_request(prompt.forced, self._has_prompt_field)
         clock = self._server_info.history.clock
@@ -338,7 +355,10 @@ class ChatTurns:
             if turn.is_ours and len(answer["choices"]) != 1:
                 raise openai.BundleError(f"the server returned {len(answer['choices'])} answers for one")
             openai.attach(answer, forced_prompt=prompt.forced)
-            tokens = self._remember(turn, answer, await self._server_info.max_model_len(server))
+            max_model_len = await self._server_info.max_model_len(server)
+            if turn.is_ours and openai.has_odd_call(answer["choices"][0]["message"]):
+                await self._turn_into_text(server, turn, answer, max_model_len)
+            tokens = self._remember(turn, answer, max_model_len)
         except openai.BundleError as error:
             if turn.is_ours:
                 raise AnsweredError(Reply.error(500, str(error))) from error
@@ -355,6 +375,22 @@ class ChatTurns:
         if prompt.drift is not None:
             answer["trl_gym"] = {"drift": msgspec.to_builtins(prompt.drift)}
         return answer, tokens
+
+    async def _turn_into_text(
+        self, server: WrappedServer, turn: Turn, answer: dict[str, Any], max_model_len: int
+    ) -> None:
+        """Give an answer whose calls cannot be read as the text that was sampled."""
+        choice = answer["choices"][0]
+        ids, is_whole = choice["message"]["generation_token_ids"], _stopped_by_itself(turn, answer, max_model_len)
+        reply = await server.ask("POST", "/detokenize", {"tokens": ids[:-1] if is_whole else ids})
+        text = (
+            reply.checked_json("POST /detokenize", _Text)["prompt"] if reply.ok else choice["message"].get("content")
+        )
+        choice["message"] |= {"content": text or "", "tool_calls": []}
+        for thought in ("reasoning", "reasoning_content"):  # which the text has
+            choice["message"].pop(thought, None)
+        if choice.get("finish_reason") == "tool_calls":
+            choice["finish_reason"] = "stop" if is_whole else "length"
 
     def _remember(self, turn: Turn, answer: dict[str, Any], max_model_len: int) -> CallTokens | None:
         """Keep what the next turn needs to know about this one. Returns the tokens of a rollout's turn."""

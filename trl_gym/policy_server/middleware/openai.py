@@ -13,13 +13,15 @@ Of these objects the one number that counts is read, and they are passed on as t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 import msgspec
 
+from trl_gym.policy_server.middleware.http import Reply
 from trl_gym.policy_server.middleware.splice import num_common
-from trl_gym.untrusted import MAX_NUMBER, check_depth, shape_problem
+from trl_gym.untrusted import MAX_NUMBER, check_depth, check_portable, shape_problem, without_halves
 
 CONTENT_TYPE = b"text/event-stream; charset=utf-8"
 _MISSING_LOGPROB = -9999.0  # vLLM writes this if it has none, and if the probability is zero
@@ -87,7 +89,7 @@ _LONG = ("prompt_token_ids", "token_ids", "logprobs")  # fields that no walk ove
 
 
 def read_completion(body: bytes) -> dict[str, Any]:
-    """Parse a chat completion.
+    """Parse a chat completion; half of a surrogate in it, which a policy can write into arguments, is plain text.
 
     Returns:
         The answer; `logprobs` of its choices are JSON (`msgspec.Raw`), which `msgspec.json.encode` writes as it is.
@@ -95,6 +97,15 @@ def read_completion(body: bytes) -> dict[str, Any]:
     Raises:
         ValueError: It is no JSON, or none of a chat completion.
     """
+    try:
+        return _read_completion(body)
+    except ValueError:
+        if (escaped := without_halves(body)) == body:
+            raise
+        return _read_completion(escaped)
+
+
+def _read_completion(body: bytes) -> dict[str, Any]:
     try:
         fields = _fields.decode(body)
         choices = [_object(choice) for choice in _choices.decode(fields.get("choices", b"[]"))]
@@ -117,6 +128,30 @@ def _object(fields: _Fields) -> dict[str, Any]:
 
 def _short(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _LONG}
+
+
+# What servers say of an answer that they have sampled and cannot read or send.
+_UNREADABLE = re.compile(r"surrogates not allowed|integer string conversion|recursion depth|\AInternal Server Error\Z")
+
+
+def is_unreadable(reply: Reply) -> bool:
+    """Tell whether an error is about what the policy wrote: vLLM's and SGLang's parsers of tool calls read JSON that
+    they cannot write."""
+    return reply.status in (400, 500) and _UNREADABLE.search(reply.error_text()) is not None
+
+
+def has_odd_call(message: Mapping[str, Any]) -> bool:
+    """Tell whether a message has a call whose arguments not everyone can read: no JSON, or see `check_portable`. The
+    agent would fail with it, as would what it calls, and the rollout be no one's fault."""
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") if isinstance(call, Mapping) else None
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        try:
+            if isinstance(arguments, str) and arguments:
+                check_portable(arguments)
+        except ValueError:
+            return True
+    return False
 
 
 class BundleError(Exception):

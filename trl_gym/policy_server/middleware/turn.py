@@ -27,7 +27,7 @@ from trl_gym.policy_server.middleware.sampling import (
 )
 from trl_gym.responses import text_of
 from trl_gym.rollout_options import AGENT_SAMPLING
-from trl_gym.untrusted import MAX_CONTAINERS, MAX_DEPTH, check_depth
+from trl_gym.untrusted import MAX_CONTAINERS, MAX_DEPTH, check_depth, without_halves
 
 if TYPE_CHECKING:
     from trl_gym.policy_server.middleware.ledger import RolloutCalls
@@ -120,7 +120,9 @@ class Turn:
             plain = [_without_token_ids(message) for message in messages]
             check_depth([body, plain])
         except msgspec.MsgspecError:
-            return None
+            is_tagged = identity.turn_tag is not None or b'"trl_gym"' in raw
+            plain_raw = without_halves(raw) if is_tagged else raw  # an environment may repeat what the policy wrote
+            return None if plain_raw == raw else cls.from_json(plain_raw, identity)
         except UnicodeDecodeError as error:
             raise InvalidTurnError(f"the body is not UTF-8 ({error})") from None
         except (ValueError, RecursionError):

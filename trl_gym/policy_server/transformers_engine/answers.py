@@ -44,7 +44,7 @@ from trl_gym.policy_server.parsers import (
     read_evidence,
     read_own_response_template,
 )
-from trl_gym.untrusted import check_depth, parse_json
+from trl_gym.untrusted import check_portable, parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -354,8 +354,5 @@ def _named_call(function: Any) -> tuple[str, str]:
 
 
 def _checked(arguments: str) -> str:
-    """Return JSON that every reader can read: without NaN, half surrogates, endless numbers and endless depth."""
-    value = msgspec.json.decode(arguments.encode())
-    json.loads(arguments)  # refuses integers of more than 4,300 digits
-    check_depth(value)
+    check_portable(arguments)
     return arguments
