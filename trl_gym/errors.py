@@ -101,6 +101,14 @@ class GymServerError(ServerError):
     """A NeMo Gym server could not be started, died, or is not the one that was asked for."""
 
 
+class GymServerLostError(GymServerError):
+    """NeMo Gym, or a server of it, has died or hangs. Whoever started it may start it again."""
+
+
+ServerLoss = PolicyServerLostError | GymServerLostError
+"""Ends what runs on the server; it can go on when the server is back."""
+
+
 class WeightSyncError(TrlGymError, RuntimeError):
     """Weights did not reach the policy server. The server is not resumed with half-updated weights.
 

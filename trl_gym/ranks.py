@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 from trl_gym import errors
-from trl_gym.errors import PolicyServerLostError, RankLostError, TrlGymError
+from trl_gym.errors import PolicyServerLostError, RankLostError, ServerLoss, TrlGymError
 from trl_gym.supervisor import PR_SET_PDEATHSIG, prctl
 
 T = TypeVar("T")
@@ -101,24 +101,24 @@ def on_main(process: Process, work: Callable[[], T], gather: Gather | None = Non
     return agree(error, rank, gather or _gather, result)[0]
 
 
-def agree_on_loss(
-    process: Process, error: Exception | None, gather: Gather | None = None
-) -> PolicyServerLostError | None:
-    """Tell every rank whether this one has lost the policy server. Every rank calls it in step.
+def agree_on_loss(process: Process, error: Exception | None, gather: Gather | None = None) -> ServerLoss | None:
+    """Tell every rank whether this one has lost a server. Every rank calls it in step.
 
     Args:
         error: What ended this rank's rollouts; None when nothing did.
 
     Returns:
-        This rank's loss, or another's; None when no rank has lost it.
+        The loss from which all ranks recover next: of the policy server, where one has lost that, else of NeMo Gym.
+        This rank's own, or another's; None when no rank has lost one.
 
     Raises:
         Exception: On all ranks, when something else went wrong on one of them; see `agree`.
     """
-    loss = error if isinstance(error, PolicyServerLostError) else None
-    told = None if loss is None else PolicyServerLostError(loss.problem, loss.remedy, loss.problems)
+    loss = error if isinstance(error, ServerLoss) else None
+    told = None if loss is None else type(loss)(loss.problem, loss.remedy, loss.problems)
     others = agree(None if loss is not None else error, process.process_index, gather or _gather, told)
-    return loss or next(filter(None, others), None)
+    losses = [one for one in (loss, *others) if one is not None]
+    return min(losses, key=lambda one: not isinstance(one, PolicyServerLostError), default=None)
 
 
 def _as_told(error: Exception, rank: int) -> TrlGymError:

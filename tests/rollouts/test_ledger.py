@@ -109,13 +109,13 @@ async def test_an_engine_that_answers_and_a_server_without_the_question_are_well
     async with aiohttp.ClientSession() as session:
         watch = EngineWatch(Ledger(url), session)
         watch.look()
-        question = watch._asked[url][0]
+        question = watch._watch._asked[url][0]
         await until(question.done)
         watch.look()
         assert question.exception() is None and len(behaviour.asked) == 1, "it is asked every few seconds"
         watch = EngineWatch(Ledger("http://127.0.0.1:9"), session)  # noticed by `ping`
         watch.look()
-        await until(watch._asked["http://127.0.0.1:9"][0].done)
+        await until(watch._watch._asked["http://127.0.0.1:9"][0].done)
         watch.look()
 
 

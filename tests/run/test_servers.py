@@ -389,7 +389,7 @@ def test_what_fails_on_another_rank_that_attaches_is_raised_on_every_rank(
         attached.append((base_urls, api_key))
         return Policy()
 
-    def attach_gym(head_url: str) -> Gym:
+    def attach_gym(head_url: str, *, hang_timeout_s: float) -> Gym:
         return Gym(OSError("No route to host") if len(attached) == 2 else None)
 
     def call(servers: RunServers) -> None:

@@ -464,6 +464,7 @@ def _collector(options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> 
         budgets=budgets_from_options(options.rollouts),
         check=gym.check,
         agents_down=gym.agents_down,
+        gym=gym,
         gym_log=gym.log_end,
         ledger=Ledger(options.base_url, options.api_key) if endpoint.is_ours else None,
         access=PolicyAccess(server_urls(options.base_url), options.api_key),

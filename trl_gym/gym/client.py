@@ -13,6 +13,7 @@ is read: neither the number of servers nor the text inside of a literal is belie
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Mapping
@@ -95,6 +96,13 @@ def new_session(max_inflight: int) -> aiohttp.ClientSession:
         headers={"Accept-Encoding": "identity"},
         auto_decompress=False,  # of what is compressed all the same, a megabyte may hold a gigabyte
     )
+
+
+async def feel_pulse(session: aiohttp.ClientSession, url: str) -> None:
+    """Return when a server has answered anything, or cannot be reached."""
+    with contextlib.suppress(aiohttp.ClientError, OSError):
+        async with session.get(f"{url}/", allow_redirects=False):
+            pass
 
 
 async def run_rollout(

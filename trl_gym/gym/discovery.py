@@ -13,7 +13,7 @@ import logging
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +24,7 @@ import requests
 import yaml
 
 from trl_gym.errors import GymServerError
+from trl_gym.supervisor import is_stopped
 from trl_gym.untrusted import (
     BodyTooLongError,
     check_depth,
@@ -39,7 +40,7 @@ AGENTS = "responses_api_agents"
 _SERVER_KINDS = frozenset({"resources_servers", AGENTS, "responses_api_models", "environment_servers"})
 _POLICY_FIELDS = frozenset({"policy_base_url", "policy_api_key"})
 _CONNECT_TIMEOUT_S = 1.0
-_REFUSALS_IN_A_ROW = 3  # until a server counts as gone
+LOOKS_IN_A_ROW = 3  # until a server that refuses connections, or was stopped, counts as gone
 
 
 class InFlight:
@@ -249,18 +250,24 @@ def _resources_server(config: Mapping[str, Any], instance: ServerInstance) -> st
 
 
 def servers_gone(
-    instances: Iterable[ServerInstance], refused: Counter[str], *, knows_processes: bool
+    instances: Iterable[ServerInstance],
+    refused: Counter[str],
+    *,
+    knows_processes: bool,
+    hung: Collection[str] = (),
 ) -> dict[str, str]:
     """Look once at every server, and return those that are gone.
 
     A process of ours counts as gone at once when it has ended, any other server when its address has refused
-    connections in three looks in a row. A server that is slow, or whose queue is full, is not gone.
+    connections, or its process was stopped, in three looks in a row. A server that is slow, or whose queue is full, is
+    not gone.
 
     Args:
         instances: Servers to look at.
         refused: By URL, how many looks in a row were refused; changed in place. It is of one watch, which looks at
             regular intervals: where several watches shared it, a short pause would count as several looks.
         knows_processes: Whether their pids are of this machine, one per server.
+        hung: URLs of servers that have not answered for too long.
 
     Returns:
         Name of each server that is gone → what is wrong with it.
@@ -270,9 +277,14 @@ def servers_gone(
         if knows_processes and not is_alive(instance.pid):
             gone[instance.name] = f"its process (pid {instance.pid}) has ended"
             continue
-        refused[instance.url] = refused[instance.url] + 1 if _refuses(instance.url) else 0
-        if refused[instance.url] >= _REFUSALS_IN_A_ROW:
-            gone[instance.name] = f"{instance.url} refuses connections"
+        if instance.url in hung:
+            gone[instance.name] = f"{instance.url} accepts requests and answers none: it hangs"
+            continue
+        is_halted = knows_processes and instance.pid is not None and is_stopped(instance.pid)
+        refused[instance.url] = refused[instance.url] + 1 if is_halted or _refuses(instance.url) else 0
+        if refused[instance.url] >= LOOKS_IN_A_ROW:
+            said = f"its process (pid {instance.pid}) was stopped by someone (SIGSTOP)"
+            gone[instance.name] = said if is_halted else f"{instance.url} refuses connections"
     return gone
 
 

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,10 +26,11 @@ from typing import Any, Literal
 
 import requests
 
-from trl_gym.errors import GymServerError
+from trl_gym.errors import GymServerError, GymServerLostError
 from trl_gym.given import RAY_SOCKETS, socket_folder
 from trl_gym.gym.config import API_KEY_VARIABLE, NONCE_KEY, ResolvedConfigs, initial_config
 from trl_gym.gym.discovery import (
+    LOOKS_IN_A_ROW,
     AgentInfo,
     HeadUnreachable,
     HeadView,
@@ -44,6 +45,7 @@ from trl_gym.gym.discovery import (
 from trl_gym.gym.install import GymInstallation
 from trl_gym.processes import ChildProcess, bind_socket, reachable, wait_until
 from trl_gym.storage import writing
+from trl_gym.supervisor import is_stopped
 from trl_gym.threads import gym_environment
 
 Mode = Literal["host", "upstream"]
@@ -96,6 +98,8 @@ class GymProcess:
         self._view: HeadView | None = None
         self._agents: dict[str, AgentInfo] = {}
         self._has_process_per_server = False
+        self._num_stopped = 0  # looks in a row that found it stopped
+        self._hung: frozenset[str] = frozenset()
         self._work_dir: Path | None = None
 
     @property
@@ -175,17 +179,49 @@ class GymProcess:
                 raise GymServerError(f"NeMo Gym servers have died: {', '.join(dead)}. {self.log_end()}")
 
     def check_process(self) -> None:
-        """Raise if the process that we started has ended.
+        """Raise if the process that we started has ended, or was stopped in three looks in a row.
 
         Raises:
-            GymServerError: Says whether it had been ready, how long it ran, and why it ended.
+            GymServerLostError: Says whether it had been ready, how long it ran, and why it ended.
         """
-        if self.child is not None and self.child.poll() is not None:
+        if self.child is None:
+            return
+        if self.child.poll() is not None:
             raise self._death(self.child)
+        if self._view is None or self._has_process_per_server:
+            return
+        pid = self._view.instances[0].pid
+        self._num_stopped = self._num_stopped + 1 if pid is not None and is_stopped(pid) else 0
+        if self._num_stopped >= LOOKS_IN_A_ROW:
+            raise GymServerLostError(
+                f"NeMo Gym{self._which} answers nothing: its process (pid {pid}) was stopped by someone (SIGSTOP)."
+            )
+
+    @property
+    def pulse_urls(self) -> list[str]:
+        """URLs to ask whether it hangs: of its head server where all servers are one process, else of each server."""
+        if self._view is None:
+            return []
+        instances = self._view.instances
+        is_one = not self._has_process_per_server and len({instance.pid for instance in instances} - {None}) == 1
+        return [self.head_url] if is_one else [instance.url for instance in instances]
+
+    def note_hung(self, urls: Collection[str], timeout_s: float) -> None:
+        """Note which of `pulse_urls` have not answered for too long; see `GymServers.note_hung`."""
+        if self.head_url in urls:
+            raise GymServerLostError(
+                f"NeMo Gym{self._which} at {self.head_url} hangs, or a server in it blocks all others: it accepts "
+                f"requests, and has answered none for {timeout_s:g} s (`gym_server_hang_timeout`). {self.log_end()}",
+                "Let environments wait with `await`, and compute long in other threads or processes; or raise the "
+                "option.",
+            )
+        self._hung = frozenset(urls)
 
     def agents_down(self, refused: Counter[str]) -> dict[str, str]:
         """Look once at every server; see `GymServers.agents_down`."""
-        gone = servers_gone(self.view.instances, refused, knows_processes=self._has_process_per_server)
+        gone = servers_gone(
+            self.view.instances, refused, knows_processes=self._has_process_per_server, hung=self._hung
+        )
         return {
             agent: "; ".join(f"server `{name}`: {gone[name]}" for name in sorted(needed & gone.keys()))
             for agent in self._agents
@@ -275,7 +311,7 @@ class GymProcess:
             cause = f"{path.read_text()}\n\nThe whole log: {self.log_path}"
         if self._view is None:
             return GymServerError(f"NeMo Gym{self._which} did not start: it {child.describe_end()}. {cause}")
-        return GymServerError(f"NeMo Gym{self._which} was ready and {child.describe_end()}. {cause}")
+        return GymServerLostError(f"NeMo Gym{self._which} was ready and {child.describe_end()}. {cause}")
 
     def _too_late(self, what: str, timeout_s: float) -> GymServerError:
         return GymServerError(f"NeMo Gym{self._which} is not ready after {timeout_s:g} s. {what} {self.log_end()}")

@@ -19,7 +19,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -61,6 +61,10 @@ class GymServers:
         processes: Number of processes of mode `"host"`. Default: `default_processes`, or 1 where the configs demand it
             (`config.single_process_reasons`).
         rollouts_in_flight: Rollouts that will run at the same time, for that default.
+        hang_timeout_s: Seconds without an answer after which a server counts as hanging, while rollouts run.
+
+    Attributes:
+        hang_timeout_s: As given.
 
     Raises:
         ConfigError: If an argument has a wrong form.
@@ -80,6 +84,7 @@ class GymServers:
         start_timeout_s: float = 120.0,
         processes: int | None = None,
         rollouts_in_flight: int = 1,
+        hang_timeout_s: float = 300.0,
     ) -> None:
         if mode not in ("host", "upstream"):
             remedy = "Use 'host' or 'upstream', or GymServers.attach for a running Gym."
@@ -99,6 +104,8 @@ class GymServers:
         self._start_timeout_s = start_timeout_s
         self._asked_processes = processes
         self._rollouts_in_flight = rollouts_in_flight
+        self.hang_timeout_s = hang_timeout_s
+        self._num_restarts = 0
         self._state = ServerState.NEW
         self._processes: list[GymProcess] = []
         self._rng = random.Random()  # training draws from the global one
@@ -106,26 +113,42 @@ class GymServers:
         self._http = new_http_session()
 
     @classmethod
-    def attach(cls, head_url: str, *, timeout_s: float = 60.0) -> GymServers:
+    def attach(cls, head_url: str, *, timeout_s: float = 60.0, hang_timeout_s: float = 300.0) -> GymServers:
         """Use a Gym that runs already.
 
         Args:
             head_url: URL of its head server, e.g. `"http://127.0.0.1:11000"`; several, of Gyms with the same agents,
                 separated by commas.
             timeout_s: Seconds to wait until it and its servers answer.
+            hang_timeout_s: See the class.
 
         Raises:
             ConfigError: If `head_url` is not an HTTP URL, or names none.
             GymServerError: If one of them or of their servers does not answer, something else answers, or their agents
                 differ.
         """
+        servers = cls(start_timeout_s=timeout_s, hang_timeout_s=hang_timeout_s)
+        return servers.attach_again(head_url)
+
+    def attach_again(self, head_url: str) -> GymServers:
+        """Use the Gym that runs at this URL instead of the one that was attached to; see `attach`."""
         urls = list(dict.fromkeys(url.rstrip("/") for url in checked_urls("gym_head_url", head_url)))
-        servers = cls()
-        servers._processes = [GymProcess(servers._http, url) for url in urls]
-        servers._start_timeout_s = timeout_s
-        servers._deadline = time.monotonic() + timeout_s
-        servers._state = ServerState.STARTING
-        return servers.wait_ready()
+        self._processes = [GymProcess(self._http, url) for url in urls]
+        self._deadline = time.monotonic() + self._start_timeout_s
+        self._state = ServerState.STARTING
+        return self.wait_ready()
+
+    def restart(self) -> Self:
+        """Replace the processes that we started by new ones, at other addresses; return when they are ready.
+
+        Raises:
+            ConfigError, GymServerError: They cannot be started again.
+        """
+        self.stop()
+        self._processes = []
+        self._num_restarts += 1
+        self._state = ServerState.NEW
+        return self.start().wait_ready()
 
     @property
     def state(self) -> ServerState:
@@ -247,7 +270,7 @@ class GymServers:
             for index in range(number):
                 which = "" if number == 1 else f" (process {index + 1} of {number})"
                 self._processes.append(process := GymProcess(self._http, which=which))
-                process.start(options, self._log_dir / (f"gym-{index + 1}.log" if index else "gym.log"))
+                process.start(options, self._log_dir / log_name(index, self._num_restarts))
         except BaseException:
             self.stop()
             raise
@@ -287,13 +310,27 @@ class GymServers:
             process.check()
 
     def check_process(self) -> None:
-        """Raise if a process that we started has ended; `agents_down` is about single servers.
+        """Raise if a process that we started has ended or was stopped; `agents_down` is about single servers.
 
         Raises:
-            GymServerError: Says which one, whether it had been ready, how long it ran, and why it ended.
+            GymServerLostError: Says which one, whether it had been ready, how long it ran, and why it ended.
         """
         for process in self._processes:
             process.check_process()
+
+    @property
+    def pulse_urls(self) -> list[str]:
+        """URLs that answer GET as long as nothing hangs."""
+        return [url for process in self._processes for url in process.pulse_urls]
+
+    def note_hung(self, urls: Collection[str]) -> None:
+        """Note which of `pulse_urls` have not answered for `hang_timeout_s`: `agents_down` counts them as gone.
+
+        Raises:
+            GymServerLostError: All servers of a process hang.
+        """
+        for process in self._processes:
+            process.note_hung([url for url in process.pulse_urls if url in urls], self.hang_timeout_s)
 
     def agents_down(self, refused: Counter[str]) -> dict[str, str]:
         """Return the agents that cannot run rollouts: name → which server that they need is gone, and why.
@@ -397,6 +434,12 @@ def least_busy(in_flight: Sequence[int], rng: random.Random) -> int:
     """
     fewest = min(in_flight)
     return rng.choice([index for index, number in enumerate(in_flight) if number == fewest])
+
+
+def log_name(index: int, num_restarts: int) -> str:
+    """Return the name of the log of a process. Each start has its own: the one before says why it was needed."""
+    which = f"-{index + 1}" if index else ""
+    return f"gym{which}{f'-restart{num_restarts}' if num_restarts else ''}.log"
 
 
 def _normalized(url: str) -> str:

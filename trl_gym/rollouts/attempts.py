@@ -26,17 +26,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any, Generic, Literal, NoReturn, Protocol, TypeVar
 
 import aiohttp
 
-from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, PolicyServerLostError, RolloutFailure
-from trl_gym.gym.client import GymAnswer, run_rollout
+from trl_gym.errors import FailureKind, GymServerLostError, PolicyServerError, PolicyServerLostError, RolloutFailure
+from trl_gym.gym.client import GymAnswer, feel_pulse, run_rollout
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.policy_server.middleware.identity import without_keys
 from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.rollouts.admission import Admission, Budgets
-from trl_gym.rollouts.ledger import CallState, EngineWatch, Ledger
+from trl_gym.rollouts.ledger import CallState, EngineWatch, HangWatch, Ledger
 from trl_gym.rollouts.request import PolicyAccess, RolloutRequest, next_attempt
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,17 @@ class CollectionContext:
     ledger: Ledger | None
     access: PolicyAccess | None
     stall_timeout_s: float
+    gym: Pulses | None
+
+
+class Pulses(Protocol):
+    """NeMo Gym, which may hang: `GymServers`."""
+
+    hang_timeout_s: float
+
+    @property
+    def pulse_urls(self) -> Sequence[str]: ...
+    def note_hung(self, urls: Sequence[str], /) -> None: ...
 
 
 class Collection(Generic[T]):
@@ -141,6 +153,8 @@ class Collection(Generic[T]):
         self._suspicion, self._looked = asyncio.Event(), asyncio.Event()
         self._num_unanswered_pings = 0
         self._engines = None if context.ledger is None else EngineWatch(context.ledger, session)
+        gym = context.gym
+        self._pulse = None if gym is None else HangWatch(partial(feel_pulse, session), gym.hang_timeout_s)
         self._is_lost = False  # the policy server
         self._server: str | None = None  # what its process said of itself
         self._began = self._last_end = self._last_warning = self._clock()
@@ -158,8 +172,9 @@ class Collection(Generic[T]):
             for task in (*self._tasks, watch):  # `gather` leaves the siblings of a task that raised running
                 task.cancel()
             await asyncio.gather(*self._tasks, watch, rollouts, return_exceptions=True)
-            if self._engines is not None:
-                self._engines.close()
+            for questions in (self._engines, self._pulse):
+                if questions is not None:
+                    questions.close()
             await self._give_up()
 
     def end_early(self, failures: Mapping[int, RolloutFailure]) -> None:
@@ -331,6 +346,8 @@ class Collection(Generic[T]):
                 raise PolicyServerLostError(self._context.ledger.describe_silence())
         if self._engines is not None:
             self._engines.look()
+        if self._context.gym is not None and self._pulse is not None:
+            self._context.gym.note_hung(self._pulse.look(self._context.gym.pulse_urls))
         self._mark_down(await asyncio.to_thread(self._context.agents_down, self._refused))
 
     def _require_same_server(self, who: str | None) -> None:
@@ -358,7 +375,7 @@ class Collection(Generic[T]):
             if self._context.on_environment_down == "fail":
                 log = self._context.gym_log()
                 log = f"\n\n{log}\n" if log else ""
-                raise GymServerError(
+                raise GymServerLostError(
                     f"T{text[1:]}. {len(indices)} of its rollouts were outstanding.{log}",
                     "Restart it, or set `gym_on_environment_down` to 'skip' to go on without it.",
                 )

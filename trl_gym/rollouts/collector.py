@@ -24,7 +24,7 @@ from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.gym.client import new_session
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.rollouts.admission import Admission, Budgets
-from trl_gym.rollouts.attempts import Collection, CollectionContext, Ended, Progress, RolloutResult
+from trl_gym.rollouts.attempts import Collection, CollectionContext, Ended, Progress, Pulses, RolloutResult
 from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.request import PolicyAccess, RolloutRequest
 
@@ -53,6 +53,7 @@ class RolloutCollector(Generic[T]):
         access: Makes the keys with which agents call the policy as their rollout; None for a server that has no such
             keys.
         stall_timeout_s: Seconds without a rollout that ends, after which all outstanding ones are listed.
+        gym: Asked whether it hangs; nobody notices that without it.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class RolloutCollector(Generic[T]):
         ledger: Ledger | None = None,
         access: PolicyAccess | None = None,
         stall_timeout_s: float = 60.0,
+        gym: Pulses | None = None,
     ) -> None:
         self._context = CollectionContext(
             agent=agent,
@@ -78,6 +80,7 @@ class RolloutCollector(Generic[T]):
             ledger=ledger,
             access=access,
             stall_timeout_s=stall_timeout_s,
+            gym=gym,
         )
         self._worker: _Worker | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
@@ -115,7 +118,7 @@ class RolloutCollector(Generic[T]):
         Raises (from the future):
             PolicyServerLostError: The policy server died, or cannot be reached.
             PolicyServerError: It refused to hand out its records.
-            GymServerError: NeMo Gym died, or an environment is down and may not be skipped.
+            GymServerLostError: NeMo Gym died or hangs, or an environment is down and may not be skipped.
         """
         if self._worker is None:
             self._worker = _Worker(self._context.budgets)

@@ -13,8 +13,9 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -264,8 +265,43 @@ class Ledger:
         )
 
 
+class HangWatch:
+    """Asks servers whether they still answer, one question at a time each, as long as a collection runs.
+
+    Args:
+        ask: Returns when the server at a URL has answered, or cannot be asked, which others notice.
+        timeout_s: Seconds without an answer after which it hangs.
+    """
+
+    def __init__(self, ask: Callable[[str], Coroutine[Any, Any, None]], timeout_s: float) -> None:
+        self._ask, self._timeout_s = ask, timeout_s
+        self._asked: dict[str, tuple[asyncio.Task[None], float]] = {}  # by server: the newest question, and its time
+
+    def look(self, urls: Iterable[str], busy_until: float = 0.0) -> list[str]:
+        """Ask what is due, and return those that hang. Waits for no answer.
+
+        Args:
+            urls: Of the servers.
+            busy_until: They may have been silent until then, on the clock `time.monotonic`.
+        """
+        now, hung = time.monotonic(), []
+        for url in urls:
+            question, since = self._asked.get(url, (None, -math.inf))
+            if question is not None and not question.done():
+                if now - max(since, busy_until) > self._timeout_s:
+                    hung.append(url)
+            elif now - since >= min(_ASK_EVERY_S, self._timeout_s / 4):
+                self._asked[url] = asyncio.create_task(self._ask(url)), now
+        return hung
+
+    def close(self) -> None:
+        """Forget the questions that are open."""
+        for question, _ in self._asked.values():
+            question.cancel()
+
+
 class EngineWatch:
-    """Asks the engine of each server, one question at a time, as long as a collection runs.
+    """Asks the engine of each policy server.
 
     Args:
         ledger: Of the servers.
@@ -273,8 +309,8 @@ class EngineWatch:
     """
 
     def __init__(self, ledger: Ledger, session: aiohttp.ClientSession) -> None:
-        self._ledger, self._session = ledger, session
-        self._asked: dict[str, tuple[asyncio.Task[None], float]] = {}  # by server: the newest question, and its time
+        self._ledger = ledger
+        self._watch = HangWatch(partial(ledger.ask_engine, session), ledger.hang_timeout_s)
 
     def look(self) -> None:
         """Ask what is due. Waits for no answer.
@@ -282,19 +318,12 @@ class EngineWatch:
         Raises:
             PolicyServerLostError: An engine has not answered for too long.
         """
-        now = time.monotonic()
-        for root in self._ledger.roots:
-            question, since = self._asked.get(root, (None, -math.inf))
-            if question is not None and not question.done():
-                if now - max(since, self._ledger.busy_until) > self._ledger.hang_timeout_s:
-                    raise self._ledger.hang_of(root)
-            elif now - since >= min(_ASK_EVERY_S, self._ledger.hang_timeout_s / 4):
-                self._asked[root] = asyncio.create_task(self._ledger.ask_engine(self._session, root)), now
+        for root in self._watch.look(self._ledger.roots, self._ledger.busy_until):
+            raise self._ledger.hang_of(root)
 
     def close(self) -> None:
         """Forget the questions that are open."""
-        for question, _ in self._asked.values():
-            question.cancel()
+        self._watch.close()
 
 
 _TakenCalls = tuple[list[CallRecord] | None, str]

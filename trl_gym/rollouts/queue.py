@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_gym.errors import FailureKind, PolicyServerLostError
+from trl_gym.errors import FailureKind, ServerLoss
 from trl_gym.rollouts.attempts import CollectionStatus, Progress, RolloutResult
 from trl_gym.rollouts.collector import RolloutCollector, Submission
 from trl_gym.rollouts.ledger import weight_versions
@@ -72,9 +72,10 @@ class Sampler:
 
     Attributes:
         collector: Runs rollouts.
-        agree: Gets the error that ended rollouts on this rank, None without one, and tells every rank whether the
-            policy server is lost. Raises, on every rank, any other error. Called in step, once per wait.
-        recover: Gets the lost server back, with the current weights. Told the loss and how many rollouts it cost here.
+        agree: Gets the error that ended rollouts on this rank, None without one, and tells every rank whether a
+            server is lost. Raises, on every rank, any other error. Called in step, once per wait.
+        recover: Gets the lost server back, a policy server with the current weights. Told the loss and how many
+            rollouts it cost here.
         policy: Returns the policy that is sampled with now.
         finisher: Makes, for a policy, what turns an attempt that has ended into a rollout.
         recall: Returns, by index, the requests' rollouts that an interrupted run has finished with a policy.
@@ -85,8 +86,8 @@ class Sampler:
     """
 
     collector: RolloutCollector[Rollout]
-    agree: Callable[[Exception | None], PolicyServerLostError | None]
-    recover: Callable[[PolicyServerLostError, int], None]
+    agree: Callable[[Exception | None], ServerLoss | None]
+    recover: Callable[[ServerLoss, int], None]
     policy: Callable[[], Policy]
     finisher: Callable[[Policy], Finish]
     recall: Callable[[Sequence[RolloutRequest], Policy], Mapping[int, Rollout]] = lambda requests, policy: {}
@@ -212,7 +213,7 @@ class RolloutQueue:
         self._entries = []
 
     def give_up_lost(self) -> int:
-        """Give up every launch, since the policy server was lost. Local; the next `collect` or `drain` launches what
+        """Give up every launch, since a server was lost. Local; the next `collect` or `drain` launches what
         has not ended again.
 
         Returns:

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, RolloutError
+from trl_gym.errors import (
+    ConfigError,
+    GymServerLostError,
+    PolicyServerError,
+    PolicyServerLostError,
+    RolloutError,
+    ServerLoss,
+)
 from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.ranks import agree_on_loss, agreed
 from trl_gym.rollouts.admission import budgets_from_options
@@ -264,6 +271,7 @@ class LiveSource:
             ledger=self._ledger,
             access=PolicyAccess(policy.base_urls, policy.client.api_key),
             stall_timeout_s=args.gym_stall_timeout,
+            gym=gym,
         )
 
     def _new_queue(self, collector: RolloutCollector[Rollout], evaluation: BatchInfo | None = None) -> RolloutQueue:
@@ -307,16 +315,20 @@ class LiveSource:
             problem_of=component_problem if self._args.gym_reward_components else None,
         )
 
-    def _recover(self, loss: PolicyServerLostError, num_lost: int) -> None:
-        """Get the policy server back, with the current weights."""
+    def _recover(self, loss: ServerLoss, num_lost: int) -> None:
+        """Get NeMo Gym back, or the policy server with the current weights."""
         self._note_loss(num_lost)
+        if isinstance(loss, GymServerLostError):
+            self._servers.recover_gym(loss)
+            self._note_loss(self._queue.give_up_lost())
+            return
         self._weights.recover(loss)
         self._note_loss(self._queue.give_up_lost())  # those of training, where it was an evaluation that noticed
         self._hooks.push()
 
     def _note_loss(self, num_lost: int) -> None:
         if num_lost:
-            logger.warning("%d of this rank's rollouts are lost with the policy server and will run again", num_lost)
+            logger.warning("%d of this rank's rollouts are lost with the server and will run again", num_lost)
 
     def _check_version(self) -> None:
         if not self._accelerator.is_main_process:  # which tells the others

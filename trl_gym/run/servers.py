@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from trl_gym import compat, engines
 from trl_gym.config import GymGRPOConfig
 from trl_gym.config_checks import biased_ratio, context_problem, small_batch_notes
-from trl_gym.errors import ConfigError, Problem
+from trl_gym.errors import ConfigError, GymServerError, GymServerLostError, Problem
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.plan import this_device, try_estimate
 from trl_gym.policy_server.command import api_key_from_environment
@@ -119,6 +119,7 @@ class RunServers:
         self._process = PartialState()
         self._splice_checked = self._found_paused = False
         self._recovery: PolicyRecovery | None = None
+        self._num_gym_restarts = 0
         _check_sources(args, policy, gym)
         # None until `start` (until `wait_ready` on ranks above 0); nothing uses them before.
         self.policy: PolicyBackend = policy  # type: ignore[assignment]
@@ -180,7 +181,8 @@ class RunServers:
             if not self._process.is_main_process:
                 if self.own is None:
                     self.policy = PolicyServer.attach(base_urls, api_key=api_key)
-                self.gym = GymServers.attach(head_url).wait_ready()
+                hang_timeout_s = self._args.gym_server_hang_timeout
+                self.gym = GymServers.attach(head_url, hang_timeout_s=hang_timeout_s).wait_ready()
 
     def check(self) -> None:
         """Raise when the policy server, or the whole Gym that we started, has died. The collector deals with a single
@@ -230,6 +232,32 @@ class RunServers:
             in_process.restart_others(self._process, self.own)
         on_main(self._process, on_rank_0)
         self.policy.client.close()  # what is left of connections to the old process
+
+    def recover_gym(self, error: GymServerLostError) -> None:
+        """Start a NeMo Gym again that died or hangs. Every rank calls it in step.
+
+        Raises:
+            GymServerError: On every rank, when it was not started here, or as often as allowed; says how it was lost.
+        """
+
+        def on_rank_0() -> str:
+            if not self.owns_gym or self._args.gym_mode == "attach":
+                raise error
+            if self._num_gym_restarts >= self._args.gym_server_restarts:
+                raise GymServerError(
+                    f"NeMo Gym is lost and is not restarted: it was restarted {self._num_gym_restarts} times, and "
+                    f"`gym_server_restarts` allows no more. {error.problem}",
+                    error.remedy or "Find the cause in its log before you raise `gym_server_restarts`.",
+                ) from error
+            self._num_gym_restarts += 1
+            allowed = self._args.gym_server_restarts
+            logger.warning("restarting NeMo Gym (%d of %d restarts): %s", self._num_gym_restarts, allowed, error)
+            return self.gym.restart().head_url
+
+        head_url = on_main(self._process, on_rank_0)
+        with agreed(self._process):
+            if not self._process.is_main_process:
+                self.gym.attach_again(head_url)
 
     def stop(self) -> None:
         """Stop what was started here. Idempotent."""
@@ -299,7 +327,10 @@ class RunServers:
         """Return the NeMo Gym that the configuration names: one to start, or one that runs."""
         args = self._args
         if args.gym_mode == "attach":
-            return GymServers.attach(args.gym_head_url, timeout_s=args.gym_start_timeout)
+            hang_timeout_s = args.gym_server_hang_timeout
+            return GymServers.attach(
+                args.gym_head_url, timeout_s=args.gym_start_timeout, hang_timeout_s=hang_timeout_s
+            )
         return GymServers(
             args.gym_config_paths,
             mode=args.gym_mode,
@@ -309,6 +340,7 @@ class RunServers:
             start_timeout_s=args.gym_start_timeout,
             processes=args.gym_processes,
             rollouts_in_flight=args.rollouts_in_flight(self._process.num_processes),
+            hang_timeout_s=args.gym_server_hang_timeout,
         )
 
     def _start_own(self) -> None:
