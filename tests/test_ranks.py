@@ -21,6 +21,7 @@ from tests.conftest import wait_for
 from trl_gym.errors import (
     ConfigError,
     GymServerError,
+    GymServerLostError,
     PolicyServerError,
     PolicyServerLostError,
     Problem,
@@ -154,7 +155,9 @@ def test_what_rank_0_returns_is_known_to_all_and_what_each_returns_to_itself() -
 
 
 LOSS = PolicyServerLostError("POST /trl_gym/rollouts/records: connection refused", "Start it again.")
-kinds = st.sampled_from([None, LOSS, GymServerError("gym died"), RolloutError("drift"), KeyError("reward")])
+GYM_LOSS = GymServerLostError("NeMo Gym died")
+LOSSES = (LOSS, GYM_LOSS)
+kinds = st.sampled_from([None, *LOSSES, GymServerError("not ours"), RolloutError("drift"), KeyError("reward")])
 
 
 @given(st.lists(kinds, min_size=1, max_size=4))
@@ -162,13 +165,15 @@ def test_all_ranks_hear_of_a_loss_alike(errors: list[Exception | None]) -> None:
     got = on_ranks(
         len(errors), lambda rank, gather: agree_on_loss(SimpleNamespace(process_index=rank), errors[rank], gather)
     )
-    others = [error for error in errors if error is not None and error is not LOSS]
+    others = [error for error in errors if error is not None and error not in LOSSES]
     for own, heard in zip(errors, got, strict=True):
         if others:
             kind = type(others[0]) if isinstance(others[0], TrlGymError) else TrlGymError
             assert heard is own if own in others else type(heard) is kind
         elif LOSS in errors:
             assert isinstance(heard, PolicyServerLostError) and str(heard) == str(LOSS)
+        elif GYM_LOSS in errors:
+            assert isinstance(heard, GymServerLostError) and str(heard) == str(GYM_LOSS)
         else:
             assert heard is None
 

@@ -121,13 +121,15 @@ class GymGRPOConfig(GRPOConfig):
         gym_server_devices (`str`, *optional*):
             GPUs for the server that we start, e.g. `"6,7"`, when it shall not share those of training.
         gym_server_restarts (`int`, *optional*, defaults to `3`):
-            How often, in the whole run, a server that we started is started again after it died.
+            How often, in the whole run, a server that we started is started again after it died; a NeMo Gym as often.
         gym_server_reconnect_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds to wait for a server that runs elsewhere and has disappeared.
         gym_server_hang_timeout (`float`, *optional*, defaults to `300.0`):
             Seconds without an answer of the server's engine, which it gives between two of its forward passes, after
             which it counts as hanging: one that we started is replaced, one elsewhere is waited for as if it had
             disappeared. Raise it where one forward pass takes minutes (long prompts on a CPU, compilation in between).
+            A server of NeMo Gym hangs when it answers no request for so long; one environment that computes on its
+            event loop, instead of in a thread, blocks all others of its process.
         gym_gpu_memory (`str`, *optional*, defaults to `"given"`):
             `"given"`: the server takes `vllm_gpu_memory_utilization` of each GPU. `"auto"`: what the planner computes
             from model, batch and context. The planner's arithmetic is printed either way.
@@ -150,8 +152,9 @@ class GymGRPOConfig(GRPOConfig):
             Other values for single agents: `{agent: {"deadline": …, "max_inflight": …, "retries": …, "launch_rate": …,
             "agent_sampling": …}}`.
         gym_on_environment_down (`str`, *optional*, defaults to `"fail"`):
-            What to do when an environment's servers do not answer any more: `"fail"` stops training, `"skip"` leaves
-            its rollouts out of the batch and tries again with the next one.
+            What to do when an environment's servers do not answer any more: `"fail"` starts a NeMo Gym of ours again
+            (`gym_server_restarts`), and stops training with another one; `"skip"` leaves its rollouts out of the batch
+            and tries again with the next one.
         gym_stall_timeout (`float`, *optional*, defaults to `60.0`):
             Seconds without a finished rollout after which every outstanding one is listed with what it waits for.
         gym_min_group_size (`int`, *optional*, defaults to `2`):

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig
@@ -95,6 +97,43 @@ def run(new_trainer: Callable[..., RecordingTrainer]) -> Iterator[RecordingTrain
     with new_trainer(eval_steps=2, gym_oversample=1) as trainer:
         trainer.train()
         yield trainer
+
+
+class LosesGym(RecordingTrainer):
+    """Stops its NeMo Gym forever in the rollouts of the first step, and kills the next one between two steps."""
+
+    pids: tuple[int, ...] = ()
+
+    def build_trajectories(self, *args: Any) -> Any:
+        if not self.pids:
+            self.pids = (self.gym_servers.servers[0].pid or 0,)
+            os.kill(self.pids[0], signal.SIGSTOP)
+        return super().build_trajectories(*args)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(self.pids) == 1:
+            self.pids += (self.gym_servers.servers[0].pid or 0,)
+            os.kill(self.pids[1], signal.SIGKILL)
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_gym_that_is_stopped_forever_or_dies_is_started_again(
+    small_policy: Path, data: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"max_steps": 2, "eval_strategy": "no", "gym_config_paths": [str(CALCULATOR / "calculator.yaml")]}
+    args = config(tmp_path, **BATCH | options, gym_engine="transformers", vllm_max_model_length=512, gym_retries=0)
+    with LosesGym(model=str(small_policy), args=args, train_dataset=load_gym_dataset(data[0])) as run:
+        run.train()
+        assert run.gym_servers.servers[0].pid not in run.pids
+    require_sound(run)
+    assert re.search(r"restarting NeMo Gym \(1 of 3 restarts\): .*was stopped by someone \(SIGSTOP\)", caplog.text)
+    assert re.search(r"restarting NeMo Gym \(2 of 3 restarts\): .*\(signal SIGKILL\)", caplog.text)
+    assert sorted(path.name for path in (tmp_path / "logs").glob("gym*.log")) == [
+        *("gym-restart1.log", "gym-restart2.log", "gym.log")
+    ]
+    counted = [line for line in read_journal(tmp_path / "rollouts") if line["failure"] is None and not line["retried"]]
+    assert len(counted) == 2 * 16 and len({line["rollout_id"] for line in counted}) == 32
+    assert all(not psutil.pid_exists(pid) for pid in run.pids)
 
 
 def largest_gap(batch: dict[str, Any]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from tests.conftest import wait_for
 from trl_gym.gym.discovery import (
     ServerInstance,
     is_alive,
@@ -22,6 +24,7 @@ from trl_gym.gym.discovery import (
     with_run_fields,
 )
 from trl_gym.processes import bind_socket
+from trl_gym.supervisor import is_stopped
 
 
 def server(url: str, pid: int | None = None) -> ServerInstance:
@@ -68,6 +71,22 @@ def test_a_process_that_ended_counts_at_once_where_it_is_ours() -> None:
         assert servers_gone([server(url, child.pid)], Counter(), knows_processes=False) == {}
         assert servers_gone([server(url, os.getpid())], Counter(), knows_processes=True) == {}
     assert is_alive(os.getpid()) and is_alive(None)
+
+
+def test_a_process_that_was_stopped_counts_when_that_repeats_and_one_that_hangs_at_once() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child, bind_socket() as sock:
+        address = server(f"http://127.0.0.1:{sock.getsockname()[1]}", child.pid)
+        try:
+            os.kill(child.pid, signal.SIGSTOP)
+            wait_for(lambda: is_stopped(child.pid))
+            refused: Counter[str] = Counter()
+            looks = [servers_gone([address], refused, knows_processes=True) for _ in range(3)]
+            assert looks == [{}, {}, {"tools": f"its process (pid {child.pid}) was stopped by someone (SIGSTOP)"}]
+            assert servers_gone([address], Counter(), knows_processes=False) == {}
+            gone = servers_gone([address], Counter(), knows_processes=False, hung=[address.url])
+            assert gone == {"tools": f"{address.url} accepts requests and answers none: it hangs"}
+        finally:
+            child.kill()
 
 
 def test_an_agent_needs_what_its_config_refers_to_and_so_on() -> None:

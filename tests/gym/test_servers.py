@@ -21,10 +21,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_gym.errors import ConfigError, GymServerError
+from trl_gym.errors import ConfigError, GymServerError, GymServerLostError
 from trl_gym.gym.discovery import HeadView, new_http_session
 from trl_gym.gym.process import GymProcess, bind_head, error_path
-from trl_gym.gym.servers import AgentInfo, GymServers, choose_processes, default_processes, least_busy
+from trl_gym.gym.servers import AgentInfo, GymServers, choose_processes, default_processes, least_busy, log_name
 from trl_gym.processes import ChildProcess, ServerState, bind_socket
 
 SECRET = "sk-do-not-print"
@@ -102,6 +102,34 @@ def test_attach_discovers_agents(head: FakeHead) -> None:
     gym.stop()
     gym.stop()
     assert gym.state is ServerState.STOPPED
+
+
+def test_a_gym_of_one_process_hangs_as_a_whole_and_others_server_by_server(head: FakeHead) -> None:
+    with GymServers.attach(head.url, hang_timeout_s=7.0) as gym:
+        assert gym.pulse_urls == [head.url]
+        gym.note_hung([])
+        with pytest.raises(GymServerLostError, match=rf"NeMo Gym at {head.url} hangs.* for 7 s \(`gym_server_hang_t"):
+            gym.note_hung([head.url])
+    kinds = {"math": "resources_servers", "math_agent": "responses_api_agents", "free_agent": "responses_api_agents"}
+    servers = [
+        instance(name, kind, kind, f"{head.url}/{name}") | {"pid": pid}
+        for pid, (name, kind) in enumerate(kinds.items(), start=1)
+    ]
+    head.pages["/server_instances"] = servers
+    head.pages |= {f"/{server['process_name']}/": "well" for server in servers}
+    with GymServers.attach(head.url) as gym:
+        gym.note_hung(gym.pulse_urls[:1])
+        assert gym.agents_down(Counter()) == {
+            "math_agent": f"server `math`: {head.url}/math accepts requests and answers none: it hangs"
+        }
+        gym.note_hung([])  # it answers again
+        assert gym.agents_down(Counter()) == {}
+
+
+def test_each_start_has_logs_of_its_own() -> None:
+    assert [log_name(index, restarts) for restarts in (0, 2) for index in (0, 1)] == [
+        *("gym.log", "gym-2.log", "gym-restart2.log", "gym-2-restart2.log")
+    ]
 
 
 def test_connect_policy_compares_with_an_attached_gym(head: FakeHead) -> None:

@@ -7,15 +7,24 @@ import dataclasses
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from tests.conftest import until
 from tests.rollouts.fake_agent import Ledger, collect, make, requests
-from trl_gym.errors import FailureKind, GymServerError, PolicyServerError, PolicyServerLostError, RolloutFailure
+from trl_gym.errors import (
+    FailureKind,
+    GymServerError,
+    GymServerLostError,
+    PolicyServerError,
+    PolicyServerLostError,
+    RolloutFailure,
+)
 from trl_gym.gym.discovery import servers_gone
 from trl_gym.gym.servers import AgentInfo, ServerInstance
+from trl_gym.processes import bind_socket
 from trl_gym.rollouts.attempts import CollectionStatus, Outstanding, Phase, Tally, describe_stall, waits_for
 from trl_gym.rollouts.collector import RolloutResult
 from trl_gym.rollouts.ledger import CallState
@@ -247,6 +256,28 @@ async def test_what_waits_for_its_records_when_the_server_is_lost_is_lost(agent:
         await collect(lookup, [{}], ledger=Silent(), finish=finish)
     [result] = ended
     assert result.answer is not None and result.was_lost
+
+
+async def test_a_gym_that_hangs_ends_the_collection(agent: Any) -> None:
+    """It accepts connections and answers nothing, as a process that was stopped does; the rollout would wait long."""
+    _, lookup = agent
+
+    class Hangs:
+        hang_timeout_s = 0.2
+
+        def __init__(self, url: str) -> None:
+            self.pulse_urls = [url]
+
+        def note_hung(self, urls: Sequence[str]) -> None:
+            if urls:
+                raise GymServerLostError(f"{urls} hang")
+
+    with bind_socket() as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        with pytest.raises(GymServerLostError, match=url):
+            await collect(lookup, [{"seconds": 60}], gym=Hangs(url), deadline_s=60.0)
+    gym = Hangs("http://127.0.0.1:9")  # others notice that nobody is there
+    assert [result.failure for result in await collect(lookup, [{"seconds": 0.5}], gym=gym)] == [None]
 
 
 async def test_a_stall_lists_who_waits_for_what(agent: Any, caplog: Any) -> None:

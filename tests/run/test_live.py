@@ -137,7 +137,7 @@ def test_a_sync_that_finds_the_server_dead_gives_up_what_was_in_flight(
     for step in (1, 2, 3):
         live.push_weights(SimpleNamespace(), step)  # type: ignore[arg-type]
     assert given_up == [1] and live._version == 3
-    assert caplog.text.count("3 of this rank's rollouts are lost with the policy server and will run again") == 1
+    assert caplog.text.count("3 of this rank's rollouts are lost with the server and will run again") == 1
 
 
 # -- looks at the policy server, and the queues -----------------------------------------------------------------------

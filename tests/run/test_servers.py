@@ -19,7 +19,14 @@ from tests.policy_server.test_splice_probe import REMEDIES, served
 from tests.policy_server.tiny_model import attend_otherwise, build_random_policy
 from tests.test_ranks import on_ranks
 from trl_gym import GymGRPOConfig, GymServers
-from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, TrlGymError
+from trl_gym.errors import (
+    ConfigError,
+    GymServerError,
+    GymServerLostError,
+    PolicyServerError,
+    PolicyServerLostError,
+    TrlGymError,
+)
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.policy_server.transformers_engine.server import TransformersServer
@@ -418,7 +425,9 @@ def test_a_rank_that_cannot_connect_its_source_ends_all(
         HERE.rank, HERE.gather = rank, gather
         servers = SimpleNamespace(wait_ready=lambda: None, take_model=lambda *_: None, secrets=(), own=None)
         servers.policy = SimpleNamespace(client=SimpleNamespace(info=dict))
-        source = LiveSource(SimpleNamespace(output_dir=tmp_path, gym_journal_max_mb=1, gym_overrides={}), servers)
+        options = SimpleNamespace(agent_sampling_of=None)
+        args = SimpleNamespace(output_dir=tmp_path, gym_journal_max_mb=1, gym_overrides={}, rollout_options=options)
+        source = LiveSource(args, servers)
         source._new_collector = lambda: None  # type: ignore[method-assign]
         source._new_queue = lambda collector: None  # type: ignore[method-assign]
         accelerator = SimpleNamespace(process_index=rank, mixed_precision="no")
@@ -444,6 +453,38 @@ def test_every_rank_hears_that_a_server_does_not_come_back(tmp_path: Path, monke
     first, second = play(monkeypatch, tmp_path, 2, call)
     assert str(first) == "The budget is used up. Find the cause."
     assert type(second) is PolicyServerError and str(second) == "rank 0: The budget is used up. Find the cause."
+
+
+GYM_LOSS = GymServerLostError("NeMo Gym was ready and ended.", "Look.")
+
+
+def test_a_gym_of_ours_is_started_again_as_often_as_allowed_and_every_rank_attaches_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def call(servers: RunServers) -> list[str]:
+        done: list[str] = []
+        servers._args.gym_server_restarts = 1
+        new = SimpleNamespace(head_url="http://new")
+        restart = lambda: done.append("restarted") or new  # noqa: E731
+        servers.gym = SimpleNamespace(restart=restart, attach_again=done.append)  # type: ignore[assignment]
+        servers.recover_gym(GYM_LOSS)
+        with pytest.raises(
+            GymServerError, match=r"was restarted 1 times, and `gym_server_restarts` allows no more\. Ne"
+        ):
+            servers.recover_gym(GYM_LOSS)
+        return done
+
+    assert play(monkeypatch, tmp_path, 3, call) == [["restarted"], ["http://new"], ["http://new"]]
+    assert "restarting NeMo Gym (1 of 1 restarts): NeMo Gym was ready and ended." in caplog.text
+
+
+def test_a_gym_of_others_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(servers: RunServers) -> None:
+        servers._owns_gym = False
+        servers.recover_gym(GYM_LOSS)
+
+    first, second = play(monkeypatch, tmp_path, 2, call)
+    assert first is GYM_LOSS and type(second) is GymServerLostError and str(second) == f"rank 0: {GYM_LOSS}"
 
 
 @pytest.mark.parametrize(
