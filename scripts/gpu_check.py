@@ -77,14 +77,14 @@ PARTS = (
     Part("plan", "loops", "peak memory of a step against the plan's figure, of a model of 300 M parameters", 60, 120,
          gym=True),
     Part("ipc", "alone", "`ipc`: every byte in another process, beside a copy on the device", 40, 90, ("vllm",)),
-    Part("sync", "server", "vLLM on the same GPU: weights by `ipc` with a probe after each", 60, 120, ("vllm",)),
+    Part("sync", "server", "vLLM on the same GPU: weights by `ipc` with a probe after each", 60, 200, ("vllm",)),
     Part("sleep", "server", "vLLM sleeps and wakes, with weights kept (level 1) and dropped and sent again (level 2)",
-         60, 120, ("vllm",)),
-    Part("keep", "server", "a weight sync with `gym_pause_mode: keep` while rollouts are in flight", 50, 120,
+         60, 150, ("vllm",)),
+    Part("keep", "server", "a weight sync with `gym_pause_mode: keep` while rollouts are in flight", 50, 150,
          ("vllm",)),
     Part("quickstart", "loops", "five steps of the quickstart with vLLM on the same GPU, which sleeps during updates, "
-         "and an optimizer that is offloaded during rollouts", 80, 150, ("vllm",), gym=True),
-    Part("fsdp2_loop", "loops", "the same by `accelerate launch` with FSDP2, one process", 90, 150, ("vllm",),
+         "and an optimizer that is offloaded during rollouts", 80, 200, ("vllm",), gym=True),
+    Part("fsdp2_loop", "loops", "the same by `accelerate launch` with FSDP2, one process", 90, 200, ("vllm",),
          gym=True),
 )  # fmt: skip
 BUDGET_S = 600
@@ -99,6 +99,7 @@ class Options:
     gym_python: str | None
     paths: tuple[Path, ...]  # for PYTHONPATH, beside the checkout
     budget_s: float
+    vllm_args: str = "{}"  # JSON
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="install packages from this folder first")
     parser.add_argument("--gym-python", metavar="PYTHON", help="interpreter that has nemo-gym (default: as trl-gym)")
+    parser.add_argument("--vllm-args", default="{}", metavar="JSON", help="further flags of vLLM's server")
     parser.add_argument("--minutes", type=float, default=BUDGET_S / 60, help="for all on a GPU (default: %(default)g)")
     parser.add_argument("--folder", type=Path, help="keep what the parts write: logs, models (default: removed)")
     parser.add_argument("--write-docs", type=Path, metavar="FILE", help="put the results of a run into docs/")
@@ -119,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, str(ROOT / "scripts"))
         from gpu_parts import run_part
 
-        return run_part(options.run_part, dry=options.dry_run, folder=options.folder, gym_python=options.gym_python)
+        told = {"gym_python": options.gym_python, "vllm_args": json.loads(options.vllm_args)}
+        return run_part(options.run_part, dry=options.dry_run, folder=options.folder, **told)
     try:
         chosen = choose(options.parts)
     except ValueError as error:
@@ -130,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths, gym_python = [], options.gym_python
         if options.wheels is not None:
             paths, gym_python = install(options.wheels, folder, gym_python)
-        told = Options(options.dry_run, folder.resolve(), gym_python, tuple(paths), 60 * options.minutes)
+        budget_s = 60 * options.minutes
+        told = Options(options.dry_run, folder.resolve(), gym_python, tuple(paths), budget_s, options.vllm_args)
         record = check(chosen, told)
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
@@ -176,8 +180,11 @@ def run(name: str, limit_s: float, options: Options) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).resolve()), "--run-part", name, "--folder", str(folder)]
     command += ["--dry-run"] if options.dry else []
     command += ["--gym-python", options.gym_python] if options.gym_python else []
+    command += ["--vllm-args", options.vllm_args]
     paths = [str(ROOT), *map(str, options.paths), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    # One: with several in sight, one process would train on all of them (torch's DataParallel).
+    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     result, output, started = folder / "result.json", folder / "output.log", time.monotonic()
     with output.open("w") as log:
         process = subprocess.Popen(

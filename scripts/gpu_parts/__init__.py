@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 import gpu_check  # noqa: E402
 
-_FREE_SHARE, _FREE_WAIT_S = 0.9, 30.0  # what the part before has left of the device
+_FREE_SHARE, _FREE_WAIT_S = 0.9, 15.0  # what the part before has left of the device
 
 
 class CannotRun(Exception):
@@ -38,6 +38,7 @@ class Run:
         dry: Whether it goes only as far as it does without CUDA.
         folder: Its own, empty.
         gym_python: Interpreter that has nemo-gym, if one was named.
+        vllm_args: Flags of vLLM's server beside those of the part.
         measured: Figures by name, their unit in the name.
         stops: Where a dry run stops, and why.
     """
@@ -45,6 +46,7 @@ class Run:
     dry: bool
     folder: Path
     gym_python: str | None = None
+    vllm_args: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     stops: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -66,9 +68,15 @@ class Run:
             self.measured[name] = float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def run_part(name: str, *, dry: bool, folder: Path, gym_python: str | None = None) -> int:
-    """Run a part and write its result to `folder/result.json`. Returns 0 unless the process itself fails."""
-    run = Run(dry, folder, gym_python)
+def run_part(name: str, *, dry: bool, folder: Path, **options: Any) -> int:
+    """Run a part and write its result to `folder/result.json`. Returns 0 unless the process itself fails.
+
+    Args:
+        name: Of the part, or `"facts"`.
+        dry, folder: See `Run`.
+        options: Further fields of a `Run`.
+    """
+    run = Run(dry, folder, **options)
     try:
         if name == "facts":
             facts(run)

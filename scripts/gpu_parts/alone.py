@@ -33,7 +33,7 @@ def fsdp2(run: Run) -> None:
                 run.expect(False, f"{case}: {what} differ between the sharded model and the whole one")
         stepped = sharded.after_a_step(sharded.CASES["tied"]().to(run.device), sharded.fsdp2, Accelerator(cpu=run.dry))
         run.expect(stepped, "the weights after a step are not those that the sharded model computes with")
-        model = sharded.fsdp2(build(SIZES[_SMALL if run.dry else _WEIGHTS], torch.float32).to(run.device))
+        model = sharded.fsdp2(_model(run, _WEIGHTS))
         source = WeightSource(model, Accelerator(cpu=run.dry), dtype=torch.bfloat16)
         taken = [_walk(source, run) for _ in range(3)]
         num_bytes = sum(one.num_bytes for one in source.metadata())
@@ -54,7 +54,7 @@ def _walk(source: WeightSource, run: Run) -> float:
 
 
 def offload(run: Run) -> None:
-    model = build(SIZES[_SMALL if run.dry else _OPTIMIZER], torch.float32).to(run.device)
+    model = _model(run, _OPTIMIZER)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=not run.dry)
     _gradients(model)
     optimizer.step()
@@ -87,6 +87,11 @@ def offload(run: Run) -> None:
     run.expect(freed > 0.9 * moved, f"{moved / 1e9:.2f} GB were moved and {freed / 1e9:.2f} GB became free")
 
 
+def _model(run: Run, name: str) -> torch.nn.Module:
+    with run.device:  # made there
+        return build(SIZES[_SMALL if run.dry else name], torch.float32)
+
+
 def _gradients(model: torch.nn.Module) -> None:
     ids = torch.arange(16, device=next(model.parameters()).device)[None]
     model(input_ids=ids, use_cache=False).logits.float().pow(2).mean().backward()
@@ -99,8 +104,10 @@ def _bits(tensor: torch.Tensor) -> int:
 
 
 def _free(run: Run) -> int:
-    _synchronize(run)
-    return 0 if run.dry else torch.cuda.mem_get_info()[0]
+    if run.dry:
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 def _synchronize(run: Run) -> None:

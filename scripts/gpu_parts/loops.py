@@ -41,6 +41,10 @@ def options(run: Run, name: str, **changes: Any) -> list[str]:
     ]
 
 
+def _flags(run: Run) -> str:
+    return json.dumps({"enforce-eager": True} | run.vllm_args)  # compiling takes longer than the steps
+
+
 def trained(run: Run, name: str, argv: list[str], launcher: list[str] | None = None) -> list[dict[str, Any]]:
     """Train, and return the lines of `metrics.jsonl` of its steps. Notes what must hold of every training."""
     if launcher is None:
@@ -103,7 +107,7 @@ def transformers(run: Run) -> None:
 
 def quickstart(run: Run) -> None:
     sharing = {} if run.dry else {"vllm_enable_sleep_mode": True, "gym_offload_optimizer": True}
-    argv = options(run, "vllm", gym_engine="vllm", max_steps=5, **sharing)
+    argv = options(run, "vllm", gym_engine="vllm", max_steps=5, gym_vllm_args=_flags(run), **sharing)
     started = time.perf_counter()
     told(run, trained(run, "vllm", argv))
     run.measure(total_s=time.perf_counter() - started)
@@ -127,7 +131,8 @@ def fsdp2_loop(run: Run) -> None:
         "--num_processes",
         "1",
     ]
-    argv = options(run, "fsdp2", gym_engine="vllm", max_steps=3, vllm_enable_sleep_mode=True)
+    served = {"gym_engine": "vllm", "gym_vllm_args": _flags(run), "vllm_enable_sleep_mode": True}
+    argv = options(run, "fsdp2", max_steps=3, **served)
     told(run, trained(run, "fsdp2", argv, launcher))
 
 

@@ -27,6 +27,7 @@ _TOLERANCE = 0.02  # nats; of weights in bfloat16
 _IN_FLIGHT = 16
 _FLAGS = {"enforce-eager": True, "load-format": "dummy", "max-num-seqs": 64}
 _STEPS = 4
+_START_S = 150  # the first one compiles the bytecode of what was just unpacked
 
 
 @dataclass
@@ -76,13 +77,14 @@ def pair(run: Run, **options: Any) -> Iterator[Pair]:
         bf16=True,
         vllm_max_model_length=512,
         gym_head_url="http://127.0.0.1:1",  # no NeMo Gym takes part
-        gym_vllm_args=_FLAGS,
+        gym_vllm_args=_FLAGS | run.vllm_args,
         **options,
     )
-    model = build(size, torch.bfloat16).to(run.device)
+    with run.device:
+        model = build(size, torch.bfloat16)
     flags, environment = server_options(args, str(folder))
     server = PolicyServer(
-        str(folder), vllm_args=flags, env=environment, log_dir=run.folder / "logs", start_timeout_s=100
+        str(folder), vllm_args=flags, env=environment, log_dir=run.folder / "logs", start_timeout_s=_START_S
     )
     starting = time.perf_counter()
     try:
