@@ -21,7 +21,10 @@ from trl_gym.storage import told
 _CHECK_EVERY_S = 0.5
 _FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
 _UPSTREAM_KEY = "TRL_GYM_UPSTREAM_API_KEY"
-_KEY_HELP = "bearer token to demand on every route but /health; needed beyond loopback (default: $VLLM_API_KEY)"
+_KEY_HELP = (
+    "bearer token to demand on every route but /health (default: $VLLM_API_KEY, else one that is made and shown)"
+)
+_NO_KEY_HELP = "demand none: whatever runs on this machine can sample, and nobody can change weights or settings"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -165,7 +168,12 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="give up when it is not ready by then (default: %(default)g)",
     )
-    parser.add_argument("--api-key", help=_KEY_HELP)
+    _add_key_options(parser)
+
+
+def _add_key_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--api-key", metavar="KEY", help=_KEY_HELP)
+    parser.add_argument("--no-key", action="store_true", help=_NO_KEY_HELP)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -178,11 +186,12 @@ def _serve(options: argparse.Namespace) -> int:
         options.parser.print_help()
         return 0
     from trl_gym.engines import vllm_is_installed
-    from trl_gym.policy_server.command import api_key_from_environment
+    from trl_gym.policy_server.command import demanded_key
     from trl_gym.policy_server.server import PolicyServer
     from trl_gym.policy_server.sglang.server import SglangCommand, find_python, flags_from
 
     is_sglang = serve.engine == "sglang"
+    key, told = demanded_key(serve.api_key, keyless=serve.no_key)
     server = PolicyServer(
         options.model,
         served_model_name=serve.served_model_name,
@@ -191,13 +200,13 @@ def _serve(options: argparse.Namespace) -> int:
         vllm_args=None if is_sglang else flags,
         log_dir=serve.log_dir,
         start_timeout_s=serve.start_timeout,
-        api_key=serve.api_key or api_key_from_environment(),
+        api_key=key or "",
         engine=serve.engine or ("vllm" if vllm_is_installed() else "transformers"),
         serving=SglangCommand(options.model, flags_from(flags), find_python()) if is_sglang else None,
     )
     try:
         server.start()
-        told = server.parsers.lines() if server.parsers is not None else []
+        told += server.parsers.lines() if server.parsers is not None else []
         print(*told, f"loading {options.model}; log: {server.log_path}", sep="\n", file=sys.stderr, flush=True)
         server.wait_ready()
         print(f"ready {server.base_url}", flush=True)
@@ -228,7 +237,7 @@ def _add_gateway(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8001, help="port, or 0 for a free one (default: %(default)s)")
-    parser.add_argument("--api-key", help=_KEY_HELP)
+    _add_key_options(parser)
     parser.add_argument(
         "--upstream-api-key", help=f"bearer token to send to the upstreams (default: ${_UPSTREAM_KEY})"
     )
@@ -249,20 +258,26 @@ def _add_gateway(parser: argparse.ArgumentParser) -> None:
 
 def _gateway(options: argparse.Namespace) -> int:
     from trl_gym.policy_server import gateway
-    from trl_gym.policy_server.command import api_key_from_environment
+    from trl_gym.policy_server.command import demanded_key
 
+    def note(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    key, told = demanded_key(options.api_key, keyless=options.no_key)
+    for line in told:
+        note(line)
     gateway.run(
         gateway.GatewayOptions(
             upstreams=options.upstream,
             host=options.host,
             port=options.port,
-            api_key=options.api_key or api_key_from_environment(),
+            api_key=key,
             upstream_api_key=options.upstream_api_key or usable_key(_UPSTREAM_KEY, os.environ.get(_UPSTREAM_KEY)),
             start_timeout_s=options.start_timeout,
             log_level=options.log_level,
         ),
         ready=lambda url: print(f"ready {url}", flush=True),
-        note=lambda line: print(line, file=sys.stderr, flush=True),
+        note=note,
     )
     return 0
 

@@ -405,7 +405,8 @@ async def test_a_restarted_upstream_is_excluded_by_its_weight_version() -> None:
 async def load_adapter(app: UpstreamApp, folder: Path, version: int) -> Call:
     """Through the gateway's middleware, which is what the trainer asks."""
     body = json.dumps({"name": f"policy@{version}", "path": str(folder), "version": str(version)}).encode()
-    call = await ask(OnPolicyMiddleware(app, Settings()), "POST", "/trl_gym/adapters", body=body, headers=[JSON])
+    front, headers = OnPolicyMiddleware(app, Settings(api_keys=("k",))), [JSON, (b"authorization", b"Bearer k")]
+    call = await ask(front, "POST", "/trl_gym/adapters", body=body, headers=headers)
     assert call.status == 200, call.text
     return call
 

@@ -270,7 +270,8 @@ def test_a_server_found_paused_is_made_ready_for_the_next_sync_and_checked_after
     monkeypatch.setattr(GymServers, "wait_ready", lambda self: None)
     monkeypatch.setattr(GymServers, "head_url", "http://127.0.0.1:1")
     vllm = Interrupted()
-    with served(OnPolicyMiddleware(vllm, Settings())) as client:
+    monkeypatch.setenv("VLLM_API_KEY", "right")
+    with served(OnPolicyMiddleware(vllm, Settings(api_keys=("right",)))) as client:
         servers = run_servers(client.base_url, tmp_path)
         servers.start()
         servers.wait_ready()

@@ -60,6 +60,7 @@ class _Info(TypedDict):
     engine: NotRequired[str]  # servers of earlier trl-gym versions, which were all vLLM, do not say
     engine_version: NotRequired[str]
     untagged_calls: NotRequired[_Untagged]
+    has_key: NotRequired[bool]
     weight_transports: NotRequired[list[str] | None]
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "VLLM_API_KEY"  # the policy server's key: the server demands it, its clients send it
 _OLD_KEY_VARIABLES = ("TRL_GYM_API_KEY",)  # read by the clients of versions before 0.2
+_KEY_BYTES = 32
 
 # How the owner and the server process configure the middleware, which vLLM builds.
 ENV_NONCE = "TRL_GYM_NONCE"
@@ -76,6 +78,41 @@ def api_key_from_environment() -> str | None:
             logger.warning("the policy server's key is taken from %s; rename the variable to %s", name, KEY_VARIABLE)
             return key
     return None
+
+
+def new_key() -> str:
+    """Return a random key. It begins with a letter: programs take a value that begins with a dash for a flag."""
+    return f"k{secrets.token_urlsafe(_KEY_BYTES)}"
+
+
+def default_key() -> str:
+    """Return the key of a server that is given none: the environment's, else a random one."""
+    return api_key_from_environment() or new_key()
+
+
+def demanded_key(given: str | None, *, keyless: bool) -> tuple[str | None, list[str]]:
+    """Return the key that a server of the command line demands, and lines that tell its user about it.
+
+    Args:
+        given: Value of `--api-key`.
+        keyless: Value of `--no-key`.
+
+    Raises:
+        ConfigError: Both are given, or the key cannot be sent.
+    """
+    if keyless:
+        if given:
+            raise ConfigError("`--api-key` and `--no-key` are both given.", "Leave one of them out.")
+        return None, ["no key: programs of this machine sample here, and nothing changes weights or settings"]
+    if key := usable_key("--api-key", given) or api_key_from_environment():
+        return key, []
+    key = new_key()
+    return key, [
+        f"key: {key}",
+        f"  made for this server: neither --api-key nor {KEY_VARIABLE} gives one (--no-key: none is demanded)",
+        f"  clients of trl-gym:  export {KEY_VARIABLE}={key}",
+        f"  others:              Authorization: Bearer {key}",
+    ]
 
 
 def is_loopback(host: str | None) -> bool:
@@ -215,7 +252,7 @@ def reach_problems(host: str, api_key: str | None) -> list[Problem]:
     return [
         Problem(
             f"host={host!r} can be reached from other machines, and the server has routes that replace its weights.",
-            "Give `api_key` too.",
+            "Give a key (`--api-key`, `api_key`), without `--no-key`.",
         )
     ]
 

@@ -376,7 +376,7 @@ def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable
         raise ConfigError(
             f"--host {options.host or '(every interface)'} can be reached from other machines, and the gateway passes "
             "on routes that replace the policy's weights.",
-            "Give --api-key too, or set $VLLM_API_KEY.",
+            "Give --api-key, or set VLLM_API_KEY, without --no-key.",
         )
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     given = options.listen_fd

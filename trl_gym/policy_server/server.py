@@ -43,8 +43,9 @@ from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.given import VLLM_SOCKET_VARIABLE, VLLM_SOCKETS, home_path, socket_folder, usable_key
 from trl_gym.policy_server import command, splice_probe
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
-from trl_gym.policy_server.command import ENV_NONCE, ServeCommand
+from trl_gym.policy_server.command import ENV_NONCE, ServeCommand, api_key_from_environment, default_key
 from trl_gym.policy_server.fork_server import ForkServer
+from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.parsers import Parsers, choose
 from trl_gym.policy_server.transformers_engine.alone import chosen_parsers
 from trl_gym.processes import ChildProcess, ServerState, bind_socket, execute, reachable, wait_until
@@ -152,14 +153,15 @@ class PolicyServer:
     Args:
         model: Model folder or name.
         served_model_name: Name under which it is served.
-        host: Address to listen on. One that other machines can reach demands `api_key`.
+        host: Address to listen on.
         port: Port to listen on; 0 lets the operating system choose.
         vllm_args: Flags of `vllm serve`, e.g. `{"max-model-len": 512, "tool-call-parser": "hermes"}`; see
             `command.flags_from`. Parsers of tool calls and thinking that they do not name are guessed (`parsers`).
         env: Environment variables of the server, on top of ours.
         log_dir: Folder for the log of the server process.
         start_timeout_s: How long `wait_ready` waits.
-        api_key: Bearer token that the server demands on every route but `/health`.
+        api_key: Bearer token that the server demands on every route but `/health`. Default: the one in VLLM_API_KEY,
+            else a random one (`client.api_key`). Empty: none is demanded, and no weights are taken.
         devices: GPUs of its own, as for `CUDA_VISIBLE_DEVICES`; it shares ours when not given.
         engine: One of `command.ENGINES`. With `transformers`, `vllm_args` are flags of `transformers_engine/alone.py`.
         fork_server: Forks the process, at a restart too; started and stopped by whoever made it. Default: the process
@@ -198,7 +200,7 @@ class PolicyServer:
         self._env = dict(env or {}) | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
         self._log_dir = Path(log_dir).expanduser()
         self._start_timeout_s = start_timeout_s
-        self._api_key = usable_key("api_key", api_key)
+        self._api_key = usable_key("api_key", api_key) if api_key is not None else default_key()
         self._fork_server = fork_server
         self._nonce = secrets.token_hex(16)
         self._process: ChildProcess | None = None  # None also for a server that we are attached to
@@ -218,7 +220,7 @@ class PolicyServer:
 
         Args:
             base_urls: OpenAI base URLs; in one text they are separated by commas.
-            api_key: Bearer token, if they demand one.
+            api_key: Bearer token. Default: the one in VLLM_API_KEY, if there is one.
             timeout_s: How long to wait until all answer, in seconds.
 
         Raises:
@@ -226,8 +228,8 @@ class PolicyServer:
             PolicyServerError: One does not answer in time or is not a trl-gym policy server (the message distinguishes
                 a wrong key, an OpenAI server without our middleware and something else), or they are not replicas.
         """
-        server = cls(model="", api_key=api_key, start_timeout_s=timeout_s)
-        server._client = PolicyClient(base_urls, api_key=api_key)
+        server = cls(model="", api_key=api_key or api_key_from_environment() or "", start_timeout_s=timeout_s)
+        server._client = PolicyClient(base_urls, api_key=server._api_key)
         server.state = ServerState.STARTING
         server.wait_ready()
         server.model = server.model_name = server._info["model_names"][0]
@@ -253,6 +255,12 @@ class PolicyServer:
     def base_url(self) -> str:
         """`"http://127.0.0.1:PORT/v1"`; several are separated by commas. See `base_urls`."""
         return self.client.base_url
+
+    @property
+    def gym_key(self) -> str:
+        """Key for the NeMo Gym of a run (`GymServers(policy_api_key=…)`): it samples with it, and changes no weights.
+        Valid from `start` on. Raises `PolicyServerError` before."""
+        return gym_key(self.client.api_key, "warn")
 
     @property
     def max_model_len(self) -> int:
@@ -324,7 +332,7 @@ class PolicyServer:
         `wait_ready` on.
 
         Raises:
-            ConfigError: Several servers accept none that works for several.
+            ConfigError: Several servers accept none that works for several, or one was started without a key.
         """
         if self._weight_transports is None:
             accepted = [_accepted_by(client) for client in self.client.singly()]
@@ -472,7 +480,13 @@ def _require_replicas(base_urls: Sequence[str], infos: Sequence[Mapping[str, Any
 
 
 def _accepted_by(client: PolicyClient) -> tuple[str, ...]:
-    if (told := client.info().get("weight_transports")) is not None:
+    info = client.info()
+    if not info.get("has_key", True):  # earlier versions do not say, and took weights of everybody
+        raise ConfigError(
+            f"The policy server at {client.base_url} was started without a key, and so takes no weights of anybody.",
+            "Start it with a key (`--api-key` or VLLM_API_KEY, without `--no-key`), and set VLLM_API_KEY here.",
+        )
+    if (told := info.get("weight_transports")) is not None:
         return tuple(told)
     config = client.server_config()  # behind a gateway, or of an older version; vLLM runs `pip list` for its answer
     backend = (config.get("weight_transfer_config") or {}).get("backend")

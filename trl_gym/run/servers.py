@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ from trl_gym.config_checks import biased_ratio, context_problem, small_batch_not
 from trl_gym.errors import ConfigError, GymServerError, GymServerLostError, Problem
 from trl_gym.gym.servers import GymServers
 from trl_gym.memory.plan import this_device, try_estimate
-from trl_gym.policy_server.command import api_key_from_environment
+from trl_gym.policy_server.command import api_key_from_environment, default_key, new_key
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.server import PolicyBackend, PolicyServer
@@ -45,7 +44,6 @@ from trl_gym.weight_sync.transports.plan import TransportPlan, plan_transport
 
 logger = logging.getLogger(__name__)
 
-_API_KEY_BYTES = 32
 _INITIAL_POLICY = "initial_policy"  # folder for a model that was given as an object without a folder of its own
 
 
@@ -319,7 +317,7 @@ class RunServers:
         return {
             "log_dir": self._args.gym_log_dir,
             "start_timeout_s": self._args.gym_server_start_timeout,
-            "api_key": api_key_from_environment() or secrets.token_urlsafe(_API_KEY_BYTES),
+            "api_key": default_key(),
             "devices": self._args.gym_server_devices,
         }
 
@@ -365,7 +363,7 @@ class RunServers:
             is_own = engines.started_engine(self._args) == "transformers"
         else:
             is_own = isinstance(self.policy, TransformersServer)
-        return secrets.token_urlsafe(_API_KEY_BYTES) if is_own else None
+        return new_key() if is_own else None
 
     def _start(self) -> None:
         if self.policy is None:

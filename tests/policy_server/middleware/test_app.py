@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,20 +13,26 @@ import msgspec
 import pytest
 
 from tests.policy_server.fake_vllm import END, FakeVllm, Json, render, with_tokens
-from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, _without_tokens
+from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings, _without_tokens
+from trl_gym.policy_server.middleware.http import App
 from trl_gym.policy_server.middleware.identity import rollout_key
 from trl_gym.policy_server.middleware.ledger import CallRecord, Taken, sampled_ids, token_ids
 from trl_gym.policy_server.middleware.turn import TOKEN_KEYS
 
+KEY = "the-server's-key"
 TAG = {"rollout": "r0", "sampling": {"temperature": 0.7, "top_p": 0.9}}
 USER = {"role": "user", "content": "hi"}
 
 
+def guarded(app: App) -> OnPolicyMiddleware:
+    return OnPolicyMiddleware(app, replace(Settings.from_env(), api_keys=(KEY,)))
+
+
 class Http:
-    """Talks to the middleware in process."""
+    """Talks to the middleware in process, with its key."""
 
     def __init__(self, app: FakeVllm) -> None:
-        self.app, self.middleware = app, OnPolicyMiddleware(app)
+        self.app, self.middleware = app, guarded(app)
         self.headers: list[tuple[bytes, bytes]] = []  # of the last answer
 
     async def __call__(
@@ -43,7 +50,8 @@ class Http:
         async def send(message: Json) -> None:
             sent.append(message)
 
-        given = {b"content-length": str(len(raw)).encode(), b"content-type": b"application/json", **(headers or {})}
+        own = {b"content-length": str(len(raw)).encode(), b"content-type": b"application/json"}
+        given = own | {b"authorization": f"Bearer {KEY}".encode()} | (headers or {})
         scope = {"type": "http", "method": method, "path": path, "headers": list(given.items()), "query_string": b""}
         if path != "/v1/chat/completions" or b"stream" in raw:
             pending[:] = [raw]  # the fake reads one piece
@@ -672,7 +680,7 @@ async def test_the_budget_counts_all_that_follows_the_first_prompt(http: Http, a
 async def test_overflow_is_the_400_that_ends_a_rollout_gracefully(http: Http, app: FakeVllm) -> None:
     messages = await converse(http, 1)
     app.max_model_len = 8
-    http.middleware = OnPolicyMiddleware(app)
+    http.middleware = guarded(app)
     status, answer = await http("POST", "/v1/chat/completions", {"messages": messages, "trl_gym": TAG})
     assert status == 400
     assert "maximum context length" in answer["error"]["message"]
@@ -804,7 +812,7 @@ async def test_an_answer_that_is_no_json_or_has_other_logprobs_is_a_500(
 
         await app(scope, receive, damage)
 
-    http.middleware = OnPolicyMiddleware(send_text)
+    http.middleware = guarded(send_text)
     status, answer = await http("POST", "/v1/chat/completions", {"messages": [USER], "trl_gym": TAG})
     assert status == 500 and "answers as vLLM does not" in answer["error"]["message"]
 
@@ -997,7 +1005,7 @@ async def test_a_call_that_spans_two_versions_says_so(http: Http, app: FakeVllm)
             await release.wait()
         await app(scope, receive, send)
 
-    http.middleware = OnPolicyMiddleware(held)
+    http.middleware = guarded(held)
     assert (await http("GET", "/trl_gym/info"))[1]["weight_version"] == "default"
 
     async def push(version: str, call: asyncio.Task[Any], *, ends_first: bool) -> None:
@@ -1031,7 +1039,7 @@ async def test_an_update_whose_client_hangs_up_ends_all_the_same(http: Http, app
             await app(scope, partial(asyncio.sleep, 0, first), send)
         listening.cancel()
 
-    http.middleware = OnPolicyMiddleware(cancellable)
+    http.middleware = guarded(cancellable)
     assert (await http.chat([USER]))["weight_version"] == "default"
     messages = [
         {"type": "http.request", "body": b'{"weight_version": "7"}', "more_body": False},

@@ -32,6 +32,7 @@ from trl_gym.weight_sync.transports.nccl import NcclTransport
 
 Json = dict[str, Any]
 
+KEY = "the-gateway's-key"
 USER = {"role": "user", "content": "What is 47 + 36?"}
 SEQUENCES = [[1, 87, 85, 262, 201, 444], [5, 6, 7]]
 
@@ -43,8 +44,8 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(policy: Path) -> Iterator[tuple[FakeSglang, PolicyClient]]:
-    with behind_gateway(policy) as (fake, url):
-        client = PolicyClient(url, timeout_s=30.0)
+    with behind_gateway(policy, gateway_key=KEY) as (fake, url):
+        client = PolicyClient(url, api_key=KEY, timeout_s=30.0)
         yield fake, client
         client.close()
 
@@ -70,7 +71,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def ask(client: PolicyClient, rollout: str, *messages: Json, **body: Any) -> Json:
     body = {"max_tokens": 6, "ignore_eos": True, **body}
     tag = {"rollout": rollout, "sampling": {"temperature": 1.0}}
-    other = PolicyClient(client.base_urls, timeout_s=30.0)  # one per thread
+    other = PolicyClient(client.base_urls, api_key=KEY, timeout_s=30.0)  # one per thread
     try:
         return other.chat(messages=list(messages or (USER,)), trl_gym=tag, **body)["choices"][0]["message"]
     finally:
@@ -341,7 +342,7 @@ def test_a_pause_that_waits_lets_what_runs_finish_and_holds_what_comes(
     fake.hold_at, num_asked = 2, len(fake.asked("/v1/chat/completions"))
     running_call = pool.submit(ask, client, "running")
     wait_for(lambda: len(fake.running) == 1)
-    pausing = pool.submit(PolicyClient(client.base_urls).pause, "wait")
+    pausing = pool.submit(PolicyClient(client.base_urls, api_key=KEY).pause, "wait")
     wait_for(client.is_paused)
     held = pool.submit(ask, client, "held")
     with pytest.raises(PolicyServerError, match="could not be reset"):  # something still runs
@@ -414,8 +415,8 @@ def test_adapters(policy: Path, tmp_path: Path) -> None:
         f"base_model.model.{module}.lora_B.weight": torch.randn(128, 4),
     }
     folder = write_adapter(tmp_path / "adapter", tensors=tensors, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with behind_gateway(policy, lora=True) as (fake, url):
-        client = PolicyClient(url, timeout_s=30.0)
+    with behind_gateway(policy, lora=True, gateway_key=KEY) as (fake, url):
+        client = PolicyClient(url, api_key=KEY, timeout_s=30.0)
         assert client.info()["weight_transports"] == ["adapter"]
         assert client.server_config()["lora_config"] == {"max_lora_rank": 16, "target_modules": ["q_proj", "v_proj"]}
         plain = client.prompt_logprobs(SEQUENCES)

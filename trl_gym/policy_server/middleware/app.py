@@ -97,7 +97,7 @@ class Settings:
     """Settings of one middleware."""
 
     nonce: str | None = None  # returned by `/trl_gym/info`, which proves who answers
-    # Accepted bearer tokens, needed on every route but `/health`; none are needed if it is empty.
+    # Accepted bearer tokens, needed on every route but `/health`; if it is empty, `Gate` says what is open.
     api_keys: tuple[str, ...] = ()
     has_prompt_field: bool = False  # whether the server takes `prompt_token_ids` as a field of a chat request
     weight_transports: tuple[str, ...] | None = None  # ways in which it accepts weights; None if only vLLM knows
@@ -132,7 +132,7 @@ class OnPolicyMiddleware:
         self._nonce = settings.nonce
         self._weight_transports = settings.weight_transports
         self._instance = secrets.token_hex(8)
-        self._gate = Gate(settings.api_keys)
+        self._gate, self._has_key = Gate(settings.api_keys), bool(settings.api_keys)
         self._untagged = UntaggedCalls()
         self._replicas = Replicas(settings.num_replicas)
         self._server_info = ServerInfo()
@@ -280,6 +280,7 @@ class OnPolicyMiddleware:
                 "nonce": self._nonce,
                 "instance": self._instance,  # changes with a restart: weights must be sent again
                 "package_version": trl_gym.__version__,
+                "has_key": self._has_key,  # without one it takes no weights
                 **server_info,
                 "weight_version": await self._server_info.weight_version(server),
                 "turn_end_token_id": turn_end,

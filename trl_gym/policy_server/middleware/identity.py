@@ -13,7 +13,10 @@ that a rollout needs, for that rollout alone. A *Gym key* has the same form and 
 a run, and what to do with its calls that belong to no rollout: these are sampled with the agent's own parameters, have
 no budget and cannot be trained.
 
-A server without an API key lets everybody in. It reads these keys and checks no signature, for there is none to check.
+A server without an API key reads these keys and checks no signature, for there is none to check. It is for whoever can
+run programs on its machine, and for no web page that a browser there shows: it refuses requests that a page of another
+origin makes (`Origin`), and those that ask for it under a name (`Host`), as a page does whose name was bound to this
+machine's address after it was loaded. And it samples only: no route that changes the server is open.
 
 `x-trl-gym-caller: KIND/NAME` names the Gym server that called. Calls of a resources server (a judge in `/verify`, a
 tool that asks the policy) belong to their rollout and are not its turns: they are served as by a stock server. That a
@@ -26,13 +29,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import ipaddress
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
@@ -53,7 +57,15 @@ _ROLLOUT_ROUTES = frozenset(
     {("GET", "/v1/models"), ("GET", "/version"), *(("POST", path) for path in (*_CHAT_PATHS, *_RENDER_PATHS))}
 )
 _GYM_ROUTES = _ROLLOUT_ROUTES | {("GET", "/metrics"), ("POST", "/v1/messages/count_tokens")}
+# What a server without a key opens: it samples, and tells what it is, holds and has counted. Records of rollouts are
+# a part of sampling, and who samples can as well say that a rollout has ended.
+_KEYLESS_ROUTES = _GYM_ROUTES | {
+    *(("GET", f"/{name}") for name in ("ping", "load", "weight_info", "is_paused", "is_sleeping", "get_world_size")),
+    *(("GET", path) for path in ("/tokenizer_info", "/trl_gym/info")),
+    *(("POST", f"{PREFIX}{verb}") for verb in ("records", "take", "cancel")),
+}
 _MAX_KEY_CHARS = 8192
+_MAX_QUOTED_CHARS = 100
 _MAX_CALLERS = 64  # names that are counted one by one
 _CALLER = re.compile(rb"[A-Za-z0-9_.-]{1,64}/[A-Za-z0-9_.-]{1,128}")
 _PREFIXED = re.compile(rf"^{PREFIX}(?P<key>trlgym_[^/]+)(?P<rest>/.*)$")
@@ -173,7 +185,7 @@ class Gate:
     """Let requests in, with their identity.
 
     Args:
-        api_keys: API keys of the server; everybody is let in if it is empty.
+        api_keys: API keys of the server. Without any, programs of this machine are let in, to what samples alone.
     """
 
     def __init__(self, api_keys: Sequence[str]) -> None:
@@ -191,6 +203,8 @@ class Gate:
         Raises:
             RefusedError: It may not enter, or names two rollouts.
         """
+        if not self._api_keys:
+            _refuse_web_pages(scope)
         prefix, bearer, given = _strip_prefix(scope), _bearer(scope), header(scope, ROLLOUT_HEADER.encode())
         from_prefix = None if prefix is None else self._rollout_claims(prefix, "the prefix of its URL")
         from_header = None if given is None else self._rollout_claims(given, f"the header {ROLLOUT_HEADER}")
@@ -246,6 +260,12 @@ class Gate:
         if claims is None:
             if self._api_keys:
                 raise RefusedError("this server demands its API key as a bearer token on every route but /health")
+            if (scope.get("method"), path) not in _KEYLESS_ROUTES:
+                raise RefusedError(
+                    f"this server was started without a key, and opens no more than what samples: not {path}. Start "
+                    "it with a key (`--api-key` or VLLM_API_KEY)",
+                    403,
+                )
             return
         routes = _ROLLOUT_ROUTES if claims.gym is None else _GYM_ROUTES
         if (scope.get("method"), path) not in routes:
@@ -258,6 +278,31 @@ class Gate:
         if is_ours and self._api_keys:
             headers.append((b"authorization", b"Bearer " + self._api_keys[0].encode()))
         scope["headers"] = headers
+
+
+def _refuse_web_pages(scope: Scope) -> None:
+    """Raise `RefusedError` for a request to a server without a key that a web page may have made."""
+    hosts = [value.decode("latin-1").lower() for key, value in scope["headers"] if key.lower() == b"host"]
+    origins = [value.decode("latin-1").lower() for key, value in scope["headers"] if key.lower() == b"origin"]
+    why = next((f"it is asked as {host[:_MAX_QUOTED_CHARS]!r}" for host in hosts if not _is_local(host)), None)
+    foreign = (origin for origin in origins if origin.partition("://")[2] not in hosts)
+    if why is None and (origin := next(foreign, None)) is not None:
+        why = f"a web page of {origin[:_MAX_QUOTED_CHARS]!r} asks"
+    if why is not None:
+        raise RefusedError(
+            f"{why}, and this server was started without a key: it answers programs of this machine, which ask for it "
+            "as localhost or by an IP address. Start it with a key (`--api-key` or VLLM_API_KEY)",
+            403,
+        )
+
+
+def _is_local(host: str) -> bool:
+    """Return whether a `Host` is localhost or an address: only a name can be bound to another address meanwhile."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or name.endswith(".localhost") or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 def _strip_prefix(scope: Scope) -> bytes | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import socket
 import sys
 import tempfile
@@ -24,14 +23,13 @@ from pathlib import Path
 
 from trl_gym.errors import TrlGymError
 from trl_gym.policy_server import gateway
-from trl_gym.policy_server.command import ENV_NONCE, KEY_VARIABLE
+from trl_gym.policy_server.command import ENV_NONCE, KEY_VARIABLE, new_key
 from trl_gym.policy_server.sglang.server import find_python
 from trl_gym.processes import Launch, Supervisor, bind_socket, execute
 from trl_gym.threads import NUM_THREADS, threads_here
 
 _GRACE_S = 3.0  # from SIGINT to SIGKILL; shorter than the owner's patience with us
 _FOREVER_S = 7 * 24 * 3600.0  # the owner knows how long it waits for a model to load
-_KEY_BYTES = 32
 # Of ours, and nothing to SGLang. The last one makes it report log-probabilities before temperature.
 _NOT_INHERITED = (KEY_VARIABLE, ENV_NONCE, "SGLANG_RETURN_ORIGINAL_LOGPROB")
 
@@ -77,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     own.add_argument("--served-model-name", default="policy")
     own.add_argument("--sglang-python")
     options, flags = own.parse_known_args(argv)
-    key = f"k{secrets.token_urlsafe(_KEY_BYTES)}"  # SGLang makes a flag of it, and a value must not begin with "-"
+    key = new_key()
     kept = tempfile.TemporaryDirectory(prefix="trl-gym-sglang-")
     with kept as folder:
         config = Path(folder, "key.yaml")

@@ -29,6 +29,7 @@ import uvicorn
 
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient
+from trl_gym.policy_server.command import new_key
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.parsers import Parsers
 from trl_gym.policy_server.transformers_engine.answers import Choice, reader_of
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 _HOST = "127.0.0.1"
 _PROBE_TIMEOUT_S = 2.0
 _STOP_TIMEOUT_S = 10.0  # for the thread to end once it is told to
-_KEY_BYTES = 32
 
 
 class TransformersServer:
@@ -82,7 +82,7 @@ class TransformersServer:
         self._port = port
         self._max_model_len, self._max_concurrency = max_model_len, max_concurrency
         self._reader = reader
-        self._api_key = api_key or secrets.token_urlsafe(_KEY_BYTES)
+        self._api_key = api_key or new_key()
         self._start_timeout_s, self._hang_timeout_s = start_timeout_s, hang_timeout_s
         self._model: torch.nn.Module | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
