@@ -253,7 +253,10 @@ def servers(folder: Path) -> Iterator[Setup]:
     with (
         PolicyServer(model, vllm_args=flags, log_dir=folder) as policy,
         GymServers(
-            [write_environment(folder / "environment")], policy_base_url=policy.base_url, log_dir=folder
+            [write_environment(folder / "environment")],
+            policy_base_url=policy.base_url,
+            policy_api_key=policy.gym_key,
+            log_dir=folder,
         ) as gym,
     ):
         yield Setup(policy, gym, folder)

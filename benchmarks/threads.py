@@ -112,7 +112,7 @@ def engine(name: str, repeats: int, env: dict[str, str]) -> dict[str, tuple[floa
             (model / "config.json").write_text(json.dumps(config))
             flags |= {"dtype": "bfloat16", "load-format": "dummy"}
         with PolicyServer(model, vllm_args=flags, env=env, log_dir=Path(folder) / "logs") as server:
-            clients = [server.client.__class__(server.base_urls) for _ in range(count)]
+            clients = [server.client.__class__(server.base_urls, api_key=server.client.api_key) for _ in range(count)]
 
             def sample(index: int) -> None:
                 prompt = [3 + (31 * index + 7 * place) % 60 for place in range(PROMPT_TOKENS)]

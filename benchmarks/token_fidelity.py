@@ -116,7 +116,7 @@ def stock_server(policy: Path, folder: Path) -> Iterator[str]:
 @contextmanager
 def gateway(upstream: str, folder: Path) -> Iterator[str]:
     """`trl-gym gateway` in front of a server; gives its URL."""
-    argv = [sys.executable, "-m", "trl_gym.cli", "gateway", "--upstream", upstream, "--port", "0"]
+    argv = [sys.executable, "-m", "trl_gym.cli", "gateway", "--upstream", upstream, "--port", "0", "--no-key"]
     with (folder / "gateway.log").open("w") as log:
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
@@ -132,7 +132,7 @@ def gateway(upstream: str, folder: Path) -> Iterator[str]:
 @contextmanager
 def serving(policy: Path, folder: Path) -> Iterator[str]:
     """Our own server; gives its URL."""
-    with PolicyServer(policy, vllm_args=flags(), log_dir=folder) as server:
+    with PolicyServer(policy, vllm_args=flags(), log_dir=folder, api_key="") as server:
         yield server.base_url
 
 

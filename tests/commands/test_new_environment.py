@@ -152,7 +152,7 @@ def test_what_is_printed_can_be_run(
     assert main(["new-environment", "lamp_room", "--directory", "my environments"]) == 0
     shown = capsys.readouterr().out
     printed = shown.partition("\n\n")[2].replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line) for line in printed if line and not line.startswith("#")]
+    commands = [shlex.split(line) for line in printed if line and not line.startswith(("#", "export "))]
     assert [command[0] for command in commands[1:]] == ["python", "trl-gym", "trl-gym", "trl-gym"]
     ran = [
         subprocess.run([sys.executable if first == "python" else first, *rest], capture_output=True, text=True)

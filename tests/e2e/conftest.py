@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 from tests.e2e.servers import (
+    API_KEY,
     SHARED,
     OneAtATime,
     Pair,
@@ -27,6 +28,7 @@ from tests.e2e.servers import (
 from tests.policy_server.tiny_model import build_random_policy
 from trl_gym import GymServers, PolicyServer
 from trl_gym.policy_server import fork_server, server
+from trl_gym.policy_server.command import KEY_VARIABLE
 from trl_gym.policy_server.fork_server import ForkServer
 
 RUNS = Path(__file__).resolve().parents[2] / "runs"
@@ -60,6 +62,14 @@ def untied_policy(small_policy: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def random_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_random_policy(tmp_path_factory.mktemp("policy") / "random")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def policy_key() -> Iterator[None]:
+    """Give servers, and clients in other processes, one key; the environment is where both look."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, API_KEY)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ SHARED = (
     "untied, ended at the end",
 )
 
-API_KEY = "key-of-the-tests"  # that of `command_served`
+API_KEY = "key-of-the-tests"  # of every policy server that these tests start
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -83,7 +83,12 @@ class Pair:
 def calculator_pair(model: Path, logs: Path, **flags: Any) -> Iterator[Pair]:
     with (
         PolicyServer(model, vllm_args=FLAGS | flags, log_dir=logs, start_timeout_s=START_TIMEOUT_S) as policy,
-        GymServers([CALCULATOR / "calculator.yaml"], policy_base_url=policy.base_url, log_dir=logs) as gym,
+        GymServers(
+            [CALCULATOR / "calculator.yaml"],
+            policy_base_url=policy.base_url,
+            policy_api_key=policy.gym_key,
+            log_dir=logs,
+        ) as gym,
     ):
         yield Pair(policy, gym)
 
@@ -153,7 +158,7 @@ def serve_argv(model: Path, log_dir: Path, *more: str) -> list[str]:
 def command_served(model: Path, folder: Path) -> Iterator[Served]:
     """Run `trl-gym serve`."""
     process = subprocess.Popen(
-        serve_argv(model, folder / "logs", "--port", "0", "--api-key", API_KEY),
+        serve_argv(model, folder / "logs", "--port", "0"),
         stdout=subprocess.PIPE,
         stderr=(folder / "stderr").open("w"),
         text=True,

@@ -44,6 +44,7 @@ def gym(policy: PolicyServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with GymServers(
         [CALCULATOR / "calculator.yaml", FAULTY, multi_turn],
         policy_base_url=policy.base_url,
+        policy_api_key=policy.gym_key,
         log_dir=tmp_path_factory.mktemp("gym"),
     ) as servers:
         yield servers

@@ -24,7 +24,7 @@ import pytest
 import requests
 
 from tests.conftest import wait_for
-from tests.e2e.servers import MAX_MODEL_LEN, START_TIMEOUT_S, vllm_metric
+from tests.e2e.servers import API_KEY, MAX_MODEL_LEN, START_TIMEOUT_S, vllm_metric
 from tests.policy_server.tiny_model import build_random_policy, build_tokenizer
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
@@ -41,12 +41,15 @@ STOCK_FLAGS += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--
 # Only what a small machine needs (see `vllm_entry`); nothing that the gateway could profit from.
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": None,
+    "VLLM_API_KEY": None,
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1)),
 }
+
+AUTH = {"Authorization": f"Bearer {API_KEY}"}
 
 Json = dict[str, Any]
 
@@ -114,7 +117,7 @@ def test_what_it_is_and_what_it_said_while_starting(gate: Gate) -> None:
 def test_another_client_gets_the_stock_answer(gate: Gate) -> None:
     body = {"model": "policy", "messages": [USER], "temperature": 0.0, "max_tokens": 12}
     stock, ours = (
-        requests.post(f"{url}/v1/chat/completions", json=body, timeout=60.0).json()
+        requests.post(f"{url}/v1/chat/completions", json=body, headers=AUTH, timeout=60.0).json()
         for url in (gate.stock_url, gate.client.root_url)
     )
     bundle = {key: ours["choices"][0]["message"].pop(key) for key in TOKEN_KEYS}
@@ -127,7 +130,7 @@ def test_another_client_gets_the_stock_stream(gate: Gate) -> None:
     body = {"model": "policy", "messages": [USER], "temperature": 0.0, "max_tokens": 12, "stream": True}
     texts = []
     for url in (gate.stock_url, gate.client.root_url):
-        response = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60.0)
+        response = requests.post(f"{url}/v1/chat/completions", json=body, headers=AUTH, timeout=60.0)
         assert response.headers["content-type"].startswith("text/event-stream")
         events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
         assert events[-1] == "[DONE]"
@@ -151,7 +154,7 @@ def test_a_client_that_hangs_up_aborts_the_generation(gate: Gate) -> None:
     before, number = gate.metric("generation_tokens_total"), 16  # one alone may be over before it is hung up on
     clients = [HTTPConnection(gate.client.root_url.removeprefix("http://"), timeout=60.0) for _ in range(number)]
     for client in clients:
-        client.request("POST", "/v1/chat/completions", json.dumps(LONG), {"content-type": "application/json"})
+        client.request("POST", "/v1/chat/completions", json.dumps(LONG), {"content-type": "application/json", **AUTH})
     wait_for(lambda: gate.metric("num_requests_running") > 0, "they run")
     for client in clients:
         client.close()
@@ -163,7 +166,7 @@ def test_a_killed_upstream_is_an_error_with_words_and_the_gateway_lives_on(gate:
     failed: list[tuple[int, str]] = []
 
     def sample() -> None:
-        answer = requests.post(f"{gate.client.base_url}/chat/completions", json=LONG, timeout=60.0)
+        answer = requests.post(f"{gate.client.base_url}/chat/completions", json=LONG, headers=AUTH, timeout=60.0)
         failed.append((answer.status_code, answer.text))
 
     running = threading.Thread(target=sample)

@@ -61,7 +61,7 @@ def test_every_problem_is_in_one_error(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ConfigError) as caught:
         command.check_before_start(tmp_path, "0.0.0.0", None, [])
     text = str(caught.value)
-    for words in ("config.json", "tokenizer.json", "pip install trl-gym[vllm]", "Give `api_key`"):
+    for words in ("config.json", "tokenizer.json", "pip install trl-gym[vllm]", "Give a key (`--api-key`"):
         assert words in text
 
 
@@ -123,3 +123,19 @@ def test_the_key_is_found_under_its_name_and_under_the_old_one_with_a_warning(
     caplog.clear()
     monkeypatch.setenv("VLLM_API_KEY", "new")
     assert command.api_key_from_environment() == "new" and not caplog.records
+
+
+def test_a_server_of_the_command_line_has_a_key_unless_it_is_to_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_API_KEY", "TRL_GYM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    (one, told), (other, _) = (command.demanded_key(None, keyless=False) for _ in range(2))
+    assert one and other and one != other and one[0].isalpha() and len(one) >= 32
+    assert f"export VLLM_API_KEY={one}" in "\n".join(told) and f"Bearer {one}" in "\n".join(told)
+    assert command.demanded_key("given\n", keyless=False) == ("given", [])
+    monkeypatch.setenv("VLLM_API_KEY", "theirs")
+    assert command.demanded_key(None, keyless=False) == ("theirs", [])
+    assert command.demanded_key("given", keyless=False) == ("given", [])
+    key, told = command.demanded_key(None, keyless=True)
+    assert key is None and told[0].startswith("no key:")
+    with pytest.raises(ConfigError, match="both given"):
+        command.demanded_key("given", keyless=True)

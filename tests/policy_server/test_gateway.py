@@ -241,6 +241,10 @@ class Running:
         return self.base_url.removesuffix("/v1")
 
 
+KEY = "the-gateway's-key"
+AUTH = {"Authorization": f"Bearer {KEY}"}
+
+
 @asynccontextmanager
 async def running(*fakes: FakeUpstream, flags: tuple[str, ...] = (), **env: str) -> AsyncIterator[Running]:
     argv = [part for fake in fakes for part in ("--upstream", fake.url)]
@@ -248,7 +252,7 @@ async def running(*fakes: FakeUpstream, flags: tuple[str, ...] = (), **env: str)
         *(sys.executable, "-m", "trl_gym.cli", "gateway", "--port", "0", "--start-timeout", "10", *argv, *flags),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, **env},
+        env={**os.environ, "VLLM_API_KEY": KEY, **env},
     )
     try:
         assert process.stdout is not None and process.stderr is not None
@@ -324,7 +328,7 @@ async def test_the_key_of_a_rollout_is_in_no_log_and_at_no_upstream() -> None:
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_cuts_running_requests_off(end: signal.Signals) -> None:
     fake = await FakeUpstream().start()
-    async with running(fake) as gate, aiohttp.ClientSession() as session:
+    async with running(fake) as gate, aiohttp.ClientSession(headers=AUTH) as session:
         fake.hangs.add("/v1/chat/completions")
         num_asked = fake.asked("/v1/chat/completions")
         waiting = asyncio.create_task(session.post(f"{gate.base_url}/chat/completions", json=CHAT))
@@ -348,7 +352,7 @@ async def test_a_signal_cuts_running_requests_off(end: signal.Signals) -> None:
 
 async def test_an_answer_that_breaks_off_breaks_off_for_the_client_too() -> None:
     fake = await FakeUpstream().start()
-    async with running(fake) as gate, aiohttp.ClientSession() as session:
+    async with running(fake) as gate, aiohttp.ClientSession(headers=AUTH) as session:
         fake.breaks_off |= {"/v1/completions", "/v1/chat/completions"}
         with pytest.raises(aiohttp.ClientPayloadError):
             async with session.post(f"{gate.base_url}/completions", json={}) as answer:

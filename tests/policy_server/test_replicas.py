@@ -100,9 +100,17 @@ def test_it_is_one_policy(replicas: tuple[list[Replica], str], fleet: PolicyServ
 
 def test_how_our_own_server_accepts_weights_is_not_asked_of_vllm() -> None:
     app = Replica()
-    with served(OnPolicyMiddleware(app, Settings(weight_transports=("ipc", "adapter")))) as client:
-        assert PolicyServer.attach(client.base_url).weight_transports == ("ipc", "adapter")
+    settings = Settings(api_keys=(KEY,), weight_transports=("ipc", "adapter"))
+    with served(OnPolicyMiddleware(app, settings)) as client:
+        assert PolicyServer.attach(client.base_url, api_key=KEY).weight_transports == ("ipc", "adapter")
     assert "/server_info" not in app.asked()
+
+
+def test_a_server_without_a_key_is_not_trained_with() -> None:
+    with served(OnPolicyMiddleware(Replica(), Settings(weight_transports=("file",)))) as client:
+        server = PolicyServer.attach(client.base_url)
+        with pytest.raises(ConfigError, match="was started without a key, and so takes no weights"):
+            _ = server.weight_transports
 
 
 def test_control_reaches_all_and_reads_one(replicas: tuple[list[Replica], str], fleet: PolicyServer) -> None:

@@ -61,7 +61,8 @@ class NewEnvironment:
 # write its tasks
 python {data} --output_dir {tasks}
 
-# roll a model out on it, without training; the first command runs in another terminal
+# roll a model out on it, without training; `serve` runs in another terminal, with the same key
+export VLLM_API_KEY=my-secret
 trl-gym serve Qwen/Qwen3-0.6B
 trl-gym rollout --dataset {rows} --gym-config-paths {shlex.quote(str(self.folder / self.name))}.yaml \\
     --base-url http://127.0.0.1:8000/v1 --model policy --num-generations 4 --max-completion-length 256 \\

@@ -20,6 +20,7 @@ from trl_gym.policy_server.middleware.ledger import CallRecord, Taken, sampled_i
 from trl_gym.policy_server.middleware.turn import TOKEN_KEYS
 
 KEY = "the-server's-key"
+BEARER = (b"authorization", f"Bearer {KEY}".encode())
 TAG = {"rollout": "r0", "sampling": {"temperature": 0.7, "top_p": 0.9}}
 USER = {"role": "user", "content": "hi"}
 
@@ -51,7 +52,7 @@ class Http:
             sent.append(message)
 
         own = {b"content-length": str(len(raw)).encode(), b"content-type": b"application/json"}
-        given = own | {b"authorization": f"Bearer {KEY}".encode()} | (headers or {})
+        given = own | dict([BEARER]) | (headers or {})
         scope = {"type": "http", "method": method, "path": path, "headers": list(given.items()), "query_string": b""}
         if path != "/v1/chat/completions" or b"stream" in raw:
             pending[:] = [raw]  # the fake reads one piece
@@ -602,7 +603,7 @@ async def test_nan_in_a_turn_of_a_rollout_is_a_400(http: Http) -> None:
 async def test_no_other_route_takes_turns_of_rollouts(http: Http, app: FakeVllm, path: str) -> None:
     status, answer = await http("POST", path, {"input": "hi", "trl_gym": TAG})
     assert (status, f"not to {path}:" in answer["error"]["message"]) == (400, True)
-    header = {b"x-trl-gym-rollout": rollout_key(None, TAG).encode()}
+    header = {b"x-trl-gym-rollout": rollout_key(KEY, TAG).encode()}
     assert (await http("PUT", path, {"input": "hi"}, header))[0] == 400
     assert app.requests == []
     assert (await http("POST", path, {"input": 'what is "trl_gym"?'}))[0] == 404  # the server's own answer
@@ -613,7 +614,6 @@ async def test_no_other_route_takes_turns_of_rollouts(http: Http, app: FakeVllm,
 @pytest.mark.parametrize("body", [{}, {"trl_gym": TAG}, {"trl_gym": TAG, "stream": True}])
 async def test_the_servers_headers_come_with_its_answer(http: Http, app: FakeVllm, body: Json) -> None:
     app.headers = [(b"Access-Control-Allow-Origin", b"*"), (b"X-Request-Id", b"7"), (b"Content-Length", b"1")]
-    http.middleware = OnPolicyMiddleware(app)
     await http("POST", "/v1/chat/completions", {"messages": [USER], **body})
     assert http.headers[2:] == app.headers[:2]
     app.chat_status = 400
@@ -842,7 +842,12 @@ async def test_a_body_without_end_is_a_413(
     async def send(message: Json) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-type", b"application/json")]}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "headers": [(b"content-type", b"application/json"), BEARER],
+    }
     await http.middleware(scope, receive, send)
     assert sent[0]["status"] == 413 and num_read > 2**26 and b"longer than 67,108,864 bytes" in sent[1]["body"]
     assert app.requests == []
@@ -1052,7 +1057,7 @@ async def test_an_update_whose_client_hangs_up_ends_all_the_same(http: Http, app
     async def send(message: Json) -> None:
         pass
 
-    scope = {"type": "http", "method": "POST", "path": "/finish_weight_update", "headers": []}
+    scope = {"type": "http", "method": "POST", "path": "/finish_weight_update", "headers": [BEARER]}
     await http.middleware(scope, receive, send)
     assert app.weight_version == "7" == (await http.chat([USER]))["weight_version"]
 
@@ -1060,6 +1065,7 @@ async def test_an_update_whose_client_hangs_up_ends_all_the_same(http: Http, app
 async def test_with_a_key_every_route_but_health_demands_it(app: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRL_GYM_SERVER_API_KEYS", "first\nsecond")
     http = Http(app)
+    http.middleware = OnPolicyMiddleware(app)
     for path in ("/trl_gym/info", "/v1/models", "/weight_info", "/metrics"):
         assert (await http("GET", path))[0] == 401
         assert (await http("GET", path, headers={b"authorization": b"Bearer wrong"}))[0] == 401

@@ -427,6 +427,68 @@ async def test_a_server_without_a_key_reads_keys_and_checks_none(untagged: Untag
     assert ((await server.chat(bearer(gym_key(None, untagged))))[0] == 200) == (untagged == "warn")
 
 
+LOCAL = ("localhost", "LocalHost:8000", "a.localhost:1", "127.0.0.1:8000", "127.9.9.9", "[::1]:8000", "10.0.0.5:80")
+OPENED = (("GET", "/trl_gym/info"), ("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/health"))
+
+
+@pytest.mark.parametrize("host", LOCAL)
+async def test_a_server_without_a_key_samples_for_programs_of_its_machine(host: str) -> None:
+    server, headers = Server(), {"host": host}
+    assert (await server.chat(headers))[0] == 200
+    assert (await server.chat({**headers, "origin": f"http://{host}"}))[0] == 200  # a page that it serves itself
+    for method, path in OPENED:
+        assert (await server(path, headers, method=method))[0] in (200, 404), path
+    _, answer = await server("/trl_gym/rollouts/records", headers, {"rollouts": ["r0"]})
+    assert answer["records"] == {"r0": []}
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({"host": "rebound.example:8000"}, "it is asked as 'rebound.example:8000'"),
+        ({"host": "localhost.evil.example"}, "it is asked as"),
+        ({"host": "127.0.0.1.evil.example:80"}, "it is asked as"),
+        ({"host": "[::1"}, "it is asked as"),
+        ({"host": ""}, "it is asked as ''"),
+        ({"host": "127.0.0.1:8000", "origin": "https://evil.example"}, "a web page of 'https://evil.example' asks"),
+        ({"host": "127.0.0.1:8000", "origin": "http://127.0.0.1:9000"}, "a web page of"),
+        ({"host": "127.0.0.1:8000", "origin": "null"}, "a web page of 'null' asks"),
+        ({"origin": "http://evil.example"}, "a web page of"),
+    ],
+)
+async def test_a_server_without_a_key_answers_no_web_page(headers: Json, words: str) -> None:
+    server = Server()
+    for path, method in ((CHAT, "POST"), ("/v1/models", "GET"), (CHAT, "OPTIONS"), ("/health", "GET")):
+        status, answer = await server(path, headers, method=method)
+        assert status == 403 and words in answer["error"]["message"]
+    assert server.inner == []
+    keyed = Server(API_KEY)
+    assert (await keyed.chat({**headers, **bearer(API_KEY)}))[0] == 200  # which no page knows
+
+
+CONTROL = (
+    "/pause",
+    "/resume",
+    "/sleep",
+    "/collective_rpc",
+    "/update_weights",
+    "/trl_gym/adapters",
+    "/trl_gym/sampling",
+)
+
+
+@pytest.mark.parametrize("path", [*CONTROL, "/reset_prefix_cache", "/v1/load_lora_adapter", "/pause/", "//pause"])
+async def test_a_server_without_a_key_has_no_route_that_changes_it(path: str) -> None:
+    server = Server()
+    for headers in ({}, bearer("EMPTY"), bearer(gym_key(None, "warn")), bearer(rollout_key(None, TAG))):
+        for method in ("POST", "PUT"):
+            status, answer = await server(path, headers, method=method)
+            assert status == 403 and path in answer["error"]["message"]
+    assert server.inner == []
+    assert (await server("/trl_gym/info", {}, method="GET"))[1]["has_key"] is False
+    assert (await Server(API_KEY)("/trl_gym/info", bearer(API_KEY), method="GET"))[1]["has_key"] is True
+
+
 counts = st.dictionaries(st.sampled_from(["", "a/b", "c/d"]), st.integers(1, 9))
 
 
