@@ -19,7 +19,7 @@ from tests.fork_ranks import run
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up: folders and files of the package. One imports at run time only from those in lines above its own.
 ROOMS = (
-    ("untrusted", "upstream"),
+    ("redaction", "untrusted", "upstream"),
     ("errors", "supervisor"),
     ("compat", "given", "hub", "processes", "responses", "rollout_options", "storage", "trl_options", "threads"),
     ("engines",),

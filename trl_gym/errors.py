@@ -1,4 +1,4 @@
-"""Every error that trl-gym raises on purpose, named by the boundary that was crossed.
+"""Every error that trl-gym raises on purpose, named by the boundary that was crossed, and without secrets.
 
 A single rollout that fails is not an exception for its siblings: it is a `RolloutFailure`, recorded in the journal,
 and leaves both the loss and the group baseline. `RolloutError` is for what concerns a whole batch.
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from trl_gym.redaction import without_secrets
 from trl_gym.untrusted import parse_json
 
 
@@ -28,6 +29,10 @@ class Problem:
 
     text: str
     remedy: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", without_secrets(self.text))
+        object.__setattr__(self, "remedy", without_secrets(self.remedy))
 
     def __str__(self) -> str:
         return f"{self.text} {self.remedy}".strip()
@@ -58,9 +63,10 @@ class TrlGymError(Exception):
     """
 
     def __init__(self, problem: str, remedy: str = "", problems: Sequence[Problem] = ()) -> None:
-        super().__init__(problem, remedy, tuple(problems))  # all of them: an error is pickled by its `args`
-        self.problem = problem
-        self.remedy = remedy
+        said = Problem(problem, remedy)
+        super().__init__(said.text, said.remedy, tuple(problems))  # all of them: an error is pickled by its `args`
+        self.problem = said.text
+        self.remedy = said.remedy
         self.problems = tuple(problems)
 
     def __str__(self) -> str:
@@ -196,7 +202,8 @@ class RolloutFailure:
 
     Attributes:
         kind: Which boundary failed.
-        text: One readable sentence, with the server's own words where there are any.
+        text: One readable sentence, with the server's own words where there are any; without secrets, such as the URL
+            or the key of a harness.
         where: URL, agent or stage in which it happened, e.g. `"calculator_simple_agent /run"`.
         agent: Name of the Gym agent that ran it.
         task_index: Index of the dataset row; None before `of`.
@@ -213,6 +220,9 @@ class RolloutFailure:
     rollout_id: str = ""
     attempt: int = 0
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", without_secrets(self.text))
 
     def of(self, *, agent: str, task_index: int, rollout_id: str, attempt: int, seconds: float) -> RolloutFailure:
         """The same cause, with the rollout that it belongs to."""

@@ -37,6 +37,7 @@ from trl_gym.hub import load_config
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.progress import PhaseClock, print_line, working
 from trl_gym.ranks import end_with_launcher
+from trl_gym.redaction import log_without_secrets
 from trl_gym.threads import wait_without_spinning
 
 if TYPE_CHECKING:
@@ -299,6 +300,7 @@ def quiet() -> None:
     """Keep libraries from talking over the progress bar; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, stream=cast("TextIO", CurrentStderr()))
+    log_without_secrets()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     for name in ("transformers", "trl", "datasets", "accelerate", "httpx", "vllm.triton_utils.importing"):

@@ -35,13 +35,13 @@ from trl_gym.policy_server.client import PolicyClient, PolicyResponseError, serv
 from trl_gym.policy_server.command import KEY_VARIABLE
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.progress import bar_columns, draws, print_line, rollouts_text
+from trl_gym.redaction import secrets_in
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.attempts import CollectionStatus
 from trl_gym.rollouts.attempts import Progress as CollectionProgress
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
 from trl_gym.rollouts.journal import Attempt, Journal, LineState, journal_files, line_states, read_journal
 from trl_gym.rollouts.ledger import Ledger
-from trl_gym.rollouts.redaction import secrets_in
 from trl_gym.rollouts.request import PolicyAccess, RolloutRequest, stamp, task_hash
 from trl_gym.rollouts.source import Finisher, OwnSampling
 from trl_gym.rollouts.trajectory import from_calls
@@ -311,7 +311,7 @@ def _run(
     try:
         with (
             _gym(options, endpoint, min(len(todo), options.rollouts.max_inflight)) as gym,
-            contextlib.closing(Journal(options.journal_dir, secrets=secrets)) as journal,
+            contextlib.closing(Journal(options.journal_dir, secrets=(*secrets, *gym.secrets))) as journal,
             contextlib.closing(_collector(options, endpoint, gym)) as collector,
             _untagged_calls_told(options, endpoint, say),
         ):

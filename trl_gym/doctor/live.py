@@ -138,7 +138,7 @@ def shown_flags(model: str, options: Mapping[str, Any]) -> str:
         options: As for `flags_from`.
     """
     from trl_gym.policy_server.command import flags_from
-    from trl_gym.rollouts.redaction import Redactor
+    from trl_gym.redaction import Redactor
 
     return " ".join(choose(model, flags_from(Redactor()(options)))[1])
 

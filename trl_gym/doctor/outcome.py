@@ -17,6 +17,7 @@ from rich.text import Text
 
 from trl_gym import compat
 from trl_gym.doctor.context import Status, failed, warning
+from trl_gym.redaction import without_secrets
 
 MAX_WIDTH = 99  # columns
 _NAME_WIDTH = 18
@@ -51,6 +52,10 @@ class Entry:
     seconds: float
     is_essential: bool = True  # whether a run can fail for what was not checked here
     because: tuple[str, ...] = ()  # checks whose failure, or option that, kept this one from being made
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", without_secrets(self.text))
+        object.__setattr__(self, "remedy", without_secrets(self.remedy))
 
     def as_json(self) -> dict[str, Any]:
         names = ("name", "status", "text", "remedy", "seconds")

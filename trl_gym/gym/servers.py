@@ -31,6 +31,7 @@ from trl_gym.gym.discovery import AgentInfo, ServerInstance, new_http_session
 from trl_gym.gym.install import find_installation
 from trl_gym.gym.process import LOCALHOST, GymProcess, Mode, StartOptions
 from trl_gym.processes import ServerState, stop_all
+from trl_gym.redaction import secrets_in
 from trl_gym.threads import num_cores
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,11 @@ class GymServers:
         """All servers, of every process, once they are ready."""
         self._require(ServerState.READY, "list servers")
         return [instance for process in self._processes for instance in process.view.instances]
+
+    @property
+    def secrets(self) -> list[str]:
+        """Keys and passwords of its configuration, such as a judge's, which no file may contain. Valid when ready."""
+        return [secret for process in self._processes for secret in secrets_in(process.view.config)]
 
     @property
     def sole_agent(self) -> str | None:

@@ -46,6 +46,7 @@ from trl_gym.policy_server.upstreams import (
     words,
 )
 from trl_gym.processes import bind_socket, reachable
+from trl_gym.redaction import log_without_secrets
 from trl_gym.supervisor import raise_open_files
 
 _logger = logging.getLogger("trl_gym.gateway")
@@ -379,6 +380,7 @@ def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable
             "Give --api-key, or set VLLM_API_KEY, without --no-key.",
         )
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    log_without_secrets(filter(None, [options.api_key, options.upstream_api_key]))
     given = options.listen_fd
     with _bind(options.host, options.port) if given is None else socket.socket(fileno=given) as sock:
         asyncio.run(_serve(urls, options, sock, ready, note))

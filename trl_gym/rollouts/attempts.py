@@ -34,7 +34,6 @@ import aiohttp
 from trl_gym.errors import FailureKind, GymServerLostError, PolicyServerError, PolicyServerLostError, RolloutFailure
 from trl_gym.gym.client import GymAnswer, feel_pulse, run_rollout
 from trl_gym.gym.discovery import AgentInfo
-from trl_gym.policy_server.middleware.identity import without_keys
 from trl_gym.policy_server.middleware.ledger import CallRecord
 from trl_gym.rollouts.admission import Admission, Budgets
 from trl_gym.rollouts.ledger import CallState, EngineWatch, HangWatch, Ledger
@@ -239,10 +238,7 @@ class Collection(Generic[T]):
         agent, access = self._context.agent(request.agent), self._context.access
         headers, own = ({}, {}) if access is None else access.of(request, agent)
         row = {**request.row, **own}  # not into the request, which is recorded: `own` has a key
-        outcome = await run_rollout(self._session, agent, row, deadline_s=deadline_s, headers=headers)
-        if isinstance(outcome, RolloutFailure):  # it may quote the URL or the key of a harness
-            return dataclasses.replace(outcome, text=without_keys(outcome.text))
-        return outcome
+        return await run_rollout(self._session, agent, row, deadline_s=deadline_s, headers=headers)
 
     def _result(
         self,

@@ -49,7 +49,7 @@ from typing import Annotated, Any
 import msgspec
 
 from trl_gym.errors import ConfigError, FailureKind
-from trl_gym.rollouts.redaction import Redactor, secrets_of
+from trl_gym.redaction import Redactor, secrets_of
 from trl_gym.rollouts.trajectory import compact_floats
 from trl_gym.storage import writing
 from trl_gym.untrusted import MAX_NUMBER, parse_json, shape_problem

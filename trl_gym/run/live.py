@@ -24,6 +24,7 @@ from trl_gym.errors import (
 )
 from trl_gym.policy_server.middleware.identity import UntaggedCalls
 from trl_gym.ranks import agree_on_loss, agreed
+from trl_gym.redaction import secrets_in
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector
 from trl_gym.rollouts.engine_metrics import EngineCounters, engine_metrics, parse_counters
@@ -31,7 +32,6 @@ from trl_gym.rollouts.journal import Journal
 from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.objectives import component_problem
 from trl_gym.rollouts.queue import RolloutQueue, Sampler, TaskGroup
-from trl_gym.rollouts.redaction import secrets_in
 from trl_gym.rollouts.request import PolicyAccess
 from trl_gym.rollouts.reuse import Policy, Recall
 from trl_gym.rollouts.source import BatchInfo, Collected, Finisher, OwnSampling, TrainerHooks
@@ -111,7 +111,7 @@ class LiveSource:
                 self.folder,
                 rank=accelerator.process_index,
                 max_bytes=self._args.gym_journal_max_mb * 1e6,
-                secrets=(*self._servers.secrets, *secrets_in(self._args.gym_overrides)),
+                secrets=(*self._servers.secrets, *secrets_in(self._args.gym_overrides), *self._servers.gym.secrets),
             )
             info = self.policy_server.client.info()
             self._engine = f"{info.get('engine', 'vllm')} {info.get('engine_version', '')}".rstrip()

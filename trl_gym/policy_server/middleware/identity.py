@@ -41,6 +41,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from trl_gym.policy_server.middleware.http import Scope, header, path_of
+from trl_gym.redaction import KEY_PATTERN
 
 UntaggedPolicy = Literal["error", "warn"]
 
@@ -48,7 +49,6 @@ ROLLOUT_HEADER = "x-trl-gym-rollout"
 CALLER_HEADER = "x-trl-gym-caller"
 PREFIX = "/trl_gym/rollouts/"
 SIDE_KIND = "resources_servers"  # calls of these are not turns
-KEY_PATTERN = re.compile(r"trlgym_[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{43}")
 
 _OPEN = "/health"
 _CHAT_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
@@ -71,11 +71,6 @@ _CALLER = re.compile(rb"[A-Za-z0-9_.-]{1,64}/[A-Za-z0-9_.-]{1,128}")
 _PREFIXED = re.compile(rf"^{PREFIX}(?P<key>trlgym_[^/]+)(?P<rest>/.*)$")
 _OWN_HEADERS = frozenset({ROLLOUT_HEADER.encode(), CALLER_HEADER.encode()})
 _IDENTITY = "trl_gym.identity"  # key in the scope
-
-
-def without_keys(text: str) -> str:
-    """Return a text in which no rollout key stands: one is of use to whoever reads it while its rollout runs."""
-    return KEY_PATTERN.sub("[redacted]", text)
 
 
 class RefusedError(Exception):

@@ -22,6 +22,7 @@ from trl_gym.policy_server.command import ENV_NONCE, KEY_VARIABLE, is_loopback
 from trl_gym.policy_server.parsers import Parsers
 from trl_gym.policy_server.transformers_engine import answers
 from trl_gym.processes import bind_socket
+from trl_gym.redaction import log_without_secrets
 
 if TYPE_CHECKING:
     import uvicorn
@@ -95,6 +96,7 @@ def main(argv: Sequence[str], *, listen_fd: int | None) -> None:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    log_without_secrets()
     with _listen(options, listen_fd) as sock:
         _serve(options, sock, key)
 
