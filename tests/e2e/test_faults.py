@@ -109,7 +109,7 @@ class Batch:
                 "check": self.check,
                 "agents_down": self.gym.agents_down,
                 "gym_log": self.gym.log_end,
-                "ledger": Ledger(self.policy.client.root_url),
+                "ledger": Ledger(self.policy.client.root_url, self.policy.client.api_key),
             }
             | self.options
         )

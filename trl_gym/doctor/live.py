@@ -195,7 +195,8 @@ def _facts(context: Context, client: PolicyClient, info: dict[str, Any]) -> Iter
     if client.is_paused():
         yield warning(
             f"{client.base_url} is paused: a trainer was probably killed during a weight sync",
-            f"`curl -X POST {client.root_url}/resume`; the first weights of a run do it too.",
+            f'`curl -X POST -H "Authorization: Bearer ${KEY_VARIABLE}" {client.root_url}/resume`; the first weights '
+            "of a run do it too.",
         )
         return
     check_splice(client, info["model_names"][0])

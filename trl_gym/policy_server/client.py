@@ -54,6 +54,42 @@ class _Untagged(TypedDict):
     others: int
 
 
+class _Adapter(TypedDict):
+    max_lora_rank: int
+    target_modules: NotRequired[list[str] | None]
+
+
+class _Config(TypedDict):
+    weight_transfer_config: NotRequired[dict[str, str | None] | None]
+    lora_config: NotRequired[_Adapter | None]
+    parallel_config: NotRequired[dict[str, Any]]
+
+
+class _Model(TypedDict):
+    id: str
+
+
+class _Drift(TypedDict):
+    text: str
+
+
+class _Extra(TypedDict):
+    drift: NotRequired[_Drift | None]
+
+
+class _Message(TypedDict):
+    prompt_token_ids: NotRequired[list[int] | None]
+
+
+class _Answer(TypedDict):
+    message: _Message
+
+
+class _Chat(TypedDict):
+    choices: Annotated[list[_Answer], msgspec.Meta(min_length=1)]
+    trl_gym: NotRequired[_Extra | None]
+
+
 class _Info(TypedDict):
     model_names: Annotated[list[str], msgspec.Meta(min_length=1)]
     max_model_len: Annotated[int, msgspec.Meta(ge=1)]
@@ -61,6 +97,8 @@ class _Info(TypedDict):
     engine_version: NotRequired[str]
     untagged_calls: NotRequired[_Untagged]
     has_key: NotRequired[bool]
+    instance: NotRequired[str | None]
+    weight_version: NotRequired[str | int | None]
     weight_transports: NotRequired[list[str] | None]
 
 
@@ -246,18 +284,18 @@ class PolicyClient:
 
     def models(self) -> list[dict[str, Any]]:
         """Return the models that the server serves, adapters included."""
-        return self._call("GET", "/v1/models", shape=_with("data", list[dict[str, Any]]))["data"]
+        return self._call("GET", "/v1/models", shape=_with("data", list[_Model]))["data"]
 
     def server_config(self) -> dict[str, Any]:
         """Return vLLM's resolved configuration as a tree, e.g. `["model_config"]["logprobs_mode"]`."""
-        return self._server_info("vllm_config")
+        return self._server_info("vllm_config", _Config)
 
     def server_environment(self) -> dict[str, Any]:
         """Return vLLM's environment variables as the server process has them, without keys and tokens."""
-        return self._server_info("vllm_env")
+        return self._server_info("vllm_env", dict[str, Any])
 
-    def _server_info(self, part: str) -> dict[str, Any]:
-        shape = _with(part, dict[str, Any])
+    def _server_info(self, part: str, kind: Any) -> dict[str, Any]:
+        shape = _with(part, kind)
         return self._call("GET", "/server_info", params={"config_format": "json"}, shape=shape)[part]
 
     def world_size(self) -> int:
@@ -443,7 +481,7 @@ class PolicyClient:
 
     def chat(self, *, timeout_s: float | None = None, **body: Any) -> dict[str, Any]:
         """Ask for one chat completion; `body` is the JSON of the request, `trl_gym` included."""
-        return self._call("POST", "/v1/chat/completions", json=body, timeout_s=timeout_s, shape=dict[str, Any])
+        return self._call("POST", "/v1/chat/completions", json=body, timeout_s=timeout_s, shape=_Chat)
 
     def complete(self, *, timeout_s: float | None = None, **body: Any) -> dict[str, Any]:
         """Ask for completions of texts or tokens; `body` is the JSON of the request."""

@@ -21,9 +21,10 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import aiohttp
+import msgspec
 import uvicorn
 
 from trl_gym.errors import ConfigError, PolicyServerError, Problem
@@ -39,6 +40,7 @@ from trl_gym.policy_server.upstreams import (
     Answering,
     ForwardedRequest,
     PlainWire,
+    RedirectedError,
     UpstreamApp,
     UpstreamLostError,
     Wire,
@@ -66,6 +68,52 @@ _NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
 _PROCESSED = "with --logprobs-mode processed_logprobs"
 
 Note = Callable[[str], None]
+
+# -- the forms of answers, as far as they are read --------------------------------------------------------------------
+
+_ONE_OR_MORE = msgspec.Meta(min_length=1)
+
+
+class _Model(TypedDict):
+    id: str
+    max_model_len: NotRequired[Annotated[int, msgspec.Meta(ge=1)] | None]  # adapters have none
+
+
+class _Models(TypedDict):
+    data: Annotated[list[_Model], _ONE_OR_MORE]
+
+
+class _Version(TypedDict):
+    version: str
+    engine: NotRequired[str]
+
+
+class _Tokens(TypedDict):
+    tokens: list[Annotated[int, msgspec.Meta(ge=0)]]
+
+
+class _Prompted(TypedDict):
+    prompt_token_ids: NotRequired[list[int] | None]
+
+
+class _Entry(TypedDict):
+    logprob: float
+
+
+class _Place(TypedDict):
+    top_logprobs: list[_Entry]
+
+
+class _Places(TypedDict):
+    content: Annotated[list[_Place], _ONE_OR_MORE]
+
+
+class _Choice(TypedDict):
+    logprobs: _Places
+
+
+class _Ranked(TypedDict):
+    choices: Annotated[list[_Choice], _ONE_OR_MORE]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +235,8 @@ class _Check:
                 return await replace(self, wire=await self._wire())._look()
             except _UnusableError as error:
                 return Problem(f"{self.url}: {error.problem}", error.remedy)
+            except RedirectedError as error:
+                return Problem(f"{self.url}: {error}.", "Give the URL of the server itself.")
             except (aiohttp.ClientError, TimeoutError) as error:
                 last = words(error)
             if time.monotonic() >= self.deadline:
@@ -238,9 +288,9 @@ class _Check:
         if reply.status == 429 or reply.status >= 500:  # a proxy whose server is still loading
             raise aiohttp.ClientError(f"GET /v1/models: HTTP {reply.status}: {quote(reply.body)}")
         try:
-            models = reply.json()["data"]
-            return tuple(model["id"] for model in models), int(models[0]["max_model_len"])
-        except (ValueError, LookupError, TypeError) as error:
+            models = reply.read(_Models)["data"]
+            return tuple(model["id"] for model in models), models[0]["max_model_len"]
+        except (ValueError, KeyError) as error:
             raise _UnusableError(
                 f"it is not an OpenAI server made by vLLM or SGLang: GET /v1/models answered HTTP {reply.status}: "
                 f"{quote(reply.body)}.",
@@ -250,9 +300,9 @@ class _Check:
     async def _version(self) -> tuple[str, str]:
         reply = await self._call("GET", "/version")
         try:
-            answer = reply.json()
-            return str(answer.get("engine", "vllm")), str(answer["version"])
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            answer = reply.read(_Version)
+            return answer.get("engine", "vllm"), answer["version"]
+        except ValueError as error:
             raise _UnusableError(
                 f"it is an OpenAI server, but neither vLLM's nor SGLang's: GET /version answered HTTP {reply.status}: "
                 f"{quote(reply.body)}.",
@@ -267,9 +317,9 @@ class _Check:
     async def _render(self, model: str) -> list[int]:
         reply = await self._call("POST", "/tokenize", {"model": model, "messages": _CHAT})
         try:
-            if tokens := reply.json()["tokens"]:
+            if tokens := reply.read(_Tokens)["tokens"]:
                 return tokens
-        except (ValueError, LookupError, TypeError) as error:
+        except ValueError as error:
             raise _UnusableError(
                 f"it does not render chats, which exact prompts need: POST /tokenize answered HTTP {reply.status}: "
                 f"{quote(reply.body)}.",
@@ -284,8 +334,12 @@ class _Check:
             return False  # a server may refuse the field it does not know
         if not reply.ok:
             raise _UnusableError(f"POST /v1/chat/completions answered HTTP {reply.status}: {quote(reply.body)}")
-        answer = reply.json()
-        return isinstance(answer, dict) and answer.get("prompt_token_ids") == ids
+        try:
+            return reply.read(_Prompted).get("prompt_token_ids") == ids
+        except ValueError as error:
+            raise _UnusableError(
+                f"POST /v1/chat/completions is answered as vLLM does not ({error}): {quote(reply.body)}.", _GIVE_SERVER
+            ) from error
 
     async def _replicas_and_transports(self) -> tuple[int, tuple[str, ...] | None]:
         """Count engines, of vLLM by their metrics, the only public route that tells; 1 for a server that has none."""
@@ -306,8 +360,8 @@ class _Check:
             if not reply.ok:
                 return None  # --max-logprobs may be below _TOP
             try:
-                entries = reply.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-            except (ValueError, LookupError, TypeError):
+                entries = reply.read(_Ranked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            except ValueError:
                 return None  # it shows none; the user is told that they could not be measured
             # The sampled token comes first and may not be among the most likely: it takes the place of the last one.
             most_likely = sorted((entry["logprob"] for entry in entries), reverse=True)[: _TOP - 1]

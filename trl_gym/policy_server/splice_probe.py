@@ -14,6 +14,7 @@ from typing import Any
 
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
+from trl_gym.policy_server.command import KEY_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -157,11 +158,6 @@ def unusable(client: PolicyClient, answer: PolicyResponseError) -> PolicyServerE
                 f"{REMEDY} Set `api_key`.",
             )
         return PolicyServerError(f"{what} no OpenAI server answers there ({error}).", f"Check host and port. {REMEDY}")
-    except (KeyError, TypeError):
-        return PolicyServerError(
-            f"{what} no OpenAI server answers there (its /v1/models is something else).",
-            f"Check host and port. {REMEDY}",
-        )
     return PolicyServerError(
         f"{what} it is an OpenAI server (of {', '.join(models)}) without trl-gym's middleware, which would tokenize "
         "sampled turns again, so that other tokens would be trained than were sampled.",
@@ -189,7 +185,8 @@ def _ask(client: PolicyClient, model_name: str) -> tuple[list[int], dict[str, An
     except PolicyServerLostError as error:
         raise PolicyServerLostError(
             f"{error} It was asked for a single token, which a server that a former run left paused does not answer.",
-            f"Continue it with `curl -X POST {client.root_url}/resume` if it is paused.",
+            f'Continue it with `curl -X POST -H "Authorization: Bearer ${KEY_VARIABLE}" {client.root_url}/resume` if '
+            "it is paused.",
         ) from error
     return [*prompt, *sampled], answer
 

@@ -57,7 +57,7 @@ from trl_gym.policy_server.middleware.http import (
     path_of,
     read_body,
 )
-from trl_gym.untrusted import MAX_BODY_BYTES, BodyTooLongError
+from trl_gym.untrusted import MAX_BODY_BYTES, BodyTooLongError, redirect_problem
 from trl_gym.untrusted import read_body as read_answer
 
 _logger = logging.getLogger("trl_gym.gateway")
@@ -83,6 +83,11 @@ _MAX_QUOTED_CHARS = 500
 
 class UpstreamLostError(PolicyServerError):
     """The answer had begun and cannot be completed: whoever forwards it must break off the client's connection."""
+
+
+class RedirectedError(aiohttp.ClientError):
+    """The upstream answered with a redirect, which is neither followed nor passed on: the client's key would go along.
+    Nothing has been answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +152,15 @@ def open_session() -> aiohttp.ClientSession:
 
 
 async def stream(session: aiohttp.ClientSession, url: str, request: ForwardedRequest, answering: Answering) -> None:
-    """Pass one answer through, piece by piece as it arrives; redirects too, which are not followed.
+    """Pass one answer through, piece by piece as it arrives.
 
     Raises:
-        aiohttp.ClientError: If nothing has been answered.
+        RedirectedError, aiohttp.ClientError: If nothing has been answered.
         UpstreamLostError: If something has.
     """
     try:
         async with _open(session, url, request) as answer:
+            _refuse_redirect(answer)
             start = {"type": "http.response.start", "status": answer.status, "headers": _answer_headers(answer)}
             await answering(start)
             room = MAX_BODY_BYTES
@@ -171,8 +177,9 @@ async def stream(session: aiohttp.ClientSession, url: str, request: ForwardedReq
 
 
 async def ask(session: aiohttp.ClientSession, url: str, request: ForwardedRequest) -> Reply:
-    """Return one whole answer. Raises `aiohttp.ClientError`, also for one that is too long."""
+    """Return one whole answer. Raises `aiohttp.ClientError`, also for one that is too long, and `RedirectedError`."""
     async with _open(session, url, request) as answer:
+        _refuse_redirect(answer)
         content_type = answer.headers.get("Content-Type", "application/json").encode("latin-1")
         try:
             return Reply(answer.status, await read_answer(answer, MAX_BODY_BYTES), content_type)
@@ -212,6 +219,12 @@ def _open(
         data=request.body or None,
         allow_redirects=False,
     )
+
+
+def _refuse_redirect(answer: aiohttp.ClientResponse) -> None:
+    problem = redirect_problem(str(answer.url), answer.status, answer.headers.get("Location"))
+    if problem is not None:
+        raise RedirectedError(problem)
 
 
 def _answer_headers(answer: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
@@ -447,6 +460,8 @@ class UpstreamApp:
                 return await upstream.wire.stream(self._open_session, request, answering)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                 upstream.mark_down(words(error))
+            except RedirectedError as error:
+                raise PolicyServerError(f"{upstream.url} answered {request} with {words(error)}.") from error
             except aiohttp.ClientError as error:
                 _logger.warning("%s gave no answer to %s: %s", upstream.url, request, words(error))
                 lost.append(upstream.url)

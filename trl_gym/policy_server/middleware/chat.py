@@ -172,6 +172,8 @@ class ChatTurns:
             reply = await self._ask(server, turn, prompt, abort)
             if turn.is_ours and turn.body.get("tools") and not reply.ok and openai.is_unreadable(reply):
                 prompt, reply = await self._ask_for_text(server, turn, prompt, abort)
+            if reply.status < 400 and not reply.ok:
+                raise AnsweredError(Reply.error(500, f"POST {turn.path}: {_neither(reply)}"))
             if not reply.ok:
                 return Served(reply, prompt=prompt)
             answer, tokens = await self._complete(server, turn, prompt, adapter, reply)
@@ -434,6 +436,10 @@ def _written(reply: Reply, turn: Turn, answer: dict[str, Any]) -> Reply:
         answer, form = completions.as_text(answer, with_logprobs=wants_logprobs), completions
     body = form.events(answer, include_usage=usage) if streamed else msgspec.json.encode(answer)
     return replace(reply, body=body, content_type=openai.CONTENT_TYPE if streamed else b"application/json")
+
+
+def _neither(reply: Reply) -> str:
+    return f"the server answered HTTP {reply.status}, which is neither an answer nor an error"
 
 
 def _sampled(turn: Turn, answer: dict[str, Any]) -> Sampled:

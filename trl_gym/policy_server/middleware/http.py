@@ -100,6 +100,17 @@ class Reply:
         """Parse the body. Raises `ValueError` if it is not JSON, see `parse_json`."""
         return parse_json(self.body)
 
+    def read(self, shape: Any) -> Any:
+        """Parse the body, which is of a shape as for `shape_problem`.
+
+        Raises:
+            ValueError: It is no JSON (NaN is none), or of another shape.
+        """
+        answer = strict_json(self.body)
+        if (problem := shape_problem(answer, shape)) is not None:
+            raise ValueError(problem)
+        return answer
+
     def checked_json(self, request: str, shape: Any) -> Any:
         """Parse the body of an answer.
 
@@ -111,10 +122,7 @@ class Reply:
             AnsweredError: It is no JSON (NaN is none), or of another shape: a server behind the gateway may send it.
         """
         with expecting_vllm(request):
-            answer = strict_json(self.body)
-            if (problem := shape_problem(answer, shape)) is not None:
-                raise ValueError(problem)
-        return answer
+            return self.read(shape)
 
     def error_text(self) -> str:
         return error_body_text(self.body)

@@ -25,6 +25,7 @@ from trl_gym.untrusted import MAX_NUMBER, check_depth, check_portable, shape_pro
 
 CONTENT_TYPE = b"text/event-stream; charset=utf-8"
 _MISSING_LOGPROB = -9999.0  # vLLM writes this if it has none, and if the probability is zero
+_MAX_LOGPROB = 1e-3  # 0, and what rounding adds; a logit is larger
 
 _Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)] | None
@@ -237,8 +238,8 @@ def _logprobs(choice: dict[str, Any], num_ids: int) -> list[float]:
         raise BundleError(f"the server returned {len(content)} logprobs for {num_ids} sampled tokens")
     found = [entry.logprob for entry in content]
     for place, logprob in enumerate(found):
-        if logprob is None or not _MISSING_LOGPROB < logprob <= MAX_NUMBER:
-            raise BundleError(f"the logprob of sampled token {place} is {logprob!r}, which is not a finite number")
+        if logprob is None or not _MISSING_LOGPROB < logprob <= _MAX_LOGPROB:
+            raise BundleError(f"the logprob of sampled token {place} is {logprob!r}, which is none of a probability")
     return cast(list[float], found)
 
 
