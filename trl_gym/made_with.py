@@ -29,7 +29,7 @@ from trl_gym import compat, recipes
 from trl_gym.checkpoints import MADE_WITH, lost_best, lost_state
 from trl_gym.dataset import ROW_COLUMN
 from trl_gym.errors import ConfigError, Problem
-from trl_gym.rollouts.redaction import Redactor, secrets_in, secrets_of
+from trl_gym.redaction import Redactor, secrets_in, secrets_of
 from trl_gym.untrusted import parse_json
 
 if TYPE_CHECKING:

@@ -46,6 +46,7 @@ class FakeUpstream:
         raw_logprobs: Whether its logprobs ignore the temperature.
         num_top_logprobs: How many it shows at most.
         go_on: The second event of `/sse` waits for this.
+        redirects_to: URL to which it redirects every request.
     """
 
     name: str = "policy"
@@ -63,6 +64,7 @@ class FakeUpstream:
     cancelled: list[str] = field(default_factory=list)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     port: int = 0
+    redirects_to: str = ""
 
     @property
     def url(self) -> str:
@@ -90,6 +92,8 @@ class FakeUpstream:
         headers = {name.lower(): value for name, value in request.headers.items()}
         self.requests.append((request.method, request.path_qs, body, headers))
         assert request.transport is not None
+        if self.redirects_to:
+            return web.Response(status=307, headers={"Location": f"{self.redirects_to}{path}"})
         if path in self.breaks:
             request.transport.abort()
         if path in self.hangs:

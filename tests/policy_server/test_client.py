@@ -163,8 +163,12 @@ CALLS: dict[str, tuple[str, Callable[[PolicyClient], Any], list[Any]]] = {
         PolicyClient.untagged_calls,
         [{"model_names": ["a"], "max_model_len": 9, "untagged_calls": {"gym": [1], "others": 1}}],
     ),
-    "models": ("/v1/models", PolicyClient.models, [{"data": 5}, {"data": ["x"]}]),
-    "server_config": ("/server_info", PolicyClient.server_config, [{"vllm_config": "text"}]),
+    "models": ("/v1/models", PolicyClient.models, [{"data": 5}, {"data": ["x"]}, {"data": [{}]}]),
+    "server_config": (
+        "/server_info",
+        PolicyClient.server_config,
+        [{"vllm_config": "text"}, {"vllm_config": {"weight_transfer_config": "file"}}],
+    ),
     "server_environment": ("/server_info", PolicyClient.server_environment, [{"vllm_env": None}]),
     "world_size": ("/get_world_size", PolicyClient.world_size, [{"world_size": "many"}, {"world_size": None}]),
     "collective_rpc": ("/collective_rpc", lambda client: client.collective_rpc("f"), [{"results": 1}]),
@@ -190,6 +194,11 @@ CALLS: dict[str, tuple[str, Callable[[PolicyClient], Any], list[Any]]] = {
             {"choices": [{"index": 0, "prompt_logprobs": [None, 5]}]},
             {"choices": [{"index": 0, "prompt_logprobs": [None, {"2": {"logprob": "x"}}]}]},
         ],
+    ),
+    "chat": (
+        "/v1/chat/completions",
+        lambda client: client.chat(messages=[]),
+        [{"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"prompt_token_ids": "a"}}]}],
     ),
     "render": ("/tokenize", lambda client: client.render([]), [{"tokens": "abc"}, {"tokens": [1.5]}]),
 }

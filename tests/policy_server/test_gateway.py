@@ -202,11 +202,47 @@ async def test_an_upstream_that_is_still_loading_is_waited_for() -> None:
         ({"POST /tokenize": (400, {"error": "no chat template"})}, "does not render chats.*no chat template"),
         ({"POST /v1/chat/completions": (500, {"error": "broken"})}, "answered HTTP 500: .*broken"),
         ({"POST /v1/chat/completions": (400, {"error": "extra"})}, "takes exact prompts neither"),
-        ({"POST /v1/chat/completions": (200, ["no", "object"])}, "takes exact prompts neither"),
+        ({"POST /v1/chat/completions": (200, ["no", "object"])}, "is answered as vLLM does not"),
     ],
 )
 async def test_what_cannot_be_an_upstream(answers: dict[str, Any], words: str) -> None:
     assert re.search(words, await refusal(FakeUpstream(answers=answers)))
+
+
+ODD = [
+    None,
+    5,
+    "x",
+    [],
+    [1],
+    {},
+    {"x": 1},
+    b"<html>",
+    b"\xff\xfe\x00",
+    b"[" * 100_000,
+    {"tokens": [-1]},
+    {"tokens": "a"},
+]
+ODD += [{"data": None}, {"data": [1]}, {"data": [{"id": 5}]}, {"data": [{"id": "a", "max_model_len": "9"}]}]
+ODD += [{"version": 5}, {"version": "1", "engine": []}, {"prompt_token_ids": "a"}, {"choices": [{"logprobs": {}}]}]
+ODD += [{"choices": [{"logprobs": {"content": [{"top_logprobs": [odd]}]}}]} for odd in (1, {}, {"logprob": "x"})]
+ROUTES = ("GET /v1/models", "GET /version", "POST /tokenize", "POST /v1/chat/completions", "GET /trl_gym/info")
+
+
+@pytest.mark.parametrize("route", [*ROUTES, "GET /metrics", "GET /model_info", "GET /server_info", "GET /weight_info"])
+async def test_an_odd_answer_ends_in_facts_or_in_words(route: str) -> None:
+    fake = await FakeUpstream().start()
+    for odd in ODD:
+        fake.answers[route] = (200, odd)
+        try:
+            await check_upstreams([fake.url], api_key=None, timeout_s=0.0, note=lambda _: None)
+        except PolicyServerError as error:
+            assert fake.url in str(error)
+    fake.answers[route] = (307, {})
+    if route == "GET /v1/models":
+        with pytest.raises(PolicyServerError, match="HTTP 307: it redirects to nowhere"):
+            await check_upstreams([fake.url], api_key=None, timeout_s=60.0, note=lambda _: None)
+    await fake.stop()
 
 
 @pytest.mark.parametrize(("key", "words"), [(None, "it demands a key"), ("wrong-key", "the upstream key is wrong")])

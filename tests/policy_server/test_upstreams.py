@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Awaitable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from tests.conftest import until
 from tests.policy_server.adapter_folder import write_adapter
 from tests.policy_server.fake_upstream import Call, FakeUpstream, ask, serving, without_way_out
+from trl_gym.policy_server.gateway import build_app
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.upstreams import CONTROL_PATHS, UpstreamApp, UpstreamLostError
 from trl_gym.rollouts.engine_metrics import engine_metrics, parse_counters
@@ -81,6 +83,61 @@ async def test_one_whose_engine_hangs_is_out_of_rotation_until_it_answers() -> N
         await until(lambda: app.upstreams[0].in_rotation)
         first.answers["GET /is_paused"] = (404, {})
         assert (await ask(app, "GET", "/is_paused")).status == 404, "one of them does not say"
+
+
+def completion(message: Any = None, logprob: Any = -1, **fields: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": "x"} if message is None else message
+    choice = {"message": message, "token_ids": [1], "logprobs": {"content": [{"logprob": logprob}]}}
+    return {"prompt_token_ids": [1], "choices": [choice], **fields}
+
+
+ODD: dict[str, tuple[int, Any]] = {
+    "HTML": (200, b"<html>"),
+    "garbage": (200, b"\xff\xfe\x00"),
+    "a list": (200, [1]),
+    "text": (200, "x"),
+    "nested": (200, b"[" * 100_000),
+    "no choices": (200, {"prompt_token_ids": [1]}),
+    "choices are null": (200, {"prompt_token_ids": [1], "choices": None}),
+    "a choice is text": (200, {"prompt_token_ids": [1], "choices": ["x"]}),
+    "a message is a number": (200, completion(5)),
+    "ids are text": (200, completion(prompt_token_ids=["a"])),
+    "a logit": (200, completion(logprob=3.5)),
+    "a number of 400 digits": (200, completion(logprob=-int("9" * 400))),
+    "a logprob is text": (200, completion(logprob="-1")),
+    "204": (204, b""),
+    "206": (206, completion()),
+    "307": (307, {}),
+    "429": (429, {"error": {"message": "busy"}}),
+    "503 of HTML": (503, b"<h1>no</h1>"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+async def test_an_odd_answer_to_a_turn_is_an_error_with_its_cause(odd: str) -> None:
+    fake = FakeUpstream()
+    async with serving(fake) as app:
+        front = build_app(app, Settings(api_keys=("k",)))
+        fake.answers["POST /v1/chat/completions"] = ODD[odd]
+        body = {"messages": [{"role": "user", "content": "hi"}], "trl_gym": {"rollout": "r0"}}
+        headers = [JSON, (b"authorization", b"Bearer k")]
+        call = await ask(front, "POST", "/v1/chat/completions", body=json.dumps(body).encode(), headers=headers)
+        assert call.status == 500
+        assert re.search("as vLLM does not|neither an answer|redirects|logprob|busy|<h1>no", call.text)
+
+
+async def test_a_redirect_of_an_upstream_is_neither_followed_nor_passed_on() -> None:
+    there, fake = await FakeUpstream().start(), FakeUpstream()
+    async with serving(fake) as app:
+        fake.redirects_to = there.url
+        for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("POST", "/pause")):
+            call = await ask(app, method, path)
+            assert call.status == 500 and f"redirects to 127.0.0.1:{there.port}" in call.text
+            assert b"location" not in {name.lower() for name in call.headers}
+    assert there.requests == []
+    await there.stop()
+
+
 
 
 @pytest.mark.parametrize("key", ["upstream-key", None])

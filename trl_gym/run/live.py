@@ -111,7 +111,7 @@ class LiveSource:
                 self.folder,
                 rank=accelerator.process_index,
                 max_bytes=self._args.gym_journal_max_mb * 1e6,
-                secrets=(*self._servers.secrets, *secrets_in(self._args.gym_overrides), *self._servers.gym.secrets),
+                secrets=(*self._servers.secrets, *secrets_in(self._args.gym_overrides)),
             )
             info = self.policy_server.client.info()
             self._engine = f"{info.get('engine', 'vllm')} {info.get('engine_version', '')}".rstrip()

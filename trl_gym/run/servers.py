@@ -270,9 +270,8 @@ class RunServers:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """The policy server's API key, which no file may contain, whoever writes it."""
-        key = self.policy.client.api_key
-        return (key,) if key else ()
+        """The policy server's API key, and keys in NeMo Gym's configuration, which no file may contain."""
+        return (*filter(None, [self.policy.client.api_key]), *self.gym.secrets)
 
     @property
     def owns_gym(self) -> bool:

@@ -741,8 +741,9 @@ async def test_streams_and_nonsense_go_through_untouched(http: Http, app: FakeVl
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("logprob", -9999.0, "not a finite number"),  # what vLLM writes for minus infinity
-        ("logprob", None, "not a finite number"),
+        ("logprob", -9999.0, "none of a probability"),  # what vLLM writes for minus infinity
+        ("logprob", None, "none of a probability"),
+        ("logprob", 3.5, "none of a probability"),  # a logit
         ("logprob", 10**400, "other things than logprobs"),
         ("token_ids", [1], "3 logprobs for 1 sampled tokens"),
         ("token_ids", [1, 2**40, 3], "answers as vLLM does not"),
