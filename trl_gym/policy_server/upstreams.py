@@ -461,7 +461,7 @@ class UpstreamApp:
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                 upstream.mark_down(words(error))
             except RedirectedError as error:
-                raise PolicyServerError(f"{upstream.url} answered {request} with {words(error)}.") from error
+                raise PolicyServerError(f"The upstream {upstream.url} sends {request} elsewhere: {error}.") from error
             except aiohttp.ClientError as error:
                 _logger.warning("%s gave no answer to %s: %s", upstream.url, request, words(error))
                 lost.append(upstream.url)
