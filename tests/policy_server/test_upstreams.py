@@ -138,8 +138,6 @@ async def test_a_redirect_of_an_upstream_is_neither_followed_nor_passed_on() -> 
     await there.stop()
 
 
-
-
 @pytest.mark.parametrize("key", ["upstream-key", None])
 async def test_the_clients_key_is_replaced(key: str | None) -> None:
     fake = FakeUpstream()

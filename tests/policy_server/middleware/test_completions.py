@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.policy_server.fake_vllm import END, FakeVllm, Json, tokens_of
-from tests.policy_server.middleware.test_app import TAG, Http
+from tests.policy_server.middleware.test_app import KEY, TAG, Http
 from trl_gym.policy_server.middleware.completions import Continued, Texts, joined
 from trl_gym.policy_server.middleware.identity import rollout_key
 from trl_gym.policy_server.middleware.ledger import sampled_ids, token_ids
@@ -70,7 +70,7 @@ async def test_a_completion_is_a_turn(http: Http, app: FakeVllm) -> None:
 
 
 async def test_the_key_of_a_rollout_makes_turns_of_completions(http: Http, app: FakeVllm) -> None:
-    header = {b"x-trl-gym-rollout": rollout_key(None, TAG).encode()}
+    header = {b"x-trl-gym-rollout": rollout_key(KEY, TAG).encode()}
     status, answer = await http("POST", PATH, {"prompt": "1+1=", **GYM}, header)
     assert status == 200 and answer["choices"][0]["token_ids"][0] < 0
     assert asked(app)["temperature"] == 0.7 and asked(app)["max_tokens"] == 16
