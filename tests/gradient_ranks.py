@@ -82,6 +82,17 @@ def in_steps() -> list[Case]:
     ]
 
 
+def in_components() -> Case:
+    """Rollouts of a group that lies across ranks have different components; those of the last have none."""
+    options = {"gym_reward_components": True, "multi_objective_aggregation": "normalize_then_sum"}
+    return Case(
+        name="components",
+        failed=UNEQUAL,
+        components=lambda task, member: dict.fromkeys("abc"[member % 2 : 3 - task], (member + 1) / (task + 2)),
+        options=options,
+    )
+
+
 # What a subclass may override, in the trainer's thread.
 SEAMS = ("choose_task", "build_request", "compute_rewards", "on_rollouts")
 
@@ -123,6 +134,9 @@ def found(model: Path, folder: Path) -> dict[str, Any]:
         gym_step(model, below_fraction(), folder / "run", num_ranks=2)
     except RolloutError as error:
         results["error"] = str(error)
+    trainer = make_trainer(model, in_components(), folder / "run", num_ranks=2)
+    trainer.train()
+    results["components"] = trainer.reward_func_names, list(trainer._logs["advantages"])
     told: list[Any] = []
     trainer = make_trainer(model, Case(name="told", failed=UNEQUAL), folder / "run", num_ranks=2)
     trainer.on_rollouts = told.append

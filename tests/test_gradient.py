@@ -48,6 +48,7 @@ from tests.gradient_ranks import (
     by_token,
     cases,
     evaluation,
+    in_components,
     in_steps,
     oversampled,
     refilled,
@@ -494,6 +495,16 @@ def test_two_ranks_log_what_one_would(name: str, two_ranks: list[dict[str, Any]]
     assert len(compared) > 50
     for key, value in compared.items():
         assert two_ranks[0][name]["logs"][key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+
+
+def test_two_ranks_have_the_components_and_advantages_that_one_would(
+    two_ranks: list[dict[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(model, in_components(), tmp_path)
+    trainer.train()
+    names, advantages = trainer.reward_func_names, list(trainer._logs["advantages"])
+    assert names == ["gym", "a", "b", "c"] and len(set(advantages)) > 5
+    assert [rank["components"] for rank in two_ranks] == [(names, advantages)] * 2
 
 
 def test_two_ranks_evaluate_what_one_would(two_ranks: list[dict[str, Any]], model: Path, tmp_path: Path) -> None:
