@@ -8,19 +8,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
+from accelerate import PartialState
+from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import TrainerState
 
 from tests.conftest import RECIPES, load, wait_for
+from trl_gym import made_with
 from trl_gym.cli import main
 from trl_gym.config import GymGRPOConfig
 from trl_gym.errors import ConfigError
 from trl_gym.train import (
     ScriptArguments,
     after_interrupt,
+    checkpoint_to_start_from,
     early_fork_server,
     make_data,
     model_to_train,
@@ -243,6 +249,30 @@ def test_an_interrupted_run_says_how_it_goes_on(here: Path) -> None:
     (whole / "trainer_state.json").write_text('{"global_step": 2}')
     assert "The same command with `--resume` continues from out/checkpoint-2." in told()
     assert "with `ARGS=--resume` continues" in told(MAKELEVEL="1")
+
+
+def test_a_run_that_cannot_be_resumed_is_refused_before_servers_are_started(tmp_path: Path) -> None:
+    data = Dataset.from_dict({"gym_row": ["{}"]})
+    folder = tmp_path / "checkpoint-2"
+
+    def start(seed: int, **script: Any) -> str | None:
+        args = GymGRPOConfig(output_dir=str(tmp_path), use_cpu=True, seed=seed, **script)
+        return checkpoint_to_start_from(ScriptArguments(resume=not script), args, PartialState(), data)
+
+    assert start(1) is None
+    made_with.write(folder, made_with.facts(GymGRPOConfig(output_dir="x", use_cpu=True, seed=1), data, 1))
+    assert start(1) is None, "interrupted"
+    save_file({}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trl_gym_state.rank-0.pt"):
+        torch.save({}, folder / name)
+    (folder / "trainer_state.json").write_text('{"global_step": 2}')
+    assert start(1) == start(1, resume_from_checkpoint=str(folder)) == str(folder)
+    with pytest.raises(ConfigError, match="`seed` was 1 and is 2"):
+        start(2)
+    (folder / "optimizer.pt").write_bytes(b"")
+    assert start(1) is None
+    with pytest.raises(ConfigError, match=r"is not whole: optimizer\.pt is empty"):
+        start(1, resume_from_checkpoint=str(folder))
 
 
 @pytest.mark.parametrize(
