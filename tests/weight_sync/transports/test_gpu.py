@@ -29,6 +29,7 @@ def weights() -> Stream:
 def test_ipc_hands_over_every_byte_of_the_hosts_memory() -> None:
     sizes = {f"layer.{place}": 2**16 + place for place in range(8)} | {"big": 2**20, "one": 1, "none": 0}
     weights = Stream({name: pattern(place, size, "cpu") for place, (name, size) in enumerate(sizes.items())})
+    weights.tensors["one"] = weights.tensors["one"].reshape(())
     transport = IpcTransport(buffer_mb=1)  # "big" makes it bigger; the others fill it once
     with receiver("ipc", "cpu") as client, cuda_of_the_host():
         transport.connect(client)
