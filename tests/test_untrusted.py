@@ -20,11 +20,13 @@ from trl_gym.untrusted import (
     MAX_DEPTH,
     BodyTooLongError,
     check_depth,
+    check_portable,
     number,
     parse_json,
     read_response,
     redirect_problem,
     shape_problem,
+    without_halves,
 )
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
@@ -68,6 +70,37 @@ def test_yaml_that_holds_itself_is_refused() -> None:
     for value in (itself, {"a": itself}, bomb, [bomb] * 1000):
         with pytest.raises(ValueError, match=r"nested more|lists and objects"):
             check_depth(value)
+
+
+@given(st.lists(st.text(st.characters() | st.sampled_from('\\"\ud800\udfff\ue000u'), max_size=12), max_size=3))
+def test_halves_of_surrogates_become_text(texts: list[str]) -> None:
+    body = json.dumps(texts).encode()
+    whole = [json.loads(json.dumps(text)) for text in texts]  # two halves in a row are one character
+    plain = ["".join(f"\\u{ord(one):04x}" if "\ud800" <= one <= "\udfff" else one for one in text) for text in whole]
+    assert msgspec.json.decode(without_halves(body)) == plain
+    assert without_halves(without_halves(body)) == without_halves(body)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_portable"),
+    [
+        *(
+            ("{}", True),
+            ("null", True),
+            ('{"a": "\\ud83d\\ude00 é"}', True),
+            ("9" * 4300, True),
+            ("[" * 200 + "]" * 200, True),
+        ),
+        *((text, False) for text in ("", "{", "NaN", "1e999", '"\\udbea"', '"\udbea"', "9" * 5000, "[" * 9999)),
+    ],
+)
+def test_what_everyone_can_read(text: str, is_portable: bool) -> None:
+    try:
+        check_portable(text)
+    except ValueError:
+        assert not is_portable
+    else:
+        assert is_portable
 
 
 @given(LEAVES | VALUES)

@@ -16,6 +16,7 @@ from tests.policy_server.middleware.template_chats import TOOLS, Sampled, sample
 from tests.policy_server.middleware.templates import Template, load_template, template_paths
 from trl_gym.errors import ConfigError
 from trl_gym.policy_server import parsers
+from trl_gym.policy_server.engine.plugin import answer_any_text
 from trl_gym.policy_server.middleware.sampling import leave_out, own_sampling
 from trl_gym.policy_server.parsers import (
     REASONING_RULES,
@@ -118,6 +119,20 @@ def test_neither_strict_tools_nor_a_choice_of_tools_constrain_a_turn(is_turn: bo
         request = ChatCompletionRequest(model="m", messages=MESSAGES, **body)
         made = ParserManager.get_parser("hermes", enable_auto_tools=True)(load_template(TEMPLATES[0]).tokenizer)
         assert (made.adjust_request(request).structured_outputs is None) == is_turn
+
+
+def test_what_a_parser_reads_our_server_can_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's parsers read half of a surrogate, which JSON can write and UTF-8 cannot."""
+    from starlette.responses import JSONResponse
+
+    template = load_template(next(path for path in TEMPLATES if path.stem == "qwen3"))
+    text = '<tool_call>\n{"name": "echo", "arguments": {"text": "\\udbea 😀"}}\n</tool_call>'
+    [(_, arguments)] = read_call(template, text, "hermes")
+    monkeypatch.setattr(JSONResponse, "render", JSONResponse.render)  # put back at the end
+    with pytest.raises(UnicodeEncodeError):
+        JSONResponse(arguments)
+    answer_any_text()
+    assert json.loads(JSONResponse(arguments).body) == arguments == {"text": "\udbea 😀"}
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)

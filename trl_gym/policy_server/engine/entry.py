@@ -8,7 +8,6 @@ Between them it chooses how the engine's process is started. When a release move
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -17,12 +16,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import uvloop
 import vllm.logger
-from starlette.responses import JSONResponse
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
@@ -52,7 +49,7 @@ from trl_gym.policy_server.command import (
     MIDDLEWARE,
     is_loopback,
 )
-from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, leave_the_server
+from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, answer_any_text, leave_the_server
 from trl_gym.processes import bind_socket
 from trl_gym.threads import NUM_THREADS, num_cores, num_that_run, number_in, threads_here
 
@@ -299,17 +296,6 @@ def _run_the_worker_in_the_engine(args: argparse.Namespace) -> None:
     engine = threads_here(args.model).policy_server or 1
     os.environ.setdefault(NUM_THREADS, str(max(1, engine // max(1, args.data_parallel_size or 1))))
     sys.stderr.write(f"threads: {os.environ[NUM_THREADS]} for each engine, on {num_cores()} cores\n")
-
-
-def answer_any_text() -> None:
-    """Let the server write half of a surrogate as JSON can, by its escape. A policy can say one in the arguments of a
-    call, and the server would refuse to answer with what it has sampled."""
-
-    def render(self: JSONResponse, content: Any) -> bytes:
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8", "backslashreplace")  # in a text of JSON, that is the escape
-
-    JSONResponse.render = render  # type: ignore[method-assign]
 
 
 def _listen(args: argparse.Namespace, listen_fd: int | None) -> socket.socket:

@@ -13,6 +13,7 @@ reached: the coordinator of a data parallel server, a process without a device.
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import signal
 import socket
 import threading
 import time
+from typing import Any
 
 ENV_OWN_SERVER = "TRL_GYM_OWN_SERVER"  # "1" in a policy server that trl-gym started, and in its engines
 ENGINE_NAME = "file"
@@ -74,6 +76,18 @@ def leave_the_server(sock: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent(os.getppid())
+
+
+def answer_any_text() -> None:
+    """In a server of ours: write half of a surrogate as JSON can, by its escape. A policy can say one in the arguments
+    of a call, and the server would refuse to answer with what it has sampled."""
+    from starlette.responses import JSONResponse
+
+    def render(self: JSONResponse, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")  # in a text of JSON, that is the escape
+
+    JSONResponse.render = render  # type: ignore[method-assign]
 
 
 def _is_own_server() -> bool:
