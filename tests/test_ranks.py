@@ -155,6 +155,7 @@ def test_what_rank_0_returns_is_known_to_all_and_what_each_returns_to_itself() -
 
 
 LOSS = PolicyServerLostError("POST /trl_gym/rollouts/records: connection refused", "Start it again.")
+LOSS.silent_s = 7.0  # seconds that count where the server is looked at
 GYM_LOSS = GymServerLostError("NeMo Gym died")
 LOSSES = (LOSS, GYM_LOSS)
 kinds = st.sampled_from([None, *LOSSES, GymServerError("not ours"), RolloutError("drift"), KeyError("reward")])
@@ -172,6 +173,7 @@ def test_all_ranks_hear_of_a_loss_alike(errors: list[Exception | None]) -> None:
             assert heard is own if own in others else type(heard) is kind
         elif LOSS in errors:
             assert isinstance(heard, PolicyServerLostError) and str(heard) == str(LOSS)
+            assert heard.silent_s == LOSS.silent_s > 0
         elif GYM_LOSS in errors:
             assert isinstance(heard, GymServerLostError) and str(heard) == str(GYM_LOSS)
         else:

@@ -116,6 +116,8 @@ def agree_on_loss(process: Process, error: Exception | None, gather: Gather | No
     """
     loss = error if isinstance(error, ServerLoss) else None
     told = None if loss is None else type(loss)(loss.problem, loss.remedy, loss.problems)
+    if isinstance(loss, PolicyServerLostError) and isinstance(told, PolicyServerLostError):
+        told.silent_s = loss.silent_s
     others = agree(None if loss is not None else error, process.process_index, gather or _gather, told)
     losses = [one for one in (loss, *others) if one is not None]
     return min(losses, key=lambda one: not isinstance(one, PolicyServerLostError), default=None)

@@ -83,9 +83,10 @@ async def test_the_part_of_a_server_that_hangs_is_named(server: Any) -> None:
 
         async def lost() -> PolicyServerLostError:
             with pytest.raises(PolicyServerLostError) as caught:
-                while True:
-                    watch.look()
-                    await asyncio.sleep(0.01)
+                async with asyncio.timeout(30):
+                    while True:
+                        watch.look()
+                        await asyncio.sleep(0.01)
             return caught.value
 
         with ledger.busy():  # a weight sync
