@@ -464,19 +464,25 @@ def test_a_gym_of_ours_is_started_again_as_often_as_allowed_and_every_rank_attac
 ) -> None:
     def call(servers: RunServers) -> list[str]:
         done: list[str] = []
-        servers._args.gym_server_restarts = 1
-        new = SimpleNamespace(head_url="http://new")
-        restart = lambda: done.append("restarted") or new  # noqa: E731
+        servers._args.gym_server_restarts = 2
+
+        def restart() -> SimpleNamespace:
+            done.append("restarted")
+            if len(done) == 1:
+                raise GymServerError("It was killed as it started.")
+            return SimpleNamespace(head_url="http://new")
+
         servers.gym = SimpleNamespace(restart=restart, attach_again=done.append)  # type: ignore[assignment]
         servers.recover_gym(GYM_LOSS)
         with pytest.raises(
-            GymServerError, match=r"was restarted 1 times, and `gym_server_restarts` allows no more\. Ne"
+            GymServerError, match=r"was restarted 2 times, and `gym_server_restarts` allows no more\. Ne"
         ):
             servers.recover_gym(GYM_LOSS)
         return done
 
-    assert play(monkeypatch, tmp_path, 3, call) == [["restarted"], ["http://new"], ["http://new"]]
-    assert "restarting NeMo Gym (1 of 1 restarts): NeMo Gym was ready and ended." in caplog.text
+    assert play(monkeypatch, tmp_path, 3, call) == [["restarted"] * 2, ["http://new"], ["http://new"]]
+    assert "restarting NeMo Gym (1 of 2 restarts): NeMo Gym was ready and ended." in caplog.text
+    assert "restarting NeMo Gym (2 of 2 restarts): It was killed as it started." in caplog.text
 
 
 def test_a_gym_of_others_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,21 +241,29 @@ class RunServers:
         def on_rank_0() -> str:
             if not self.owns_gym or self._args.gym_mode == "attach":
                 raise error
-            if self._num_gym_restarts >= self._args.gym_server_restarts:
-                raise GymServerError(
-                    f"NeMo Gym is lost and is not restarted: it was restarted {self._num_gym_restarts} times, and "
-                    f"`gym_server_restarts` allows no more. {error.problem}",
-                    error.remedy or "Find the cause in its log before you raise `gym_server_restarts`.",
-                ) from error
-            self._num_gym_restarts += 1
-            allowed = self._args.gym_server_restarts
-            logger.warning("restarting NeMo Gym (%d of %d restarts): %s", self._num_gym_restarts, allowed, error)
-            return self.gym.restart().head_url
+            death: GymServerError = error
+            while True:
+                self._count_gym_restart(death)
+                try:
+                    return self.gym.restart().head_url
+                except GymServerError as failed:  # it was lost again while it started
+                    death = failed
 
         head_url = on_main(self._process, on_rank_0)
         with agreed(self._process):
             if not self._process.is_main_process:
                 self.gym.attach_again(head_url)
+
+    def _count_gym_restart(self, death: GymServerError) -> None:
+        allowed = self._args.gym_server_restarts
+        if self._num_gym_restarts >= allowed:
+            raise GymServerError(
+                f"NeMo Gym is lost and is not restarted: it was restarted {self._num_gym_restarts} times, and "
+                f"`gym_server_restarts` allows no more. {death.problem}",
+                death.remedy or "Find the cause in its log before you raise `gym_server_restarts`.",
+            ) from death
+        self._num_gym_restarts += 1
+        logger.warning("restarting NeMo Gym (%d of %d restarts): %s", self._num_gym_restarts, allowed, death)
 
     def stop(self) -> None:
         """Stop what was started here. Idempotent."""
