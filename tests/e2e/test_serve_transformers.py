@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import wait_for
 from tests.e2e.servers import push_file, random_like
 from tests.policy_server.middleware.template_chats import TOOLS
 from tests.policy_server.tiny_model import build_random_policy
@@ -160,9 +163,18 @@ def test_files_of_another_machine_are_refused(served: Served, tmp_path: Path) ->
     served.client.resume()
 
 
-def test_it_ends_with_the_command(served: Served) -> None:
-    served.process.send_signal(signal.SIGINT)
+def test_it_ends_with_the_command_also_where_a_call_waits(served: Served) -> None:
+    served.client.pause("keep")
+    before = served.client.untagged_calls().others
+    with ThreadPoolExecutor(1) as pool, closing(PolicyClient(served.client.base_url, api_key=KEY)) as other:
+        call = pool.submit(other.chat, messages=[USER], max_tokens=4)
+        wait_for(lambda: served.client.untagged_calls().others > before)
+        served.process.send_signal(signal.SIGINT)
+        with pytest.raises(PolicyServerError, match="was stopped"):
+            call.result(30.0)
     assert served.process.wait(30.0) == 130
+    written = [served.stderr, *(served.stderr.parent / "logs").rglob("*.log")]
+    assert len(written) > 1 and not [path for path in written if "Traceback" in path.read_text()]
     with pytest.raises(PolicyServerError):
         served.client.info(timeout_s=1.0)
 
