@@ -131,6 +131,7 @@ OF_TRANSFORMERS: tuple[str, ...] = (
     *("dataloader_multiprocessing_context", "dataloader_in_order", "label_names", "train_sampling_strategy"),
     *("length_column_name", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
     *("ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "debug"),
+    *("warmup_ratio", "logging_dir", "activation_checkpointing", "activation_checkpointing_kwargs"),  # some versions
     *("skip_memory_metrics", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"),
 )
 
