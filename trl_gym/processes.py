@@ -195,7 +195,8 @@ class ChildProcess:
         """Return those processes of the server that someone has stopped: `"policy server (pid 7)"` itself, and those
         below it by the names that they have given themselves, e.g. `"VLLM::EngineCor (pid 8)"`."""
         family = [] if (pid := self.pid) is None else descendants(pid)
-        names = {one: self.name if one == family[0] else _name_of(one) for one in family if is_stopped(one)}
+        server = next(filter(_leads_a_session, family), None)  # a supervisor does not
+        names = {one: self.name if one == server else _name_of(one) for one in family if is_stopped(one)}
         return [f"{name} (pid {one})" for one, name in names.items()]
 
     def log_tail(self) -> str:
@@ -255,6 +256,13 @@ def _kill_below(pid: int) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _leads_a_session(pid: int) -> bool:
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def _name_of(pid: int) -> str:
