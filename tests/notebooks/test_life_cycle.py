@@ -131,18 +131,18 @@ print(policy.state.value)
 def test_a_cell_that_is_run_again_replaces_its_server(kernel: Kernel) -> None:
     assert kernel.run(START) == "ready"
     first = kernel.servers()
-    assert len(first) == 2  # supervisor and server
+    assert len(first) == 3  # guard, supervisor and server
     assert kernel.run(START) == "ready"
     gone(first)
-    assert len(kernel.servers()) == 2
+    assert len(kernel.servers()) == 3
 
 
 def test_an_interrupted_start_leaves_nothing_and_can_be_repeated(kernel: Kernel) -> None:
     waiting = f"policy = serve({SILENT!r}).start()\npolicy.wait_ready()"
-    assert kernel.run_interrupted(waiting, lambda: len(kernel.servers()) == 2) == "KeyboardInterrupt"
+    assert kernel.run_interrupted(waiting, lambda: len(kernel.servers()) == 3) == "KeyboardInterrupt"
     wait_for(lambda: kernel.servers() == [])
     assert kernel.run(START) == "ready"
-    assert len(kernel.servers()) == 2
+    assert len(kernel.servers()) == 3
 
 
 def test_an_interrupted_cell_leaves_the_server_of_another_cell_alone(kernel: Kernel, tmp_path: Path) -> None:
