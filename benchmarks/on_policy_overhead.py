@@ -197,7 +197,8 @@ class Server:
 
     def cpu_seconds(self) -> tuple[float, float]:
         """CPU seconds so far, of the API server's process and of the engine's."""
-        [api] = psutil.Process(self.process.pid).children()
+        [supervisor] = psutil.Process(self.process.pid).children()
+        [api] = supervisor.children()
         seconds = [sum(process.cpu_times()[:2]) for process in (api, *api.children(recursive=True))]
         return seconds[0], sum(seconds[1:])
 

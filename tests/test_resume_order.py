@@ -22,6 +22,7 @@ from tests.rollouts.recorded import POLICY, write
 from trl_gym import GymGRPOConfig, GymGRPOTrainer, load_gym_dataset
 from trl_gym.checkpoints import MADE_WITH, damage
 from trl_gym.errors import ConfigError, RolloutError, StorageError
+from trl_gym.folder_owner import FolderOwner
 from trl_gym.resume import load_state, save_state
 from trl_gym.rollouts.queue import TaskGroup
 from trl_gym.rollouts.request import RolloutRequest
@@ -143,6 +144,17 @@ def trainer(
         args=GymGRPOConfig(**(options | changes)),
         train_dataset=load_gym_dataset(recorded[1]),
     )
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(
+    recorded: tuple[Path, Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    owner = FolderOwner(tmp_path, option="output_dir", what="a training run")
+    with owner, pytest.raises(ConfigError, match=r"`output_dir` .* is in use: a training run \(process"):
+        trainer(recorded, tokenizer, tmp_path)
+    trainer(recorded, tokenizer, tmp_path).close()
+    owner.take()  # the trainer has let it go
+    owner.release()
 
 
 def weights(made: Watched) -> list[torch.Tensor]:

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.commands.test_rollout_flags import options
-from trl_gym.commands.collect import Task, all_jobs, claim, done, load_tasks, missing
+from trl_gym.commands.collect import Task, all_jobs, claim, collect, done, load_tasks, missing
 from trl_gym.commands.rollout_flags import NamedFile
 from trl_gym.errors import ConfigError
+from trl_gym.folder_owner import LOCK, FolderOwner
 from trl_gym.rollout_options import RolloutOptions, Sampling
 
 tasks = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz")), max_size=6).map(
@@ -75,3 +76,13 @@ def test_a_folder_is_of_one_model_and_sampling(tmp_path: Path) -> None:
     (tmp_path / "out" / "collection.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         claim(options(tmp_path))
+
+
+def test_two_collections_do_not_share_a_folder(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"responses_create_params": {"input": "?"}}\n')
+    asked = options(tmp_path, datasets=[NamedFile("set", rows)], agent="a")
+    with FolderOwner(asked.output_dir, option="--output-dir", what="`trl-gym eval`"):
+        with pytest.raises(ConfigError, match=r"`--output-dir` .* is in use: `trl-gym eval` \(process [0-9]+ on host"):
+            collect(asked, say=print, progress=print)
+        assert [path.name for path in asked.output_dir.iterdir()] == [LOCK], "nothing was begun"
