@@ -336,9 +336,10 @@ def test_t7_what_the_policy_writes_oddly_is_answered(
     """
     prompt, ids = prompt_of(tokenizer, [USER], [TOOL]), said_ids(tokenizer, ODD)
     push(odd_parrot, 8)
-    tag, kwargs = tagged(), {"tools": [TOOL], "max_tokens": len(ids) + 5}
+    tag, kwargs, before = tagged(), {"tools": [TOOL], "max_tokens": len(ids) + 5}, engine.num_sampled()
     [choice] = engine.chat([USER], trl_gym=tag, **kwargs)["choices"]
-    message = choice["message"]
+    message, times = choice["message"], 2 if engine.name == "sglang" else 1
+    assert engine.num_sampled() - before == times * len(ids)
     assert "\\udbea" in message["content"] and not message.get("tool_calls") and choice["finish_reason"] == "stop"
     engine.chat([USER, message, USER], trl_gym=tag, **kwargs)
     first, last = calls_of(engine.client, tag)
