@@ -78,9 +78,8 @@ def column(name: str) -> Callable[..., list[float | None]]:
 
 @pytest.mark.parametrize(
     ("aggregation", "scale"),
-    [("sum_then_normalize", "group"), ("sum_then_normalize", "batch"), ("sum_then_normalize", "none"),
-     ("normalize_then_sum", "group")],
-)  # fmt: skip
+    [("sum_then_normalize", "group"), ("sum_then_normalize", "batch"), ("normalize_then_sum", "group")],
+)
 def test_advantages_are_those_of_trl_given_the_same_functions_bit_for_bit(
     model: Path, tmp_path: Path, aggregation: str, scale: str
 ) -> None:
