@@ -100,7 +100,7 @@ class Engine:
         num_sampled: Returns how many tokens it has sampled since its start; exact while it is paused or idle.
         progress: Returns a number that grows with every token that is sampled, or with every forward pass.
         transport: Makes the transport by which it takes weights.
-        hang: Stops its engine, where that is a process, so that what is asked of it now is never answered.
+        hang: Stops its engine, where that is a process, so that what is asked of it now is never answered. True then.
         kill: Ends its engine, as a fault would.
         restart: Starts its engine again, where weights that compute NaN have ended it.
         call_tokens: Tokens of a call that does not end while it takes one request to pause the server.

@@ -31,7 +31,7 @@ from tests.e2e.contract.engines import (
     prompt_of,
 )
 from tests.e2e.servers import MAX_MODEL_LEN, Json, calls_of, is_running, tagged
-from trl_gym.errors import PolicyServerError
+from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.middleware.app import UNSAMPLED_PATHS
 from trl_gym.policy_server.middleware.http import MAX_REQUEST_BYTES
 from trl_gym.policy_server.middleware.identity import rollout_key
@@ -467,14 +467,17 @@ def test_e7_a_dead_engine_is_told(mortal: Engine) -> None:
     """A server whose engine has died says so: `GET /health` is no 200, or nothing answers there any more.
 
     A call that runs, and every later one, fails with an error at once: a 500 or a closed connection, never silence.
-    Nor is a pause that has come before silent, which a weight sync would wait for.
+    Nor is a pause that has come before silent, which a weight sync would wait for. An engine that hangs, in a process
+    of its own, leaves `GET /is_paused` without an answer; `GET /health` may have one.
     """
     client = mortal.another_client()
     pausing = HTTPConnection(urlsplit(client.root_url).netloc, timeout=60.0)
     with ThreadPoolExecutor(1) as pool:
         running = in_thread(pool, mortal, max_tokens=400, ignore_eos=True, trl_gym=tagged())
         wait_for(lambda: mortal.num_running() > 0, "it samples")
-        mortal.hang()
+        if mortal.hang():
+            with pytest.raises(PolicyServerLostError, match="its HTTP process answers, and its engine does not"):
+                mortal.another_client().patient(0.5).ask_engines()
         pausing.request("POST", "/pause?mode=wait", headers={"Authorization": f"Bearer {client.api_key}"})
         client.info()  # so that the pause has arrived
         mortal.kill()
