@@ -334,6 +334,38 @@ async def test_it_answers_with_the_bundle_and_ends_on_ctrl_c() -> None:
         await fake.stop()
 
 
+async def test_without_a_key_one_is_made_and_shown() -> None:
+    fake = await FakeUpstream().start()
+    async with running(fake, VLLM_API_KEY="") as gate, aiohttp.ClientSession() as session:
+        async with session.get(f"{gate.base_url}/models") as answer:
+            assert answer.status == 401
+        assert gate.process.stderr is not None
+        shown = [(await gate.process.stderr.readline()).decode() for _ in range(4)]
+        key = shown[0].removeprefix("key: ").strip()
+        assert f"export VLLM_API_KEY={key}\n" in shown[2] and f"Authorization: Bearer {key}\n" in shown[3]
+        async with session.get(f"{gate.base_url}/models", headers={"Authorization": f"Bearer {key}"}) as answer:
+            assert answer.status == 200
+    await fake.stop()
+
+
+async def test_without_any_key_programs_of_this_machine_sample_and_pages_do_not() -> None:
+    fake = await FakeUpstream().start()
+    async with running(fake, flags=("--no-key",)) as gate, aiohttp.ClientSession() as session:
+        url, page = f"{gate.base_url}/chat/completions", {"Origin": "http://evil.example"}
+        statuses = []
+        for headers in ({}, page, {"Host": "evil.example"}):
+            async with session.post(url, json=CHAT, headers=headers) as answer:
+                statuses.append(answer.status)
+                assert not any(name.lower().startswith("access-control") for name in answer.headers)
+        async with session.options(url, headers={**page, "Access-Control-Request-Method": "POST"}) as answer:
+            statuses.append(answer.status)
+        async with session.post(f"{gate.root}/pause") as answer:
+            statuses.append(answer.status)
+        assert statuses == [200, 403, 403, 403, 403]
+    assert fake.asked("/pause") == 0
+    await fake.stop()
+
+
 async def test_the_key_of_a_rollout_is_in_no_log_and_at_no_upstream() -> None:
     fake = await FakeUpstream().start()
     key = rollout_key("our-key", {"rollout": "r0", "sampling": {"temperature": 0.7}})
