@@ -376,6 +376,9 @@ class Trainer(GymGRPOTrainer):
             agent=lambda name: agent,
             agents_down=lambda refused: {},
             log_end=lambda: "",
+            hang_timeout_s=60.0,
+            pulse_urls=(),
+            note_hung=lambda urls: None,
         )
         return Source(
             args, SimpleNamespace(policy=policy, gym=gym, num_restarts=0, owns_gym=True, stop=lambda: None, **nothing)
