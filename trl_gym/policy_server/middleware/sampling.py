@@ -17,12 +17,12 @@ PINNED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Parameters that a rollout's tag sets."""
 
 SKEWING: Mapping[str, tuple[Any, ...]] = {
+    "min_tokens": (0,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
     "allowed_token_ids": (),
     "bad_words": ([],),
-    "min_tokens": (0,),
     "thinking_token_budget": (-1,),
     "vllm_xargs": ({},),
     "response_format": ({"type": "text"},),
