@@ -33,7 +33,6 @@ CANCEL_PATH = "/trl_gym/rollouts/cancel"
 _TIMEOUT_S = 60.0
 _PEEK_TIMEOUT_S = 5.0  # for questions that only a person waits for
 _ASK_EVERY_S = 10.0  # an engine that answers
-_HEARD_S = 3 * _PEEK_TIMEOUT_S  # a server that answers a ping within this time is not what hangs
 _PAUSES_S = (0.1, 0.3)  # after a broken connection
 # Rollouts in one request. A server keeps the newest that were taken in case its answer is lost, of all ranks together.
 _MOST_TAKEN = 32
@@ -193,7 +192,9 @@ class Ledger:
 
     def hang_of(self, root: str) -> PolicyServerLostError:
         """Return the loss of a server whose engine has not answered in time."""
-        heard = time.monotonic() - self._heard.get(root, -math.inf) < _HEARD_S
+        heard = (
+            time.monotonic() - self._heard.get(root, -math.inf) < _PEEK_TIMEOUT_S
+        )  # else the last ping had no answer
         loss = PolicyServerLostError(silence(root, self.hang_timeout_s, http_answers=heard))
         loss.silent_s = self.hang_timeout_s
         return loss
