@@ -8,8 +8,8 @@ it; the supervisor then sends SIGINT to the server's process group, waits `grace
 parent-death signal alone would not do: it is tied to the *thread* that forked, so a server started from a worker
 thread would die with that thread, and it does not reach grandchildren such as vLLM's engine process. The supervisor
 declares itself sub-reaper, so grandchildren that lose their parent, or leave the session, are found and killed too.
-The guard is the same for the supervisor: it inherits what a killed supervisor leaves, and kills it. A signal wakes the
-supervisor when the guard is killed, and the guard lets a supervisor go on that someone has stopped.
+The guard is the same for the supervisor: it inherits what a killed supervisor leaves, and kills it. The supervisor
+ends its server when the guard is gone, and the guard lets a supervisor go on that someone has stopped.
 
     python supervisor.py DEATH_FD GRACE_S ADOPTS [FD …] -- COMMAND [ARG …]
 
@@ -161,7 +161,6 @@ def guard(pass_fds: Sequence[int], tell: Callable[[int], None] = lambda status: 
     stays = os.getpid()
     pid = os.fork()
     if pid == 0:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return stays
     for fd in pass_fds:
