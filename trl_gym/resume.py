@@ -277,11 +277,16 @@ def restored(
     return RunState(run, num_micro_steps, len(num_ranks), None)
 
 
-def read_back(
-    start: Start, accelerator: Accelerator, *, run: str, num_micro_steps: int, generate_every: int
-) -> RunState:
+def read_back(start: Start, accelerator: Accelerator, args: GymGRPOConfig, *, run: str, num_steps: int) -> RunState:
     """Return the state from which this rank continues, with `user` of the main process, of however many ranks that was
     one. Every rank calls it in step; see `restored`.
+
+    Args:
+        start: From `begin`.
+        accelerator: Accelerate's view of the ranks.
+        args: Options of the run.
+        run: Its id, where the checkpoint has none.
+        num_steps: Optimizer steps made.
 
     Raises:
         ConfigError: See `load_state` and `restored`.
@@ -291,7 +296,8 @@ def read_back(
     device = accelerator.device if accelerator.device.type != "cpu" else "cpu"
     own = on_all(accelerator, lambda: load_state(checkpoint, accelerator.process_index, device))
     of_ranks = gather_object([own and own.num_ranks])
-    given: Any = {"run": run, "num_micro_steps": num_micro_steps, "generate_every": generate_every}
+    num_micro_steps = num_steps * args.gradient_accumulation_steps
+    given: Any = {"run": run, "num_micro_steps": num_micro_steps, "generate_every": args.generate_every}
     given["fits"] = start.fits
     # One rank alone may have to refuse, and the others would wait for it below.
     state = on_all(accelerator, lambda: restored(checkpoint, own, of_ranks, **given))

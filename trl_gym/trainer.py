@@ -665,13 +665,8 @@ class GymGRPOTrainer(GRPOTrainer):
 
     def _restore(self) -> None:
         """Put back what transformers does not restore, before anything is sampled."""
-        state = resume.read_back(
-            self._start,
-            self.accelerator,
-            run=self._run,
-            num_micro_steps=self.state.global_step * self.args.gradient_accumulation_steps,
-            generate_every=self.args.generate_every,
-        )
+        num_steps = self.state.global_step
+        state = resume.read_back(self._start, self.accelerator, self.args, run=self._run, num_steps=num_steps)
         self._run, self._step, self._buffered_inputs = state.run, state.num_micro_steps, state.buffered
         with agreed(self.accelerator):
             self._batches.restore(state.queue)
