@@ -1,5 +1,5 @@
-"""Policy servers and trainers that are killed, each in every phase: the run goes on, with the right weights, and only
-what was lost runs again. Then who may talk to a managed server."""
+"""Policy servers and trainers that are killed or stopped, each in every phase: the run goes on with the right weights,
+and only what was lost runs again. Then who may talk to a managed server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ from tests.fork_ranks import forked
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server import server as server_module
+from trl_gym.policy_server.client import PolicyClient
 from trl_gym.processes import execute
 from trl_gym.rollouts.engine_metrics import engine_metrics, parse_counters
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.request import RolloutRequest
+from trl_gym.run import recovery
 
 pytestmark = pytest.mark.e2e
 
 NUM_STEPS = 4
-NUM_KILLS = 4  # during rollouts, transfer, probe, and while paused
+NUM_KILLS = 4  # during rollouts, transfer (its engine is stopped), probe, and training (its server is stopped)
 KILLED_AFTER = 3  # rollouts of the batch
 SERVER_FLAGS = {"tool-call-parser": "hermes", "max-num-seqs": 32}
 KEY = "the key of a server that runs elsewhere"
@@ -67,26 +70,31 @@ def kill_server(trainer: Any) -> None:
     server.wait(10)
 
 
-def once(kill: Callable[[], None], call: Callable[..., Any], *, after: bool = False) -> Callable[..., Any]:
-    """`call`, which finds the server dead the first time, or leaves it dead."""
+def stop_process(trainer: Any, *, engine: bool) -> None:
+    """For good: nobody continues it. Their guard, which is stopped as well, its owner does."""
+    server = server_below(trainer.policy_server._process)
+    psutil.Process(trainer.policy_server._process.pid).suspend()
+    (server.children()[0] if engine else server).suspend()
+
+
+def once(kill: Callable[[], None], call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, which finds the server dead the first time."""
     armed = [True]
 
     def dying(*args: Any, **kwargs: Any) -> Any:
-        kills = bool(armed and armed.pop())
-        if kills and not after:
+        if armed and armed.pop():
             kill()
-        answer = call(*args, **kwargs)
-        if kills and after:
-            kill()
-        return answer
+        return call(*args, **kwargs)
 
     return dying
 
 
 class Killing(RecordingTrainer):
-    """Kills its policy server: in the rollouts of step 1 and of the evaluation, in the syncs of steps 1, 2 and 3."""
+    """Kills its policy server in the rollouts of step 1 and of the evaluation, and in the sync of step 2. Stops the
+    engine in the sync of step 1, the server before that of step 3."""
 
     num_ended = 0
+    told: list[str]
 
     def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest, calls: Any) -> Any:
         if self.state.global_step in (0, NUM_STEPS):
@@ -96,21 +104,22 @@ class Killing(RecordingTrainer):
         return super().build_trajectories(answer, request, calls)
 
     def _push_weights(self) -> None:
-        step, client = self.state.global_step, self.policy_server.client
-        method = {1: "update_weights", 2: "prompt_logprobs", 3: "pause"}.get(step)
-        if method is not None:
-            call = getattr(type(client), method).__get__(client)
-            setattr(client, method, once(lambda: kill_server(self), call, after=method == "pause"))
-        super()._push_weights()
-        if method is not None:
-            delattr(client, method)
+        step = self.state.global_step
+        if step == 3:
+            stop_process(self, engine=False)
+        fault = partial(stop_process, self, engine=True) if step == 1 else partial(kill_server, self)
+        with pytest.MonkeyPatch.context() as patch:
+            if (method := {1: "update_weights", 2: "prompt_logprobs"}.get(step)) is not None:
+                patch.setattr(PolicyClient, method, once(fault, getattr(PolicyClient, method)))
+            super()._push_weights()
 
 
 @pytest.fixture(scope="module")
 def killed(
     alone: None, warm: None, small_policy: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Killing]:
-    """One run in which the server dies in every phase."""
+    """One run in which the server dies or hangs in every phase."""
+    Killing.told = []
     trainer = Killing(
         model=str(small_policy),
         args=settings(
@@ -120,13 +129,25 @@ def killed(
             gym_vllm_args=SERVER_FLAGS,
             gym_server_restarts=NUM_KILLS,
             gym_retries=0,
+            gym_server_hang_timeout=6,
+            gym_sync_timeout=10,
         ),
         train_dataset=load_gym_dataset(data),
         eval_dataset=load_gym_dataset(data).select(range(8)),
     )
-    with trainer:
+    with pytest.MonkeyPatch.context() as patch, trainer:
+        patch.setattr(recovery.logger, "warning", lambda text, *args: trainer.told.append(text % args))
         trainer.train()
         yield trainer
+
+
+def test_what_hangs_is_named_with_the_process_that_was_stopped(killed: Killing) -> None:
+    [died, engine, probed, server] = [line for line in killed.told if line.startswith("restarting the policy server")]
+    assert all("signal SIGKILL" in line for line in (died, probed))
+    assert (
+        "its HTTP process answers, and its engine does not" in engine and "Someone has stopped VLLM::Engine" in engine
+    )
+    assert "/trl_gym/info: no answer within" in server and "Someone has stopped policy server (pid " in server
 
 
 def test_the_run_goes_on_to_its_end_with_the_weights_of_the_trainer(killed: Killing) -> None:
