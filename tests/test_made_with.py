@@ -78,6 +78,8 @@ def test_other_data_is_found_by_its_content(tmp_path: Path, rows: Dataset) -> No
     assert changes(then, facts(config(tmp_path), again, 1)) == []
     assert changes(then, facts(config(tmp_path), list(DATA), 1)) == []
     assert facts(config(tmp_path), DATA.to_iterable_dataset(), 1)["train_dataset"] is None
+    made = DATA.remove_columns("gym_row").with_transform(lambda rows: pytest.fail("a row is made"))
+    assert facts(config(tmp_path), made, 1)["train_dataset"] == {"tasks": 6}
 
 
 def test_an_adapter_is_compared_by_what_it_is() -> None:

@@ -289,15 +289,17 @@ def lost_files(checkpoint: str | Path, rank: int, num_ranks: int) -> list[str]:
 
 
 def _tasks(dataset: Any) -> dict[str, Any] | None:
-    """Return number and digest of the rows, in their order; None where they cannot be looked at without reading on."""
+    """Return number and digest of the rows, in their order, as far as a look at them changes nothing."""
     if dataset is None or not hasattr(dataset, "__len__"):
         return None
     digest = hashlib.sha256()
     if ROW_COLUMN in (getattr(dataset, "column_names", None) or ()):
         batches = dataset.select_columns([ROW_COLUMN]).with_format(None).iter(_ROWS_AT_A_TIME)
         rows = (row for batch in batches for row in batch[ROW_COLUMN])  # ten times as fast as one by one
-    else:
-        rows = (dataset[index].get(ROW_COLUMN) for index in range(len(dataset)))
+    elif isinstance(dataset, list | tuple):
+        rows = (row.get(ROW_COLUMN) for row in dataset)
+    else:  # rows are made when they are read, perhaps others each time
+        return {"tasks": len(dataset)}
     for row in rows:
         text = row if isinstance(row, str) else json.dumps(row, default=_plain)
         digest.update(f"{len(text)}:{text}".encode(errors="surrogatepass"))

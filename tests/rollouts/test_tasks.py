@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from tests.fork_ranks import run_ranks
 from tests.gradient import lean
 from tests.policy_server.tiny_model import build_model, build_tokenizer
 from trl_gym.errors import ConfigError
-from trl_gym.resume import QueueState, RunState, read_back, save_state
+from trl_gym.resume import QueueState, RunState, Start, read_back, save_state
 from trl_gym.rollouts.tasks import LookAhead, further_tasks, own_share
 
 ROOT = Path(__file__).parents[2]
@@ -216,7 +217,8 @@ def refused_by_one_rank(folder: Path) -> str:
         save_state(folder, 0, RunState("run", 0, 3, None, QueueState(groups=[{"group": 0}])))
     process.wait_for_everyone()
     with pytest.raises(ConfigError) as refused:
-        read_back(str(folder), process, run="run", num_micro_steps=0, generate_every=1)
+        options = SimpleNamespace(gradient_accumulation_steps=1, generate_every=1)
+        read_back(Start({}, str(folder)), process, options, run="run", num_steps=0)
     return str(refused.value)
 
 
