@@ -25,6 +25,7 @@ import requests
 
 from tests.conftest import wait_for
 from tests.e2e.servers import API_KEY, MAX_MODEL_LEN, START_TIMEOUT_S, vllm_metric
+from tests.e2e.stock_requests import CHAT, IN_OWN_WORDS, REFUSED, all_requests, answer_of, bodies, without_bundle
 from tests.policy_server.tiny_model import build_random_policy, build_tokenizer
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
@@ -38,6 +39,7 @@ HOT = {"rollout": "hot", "sampling": {"temperature": 1.5, "top_p": 1.0, "top_k":
 USER = {"role": "user", "content": "What is 47 + 36?"}
 STOCK_FLAGS = ["--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager", "--dtype", "float32"]
 STOCK_FLAGS += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--served-model-name", "policy"]
+STOCK_FLAGS += ["--enable-request-id-headers"]
 # Only what a small machine needs (see `vllm_entry`); nothing that the gateway could profit from.
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": None,
@@ -126,18 +128,17 @@ def test_another_client_gets_the_stock_answer(gate: Gate) -> None:
         assert ours[key] == stock[key]
 
 
-def test_another_client_gets_the_stock_stream(gate: Gate) -> None:
-    body = {"model": "policy", "messages": [USER], "temperature": 0.0, "max_tokens": 12, "stream": True}
-    texts = []
-    for url in (gate.stock_url, gate.client.root_url):
-        response = requests.post(f"{url}/v1/chat/completions", json=body, headers=AUTH, timeout=60.0)
-        assert response.headers["content-type"].startswith("text/event-stream")
-        events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
-        assert events[-1] == "[DONE]"
-        # Where the text is cut into events depends on time.
-        deltas = [json.loads(event)["choices"][0]["delta"] for event in events[:-1]]
-        texts.append("".join(delta.get("content") or "" for delta in deltas))
-    assert texts[0] == texts[1] != ""
+def test_requests_of_no_rollout_get_the_stock_servers_status_headers_and_body(gate: Gate) -> None:
+    for method, path, how in all_requests():
+        stock, ours = (answer_of(url, method, path, how) for url in (gate.stock_url, gate.client.root_url))
+        assert without_bundle(ours) == stock, (method, path, str(how)[:500])
+    for method, path, how in REFUSED:
+        stock, ours = (answer_of(url, method, path, how) for url in (gate.stock_url, gate.client.root_url))
+        assert {**stock, "headers": None} == {**ours, "headers": None}, how
+    for body in bodies(IN_OWN_WORDS):
+        stock, ours = (answer_of(url, "POST", CHAT, {"json": body}) for url in (gate.stock_url, gate.client.root_url))
+        assert (stock["status"], ours["status"]) == (400, 400), body
+        assert stock["body"]["error"].keys() == ours["body"]["error"].keys(), body
 
 
 def test_routes_that_a_stock_server_lacks_are_said_to_be_missing(gate: Gate) -> None:
