@@ -19,7 +19,7 @@ from tests.conftest import server_below, wait_for
 from tests.e2e.reset_proxy import ResetProxy
 from tests.e2e.training import CALCULATOR, ROOT, RecordingTrainer, config
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
-from trl_gym.errors import FailureKind, PolicyServerError
+from trl_gym.errors import FailureKind, PolicyServerError, PolicyServerLostError
 from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
@@ -227,6 +227,23 @@ def test_connections_that_are_reset_cost_attempts_and_nothing_else(
     assert len(lines) == 64 + len(retried) and len({line["rollout_id"] for line in lines}) == len(lines)
     assert len(retried) == sum(rollout.request.attempt for rollout in rollouts) >= 3
     assert all(line["failure"]["kind"] == "infrastructure" and line["reward"] is None for line in retried)
+
+
+def test_an_engine_that_is_stopped_in_the_middle_of_a_batch(
+    policy: PolicyServer, gym: GymServers, tmp_path: Path
+) -> None:
+    """It never goes on by itself; here it does afterwards, so that the next test finds the server well."""
+    [engine] = server_below(policy._process).children()
+    ledger = Ledger(policy.client.root_url, policy.client.api_key, hang_timeout_s=1.0)
+    batch = Batch(policy, gym, tmp_path, {"ledger": ledger}, after(3, engine.suspend))
+    try:
+        with pytest.raises(PolicyServerLostError, match="its HTTP process answers, and its engine does not"):
+            batch.collect("stopped", [calculator_row()] * 48, max_inflight=4, deadline=600)
+        assert policy.stopped() == [f"VLLM::EngineCor (pid {engine.pid})"]
+    finally:
+        engine.resume()
+    assert sum(line["failure"] is None for line in batch.journaled()) >= 3
+    policy.client.ask_engines()
 
 
 def test_the_policy_server_killed_in_the_middle_of_a_batch(
