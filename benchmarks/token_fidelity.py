@@ -102,6 +102,7 @@ def stock_server(policy: Path, folder: Path) -> Iterator[str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "TORCHDYNAMO_DISABLE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_API_KEY": None,  # a key of this process's own servers: anybody may ask this one
     }
     argv += ["--distributed-executor-backend", "uni"]
     process = ChildProcess("stock vLLM", argv, log_path=folder / "stock.log", env=environment)
