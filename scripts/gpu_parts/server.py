@@ -23,7 +23,6 @@ from trl_gym.weight_sync.sync import SyncOptions, SyncReport, WeightSync, compar
 from trl_gym.weight_sync.transports.plan import plan_transport
 
 _SIZE, _SMALL = "1B", "10M"
-_TOLERANCE = 0.02  # nats; of weights in bfloat16
 _IN_FLIGHT = 16
 _FLAGS = {"enforce-eager": True, "load-format": "dummy", "max-num-seqs": 64}
 _STEPS = 4
@@ -38,12 +37,15 @@ class Pair:
     server: PolicyServer
     accelerator: Accelerator
     args: GymGRPOConfig
-    factor: float = 1.1
+    factor: float = 1.5
 
     def sync(self, *, sharing: DeviceSharing | None = None, **options: Any) -> WeightSync:
         transport = plan_transport(self.args, self.model, on_cuda=self.accelerator.device.type == "cuda")
         told = SyncOptions(
-            dtype=getattr(torch, self.args.serving_dtype), verify_every=1, probe_tolerance=_TOLERANCE, **options
+            dtype=getattr(torch, self.args.serving_dtype),
+            verify_every=1,
+            probe_tolerance=self.args.probe_tolerance,
+            **options,
         )
         return WeightSync(self.accelerator, self.server, transport.connect(self.server), told, sharing)
 
@@ -100,7 +102,7 @@ def pair(run: Run, **options: Any) -> Iterator[Pair]:
 
 def _told(run: Run, report: SyncReport, what: str) -> None:
     probe = report.probe
-    run.expect(probe is not None and probe.mean_gap < _TOLERANCE, f"{what}: the probe found {probe}")
+    run.expect(probe is not None, f"{what}: no probe was made")  # one beyond the tolerance raises
     if probe is not None:
         run.measure(probe_gap_nats=probe.mean_gap)
 
@@ -114,7 +116,8 @@ def sync(run: Run) -> None:
             _told(run, report, f"sync {step}")
             two.change()
             unsent = two.gap()
-            run.expect(unsent > 2 * _TOLERANCE, f"weights that were not sent differ by {unsent:.4f} nats alone")
+            told = f"weights that were not sent differ by {unsent:.4f} nats alone: a probe would not see them"
+            run.expect(unsent > 2 * two.args.probe_tolerance, told)
         run.measure(unsent_gap_nats=unsent)
         took = [sum(r.seconds[phase] for phase in ("pause", "transfer", "finish")) for r in reports[1:]]
         num_bytes = reports[0].num_bytes
