@@ -24,6 +24,7 @@ from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server import server as server_module
 from trl_gym.policy_server.client import PolicyClient
+from trl_gym.policy_server.command import KEY_VARIABLE
 from trl_gym.processes import execute
 from trl_gym.rollouts.engine_metrics import engine_metrics, parse_counters
 from trl_gym.rollouts.journal import read_journal
@@ -120,10 +121,19 @@ def killed(
 ) -> Iterator[Killing]:
     """One run in which the server dies or hangs in every phase."""
     Killing.told = []
-    trainer = Killing(
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(KEY_VARIABLE)  # its server gets a random one
+        patch.setattr(recovery.logger, "warning", lambda text, *args: Killing.told.append(text % args))
+        with make_killed(small_policy, data, tmp_path_factory.mktemp("managed")) as trainer:
+            trainer.train()
+            yield trainer
+
+
+def make_killed(small_policy: Path, data: Path, output_dir: Path) -> Killing:
+    return Killing(
         model=str(small_policy),
         args=settings(
-            tmp_path_factory.mktemp("managed"),
+            output_dir,
             gym_config_paths=[str(CALCULATOR / "calculator.yaml")],
             vllm_max_model_length=512,
             gym_vllm_args=SERVER_FLAGS,
@@ -135,10 +145,6 @@ def killed(
         train_dataset=load_gym_dataset(data),
         eval_dataset=load_gym_dataset(data).select(range(8)),
     )
-    with pytest.MonkeyPatch.context() as patch, trainer:
-        patch.setattr(recovery.logger, "warning", lambda text, *args: trainer.told.append(text % args))
-        trainer.train()
-        yield trainer
 
 
 def test_what_hangs_is_named_with_the_process_that_was_stopped(killed: Killing) -> None:
