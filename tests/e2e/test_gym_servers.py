@@ -87,11 +87,19 @@ def gym(request: pytest.FixtureRequest) -> GymInstallation:
     return probe(path)
 
 
+Started = Callable[[], list[psutil.Process]]
+
+
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def started() -> Iterator[Started]:
+    """What this test has started and still runs, in the order of the starts; nothing of it is left in the end."""
     before = set(psutil.Process().children(recursive=True))  # other tests share processes
-    yield
-    wait_for(lambda: not set(psutil.Process().children(recursive=True)) - before, "every child is gone")
+
+    def those() -> list[psutil.Process]:
+        return [child for child in psutil.Process().children(recursive=True) if child not in before]
+
+    yield those
+    wait_for(lambda: not those(), "every child is gone")
 
 
 @pytest.fixture
@@ -133,7 +141,9 @@ async def roll_out(gym: GymInstallation, servers: GymServers, environments: list
     return [result for result in results if isinstance(result, GymAnswer)]
 
 
-async def test_seven_environments_in_one_process(gym: GymInstallation, tmp_path: Path, policy: FakePolicy) -> None:
+async def test_seven_environments_in_one_process(
+    gym: GymInstallation, tmp_path: Path, policy: FakePolicy, started: Started
+) -> None:
     overrides = {"mcqa_simple_agent.responses_api_agents.simple_agent.max_steps": 5, "text": 'it\'s "a, b": ${x} \n#'}
     overrides["text"] = overrides["text"].replace("${x}", "$x")  # an interpolation would be resolved
     configs: list[str | Path] = [config_of(name) for name in ENVIRONMENTS]
@@ -154,7 +164,7 @@ async def test_seven_environments_in_one_process(gym: GymInstallation, tmp_path:
         assert config["text"] == overrides["text"]
         assert config["mcqa_simple_agent"]["responses_api_agents"]["simple_agent"]["max_steps"] == 5
         assert key not in json.dumps(config)
-        family = psutil.Process().children(recursive=True)
+        family = started()
         assert key not in str([process.cmdline() for process in family])
         assert len(family) == 3, "one guard, one supervisor, one host"
     finally:
@@ -271,7 +281,9 @@ def test_gyms_own_complaint_comes_through(gym: GymInstallation, tmp_path: Path) 
         pass
 
 
-def test_fixed_and_busy_head_port_and_death_of_the_host(gym: GymInstallation, tmp_path: Path) -> None:
+def test_fixed_and_busy_head_port_and_death_of_the_host(
+    gym: GymInstallation, tmp_path: Path, started: Started
+) -> None:
     with bind_socket() as free:
         port = free.getsockname()[1]
     with make(gym, tmp_path, [config_of("mcqa")], overrides={"head_server.port": port}) as first:
@@ -287,7 +299,7 @@ def test_fixed_and_busy_head_port_and_death_of_the_host(gym: GymInstallation, tm
         with pytest.raises(GymServerError, match="Another NeMo Gym answers"):
             third.wait_ready()
 
-        host = psutil.Process().children(recursive=True)[-1]
+        host = started()[-1]
         os.kill(host.pid, signal.SIGKILL)
         child = first._processes[0].child
         assert child is not None and child.wait(10) is not None
@@ -296,7 +308,7 @@ def test_fixed_and_busy_head_port_and_death_of_the_host(gym: GymInstallation, tm
 
 
 async def test_several_processes_share_the_rollouts_and_end_together(
-    gym: GymInstallation, tmp_path: Path, policy: FakePolicy
+    gym: GymInstallation, tmp_path: Path, policy: FakePolicy, started: Started
 ) -> None:
     """Sessions of a rollout stay in its process; one that dies ends the collection by its name."""
     configs: list[str | Path] = [config_of("example_session_state_mgmt"), write_custom_environment(tmp_path / "env")]
@@ -305,7 +317,7 @@ async def test_several_processes_share_the_rollouts_and_end_together(
     servers.start()
     try:
         await asyncio.to_thread(servers.wait_ready)
-        family = psutil.Process().children(recursive=True)
+        family = started()
         hosts = [one for one in servers.servers if one.name == "halves"]
         assert len({host.pid for host in hosts}) == servers.num_processes == 2 and len(family) == 6
         for host in hosts:
@@ -403,7 +415,7 @@ def kill_after(servers: GymServers, number: int, name: str) -> Callable[[Rollout
 
 @pytest.mark.slow
 async def test_upstream_mode(
-    gym: GymInstallation, tmp_path: Path, policy: FakePolicy, monkeypatch: pytest.MonkeyPatch
+    gym: GymInstallation, tmp_path: Path, policy: FakePolicy, monkeypatch: pytest.MonkeyPatch, started: Started
 ) -> None:
     """Gym's own launcher, with a server of the user's and one of the installation; Ray leaves no process behind.
 
@@ -416,7 +428,7 @@ async def test_upstream_mode(
     servers.start()
     try:
         await asyncio.to_thread(servers.wait_ready)
-        family = psutil.Process().children(recursive=True)
+        family = started()
         assert any("gcs_server" in process.name() for process in family)
         await roll_out(gym, servers, ["example_single_tool_call"])
         await roll_out_halves(servers)

@@ -119,6 +119,12 @@ class Killed(Holding):
     def in_update(self) -> None:
         super().in_update()
         if self.state.global_step == KILLED_AT_STEP:
+            wait_for(  # what has ended is written a moment later
+                lambda: (
+                    sum(line["batch"] > KILLED_AT_STEP for line in recorded(Path(self.args.output_dir))) >= NUM_ENDED
+                ),
+                "the journal to have what has ended",
+            )
             os.kill(os.getpid(), signal.SIGKILL)
 
 

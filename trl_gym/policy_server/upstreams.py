@@ -614,7 +614,7 @@ class UpstreamApp:
     async def _probe(self, upstream: Upstream) -> None:
         """Ask `/health` and mark the upstream accordingly."""
         try:
-            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            async with asyncio.timeout(min(_PROBE_TIMEOUT_S, self._engine_timeout_s)):
                 health = await self._ask(upstream, self._get("/health"))
                 if health.ok and upstream.down is not None:
                     await self._ask(upstream, self._get(ENGINE_PATH))

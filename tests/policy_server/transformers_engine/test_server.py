@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def test_the_model_is_ordinary_again_whatever_ends_the_sampling(
 
 @pytest.mark.parametrize("mode", ["parked", "paused", "running"])
 def test_calls_that_wait_or_run_when_it_stops_are_answered_with_an_error(
-    server: TransformersServer, mode: str, caplog: pytest.LogCaptureFixture
+    server: TransformersServer, model: PreTrainedModel, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """uvicorn would cancel them after a second, and log a traceback for each of them to the user's terminal."""
     answers: list[requests.Response] = []
@@ -160,6 +161,7 @@ def test_calls_that_wait_or_run_when_it_stops_are_answered_with_an_error(
     def call() -> None:
         answers.append(requests.post(url, json=body, headers=headers, timeout=60))
 
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.1))  # the first has not ended when the last comes
     callers = [threading.Thread(target=call) for _ in range(3)]
     with server.sampling() if mode != "parked" else contextlib.nullcontext():
         if mode == "paused":
