@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ VICTIMS = {
 SUPERVISOR = "supervisor.py"
 WAYS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 ROLLOUTS = 128  # of a step of the quickstart
-# Temporary files of libraries, which a process that is well leaves as well.
-THEIRS = ("wandb-artifacts", "wandb-media", "torchinductor")
+# Temporary files of libraries: caches, and what vLLM leaves where it is killed, beside its sockets.
+THEIRS = ("wandb-artifacts", "wandb-media", "torchinductor", "vllm_dist_")
+_LOOK_EVERY_S = 0.5
 
 
 def role_of(process: psutil.Process) -> str | None:
@@ -59,10 +61,10 @@ def role_of(process: psutil.Process) -> str | None:
     return role
 
 
-def strike(run: subprocess.Popen[bytes], rng: random.Random) -> str | None:
-    """Kill or stop a process of the run; returns what was done, None where there is nothing to strike."""
+def strike(below: Iterable[psutil.Process], rng: random.Random) -> str | None:
+    """Kill or stop one of these processes; returns what was done, None where there is nothing to strike."""
     by_role: dict[str, list[psutil.Process]] = {}
-    for process in psutil.Process(run.pid).children(recursive=True):
+    for process in below:
         if role := role_of(process):
             by_role.setdefault(role, []).append(process)
     if not by_role:
@@ -76,24 +78,61 @@ def strike(run: subprocess.Popen[bytes], rng: random.Random) -> str | None:
     return f"{role} {way}"
 
 
-def soak(command: list[str], every: float, rng: random.Random, log: Path, environment: Mapping[str, str]) -> Any:
-    """Run the command under faults; returns its exit code and what was done to it, by kind."""
+class Family:
+    """All processes that a run has started, also those whose parent is gone."""
+
+    def __init__(self, run: subprocess.Popen[bytes]) -> None:
+        self._seen = {psutil.Process(run.pid)}
+        self._run = run.pid
+
+    def look(self) -> set[psutil.Process]:
+        """Return those that run now, without the first. What begins and ends between two looks is not seen."""
+        for process in list(self._seen):
+            try:
+                self._seen.update(process.children(recursive=True))
+            except psutil.Error:
+                self._seen.discard(process)
+        return {one for one in self._seen if one.pid != self._run and is_alive(one)}
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+@dataclass
+class Soaked:
+    """How a run under faults has ended."""
+
+    code: int
+    faults: Counter[str]  # what was done to it
+    left: list[str]  # processes that it has left
+
+
+def soak(command: list[str], every: float, rng: random.Random, log: Path, environment: Mapping[str, str]) -> Soaked:
+    """Run the command under faults. They begin with the first step: a fault of the start ends a run, as it should."""
     done: Counter[str] = Counter()
     begun = time.monotonic()
     with log.open("wb") as output:
         run = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        family, next_at = Family(run), 0.0
         try:
             while run.poll() is None:
-                try:
-                    run.wait(rng.uniform(0.5, 1.5) * every)
-                except subprocess.TimeoutExpired:
-                    # The first rollouts show that the servers are up: a fault of the start ends a run, as it should.
-                    if b"step " in log.read_bytes() and (fault := strike(run, rng)) is not None:
-                        done[fault] += 1
-                        print(f"{time.monotonic() - begun:5.0f} s: {fault}", flush=True)
+                time.sleep(_LOOK_EVERY_S)
+                below, now = family.look(), time.monotonic()
+                if not next_at and b"step " in log.read_bytes():
+                    next_at = now + rng.uniform(0.5, 1.5) * every
+                if next_at and now >= next_at and (fault := strike(below, rng)) is not None:
+                    next_at = now + rng.uniform(0.5, 1.5) * every
+                    done[fault] += 1
+                    print(f"{now - begun:5.0f} s: {fault}", flush=True)
         finally:
             run.kill()
-    return run.wait(), done
+    psutil.wait_procs(family.look(), timeout=10.0)  # what was killed at the end may take a moment
+    left = [f"process {one.pid}: {' '.join(one.cmdline())[:120]}" for one in family.look()]
+    return Soaked(run.wait(), done, left)
 
 
 def problems_of(journal: Path, metrics: Iterable[Mapping[str, Any]], steps: int) -> tuple[list[str], Counter[str]]:
@@ -133,16 +172,10 @@ def problems_of(journal: Path, metrics: Iterable[Mapping[str, Any]], steps: int)
     return wrong, counts
 
 
-def left_behind(stamp: str, folder: Path) -> list[str]:
-    """Return the processes that have this variable's value in their environment, and the files of a folder."""
-    left = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TRL_GYM_SOAK") == stamp and process.status() != psutil.STATUS_ZOMBIE:
-                left.append(f"process {process.pid}: {' '.join(process.cmdline())[:120]}")
-        except psutil.Error:
-            continue  # it has ended, or is another user's
-    return left + [f"file {path}" for path in folder.iterdir() if not any(name in path.name for name in THEIRS)]
+def files_left(folder: Path) -> list[str]:
+    """Return our files in a folder of temporary files."""
+    paths = [path for path in folder.iterdir() if not path.is_socket()]  # vLLM's, of an engine that was killed
+    return [f"file {path}" for path in paths if not any(name in path.name for name in THEIRS)]
 
 
 def main() -> None:
@@ -155,26 +188,25 @@ def main() -> None:
     options, further = parser.parse_known_args()
     folder = Path(tempfile.mkdtemp(prefix="trl-gym-soak-"))
     (folder / "tmp").mkdir()
-    stamp = folder.name
     command = [
         *(sys.executable, "recipes/grpo.py", "--config", "recipes/quickstart.yaml", "--gym_engine", options.engine),
         *("--output_dir", str(folder / "run"), "--max_steps", str(options.steps), "--gym_server_restarts", "1000"),
         *("--eval_strategy", "no", "--eval_on_start", "false", "--save_steps", "1000", *further),
     ]
-    environment = os.environ | {"TMPDIR": str(folder / "tmp"), "TRL_GYM_SOAK": stamp}
+    environment = os.environ | {"TMPDIR": str(folder / "tmp")}
     begun = time.monotonic()
-    code, done = soak(command, options.every, random.Random(options.seed), folder / "output.log", environment)
+    soaked = soak(command, options.every, random.Random(options.seed), folder / "output.log", environment)
     seconds = time.monotonic() - begun
-    time.sleep(5.0)  # what was killed at the end may take a moment
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     wrong, counts = problems_of(folder / "run" / "rollouts", metrics, options.steps)
-    wrong += [] if code == 0 else [f"the run ended with exit code {code}"]
-    wrong += [f"left behind: {one}" for one in left_behind(stamp, folder / "tmp")]
-    print(f"\n{machine()}; {seconds:.0f} s, {sum(done.values())} faults: {dict(done)}\n{dict(counts)}")
+    wrong += [] if soaked.code == 0 else [f"the run ended with exit code {soaked.code}"]
+    wrong += [f"left behind: {one}" for one in [*soaked.left, *files_left(folder / "tmp")]]
+    faults = dict(soaked.faults)
+    print(f"\n{machine()}; {seconds:.0f} s, {sum(faults.values())} faults: {faults}\n{dict(counts)}")
     print(f"output: {folder / 'output.log'}")
     print("\n".join(wrong[:20]) or "ended, rewards right, every rollout once, nothing left behind")
     if options.json is not None:
-        facts = {"machine": machine(), "seconds": seconds, "faults": done, "journal": counts, "wrong": wrong}
+        facts = {"machine": machine(), "seconds": seconds, "faults": faults, "journal": counts, "wrong": wrong}
         options.json.write_text(json.dumps(facts, indent=2) + "\n")
     sys.exit(bool(wrong))
 
