@@ -39,7 +39,16 @@ def run(folder: Path, *, staleness: int, seed: int, steps: int, options: Sequenc
     if not (metrics := read(own)) or metrics[-1]["step"] < steps:
         own.mkdir(parents=True, exist_ok=True)
         with (own / "output.log").open("w") as log:
-            command = [sys.executable, "recipes/grpo.py", "--config", "recipes/quickstart.yaml", *flags, *options]
+            command = [
+                sys.executable,
+                "recipes/grpo.py",
+                "--config",
+                "recipes/quickstart.yaml",
+                "--gym_engine",
+                "vllm",
+                *flags,
+                *options,
+            ]
             subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
         metrics = read(own)
     return metrics

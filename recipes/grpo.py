@@ -1,7 +1,7 @@
 """GRPO on a NeMo Gym environment: the script of `trl-gym train`, for launchers that want a path.
 
 python recipes/grpo.py --config recipes/quickstart.yaml
-python recipes/grpo.py --config recipes/quickstart.yaml --model_name_or_path Qwen/Qwen3-0.6B
+python recipes/grpo.py --config recipes/quickstart.yaml --model_name_or_path Qwen/Qwen3-0.6B --gym_engine auto
 accelerate launch --num_processes 8 recipes/grpo.py --config my.yaml     # or: -m trl_gym.train --config my.yaml
 """
 
