@@ -177,3 +177,10 @@ def test_long_values_are_shown_by_what_differs() -> None:
         '`gym_overrides` was {"a": {"n": 1}} and is {"a": {"n": 2}}'
     )
     assert len(str(Change("gym_overrides", then, None))) < 300
+
+
+def test_fields_that_another_version_of_peft_has_are_no_change() -> None:
+    then, now = {"default": {"r": 8, "old": 1}}, {"default": {"r": 8, "new": 2}}
+    assert changes({"adapter": then}, {"adapter": now}) == []
+    for other in ({"default": {"r": 16}}, {"other": {"r": 8}}, None):
+        assert [change.name for change in changes({"adapter": then}, {"adapter": other})] == ["adapter"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -302,3 +303,31 @@ def test_training_ends_when_its_launcher_does(tmp_path: Path, how: signal.Signal
         [child] = psutil.Process(run.pid).children()
         run.send_signal(how)
         wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from pathlib import Path
+from trl_gym import ranks
+ranks.end_with_launcher()
+try:
+    print(1, flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    launcher = os.getppid()
+    while os.getppid() == launcher:  # it ends first
+        time.sleep(0.01)
+    Path(sys.argv[1]).write_text("saved")
+"""
+
+
+def test_what_ctrl_c_begins_is_not_cut_by_the_end_of_the_launcher(tmp_path: Path) -> None:
+    launcher, saved = tmp_path / "accelerate", tmp_path / "saved"
+    launcher.write_text(
+        f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {INTERRUPTED!r}, {str(saved)!r}]).wait()\n"
+    )
+    command = [sys.executable, launcher]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as run:
+        assert run.stdout is not None and run.stdout.readline() == b"1\n"
+        os.killpg(run.pid, signal.SIGINT)
+        wait_for(saved.exists, "the interrupted process to finish what it does at its end")

@@ -243,7 +243,11 @@ _WORDS = 4  # of a command line, in which the launcher's name stands: `python -u
 
 def end_with_launcher() -> None:
     """Get SIGTERM from now on when the launcher of this process ends, in whatever way. Linux only; does nothing for a
-    process that no launcher started. Idempotent."""
+    process that no launcher started. Idempotent.
+
+    Ctrl-C reaches both, and the launcher may end first: from then on this process ends by itself, with what it does at
+    its end.
+    """
     launcher = os.getppid()
     try:
         words = Path(f"/proc/{launcher}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -251,8 +255,16 @@ def end_with_launcher() -> None:
         return
     if sys.platform == "linux" and is_launcher(words):
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _outlive_launcher)
         if os.getppid() != launcher:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _outlive_launcher(signum: int, frame: FrameType | None) -> None:
+    prctl(PR_SET_PDEATHSIG, 0)
+    signal.default_int_handler(signum, frame)
 
 
 def is_launcher(command: Sequence[str]) -> bool:

@@ -128,7 +128,9 @@ def secrets_of(environment: Mapping[str, str]) -> list[str]:
 
 
 def _could_be_secret(name: str, value: str) -> bool:
-    """Return whether a value is none of prose."""
+    """Return whether a value is neither prose nor a folder (`HOST_PWD`)."""
+    if name.upper().endswith("PWD") and value.startswith("/"):
+        return False
     return not any(c.isspace() for c in value) or _PEM in value or _MAY_HAVE_BLANKS.search(name) is not None
 
 
