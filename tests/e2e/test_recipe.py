@@ -175,7 +175,7 @@ ONE_AFTER_ANOTHER = """
 import contextlib, io, json, runpy, sys
 sys.path.insert(0, "recipes")
 for options in json.loads(sys.argv[1]):
-    sys.argv = ["recipes/grpo.py", "--config", "recipes/quickstart.yaml", *options]
+    sys.argv = ["recipes/grpo.py", "--config", "recipes/quickstart.yaml", "--gym_engine", "vllm", *options]
     with contextlib.redirect_stderr(io.StringIO()) as told:
         try:
             runpy.run_path("recipes/grpo.py", run_name="__main__")
