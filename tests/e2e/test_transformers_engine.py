@@ -282,7 +282,7 @@ def test_the_doctor_examines_a_run_without_vllm(
     small_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    run = ["--config", "recipes/quickstart.yaml", "--output_dir", str(tmp_path / "run")]
+    run = ["--config", "recipes/quickstart.yaml", "--gym_engine", "auto", "--output_dir", str(tmp_path / "run")]
     assert main_of_cli(["doctor", "--json", *run, "--small_policy_dir", str(small_policy)]) == 0
     told = {check["name"]: check["text"] for check in json.loads(capsys.readouterr().out)["checks"]}
     assert "since vLLM is not installed" in told["engine"]
