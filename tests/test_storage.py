@@ -97,6 +97,13 @@ def test_other_errors_pass(tmp_path: Path) -> None:
     assert refusal(OSError("without a number"), tmp_path) is None
 
 
+def test_an_error_that_names_a_descriptor_is_told_of_the_path(tmp_path: Path) -> None:
+    with pytest.raises(RolloutError, match=f"cannot be written to {tmp_path}: "), writing("It", tmp_path, safe="No."):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), 7)
+    with pytest.raises(StorageError, match=f"{tmp_path} could not be used"), told("Training", tmp_path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), 7)
+
+
 def test_what_nobody_has_explained_names_the_file_and_what_is_safe(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     words = rf"Training ended, since {tmp_path}/file/x could not be used: the name"

@@ -62,7 +62,7 @@ def writing(
     except TrlGymError:
         raise
     except Exception as error:
-        path = getattr(error, "filename", None) or path
+        path = _path_of(error, path)
         if (found := refusal(error, path)) is None:
             if not isinstance(error, OSError):
                 raise
@@ -86,14 +86,20 @@ def told(where: str, folder: str | os.PathLike[str]) -> Iterator[None]:
     except TrlGymError:
         raise
     except Exception as error:
-        path = getattr(error, "filename", None) or folder
-        if not isinstance(path, str | os.PathLike) or (found := refusal(error, path)) is None:
+        path = _path_of(error, folder)
+        if (found := refusal(error, path)) is None:
             raise
         raise StorageError(
             f"{where} ended, since {os.fspath(path)} could not be used: {found.text}. Whole checkpoints and what the "
             "journal has are safe.",
             f"{found.remedy}, and resume from the newest checkpoint.",
         ) from error
+
+
+def _path_of(error: BaseException, known: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return the path that an error names, which may be none: `os.truncate` of a descriptor names its number."""
+    named = getattr(error, "filename", None)
+    return named if named and isinstance(named, str | os.PathLike) else known
 
 
 def _number_of(error: BaseException, path: str | os.PathLike[str]) -> int | None:

@@ -85,6 +85,21 @@ async def test_one_whose_engine_hangs_is_out_of_rotation_until_it_answers() -> N
         assert (await ask(app, "GET", "/is_paused")).status == 404, "one of them does not say"
 
 
+async def test_a_question_to_all_and_a_control_call_wait_no_longer_for_one_that_hangs() -> None:
+    first, second = (FakeUpstream(answers={"GET /is_paused": (200, {"is_paused": False})}) for _ in range(2))
+    first.hangs |= {"/is_paused", "/pause"}
+    async with serving(first, second, engine_timeout_s=0.2) as app:
+        answers = await asyncio.gather(ask(app, "GET", "/is_paused"), ask(app, "GET", "/is_paused"))
+        assert [answer.json() for answer in answers] == [{"is_paused": False}] * 2, "the other one has answered"
+        assert app.upstreams[0].down == "its engine has not answered for 0.2 s"
+        paused = await ask(app, "POST", "/pause")
+        assert (
+            paused.status == 500 and f"upstream {first.url} gave no answer to POST /pause: its engine" in paused.text
+        )
+        assert app.upstreams[0].excluded is not None and app.upstreams[1].in_rotation
+        assert (await ask(app, "GET", "/is_paused")).status == 200
+
+
 def completion(message: Any = None, logprob: Any = -1, **fields: Any) -> dict[str, Any]:
     message = {"role": "assistant", "content": "x"} if message is None else message
     choice = {"message": message, "token_ids": [1], "logprobs": {"content": [{"logprob": logprob}]}}

@@ -324,7 +324,8 @@ class UpstreamApp:
         urls: Root URLs without `/v1`, all different.
         api_key: Sent as bearer token to each of them; a client's own `Authorization` never is.
         probe_every_s: Seconds between two looks at `/health` of an upstream.
-        engine_timeout_s: Seconds within which its engine must answer.
+        engine_timeout_s: Seconds within which its engine must answer. Fewer than a trainer waits for the gateway
+            (`gym_server_hang_timeout`): it hears of the others.
         wire: Makes the way to an upstream from its URL.
     """
 
@@ -334,7 +335,7 @@ class UpstreamApp:
         *,
         api_key: str | None = None,
         probe_every_s: float = 5.0,
-        engine_timeout_s: float = 300.0,
+        engine_timeout_s: float = 120.0,
         wire: Callable[[str], Wire] = PlainWire,
     ) -> None:
         self.upstreams = [Upstream(url, wire(url)) for url in urls]
@@ -520,9 +521,12 @@ class UpstreamApp:
         return Reply.error(500, f"upstream {upstream.url} {how} to {request}: {quote(worst.body)}")
 
     async def _control(self, upstream: Upstream, request: ForwardedRequest) -> Reply:
-        """Send a control call to one upstream, never twice."""
+        """Send a control call to one upstream, never twice. One that is down is not waited for as long as one whose
+        calls in flight end first, or that loads weights."""
+        patience_s = None if upstream.down is None else self._engine_timeout_s
         try:
-            reply = await self._ask(upstream, request)
+            async with asyncio.timeout(patience_s):
+                reply = await self._ask(upstream, request)
             if reply.ok and request.path in _VERSION_PATHS:
                 upstream.weight_version = await self._read_version(upstream)
             if reply.ok and upstream.down is not None:
@@ -530,9 +534,10 @@ class UpstreamApp:
         except asyncio.CancelledError:
             upstream.exclude(f"{request} was cut off before it was answered")
             raise
-        except aiohttp.ClientError as error:
-            upstream.exclude(f"{request}: {words(error)}")
-            return Reply(_NO_ANSWER, words(error).encode())
+        except (aiohttp.ClientError, TimeoutError) as error:
+            reason = self._silence() if isinstance(error, TimeoutError) else words(error)
+            upstream.exclude(f"{request}: {reason}")
+            return Reply(_NO_ANSWER, reason.encode())
         if not reply.ok:
             upstream.exclude(f"{request}: HTTP {reply.status}: {quote(reply.body)}")
             return reply
@@ -583,10 +588,16 @@ class UpstreamApp:
 
     async def _ask_or_mark_down(self, upstream: Upstream, request: ForwardedRequest) -> Reply | None:
         try:
-            return await self._ask(upstream, request)
+            async with asyncio.timeout(self._engine_timeout_s):
+                return await self._ask(upstream, request)
+        except TimeoutError:
+            upstream.mark_down(self._silence())
         except aiohttp.ClientError as error:
             upstream.mark_down(words(error))
-            return None
+        return None
+
+    def _silence(self) -> str:
+        return f"its engine has not answered for {self._engine_timeout_s:g} s"
 
     def _health(self) -> Reply:
         if any(upstream.in_rotation for upstream in self.upstreams):
@@ -609,7 +620,7 @@ class UpstreamApp:
                     async with asyncio.timeout(self._engine_timeout_s):
                         await self._ask(upstream, self._get(ENGINE_PATH))
                 except TimeoutError:
-                    upstream.mark_down(f"its engine has not answered for {self._engine_timeout_s:g} s")
+                    upstream.mark_down(self._silence())
 
     async def _probe(self, upstream: Upstream) -> None:
         """Ask `/health` and mark the upstream accordingly."""
