@@ -179,6 +179,19 @@ def test_long_values_are_shown_by_what_differs() -> None:
     assert len(str(Change("gym_overrides", then, None))) < 300
 
 
+def test_a_file_of_deepspeed_is_known_by_what_it_says(tmp_path: Path) -> None:
+    def made_by(path: Path, text: str) -> dict[str, Any]:
+        path.write_text(text)
+        args = config(tmp_path)
+        args.deepspeed = str(path)  # not as an option, which reads it
+        return facts(args, DATA, 1)
+
+    (tmp_path / "moved").mkdir()
+    then = made_by(tmp_path / "ds.json", "{}")
+    assert changes(then, made_by(tmp_path / "moved" / "ds.json", "{}")) == []
+    assert [change.name for change in changes(then, made_by(tmp_path / "ds.json", '{"a": 1}'))] == ["deepspeed"]
+
+
 def test_fields_that_another_version_of_peft_has_are_no_change() -> None:
     then, now = {"default": {"r": 8, "old": 1}}, {"default": {"r": 8, "new": 2}}
     assert changes({"adapter": then}, {"adapter": now}) == []

@@ -174,6 +174,8 @@ def facts(args: GymGRPOConfig, dataset: Any, world_size: int, **more: Any) -> di
     names = (one.name for one in fields(args) if CONSEQUENCES.get(one.name) is not Consequence.SILENT)
     values = {name: getattr(args, name) for name in names}
     values |= {"gym_config_paths": [_with_digest(path) for path in args.gym_config_paths]}
+    if isinstance(args.deepspeed, str):
+        values |= {"deepspeed": _with_digest(args.deepspeed)}
     values |= {"world_size": world_size, "train_dataset": _tasks(dataset), **more}
     redact = Redactor([*secrets_of(os.environ), *secrets_in(args.gym_overrides), *secrets_in(args.gym_environments)])
     plain: dict[str, Any] = redact(json.loads(json.dumps(values, default=_plain)))

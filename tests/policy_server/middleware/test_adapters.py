@@ -105,16 +105,6 @@ ADAPTERS = "/trl_gym/adapters"
 
 
 @pytest.fixture
-def app() -> FakeVllm:
-    return FakeVllm()
-
-
-@pytest.fixture
-def http(app: FakeVllm) -> Http:
-    return Http(app)
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "adapter")
 

@@ -91,11 +91,6 @@ class Http:
 
 
 @pytest.fixture
-def app() -> FakeVllm:
-    return FakeVllm()
-
-
-@pytest.fixture
 def http(app: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Http:
     monkeypatch.setenv("TRL_GYM_NONCE", "n1")
     return Http(app)

@@ -19,16 +19,6 @@ PATH = "/v1/completions"
 GYM = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": 0}  # what Gym's model server adds
 
 
-@pytest.fixture
-def app() -> FakeVllm:
-    return FakeVllm()
-
-
-@pytest.fixture
-def http(app: FakeVllm) -> Http:
-    return Http(app)
-
-
 async def complete(http: Http, prompt: Any, **body: Any) -> Json:
     status, answer = await http("POST", PATH, {"prompt": prompt, "trl_gym": TAG, **GYM, **body})
     assert status == 200, answer

@@ -110,6 +110,13 @@ def test_an_engine_that_samples_from_something_else_than_its_model_is_found(
         check_sampling(server.client, "policy", 0.1)
 
 
+def test_a_tokenizer_without_chat_template_is_refused(folder: Path, model: PreTrainedModel) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    with TransformersServer(max_model_len=128) as other, pytest.raises(ConfigError, match="has no chat template"):
+        other.take_model(model, tokenizer)
+
+
 def test_only_a_rest_lends_the_model_to_who_asks_for_log_probabilities(
     server: TransformersServer, model: PreTrainedModel
 ) -> None:

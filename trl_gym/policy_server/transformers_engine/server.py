@@ -145,10 +145,15 @@ class TransformersServer:
             autocast: Precision of the trainer's forward pass where it is not that of the weights.
 
         Raises:
-            ConfigError: It cannot be sampled from in this process; see `Engine.take`.
+            ConfigError: It cannot be sampled from in this process, see `Engine.take`; the tokenizer renders no chats.
         """
         if self.state is not ServerState.STARTING:
             raise PolicyServerError(f"`take_model` needs a policy server that starts; this one is {self.state}.")
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "The policy's tokenizer has no chat template, by which the engine 'transformers' renders chats.",
+                "Save the model's folder with its tokenizer, or set `chat_template` of the tokenizer that you pass.",
+            )
         self._model, self._tokenizer, self._autocast = model, tokenizer, autocast
         self._serve()
 
