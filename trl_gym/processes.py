@@ -22,7 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from trl_gym.supervisor import KILL_S, POLL_S, REAP_S, descendants, is_stopped
+from trl_gym.supervisor import KILL_S, POLL_S, REAP_S, descendants, is_stopped, let_go_on
 
 logger = logging.getLogger(__name__)
 
@@ -243,9 +243,8 @@ class ChildProcess:
 
     def _continue(self) -> None:
         """Let the supervisor go on, if someone has stopped it."""
-        if self._supervisor.poll() is None and (pid := self.pid) is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+        if self._supervisor.poll() is None:
+            let_go_on(self.pid)
 
 
 def _kill_below(pid: int) -> None:
