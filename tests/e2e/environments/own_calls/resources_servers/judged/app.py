@@ -32,7 +32,11 @@ class JudgedServer(SimpleResourcesServer):
         judgement = await self.server_client.post(
             server_name=self.config.model_server.name,
             url_path="/v1/responses",
-            json={"input": [{"role": "user", "content": QUESTION}], "temperature": 0.4},
+            json={
+                "input": [{"role": "user", "content": QUESTION}],
+                "temperature": 0.4,
+                "max_output_tokens": 8,  # a random policy would go on to the end of its context
+            },
         )
         await raise_for_status(judgement)
         return JudgedResponse(**body.model_dump(), reward=1.0)
