@@ -72,10 +72,6 @@ _LEAST_CLIPPED, _MOST_CLIPPED = "clip_ratio/low_min", "clip_ratio/high_max"
 class Accounting:
     """Decides what is trained and keeps what is logged. Every rank has one and calls its methods in step.
 
-    Args:
-        args: The trainer's configuration.
-        accelerator: The trainer's accelerator.
-
     Attributes:
         rollouts: `[B]`, this rank's newest batch.
         rows: `[R]`, the rows that are trained of it.
@@ -115,8 +111,6 @@ class Accounting:
             mode: `"train"` or `"eval"`.
             step: Number of the optimizer step that trains them; in an evaluation, the steps made before.
             where: Tells the user where to read more about failures: a sentence that begins with a verb.
-            pad_id: See `rows.rows_of`.
-            eos_id: See `rows.rows_of`.
 
         Returns:
             `[B]`, the rewards to train on; None for a rollout that is not trained.
@@ -149,9 +143,7 @@ class Accounting:
 
     def _fit_rows(self, num_micro_steps: int, *, pad_id: int, eos_id: int) -> None:
         self.shared, num_rows = self.shared.fitted(
-            num_ranks=self._accelerator.num_processes,
-            multiple=num_micro_steps,
-            factor=self._args.gym_max_rows_factor,
+            num_ranks=self._accelerator.num_processes, multiple=num_micro_steps, factor=self._args.gym_max_rows_factor
         )
         several = [
             fact for fact in self.shared.facts if fact.is_valid and len(fact.row_tokens) - fact.dropped_rows > 1
@@ -338,7 +330,6 @@ class Accounting:
         Args:
             prefix: transformers' `metric_key_prefix`.
             num_rollouts: Rollouts that the dataset asks for; None when it does not tell its length.
-            step: Optimizer steps made.
             has_table: Whether this rank writes TRL's completions table.
 
         Raises:

@@ -64,7 +64,6 @@ class Plan(Protocol):
         """Return the group.
 
         Args:
-            example: Of the dataset.
             step: Number of the optimizer step that it is sampled for, see `BatchInfo.step`.
             batch: Number of the generation batch, in the run.
             group: Index in that batch, over all ranks.
@@ -157,13 +156,10 @@ class Batches:
     """Makes generation batches. Every rank has one and calls its methods in step.
 
     Args:
-        accelerator: The trainer's accelerator.
-        source: Where rollouts come from.
         num_ahead: Generation batches of training that are begun beside the one that is trained next.
         most_ahead: How many may be, to make up for groups of earlier batches that have not ended.
         options: `gym_max_staleness`, and the options that say what a batch is, by name.
         choose: Returns the example that a group rolls out, given the one whose turn it is and the group's index.
-        plan: See `Plan`.
         reward: Returns the rewards of rollouts, checked.
         apart: Returns how far apart rollouts are in what they are rewarded for, given them and their rewards; None: as
             far as the rewards are.
@@ -208,10 +204,7 @@ class Batches:
 
         Args:
             examples: `[B]` of this rank, whose turn it is; each is repeated for every member of its group.
-            num_members: Members of a group.
             number: Number of the batch, in the run.
-            info: The batch.
-            ahead: See `Ahead`.
 
         Raises:
             TrlGymError: On every rank, when rollouts cannot be had.
@@ -260,11 +253,7 @@ class Batches:
 
     def restore(self, state: QueueState) -> None:
         """Continue with the groups that were in flight when a checkpoint was written; what they had finished is in the
-        journal.
-
-        Raises:
-            ConfigError: There are some, and options that say what a batch is have changed.
-        """
+        journal. Raises `ConfigError`: there are some, and options that say what a batch is have changed."""
         self._num_planned, self._restored = 0, []
         if not state.groups:  # all that was planned is trained
             return
@@ -333,10 +322,8 @@ class Batches:
 
         Args:
             batch: What was collected first.
-            refill: How it is done.
             num_members: Members of a group, all of them on one rank.
             number: Number of the batch, in the run.
-            info: The batch.
         """
         groups, replaced, metrics = list(batch.groups), list[RewardedGroup](), batch.metrics
         num_groups = len(groups) * self._accelerator.num_processes  # so many have an index
@@ -402,10 +389,7 @@ def batches_of(
 ) -> Batches:
     """Return the batches of a configuration, for tasks of a dataset to train on. For the others see `Batches`."""
     refill = Refill(
-        dataset=dataset,
-        num_rounds=args.gym_refill_rounds,
-        min_group_size=args.gym_min_group_size,
-        seed=args.seed,
+        dataset=dataset, num_rounds=args.gym_refill_rounds, min_group_size=args.gym_min_group_size, seed=args.seed
     )
     return Batches(
         accelerator,
@@ -470,12 +454,9 @@ def plan_group(
     """Make the requests of a group.
 
     Args:
-        example: Of the dataset.
         name: The group's, unique over all ranks and processes; names of rollouts begin with it.
         step, batch, group: See `Plan`.
         members: Indices of its members, those that are wanted first.
-        num_wanted: See `TaskGroup`.
-        agent_of: Returns the agent of a row.
         build: Returns what is posted for a row; gets the request with the stamped one.
         sampling, completion_budget, chat_template_kwargs: See `request.stamp`.
         agent_sampling: Returns that of an agent, see there.
@@ -532,8 +513,6 @@ def group_parts(num_examples: int, num_members: int, *, rank: int) -> list[tuple
 
     Args:
         num_examples: Of every rank.
-        num_members: Members of a group.
-        rank: This rank.
 
     Returns:
         For each group its index over all ranks, the place of its first example on this rank, and the indices of its

@@ -30,16 +30,13 @@ class WeightSyncCallback(TrainerCallback):
     Transformers' own flow callback, whose `should_evaluate` it reads.
 
     Args:
-        push: Sends the current weights.
         generates_next: Tells whether the next micro-step starts with rollouts.
     """
 
     def __init__(self, push: Callable[[], None], generates_next: Callable[[], bool]) -> None:
         self._push, self._generates_next = push, generates_next
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         ends = control.should_training_stop or state.global_step >= state.max_steps
         if ends or control.should_evaluate or self._generates_next():
             self._push()
@@ -51,14 +48,10 @@ class PhaseCallback(TrainerCallback):
     def __init__(self, clock: PhaseClock) -> None:
         self._clock = clock
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._clock.enter("update")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._clock.leave("update")
 
 
@@ -79,9 +72,7 @@ class MetricsCallback(TrainerCallback):
         self._offset = 0
         self._is_whole = False  # known to end with a whole line
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
         with self._explained():
@@ -96,7 +87,7 @@ class MetricsCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
@@ -143,9 +134,7 @@ class ProgressCallback(TrainerCallback):
         self._progress = progress
         self._running = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self._progress.start(state.max_steps, state.global_step)
             self._running = True
@@ -156,7 +145,7 @@ class ProgressCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
@@ -166,9 +155,7 @@ class ProgressCallback(TrainerCallback):
         elif "reward" in logs:
             self._progress.step(state.global_step, logs)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._running:
             self._progress.stop()
             self._running = False

@@ -155,9 +155,7 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port, or 0 for a free one (default: %(default)s)")
     parser.add_argument(
-        "--engine",
-        choices=NAMES,
-        help="what samples (default: vllm where it is installed, else transformers)",
+        "--engine", choices=NAMES, help="what samples (default: vllm where it is installed, else transformers)"
     )
     parser.add_argument("--served-model-name", default="policy", help="name of the model (default: %(default)s)")
     parser.add_argument("--log-dir", default="trl_gym_logs", help="folder for the log file (default: %(default)s)")

@@ -82,7 +82,6 @@ def newer_problem(package: str, version: str, folder: Path | None = None) -> Pro
 
     Args:
         package: A package of `TESTED`.
-        version: Its version.
         folder: Folder of its module; by default where this interpreter would import it from.
     """
     lacks = upstream.missing(package.replace("-", "_"), folder)
@@ -260,7 +259,6 @@ def empty_model(
     Args:
         config: Its configuration; a quantized one gives the parameters as they are without quantization.
         kind: Class of the model; by default the one that the config names, else that of text or of images and text.
-        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         ValueError, TypeError, …: transformers cannot build it; the error is its own.
@@ -299,7 +297,6 @@ class ServedGeneration:
     `logprobs_mode`, and calls `generate` only on paths that `GymGRPOTrainer` replaces.
 
     Args:
-        sync: Pushes the current weights to the policy server.
         server_info: The server's resolved configuration; TRL asks for it when `vllm_mode` is `"server"`, and warns of
             a `logprobs_mode` that biases the importance ratio.
     """

@@ -187,7 +187,6 @@ def fill_in(config: GymGRPOConfig, num_processes: int) -> list[str]:
 
     Args:
         config: Its numbers are of the right types.
-        num_processes: Number of training processes.
     """
     notes: list[str] = []
     if config.max_completion_length is None:
@@ -229,8 +228,6 @@ def small_batch_notes(config: GymGRPOConfig, num_processes: int, *, adapts: bool
     """Say which options let a run learn little or nothing.
 
     Args:
-        config: Options of the run.
-        num_processes: Number of training processes.
         adapts: Whether an adapter is trained.
     """
     notes = []
@@ -558,9 +555,7 @@ def eval_dataset_problem(config: GymGRPOConfig, name: str, num_tasks: int) -> Pr
     """Say that an evaluation set is empty, or has fewer rollouts than a batch while incomplete ones are dropped.
 
     Args:
-        config: See `dataset_problem`.
         name: Name of the set; empty for one without.
-        num_tasks: Its tasks.
     """
     generations = config.num_generations_eval or config.num_generations
     batch = config.per_device_eval_batch_size * config.world_size if config.dataloader_drop_last else 1
@@ -578,7 +573,6 @@ def dataset_problem(config: GymGRPOConfig, num_tasks: int) -> Problem | None:
 
     Args:
         config: Options of the run, with the sizes of batches that TRL has resolved.
-        num_tasks: Tasks of the dataset.
     """
     size, steps, group = config.per_device_train_batch_size, config.steps_per_generation, config.num_generations
     needed = config.generation_batch_size // group
@@ -598,7 +592,6 @@ def context_problem(config: GymGRPOConfig, context: int | None, prompt_tokens: i
     """Say that rollouts end where a context does, before they have had `max_completion_length`.
 
     Args:
-        config: Options of the run.
         context: Tokens of prompt and completion that are served, or that the model was made for; None: not known.
         prompt_tokens: Tokens of the longest prompt.
     """
@@ -631,9 +624,7 @@ def check_refill(config: GymGRPOConfig, num_reward_funcs: int, dataset: Any) -> 
     """Refuse what groups cannot be replaced with.
 
     Args:
-        config: Options of the run.
         num_reward_funcs: Reward functions that the trainer was given besides the environment's reward.
-        dataset: That it was given to train on.
 
     Raises:
         ConfigError: Groups are replaced, and there are such functions, or further tasks cannot be drawn.

@@ -47,11 +47,7 @@ def vllm_is_installed() -> bool:
 
 
 def started_engine(config: GymGRPOConfig) -> str:
-    """Return the engine that this configuration starts: the one that it names, else vLLM where that is installed.
-
-    Args:
-        config: Options of a run that starts its policy server.
-    """
+    """Return the engine that this configuration starts: the one that it names, else vLLM where that is installed."""
     if config.gym_engine != "auto":
         return config.gym_engine
     return "vllm" if vllm_is_installed() else "transformers"
@@ -89,11 +85,8 @@ def named_problems(config: GymGRPOConfig) -> Iterator[Problem]:
 
 
 def require_fit(config: GymGRPOConfig) -> None:
-    """Refuse to start the engine "transformers" for a configuration that it lacks something for.
-
-    Raises:
-        ConfigError: Lists all of it.
-    """
+    """Refuse to start the engine "transformers" for a configuration that it lacks something for. Raises `ConfigError`:
+    lists all of it."""
     problems = [*in_process_problems(config)]
     if problems:
         raise ConfigError("The engine 'transformers' cannot be started for this configuration:", problems=problems)
@@ -103,7 +96,6 @@ def in_process_problems(config: GymGRPOConfig, environment: Mapping[str, str] = 
     """List what an engine in the trainer's own process lacks for a configuration.
 
     Args:
-        config: Options of the run.
         environment: Variables by which launchers say how the model is sharded.
     """
     if (problem := engine_problem()) is not None:

@@ -49,11 +49,7 @@ class FolderOwner:
         self._file: IO[bytes] | None = None
 
     def take(self) -> None:
-        """Take the folder. Idempotent.
-
-        Raises:
-            ConfigError: Someone else has it, or it cannot be written to.
-        """
+        """Take the folder. Idempotent. Raises `ConfigError`: someone else has it, or it cannot be written to."""
         if self._file is not None:
             return
         with writing(f"`{self._option}`", self._path.parent, safe="Nothing was started.", kind=ConfigError):
@@ -151,10 +147,6 @@ def take_for(trainer: Closable, output_dir: str | os.PathLike[str]) -> FolderOwn
 
     A trainer that this process made for the folder before is closed: a notebook's cell that is run again makes a
     second one while the first, still named by `trainer`, holds the device with its policy server.
-
-    Args:
-        trainer: The new trainer.
-        output_dir: Its folder.
 
     Raises:
         ConfigError: On all ranks, when someone else has the folder, or it cannot be written to.

@@ -73,7 +73,6 @@ def url_problems(option: str, given: str | Sequence[str]) -> list[Problem]:
     """Say why what was given cannot be the URLs of HTTP servers.
 
     Args:
-        option: Option that gives them, as its user spells it.
         given: As for `split_urls`.
     """
     urls = split_urls(given)
@@ -86,7 +85,6 @@ def checked_urls(option: str, given: str | Sequence[str]) -> list[str]:
     """Return the URLs of HTTP servers.
 
     Args:
-        option: See `url_problems`.
         given: As for `split_urls`.
 
     Raises:

@@ -47,7 +47,6 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     Args:
         name: Folder, or name on the hub.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         ConfigError: The folder has no config.json, or the model is neither in the cache nor to be had from the hub.

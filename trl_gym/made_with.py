@@ -166,9 +166,6 @@ def facts(args: GymGRPOConfig, dataset: Any, world_size: int, **more: Any) -> di
     """Return what a checkpoint is made with, as JSON: no secrets, and nothing that is silent.
 
     Args:
-        args: Options.
-        dataset: What is trained on.
-        world_size: Number of ranks.
         more: What else there is; see `of_model`.
     """
     names = (one.name for one in fields(args) if CONSEQUENCES.get(one.name) is not Consequence.SILENT)
@@ -204,11 +201,8 @@ def write(folder: str | Path, made_with: Mapping[str, Any]) -> None:
 
 
 def read(folder: str | Path) -> dict[str, Any] | None:
-    """Return what a checkpoint was made with; None where it does not say it.
-
-    Raises:
-        ConfigError: Another version of trl-gym wrote it, or it is damaged.
-    """
+    """Return what a checkpoint was made with; None where it does not say it. Raises `ConfigError`: another version of
+    trl-gym wrote it, or it is damaged."""
     path = Path(folder) / MADE_WITH
     try:
         content = parse_json(path.read_text())
@@ -246,7 +240,6 @@ def require_same(
     """Compare what a checkpoint was made with with a run that resumes it, and say what has changed.
 
     Args:
-        checkpoint: Its folder.
         now: `facts` of the run.
         lost: Files of the state of training that it does not have, of any rank; see `lost_files`.
         is_allowed: Whether to go on with changes that break exactness (`gym_resume_changed`).

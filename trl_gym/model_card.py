@@ -32,14 +32,7 @@ _RESULT = re.compile(r"(?:eval_(?:\w+_)?)?(?:gym/[^/]+/)?(?:reward|success|pass@
 
 
 def complete(args: GymGRPOConfig, state: TrainerState, *, base: str, source: Mapping[str, str]) -> None:
-    """Rewrite the card that TRL has written into `output_dir`.
-
-    Args:
-        args: The run's configuration.
-        state: What transformers logged.
-        base: See `completed`.
-        source: See `settings_of`.
-    """
+    """Rewrite the card that TRL has written into `output_dir`."""
     output_dir = Path(args.output_dir)
     checkpoint, path = output_dir / f"checkpoint-{state.global_step}", output_dir / "README.md"
     card = completed(
@@ -106,7 +99,6 @@ def settings_of(args: GymGRPOConfig, *, num_steps: int, source: Mapping[str, str
     """Return the rows of the first table.
 
     Args:
-        args: The run's configuration.
         num_steps: Optimizer steps that were made.
         source: What the source of rollouts says about itself (`RolloutSource.describe`).
     """

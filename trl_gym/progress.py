@@ -151,16 +151,12 @@ class LineProgress:
     """Print one plain line per logged step, for logs and pipes, and more for a batch of rollouts that takes long.
 
     Args:
-        console: Console to print to.
         first: What is said before the first time, see `first_phases`.
         clock: Returns seconds; only differences count.
     """
 
     def __init__(
-        self,
-        console: Console,
-        first: Mapping[str, str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, console: Console, first: Mapping[str, str] | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._console = console
         self._first = dict(first or {})
@@ -275,7 +271,6 @@ def make_progress(*, live: bool, quiet: bool = False, first: Mapping[str, str] |
     """Return a bar if `live` and the output is a terminal or a notebook, else lines.
 
     Args:
-        live: Whether a bar is wanted.
         quiet: Whether nothing is shown, as by all ranks but one.
         first: What is said before the first time, see `first_phases`. A notebook has no lines for it.
     """
@@ -311,7 +306,6 @@ def waiting_for_servers(args: GymGRPOConfig, *, quiet: bool) -> contextlib.Abstr
     """While open, show that a trainer waits for its servers; see `working`.
 
     Args:
-        args: The trainer's configuration.
         quiet: Whether there are none.
     """
     longest = f"at most {args.gym_server_start_timeout:g} s"
@@ -325,9 +319,7 @@ def working(text: str, may_take: str = "", *, live: bool = True, quiet: bool = F
     nothing can be drawn, one line at the beginning.
 
     Args:
-        text: What is done.
         may_take: How long it may take, for who waits.
-        live, quiet: See `make_progress`.
     """
     console, started = Console(quiet=quiet), time.monotonic()
     begun = f"{text} ({may_take})" if may_take else text
@@ -407,7 +399,6 @@ def step_text(step: int, num_steps: int, metrics: Mapping[str, float], *, by_pha
     """Return e.g. `"step  3/36: reward 0.535, success 0.531, failed 2%, 3.1 s"`.
 
     Args:
-        step: Optimizer steps made.
         num_steps: Of the whole run.
         metrics: Logged with the step; `seconds/<phase>` since the log before.
         by_phase: Whether the seconds of each phase are said as well.

@@ -119,7 +119,6 @@ def copy(name: str, to: str | Path) -> list[Path]:
     """Copy a recipe and what it needs below a folder, so that its commands work from there.
 
     Args:
-        name: As for `recipe`.
         to: Folder, made if missing; the files come to lie in `to/recipes/`.
 
     Returns:

@@ -74,9 +74,6 @@ def answer_problem(answer: Mapping[str, Any]) -> str | None:
     What this accepts, the functions below read without an exception: `output` is a list of objects whose token ids,
     log-probabilities and names have their types. It checks neither that ids are in the vocabulary nor that they were
     sampled.
-
-    Args:
-        answer: Gym's answer to `/run`.
     """
     if (problem := shape_problem({"response": answer.get("response")}, _AnswerShape)) is not None:
         return problem

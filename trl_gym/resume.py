@@ -96,8 +96,6 @@ def begin(
 
     Args:
         asked: `resume_from_checkpoint`.
-        args: Options of the run.
-        process: This rank.
         facts: What this run makes checkpoints with (`made_with.facts`), or the part that is known.
         is_told: Whether changes that are not refused are said.
 
@@ -119,8 +117,6 @@ def prepare_folder(folder: str | Path, facts: Mapping[str, Any], *, writes: bool
     where it is one that was written before.
 
     Args:
-        folder: Its folder.
-        facts: What it is made with.
         writes: Whether this rank writes what is there once; see `TrainingArguments.should_save`.
     """
     if writes:
@@ -136,12 +132,8 @@ class _StateShape(msgspec.Struct):
 
 
 def save_state(folder: str | Path, rank: int, state: RunState) -> None:
-    """Write one rank's state, whole or not at all.
-
-    Raises:
-        StorageError: See `storage.writing`.
-        ConfigError: A checkpoint cannot hold it.
-    """
+    """Write one rank's state, whole or not at all. Raises `StorageError`: see `storage.writing`; `ConfigError`: a
+    checkpoint cannot hold it."""
     path = _path(folder, rank)
     beside = path.with_suffix(".tmp")
     _require_plain(state)
@@ -158,11 +150,8 @@ def _writing(folder: str | Path) -> contextlib.AbstractContextManager[None]:
 
 
 def require_plain_tasks(tasks: Any) -> None:
-    """Check that a checkpoint can hold examples of the dataset: it holds no code.
-
-    Raises:
-        ConfigError: It could not be read back.
-    """
+    """Check that a checkpoint can hold examples of the dataset: it holds no code. Raises `ConfigError`: it could not
+    be read back."""
     if (problem := _plain_problem(tasks)) is not None:
         raise ConfigError(
             "A checkpoint cannot hold the tasks that are in flight (`gym_max_staleness`): a column of the dataset has "
@@ -195,11 +184,8 @@ def _plain_problem(value: Any) -> str | None:
 
 
 def load_state(folder: str | Path, rank: int, device: Any = "cpu") -> RunState | None:
-    """Return one rank's state; None when the checkpoint has none.
-
-    Raises:
-        ConfigError: Another version of trl-gym wrote it, or it is damaged.
-    """
+    """Return one rank's state; None when the checkpoint has none. Raises `ConfigError`: another version of trl-gym
+    wrote it, or it is damaged."""
     path = _path(folder, rank)
     if not path.exists():
         return None
@@ -283,8 +269,6 @@ def read_back(start: Start, accelerator: Accelerator, args: GymGRPOConfig, *, ru
 
     Args:
         start: From `begin`.
-        accelerator: Accelerate's view of the ranks.
-        args: Options of the run.
         run: Its id, where the checkpoint has none.
         num_steps: Optimizer steps made.
 
@@ -311,13 +295,7 @@ def draw_orders(sampler: Any, num_epochs: int) -> None:
 
 
 class CheckpointCallback(TrainerCallback):
-    """Puts a run's state back when training begins, and writes a checkpoint that came too early when its step is made.
-
-    Args:
-        restore: Puts the state back.
-        save: Writes a checkpoint.
-        num_micro_steps: Returns the micro-steps done.
-    """
+    """Puts a run's state back when training begins, and writes a checkpoint that came too early after its step."""
 
     def __init__(
         self, restore: Callable[[], None], save: Callable[[], None], num_micro_steps: Callable[[], int]
@@ -329,11 +307,7 @@ class CheckpointCallback(TrainerCallback):
         self._is_postponed = False
 
     def postpones(self, step: int) -> bool:
-        """Tell whether a checkpoint has to wait, because gradients are being accumulated; remember that it does.
-
-        Args:
-            step: Optimizer steps made.
-        """
+        """Tell whether a checkpoint has to wait, because gradients are being accumulated; remember that it does."""
         is_open = self._window is not None and self._window[0] == step and self._num_micro_steps() > self._window[1]
         self._is_postponed = self._is_postponed or is_open
         return is_open
@@ -345,10 +319,6 @@ class CheckpointCallback(TrainerCallback):
 
         That is the present one, except between the begin of an epoch and its first step: the epoch's iterator has
         drawn from the random state, and will draw from the restored one again.
-
-        Args:
-            step: Optimizer steps made.
-            output_dir: The run's folder.
 
         Raises:
             StorageError: See `storage.writing`.
@@ -364,38 +334,28 @@ class CheckpointCallback(TrainerCallback):
             if before is not None:
                 torch.set_rng_state(before)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._window, self._epoch, self._is_postponed = None, None, False
         self._in_first_epoch = True
         self._restore()
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # In the first epoch of a resumed run, transformers restores the random state later than here.
         is_restored = self._in_first_epoch and state.global_step > 0
         self._epoch = None if is_restored else (state.global_step, torch.get_rng_state())
         self._in_first_epoch = False
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._window = state.global_step, self._num_micro_steps()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._window = None
         if self._is_postponed:
             self._is_postponed = control.should_save = False
             _remove_if_empty(Path(args.output_dir) / f"checkpoint-{state.global_step - 1}")
             self._save()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._is_postponed:
             logger.warning(
                 "training ends between two optimizer steps, with gradients that no checkpoint holds, and none was "

@@ -34,7 +34,6 @@ def refusal(error: BaseException, path: str | os.PathLike[str]) -> Problem | Non
     """Return why the operating system did not let a file be written, and what to do; None for any other error.
 
     Args:
-        error: What was raised, by Python or by a library.
         path: The file, or a folder above it.
     """
     number = _number_of(error, path)
@@ -51,7 +50,6 @@ def writing(
         what: Begins the message, e.g. `"The metrics"`.
         path: The file, or its folder.
         safe: Sentence about what is not lost.
-        kind: Of the error.
         also: How to go on when the cause is gone; ends the remedy.
 
     Raises:

@@ -76,7 +76,6 @@ def choose_threads(
 
     Args:
         cores: Cores that this process may run on.
-        ranks: Ranks of the trainer on this machine.
         wanted: OMP_NUM_THREADS, if the user has set it: it counts for all processes.
         on_gpu: Whether the engine is on a GPU.
         weight_bytes: Size of the model's weights; None if it is not known.
@@ -94,7 +93,6 @@ def wanted_threads(
     """Return the user's own OMP_NUM_THREADS; None where there is none, or a launcher's. Pure.
 
     Args:
-        environment: Of this process.
         launcher: The environment that its parent was started with; None where that cannot be read. A 1 is taken for
             a launcher's then, a larger number for the user's.
         command: The parent's command.
@@ -136,12 +134,7 @@ def num_cores() -> int:
 
 
 def use_threads(model: object, *, on_gpu: bool) -> Threads:
-    """Give this process, a rank of the trainer, its threads; one whose script has set torch's keeps those.
-
-    Args:
-        model: See `threads_here`.
-        on_gpu: See `threads_here`.
-    """
+    """Give this process, a rank of the trainer, its threads; one whose script has set torch's keeps those."""
     import torch
 
     threads = threads_here(model, on_gpu=on_gpu)

@@ -127,11 +127,8 @@ def _main(words: Sequence[str]) -> int:
 
 
 def with_config_found(argv: Sequence[str]) -> list[str]:
-    """Return options with the file that `--config` names as `recipes.find` finds it, in a word of its own.
-
-    Raises:
-        ConfigError: There is no such file.
-    """
+    """Return options with the file that `--config` names as `recipes.find` finds it, in a word of its own. Raises
+    `ConfigError`: there is no such file."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     for place, (word, named) in enumerate(pairwise([*words, ""])):
         if word != "--config" or not named:
@@ -267,7 +264,6 @@ def parse_options(
 
     Args:
         argv: Options, as for `main`.
-        config: Class of the trainer's options.
 
     Raises:
         ConfigError: The file cannot be read, or options are unknown or wrong.
@@ -308,14 +304,8 @@ def quiet() -> None:
 
 
 def make_data(script: str, output_dir: str) -> tuple[Path, Path]:
-    """Run a data script; it is deterministic, so running it again changes nothing.
-
-    Returns:
-        `train.jsonl` and `validation.jsonl`.
-
-    Raises:
-        ConfigError: The script fails.
-    """
+    """Run a data script; it is deterministic, so running it again changes nothing. Returns `train.jsonl` and
+    `validation.jsonl`. Raises `ConfigError`: the script fails."""
     folder = Path(output_dir) / "data"
     command = [sys.executable, script, "--output_dir", str(folder)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -328,11 +318,8 @@ def make_data(script: str, output_dir: str) -> tuple[Path, Path]:
 
 
 def load_train(script: ScriptArguments, seed: int) -> Dataset:
-    """Load what is trained on: the files mixed by weight, or one after the other.
-
-    Raises:
-        DatasetError: A file is missing or broken, or there are more or fewer weights than files.
-    """
+    """Load what is trained on: the files mixed by weight, or one after the other. Raises `DatasetError`: a file is
+    missing or broken, or there are more or fewer weights than files."""
     from trl_gym import load_gym_dataset, mix_gym_datasets
 
     if script.train_weights is None:
@@ -346,7 +333,6 @@ def model_to_train(named: str | None, script: ScriptArguments) -> str:
 
     Args:
         named: `model_name_or_path`.
-        script: Options of the script.
 
     Raises:
         ConfigError: Neither is given, or the small policy is not there.
@@ -370,11 +356,8 @@ def checkpoint_to_start_from(
     script: ScriptArguments, args: GymGRPOConfig, state: PartialState, train_dataset: Dataset
 ) -> str | None:
     """Return the checkpoint that the run continues from, if any. Every rank calls it in step. The trainer compares
-    again, with its model: what can be refused before servers are started is refused here.
-
-    Raises:
-        ConfigError: See `resume.begin`.
-    """
+    again, with its model: what can be refused before servers are started is refused here. Raises `ConfigError`: see
+    `resume.begin`."""
     from accelerate.utils import gather_object
 
     from trl_gym import made_with, resume
@@ -390,14 +373,7 @@ def checkpoint_to_start_from(
 
 
 def set_small_learning_rate(model: str, script: ScriptArguments, args: GymGRPOConfig, told: Mapping[str, Any]) -> None:
-    """Give the small policy the learning rate of its size, where none is given.
-
-    Args:
-        model: What is trained.
-        script: Options of the script.
-        args: Options of the trainer, which are changed.
-        told: Options that are given, as `told_options` reads them.
-    """
+    """Give the small policy the learning rate of its size, where none is given."""
     if model == script.small_policy_dir and "learning_rate" not in told:
         args.learning_rate = script.small_policy_learning_rate
 
@@ -461,7 +437,6 @@ def after_interrupt(options: Mapping[str, Any], environment: Mapping[str, str]) 
     """Say what to do with a run that was interrupted, from what it has on disk.
 
     Args:
-        options: As `told_options` reads them.
         environment: Variables; `make` sets one, and takes further options in another way.
     """
     folder = Path(str(options.get("output_dir", ""))).expanduser()

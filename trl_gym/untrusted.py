@@ -35,7 +35,6 @@ def parse_json(text: str | bytes, constant: Callable[[str], Any] | None = None) 
     """Parse JSON.
 
     Args:
-        text: The JSON.
         constant: Makes a value of `NaN`, `Infinity` and `-Infinity`; None makes floats.
 
     Raises:
@@ -83,12 +82,9 @@ def _num_brackets(text: str | bytes) -> int:
 
 
 def check_depth(value: Any) -> None:
-    """Check that a value of lists and dictionaries can be walked; it may hold itself, as YAML can say.
-
-    Raises:
-        ValueError: It is nested deeper than `MAX_DEPTH`, or has more than `MAX_CONTAINERS` lists and objects, each
-            counted as often as it is found.
-    """
+    """Check that a value of lists and dictionaries can be walked; it may hold itself, as YAML can say. Raises
+    `ValueError`: it is nested deeper than `MAX_DEPTH`, or has more than `MAX_CONTAINERS` lists and objects, each
+    counted as often as it is found."""
     level, total = [value] if isinstance(value, dict | list) else [], 0
     for _ in range(MAX_DEPTH):
         level = list(itertools.islice(_containers(level), MAX_CONTAINERS))
@@ -142,12 +138,8 @@ class BodyTooLongError(ValueError):
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int = MAX_BODY_BYTES) -> bytes:
-    """Read the body of an answer.
-
-    Raises:
-        BodyTooLongError: It has more than `limit` bytes.
-        aiohttp.ClientError: The connection broke.
-    """
+    """Read the body of an answer. Raises `BodyTooLongError`: it has more than `limit` bytes; `aiohttp.ClientError`:
+    the connection broke."""
     body = await read_beginning(response, limit + 1)
     if len(body) > limit:
         raise BodyTooLongError(limit)
@@ -166,12 +158,8 @@ async def read_beginning(response: aiohttp.ClientResponse, limit: int = MAX_ERRO
 
 
 def read_response(response: requests.Response, limit: int = MAX_BODY_BYTES) -> bytes:
-    """Read the body of an answer to a request that was sent with `stream=True`; it is closed if that fails.
-
-    Raises:
-        BodyTooLongError: It has more than `limit` bytes.
-        requests.RequestException: The connection broke.
-    """
+    """Read the body of an answer to a request that was sent with `stream=True`; it is closed if that fails. Raises
+    `BodyTooLongError`: it has more than `limit` bytes; `requests.RequestException`: the connection broke."""
     chunks, size = [], 0
     for chunk in response.iter_content(_CHUNK_BYTES):
         chunks.append(chunk)
@@ -188,8 +176,6 @@ def redirect_problem(url: str, status: int, location: str | None) -> str | None:
     Redirects are not followed: what is sent along (a task, a key) is for the server that was asked.
 
     Args:
-        url: The URL that was asked.
-        status: HTTP status of the answer.
         location: Its `Location` header.
     """
     if not 300 <= status < 400:

@@ -21,12 +21,7 @@ from rich.progress import Progress
 
 from trl_gym.commands.rollout_flags import CollectOptions, NamedFile
 from trl_gym.dataset import gym_row, load_gym_dataset
-from trl_gym.errors import (
-    ConfigError,
-    RolloutError,
-    RolloutFailure,
-    ServerError,
-)
+from trl_gym.errors import ConfigError, RolloutError, RolloutFailure, ServerError
 from trl_gym.folder_owner import FolderOwner
 from trl_gym.gym.config import POLICY_MODEL, resolve_configs
 from trl_gym.gym.install import find_installation
@@ -82,11 +77,7 @@ class Job:
 
 
 def load_tasks(files: Sequence[NamedFile], *, agent: str | None, limit: int | None) -> list[Task]:
-    """Load all rows of all files, in order.
-
-    Raises:
-        DatasetError: A file has lines that are not Gym rows.
-    """
+    """Load all rows of all files, in order. Raises `DatasetError`: a file has lines that are not Gym rows."""
     rows = [
         (file.name, gym_row(example))
         for file in files
@@ -144,11 +135,8 @@ def missing(jobs: Sequence[Job], finished: Mapping[Key, int]) -> list[Job]:
 
 
 def claim(options: CollectOptions) -> None:
-    """Mark an output folder as that of these options, or check that it is.
-
-    Raises:
-        ConfigError: Another model, or other sampling, was rolled out into it: the two would be mixed.
-    """
+    """Mark an output folder as that of these options, or check that it is. Raises `ConfigError`: another model, or
+    other sampling, was rolled out into it: the two would be mixed."""
     manifest = {
         "mode": options.mode,
         "model": options.model,
@@ -211,8 +199,6 @@ def look_at(base_url: str, model: str, api_key: str | None) -> Endpoint:
 
     Args:
         base_url: OpenAI base URL, with or without `/v1`.
-        model: Name of the model.
-        api_key: Bearer token.
 
     Raises:
         PolicyServerError: Nothing answers.
@@ -274,7 +260,6 @@ def collect(options: CollectOptions, *, say: Callable[[str], None], progress: Co
     """Run every rollout that is not in the journal yet.
 
     Args:
-        options: The options of the command.
         say: Gets sentences that a user should read.
         progress: Gets the state of the collection, in the collector's thread.
 
@@ -347,11 +332,7 @@ def _untagged_calls_told(options: CollectOptions, endpoint: Endpoint, say: Calla
 
 
 def _finisher(
-    jobs: Sequence[Job],
-    journal: Journal,
-    endpoint: Endpoint,
-    options: CollectOptions,
-    own_sampling: OwnSampling,
+    jobs: Sequence[Job], journal: Journal, endpoint: Endpoint, options: CollectOptions, own_sampling: OwnSampling
 ) -> Callable[[RolloutResult], _Outcome]:
     job_of = {(job.task.index, job.member): job for job in jobs}
 
@@ -475,15 +456,7 @@ def _collector(options: CollectOptions, endpoint: Endpoint, gym: GymServers) -> 
 
 
 def run_collection(options: CollectOptions, errors: Console) -> Collected | None:
-    """Collect and show progress.
-
-    Args:
-        options: The options of the command.
-        errors: Console for progress and notes.
-
-    Returns:
-        None when Ctrl-C ended it; the user has then been told how to go on.
-    """
+    """Collect and show progress. Returns None when Ctrl-C ended it; the user has then been told how to go on."""
     say = speaker(errors)
     try:
         with shown_progress(errors) as progress:

@@ -90,11 +90,8 @@ trl-gym train --config {config} --model-name-or-path Qwen/Qwen3-0.6B"""
 
 
 def check_name(name: str) -> None:
-    """Check that a name can be a folder, a part of Python modules and classes, and a key of a NeMo Gym config.
-
-    Raises:
-        ConfigError: It cannot; the remedy suggests one.
-    """
+    """Check that a name can be a folder, a part of Python modules and classes, and a key of a NeMo Gym config. Raises
+    `ConfigError`: it cannot; the remedy suggests one."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
         suggestion = re.sub(r"^[\d_]+", "", "_".join(words).lower()) or "my_environment"
@@ -118,14 +115,8 @@ def check_name(name: str) -> None:
 
 
 def create(environment: NewEnvironment) -> list[Path]:
-    """Write the environment; nothing is written when something is in its way.
-
-    Returns:
-        Paths of the files.
-
-    Raises:
-        ConfigError: The folder exists or cannot be made.
-    """
+    """Write the environment; nothing is written when something is in its way. Returns the paths of its files. Raises
+    `ConfigError`: the folder exists or cannot be made."""
     check_name(environment.name)
     files = environment.files()
     if environment.folder.exists() or environment.folder.is_symlink():
@@ -149,11 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Make the environment and print what to do next; return exit status 0.
-
-    Raises:
-        ConfigError: See `create`.
-    """
+    """Make the environment and print what to do next; return exit status 0. Raises `ConfigError`: see `create`."""
     from rich.console import Console
 
     console, errors = Console(), Console(stderr=True)

@@ -72,11 +72,8 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the plan; return 0 when the run fits, else 1.
-
-    Raises:
-        ConfigError: Options are wrong, or the memory of this model cannot be estimated.
-    """
+    """Print the plan; return 0 when the run fits, else 1. Raises `ConfigError`: options are wrong, or the memory of
+    this model cannot be estimated."""
     check_versions()  # packages that do not fit together cannot be imported
     from trl_gym.doctor.options import Launch, read_launch
     from trl_gym.hub import load_config

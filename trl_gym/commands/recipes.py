@@ -35,11 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do it; return exit status 0.
-
-    Raises:
-        ConfigError: There is no such recipe, or it cannot be copied.
-    """
+    """Do it; return exit status 0. Raises `ConfigError`: there is no such recipe, or it cannot be copied."""
     if options.action == "list":
         _print_list()
         return 0

@@ -49,14 +49,10 @@ class CollectOptions:
         mode: `"rollout"` or `"eval"`; `mode` of the journal's lines.
         datasets: Files, with unique names.
         output_dir: Folder for `rollouts/`, `logs/` and the summary.
-        base_url: OpenAI base URL of the policy.
-        model: Name of the policy there.
-        api_key: Bearer token of the policy's endpoint.
         config_paths: NeMo Gym configs to start, unless `head_url` names a running Gym.
         head_url: Head server of a running Gym; several, separated by commas.
         processes: Processes of the NeMo Gym that is started; None for the default.
         gym_python: Interpreter that has `nemo-gym`.
-        overrides: Options of NeMo Gym.
         agent: Agent for rows that name none.
         limit: Rows of each file at most.
         num_generations: Rollouts per row.
@@ -193,11 +189,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(options: argparse.Namespace, mode: str) -> CollectOptions:
-    """Make options from parsed flags.
-
-    Raises:
-        ConfigError: Lists every problem that can be found without starting anything.
-    """
+    """Make options from parsed flags. Raises `ConfigError`: lists every problem that can be found without starting
+    anything."""
     return CollectOptions(
         mode=mode,
         datasets=[named_file(text) for text in options.dataset],

@@ -48,12 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Make it or check it; return exit status 0.
-
-    Raises:
-        ConfigError: There is no fitting Python, no network, no space, the folder cannot be written to, or what was
-            made is not used, since something that does not work comes before it.
-    """
+    """Make it or check it; return exit status 0. Raises `ConfigError`: there is no fitting Python, no network, no
+    space, the folder cannot be written to, or what was made is not used, since something that does not work comes
+    before it."""
     from rich.console import Console
 
     if options.print_python:
@@ -100,10 +97,7 @@ def set_up(environment: GymEnvironment, python: str | None, tools: Tools, busy: 
     """Make an environment, unless it is whole.
 
     Args:
-        environment: What to make.
         python: As `--python`.
-        tools: Runs the commands.
-        busy: Shows a text while something takes time.
 
     Returns:
         A sentence about what there is now.
@@ -142,11 +136,8 @@ def set_up(environment: GymEnvironment, python: str | None, tools: Tools, busy: 
 
 
 def choose(python: str | None, tools: Tools) -> str:
-    """Return the interpreter that `--python` means, or the first that fits.
-
-    Raises:
-        SetupError: There is none, or it does not work.
-    """
+    """Return the interpreter that `--python` means, or the first that fits. Raises `SetupError`: there is none, or it
+    does not work."""
     if python is None:
         return tools.choose_python(_MINORS, "NeMo Gym")
     if os.sep in python or not python[:1].isdigit():

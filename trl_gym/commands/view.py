@@ -67,11 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the page; return exit status 0.
-
-    Raises:
-        ConfigError: The run has nothing to show, or the page cannot be written.
-    """
+    """Write the page; return exit status 0. Raises `ConfigError`: the run has nothing to show, or the page cannot be
+    written."""
     if options.max_rollouts < 0:
         raise ConfigError(f"`--max-rollouts` is {options.max_rollouts}.", "Give a number of rollouts, or 0 for all.")
     if len(options.others) > _MAX_OTHERS:
@@ -96,7 +93,6 @@ def watch(
     """Write the page whenever the run has gone on, until Ctrl-C; return 0, or 130 where there was nothing to write.
 
     Args:
-        options: The flags.
         pause: Waits so many seconds; raises KeyboardInterrupt at Ctrl-C.
         clock: Returns seconds; only differences count.
 

@@ -94,7 +94,6 @@ def run_checks(
     Args:
         checks: A check comes after those that it needs.
         context: The run that is examined.
-        begin: Receives the name of each check before it runs.
     """
     reasons: dict[str, tuple[str, ...]] = {}  # of checks that did not pass: why those that need them are not made
     for check in checks:

@@ -72,7 +72,6 @@ def from_error(error: TrlGymError, remedy: str = "See docs/reference/failures.md
     """Turn an error into findings, one for each of its problems.
 
     Args:
-        error: The error.
         remedy: Remedy of a problem that has none.
     """
     problems = error.problems or (Problem(error.problem, error.remedy),)

@@ -305,7 +305,6 @@ def leave(client: PolicyClient, transport: str, held: str) -> None:
     are.
 
     Args:
-        client: Control plane of the server.
         transport: Name of the transport that sent the weights.
         held: Version that the server held before.
     """

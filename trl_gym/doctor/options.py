@@ -124,11 +124,7 @@ def _read_file(words: list[str]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        ConfigError: It does not, or cannot be read.
-    """
+    """Read a YAML file that holds a mapping. Raises `ConfigError`: it does not, or cannot be read."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
@@ -148,11 +144,8 @@ def _unreadable(reason: str) -> ConfigError:
 
 
 def _left_out(message: str, words: list[str], given: dict[str, Any]) -> Problem:
-    """Take out what the parser complains of, so that its next complaint can be heard.
-
-    Raises:
-        ConfigError: The complaint is not about a single option.
-    """
+    """Take out what the parser complains of, so that its next complaint can be heard. Raises `ConfigError`: the
+    complaint is not about a single option."""
     found = _ARGUMENT.search(message)
     name = found[1] if found is not None else ""
     if f"--{name}" in words:
@@ -225,11 +218,7 @@ class Launch:
 
 
 def read_launch(path: Path) -> Launch:
-    """Read a configuration of accelerate.
-
-    Raises:
-        ConfigError: It is none.
-    """
+    """Read a configuration of accelerate. Raises `ConfigError`: it is none."""
     try:
         config = read_yaml(path)
         kind = str(config.get("distributed_type", "NO")).upper()

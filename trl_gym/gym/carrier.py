@@ -62,7 +62,6 @@ class Carrier:
 
     Args:
         servers: Kind, host and port of each co-hosted server.
-        policy_urls: Base URLs of the policy.
     """
 
     def __init__(self, servers: Sequence[tuple[str, str, int]], policy_urls: Sequence[str]) -> None:
@@ -87,9 +86,7 @@ class Carrier:
         """Return a server's application with the rollout of each request as the current one.
 
         Args:
-            app: The application.
             kind: Its kind, e.g. `responses_api_agents`.
-            name: Its name in the config.
         """
 
         own = f"{kind}/{name}"
@@ -130,7 +127,6 @@ class Carrier:
 
         Args:
             headers: Headers of the request; changed in place.
-            url: Its address.
         """
         call = self._current.get()
         is_reached = _origin(url) in self._reached

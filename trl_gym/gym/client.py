@@ -116,8 +116,6 @@ async def run_rollout(
     """Run one dataset row to its end.
 
     Args:
-        session: See `new_session`.
-        agent: The agent server that runs it.
         row: Everything that Gym gets: `responses_create_params`, the verifier's fields, `_ng_*` ids.
         deadline_s: Seconds until the rollout is given up. Gym itself never gives up.
         headers: Further headers, by which a Gym that we started knows the rollout in every request made for it.
@@ -228,10 +226,6 @@ def _failure(kind: FailureKind, text: str, where: str) -> RolloutFailure:
 
 def read_error(body: bytes, status: int) -> tuple[FailureKind, str]:
     """Return a kind and one sentence for an HTTP answer other than 200.
-
-    Args:
-        body: The answer's body as received.
-        status: Its HTTP status.
 
     Returns:
         INFRASTRUCTURE if the innermost message speaks of connections or does not exist, otherwise ENVIRONMENT. The

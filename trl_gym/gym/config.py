@@ -54,11 +54,8 @@ class ResolvedConfigs:
 
 
 def resolve_configs(config_paths: Sequence[str | Path], installation_root: Path) -> ResolvedConfigs:
-    """Find every config file as Gym would, and the files that they include.
-
-    Raises:
-        ConfigError: If files do not exist or are not YAML mappings; lists all of them.
-    """
+    """Find every config file as Gym would, and the files that they include. Raises `ConfigError` if files do not exist
+    or are not YAML mappings; lists all of them."""
     if not config_paths:
         raise ConfigError(
             "No NeMo Gym config was given.",

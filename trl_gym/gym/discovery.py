@@ -25,14 +25,7 @@ import yaml
 
 from trl_gym.errors import GymServerError
 from trl_gym.supervisor import is_stopped
-from trl_gym.untrusted import (
-    BodyTooLongError,
-    check_depth,
-    parse_json,
-    read_response,
-    redirect_problem,
-    shape_problem,
-)
+from trl_gym.untrusted import BodyTooLongError, check_depth, parse_json, read_response, redirect_problem, shape_problem
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +118,8 @@ def new_http_session() -> requests.Session:
 
 
 def look_at_head(session: requests.Session, head_url: str, *, timeout_s: float) -> HeadView:
-    """Read a head server's config and servers.
-
-    Raises:
-        HeadUnreachable: If nothing answers within `timeout_s` seconds.
-        GymServerError: If what answers is not a NeMo Gym head server.
-    """
+    """Read a head server's config and servers. Raises `HeadUnreachable` if nothing answers within `timeout_s` seconds;
+    `GymServerError` if what answers is not a NeMo Gym head server."""
     config_text = _get_json(session, f"{head_url}/global_config_dict_yaml", timeout_s)
     instances = _get_json(session, f"{head_url}/server_instances", timeout_s)
     if not isinstance(config_text, str) or not isinstance(instances, list):
@@ -159,8 +148,6 @@ def with_run_fields(session: requests.Session, instance: ServerInstance, *, time
     """Ask an agent which policy fields its `/run` takes, unless that is known; one that does not say takes none.
 
     Args:
-        session: For the request.
-        instance: The server.
         timeout_s: Seconds to wait: a server writes its schema when it is asked for the first time.
     """
     if instance.kind != AGENTS or instance.run_fields is not None:
@@ -250,11 +237,7 @@ def _resources_server(config: Mapping[str, Any], instance: ServerInstance) -> st
 
 
 def servers_gone(
-    instances: Iterable[ServerInstance],
-    refused: Counter[str],
-    *,
-    knows_processes: bool,
-    hung: Collection[str] = (),
+    instances: Iterable[ServerInstance], refused: Counter[str], *, knows_processes: bool, hung: Collection[str] = ()
 ) -> dict[str, str]:
     """Look once at every server, and return those that are gone.
 
@@ -263,11 +246,9 @@ def servers_gone(
     not gone.
 
     Args:
-        instances: Servers to look at.
         refused: By URL, how many looks in a row were refused; changed in place. It is of one watch, which looks at
             regular intervals: where several watches shared it, a short pause would count as several looks.
         knows_processes: Whether their pids are of this machine, one per server.
-        hung: URLs of servers that have not answered for too long.
 
     Returns:
         Name of each server that is gone → what is wrong with it.

@@ -129,11 +129,8 @@ def parse_config_as_gym_does(initial: Mapping[str, Any]) -> DictConfig:
 
 
 def find_instances(config: DictConfig, search_roots: Sequence[Path]) -> list[Instance]:
-    """Return the servers of a config, each with the folder that holds its entry point.
-
-    Raises:
-        HostError: If folders do not exist; names all of them.
-    """
+    """Return the servers of a config, each with the folder that holds its entry point. Raises `HostError` if folders
+    do not exist; names all of them."""
     instances: list[Instance] = []
     missing: list[str] = []
     for name in config:
@@ -163,11 +160,8 @@ def _first_item(node: Any) -> tuple[Any, Any]:
 
 
 def load_applications(instances: Sequence[Instance]) -> list[dict[str, Any]]:
-    """Run every entry point as Gym would; return the arguments of each call of `uvicorn.run`.
-
-    Raises:
-        HostError: If an entry point cannot be imported, needs Ray, or starts no server.
-    """
+    """Run every entry point as Gym would; return the arguments of each call of `uvicorn.run`. Raises `HostError` if an
+    entry point cannot be imported, needs Ray, or starts no server."""
     applications: list[dict[str, Any]] = []
     recorded: list[dict[str, Any]] = []
     helpers: dict[str, list[ModuleType]] = {}
@@ -428,11 +422,8 @@ class _Server(uvicorn.Server):
 async def serve(
     applications: Sequence[tuple[dict[str, Any], socket.socket]], head: tuple[Any, socket.socket], local_calls: Any
 ) -> None:
-    """Serve until SIGINT or SIGTERM. The head server starts when all others are up.
-
-    Raises:
-        HostError: If a server ends by itself.
-    """
+    """Serve until SIGINT or SIGTERM. The head server starts when all others are up. Raises `HostError` if a server
+    ends by itself."""
     servers = [_make_server(kwargs) for kwargs, _ in applications]
     tasks = [asyncio.create_task(s.serve(sockets=[sock])) for s, (_, sock) in zip(servers, applications, strict=True)]
     loop = asyncio.get_running_loop()

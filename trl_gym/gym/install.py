@@ -147,7 +147,6 @@ def probe(python: Path, remedy: str = _REMEDY) -> GymInstallation:
     """Ask an interpreter for its versions: run it once, without importing anything heavy.
 
     Args:
-        python: The interpreter.
         remedy: That of an interpreter which cannot be used.
 
     Raises:

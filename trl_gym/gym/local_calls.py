@@ -202,7 +202,6 @@ def plain_request(method: str, url: URL, options: Mapping[str, Any]) -> PlainReq
     """Return the request that aiohttp would send, or None if only aiohttp knows.
 
     Args:
-        method: HTTP method.
         url: Absolute URL.
         options: Options of `aiohttp.ClientSession.request`.
     """

@@ -119,12 +119,8 @@ class GymProcess:
         return self._agents
 
     def start(self, options: StartOptions, log_path: Path) -> None:
-        """Start it and return at once.
-
-        Raises:
-            GymServerError: The port of the head server is taken.
-            ConfigError: No folder has a name that is short enough for Ray's sockets.
-        """
+        """Start it and return at once. Raises `GymServerError`: the port of the head server is taken; `ConfigError`:
+        no folder has a name that is short enough for Ray's sockets."""
         self.log_path = log_path
         self._has_process_per_server = options.mode == "upstream"
         host, port = head_address(options.overrides)
@@ -164,11 +160,8 @@ class GymProcess:
         self._view = view
 
     def check(self) -> None:
-        """Raise if it does not answer (one that runs elsewhere), or if processes of it have ended.
-
-        Raises:
-            GymServerError: Names what died.
-        """
+        """Raise if it does not answer (one that runs elsewhere), or if processes of it have ended. Raises
+        `GymServerError`: names what died."""
         if self._nonce is None:
             look_at_head(self._http, self.head_url, timeout_s=_REQUEST_TIMEOUT_S)
             return
@@ -179,11 +172,8 @@ class GymProcess:
                 raise GymServerError(f"NeMo Gym servers have died: {', '.join(dead)}. {self.log_end()}")
 
     def check_process(self) -> None:
-        """Raise if the process that we started has ended, or was stopped in three looks in a row.
-
-        Raises:
-            GymServerLostError: Says whether it had been ready, how long it ran, and why it ended.
-        """
+        """Raise if the process that we started has ended, or was stopped in three looks in a row. Raises
+        `GymServerLostError`: says whether it had been ready, how long it ran, and why it ended."""
         if self.child is None:
             return
         if self.child.poll() is not None:
@@ -330,11 +320,7 @@ def head_address(overrides: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def bind_head(http: requests.Session, host: str, port: int, mode: Mode) -> socket.socket:
-    """Bind the head server's socket.
-
-    Raises:
-        GymServerError: The port is taken; says whether a NeMo Gym has it.
-    """
+    """Bind the head server's socket. Raises `GymServerError`: the port is taken; says whether a NeMo Gym has it."""
     for likely in random.SystemRandom().sample(_RELEASED_PORTS, 20) if mode == "upstream" and not port else ():
         with contextlib.suppress(OSError):
             return bind_socket(host, likely)

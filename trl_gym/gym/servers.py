@@ -64,9 +64,6 @@ class GymServers:
         rollouts_in_flight: Rollouts that will run at the same time, for that default.
         hang_timeout_s: Seconds without an answer after which a server counts as hanging, while rollouts run.
 
-    Attributes:
-        hang_timeout_s: As given.
-
     Raises:
         ConfigError: If an argument has a wrong form.
     """
@@ -121,7 +118,6 @@ class GymServers:
             head_url: URL of its head server, e.g. `"http://127.0.0.1:11000"`; several, of Gyms with the same agents,
                 separated by commas.
             timeout_s: Seconds to wait until it and its servers answer.
-            hang_timeout_s: See the class.
 
         Raises:
             ConfigError: If `head_url` is not an HTTP URL, or names none.
@@ -140,11 +136,8 @@ class GymServers:
         return self.wait_ready()
 
     def restart(self) -> Self:
-        """Replace the processes that we started by new ones, at other addresses; return when they are ready.
-
-        Raises:
-            ConfigError, GymServerError: They cannot be started again.
-        """
+        """Replace the processes that we started by new ones, at other addresses; return when they are ready. Raises
+        `ConfigError` or `GymServerError`: they cannot be started again."""
         self.stop()
         self._processes = []
         self._num_restarts += 1
@@ -157,11 +150,8 @@ class GymServers:
 
     @property
     def head_url(self) -> str:
-        """URL of the head server; those of several processes, separated by commas. `attach` takes both.
-
-        Raises:
-            GymServerError: Before `start`.
-        """
+        """URL of the head server; those of several processes, separated by commas. `attach` takes both. Raises
+        `GymServerError`: before `start`."""
         if not self._processes:
             raise GymServerError("The NeMo Gym servers have no URL: they were not started.", "Call `start` first.")
         return ",".join(process.head_url for process in self._processes)
@@ -199,11 +189,8 @@ class GymServers:
         return next(iter(self.agents)) if len(self.agents) == 1 else None
 
     def agent(self, name: str) -> AgentInfo:
-        """Look up an agent for a rollout that starts now, in the process that has the fewest of ours in flight.
-
-        Raises:
-            ConfigError: If no agent has that name; lists all names.
-        """
+        """Look up an agent for a rollout that starts now, in the process that has the fewest of ours in flight. Raises
+        `ConfigError` if no agent has that name; lists all names."""
         agents = self.agents
         if name in agents:
             chosen = least_busy([process.in_flight.number for process in self._processes], self._rng)
@@ -214,17 +201,9 @@ class GymServers:
         raise ConfigError(f"This NeMo Gym has no agent `{name}`; it has {known}.", hint)
 
     def connect_policy(self, base_url: str | Sequence[str], model_name: str, api_key: str = "EMPTY") -> None:
-        """Set where the policy is served, before `start`; compare it with what Gym uses afterwards.
-
-        Args:
-            base_url: See `policy_base_url`.
-            model_name: See `policy_model_name`.
-            api_key: See `policy_api_key`.
-
-        Raises:
-            ConfigError: If `base_url` is no HTTP URL, or the key cannot be sent.
-            GymServerError: If the running Gym sends its model calls to another URL.
-        """
+        """Set where the policy is served, before `start`; compare it with what Gym uses afterwards. Raises
+        `ConfigError` if `base_url` is no HTTP URL, or the key cannot be sent; `GymServerError` if the running Gym
+        sends its model calls to another URL."""
         if self._state is ServerState.NEW:
             self._policy = (
                 checked_urls("policy_base_url", base_url),
@@ -286,11 +265,8 @@ class GymServers:
         return self
 
     def wait_ready(self) -> Self:
-        """Wait until our head servers and every server behind them answer.
-
-        Raises:
-            GymServerError: If a server died, something else answers, or time is up. The servers are stopped.
-        """
+        """Wait until our head servers and every server behind them answer. Raises `GymServerError` if a server died,
+        something else answers, or time is up. The servers are stopped."""
         if self._state is ServerState.READY:
             return self
         self._require(ServerState.STARTING, "wait for")
@@ -305,22 +281,16 @@ class GymServers:
         return self
 
     def check(self) -> None:
-        """Raise if servers have died. Cheap enough for every step.
-
-        Raises:
-            GymServerError: Names what died, with exit code, last log lines and log path if we started it.
-        """
+        """Raise if servers have died. Cheap enough for every step. Raises `GymServerError`: names what died, with exit
+        code, last log lines and log path if we started it."""
         if self._state not in (ServerState.STARTING, ServerState.READY):
             raise GymServerError(f"The NeMo Gym servers are {self._state}, not running.", "Start them first.")
         for process in self._processes:
             process.check()
 
     def check_process(self) -> None:
-        """Raise if a process that we started has ended or was stopped; `agents_down` is about single servers.
-
-        Raises:
-            GymServerLostError: Says which one, whether it had been ready, how long it ran, and why it ended.
-        """
+        """Raise if a process that we started has ended or was stopped; `agents_down` is about single servers. Raises
+        `GymServerLostError`: says which one, whether it had been ready, how long it ran, and why it ended."""
         for process in self._processes:
             process.check_process()
 
@@ -330,11 +300,8 @@ class GymServers:
         return [url for process in self._processes for url in process.pulse_urls]
 
     def note_hung(self, urls: Collection[str]) -> None:
-        """Note which of `pulse_urls` have not answered for `hang_timeout_s`: `agents_down` counts them as gone.
-
-        Raises:
-            GymServerLostError: All servers of a process hang.
-        """
+        """Note which of `pulse_urls` have not answered for `hang_timeout_s`: `agents_down` counts them as gone. Raises
+        `GymServerLostError`: all servers of a process hang."""
         for process in self._processes:
             process.note_hung([url for url in process.pulse_urls if url in urls], self.hang_timeout_s)
 
@@ -426,7 +393,6 @@ def default_processes(rollouts_in_flight: int, num_cores: int) -> int:
 
     Args:
         rollouts_in_flight: Rollouts that run at the same time, over all ranks.
-        num_cores: Cores that this process may use.
     """
     return max(1, min(-(-rollouts_in_flight // _ROLLOUTS_PER_PROCESS), num_cores // _CORES_PER_PROCESS))
 
@@ -436,7 +402,6 @@ def least_busy(in_flight: Sequence[int], rng: random.Random) -> int:
 
     Args:
         in_flight: Rollouts in each process; not empty.
-        rng: For the choice among equals.
     """
     fewest = min(in_flight)
     return rng.choice([index for index, number in enumerate(in_flight) if number == fewest])

@@ -74,7 +74,6 @@ class Tools:
         """Run a command that must succeed.
 
         Args:
-            command: Program and arguments.
             what: What it does, as in `"installing nemo-gym"`.
             env: Variables that are set for it.
 
@@ -89,11 +88,7 @@ class Tools:
         raise SetupError(f"Set-up stopped while {what}: {reason}.\n{tail}\n  Whole log: {self.log}\n ", remedy)
 
     def install(self, python: str, packages: Sequence[str], extra: Sequence[str] = ()) -> None:
-        """Install packages into the environment of an interpreter.
-
-        Raises:
-            SetupError: They cannot be installed.
-        """
+        """Install packages into the environment of an interpreter. Raises `SetupError`: they cannot be installed."""
         command = [self.uv, "pip", "install", "--python", python] if self.uv else [python, "-m", "pip", "install"]
         for link in self.links:
             command += ["--find-links", link]
@@ -114,11 +109,8 @@ class Tools:
         return None
 
     def choose_python(self, minors: Sequence[str], what: str) -> str:
-        """Return the first of these minor versions that is there; where none is, uv may download the first one.
-
-        Raises:
-            SetupError: There is none.
-        """
+        """Return the first of these minor versions that is there; where none is, uv may download the first one. Raises
+        `SetupError`: there is none."""
         for minor in minors:
             found = self.find_python(minor)
             if found:
@@ -151,11 +143,8 @@ class Environment:
         return self._stamped() == mark and os.path.exists(self.python)
 
     def refuse_foreign(self) -> None:
-        """Make sure that nothing is in the way but what set-up has made, whole or half, and empty folders.
-
-        Raises:
-            SetupError: Something is: it may be anyone's, and stays as it is.
-        """
+        """Make sure that nothing is in the way but what set-up has made, whole or half, and empty folders. Raises
+        `SetupError`: something is: it may be anyone's, and stays as it is."""
         for path in (self.path, self.aside):
             try:
                 ours = os.path.isfile(os.path.join(path, _STAMP)) or (os.path.isdir(path) and not os.listdir(path))
@@ -208,11 +197,7 @@ class Environment:
         return None if code == 0 else (output.strip().splitlines() or [f"exit code {code}"])[-1]
 
     def finish(self, mark: str, imports: str, tools: Tools) -> None:
-        """Import what was installed, then write the stamp.
-
-        Raises:
-            SetupError: It cannot be imported.
-        """
+        """Import what was installed, then write the stamp. Raises `SetupError`: it cannot be imported."""
         command = [self.python, "-W", "ignore", "-c", imports]
         tools.check(command, f"importing what was installed into {self.path}", {"PYTHONDONTWRITEBYTECODE": ""})
         self._write_stamp(mark)
@@ -270,7 +255,6 @@ class GymEnvironment(Environment):
     """That of NeMo Gym.
 
     Args:
-        path: Its folder.
         packages: What is installed beside nemo-gym.
     """
 
@@ -283,17 +267,8 @@ class GymEnvironment(Environment):
         return hashlib.sha256(repr((gym, GYM_EXTRAS, self.packages, _IMPORTS)).encode()).hexdigest()
 
     def set_up(self, interpreter: str, gym: str, tools: Tools, fresh: bool = False) -> None:
-        """Make the environment, install nemo-gym and import it; a stamp at the end says that it is whole.
-
-        Args:
-            interpreter: Python that the environment is made of.
-            gym: Version of nemo-gym.
-            tools: Runs the commands.
-            fresh: Whether nothing is kept of what is there.
-
-        Raises:
-            SetupError: A step of it fails.
-        """
+        """Make the environment, install nemo-gym and import it; a stamp at the end says that it is whole. Raises
+        `SetupError`: a step of it fails."""
         with self.made(interpreter, tools, fresh):
             extra = []
             version = python_version(self.python) or ""
@@ -314,11 +289,8 @@ class GymEnvironment(Environment):
 
 
 def tested_gym(version: str) -> str:
-    """Return the version of nemo-gym that goes with a version of Python (`"3.12.1"`, or `"3.12"`).
-
-    Raises:
-        SetupError: None does.
-    """
+    """Return the version of nemo-gym that goes with a version of Python (`"3.12.1"`, or `"3.12"`). Raises
+    `SetupError`: none does."""
     for minor, gym in GYM_BY_PYTHON:
         if f"{version}.".startswith(f"{minor}."):
             return gym

@@ -40,14 +40,8 @@ class OptimizerOffload:
         self._optimizer.register_state_dict_pre_hook(lambda *_: self.restore())
 
     def offload(self) -> int:
-        """Free the device's memory, unless it is free already.
-
-        Returns:
-            Number of bytes that were freed now.
-
-        Raises:
-            ConfigError: A state tensor is of a kind that cannot be moved.
-        """
+        """Free the device's memory, unless it is free already. Returns how many bytes were freed now. Raises
+        `ConfigError`: a state tensor is of a kind that cannot be moved."""
         if self._away:
             return 0
         storages = list(self._storages())

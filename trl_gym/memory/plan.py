@@ -71,11 +71,8 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Any, num_params: int) -> ModelShape:
-        """Read a transformers config (of a multimodal model, its text part).
-
-        Raises:
-            ValueError: It is not that of a decoder with attention heads.
-        """
+        """Read a transformers config (of a multimodal model, its text part). Raises `ValueError`: it is not that of a
+        decoder with attention heads."""
         text = config.get_text_config()
         names = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")
         if missing := [name for name in names if not isinstance(getattr(text, name, None), int)]:
@@ -524,10 +521,7 @@ def estimate(
     """Plan for a server that the trainer starts itself, or, with `vllm_mode` 'server', for training alone.
 
     Args:
-        args: The trainer's configuration.
         model: As given to the trainer. Its parameters are counted on torch's `meta` device; nothing is loaded.
-        num_processes: Number of training processes.
-        device: The GPU; see `this_device`.
         peft_config: The adapter that the trainer will add.
         quantization_config: Configuration with which the trainer will quantize the model.
         environment: Variables by which `accelerate launch` says how the model is sharded.

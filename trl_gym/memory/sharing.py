@@ -46,7 +46,6 @@ class DeviceSharing:
     """Every rank has one and calls its methods in step; the server is asked on rank 0. All are idempotent.
 
     Args:
-        accelerator: The trainer's accelerator.
         server: The policy server on the same devices; its client is used on rank 0 only.
         timeout_s: For each call: a first sleep copies all weights to the host (`gym_sync_timeout`).
         drops_weights: Whether the server's weights may be dropped, because a sync brings all of them.
@@ -93,11 +92,8 @@ class DeviceSharing:
         self._proven = True
 
     def before_sampling(self) -> None:
-        """Wake the server, after the trainer has given up what it does not need meanwhile.
-
-        Raises:
-            WeightSyncError: The weights were dropped and not pushed since.
-        """
+        """Wake the server, after the trainer has given up what it does not need meanwhile. Raises `WeightSyncError`:
+        the weights were dropped and not pushed since."""
         if self.state is not Occupancy.AWAKE and self.needs_push:
             raise WeightSyncError(
                 "The policy server's weights were dropped when it was put to sleep and have not been sent since.",
@@ -127,11 +123,8 @@ class DeviceSharing:
 
     def make_room(self) -> None:
         """Give up the trainer's memory on all ranks, also for a server that is about to be restarted. Returns when
-        every rank has: a server that spans several GPUs takes memory on all of them at once.
-
-        Raises:
-            ConfigError: The optimizer's state cannot be moved (on every rank, when it fails on one).
-        """
+        every rank has: a server that spans several GPUs takes memory on all of them at once. Raises `ConfigError`: the
+        optimizer's state cannot be moved (on every rank, when it fails on one)."""
         on_all(self._accelerator, self._give_up_memory)
 
     def reset(self) -> None:

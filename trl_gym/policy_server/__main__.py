@@ -26,14 +26,8 @@ from trl_gym.threads import wait_without_spinning
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve until SIGINT or SIGTERM.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        SystemExit: A flag is wrong; with status 2 or a message.
-    """
+    """Serve until SIGINT or SIGTERM. Returns the exit status. Raises `SystemExit`: a flag is wrong; with status 2 or a
+    message."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--listen-fd", type=int)
     own.add_argument("--engine", choices=ENGINES, default=ENGINES[0])

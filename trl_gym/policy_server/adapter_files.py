@@ -88,12 +88,8 @@ def module_problems(modules: tuple[str, ...]) -> list[str]:
 
 
 def read_adapter(folder: str) -> AdapterFiles:
-    """Check a folder.
-
-    Raises:
-        InvalidAdapterError: It is not an absolute path of a folder with both files, or they are not those of an
-            adapter that vLLM can serve.
-    """
+    """Check a folder. Raises `InvalidAdapterError`: it is not an absolute path of a folder with both files, or they
+    are not those of an adapter that vLLM can serve."""
     path = Path(folder)
     if not path.is_absolute():
         raise InvalidAdapterError(f"{folder!r} must be an absolute path")  # vLLM would look for it on the model hub

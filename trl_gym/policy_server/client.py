@@ -128,7 +128,6 @@ def silence(url: str, silent_s: float, *, http_answers: bool) -> str:
     """Say which part of a server does not answer.
 
     Args:
-        url: Its address.
         silent_s: Seconds that were waited for its engine.
         http_answers: Whether the process that answers HTTP answered meanwhile what it can answer alone.
     """
@@ -160,11 +159,7 @@ def server_urls(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class PolicyResponseError(PolicyServerError):
-    """The server answered with an error.
-
-    Attributes:
-        status: HTTP status, e.g. 404.
-    """
+    """The server answered with an error."""
 
     def __init__(self, problem: str, status: int) -> None:
         super().__init__(problem)
@@ -176,7 +171,6 @@ class PolicyClient:
 
     Args:
         base_urls: OpenAI base URLs, as for `server_urls`.
-        api_key: Bearer token sent with every request.
         timeout_s: Timeout of calls that are given none, in seconds.
 
     Attributes:
@@ -304,10 +298,7 @@ class PolicyClient:
 
     def collective_rpc(self, method: str, args: Sequence[str] = ()) -> list[Any]:
         """Call a method of every worker, e.g. one that `--worker-extension-cls` adds. Return an answer per worker.
-
-        Raises:
-            PolicyResponseError: Also if the workers have no such method.
-        """
+        Raises `PolicyResponseError`: also if the workers have no such method."""
         body = {"method": method, "args": list(args)}
         return self._tell("/collective_rpc", json=body, shape=_with("results", list[Any]))["results"]
 
@@ -407,11 +398,8 @@ class PolicyClient:
         self._tell("/update_weight_version", json={"new_version": version})
 
     def weight_version(self) -> str:
-        """Return the version of the weights in service.
-
-        Raises:
-            PolicyServerError: Several servers hold different versions.
-        """
+        """Return the version of the weights in service. Raises `PolicyServerError`: several servers hold different
+        versions."""
         shape = _with("weight_version", str | int | None)
         versions = [str(answer["weight_version"]) for answer in self._call_all("GET", "/weight_info", shape=shape)]
         if len(set(versions)) > 1:
@@ -430,7 +418,6 @@ class PolicyClient:
         Args:
             name: E.g. `"policy@12"`.
             path: Its folder, as the server sees it.
-            version: Weight version of what it samples.
             max_adapters: How many the server may keep, this one included.
             wait_s: How long it may wait for rollouts that hold an old one.
 
@@ -468,11 +455,8 @@ class PolicyClient:
 
     def cancel_rollouts(self, rollouts: Sequence[str]) -> int:
         """End rollouts that nobody waits for: what they sample now is aborted, and every later call of theirs is told
-        that the context is full, upon which agents end the rollout by themselves.
-
-        Returns:
-            How many calls were aborted.
-        """
+        that the context is full, upon which agents end the rollout by themselves. Returns how many calls were
+        aborted."""
         body = {"rollouts": list(rollouts)}
         answers = self._call_all("POST", "/trl_gym/rollouts/cancel", json=body, shape=_with("aborted", int))
         return sum(answer["aborted"] for answer in answers)
@@ -563,12 +547,9 @@ class PolicyClient:
         return self._call_all("POST", path, **arguments)[0]
 
     def _call_all(self, method: Literal["GET", "POST"], path: str, **arguments: Any) -> list[Any]:
-        """Send a request to every server side by side, and return their answers in order.
-
-        Raises:
-            PolicyServerError: One or several have failed; names each. It is a loss if one was lost: the others may
-                have failed because of that.
-        """
+        """Send a request to every server side by side, and return their answers in order. Raises `PolicyServerError`:
+        one or several have failed; names each. It is a loss if one was lost: the others may have failed because of
+        that."""
         if len(self.base_urls) == 1:
             return [self._call(method, path, **arguments)]
         with ThreadPoolExecutor(len(self.base_urls)) as pool:
@@ -601,11 +582,7 @@ class PolicyClient:
         raw: bool = False,
     ) -> Any:
         """Send one request. Return the parsed JSON, which has the given shape, or `None` for an empty answer; with
-        `raw`, the body.
-
-        Raises:
-            PolicyServerError: See the module's docstring.
-        """
+        `raw`, the body. Raises `PolicyServerError`: see the module's docstring."""
         url, timeouts = f"{root_url(base_url)}{path}", self._timeouts(timeout_s)
         sent = {"json": json, "params": params, "timeout": timeouts, "allow_redirects": False, "stream": True}
         try:

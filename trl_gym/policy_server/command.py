@@ -227,9 +227,6 @@ def check_before_start(
     """Find what would fail only after seconds of loading, or open the server to others.
 
     Args:
-        model: See `PolicyServer`.
-        host: See `PolicyServer`.
-        api_key: See `PolicyServer`.
         flags: Flags from `flags_from`.
         env: Environment that the server will have; ours when not given.
         engine: One of `ENGINES`.

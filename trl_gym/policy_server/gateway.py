@@ -145,7 +145,6 @@ async def check_upstreams(
 
     Args:
         urls: Root URLs, without `/v1`.
-        api_key: Bearer token for all of them.
         timeout_s: How long to wait until all have answered, in seconds.
         note: Called with one line for each upstream that is waited for, and for each that reports raw logprobs.
 
@@ -412,7 +411,6 @@ def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable
     """Serve until SIGINT (raises `KeyboardInterrupt`) or SIGTERM (ends the process), and cut off what is running.
 
     Args:
-        options: The arguments.
         ready: Called once with the base URL when the gateway answers.
         note: Called with lines for the user: what is waited for, and warnings.
 
@@ -441,11 +439,8 @@ def run(options: GatewayOptions, *, ready: Callable[[str], None], note: Callable
 
 
 def upstream_urls(given: Sequence[str]) -> list[str]:
-    """Return root URLs, without `/v1` and trailing slashes.
-
-    Raises:
-        ConfigError: A URL cannot be one, or is given twice; lists all of them.
-    """
+    """Return root URLs, without `/v1` and trailing slashes. Raises `ConfigError`: a URL cannot be one, or is given
+    twice; lists all of them."""
     given = [url for one in given for url in split_urls(one)]
     roots = [root_url(url) for url in given]
     problems = [problem for url in given for problem in url_problems("--upstream", url)]
@@ -463,7 +458,6 @@ def build_app(upstreams: UpstreamApp, settings: Settings) -> App:
 
     Args:
         upstreams: The inner application.
-        settings: Settings of the middleware.
     """
     inner = OnPolicyMiddleware(upstreams, settings)
 

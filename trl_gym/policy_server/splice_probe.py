@@ -35,10 +35,6 @@ def check_splice(client: PolicyClient, model_name: str) -> None:
     A server that tries and says why its chat template does not allow it gets a warning only: rollouts of one turn are
     exact there, and `gym_drift` decides about the others.
 
-    Args:
-        client: Control plane of one or several servers.
-        model_name: Name of the served model.
-
     Raises:
         PolicyServerError: A server does not put the tokens back, answers without token ids, or refuses such a request.
         PolicyServerLostError: A server does not answer.
@@ -73,8 +69,6 @@ def check_tools(client: PolicyClient, model_name: str, agent: str) -> bool:
     """Refuse a server that was started without a tool parser: it answers no request with tools.
 
     Args:
-        client: Control plane of one or several servers.
-        model_name: Name of the served model.
         agent: Agent of a dataset row with tools.
 
     Returns:
@@ -112,7 +106,6 @@ def check_sampling(client: PolicyClient, model_name: str, tolerance: float) -> N
 
     Args:
         client: Control plane of one or several servers of the engine "transformers".
-        model_name: Name of the served model.
         tolerance: Mean absolute difference in nats that is allowed.
 
     Raises:
@@ -137,12 +130,7 @@ def check_sampling(client: PolicyClient, model_name: str, tolerance: float) -> N
 
 
 def unusable(client: PolicyClient, answer: PolicyResponseError) -> PolicyServerError:
-    """Return the error for a server that refused `GET /trl_gym/info`: why it cannot be used, and what to do about it.
-
-    Args:
-        client: Control plane of the server.
-        answer: How it refused.
-    """
+    """Return the error for a server that refused `GET /trl_gym/info`: why it cannot be used, and what to do."""
     what = f"{client.base_url} cannot be used as a policy server:"
     if answer.status in (401, 403):
         return PolicyServerError(

@@ -152,12 +152,8 @@ def open_session() -> aiohttp.ClientSession:
 
 
 async def stream(session: aiohttp.ClientSession, url: str, request: ForwardedRequest, answering: Answering) -> None:
-    """Pass one answer through, piece by piece as it arrives.
-
-    Raises:
-        RedirectedError, aiohttp.ClientError: If nothing has been answered.
-        UpstreamLostError: If something has.
-    """
+    """Pass one answer through, piece by piece as it arrives. Raises `RedirectedError` or `aiohttp.ClientError` if
+    nothing has been answered; `UpstreamLostError` if something has."""
     try:
         async with _open(session, url, request) as answer:
             _refuse_redirect(answer)

@@ -139,10 +139,6 @@ class Shared:
 def conversation_body(record: Mapping[str, Any], shared: Shared) -> dict[str, Any]:
     """Return what was said, as JSON.
 
-    Args:
-        record: A journal's line.
-        shared: Gets the task.
-
     Returns:
         `input`, `tools`: indices into `shared`. `output`: items `{role, kind, text, turn, …}`. `turns`, `failure`,
         `drift`, `verify`, `components`: as recorded.
@@ -170,9 +166,6 @@ def token_bodies(
     """Return what was trained, as JSON, row by row; nothing for a rollout without tokens.
 
     Args:
-        record: A journal's line.
-        shared: Gets the prompts.
-        pieces: Gets the tokens.
         training: `[T]` of each row, the trainer's log-probabilities; shorter or empty where they are not recorded.
 
     Returns:

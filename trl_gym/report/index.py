@@ -29,7 +29,6 @@ class StepStats:
     """Counted rollouts of one step, of one environment or of all.
 
     Attributes:
-        mode, dataset, step: The step.
         agent: The environment; None for all of them.
         rollouts: Number of counted rollouts.
         failures: Number of failed ones by kind.

@@ -95,7 +95,6 @@ def write_page(
 
     Args:
         run: The run whose rollouts are in the page.
-        path: The file.
         options: Limits of its content.
         others: Runs whose curves stand beside that one's.
 
@@ -140,14 +139,8 @@ def _whole(target: Path) -> Iterator[IO[bytes]]:
 def render(
     run: RecordedRun, file: IO[bytes], options: PageOptions, others: Sequence[RecordedRun] = ()
 ) -> tuple[int, int]:
-    """Write the page to a binary file. One line of the journal is in memory at a time.
-
-    Returns:
-        Lines in the journal, and how many of them are in the page.
-
-    Raises:
-        ConfigError: See `write_page`.
-    """
+    """Write the page to a binary file. One line of the journal is in memory at a time. Returns how many lines the
+    journal has, and how many of them are in the page. Raises `ConfigError`: see `write_page`."""
     lines, rows = _read(run, options.on_damaged)
     found = states(rows)
     shown = sample(rows, ordered(rows), options.max_rollouts)
@@ -371,10 +364,8 @@ def show(
     """Show a run's page in a notebook.
 
     Args:
-        run: The run's output folder.
         max_rollouts: See `PageOptions`. The notebook's file grows with it.
         tokenizer: A `tokenizer.json` or the folder of one; None takes the run's own.
-        height: Height of the frame in pixels.
 
     Raises:
         ConfigError: The run does not exist, or has no finished rollout yet.

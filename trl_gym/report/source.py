@@ -88,13 +88,7 @@ def open_run(path: str | Path, tokenizer: str | Path | None = None) -> RecordedR
 
 def changes(path: str | Path) -> tuple[Any, ...] | None:
     """Return what tells whether a run has gone on: names, sizes and times of its files. None before its first rollout.
-
-    Args:
-        path: See `open_run`.
-
-    Raises:
-        ConfigError: The folder does not exist.
-    """
+    Raises `ConfigError`: the folder does not exist."""
     folder = _folder(path)
     files = [*journal_files(folder / "rollouts"), *journal_files(folder), folder / "metrics.jsonl"]
     found = {file: file.stat() for file in files if file.is_file()}

@@ -121,7 +121,6 @@ class Admission:
         """Wait for a place and hold it.
 
         Args:
-            agent: Whose rollout it is.
             since: When its collection began. Among the rollouts of an agent the least goes first; of equals, who came
                 first.
         """

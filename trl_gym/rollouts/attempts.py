@@ -72,7 +72,6 @@ class RolloutResult:
     """The end of one attempt.
 
     Attributes:
-        request: The request.
         answer: Gym's answer; None when the attempt failed.
         failure: Why it failed; None when it did not.
         seconds: Wall time from dispatch (after waiting for a place) to the end.
@@ -124,7 +123,6 @@ class Collection(Generic[T]):
 
     Args:
         context: The servers that it works with, and the limits.
-        session: For all requests.
         admission: Shared with other collections of the rank.
         requests, finish, progress: See `RolloutCollector.submit`.
     """
@@ -258,10 +256,7 @@ class Collection(Generic[T]):
 
     async def _end_attempt(self, index: int, result: RolloutResult) -> tuple[T, frozenset[FailureKind]]:
         """Fetch the records of an attempt that has ended and hand it to `finish`, whatever the policy server says.
-
-        Returns:
-            The value of `finish`, and the kinds of failure after which another attempt follows.
-        """
+        Returns the value of `finish`, and the kinds of failure after which another attempt follows."""
         before = self._tally.outstanding.get(index)
         has_run = before is not None and before.phase is Phase.RUNNING
         self._enter(index, Phase.RECORDING)
@@ -469,7 +464,6 @@ def waits_for(one: Outstanding, call: CallState | None) -> str:
     """Say in a few words what an outstanding rollout waits for.
 
     Args:
-        one: The rollout.
         call: The state of its model calls at the policy server; None when that does not say.
     """
     if one.phase is Phase.WAITING:
@@ -521,9 +515,6 @@ def _group_line(agent: str, what: str, members: Sequence[tuple[Outstanding, floa
 
 class Tally:
     """The counts of one collection, and its outstanding rollouts.
-
-    Args:
-        num_total: Rollouts asked for.
 
     Attributes:
         outstanding: Rollouts that have not ended, by their place among the requests.

@@ -128,11 +128,8 @@ class SharedBatch:
         return [fact.trained_reward if fact.is_valid else None for fact in self.facts[self.own]]
 
     def without_small_groups(self, min_group_size: int) -> SharedBatch:
-        """Return the same batch, in which no member of a group with too few rewards is trained.
-
-        Raises:
-            RolloutError: A group has rollouts of several tasks: its baseline would mean nothing.
-        """
+        """Return the same batch, in which no member of a group with too few rewards is trained. Raises `RolloutError`:
+        a group has rollouts of several tasks: its baseline would mean nothing."""
         task_of: dict[str, tuple[str, int]] = {}
         for fact in self.finished:
             task = fact.agent, fact.task
@@ -210,7 +207,6 @@ def share(
         rollouts: `[B]`, of this rank.
         rewards: `[B]`, the rewards to train on. Without a token there is nothing to train, whatever the reward.
         mode: `"train"` or `"eval"`.
-        rank: This rank.
         gather: From a list on every rank to the list of all, by rank (accelerate's `gather_object`).
         step: Number of the optimizer step that trains them, for staleness; None in an evaluation.
         replaced: Rollouts of this rank whose groups were replaced, with their rewards.

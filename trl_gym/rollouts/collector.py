@@ -48,7 +48,6 @@ class RolloutCollector(Generic[T]):
             collection's; see `GymServers.agents_down`. Called as often as `check`.
         on_environment_down: `"fail"` ends a collection with outstanding rollouts of such an agent; `"skip"` makes
             these fail at once.
-        gym_log: Returns the end of the Gym's log, for messages.
         ledger: Records and cancellation at the policy server; None for a server that has neither.
         access: Makes the keys with which agents call the policy as their rollout; None for a server that has no such
             keys.
@@ -162,7 +161,6 @@ class Submission(Generic[T]):
 
         Args:
             places: Indices of their requests.
-            why: The text of the failure.
 
         Raises:
             IndexError: There is no such request.
@@ -175,11 +173,7 @@ class Submission(Generic[T]):
 
     def cancel(self) -> None:
         """Give the collection up. When this returns, what ran has been recorded as cancelled, the policy server was
-        told, and `finish` is not called any more. Idempotent.
-
-        Raises:
-            TimeoutError: That took longer than 10 s.
-        """
+        told, and `finish` is not called any more. Idempotent. Raises `TimeoutError`: that took longer than 10 s."""
         self.future.cancel()
         self._worker.wait_for(self._collection)
 

@@ -45,7 +45,6 @@ def counted_calls(
     """Return the calls that an answer contains, each behind those that it continues.
 
     Args:
-        answer: Gym's answer to `/run`.
         calls: All calls of the rollout that were answered, in the order of their answers.
         may_leave_out: Whether a call that is in the answer may continue one that is not.
 
@@ -168,7 +167,6 @@ class _Search:
     Args:
         calls: By index.
         parts: Of the answer.
-        may_leave_out: See `counted_calls`.
     """
 
     def __init__(self, calls: Mapping[int, ModelCall], parts: Sequence[_Part], may_leave_out: bool) -> None:

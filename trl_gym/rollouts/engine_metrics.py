@@ -82,7 +82,6 @@ def engine_metrics(before: EngineCounters, after: EngineCounters) -> dict[str, f
     """Return the metrics of the time between two looks.
 
     Args:
-        before: The first look.
         after: The second look, at the same servers.
     """
     passed = after.at - before.at

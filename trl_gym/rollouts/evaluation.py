@@ -33,7 +33,6 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
     Args:
         num_samples: Attempts that were made; at least `k`.
-        num_correct: Attempts that succeeded.
         k: At least 1.
 
     Raises:
@@ -140,8 +139,6 @@ def table_beside(output_dir: str | Path, step: int, name: str) -> Iterator[None]
     (`eval_<name>_<step>.parquet`), and the one that training wrote for the step stays.
 
     Args:
-        output_dir: The run's folder.
-        step: Optimizer steps made.
         name: Name of the evaluation set; may be empty.
     """
     table = Path(output_dir) / "completions" / f"completions_{step:05d}.parquet"

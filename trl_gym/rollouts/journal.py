@@ -87,7 +87,6 @@ class Journal:
 
     Args:
         folder: `<output_dir>/rollouts`; made when missing.
-        rank: This process's rank.
         max_bytes: Size at which a file is continued in a new one.
         secrets: Values to keep out of the journal, beside those that the environment's variables give away.
     """
@@ -114,11 +113,8 @@ class Journal:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one rollout; it is safe from a crash of this process at once, and from one of the machine after
-        `commit`.
-
-        Raises:
-            RolloutError: See `storage.writing`. Lines written before are intact, this one is not there.
-        """
+        `commit`. Raises `RolloutError`: see `storage.writing`. Lines written before are intact, this one is not
+        there."""
         # Tokens are most of a line, and no text: they are not walked.
         redacted, is_finite = self._redactor.look({name: record[name] for name in record if name not in _TOKENS})
         stamped = {"schema": SCHEMA, "rank": self.rank, "time": round(time.time(), 3), **record, **redacted}
@@ -134,11 +130,8 @@ class Journal:
             part.size += len(line)
 
     def commit(self) -> None:
-        """Put what was appended on the disk (fsync), before it is trained on; from one thread only.
-
-        Raises:
-            RolloutError: The disk refused.
-        """
+        """Put what was appended on the disk (fsync), before it is trained on; from one thread only. Raises
+        `RolloutError`: the disk refused."""
         with self._lock:  # not while the disk works: `append` may be waited for by an event loop
             ended, self._ended = self._ended, []
             open_parts = list(self._parts.values())
@@ -332,7 +325,6 @@ def lines_of(path: Path, on_damaged: Callable[[str], None] | None = None) -> Ite
     """Yield the lines of a journal's file, without holding it in memory.
 
     Args:
-        path: The file.
         on_damaged: Is told of lines that cannot be read, which are left out.
 
     Raises:
@@ -375,7 +367,6 @@ def read_objects(path: Path, shape: Any = dict[str, Any]) -> Iterator[dict[str, 
     Lines that were torn (a full disk, a run that goes on), or that are something else, are left out, and logged.
 
     Args:
-        path: The file.
         shape: Type of the objects, see `untrusted.shape_problem`.
     """
     with open(path, "rb") as file:

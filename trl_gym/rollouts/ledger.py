@@ -58,7 +58,6 @@ class Ledger:
 
     Attributes:
         roots: Their addresses, without `/v1`.
-        hang_timeout_s: As given.
         busy_until: See `busy`.
     """
 
@@ -77,15 +76,9 @@ class Ledger:
         self._taker: asyncio.Task[None] | None = None
 
     async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> tuple[list[CallRecord] | None, str]:
-        """Fetch the calls of a rollout that has ended; the servers forget it.
-
-        Returns:
-            The calls, in the order of their answers, or None if a server had no room for their tokens; and which
-            processes answered, see `ping`.
-
-        Raises:
-            PolicyServerError: A server cannot be reached, keeps no ledger, or contradicts itself about this rollout.
-        """
+        """Fetch the calls of a rollout that has ended; the servers forget it. Returns the calls, in the order of their
+        answers, or None if a server had no room for their tokens; and which processes answered, see `ping`. Raises
+        `PolicyServerError`: a server cannot be reached, keeps no ledger, or contradicts itself about this rollout."""
         future = self._waiting[rollout_id] = asyncio.get_running_loop().create_future()
         if self._taker is None:
             self._taker = asyncio.create_task(self._take_waiting(session))
@@ -140,11 +133,8 @@ class Ledger:
         return joined if is_whole else None, "+".join(answer.instance for answer in answers)
 
     async def peek(self, session: aiohttp.ClientSession, rollout_ids: Sequence[str]) -> dict[str, CallState]:
-        """Return the state of rollouts that have not ended, one entry per id. Nothing is forgotten.
-
-        Raises:
-            PolicyServerError: See `take`.
-        """
+        """Return the state of rollouts that have not ended, one entry per id. Nothing is forgotten. Raises
+        `PolicyServerError`: see `take`."""
         body = {"rollouts": list(rollout_ids)}
         bodies = await self._post_all(session, RECORDS_PATH, body, _PEEK_TIMEOUT_S)
         try:
@@ -161,12 +151,9 @@ class Ledger:
         }
 
     async def ping(self, session: aiohttp.ClientSession, *, timeout_s: float = _PEEK_TIMEOUT_S) -> str | None:
-        """Ask which processes answer.
-
-        Returns:
-            A name that differs from process to process, or `""` where one is slow, complains or does not say; None
-            when nothing listens at the address of one of them any more: its rollouts cannot go on.
-        """
+        """Ask which processes answer. Returns a name that differs from process to process, or `""` where one is slow,
+        complains or does not say; None when nothing listens at the address of one of them any more: its rollouts
+        cannot go on."""
         names = await asyncio.gather(*(self._ping(session, root, timeout_s) for root in self.roots))
         self._silent = [root for root, name in zip(self.roots, names, strict=True) if name is None]
         if self._silent:
@@ -208,11 +195,8 @@ class Ledger:
     async def cancel(
         self, session: aiohttp.ClientSession, rollout_ids: Sequence[str], *, timeout_s: float = _TIMEOUT_S
     ) -> None:
-        """End rollouts that nobody waits for. NeMo Gym before 0.7 goes on with a rollout whose client has left.
-
-        Raises:
-            PolicyServerError: See `take`.
-        """
+        """End rollouts that nobody waits for. NeMo Gym before 0.7 goes on with a rollout whose client has left. Raises
+        `PolicyServerError`: see `take`."""
         await self._post_all(session, CANCEL_PATH, {"rollouts": list(rollout_ids)}, timeout_s)
 
     async def _ping(self, session: aiohttp.ClientSession, root: str, timeout_s: float) -> str | None:
@@ -282,7 +266,6 @@ class HangWatch:
         """Ask what is due, and return those that hang. Waits for no answer.
 
         Args:
-            urls: Of the servers.
             busy_until: They may have been silent until then, on the clock `time.monotonic`.
         """
         now, hung = time.monotonic(), []
@@ -302,23 +285,15 @@ class HangWatch:
 
 
 class EngineWatch:
-    """Asks the engine of each policy server.
-
-    Args:
-        ledger: Of the servers.
-        session: For the questions.
-    """
+    """Asks the engine of each policy server."""
 
     def __init__(self, ledger: Ledger, session: aiohttp.ClientSession) -> None:
         self._ledger = ledger
         self._watch = HangWatch(partial(ledger.ask_engine, session), ledger.hang_timeout_s)
 
     def look(self) -> None:
-        """Ask what is due. Waits for no answer.
-
-        Raises:
-            PolicyServerLostError: An engine has not answered for too long.
-        """
+        """Ask what is due. Waits for no answer. Raises `PolicyServerLostError`: an engine has not answered for too
+        long."""
         for root in self._watch.look(self._ledger.roots, self._ledger.busy_until):
             raise self._ledger.hang_of(root)
 

@@ -156,13 +156,11 @@ def record(
     """Append the trainer's log-probabilities and the advantages of one generation batch.
 
     Args:
-        output_dir: The run's folder.
         logprobs: `[R, T]`, in nats, as the trainer computed them before the update.
         rows: `[R]`; rollouts that have none are left out.
         rollouts: `[B]`.
         advantages: `[B]`.
         step: Number of the optimizer step that trains the batch.
-        rank: This process's rank.
 
     Raises:
         RolloutError: They cannot be written.

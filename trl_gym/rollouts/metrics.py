@@ -372,7 +372,6 @@ def percentile(values: Iterable[float], percent: float) -> float | None:
     """Return a percentile by linear interpolation between closest ranks, NumPy's default; None without values.
 
     Args:
-        values: Numbers in any order.
         percent: 0 to 100.
     """
     ordered = sorted(values)

@@ -117,7 +117,6 @@ class Objectives:
     """The columns of each batch. Every rank has one and asks it for the same.
 
     Attributes:
-        args: The trainer's configuration.
         given: The columns of `gym` and of the trainer's reward functions.
         tells: Whether this process says what is odd about components, once for each environment.
     """
@@ -129,11 +128,8 @@ class Objectives:
 
     @classmethod
     def of(cls, args: GymGRPOConfig, trainer: Any, *, tells: bool) -> Objectives:
-        """Return those of a trainer, which gets the weights that `reward_weights` gives its functions by name.
-
-        Raises:
-            ConfigError: One has no weight there, or the name of another column.
-        """
+        """Return those of a trainer, which gets the weights that `reward_weights` gives its functions by name. Raises
+        `ConfigError`: one has no weight there, or the name of another column."""
         given = Columns.of(trainer)
         if isinstance(args.reward_weights, dict) and not args.gym_reward_components:
             given = dataclasses.replace(given, weights=_weights(args.reward_weights, given.names))
@@ -248,8 +244,6 @@ def check_rewards_are_gyms(args: GymGRPOConfig, compute_rewards: Callable[..., A
     """Refuse an override of `compute_rewards` whose numbers would not be trained.
 
     Args:
-        args: Options of the run.
-        compute_rewards: Of the trainer's class.
         own: That of `GymGRPOTrainer`.
 
     Raises:

@@ -61,7 +61,6 @@ def compute_rows(
         attention_mask: `[B, P + T]`. Rows of which it shows nothing are not computed; where there are no others, the
             first is, since every rank computes something.
         num_kept: `T`, width of the completions.
-        num_rows: Most rows of one call.
         multiple: Calls have a multiple of so many columns.
 
     Returns:

@@ -193,11 +193,8 @@ class TaskPools:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` has returned, for the same dataset.
-
-        Raises:
-            ConfigError: It is something else.
-        """
+        """Continue from what `state_dict` has returned, for the same dataset. Raises `ConfigError`: it is something
+        else."""
         if (problem := shape_problem(state, _StateShape)) is not None:
             raise ConfigError(f"The state of `TaskPools` cannot be read ({problem}).", "Start with new pools.")
         self._num_batches, self._cumulated = state["batches"], None

@@ -120,7 +120,6 @@ def choose(
     Args:
         candidates: All groups in flight, by age: `later` does not decrease. With `number` of them taken, the others
             have room in the batches to come.
-        number: How many to take.
         num_later: Batches to come that are known.
         per_batch: Groups of each of them.
 
@@ -185,8 +184,6 @@ class RolloutQueue:
         """Put groups into the queue, launch those that there is room for, and return some that have ended, by age.
 
         Args:
-            groups: Further groups.
-            number: How many to return.
             step: Number of the optimizer step that trains what is returned; see `BatchInfo.step`.
             later_steps: Those of each batch to come that may train what is in flight.
             per_batch: Groups of each of them.
@@ -213,12 +210,8 @@ class RolloutQueue:
         self._entries = []
 
     def give_up_lost(self) -> int:
-        """Give up every launch, since a server was lost. Local; the next `collect` or `drain` launches what
-        has not ended again.
-
-        Returns:
-            How many rollouts will run again.
-        """
+        """Give up every launch, since a server was lost. Local; the next `collect` or `drain` launches what has not
+        ended again. Returns how many rollouts will run again."""
         launched = [entry for entry in self._entries if entry.launch is not None]
         self._give_up_launches()
         newest = self._sampler.policy().version

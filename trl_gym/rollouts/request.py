@@ -42,7 +42,6 @@ class RolloutRequest:
         batch: Number, in the run, of the generation batch that the task was drawn for; evaluations count their own.
         group: Index, in this generation batch over all ranks, of the group the rollout belongs to.
         member: Index in its group.
-        attempt: 0 for the first try.
         agent: Name of the Gym agent that runs it.
         row: The row that is posted to `/run`.
     """
@@ -114,9 +113,6 @@ def stamp(
     """Return a copy of a Gym row with identity, sampling and budget written into it.
 
     Args:
-        row: The dataset row.
-        rollout_id, task_index, member: See `RolloutRequest`.
-        sampling: Sampling parameters of every model call.
         completion_budget: Tokens that each conversation of the rollout may have after its first prompt; a compaction
             begins a new one. A single model call gets at most this many, or what the row asks for when that is less.
         agent_sampling: What the policy server does with a model call that asks for another distribution.

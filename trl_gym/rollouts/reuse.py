@@ -64,7 +64,6 @@ class Recall:
         """Return the recorded rollouts for some requests, by index. Each is given out once.
 
         Args:
-            requests: What is asked for.
             policy: The policy that they began with.
             newest: Newest version of the weights that may have continued them.
 

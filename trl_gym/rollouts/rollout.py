@@ -50,12 +50,10 @@ class Rollout:
     """One rollout that has ended, well or badly.
 
     Attributes:
-        request: The request.
         answer: Gym's answer; None when there is none.
         failure: Why it has no reward; None when it has one.
         trajectories: The tokens that are trained; empty for a failed rollout. They share the reward. Their lists are
             made at each look, see `Trajectories`.
-        seconds: Wall time.
         drift: Where its history was rewritten first, and why; also for a rollout that failed because of it.
         records: The policy server's records of its model calls, without their tokens; None when the server keeps none.
         counted: Indices, in `records`, of the model calls that count; of a failed rollout, of all that are known.
@@ -150,7 +148,6 @@ def journal_record(rollout: Rollout, *, mode: str, weight_version: str) -> dict[
     """Return the journal's line for a rollout, without what the journal adds (`schema`, `rank`, `time`).
 
     Args:
-        rollout: The rollout.
         mode: `"train"`, `"eval"` or `"rollout"`.
         weight_version: The version that the policy server held, for a rollout without records of its model calls.
     """
@@ -213,7 +210,6 @@ def from_record(record: Mapping[str, Any], request: RolloutRequest) -> Rollout:
     recorded: it is taken from the row that was sent.
 
     Args:
-        record: The journal's line.
         request: The request that it answers now.
 
     Raises:
@@ -327,7 +323,6 @@ def facts_of(rollout: Rollout, reward: float | None, mode: str, step: int | None
     """Return the numbers of a rollout whose group is not left out so far.
 
     Args:
-        rollout: The rollout.
         reward: The reward to train on; None for a rollout that is not trained.
         mode: `"train"` or `"eval"`.
         step: Number of the optimizer step that trains it, for staleness; None leaves it out.

@@ -75,7 +75,6 @@ def fit(counts: Sequence[int], *, num_ranks: int, multiple: int, factor: float) 
 
     Args:
         counts: `[N]`, trajectories of every rollout by rank, as many rollouts on each; 0 for one that is not trained.
-        num_ranks: Ranks.
         multiple: Micro-batches of a rank: its rows are a multiple of it, as its rollouts are.
         factor: How many times as many rows as rollouts a rank may have; at least 1.
 
@@ -110,7 +109,6 @@ def rows_of(
         dropped: `[B]`, how many of each one's rows are dropped; None for a rollout that is not trained.
         num_rows: `R`.
         pad_id: The prompt of a row that fills up; its completion is `eos_id`, since TRL needs a token.
-        eos_id: See `pad_id`.
     """
     by_place = [
         [] if first is None else _rows_of_one(place, rollout.trajectories, first)

@@ -126,7 +126,6 @@ class RolloutSource(Protocol):
         """Wait until rollouts can be had.
 
         Args:
-            accelerator: The trainer's accelerator.
             model: The trainer's, wrapped.
             hooks: What the source may ask of the trainer.
 
@@ -138,11 +137,8 @@ class RolloutSource(Protocol):
         """Return the policy server's resolved configuration, of which TRL reads `model_config.logprobs_mode`."""
 
     def agent_of(self, row: Mapping[str, Any]) -> str:
-        """Return the name of the agent that a dataset row is for.
-
-        Raises:
-            ConfigError: The row names none and there are several.
-        """
+        """Return the name of the agent that a dataset row is for. Raises `ConfigError`: the row names none and there
+        are several."""
 
     def push_weights(self, model: torch.nn.Module, step: int) -> dict[str, float]:
         """Make the model's weights after an optimizer step those that are sampled with. Return metrics."""
@@ -154,9 +150,7 @@ class RolloutSource(Protocol):
         """Take further groups of this rank, and return some that have ended: of these, or of those taken before.
 
         Args:
-            groups: Further groups.
             number: How many to return. What is left is in flight until it is asked for.
-            batch: The batch that they are for.
 
         Raises:
             TrlGymError: They cannot be had; on every rank.
@@ -187,10 +181,7 @@ class RolloutSource(Protocol):
 
 def check_build(build: Callable[..., Any]) -> None:
     """Refuse a trainer whose override of `build_trajectories` cannot be called as `Build`: that would end a batch.
-
-    Raises:
-        ConfigError: It takes other arguments.
-    """
+    Raises `ConfigError`: it takes other arguments."""
     try:
         inspect.signature(build).bind({}, None, ())
     except TypeError as error:
@@ -233,11 +224,8 @@ class JournalSource:
         """Do nothing: no server is needed."""
 
     def connect(self, accelerator: Accelerator, model: torch.nn.Module, hooks: TrainerHooks) -> None:
-        """Check that the model has the recorded tokens.
-
-        Raises:
-            ConfigError: An id is not in its vocabulary, so another model sampled it.
-        """
+        """Check that the model has the recorded tokens. Raises `ConfigError`: an id is not in its vocabulary, so
+        another model sampled it."""
         config = accelerator.unwrap_model(model).config.get_text_config()
         largest = max(line.record["largest_id"] for groups in self._groups.values() for own in groups for line in own)
         if largest >= config.vocab_size:
@@ -268,12 +256,8 @@ class JournalSource:
         return []
 
     def collect(self, groups: Sequence[TaskGroup], number: int, batch: BatchInfo) -> Collected:
-        """Return the recorded rollouts of each group.
-
-        Raises:
-            RolloutError: An evaluation was asked for.
-            ConfigError: There is none for a request; names the task and the member.
-        """
+        """Return the recorded rollouts of each group. Raises `RolloutError`: an evaluation was asked for;
+        `ConfigError`: there is none for a request; names the task and the member."""
         if batch.mode != "train":
             raise RolloutError(
                 "`gym_replay` has no rollouts of the current weights; nothing can be evaluated.",
@@ -438,7 +422,6 @@ class OwnSampling:
     """Says once, for each agent and field, that model calls ask for another distribution than the run's.
 
     Args:
-        say: Gets one line.
         policy_of: Returns what the policy server does with such calls of an agent (`gym_agent_sampling`).
     """
 
@@ -483,12 +466,8 @@ class Finisher:
     problem_of: Callable[[Mapping[str, Any]], str | None] | None = None
 
     def __call__(self, result: RolloutResult) -> Rollout:
-        """Return the rollout, which is in the journal then.
-
-        Raises:
-            RolloutError: The rollout drifted and the drift policy is `"error"`, `build` raised something else than
-                `TrajectoryError`, or the journal cannot be written.
-        """
+        """Return the rollout, which is in the journal then. Raises `RolloutError`: the rollout drifted and the drift
+        policy is `"error"`, `build` raised something else than `TrajectoryError`, or the journal cannot be written."""
         rollout = self._rollout(result)
         if self.own_sampling is not None:
             self.own_sampling.look(result.request.agent, result.records or ())

@@ -99,9 +99,6 @@ def further_tasks(
     of it is drawn as is asked for: a Fisher-Yates shuffle of which only the places that were swapped are stored.
 
     Args:
-        num_tasks: Rows of the training dataset.
-        seed: Of the run.
-        batch: Number of the generation batch.
         round_index: Round of replacements in it.
         exclude: Tasks that come last, when there are no others left: those that the batch already has.
         identity: Returns the task of a row. Rows of a task that has been yielded come last too.
@@ -129,7 +126,6 @@ def own_share(stream: Iterable[int], counts: Sequence[int], rank: int) -> list[i
     Args:
         stream: Tasks, from its beginning.
         counts: How many each rank takes.
-        rank: This one.
 
     Returns:
         `counts[rank]` tasks that no other rank takes; fewer where the stream ends.

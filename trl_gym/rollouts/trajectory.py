@@ -326,7 +326,6 @@ def report_drift(drift: Drift, decode: Decode) -> DriftReport:
     """Say why a prompt does not start with the tokens already seen.
 
     Args:
-        drift: The drift of a trajectory.
         decode: A function from token ids to text, see `make_decoder`.
     """
     known = drift.known

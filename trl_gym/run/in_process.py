@@ -45,9 +45,6 @@ def new_server(
     """Return this rank's policy server, not started.
 
     Args:
-        args: The trainer's configuration.
-        model: As given to the trainer.
-        processing_class: As given to the trainer.
         quantization_config: Quantization with which the trainer will load the model.
         api_key: The same on all ranks.
 
@@ -82,8 +79,6 @@ def require_servable(args: GymGRPOConfig, model: str | PreTrainedModel, quantiza
     """Refuse a model that cannot be sampled from in the trainer's process, before it is loaded. Local.
 
     Args:
-        args: The trainer's configuration.
-        model: As given to the trainer.
         quantization_config: Quantization with which the trainer will load it.
 
     Raises:
@@ -119,15 +114,8 @@ def _config_of(args: GymGRPOConfig, model: str | PreTrainedModel) -> Any:
 
 
 def join(server: TransformersServer, gather: Gather = gather_object) -> None:
-    """Make one policy of the servers of all ranks. Every rank calls it in step, with a server that was started.
-
-    Args:
-        server: This rank's.
-        gather: See `ranks.agree`, here as below.
-
-    Raises:
-        ConfigError: Ranks are on several hosts: the servers listen on loopback addresses.
-    """
+    """Make one policy of the servers of all ranks. Every rank calls it in step, with a server that was started. Raises
+    `ConfigError`: ranks are on several hosts: the servers listen on loopback addresses."""
     told: list[tuple[str, str]] = gather([(socket.gethostname(), server.own_url)])
     hosts = {host for host, _ in told}
     if len(hosts) > 1:
@@ -141,11 +129,8 @@ def join(server: TransformersServer, gather: Gather = gather_object) -> None:
 
 def restart_others(process: Process, server: TransformersServer, gather: Gather = gather_object) -> None:
     """If the engine of any rank has died, restart those of the ranks above 0, and let rank 0 know, which restarts its
-    own as often as it may. Every rank calls it in step.
-
-    Raises:
-        PolicyServerError: On every rank, when one does not come back.
-    """
+    own as often as it may. Every rank calls it in step. Raises `PolicyServerError`: on every rank, when one does not
+    come back."""
     loss = None
     try:
         server.check()

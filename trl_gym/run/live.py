@@ -56,7 +56,6 @@ class LiveSource:
     """Samples rollouts with the policy's current weights. A `RolloutSource`.
 
     Args:
-        args: The trainer's configuration.
         servers: The run's two servers, not started yet.
     """
 
@@ -96,12 +95,8 @@ class LiveSource:
         self._servers.start()
 
     def connect(self, accelerator: Accelerator, model: torch.nn.Module, hooks: TrainerHooks) -> None:
-        """See `RolloutSource.connect`.
-
-        Raises:
-            ConfigError: The model's weights cannot be sent, or `gym_environments` names an agent that does not exist.
-            ServerError: A server could not be started.
-        """
+        """See `RolloutSource.connect`. Raises `ConfigError`: the model's weights cannot be sent, or `gym_environments`
+        names an agent that does not exist; `ServerError`: a server could not be started."""
         check_model(self._args, accelerator, model, shares_weights=self._servers.own is not None)
         self._servers.take_model(model, hooks.tokenizer, accelerator.mixed_precision)
         self._servers.wait_ready()
@@ -151,13 +146,9 @@ class LiveSource:
         self._weights.take_optimizer(optimizer)
 
     def collect(self, groups: Sequence[TaskGroup], number: int, batch: BatchInfo) -> Collected:
-        """See `RolloutSource.collect`. The rollouts are on disk when it returns.
-
-        Raises:
-            RolloutError: The journal cannot be written, a rollout drifted and `gym_drift` is `"error"`, or someone
-                else changed the weights meanwhile.
-            ServerError: A server was lost and did not come back.
-        """
+        """See `RolloutSource.collect`. The rollouts are on disk when it returns. Raises `RolloutError`: the journal
+        cannot be written, a rollout drifted and `gym_drift` is `"error"`, or someone else changed the weights
+        meanwhile; `ServerError`: a server was lost and did not come back."""
         assert self._collector is not None and self._journal is not None, "connect first"
         self._run = batch.run
         is_evaluation = batch.mode == "eval"

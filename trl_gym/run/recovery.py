@@ -38,7 +38,6 @@ class PolicyRecovery:
     """Restart a run's policy server, or wait for it, as often as the configuration allows.
 
     Args:
-        policy: The server.
         max_restarts: How often its process may be restarted, if it is ours.
         may_restart: Whether this run may restart it; a server that was passed in belongs to the caller.
         reconnect_timeout_s: How long a server elsewhere is waited for, each time.
@@ -75,11 +74,8 @@ class PolicyRecovery:
         self.num_restarts = 0
 
     def require_same(self) -> None:
-        """Check that the process that answers is the first one, or the one that `recover` left.
-
-        Raises:
-            PolicyServerLostError: Another process answers, or none.
-        """
+        """Check that the process that answers is the first one, or the one that `recover` left. Raises
+        `PolicyServerLostError`: another process answers, or none."""
         now = answering_process(self._policy)
         if now != self._instance and now is not None:
             raise PolicyServerLostError(
@@ -244,18 +240,9 @@ class PolicyRecovery:
 
 
 def answering_process(policy: PolicyBackend) -> str | None:
-    """Ask over the network which process serves the policy.
-
-    Args:
-        policy: The server, or several.
-
-    Returns:
-        What differs from process to process; None when a server does not say.
-
-    Raises:
-        PolicyServerError: No server answers within a few seconds, or one that does not serve the policy.
-        PolicyServerLostError: Our process has died.
-    """
+    """Ask over the network which process serves the policy. Returns what differs from process to process; None when a
+    server does not say. Raises `PolicyServerError`: no server answers within a few seconds, or one that does not serve
+    the policy; `PolicyServerLostError`: our process has died."""
     policy.check()
     instances = []
     for base_url, info in zip(policy.base_urls, policy.client.patient(_LOOK_TIMEOUT_S).infos(), strict=True):
@@ -271,14 +258,8 @@ def answering_process(policy: PolicyBackend) -> str | None:
 
 
 def end_interrupted_update(client: PolicyClient, timeout_s: float) -> bool:
-    """End the weight update that a trainer left behind when it died, so that another one can begin.
-
-    Returns:
-        Whether the server is paused, as it is after such an update.
-
-    Raises:
-        PolicyServerLostError: The server does not answer.
-    """
+    """End the weight update that a trainer left behind when it died, so that another one can begin. Returns whether
+    the server is paused, as it is after such an update. Raises `PolicyServerLostError`: the server does not answer."""
     try:
         paused = client.is_paused()
     except PolicyResponseError:  # outside of vLLM's development mode there is no pause

@@ -76,10 +76,7 @@ class RunServers:
     """Policy server and NeMo Gym of one trainer. Every rank has one and calls its methods in step.
 
     Args:
-        args: The trainer's configuration.
         servable: Makes the folder or hub id that the policy server loads; called on rank 0 when one is started.
-        policy: A policy server to borrow.
-        gym: A NeMo Gym to borrow.
         start_options: Makes flags and environment of the server; called on rank 0 when one is started. See
             `server_options`.
         fork_server: Forks the policy server when one is started. Default: one of its own, for restarts.
@@ -124,11 +121,8 @@ class RunServers:
         self.gym: GymServers = gym  # type: ignore[assignment]
 
     def start(self) -> None:
-        """Spawn both on rank 0; return before they are ready. Every rank calls it in step.
-
-        Raises:
-            ConfigError, ServerError: On every rank, when rank 0 could not start them.
-        """
+        """Spawn both on rank 0; return before they are ready. Every rank calls it in step. Raises `ConfigError` or
+        `ServerError`: on every rank, when rank 0 could not start them."""
         self._start_own()
         on_main(self._process, self._start)
 
@@ -138,7 +132,6 @@ class RunServers:
 
         Args:
             model: The trainer's, wrapped.
-            tokenizer: The trainer's.
             mixed_precision: Accelerate's.
 
         Raises:
@@ -168,11 +161,8 @@ class RunServers:
             yield
 
     def wait_ready(self) -> None:
-        """Wait for both on rank 0, then attach to them on the other ranks. Every rank calls it in step.
-
-        Raises:
-            ServerError: On every rank, when one rank could not get them.
-        """
+        """Wait for both on rank 0, then attach to them on the other ranks. Every rank calls it in step. Raises
+        `ServerError`: on every rank, when one rank could not get them."""
         with self.sampling():  # what is checked samples a token
             base_urls, api_key, head_url = on_main(self._process, self._wait_ready)
         with agreed(self._process):
@@ -204,10 +194,7 @@ class RunServers:
 
     def require_same_policy(self) -> None:
         """Check on rank 0 that the policy server is the process that got our weights, or that we restarted last.
-
-        Raises:
-            PolicyServerLostError: Another process answers, or none.
-        """
+        Raises `PolicyServerLostError`: another process answers, or none."""
         if self._recovery is not None:
             self._recovery.require_same()
 
@@ -232,11 +219,8 @@ class RunServers:
         self.policy.client.close()  # what is left of connections to the old process
 
     def recover_gym(self, error: GymServerLostError) -> None:
-        """Start a NeMo Gym again that died or hangs. Every rank calls it in step.
-
-        Raises:
-            GymServerError: On every rank, when it was not started here, or as often as allowed; says how it was lost.
-        """
+        """Start a NeMo Gym again that died or hangs. Every rank calls it in step. Raises `GymServerError`: on every
+        rank, when it was not started here, or as often as allowed; says how it was lost."""
 
         def on_rank_0() -> str:
             if not self.owns_gym or self._args.gym_mode == "attach":
@@ -311,11 +295,7 @@ class RunServers:
             placed = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
             self._fork_server = self._own_fork_server = ForkServer(env={**environment, **placed})
         return PolicyServer(
-            self._servable(),
-            vllm_args=flags,
-            env=environment,
-            fork_server=self._fork_server,
-            **self._placement,
+            self._servable(), vllm_args=flags, env=environment, fork_server=self._fork_server, **self._placement
         )
 
     @property
@@ -433,11 +413,8 @@ class RunServers:
         self._splice_checked = True
 
     def _show_parsers(self) -> None:
-        """Say which parsers are guessed for the server that is started next.
-
-        Raises:
-            ConfigError: It would have no tool parser, and there are rows with tools.
-        """
+        """Say which parsers are guessed for the server that is started next. Raises `ConfigError`: it would have no
+        tool parser, and there are rows with tools."""
         parsers = getattr(self.policy, "parsers", None)
         if parsers is None:
             return
@@ -505,11 +482,8 @@ def server_options(
     and what `gym_vllm_args` says, which comes last. On GPUs it prints how their memory will be used.
 
     Args:
-        args: The trainer's configuration.
-        model: As given to the trainer.
         peft_config: Adapter that the trainer will put on it.
         quantization_config: Quantization with which the trainer will load it.
-        num_processes: Number of training processes.
 
     Raises:
         ConfigError: Weights cannot reach such a server, or `gym_gpu_memory` is 'auto' and leaves it too little.
@@ -545,8 +519,6 @@ def _sglang_options(
     """Return flags and environment of SGLang's server.
 
     Args:
-        args: The trainer's configuration.
-        transport: How it gets weights.
         gpus: vLLM's flags for the GPUs; None where there are none.
     """
     flags: dict[str, Any] = {"dtype": args.serving_dtype, **transport.sglang_flags()}
@@ -565,7 +537,6 @@ def show_notes(args: GymGRPOConfig, *, adapts: bool) -> None:
     """Say on rank 0 what was set since it was not given, and what biases a run or lets it learn little.
 
     Args:
-        args: The trainer's configuration.
         adapts: Whether an adapter is trained.
     """
     process = PartialState()
@@ -580,12 +551,7 @@ def show_notes(args: GymGRPOConfig, *, adapts: bool) -> None:
 
 
 def show_context(args: GymGRPOConfig, model: PreTrainedModel) -> None:
-    """Warn on rank 0 of rollouts that end where the model's context does, before `max_completion_length`.
-
-    Args:
-        args: The trainer's configuration.
-        model: The model that is trained.
-    """
+    """Warn on rank 0 of rollouts that end where the model's context does, before `max_completion_length`."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     problem = context_problem(args, args.vllm_max_model_length or most)
     if problem is not None and PartialState().is_main_process:
@@ -637,13 +603,7 @@ def num_workers(args: GymGRPOConfig) -> int:
 
 def workers_problem(args: GymGRPOConfig, training: int, gpus: int) -> Problem | None:
     """Say that a policy server that shares GPUs with training has not as many workers as there are of these; None
-    where each training process serves its own model.
-
-    Args:
-        args: Options of the run.
-        training: Training processes of the host.
-        gpus: GPUs of the host.
-    """
+    where each training process serves its own model."""
     if engines.started_engine(args) == "transformers":
         return None
     served = num_workers(args)

@@ -39,9 +39,6 @@ class PolicyWeights:
     """The policy server's weights. Every rank has one and calls its methods in step.
 
     Args:
-        args: The trainer's configuration.
-        accelerator: The trainer's accelerator.
-        servers: The run's servers, ready.
         model: The trainer's model, wrapped.
 
     Attributes:
@@ -95,11 +92,8 @@ class PolicyWeights:
                 self.recover(error)
 
     def recover(self, error: Exception) -> None:
-        """Get the policy server back, which holds none of our weights then.
-
-        Raises:
-            Exception: `error`, where another server would not help, or what went wrong with that.
-        """
+        """Get the policy server back, which holds none of our weights then. Raises `Exception`: `error`, where another
+        server would not help, or what went wrong with that."""
         if self._sharing is not None:
             with agreed(self._accelerator):
                 self._sharing.make_room()  # a server that starts needs its memory
@@ -168,8 +162,6 @@ def check_model(
     """Refuse a model whose weights cannot be sent, before anything is sampled. Local.
 
     Args:
-        args: The trainer's configuration.
-        accelerator: The trainer's accelerator.
         model: The trainer's model, wrapped.
         shares_weights: Whether the engine computes with the trainer's own weights.
 

@@ -73,14 +73,8 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def adapter_parts(model: nn.Module) -> tuple[Any, list[tuple[str, Slot]]]:
-    """Find the active LoRA adapter.
-
-    Returns:
-        Its config (`peft.LoraConfig`), and its parameters with their names in an adapter's checkpoint.
-
-    Raises:
-        ConfigError: There is no adapter, it is not LoRA, or several are active.
-    """
+    """Find the active LoRA adapter. Returns its config (`peft.LoraConfig`), and its parameters with their names in an
+    adapter's checkpoint. Raises `ConfigError`: there is no adapter, it is not LoRA, or several are active."""
     inner = bare(model)
     if not is_peft(inner):
         raise ConfigError(

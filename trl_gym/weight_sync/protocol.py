@@ -62,11 +62,8 @@ class WeightTransport(Protocol):
     replaces: bool
 
     def connect(self, client: PolicyClient) -> None:
-        """Prepare the server's side. Rank 0, before the first transfer and again after `disconnect`.
-
-        Raises:
-            WeightSyncError, PolicyServerError: The server cannot be prepared; nothing was changed.
-        """
+        """Prepare the server's side. Rank 0, before the first transfer and again after `disconnect`. Raises
+        `WeightSyncError` or `PolicyServerError`: the server cannot be prepared; nothing was changed."""
 
     def disconnect(self) -> None:
         """Forget everything agreed with the server, which is gone or was replaced. Idempotent; must not block."""
@@ -75,7 +72,6 @@ class WeightTransport(Protocol):
         """Exhaust the stream and hand it to the server.
 
         Args:
-            weights: The stream to send.
             client: The server's control plane on rank 0, None on other ranks, which only take part in collectives.
             version: Weight version of the stream.
 

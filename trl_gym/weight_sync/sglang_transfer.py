@@ -63,7 +63,6 @@ def nccl_update_infos(parameters: Iterable[WeightMeta], buffer_bytes: int) -> li
     this order.
 
     Args:
-        parameters: Parameters of the stream.
         buffer_bytes: What one call holds at most; a bigger tensor is alone in its call.
     """
     return [
@@ -111,11 +110,8 @@ def join_nccl(listener: socket.socket, *, device: int | None, world_size: int, t
 
 
 def staged(tensor: torch.Tensor, device: int | None) -> tuple[torch.Tensor, Any]:
-    """Copy a tensor for another thread: its stream may overwrite it, and CUDA works in the background.
-
-    Returns:
-        The copy, and the event at which it is complete; None for that on a CPU.
-    """
+    """Copy a tensor for another thread: its stream may overwrite it, and CUDA works in the background. Returns the
+    copy, and the event at which it is complete; None for that on a CPU."""
     if device is None:
         return tensor.detach().clone(memory_format=torch.contiguous_format), None
     with torch.cuda.device(device):
@@ -130,9 +126,7 @@ def broadcast(link: Link, tensors: Iterable[tuple[str, tuple[torch.Tensor, Any]]
     in a thread.
 
     Args:
-        link: Connection to the server's workers.
         tensors: Names and results of `staged`.
-        buffer_bytes: Of no meaning here.
     """
     if link.device is not None:
         torch.cuda.set_device(link.device)

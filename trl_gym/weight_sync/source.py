@@ -102,7 +102,6 @@ def with_siblings(chosen: Collection[str], names: Collection[str]) -> set[str]:
 
     Args:
         chosen: Names in the checkpoint, e.g. `{"model.layers.0.self_attn.q_proj.weight"}`.
-        names: All names in the checkpoint.
 
     Returns:
         E.g. weights and biases of `q_proj`, `k_proj` and `v_proj`.
@@ -176,7 +175,6 @@ class AdapterSource:
 
     Args:
         model: The model of a `WeightSource`; the base may be quantized.
-        accelerator: The trainer's accelerator.
 
     Raises:
         ConfigError: There is no adapter, it is not LoRA, or several are active.
@@ -204,7 +202,6 @@ def check_supported(model: nn.Module, accelerator: Accelerator, *, sends_adapter
 
     Args:
         model: The trainer's model, wrapped.
-        accelerator: The trainer's accelerator.
         sends_adapter: Whether only its adapter is sent.
 
     Raises:

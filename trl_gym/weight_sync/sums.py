@@ -42,7 +42,6 @@ def fingerprint(model: torch.nn.Module, accelerator: Accelerator) -> str:
 
     Args:
         model: The trainer's model. Under FSDP1 it must be the wrapped one; else it may be wrapped or not.
-        accelerator: The trainer's accelerator.
     """
     slots = find_slots(model)
     is_sharded = any(slot.is_sharded for slot in slots)

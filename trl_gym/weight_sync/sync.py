@@ -96,9 +96,7 @@ class WeightSync:
     """Pushes the trainer's weights to the policy server. Every rank has one and calls `push` in step.
 
     Args:
-        accelerator: The trainer's accelerator.
         server: The policy server; its control plane is used on rank 0 only.
-        transport: Carries the weights.
         options: How weights are pushed.
         sharing: Gives the server its memory before weights come; None where the server never sleeps.
     """
@@ -319,11 +317,8 @@ def compare(trainer: Sequence[Sequence[float]], server: Sequence[Sequence[float]
 
 
 def require_agreement(report: ProbeReport, tolerance: float, *, version: str) -> None:
-    """Stop when the server does not hold what was sent.
-
-    Raises:
-        WeightMismatchError: The mean gap is above `tolerance` (nats).
-    """
+    """Stop when the server does not hold what was sent. Raises `WeightMismatchError`: the mean gap is above
+    `tolerance` (nats)."""
     if report.mean_gap <= tolerance:
         return
     raise WeightMismatchError(

@@ -72,7 +72,6 @@ def send_ipc(
     """Walk the stream and share it, one packed buffer at a time. Every rank calls it in step.
 
     Args:
-        parameters: Parameters of the stream.
         weights: Tensors on this rank's GPU, or moved there one at a time.
         post: Hands one update to the server (`/update_weights`) and returns when it has been read; called on the
             sender only. It must not raise: other ranks would be left in a collective.
@@ -208,10 +207,7 @@ def join_nccl(listener: socket.socket, *, device: int, world_size: int, timeout_
 
 def staged(tensor: torch.Tensor, device: int) -> tuple[torch.Tensor, torch.cuda.Event]:
     """Copy a tensor on the GPU for another thread: its stream may overwrite it, and CUDA works in the background.
-
-    Returns:
-        The copy, and the event at which it is complete.
-    """
+    Returns the copy, and the event at which it is complete."""
     with torch.cuda.device(device):
         copy = _with_dimensions(tensor.detach()).to(device="cuda", copy=True, memory_format=torch.contiguous_format)
         event = torch.cuda.Event()
@@ -226,7 +222,6 @@ def broadcast(
     run it in a thread.
 
     Args:
-        link: Connection to the server's workers.
         tensors: Names and results of `staged`.
         buffer_bytes: As in `nccl_init_info`: both sides cut the stream at the same places.
     """

@@ -202,11 +202,8 @@ def _be_an_engine(sock: socket.socket) -> None:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse vLLM's own arguments with our defaults, and refuse those that a policy server cannot have.
-
-    Raises:
-        SystemExit: See `serve`.
-    """
+    """Parse vLLM's own arguments with our defaults, and refuse those that a policy server cannot have. Raises
+    `SystemExit`: see `serve`."""
     parser = make_arg_parser(FlexibleArgumentParser(prog="python -m trl_gym.policy_server"))
     parser.set_defaults(**DEFAULT_FLAGS)
     args = parser.parse_args(list(argv))

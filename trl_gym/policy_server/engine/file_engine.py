@@ -69,12 +69,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         self._mixed = False  # whether an update ended halfway, so that only a complete one can fix it
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        """Read the probe.
-
-        Raises:
-            OSError: It cannot be opened.
-            ValueError: It is another file.
-        """
+        """Read the probe. Raises `OSError`: it cannot be opened; `ValueError`: it is another file."""
         check_probe(init_info.probe, init_info.secret)
 
     def start_weight_update(self) -> None:
@@ -85,12 +80,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         self._partial = False
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        """Load one file.
-
-        Raises:
-            OSError, safetensors.SafetensorError: The file cannot be read; nothing was changed.
-            ValueError, KeyError: The model does not have one of its names.
-        """
+        """Load one file. Raises `OSError` or `safetensors.SafetensorError`: the file cannot be read; nothing was
+        changed; `ValueError` or `KeyError`: the model does not have one of its names."""
         with safe_open(update_info.path, framework="pt", device="cpu") as file:
             names = list(file.keys())
             if not names:
@@ -111,11 +102,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         self._loaded |= set(loaded)
 
     def finish_weight_update(self) -> None:
-        """Put the new weights into service.
-
-        Raises:
-            ValueError: Parameters that had to come were in none of the files.
-        """
+        """Put the new weights into service. Raises `ValueError`: parameters that had to come were in none of the
+        files."""
         required = _whole_modules(self._expected, self._loaded) if self._partial else self._expected
         missing = sorted(required - self._loaded)
         missing += missing_parts(self._received, getattr(self.model, "packed_modules_mapping", None) or {})

@@ -67,7 +67,6 @@ def why_not_forked(command: Sequence[str], wanted: Mapping[str, str], imported: 
     """Return why a server must be executed instead of forked; empty if a fork is the same.
 
     Args:
-        command: Program and arguments.
         wanted: Environment of the server.
         imported: What it would inherit.
     """

@@ -27,9 +27,6 @@ def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
     or sharded tensor. On a CPU NumPy adds: it widens a few thousand elements at a time, where torch first makes a copy
     of the tensor in int64, which takes three times the time.
 
-    Args:
-        tensor: Any shape and dtype.
-
     Returns:
         `[]`, int64, on the tensor's device.
     """

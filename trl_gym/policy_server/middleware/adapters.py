@@ -223,7 +223,6 @@ class AdapterControl:
 
         Args:
             model: The request's model: the policy (or nothing), one of our adapters, or anything else.
-            rollout: Id of the rollout, if any.
             policy_names: Result of `policy_names`.
         """
         if not model or not self.book.held or model in policy_names:
@@ -271,7 +270,6 @@ class AdapterControl:
         """Make the server's own weights the policy again and unload adapters.
 
         Args:
-            server: The wrapped server.
             new_weights: Whether these weights are new, so that their version is set already.
         """
         server = on_its_own(server)

@@ -89,7 +89,6 @@ class ChatTurns:
     """Answer chat completions.
 
     Args:
-        server_info: Information about the wrapped server.
         adapters: Chooses the adapter that answers a call.
         has_prompt_field: Whether the server takes `prompt_token_ids` as a field of a chat request.
 
@@ -345,11 +344,8 @@ class ChatTurns:
     async def _complete(
         self, server: WrappedServer, turn: Turn, prompt: Prompt, adapter: Adapter | None, reply: Reply
     ) -> tuple[dict[str, Any], CallTokens | None]:
-        """Add bundle or handle and drift to the answer, and return its tokens for the ledger.
-
-        Raises:
-            AnsweredError: The bundle of a rollout's turn is not exact, or the answer is no chat completion.
-        """
+        """Add bundle or handle and drift to the answer, and return its tokens for the ledger. Raises `AnsweredError`:
+        the bundle of a rollout's turn is not exact, or the answer is no chat completion."""
         with expecting_vllm(f"POST {turn.path}"):
             answer = (openai.read_completion if turn.prompt is None else completions.as_chat)(reply.body)
         tokens = None

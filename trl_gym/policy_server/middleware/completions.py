@@ -125,11 +125,8 @@ class _Completion(TypedDict):
 
 
 def as_chat(body: bytes) -> dict[str, Any]:
-    """Parse a completion; return it as a chat completion that says the same, see `openai.read_completion`.
-
-    Raises:
-        ValueError: It is no JSON, or none of a completion.
-    """
+    """Parse a completion; return it as a chat completion that says the same, see `openai.read_completion`. Raises
+    `ValueError`: it is no JSON, or none of a completion."""
     answer = parse_json(body)
     if (problem := shape_problem(answer, _Completion)) is not None:
         raise ValueError(problem)
@@ -156,7 +153,6 @@ def as_text(answer: dict[str, Any], *, with_logprobs: bool) -> dict[str, Any]:
     the choice.
 
     Args:
-        answer: The answer.
         with_logprobs: Whether the client wants the `logprobs` themselves.
     """
     [choice] = answer["choices"]

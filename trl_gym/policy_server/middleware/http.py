@@ -101,11 +101,8 @@ class Reply:
         return parse_json(self.body)
 
     def read(self, shape: Any) -> Any:
-        """Parse the body, which is of a shape as for `shape_problem`.
-
-        Raises:
-            ValueError: It is no JSON (NaN is none), or of another shape.
-        """
+        """Parse the body, which is of a shape as for `shape_problem`. Raises `ValueError`: it is no JSON (NaN is
+        none), or of another shape."""
         answer = strict_json(self.body)
         if (problem := shape_problem(answer, shape)) is not None:
             raise ValueError(problem)
@@ -195,11 +192,8 @@ def path_of(scope: Scope) -> str:
 
 
 def check_content_type(scope: Scope) -> None:
-    """Check that a body is said to be JSON: what a web page may send without asking first is not.
-
-    Raises:
-        AnsweredError: It is not; with vLLM's words.
-    """
+    """Check that a body is said to be JSON: what a web page may send without asking first is not. Raises
+    `AnsweredError`: it is not; with vLLM's words."""
     media_type = (header(scope, b"content-type") or b"").lower().partition(b";")[0]
     if media_type != b"application/json":
         text = "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"
@@ -218,13 +212,9 @@ def _too_long(limit: int) -> AnsweredError:
 
 
 async def read_body(receive: Receive, limit: int = MAX_REQUEST_BYTES) -> bytes:
-    """Read the whole request body.
-
-    Raises:
-        AnsweredError: It has more than `limit` bytes, or is JSON in another encoding than UTF-8, which servers read
-            and we would not: a tag in it would not be seen.
-        ClientGoneError: If the client hangs up before it is complete.
-    """
+    """Read the whole request body. Raises `AnsweredError`: it has more than `limit` bytes, or is JSON in another
+    encoding than UTF-8, which servers read and we would not: a tag in it would not be seen; `ClientGoneError` if the
+    client hangs up before it is complete."""
     chunks, size = [], 0
     while True:
         message = await receive()
@@ -267,7 +257,6 @@ class WrappedServer:
         """Send a request of our own to the application.
 
         Args:
-            method, path: Of the request.
             payload: Its JSON, without NaN and infinities (`msgspec` would write null), or its body.
 
         Raises:
@@ -390,8 +379,7 @@ class ServerInfo:
         `vllm_version`), `max_model_len` and `model_names` (of the model itself, without adapters)."""
         if self._info is None:
             models, version = await asyncio.gather(
-                server.ask_json("GET", "/v1/models", shape=_Models),
-                server.ask_json("GET", "/version", shape=_Version),
+                server.ask_json("GET", "/v1/models", shape=_Models), server.ask_json("GET", "/version", shape=_Version)
             )
             if not models["data"][0].get("max_model_len"):
                 raise AnsweredError(Reply.error(500, "GET /v1/models: the first model has no max_model_len"))
@@ -412,7 +400,6 @@ class ServerInfo:
         """Check the length of a prompt before it is tokenized, which takes seconds and gigabytes for a long one.
 
         Args:
-            server: The wrapped server.
             num_chars: A number of characters that the prompt has at least.
 
         Raises:

@@ -78,7 +78,6 @@ class RefusedError(Exception):
 
     Args:
         text: For its sender; it quotes no key.
-        status: HTTP status of the answer.
     """
 
     def __init__(self, text: str, status: int = 401) -> None:
@@ -115,7 +114,6 @@ def gym_key(api_key: str | None, untagged: str) -> str:
     """Return the key of the NeMo Gym of a run.
 
     Args:
-        api_key: See `rollout_key`.
         untagged: Whether its model calls without a rollout are refused (`"error"`) or served and counted (`"warn"`).
     """
     return _signed(api_key, {"gym": untagged})
@@ -166,11 +164,8 @@ def identity_of(scope: Scope) -> Identity:
 
 
 def agreed_rollout(one: str | None, other: str | None) -> str | None:
-    """Return the rollout that two places of a request name, either of which may name none.
-
-    Raises:
-        RefusedError: They name different ones.
-    """
+    """Return the rollout that two places of a request name, either of which may name none. Raises `RefusedError`: they
+    name different ones."""
     if one is not None and other is not None and one != other:
         raise RefusedError(f"this request belongs to two rollouts, {one} and {other}: a key opens one rollout", 403)
     return one if one is not None else other
@@ -331,11 +326,7 @@ class UntaggedCalls:
     others: int = 0  # with the server's API key, or without any
 
     def count(self, identity: Identity) -> None:
-        """Count one.
-
-        Raises:
-            RefusedError: Gym's calls are not to be served without a rollout.
-        """
+        """Count one. Raises `RefusedError`: Gym's calls are not to be served without a rollout."""
         if identity.untagged is None:
             self.others += 1
             return

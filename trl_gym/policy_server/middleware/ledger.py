@@ -161,10 +161,8 @@ def record_of(
     """Make the record of a call.
 
     Args:
-        reply: Its reply.
         answer: The chat completion in it; None after an error.
         exact: Whether the prompt was forced.
-        seconds: Wall time that it took.
         last_version: Weight version of its last token.
         drift: The cause why the prompt is not exact, if it should have been.
         tokens: Its tokens.
@@ -281,9 +279,7 @@ class RolloutCalls:
         """Return the tokens of an answer under a new handle; `append` their record next.
 
         Args:
-            turn: The request.
             message: The answer's message, with its token bundle.
-            prompt: Ids of the prompt.
         """
         parent: int | None = None
         if turn.call is not None and self.is_whole and prompt[: len(turn.seen or ())] == turn.seen:
@@ -452,7 +448,6 @@ class _Digests:
         """Add a message.
 
         Args:
-            message: The message.
             sampled: See `Turn.sampled`.
             said: What the call said that the message is recognized as, in whatever form it came back; else None.
         """
@@ -501,12 +496,9 @@ class Histories:
             self._digests.popitem(last=False)
 
     def difference(self, turn: Turn) -> str | None:
-        """Tell what the agent has changed in the request that led to the newest answer with token ids.
-
-        Returns:
-            One sentence, or None if nothing changed or the answer is unknown: another server gave it, or so many
-            conversations have these tokens that some are forgotten.
-        """
+        """Tell what the agent has changed in the request that led to the newest answer with token ids. Returns one
+        sentence, or None if nothing changed or the answer is unknown: another server gave it, or so many conversations
+        have these tokens that some are forgotten."""
         if turn.seen is None or turn.newest is None:
             return None
         now = digest_of(turn, turn.newest)

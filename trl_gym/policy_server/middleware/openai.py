@@ -91,13 +91,8 @@ _LONG = ("prompt_token_ids", "token_ids", "logprobs")  # fields that no walk ove
 
 def read_completion(body: bytes) -> dict[str, Any]:
     """Parse a chat completion; half of a surrogate in it, which a policy can write into arguments, is plain text.
-
-    Returns:
-        The answer; `logprobs` of its choices are JSON (`msgspec.Raw`), which `msgspec.json.encode` writes as it is.
-
-    Raises:
-        ValueError: It is no JSON, or none of a chat completion.
-    """
+    Returns the answer; `logprobs` of its choices are JSON (`msgspec.Raw`), which `msgspec.json.encode` writes as it
+    is. Raises `ValueError`: it is no JSON, or none of a chat completion."""
     try:
         return _read_completion(body)
     except ValueError:
@@ -247,7 +242,6 @@ def events(answer: dict[str, Any], *, include_usage: bool) -> bytes:
     """Return the body of the stream.
 
     Args:
-        answer: A chat completion with one choice.
         include_usage: The request's `stream_options.include_usage`.
     """
     head = {key: answer.get(key) for key in ("id", "created", "model", "system_fingerprint")}

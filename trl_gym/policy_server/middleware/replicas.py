@@ -55,7 +55,6 @@ class Replicas:
 
         Args:
             scope: Of the client's request; not changed.
-            rollout: Id of the rollout.
             begins_with: Makes a digest of its messages; called for the first turn of a rollout only.
         """
         if len(self.loads) < 2 or header(scope, RANK_HEADER) is not None:

@@ -91,11 +91,7 @@ def leave_out_seed(body: MutableMapping[str, Any]) -> None:
 
 def pin(body: MutableMapping[str, Any], sampling: Mapping[str, Any]) -> list[str]:
     """Set sampling parameters, whatever the request says; None means the server's own default, as does a parameter
-    that is not there. Nothing is set if there are none.
-
-    Returns:
-        Those of which the request has another value.
-    """
+    that is not there. Nothing is set if there are none. Returns those of which the request has another value."""
     if not sampling:
         return []
     own = {name: body.pop(name) for name in PINNED if name in body}

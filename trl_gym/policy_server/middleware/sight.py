@@ -77,7 +77,6 @@ class Sight:
         """Return the messages with `filler` for the parts of their texts that the template cannot see.
 
         Args:
-            messages: Messages of a chat completion request.
             filler: A word of ASCII letters and digits. A render that has it repeats a text that was abbreviated.
         """
         return [self._value(message, filler) for message in messages]
@@ -165,11 +164,7 @@ def sight_of(source: str) -> Sight | None:
 
 
 class _Proof:
-    """Infers the kinds of all expressions of a template.
-
-    Raises:
-        UnprovenError: See there.
-    """
+    """Infers the kinds of all expressions of a template. Raises `UnprovenError`: see there."""
 
     def __init__(self, template: nodes.Template) -> None:
         self.searched: set[str] = set()

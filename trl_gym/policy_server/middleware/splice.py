@@ -173,7 +173,6 @@ def room(
     """Return how many tokens may still be sampled; zero or less means that the rollout is over.
 
     Args:
-        num_prompt: Tokens of this call's prompt.
         max_model_len: Tokens that the server accepts for prompt and completion together.
         completion_budget: Tokens that a conversation may have after its first prompt, with tool outputs and later
             prompts.

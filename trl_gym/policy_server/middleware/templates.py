@@ -111,12 +111,9 @@ class Templates:
     _proofs: dict[str, _Proof] = field(default_factory=dict)
 
     async def next_prompt(self, tokenize: Tokenize, chat: Chat, seen: list[int]) -> list[int]:
-        """Return the exact prompt: `seen`, then what the template writes for the rest of the chat.
-
-        Raises:
-            NoBoundaryError: If the prompt would be a guess.
-            RenderRefusedError: If the template refuses even the shortest chat.
-        """
+        """Return the exact prompt: `seen`, then what the template writes for the rest of the chat. Raises
+        `NoBoundaryError` if the prompt would be a guess; `RenderRefusedError` if the template refuses even the
+        shortest chat."""
         plain = await self.closing(tokenize, chat.options)
         if chat.ending["continue_final_message"] and chat.newest == len(chat.messages) - 1:
             return splice.continue_turn(seen, plain, self.stop_ids)
@@ -134,7 +131,6 @@ class Templates:
         """Return the template's closing of an assistant turn of plain text.
 
         Args:
-            tokenize: Asks the server.
             options: See `Chat`.
 
         Raises:

@@ -17,14 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trl_gym.policy_server.middleware.identity import NOBODY, Identity, agreed_rollout
-from trl_gym.policy_server.middleware.sampling import (
-    PINNED,
-    SEED,
-    leave_out,
-    leave_out_seed,
-    own_sampling,
-    pin,
-)
+from trl_gym.policy_server.middleware.sampling import PINNED, SEED, leave_out, leave_out_seed, own_sampling, pin
 from trl_gym.responses import text_of
 from trl_gym.rollout_options import AGENT_SAMPLING
 from trl_gym.untrusted import MAX_CONTAINERS, MAX_DEPTH, check_depth, without_halves
@@ -101,7 +94,6 @@ class Turn:
         """Parse a request body.
 
         Args:
-            raw: The body.
             identity: What the request's keys say of its sender.
 
         Returns:
@@ -392,10 +384,7 @@ def _quoted(value: Any) -> str:
 
 def checked_sampling(parameters: Any, name: str, *more: str) -> dict[str, Any]:
     """Return `parameters` if they are an object of sampling parameters that can be pinned, those of `more` among them.
-
-    Raises:
-        InvalidTurnError: If it is anything else.
-    """
+    Raises `InvalidTurnError` if it is anything else."""
     if isinstance(parameters, dict) and not (unknown := sorted(set(parameters) - {*PINNED, *more})):
         return parameters
     names = f": {', '.join(unknown)}" if isinstance(parameters, dict) else ""

@@ -57,8 +57,6 @@ class Sampled:
         """Find the moments.
 
         Args:
-            sent: When the call was sent to the server.
-            answered: When its answer came.
             metrics: vLLM's `metrics` of the answer, in milliseconds.
             spans: SGLang's `weight_versions`: stretches of tokens, in order, with the `version` of each.
         """
@@ -106,12 +104,7 @@ class WeightHistory:
             self._changes.append(_Change(before, self._stopped))
 
     def versions(self, sampled: Sampled, now: str | None) -> tuple[str | None, str | None]:
-        """Return the versions of the first and of the last token of a call.
-
-        Args:
-            sampled: When they were sampled.
-            now: The version that the server holds.
-        """
+        """Return the versions of the first and of the last token of a call."""
         if sampled.told is not None:
             return sampled.told
         first = self._place(*sampled.first)

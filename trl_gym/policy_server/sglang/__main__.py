@@ -62,11 +62,7 @@ class _Sglang:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve until SIGINT or SIGTERM, or until SGLang has ended.
-
-    Returns:
-        The exit status.
-    """
+    """Serve until SIGINT or SIGTERM, or until SGLang has ended. Returns the exit status."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("model")
     own.add_argument("--listen-fd", type=int)
@@ -125,12 +121,7 @@ def _start(words: Sequence[str], key: str, environment: Mapping[str, str], forge
     try:
         supervisor = execute(
             Launch(
-                command=words,
-                env=environment,
-                log_fd=log_write,
-                death_fd=death_read,
-                grace_s=_GRACE_S,
-                pass_fds=(),
+                command=words, env=environment, log_fd=log_write, death_fd=death_read, grace_s=_GRACE_S, pass_fds=()
             )
         )
     finally:

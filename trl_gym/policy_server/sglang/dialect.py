@@ -79,11 +79,8 @@ class Asked(TypedDict):
 
 
 def check_request(body: Mapping[str, Any]) -> None:
-    """Check the types of the fields of a request; the functions below rely on them. SGLang checks the others.
-
-    Raises:
-        UnsupportedError: One has another.
-    """
+    """Check the types of the fields of a request; the functions below rely on them. SGLang checks the others. Raises
+    `UnsupportedError`: one has another."""
     if (problem := shape_problem(body, Asked)) is not None:
         raise UnsupportedError(f"the request has another form ({problem})")
 
@@ -219,22 +216,16 @@ def vocabulary_size(raw: bytes) -> int | None:
 
 
 def check_ids(ids: Sequence[Any], size: int | None) -> None:
-    """Check the ids of a prompt: one that is not in the vocabulary ends SGLang's process.
-
-    Raises:
-        UnsupportedError: It has others.
-    """
+    """Check the ids of a prompt: one that is not in the vocabulary ends SGLang's process. Raises `UnsupportedError`:
+    it has others."""
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < (size or 2**31):
             raise UnsupportedError(f"a prompt of token ids has {token!r}, which is not in the vocabulary")
 
 
 def completion_request(body: Mapping[str, Any], *, rid: str, adapter: str | None) -> dict[str, Any]:
-    """Return SGLang's request for a completion of a text; see `chat_request`.
-
-    Raises:
-        UnsupportedError: SGLang has no such parameter.
-    """
+    """Return SGLang's request for a completion of a text; see `chat_request`. Raises `UnsupportedError`: SGLang has no
+    such parameter."""
     _refuse_unsupported({key: value for key, value in body.items() if key != "echo"})
     if body.get("return_token_ids"):
         raise UnsupportedError(
@@ -271,11 +262,6 @@ def render_request(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def chat_answer(raw: bytes, request: Mapping[str, Any], model: str) -> dict[str, Any]:
     """Return vLLM's answer for SGLang's chat completion.
-
-    Args:
-        raw: The body of SGLang's answer.
-        request: vLLM's request.
-        model: Name of the model in the answer.
 
     Returns:
         The answer, for `msgspec.json.encode`, with SGLang's `metadata.weight_versions` as `weight_versions`.
@@ -422,11 +408,8 @@ def detokenize_answer(raw: bytes) -> dict[str, Any]:
 
 
 def models_answer(raw: bytes, served: str) -> dict[str, Any]:
-    """Return `/v1/models` with the name that the server was started with: weights from disk rename it.
-
-    Raises:
-        ValueError: There is no model.
-    """
+    """Return `/v1/models` with the name that the server was started with: weights from disk rename it. Raises
+    `ValueError`: there is no model."""
     answer = read(raw, _Cards)
     for card in answer["data"]:
         if card.get("parent") is None:
@@ -490,12 +473,8 @@ def prompts_of_ids(body: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def logprobs_request(body: Mapping[str, Any], *, adapter: str | None) -> dict[str, Any]:
-    """Return the `/generate` for a `/v1/completions` with `prompt_logprobs`.
-
-    Raises:
-        UnsupportedError: The prompts are not lists of token ids, or more is asked than the tokens' own
-            log-probabilities.
-    """
+    """Return the `/generate` for a `/v1/completions` with `prompt_logprobs`. Raises `UnsupportedError`: the prompts
+    are not lists of token ids, or more is asked than the tokens' own log-probabilities."""
     prompts, given = prompts_of_ids(body), body.get("prompt")
     if not prompts or not all(prompts) or (given != prompts and [given] != prompts):
         raise UnsupportedError("With prompt_logprobs, `prompt` must be a list of lists of token ids for SGLang.")
@@ -515,9 +494,7 @@ def logprobs_answer(raw: bytes, request: Mapping[str, Any], model: str) -> dict[
     """Return vLLM's completion for the answer of that `/generate`.
 
     Args:
-        raw: The body of SGLang's answer.
         request: What it was asked.
-        model: Name of the model in the answer.
 
     Raises:
         ValueError: It is no such answer, or one of other sequences.

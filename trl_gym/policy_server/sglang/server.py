@@ -233,11 +233,8 @@ def _without_parser(words: list[str]) -> list[str]:
 
 
 def find_python(given: str | None = None) -> str:
-    """Return the interpreter that has SGLang: the one given, that of `TRL_GYM_SGLANG_PYTHON`, or our own.
-
-    Raises:
-        ConfigError: It does not exist, or cannot be executed.
-    """
+    """Return the interpreter that has SGLang: the one given, that of `TRL_GYM_SGLANG_PYTHON`, or our own. Raises
+    `ConfigError`: it does not exist, or cannot be executed."""
     named = given or os.environ.get(PYTHON_VARIABLE)
     if not named:
         return sys.executable
@@ -251,11 +248,8 @@ def find_python(given: str | None = None) -> str:
 
 
 def sglang_version(python: str) -> str:
-    """Return the version of SGLang that an interpreter has, without importing it.
-
-    Raises:
-        ConfigError: It has none, or cannot be run.
-    """
+    """Return the version of SGLang that an interpreter has, without importing it. Raises `ConfigError`: it has none,
+    or cannot be run."""
     try:
         done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:

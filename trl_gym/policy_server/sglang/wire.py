@@ -99,11 +99,8 @@ class _Call:
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON object of the request; empty for no body. SGLang would take NaN for a temperature.
-
-        Raises:
-            AnsweredError, UnsupportedError: It is something else, or has fields of other types.
-        """
+        """The JSON object of the request; empty for no body. SGLang would take NaN for a temperature. Raises
+        `AnsweredError` or `UnsupportedError`: it is something else, or has fields of other types."""
         if not self.request.body.strip():
             return {}
         try:
@@ -195,12 +192,8 @@ class SglangWire:
         return await self._guarded(request, self._answer(_Call(session, self._url, request)))
 
     async def stream(self, session: aiohttp.ClientSession, request: ForwardedRequest, answering: Answering) -> None:
-        """Pass the answer to a request on, in vLLM's form; a client's own stream of chunks as it comes.
-
-        Raises:
-            aiohttp.ClientError: If nothing has been answered.
-            UpstreamLostError: If something has.
-        """
+        """Pass the answer to a request on, in vLLM's form; a client's own stream of chunks as it comes. Raises
+        `aiohttp.ClientError` if nothing has been answered; `UpstreamLostError` if something has."""
         call = _Call(session, self._url, request)
         if not (_samples(request) and (json_object(request.body) or {}).get("stream")):
             return await (await self.ask(session, request)).send(answering)

@@ -65,7 +65,6 @@ def chosen_parsers(model: str | Path, flags: Sequence[str]) -> Parsers:
 
     Args:
         model: Folder, or name on the model hub.
-        flags: As the process gets them.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--response-template")
@@ -76,7 +75,6 @@ def main(argv: Sequence[str], *, listen_fd: int | None) -> None:
     """Load the model and serve until SIGINT or SIGTERM.
 
     Args:
-        argv: The model and flags.
         listen_fd: Inherited socket, bound and listening. Default: a new one, bound to `--host` and `--port`.
 
     Raises:

@@ -99,7 +99,6 @@ def chosen(evidence: Evidence, told: str | None = None, own: Json | None = None)
     """Choose what reads a policy's answers.
 
     Args:
-        evidence: Its family and chat template.
         told: Value of `gym_response_template`; `none` means that answers are text.
         own: The tokenizer's `response_template`.
 
@@ -120,7 +119,6 @@ def reader_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, told
     """Choose what reads the answers of a model that is loaded.
 
     Args:
-        config: Of the model.
         tokenizer: Of the policy, with its chat template.
         told: Value of `gym_response_template`.
 
@@ -206,7 +204,6 @@ class AnswerReader:
     """Reads answers of one policy.
 
     Args:
-        tokenizer: The policy's.
         template: A response template; None leaves answers as text.
 
     Attributes:
@@ -245,7 +242,6 @@ class AnswerReader:
         """Return the assistant's message; answers that cannot be read are text.
 
         Args:
-            ids: Sampled token ids.
             prompt_ids: Token ids of the prompt, which may have begun the turn.
             tools: Tools of the request. Without them nothing is a call.
             is_stopped: Whether the last token ended the turn, and so is no part of its text.

@@ -100,11 +100,8 @@ class WeightLoader(Protocol):
         """Prepare it, once per training run."""
 
     def update(self, model: Any, update_info: Mapping[str, Any]) -> None:
-        """Load one chunk of weights into the model, of which nothing is sampled meanwhile.
-
-        Raises:
-            TrlGymError: It cannot be loaded; the model may have some of it.
-        """
+        """Load one chunk of weights into the model, of which nothing is sampled meanwhile. Raises `TrlGymError`: it
+        cannot be loaded; the model may have some of it."""
 
     def finish(self) -> None:
         """End an update. Raises `TrlGymError` if there is none, or it lacks weights."""
@@ -114,9 +111,6 @@ class EngineApp:
     """The ASGI application.
 
     Args:
-        engine: Samples.
-        renderer: Makes prompts of chats and messages of answers.
-        model_name: Name under which the model is served.
         weight_loader: Brings new weights; None where the model is the trainer's own, and the routes of weights change
             the version alone.
     """

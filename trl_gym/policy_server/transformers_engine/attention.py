@@ -70,7 +70,6 @@ def paged_attention(
     """Compute the attention of one layer, as transformers calls it.
 
     Args:
-        module: The layer.
         query: `[1, H, Q, D]`, the queries of all requests one after another.
         key: `[1, K, Q, D]` of the same tokens, for K key heads; with those of earlier tokens where there is no cache.
         value: `[1, K, Q, V]` of the same tokens as the keys.

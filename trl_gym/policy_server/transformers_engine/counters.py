@@ -48,11 +48,7 @@ class EngineCounters:
         self.inference_s += completion.first_token_s + completion.decode_s
 
     def prometheus(self, model_name: str) -> str:
-        """Return them as text.
-
-        Args:
-            model_name: The label of each.
-        """
+        """Return them as text."""
         values = {
             "num_requests_running": self.running,
             "num_requests_waiting": self.held,

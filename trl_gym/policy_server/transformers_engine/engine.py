@@ -185,11 +185,9 @@ class Engine:
     """Samples from a model that is trained elsewhere. Parked at first.
 
     Args:
-        options: Of the engine.
         eos_token_ids: Tokens that end a completion, beside those of the model's generation config.
 
     Attributes:
-        options: As given.
         counters: What was done.
         weight_version: Of the weights in the model; whoever changes them sets it.
     """
@@ -314,10 +312,7 @@ class Engine:
     @contextmanager
     def changing(self) -> Iterator[PreTrainedModel]:
         """Lend the model to who changes its weights; nothing is sampled meanwhile, and nothing of before is kept.
-
-        Raises:
-            EngineLostError: There is no model yet.
-        """
+        Raises `EngineLostError`: there is no model yet."""
         with self._stopped():
             yield self._present()
 
@@ -429,11 +424,7 @@ class Engine:
             vocabulary = self._present().config.get_text_config().vocab_size
             sampling["top_k"] = min(request.top_k, vocabulary) or vocabulary
         return session.submit(
-            job.name,
-            job.prompt + job.ids,
-            max_tokens=request.max_tokens - len(job.ids),
-            stop_ids=stop_ids,
-            **sampling,
+            job.name, job.prompt + job.ids, max_tokens=request.max_tokens - len(job.ids), stop_ids=stop_ids, **sampling
         )
 
     async def _answer(self, session: Session, future: asyncio.Future[Any]) -> Any:

@@ -125,7 +125,6 @@ class ChatRenderer:
 
         Args:
             ids: Sampled token ids, with the one that ended the turn.
-            prompt_ids: Token ids of the prompt.
             body: The chat completion request: `tools`, `tool_choice` and `stop_token_ids` count.
         """
         tools = body.get("tools") if body.get("tool_choice") != "none" else None

@@ -52,8 +52,6 @@ def read_sampling(body: Mapping[str, Any], num_prompt_tokens: int, max_model_len
     """Return how a request is sampled.
 
     Args:
-        body: Of a completion or a chat completion.
-        num_prompt_tokens: Length of its prompt.
         max_model_len: Of prompt and completion together.
 
     Raises:

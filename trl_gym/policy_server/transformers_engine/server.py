@@ -51,7 +51,6 @@ class TransformersServer:
     """Serves a model that is trained in this process. Implements `PolicyBackend`.
 
     Args:
-        model_name: Name under which it is served.
         port: Port to listen on; 0 lets the operating system choose. A NeMo Gym that runs already must know it.
         max_model_len: Tokens of prompt and completion together; by default what the model was made for.
         max_concurrency: Calls that are sampled at the same time; others queue.
@@ -158,11 +157,8 @@ class TransformersServer:
         self._serve()
 
     def wait_ready(self) -> TransformersServer:
-        """Wait until the servers of all ranks answer.
-
-        Raises:
-            PolicyServerError: One does not, or there is no model yet.
-        """
+        """Wait until the servers of all ranks answer. Raises `PolicyServerError`: one does not, or there is no model
+        yet."""
         if self.state is ServerState.READY:
             return self
         if self._listener is None:
@@ -187,11 +183,7 @@ class TransformersServer:
 
     def restart(self) -> None:
         """Replace this rank's engine, application and thread, at the same address, with the same model: its weights
-        are the trainer's own.
-
-        Raises:
-            PolicyServerError: It does not answer, or was stopped.
-        """
+        are the trainer's own. Raises `PolicyServerError`: it does not answer, or was stopped."""
         if self._model is None or self.state is ServerState.STOPPED:
             raise PolicyServerError(f"The policy server at {self.own_url} cannot be restarted: it is {self.state}.")
         self._end()
@@ -317,19 +309,13 @@ class _Listener:
     """A thread that answers HTTP at a socket until `stop`.
 
     Args:
-        app: What answers.
         sock: Bound and listening; callers may queue at it already.
     """
 
     def __init__(self, app: OnPolicyMiddleware, sock: socket.socket) -> None:
         self._server = uvicorn.Server(
             uvicorn.Config(
-                app,
-                lifespan="off",
-                ws="none",
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=1,
+                app, lifespan="off", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
             )
         )
         # A daemon: a script that ends without `close` does not hang. Signals stay with the main thread.

@@ -69,11 +69,8 @@ class ModelFiles:
             ) from error
 
     def update(self, model: PreTrainedModel, update_info: Mapping[str, Any]) -> None:
-        """Load one file.
-
-        Raises:
-            WeightSyncError: It cannot be read or has other weights than the model, which was not changed.
-        """
+        """Load one file. Raises `WeightSyncError`: it cannot be read or has other weights than the model, which was
+        not changed."""
         path, partial = str(update_info.get("path", "")), bool(update_info.get("partial"))
         if partial and self._mixed:
             raise WeightSyncError(
@@ -92,11 +89,8 @@ class ModelFiles:
             raise WeightSyncError(f"The policy server cannot read the weights in {path!r}: {error}.") from error
 
     def finish(self) -> None:
-        """End an update.
-
-        Raises:
-            WeightSyncError: Weights that had to come were in none of the files, or there was none.
-        """
+        """End an update. Raises `WeightSyncError`: weights that had to come were in none of the files, or there was
+        none."""
         received, partial, model = self._received, self._partial, self._model
         self._received, self._partial, self._model = set(), False, None
         if model is None:

@@ -119,7 +119,6 @@ class MapSink:
 
     Args:
         fd: A file in shared memory; resized to `num_bytes`.
-        num_bytes: Size of the file.
 
     Raises:
         OSError: E.g. no space left: all of it is taken here, so that no page is missing when it is written to.
@@ -141,7 +140,6 @@ class FileSink:
 
     Args:
         fd: An open file; resized to `num_bytes`.
-        num_bytes: Size of the file.
 
     Raises:
         OSError: E.g. no space left.
@@ -250,11 +248,8 @@ class FileTransport:
         self._num_complete = 0  # parameters in a complete update of the server that we are connected to
 
     def connect(self, client: PolicyClient) -> None:
-        """Prove that the server reads what this process writes.
-
-        Raises:
-            WeightSyncError: It cannot: another host, container or user.
-        """
+        """Prove that the server reads what this process writes. Raises `WeightSyncError`: it cannot: another host,
+        container or user."""
         secret = secrets.token_hex(16)
         try:
             put_text(self._place.sink(len(secret)), secret.encode())

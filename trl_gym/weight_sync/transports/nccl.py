@@ -92,15 +92,8 @@ class ThreadGroup:
         threading.Thread(target=run, name=f"trl-gym: {name}", daemon=True).start()
 
     def wait(self) -> dict[str, Any]:
-        """Wait for all threads.
-
-        Returns:
-            Their results by name.
-
-        Raises:
-            WeightSyncError: Time is up.
-            Exception: The error of the first that failed.
-        """
+        """Wait for all threads. Returns their results by name. Raises `WeightSyncError`: time is up; `Exception`: the
+        error of the first that failed."""
         results = {}
         while self._running:
             try:
@@ -140,11 +133,8 @@ class BoundedQueue(Generic[T]):
         self._changed = threading.Condition()
 
     def put(self, item: T, num_bytes: int, timeout_s: float) -> bool:
-        """Wait for room, then add the item.
-
-        Returns:
-            False when the queue was closed, or there was no room in time: no one takes items any more.
-        """
+        """Wait for room, then add the item. Returns false when the queue was closed, or there was no room in time: no
+        one takes items any more."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._has_room(num_bytes), timeout_s)
             if self._closed or not self._has_room(num_bytes):
@@ -204,12 +194,8 @@ class NcclTransport:
         self._link: Link | None = None
 
     def connect(self, client: PolicyClient) -> None:
-        """Meet the server's workers.
-
-        Raises:
-            WeightSyncError: They did not come within the client's timeout, or NCCL failed.
-            PolicyServerError: The server refused.
-        """
+        """Meet the server's workers. Raises `WeightSyncError`: they did not come within the client's timeout, or NCCL
+        failed; `PolicyServerError`: the server refused."""
         device = self._device()
         world_size = client.world_size() + 1
         address = local_address(client.root_url)

@@ -75,11 +75,8 @@ class TransportPlan:
 
     @property
     def backend(self) -> str:
-        """Backend of vLLM's weight transfer for a server that we start, also where an adapter is sent.
-
-        Raises:
-            ConfigError: The transport that was asked for cannot work in this placement.
-        """
+        """Backend of vLLM's weight transfer for a server that we start, also where an adapter is sent. Raises
+        `ConfigError`: the transport that was asked for cannot work in this placement."""
         wanted, shares_devices = self.args.gym_weight_transport, self.args.gym_server_devices is None
         if wanted in ("auto", "adapter"):
             return ("ipc" if shares_devices else "nccl") if self.on_cuda else "file"
@@ -99,11 +96,8 @@ class TransportPlan:
         return wanted
 
     def server_flags(self) -> dict[str, Any]:
-        """Return the flags of `vllm serve` for a server that we start.
-
-        Raises:
-            ConfigError: The transport cannot work in this placement, or vLLM cannot load the checkpoint.
-        """
+        """Return the flags of `vllm serve` for a server that we start. Raises `ConfigError`: the transport cannot work
+        in this placement, or vLLM cannot load the checkpoint."""
         flags: dict[str, Any] = {"weight-transfer-config": json.dumps({"backend": self.backend})}
         if not self.sends_adapter:
             return flags
@@ -117,11 +111,8 @@ class TransportPlan:
         return flags | lora_flags(self.adapter, self.args.gym_max_adapters)
 
     def sglang_flags(self) -> dict[str, Any]:
-        """Return the flags of SGLang's server that we start. Whole weights need none.
-
-        Raises:
-            ConfigError: SGLang takes no weights this way.
-        """
+        """Return the flags of SGLang's server that we start. Whole weights need none. Raises `ConfigError`: SGLang
+        takes no weights this way."""
         wanted = self.args.gym_weight_transport
         if wanted not in ("auto", "file", "nccl", "adapter"):
             raise ConfigError(
@@ -202,10 +193,8 @@ def plan_transport(
     the model that was loaded, which gives the same answer.
 
     Args:
-        args: The trainer's configuration.
         model: Name or folder of a model, or the model without wrappers; may have its adapter already.
         peft_config: Adapter that the trainer will put on it.
-        quantization_config: As given to the trainer.
         on_cuda: Whether the trainer computes on CUDA devices.
         shares_weights: Whether the engine computes with the trainer's own weights, so that nothing is sent.
 
@@ -348,7 +337,6 @@ def plan_adapter(
         model: Name or folder of a model, or the model; may have its adapter already.
         peft_config: Adapter that the trainer will put on it. PEFT finds the modules that it means, on a model without
             weights.
-        trust_remote_code: For a model by name.
 
     Returns:
         None if no adapter is trained.
