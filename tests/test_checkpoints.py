@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as shards
 from safetensors.torch import save_file
 
-from trl_gym.checkpoints import checkpoint_to_resume, damage, last_whole_checkpoint, lost_best, lost_state
+from trl_gym.checkpoints import best_of, checkpoint_to_resume, damage, last_whole_checkpoint, lost_best, lost_state
 from trl_gym.errors import ConfigError
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trl_gym_state.rank-0.pt")
@@ -188,3 +188,15 @@ def test_the_best_checkpoint_is_looked_at(two: tuple[Path, Path]) -> None:
     assert "the best checkpoint so far (`load_best_model_at_end`), is not whole: model.saf" in (
         lost_best(two[1]) or ""
     )
+
+
+def test_the_best_checkpoint_of_a_folder_that_was_moved_lies_beside(two: tuple[Path, Path], tmp_path: Path) -> None:
+    assert best_of(two[1]) is None
+    (two[1] / "trainer_state.json").write_text(json.dumps({"global_step": 10, "best_model_checkpoint": str(two[0])}))
+    assert best_of(two[1]) == two[0]
+    copy = Path(shutil.copytree(two[1], tmp_path / "copy" / two[1].name))
+    shutil.copytree(two[0], copy.with_name(two[0].name))
+    assert best_of(copy) == two[0], "where it always was, as transformers takes it"
+    shutil.rmtree(two[0])
+    assert best_of(copy) == copy.with_name(two[0].name) and lost_best(copy) is None
+    assert "there is no such folder" in (lost_best(two[1]) or "")

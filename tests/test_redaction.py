@@ -126,6 +126,26 @@ def test_secrets_in_nested_options_are_known_values() -> None:
     assert Redactor(secrets_in(options))({"said 0123456789": ["geheim123!"]}) == {f"said {REDACTED}": [f"{REDACTED}!"]}
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["dummy_key", "EMPTY", "<your-api-key>", "test_api_key", "sk-no-key-required", "required", "sk-xxxxxxxx"],
+)
+def test_a_placeholder_is_no_secret(value: str) -> None:
+    """It is, where it stands under a key that says so."""
+    said = {"text": f"the {value} of the policy", "api_key": value}
+    for known in (secrets_in(said), secrets_of({"OPENAI_API_KEY": value})):
+        assert Redactor(known)(said) == {"text": f"the {value} of the policy", "api_key": REDACTED}
+
+
+@given(st.from_regex(r"[A-Za-z0-9+/]{16,64}|[b-m]{2,9}-[b-m]{2,9}!|(my|secret|password|key)-[b-m]{9}", fullmatch=True))
+def test_a_key_is_no_placeholder_and_no_id(key: str) -> None:
+    for secret in (key, f"test-{key}", f"your_{key}", "my-secret-password"):
+        redact_known = Redactor(secrets_in({"api_key": secret}))
+        assert redact_known(f"said {secret}.") == f"said {REDACTED}." or len(secret) < 8
+    if any(c.isdigit() for c in key):
+        assert key not in without_secrets(f"key={key} key='task_{key}' key=a-{key}_1 key=task_1{key} token=task_{key}")
+
+
 def test_rollout_keys_are_redacted_wherever_they_stand() -> None:
     """An agent's answer may hold the URL, or the key, that it was given for this rollout."""
     key = rollout_key("an-api-key", {"rollout": "r0"})
@@ -186,6 +206,7 @@ def test_what_looks_like_a_secret_is_in_no_message(text: str, shown: str) -> Non
         "Set `--api-key`, or `export VLLM_API_KEY=KEY` with the key that the server was started with.",
         "this server demands its API key as a bearer token on every route but /health",
         "Give `api_key`: the pad_token=<pad> and key=sorted are none, nor is policy@12 at http://h:1/v1",
+        "GET /v1 failed for key=task_0000012, ('key='step-00000100')",
         "prompt token: token_id:123456789, `password` is ${oc.env:PASSWORD}",
     ],
 )

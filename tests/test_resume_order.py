@@ -387,6 +387,9 @@ def test_a_run_is_not_continued_with_what_breaks_exactness_unless_that_is_allowe
     checkpoint = tmp_path / "whole" / "checkpoint-1"
     other = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "seed": 4, "max_steps": 4}
     other |= {"temperature": 0.9, "learning_rate": 5e-4}
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    best = {"best_model_checkpoint": str(tmp_path / "before it was moved" / "checkpoint-3")}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | best))
     resumed = trainer(recorded, tokenizer, tmp_path / "again", **other)
     with pytest.raises(ConfigError) as caught:
         resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -403,6 +406,7 @@ def test_a_run_is_not_continued_with_what_breaks_exactness_unless_that_is_allowe
     assert "`learning_rate` stays 0.001, which the checkpoint puts back (0.0005 has no effect)" in caplog.text
     assert "does not fit the batches of this run" in caplog.text
     assert resumed.state.global_step == 4 and resumed.batches[0][0] == 1 and resumed._run != whole._run
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "whole" / "checkpoint-3")
     rates = {row["step"]: row["learning_rate"] for row in resumed.state.log_history if "learning_rate" in row}
     assert rates[2] == pytest.approx(1e-3 * (1 - 1 / 3)), "as it was left"
     assert rates[3] == pytest.approx(1e-3 * (1 - 2 / 4))

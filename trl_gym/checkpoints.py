@@ -144,10 +144,20 @@ def lost_state(folder: Path, rank: int, num_ranks: int) -> list[str]:
     return lost if random_state in names else [*lost, random_state]
 
 
+def best_of(folder: Path) -> Path | None:
+    """Return the best checkpoint so far, of which a checkpoint has the path at that time: where it is no longer there,
+    it is the one of that name beside. None where there is none so far."""
+    best = parse_json((folder / TRAINER_STATE).read_text()).get("best_model_checkpoint")
+    if not isinstance(best, str):
+        return None
+    beside = folder.parent / Path(best).name
+    return beside if beside.is_dir() and not Path(best).is_dir() else Path(best)
+
+
 def lost_best(folder: Path) -> str | None:
     """Say that the best checkpoint so far, which `load_best_model_at_end` loads, is gone or not whole."""
-    best = parse_json((folder / TRAINER_STATE).read_text()).get("best_model_checkpoint")
-    found = "; ".join(damage(Path(best))) if isinstance(best, str) else ""
+    best = best_of(folder)
+    found = "; ".join(damage(best)) if best is not None else ""
     return f"{best}, the best checkpoint so far (`load_best_model_at_end`), is not whole: {found}" if found else None
 
 

@@ -4,7 +4,8 @@ Two kinds of text are told apart. What *we* say (errors, failures, log lines, th
 a secret or looks like one: `without_secrets`. What the policy, an agent or an environment *said* is what reward
 functions get of a recalled or replayed rollout, and loses only what is certainly one: `Redactor`, for JSON values,
 takes out values under keys that say so (`api_key`, `Authorization`, …), the exact values that this process knows as
-secrets, and keys of rollouts.
+secrets, and keys of rollouts. A value that calls itself none (`dummy_key`, `<your-api-key>`) is none: it would take
+ordinary words along.
 """
 
 from __future__ import annotations
@@ -35,6 +36,17 @@ _SECRET_VARIABLE = re.compile(
     r"|(?:TOKEN|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|CONNECTION_STRING)$",
     re.IGNORECASE,
 )
+# A value that says itself that it is none: one of the first words, and others of these alone.
+_SAYS_NONE = (
+    r"any|anything|changeme|dummy|empty|example|fake|no|none|not|nothing|null|placeholder|required|test|unused|your"
+    r"|x{2,64}"
+)
+_PLACEHOLDER = re.compile(
+    rf"(?=.*(?<![A-Za-z])(?:{_SAYS_NONE})(?![A-Za-z]))(?:[-_.<>]*(?:{_SAYS_NONE}|a|an|api|change|here|hf|insert|judge|key"
+    r"|local|me|my|needed|nvidia|openai|password|policy|replace|secret|sk|the|this|token|used|value)"
+    r"(?![A-Za-z]))+[-_.<>]*",
+    re.IGNORECASE,
+)
 _MAY_HAVE_BLANKS = re.compile(r"PASS(?:WORD|WD|PHRASE)?$|PWD$|STRING$", re.IGNORECASE)
 _PEM = "-----BEGIN "
 
@@ -47,6 +59,7 @@ _NAME = (
 )
 _PARAMETER = r"(?:key|token|auth|sig|signature|secret|pwd|pass|code)"
 _WORD = r"[A-Za-z0-9_.~+/=%-]"
+_ID = r"(?:agent|batch|example|group|item|rollout|row|sample|step|task)s?[_-]\d{1,12}"  # which a key may be, too
 # Quantifiers are bounded where a text could be read again and again. A value that begins with a sign is a placeholder.
 _LOOKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY.*?(?:-----END [A-Z0-9 ]{0,40}KEY-----|\Z)", re.DOTALL), ""),
@@ -61,7 +74,12 @@ _LOOKS: tuple[tuple[re.Pattern[str], str], ...] = (
         ),
         r"\1",
     ),
-    (re.compile(rf"(\b(?:token|secret|key)=[\"']?)(?={_WORD}{{0,200}}\d){_WORD}{{8,}}", re.IGNORECASE), r"\1"),
+    (
+        re.compile(
+            rf"(\b(?:token|secret|key)=[\"']?)(?!{_ID}(?!{_WORD}))(?={_WORD}{{0,200}}\d){_WORD}{{8,}}", re.IGNORECASE
+        ),
+        r"\1",
+    ),
     (re.compile(rf"(\bbearer\s{{1,3}})(?={_WORD}{{0,200}}\d){_WORD}{{8,}}", re.IGNORECASE), r"\1"),
     (
         re.compile(
@@ -160,7 +178,7 @@ def _spellings(secrets: Iterable[str]) -> list[str]:
     """Return secrets as they stand in texts, in JSON and in URLs, the longest first; short ones are left out."""
     found = set()
     for secret in secrets:
-        if len(secret) >= _MIN_SECRET_CHARS:
+        if len(secret) >= _MIN_SECRET_CHARS and not _PLACEHOLDER.fullmatch(secret):
             found |= {secret, unquote(secret), *(quote(secret, safe, errors="replace") for safe in ("", "/"))}
             found |= {json.dumps(secret, ensure_ascii=is_ascii)[1:-1] for is_ascii in (True, False)}
     return sorted((one for one in found if len(one) >= _MIN_SECRET_CHARS), key=len, reverse=True)

@@ -36,7 +36,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_gym import made_with
-from trl_gym.checkpoints import TRAINER_STATE, checkpoint_to_resume
+from trl_gym.checkpoints import TRAINER_STATE, best_of, checkpoint_to_resume
 from trl_gym.errors import ConfigError, StorageError
 from trl_gym.ranks import on_all, on_main
 from trl_gym.storage import writing
@@ -286,6 +286,13 @@ def read_back(start: Start, accelerator: Accelerator, args: GymGRPOConfig, *, ru
     # One rank alone may have to refuse, and the others would wait for it below.
     state = on_all(accelerator, lambda: restored(checkpoint, own, of_ranks, **given))
     return replace(state, user=broadcast_object_list([own and own.user])[0])
+
+
+def find_best(state: TrainerState, start: Start) -> None:
+    """Let transformers know where the best checkpoint is, which it forgets when its folder was moved."""
+    best = best_of(Path(str(start.checkpoint)))
+    if best is not None and best.is_dir():
+        state.best_model_checkpoint = str(best)
 
 
 def draw_orders(sampler: Any, num_epochs: int) -> None:

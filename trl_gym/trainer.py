@@ -666,6 +666,7 @@ class GymGRPOTrainer(GRPOTrainer):
     def _restore(self) -> None:
         """Put back what transformers does not restore, before anything is sampled."""
         num_steps = self.state.global_step
+        resume.find_best(self.state, self._start)
         state = resume.read_back(self._start, self.accelerator, self.args, run=self._run, num_steps=num_steps)
         self._run, self._step, self._buffered_inputs = state.run, state.num_micro_steps, state.buffered
         with agreed(self.accelerator):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -17,7 +18,8 @@ from tests.conftest import until
 from tests.rollouts.sampled import record
 from trl_gym.errors import PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server.middleware.ledger import CallRecord, Taken, token_ids
-from trl_gym.rollouts.ledger import CallState, EngineWatch, Ledger, weight_versions
+from trl_gym.rollouts import ledger as ledger_module
+from trl_gym.rollouts.ledger import CallState, EngineWatch, HangWatch, Ledger, weight_versions
 from trl_gym.untrusted import read_body
 
 
@@ -100,6 +102,18 @@ async def test_the_part_of_a_server_that_hangs_is_named(server: Any) -> None:
         assert "its HTTP process answers, and its engine does not" in str(await lost())
         assert len(behaviour.asked) == 2, "one question at a time"
         watch.close()
+
+
+async def test_time_in_which_this_process_was_frozen_is_no_hang_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(ledger_module, "time", SimpleNamespace(monotonic=lambda: now))
+    watch = HangWatch(lambda _: asyncio.sleep(3600), 300.0)
+    hangs_at = []
+    for now in (*range(5), *range(400, 1000)):  # stopped in the fifth second
+        if watch.look(["http://server"]):
+            hangs_at.append(now)
+    watch.close()
+    assert hangs_at[0] == 701
 
 
 @pytest.mark.parametrize("status", [200, 404])

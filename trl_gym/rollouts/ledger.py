@@ -33,6 +33,7 @@ CANCEL_PATH = "/trl_gym/rollouts/cancel"
 _TIMEOUT_S = 60.0
 _PEEK_TIMEOUT_S = 5.0  # for questions that only a person waits for
 _ASK_EVERY_S = 10.0  # an engine that answers
+_FROZEN_S = 30.0  # nobody has looked for so long, as is done each second: this process was stopped, or its machine
 _PAUSES_S = (0.1, 0.3)  # after a broken connection
 # Rollouts in one request. A server keeps the newest that were taken in case its answer is lost, of all ranks together.
 _MOST_TAKEN = 32
@@ -261,6 +262,7 @@ class HangWatch:
     def __init__(self, ask: Callable[[str], Coroutine[Any, Any, None]], timeout_s: float) -> None:
         self._ask, self._timeout_s = ask, timeout_s
         self._asked: dict[str, tuple[asyncio.Task[None], float]] = {}  # by server: the newest question, and its time
+        self._looked_at = self._awake_since = -math.inf
 
     def look(self, urls: Iterable[str], busy_until: float = 0.0) -> list[str]:
         """Ask what is due, and return those that hang. Waits for no answer.
@@ -269,10 +271,13 @@ class HangWatch:
             busy_until: They may have been silent until then, on the clock `time.monotonic`.
         """
         now, hung = time.monotonic(), []
+        if now - self._looked_at > _FROZEN_S:  # answers of that time are read after this look
+            self._awake_since = now
+        self._looked_at = now
         for url in urls:
             question, since = self._asked.get(url, (None, -math.inf))
             if question is not None and not question.done():
-                if now - max(since, busy_until) > self._timeout_s:
+                if now - max(since, busy_until, self._awake_since) > self._timeout_s:
                     hung.append(url)
             elif now - since >= min(_ASK_EVERY_S, self._timeout_s / 4):
                 self._asked[url] = asyncio.create_task(self._ask(url)), now

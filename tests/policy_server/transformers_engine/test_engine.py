@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from transformers import (
 from tests.conftest import until
 from tests.policy_server.transformers_engine.conftest import MAX_MODEL_LEN, gap
 from trl_gym.errors import ConfigError
+from trl_gym.policy_server.transformers_engine import session as session_module
 from trl_gym.policy_server.transformers_engine.engine import (
     Completion,
     Engine,
@@ -283,6 +286,36 @@ async def test_a_thread_that_hangs_is_told_and_left_behind(model: PreTrainedMode
     never.set()
     await until(lambda: not session._manager.is_running())
     assert len((await engine.generate([5, 6, 7], free(4))).ids) == 4
+
+
+async def test_time_in_which_the_process_was_frozen_is_no_hang(
+    model: PreTrainedModel, engine_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, begun, goes_on = engine_of(model), threading.Event(), threading.Event()
+    clock = SimpleNamespace(now=time.monotonic())
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(session_module, "time", clock)
+
+    def hang(*_: Any) -> None:
+        begun.set()
+        assert goes_on.wait(60)
+
+    with model.register_forward_pre_hook(hang):
+        asked = asyncio.ensure_future(engine.generate([5, 6, 7], free(4)))
+        await until(begun.is_set)
+        session = engine._session
+        assert session is not None
+        clock.now += 400  # stopped, and continued
+        engine.check()
+        with pytest.raises(EngineLostError, match="no forward pass for 300 s"):
+            for _ in range(16):
+                clock.now += 20
+                engine.check()
+        with pytest.raises(EngineLostError):
+            await asked
+        engine.park()
+        goes_on.set()
+        await until(lambda: not session._manager.is_running())
 
 
 async def test_a_cancelled_request_frees_its_memory(engine: Engine) -> None:

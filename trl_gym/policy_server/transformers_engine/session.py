@@ -40,6 +40,7 @@ MAX_BATCH_TOKENS = 2048  # of one forward pass
 _SPARE_BLOCKS = 4  # transformers allocates some ahead
 _SHARE_OF_HOST = 0.25  # of what the operating system says is free: others use it too
 _LEFT_BEHIND_S = 1.0  # for a thread that hangs to end after all
+_FROZEN_S = 30.0  # nobody has looked for so long, as is done each second: none of this process's threads ran
 _NEITHER = 0.5  # a value for which transformers makes a processor that each request then gives its own
 
 
@@ -247,6 +248,7 @@ class Session:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._before = model.config._attn_implementation
         self._alive_at = time.monotonic()  # when the thread was last seen at work, or got some
+        self._looked_at = self._alive_at  # whether it hangs
         self._is_hung = False
         config = ContinuousBatchingConfig(
             **{_BLOCK_OPTION: BLOCK_SIZE},
@@ -297,7 +299,7 @@ class Session:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         if not self._running:
-            self._alive_at = time.monotonic()
+            self._alive_at = self._looked_at = time.monotonic()
         self._running[name] = _Running(future, loop)
 
         def answer(output: Any) -> None:
@@ -333,7 +335,11 @@ class Session:
     @property
     def _hangs(self) -> bool:
         """Whether a forward pass takes too long. Once it is so, it stays so: its requests are given up then."""
-        silent_s = time.monotonic() - self._alive_at
+        now = time.monotonic()
+        if now - self._looked_at > _FROZEN_S:
+            self._alive_at = now
+        self._looked_at = now
+        silent_s = now - self._alive_at
         self._is_hung = self._is_hung or (bool(self._running) and silent_s > self._options.hang_timeout_s)
         return self._is_hung
 
