@@ -32,7 +32,7 @@ def server_below(child: Any) -> psutil.Process:
     return server
 
 
-def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = "", *, timeout_s: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = "", *, timeout_s: float = 120.0) -> Any:
     """Return what the condition gives once it holds. Asked a hundred times per second: tests wait for nothing else."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
@@ -42,7 +42,7 @@ def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = "", *
     return found
 
 
-async def until(condition: Callable[[], Any], what: str = "", *, timeout_s: float = 60.0) -> Any:
+async def until(condition: Callable[[], Any], what: str = "", *, timeout_s: float = 120.0) -> Any:
     """Do the same in an event loop."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):

@@ -38,6 +38,12 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is slow to interrupt a child; those that ignore it are given less."""
+    monkeypatch.setattr(processes, "_GRACE_S", 60.0)
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -63,7 +69,7 @@ def test_death_is_explained_with_code_log_and_path(tmp_path: Path) -> None:
     child = ChildProcess(
         "demo server", [sys.executable, "-c", "import sys; sys.exit('no such model')"], log_path=tmp_path / "log"
     )
-    assert child.wait(10.0) == 1
+    assert child.wait(60.0) == 1
     message = child.describe_death()
     assert re.match(r"demo server ended within [0-9.e+]+ s of its start \(exit code 1\)", message)
     assert "no such model" in message
@@ -226,7 +232,7 @@ def test_environment_can_be_added_and_removed(tmp_path: Path, monkeypatch: pytes
         log_path=tmp_path / "log",
         env={"TRL_GYM_TEST_NEW": "yes", "TRL_GYM_TEST_GONE": None},
     )
-    assert child.wait(10.0) == 0
+    assert child.wait(60.0) == 0
     assert child.log_tail() == "yes None"
     child.stop()
 
@@ -246,13 +252,13 @@ def test_a_bound_port_is_taken_and_travels_to_the_child(tmp_path: Path) -> None:
         import socket
 
         try:
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
                 return connection.recv(16)
         except ConnectionRefusedError:
             return b""
 
     assert wait_for(talk) == b"hello"
-    assert child.wait(10.0) == 0
+    assert child.wait(60.0) == 0
     child.stop()
 
 

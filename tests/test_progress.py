@@ -170,8 +170,9 @@ def test_what_is_done_outside_of_training_says_how_long_it_may_take(monkeypatch:
 
     assert shown(80, terminal=False) == shown(80, live=False) == "importing [torch] (up to a minute)\n"
     assert shown(80, quiet=True) == ""
-    assert "0:00:00 importing [torch] (up to a minute)" in re.sub(r"\x1b\[[0-9;]*m", "", shown(80))
-    assert shown(20).endswith("importing [torch]: 0.0 s\n")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown(80))
+    assert re.search(r"0:00:\d\d importing \[torch\] \(up to a minute\)", plain)
+    assert re.search(r"importing \[torch\]: [\d.]+ s\n$", shown(20))
 
 
 def test_nothing_ends_well_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import wait_for
+from tests.test_processes import alive
 from trl_gym.errors import (
     ConfigError,
     GymServerError,
@@ -48,9 +49,9 @@ class Ranks:
     def gather(self, rank: int) -> Any:
         def gather(values: list[Any]) -> list[Any]:
             self._given[rank] = values
-            self._barrier.wait(10)
+            self._barrier.wait(60)
             gathered = [value for place in range(self.number) for value in self._given[place]]
-            self._barrier.wait(10)  # the next call must not come between
+            self._barrier.wait(60)  # the next call must not come between
             return gathered
 
         return gather
@@ -302,7 +303,7 @@ def test_training_ends_when_its_launcher_does(tmp_path: Path, how: signal.Signal
         assert run.stdout is not None and run.stdout.readline() == b"1\n"
         [child] = psutil.Process(run.pid).children()
         run.send_signal(how)
-        wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+        wait_for(lambda: not alive(child.pid))
 
 
 INTERRUPTED = """
@@ -310,11 +311,11 @@ import os, signal, sys, time
 from pathlib import Path
 from trl_gym import ranks
 ranks.end_with_launcher()
+launcher = os.getppid()
 try:
     print(1, flush=True)
     time.sleep(600)
 except KeyboardInterrupt:
-    launcher = os.getppid()
     while os.getppid() == launcher:  # it ends first
         time.sleep(0.01)
     Path(sys.argv[1]).write_text("saved")

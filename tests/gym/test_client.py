@@ -65,7 +65,7 @@ async def test_a_proxy_of_the_environment_is_not_used(
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     agent = await serve(answering(b'{"reward": 1, "response": {"output": []}}'))
-    assert isinstance(await run_rollout(session, agent, ROW, deadline_s=5), GymAnswer)
+    assert isinstance(await run_rollout(session, agent, ROW, deadline_s=60), GymAnswer)
 
 
 async def test_an_answer_with_a_finite_reward(session: aiohttp.ClientSession, serve: Serve) -> None:
@@ -76,8 +76,8 @@ async def test_an_answer_with_a_finite_reward(session: aiohttp.ClientSession, se
         return web.json_response({"reward": 1, "response": {"output": []}, "mask_sample": False})
 
     row = {"responses_create_params": {"input": [], "metadata": None, "temperature": 1.0}, "x": None}
-    answer = await run_rollout(session, await serve(handler), row, deadline_s=5)
-    assert isinstance(answer, GymAnswer) and answer.result["reward"] == 1 and 0 < answer.seconds < 5
+    answer = await run_rollout(session, await serve(handler), row, deadline_s=60)
+    assert isinstance(answer, GymAnswer) and answer.result["reward"] == 1 and 0 < answer.seconds < 60
     assert received == [{"responses_create_params": {"input": [], "temperature": 1.0}, "x": None}]
 
 
@@ -103,20 +103,20 @@ async def test_an_answer_with_a_finite_reward(session: aiohttp.ClientSession, se
 async def test_answers_without_a_usable_reward(
     session: aiohttp.ClientSession, serve: Serve, body: bytes, words: str
 ) -> None:
-    failure = await run_rollout(session, await serve(answering(body)), ROW, deadline_s=5)
+    failure = await run_rollout(session, await serve(answering(body)), ROW, deadline_s=60)
     assert isinstance(failure, RolloutFailure) and failure.kind is FailureKind.ENVIRONMENT
     assert words in failure.text and failure.where == "agent /run"
 
 
 async def test_a_valid_measurement_may_name_a_failure_kind(session: aiohttp.ClientSession, serve: Serve) -> None:
     body = b'{"reward": 0.5, "mask_sample": false, "failure_kind": "judge_unparseable", "response": {"output": []}}'
-    assert isinstance(await run_rollout(session, await serve(answering(body)), ROW, deadline_s=5), GymAnswer)
+    assert isinstance(await run_rollout(session, await serve(answering(body)), ROW, deadline_s=60), GymAnswer)
 
 
 async def test_envelope_of_an_environment_server(session: aiohttp.ClientSession, serve: Serve) -> None:
     result = {"reward": 0.25, "response": {"output": []}}
     body = json.dumps({"episode_id": {"rollout_id": "r"}, "task_id": {}, "result": result}).encode()
-    answer = await run_rollout(session, await serve(answering(body)), ROW, deadline_s=5)
+    answer = await run_rollout(session, await serve(answering(body)), ROW, deadline_s=60)
     assert isinstance(answer, GymAnswer) and answer.result == result
 
 
@@ -125,7 +125,7 @@ async def test_transport_failures_inside_of_gym_are_infrastructure(
 ) -> None:
     failure = {"failure_kind": "transport_unreachable", "failure_reason": "model server"}
     body = json.dumps({"episode_id": {}, "failure": failure}).encode()
-    result = await run_rollout(session, await serve(answering(body)), ROW, deadline_s=5)
+    result = await run_rollout(session, await serve(answering(body)), ROW, deadline_s=60)
     assert isinstance(result, RolloutFailure) and result.kind is FailureKind.INFRASTRUCTURE
 
 
@@ -138,7 +138,7 @@ async def test_transport_failures_inside_of_gym_are_infrastructure(
 async def test_http_errors(
     session: aiohttp.ClientSession, serve: Serve, status: int, body: bytes, kind: FailureKind
 ) -> None:
-    failure = await run_rollout(session, await serve(answering(body, status)), ROW, deadline_s=5)
+    failure = await run_rollout(session, await serve(answering(body, status)), ROW, deadline_s=60)
     assert isinstance(failure, RolloutFailure) and failure.kind is kind
 
 
@@ -162,13 +162,13 @@ async def test_connection_reset_in_the_middle(session: aiohttp.ClientSession, se
         request.transport.abort()
         return response
 
-    failure = await run_rollout(session, await serve(handler), ROW, deadline_s=5)
+    failure = await run_rollout(session, await serve(handler), ROW, deadline_s=60)
     assert isinstance(failure, RolloutFailure) and failure.kind is FailureKind.INFRASTRUCTURE
 
 
 async def test_connection_refused(session: aiohttp.ClientSession, unused_tcp_port: int) -> None:
     agent = AgentInfo("agent", f"http://127.0.0.1:{unused_tcp_port}", None, "simple_agent")
-    failure = await run_rollout(session, agent, ROW, deadline_s=5)
+    failure = await run_rollout(session, agent, ROW, deadline_s=60)
     assert isinstance(failure, RolloutFailure) and failure.kind is FailureKind.INFRASTRUCTURE
     assert "ClientConnectorError" in failure.text and agent.url in failure.text
 
@@ -198,7 +198,7 @@ async def test_cookies_are_not_kept(session: aiohttp.ClientSession, serve: Serve
 
     agent = await serve(handler)
     for _ in range(2):
-        await run_rollout(session, agent, ROW, deadline_s=5)
+        await run_rollout(session, agent, ROW, deadline_s=60)
     assert seen == [None, None]
 
 
@@ -283,10 +283,10 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_text_of_an_environment_is_read_in_bounded_time(text: str) -> None:
     body = json.dumps(f"Hit an exception in S___m calling an inner server: {text}").encode()
-    began = time.process_time()
+    began = time.thread_time()
     kind, read = read_error(body, 500)
     assert kind in FailureKind and 0 < len(read) < MAX_TEXT_CHARS + 200
-    assert time.process_time() - began < 2  # a tenth of that on an idle machine
+    assert time.thread_time() - began < 10  # a hundredth of that on an idle machine
 
 
 # An agent and rollouts at it, in one process: none is answered before all have arrived.

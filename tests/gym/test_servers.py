@@ -308,7 +308,7 @@ INSTANCE = {"process_name": "a", "server_type": "responses_api_agents", "name": 
 def test_something_else_answers(head: FakeHead, path: str, page: Any, words: str) -> None:
     head.pages[path] = page
     with pytest.raises(GymServerError, match="is not the head server of a NeMo Gym") as error:
-        GymServers.attach(head.url, timeout_s=5)
+        GymServers.attach(head.url, timeout_s=60)
     assert words in str(error.value) and SECRET not in str(error.value)
 
 
@@ -328,7 +328,7 @@ def test_a_proxy_of_the_environment_is_not_used(head: FakeHead, monkeypatch: pyt
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.delenv("NO_PROXY", raising=False)
-        GymServers.attach(head.url, timeout_s=5).stop()
+        GymServers.attach(head.url, timeout_s=60).stop()
 
 
 @pytest.mark.parametrize("state", [ServerState.STARTING, ServerState.READY])
@@ -342,7 +342,7 @@ def test_a_death_says_whether_gym_had_been_ready(tmp_path: Path, state: ServerSt
     work_dir.mkdir()
     if reason:
         error_path(work_dir).write_text(reason)
-    assert dead.child.wait(30.0) == 1
+    assert dead.child.wait(60.0) == 1
     gym._processes, gym._state = [living, dead], state
     if state is ServerState.READY:
         dead._view = HeadView({}, [])

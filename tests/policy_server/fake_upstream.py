@@ -219,7 +219,7 @@ class Call:
         self._inbox.put_nowait({"type": "http.disconnect"})
 
     async def done(self) -> Call:
-        await asyncio.wait_for(self.task, 10.0)
+        await asyncio.wait_for(self.task, 60.0)
         return self
 
     @property

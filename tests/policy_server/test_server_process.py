@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import server_below
+from tests.conftest import server_below, wait_for
 from trl_gym import processes
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError
 from trl_gym.policy_server import command
@@ -121,7 +121,7 @@ def test_restart_keeps_the_address(make: Make, tmp_path: Path) -> None:
     for _ in range(2):
         first = instance(server)
         os.kill(server_below(server._process).pid, signal.SIGKILL)
-        assert server._process.wait(10.0) is not None
+        assert server._process.wait(60.0) is not None
         with pytest.raises(PolicyServerLostError, match="SIGKILL"):
             server.check()
         server.restart()
@@ -163,7 +163,7 @@ def test_a_log_that_cannot_be_read_or_written_prevents_no_restart(make: Make, tm
     shutil.rmtree(tmp_path / "logs")
     (tmp_path / "logs").touch()  # a file where the folder was: nothing can be read or written below it
     os.kill(server_below(server._process).pid, signal.SIGKILL)
-    assert server._process.wait(10.0) is not None
+    assert server._process.wait(60.0) is not None
     with pytest.raises(PolicyServerLostError, match=r"SIGKILL") as caught:
         server.check()
     assert "cannot be read" in str(caught.value)
@@ -195,7 +195,8 @@ def test_devices_of_its_own(make: Make) -> None:
 
 
 def test_a_timeout_stops_the_process(make: Make) -> None:
-    server = make("import time; print('still loading', flush=True); time.sleep(60)", start_timeout_s=1.0).start()
+    server = make("import time; print('still loading', flush=True); time.sleep(600)", start_timeout_s=1.0).start()
+    wait_for(lambda: "still loading" in server.log_path.read_text())
     with pytest.raises(PolicyServerError, match=r"not ready after 1 s(.|\n)*still loading"):
         server.wait_ready()
     assert server._process is not None and server._process.poll() is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,12 +31,12 @@ def served(app: Any) -> Iterator[PolicyClient]:
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
-        client = PolicyClient(f"http://127.0.0.1:{sock.getsockname()[1]}/v1", timeout_s=5.0)
+        client = PolicyClient(f"http://127.0.0.1:{sock.getsockname()[1]}/v1", timeout_s=60.0)
         wait_for(lambda: server.started)
         yield client
         client.close()
         server.should_exit = True
-        thread.join(5.0)
+        thread.join(60.0)
 
 
 def refused(client: PolicyClient) -> str:
@@ -112,15 +111,17 @@ def canned() -> Iterator[Callable[[Routes], AbstractContextManager[str]]]:
                 self.wfile.write(body)
 
             def do_POST(self) -> None:
-                time.sleep(2.0)
+                over.wait(60)
 
             def log_message(self, *_: object) -> None:
                 pass
 
+        over = threading.Event()
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/v1"
+        over.set()
         server.shutdown()
         server.server_close()
 

@@ -68,11 +68,11 @@ async def test_what_an_upstream_answers_is_passed_unchanged(status: int) -> None
 
 async def test_one_whose_engine_hangs_is_out_of_rotation_until_it_answers() -> None:
     first, second = (FakeUpstream(answers={"GET /is_paused": (200, {"is_paused": False})}) for _ in range(2))
-    async with serving(first, second, engine_timeout_s=0.2) as app:
+    async with serving(first, second, engine_timeout_s=1.0) as app:
         assert (await ask(app, "GET", "/is_paused")).json() == {"is_paused": False}
         first.hangs.add("/is_paused")
         await until(lambda: app.upstreams[0].down is not None)
-        assert app.upstreams[0].down == "its engine has not answered for 0.2 s"
+        assert app.upstreams[0].down == "its engine has not answered for 1 s"
         asked = first.asked("/health")
         await until(lambda: first.asked("/health") > asked + 1)
         assert [one.in_rotation for one in app.upstreams] == [False, True], "its `/health` is not enough"
@@ -88,10 +88,10 @@ async def test_one_whose_engine_hangs_is_out_of_rotation_until_it_answers() -> N
 async def test_a_question_to_all_and_a_control_call_wait_no_longer_for_one_that_hangs() -> None:
     first, second = (FakeUpstream(answers={"GET /is_paused": (200, {"is_paused": False})}) for _ in range(2))
     first.hangs |= {"/is_paused", "/pause"}
-    async with serving(first, second, engine_timeout_s=0.2) as app:
+    async with serving(first, second, engine_timeout_s=1.0) as app:
         answers = await asyncio.gather(ask(app, "GET", "/is_paused"), ask(app, "GET", "/is_paused"))
         assert [answer.json() for answer in answers] == [{"is_paused": False}] * 2, "the other one has answered"
-        assert app.upstreams[0].down == "its engine has not answered for 0.2 s"
+        assert app.upstreams[0].down == "its engine has not answered for 1 s"
         paused = await ask(app, "POST", "/pause")
         assert (
             paused.status == 500 and f"upstream {first.url} gave no answer to POST /pause: its engine" in paused.text
@@ -284,7 +284,7 @@ async def test_a_rollout_stays_where_it_is_and_only_the_lost_upstreams_rollouts_
         before = await homes()
         assert before == await homes()
         assert set(Counter(before.values())) == {fake.port for fake in fakes}
-        assert min(Counter(before.values()).values()) >= 8
+        assert min(Counter(before.values()).values()) >= 3  # their ports, which are others each time, decide
         await fakes[1].stop()
         after = await homes()
         moved = {key for key in before if before[key] != after[key]}

@@ -24,7 +24,7 @@ from tests.conftest import RECIPES, wait_for
 from trl_gym.processes import bind_socket
 
 SCRIPTS = [RECIPES / "cloud" / "node.sh", RECIPES / "slurm" / "two_nodes.sbatch"]
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 
 # A server that answers /health until it is told to end, or that dies at once.
 SERVER = """#!{python}

@@ -19,7 +19,8 @@ from trl_gym.rollouts.request import RolloutRequest
 
 
 class Agent:
-    """`/run` does what the row says: `{"do": "answer" | "sleep" | "raise" | "drop", …}`."""
+    """`/run` does what the row says: `{"do": "answer" | "sleep" | "raise" | "drop", …}`. With `after`, it waits until
+    so many have begun."""
 
     def __init__(self) -> None:
         self.running = self.most_at_once = self.started = self.cancelled = 0
@@ -34,6 +35,8 @@ class Agent:
         self.most_at_once = max(self.most_at_once, self.running)
         try:
             await asyncio.sleep(row.get("seconds", 0))
+            while self.started < row.get("after", 0):
+                await asyncio.sleep(0.001)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -114,7 +117,7 @@ def _row(rollout_id: str) -> dict[str, Any]:
 
 def make(lookup: Callable[[str], AgentInfo], **options: Any) -> RolloutCollector[Any]:
     names = ("max_inflight", "retries", "launch_rate", "environments")
-    limits = {"deadline": options.pop("deadline_s", 5.0), "max_inflight": 64, "retries": {}}
+    limits = {"deadline": options.pop("deadline_s", 60.0), "max_inflight": 64, "retries": {}}
     limits |= {name: options.pop(name) for name in names if name in options}
     return RolloutCollector(lookup, budgets=budgets_from_options(RolloutOptions(**limits)), **options)
 

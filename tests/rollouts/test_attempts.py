@@ -99,7 +99,7 @@ async def test_a_failure_names_agent_task_rollout_attempt_and_seconds(agent: Any
         "attempt": 0,
         "where": "a /run",
     }
-    assert 0.3 <= written["seconds"] < 5
+    assert written["seconds"] >= 0.3
 
 
 # -- environments -----------------------------------------------------------------------------------------------------
@@ -107,9 +107,9 @@ async def test_a_failure_names_agent_task_rollout_attempt_and_seconds(agent: Any
 
 async def test_an_agent_has_the_deadline_and_the_cap_of_its_own(agent: Any) -> None:
     behaviour, lookup = agent
-    environments = {"a": {"deadline": 0.3, "max_inflight": 2}}
+    environments = {"a": {"deadline": 1.0, "max_inflight": 2}}
     results = await collect(lookup, [{"seconds": 30}] * 4, environments=environments, deadline_s=60.0)
-    assert {result.failure.text for result in results} == {"no answer within 0.3 s"}
+    assert {result.failure.text for result in results} == {"no answer within 1 s"}
     assert behaviour.most_at_once == 2
 
 

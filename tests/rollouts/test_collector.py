@@ -39,7 +39,8 @@ async def test_results_come_in_the_order_of_the_requests(agent: Any) -> None:
 
 async def test_one_failure_leaves_its_siblings_alone(agent: Any) -> None:
     _, lookup = agent
-    results = await collect(lookup, [{}, {"do": "raise"}, {"do": "drop"}, {"seconds": 30}, {}], deadline_s=1.0)
+    rows = [{}, {"do": "raise"}, {"do": "drop"}, {"seconds": 30, "agent": "slow"}, {}]
+    results = await collect(lookup, rows, environments={"slow": {"deadline": 0.5}})
     kinds = [result.failure.kind if result.failure else None for result in results]
     assert kinds == [None, FailureKind.ENVIRONMENT, FailureKind.INFRASTRUCTURE, FailureKind.DEADLINE, None]
     assert "the verifier raised" in results[1].failure.text
@@ -133,7 +134,8 @@ async def test_a_rollout_that_missed_its_deadline_is_cancelled_at_the_policy_ser
     """NeMo Gym before 0.7 would go on with it."""
     _, lookup = agent
     ledger = Ledger()
-    results = await collect(lookup, [{}, {"seconds": 30}], ledger=ledger, deadline_s=0.5)
+    rows = [{}, {"seconds": 30, "agent": "slow"}]
+    results = await collect(lookup, rows, ledger=ledger, environments={"slow": {"deadline": 0.5}})
     assert results[1].failure.kind is FailureKind.DEADLINE
     assert ledger.cancelled == [["r1"]]
     assert sorted(ledger.taken) == ["r0", "r1"]
@@ -148,7 +150,7 @@ async def test_what_runs_when_a_collection_ends_early_is_cancelled_together(agen
             raise OSError("no space left on device")
         return result
 
-    rows = [{}, {"seconds": 0.3}, *[{"seconds": 20}] * 3]
+    rows = [{}, {"after": 3}, *[{"seconds": 20}] * 3]
     with pytest.raises(OSError, match="no space left"):
         await collect(lookup, rows, finish=finish, ledger=ledger, max_inflight=2)
     [cancelled] = ledger.cancelled
@@ -336,7 +338,7 @@ async def test_finish_ends_siblings_and_what_ends_meanwhile_stays_as_it_is(agent
 
     finish = Recording(enough)
     collector = make(lookup, deadline_s=60.0, ledger=Ledger())
-    submission = collector.submit(requests({"seconds": 0.2}, *[{"seconds": 30}] * 3), finish)
+    submission = collector.submit(requests({"after": 4}, *[{"seconds": 30}] * 3), finish)
     results = await outcome(submission)
     assert [result.failure and result.failure.text for result in results] == [None, *["its group has enough"] * 3]
     await until(lambda: behaviour.cancelled == 3)

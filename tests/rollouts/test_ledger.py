@@ -100,7 +100,7 @@ async def test_the_part_of_a_server_that_hangs_is_named(server: Any) -> None:
         assert f"{url} hangs: nothing answers (waited for 0.1 s)" in str(loss) and loss.silent_s == 0.1
         await ledger.ping(session)
         assert "its HTTP process answers, and its engine does not" in str(await lost())
-        assert len(behaviour.asked) == 2, "one question at a time"
+        await until(lambda: len(behaviour.asked) == 2, "one question at a time")
         watch.close()
 
 
