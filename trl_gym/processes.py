@@ -184,12 +184,15 @@ class ChildProcess:
         """Return the exit code, or `None` while it runs. A supervisor that someone has stopped is continued: it would
         neither notice the end of the server, nor end it."""
         code = self._supervisor.poll()
-        if code is None and (pid := self.pid) is not None and is_stopped(pid):
-            logger.warning(
-                "The supervisor of the %s, process %d, was stopped by someone. It is continued.", self.name, pid
-            )
-            self._continue()
+        if code is None and (pid := self.pid) is not None:
+            _continue_stopped(pid, f"supervisor of the {self.name}")
         return code
+
+    def continue_all(self) -> None:
+        """Continue the supervisor and the process below it, if someone has stopped them."""
+        if self.poll() is None and (pid := self.pid) is not None:
+            for server in filter(_leads_a_session, descendants(pid)[:1]):
+                _continue_stopped(server, self.name)
 
     def stopped(self) -> list[str]:
         """Return those processes of the server that someone has stopped: `"policy server (pid 7)"` itself, and those
@@ -245,6 +248,12 @@ class ChildProcess:
         """Let the supervisor go on, if someone has stopped it."""
         if self._supervisor.poll() is None:
             let_go_on(self.pid)
+
+
+def _continue_stopped(pid: int, name: str) -> None:
+    if is_stopped(pid):
+        logger.warning("The %s, process %d, was stopped by someone. It is continued.", name, pid)
+        let_go_on(pid)
 
 
 def _kill_below(pid: int) -> None:

@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import re
+import signal
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -21,11 +24,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import wait_for
 from trl_gym.errors import ConfigError, GymServerError, GymServerLostError
 from trl_gym.gym.discovery import HeadView, new_http_session
 from trl_gym.gym.process import GymProcess, bind_head, error_path
 from trl_gym.gym.servers import AgentInfo, GymServers, choose_processes, default_processes, least_busy, log_name
 from trl_gym.processes import ChildProcess, ServerState, bind_socket
+from trl_gym.supervisor import is_stopped
 
 SECRET = "sk-do-not-print"
 
@@ -124,6 +129,24 @@ def test_a_gym_of_one_process_hangs_as_a_whole_and_others_server_by_server(head:
         }
         gym.note_hung([])  # it answers again
         assert gym.agents_down(Counter()) == {}
+
+
+def test_a_rank_sees_that_the_process_of_another_ranks_gym_was_stopped(head: FakeHead) -> None:
+    """Without the timeout of one that hangs; a Gym that someone else has started may be paused."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        for server in head.pages["/server_instances"]:
+            server["pid"] = child.pid
+        with GymServers.attach(head.url, is_ours=True) as gym, GymServers.attach(head.url) as another:
+            gym.check_process()
+            os.kill(child.pid, signal.SIGSTOP)
+            wait_for(lambda: is_stopped(child.pid))
+            for _ in range(2):
+                gym.check_process()
+            with pytest.raises(GymServerLostError, match=rf"\(pid {child.pid}\) was stopped by someone"):
+                gym.check_process()
+            for _ in range(3):
+                another.check_process()
+        child.kill()
 
 
 def test_each_start_has_logs_of_its_own() -> None:

@@ -276,6 +276,21 @@ def test_a_fork_server_that_ends_before_it_forks_is_named_as_the_cause(run: Run,
     assert "the fork server ended" in cause.text and "imports vLLM itself" in cause.remedy
 
 
+def test_a_fork_server_that_was_stopped_is_continued(
+    shared: ForkServer, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server would wait for it in vain, as long as it may take to start."""
+    other, process = run(shared, "sleep"), process_of(shared)
+    assert said(other)
+    process.suspend()
+    server_below(other).suspend()
+    child = run(shared, "sleep")
+    with caplog.at_level(logging.WARNING):
+        wait_for(lambda: child.poll() is None and child.pid)
+    assert f"The fork server, process {process.pid}, was stopped by someone. It is continued." in caplog.text
+    assert said(child)["argv"] == ["sleep"] and len(other.stopped()) == 1, "it alone"
+
+
 def test_a_fork_that_fails_costs_one_server(run: Run) -> None:
     with ForkServer(preload=["preloaded"], env={"TEST_FORK": "1"}) as forks:
         failed, other = run(forks, "sleep"), run(forks, "sleep")
@@ -296,7 +311,7 @@ def test_many_threads_learn_of_the_same_end(tmp_path: Path) -> None:
     for _ in range(20):
         request, theirs = socket.socketpair()
         with open(tmp_path / "log", "wb", buffering=0) as log, ThreadPoolExecutor(16) as pool:
-            supervisor = Forked(request, log)
+            supervisor = Forked(request, log, wake=lambda: None)
             ends = [pool.submit(supervisor.wait, 60.0) for _ in range(16)]
             with theirs:
                 for byte in os.getpid().to_bytes(NUM_BYTES, "big") + (3).to_bytes(NUM_BYTES, "big"):

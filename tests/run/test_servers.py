@@ -397,7 +397,8 @@ def test_what_fails_on_another_rank_that_attaches_is_raised_on_every_rank(
         attached.append((base_urls, api_key))
         return Policy()
 
-    def attach_gym(head_url: str, *, hang_timeout_s: float) -> Gym:
+    def attach_gym(head_url: str, *, hang_timeout_s: float, is_ours: bool) -> Gym:
+        assert is_ours, "what rank 0 has started"
         return Gym(OSError("No route to host") if len(attached) == 2 else None)
 
     def call(servers: RunServers) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import requests
 
@@ -80,6 +81,7 @@ class GymProcess:
         http: For requests to it; not closed here.
         head_url: URL of a head server that runs already, without a slash at the end; else call `start`.
         which: Which one it is of several, for messages, e.g. `" (process 2 of 3)"`.
+        is_ours: Whether another rank of this run has started what runs at `head_url`.
 
     Attributes:
         in_flight: The rollouts that we have there now.
@@ -87,7 +89,9 @@ class GymProcess:
         child: The process that we started; None until then, once it is stopped, and for one that runs elsewhere.
     """
 
-    def __init__(self, http: requests.Session, head_url: str | None = None, *, which: str = "") -> None:
+    def __init__(
+        self, http: requests.Session, head_url: str | None = None, *, which: str = "", is_ours: bool = False
+    ) -> None:
         self.in_flight = InFlight()
         self.log_path: Path | None = None
         self.child: ChildProcess | None = None
@@ -98,6 +102,8 @@ class GymProcess:
         self._view: HeadView | None = None
         self._agents: dict[str, AgentInfo] = {}
         self._has_process_per_server = False
+        # Whether the pids that it tells are of this machine: a rank of another host reaches it by another name.
+        self._is_near = is_ours and urlsplit(head_url or "").hostname in (LOCALHOST, "localhost")
         self._num_stopped = 0  # looks in a row that found it stopped
         self._hung: frozenset[str] = frozenset()
         self._work_dir: Path | None = None
@@ -172,15 +178,11 @@ class GymProcess:
                 raise GymServerError(f"NeMo Gym servers have died: {', '.join(dead)}. {self.log_end()}")
 
     def check_process(self) -> None:
-        """Raise if the process that we started has ended, or was stopped in three looks in a row. Raises
+        """Raise if the process that this run started has ended, or was stopped in three looks in a row. Raises
         `GymServerLostError`: says whether it had been ready, how long it ran, and why it ended."""
-        if self.child is None:
-            return
-        if self.child.poll() is not None:
+        if self.child is not None and self.child.poll() is not None:
             raise self._death(self.child)
-        if self._view is None or self._has_process_per_server:
-            return
-        pid = self._view.instances[0].pid
+        pid = self._sole_pid if self.child is not None or self._is_near else None
         self._num_stopped = self._num_stopped + 1 if pid is not None and is_stopped(pid) else 0
         if self._num_stopped >= LOOKS_IN_A_ROW:
             raise GymServerLostError(
@@ -192,9 +194,13 @@ class GymProcess:
         """URLs to ask whether it hangs: of its head server where all servers are one process, else of each server."""
         if self._view is None:
             return []
-        instances = self._view.instances
-        is_one = not self._has_process_per_server and len({instance.pid for instance in instances} - {None}) == 1
-        return [self.head_url] if is_one else [instance.url for instance in instances]
+        return [self.head_url] if self._sole_pid is not None else [one.url for one in self._view.instances]
+
+    @property
+    def _sole_pid(self) -> int | None:
+        """Pid of the process that all servers are in; None where they are in several, or do not say."""
+        pids = {one.pid for one in (self._view.instances if self._view is not None else ())} - {None}
+        return pids.pop() if len(pids) == 1 and not self._has_process_per_server else None
 
     def note_hung(self, urls: Collection[str], timeout_s: float) -> None:
         """Note which of `pulse_urls` have not answered for too long; see `GymServers.note_hung`."""

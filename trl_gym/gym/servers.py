@@ -104,6 +104,7 @@ class GymServers:
         self._rollouts_in_flight = rollouts_in_flight
         self.hang_timeout_s = hang_timeout_s
         self._num_restarts = 0
+        self._is_ours = False  # although it is attached to
         self._state = ServerState.NEW
         self._processes: list[GymProcess] = []
         self._rng = random.Random()  # training draws from the global one
@@ -111,7 +112,9 @@ class GymServers:
         self._http = new_http_session()
 
     @classmethod
-    def attach(cls, head_url: str, *, timeout_s: float = 60.0, hang_timeout_s: float = 300.0) -> GymServers:
+    def attach(
+        cls, head_url: str, *, timeout_s: float = 60.0, hang_timeout_s: float = 300.0, is_ours: bool = False
+    ) -> GymServers:
         """Use a Gym that runs already.
 
         Args:
@@ -125,12 +128,13 @@ class GymServers:
                 differ.
         """
         servers = cls(start_timeout_s=timeout_s, hang_timeout_s=hang_timeout_s)
+        servers._is_ours = is_ours
         return servers.attach_again(head_url)
 
     def attach_again(self, head_url: str) -> GymServers:
         """Use the Gym that runs at this URL instead of the one that was attached to; see `attach`."""
         urls = list(dict.fromkeys(url.rstrip("/") for url in checked_urls("gym_head_url", head_url)))
-        self._processes = [GymProcess(self._http, url) for url in urls]
+        self._processes = [GymProcess(self._http, url, is_ours=self._is_ours) for url in urls]
         self._deadline = time.monotonic() + self._start_timeout_s
         self._state = ServerState.STARTING
         return self.wait_ready()

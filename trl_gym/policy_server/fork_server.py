@@ -32,7 +32,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _PROCESS = "trl_gym.policy_server.engine.forking"
 _NOTICED_S = 5.0
+_WAKE_EVERY_S = 1.0
 NUM_BYTES = 8  # of a pid, and of an exit status
 _KILLED = 128 + signal.SIGKILL  # as supervisors say it
 
@@ -146,7 +147,7 @@ class ForkServer:
             self._process.wait(_NOTICED_S)  # its supervisor is about to say how it ended
             logger.warning("The fork server %s: the policy server imports vLLM itself.", self._process.describe_end())
             return execute(launch)
-        return Forked(request, open(os.dup(launch.log_fd), "ab", buffering=0))
+        return Forked(request, open(os.dup(launch.log_fd), "ab", buffering=0), self._process.continue_all)
 
 
 class Forked:
@@ -156,11 +157,13 @@ class Forked:
         request: Says its pid, or a negative `errno`, and later its exit status; closed without it if the supervisor is
             killed, and without either if the fork server ended before.
         log: The server's, for saying why there is none.
+        wake: Continues the fork server, if someone has stopped it: the request would wait for it in vain.
     """
 
-    def __init__(self, request: socket.socket, log: BinaryIO | io.RawIOBase) -> None:
+    def __init__(self, request: socket.socket, log: BinaryIO | io.RawIOBase, wake: Callable[[], None]) -> None:
         self._request = request
         self._log = log
+        self._wake, self._woken_at = wake, time.monotonic()
         self._said = b""
         self._reading = threading.Lock()
         self._pid: int | None = None
@@ -216,6 +219,9 @@ class Forked:
         if numbers and numbers[0] > 0:
             self._pid = numbers[0]
             self._log.close()
+        elif not ended and time.monotonic() - self._woken_at > _WAKE_EVERY_S:
+            self._wake()
+            self._woken_at = time.monotonic()
         if len(numbers) < 2 and not ended:
             return
         if self._pid is None:

@@ -169,8 +169,8 @@ class RunServers:
             if not self._process.is_main_process:
                 if self.own is None:
                     self.policy = PolicyServer.attach(base_urls, api_key=api_key)
-                hang_timeout_s = self._args.gym_server_hang_timeout
-                self.gym = GymServers.attach(head_url, hang_timeout_s=hang_timeout_s).wait_ready()
+                given: Any = {"hang_timeout_s": self._args.gym_server_hang_timeout, "is_ours": self._starts_gym}
+                self.gym = GymServers.attach(head_url, **given).wait_ready()
 
     def check(self) -> None:
         """Raise when the policy server, or the whole Gym that we started, has died. The collector deals with a single
@@ -223,7 +223,7 @@ class RunServers:
         rank, when it was not started here, or as often as allowed; says how it was lost."""
 
         def on_rank_0() -> str:
-            if not self.owns_gym or self._args.gym_mode == "attach":
+            if not self._starts_gym:
                 raise error
             death: GymServerError = error
             while True:
@@ -237,6 +237,10 @@ class RunServers:
         with agreed(self._process):
             if not self._process.is_main_process:
                 self.gym.attach_again(head_url)
+
+    @property
+    def _starts_gym(self) -> bool:
+        return self.owns_gym and self._args.gym_mode != "attach"
 
     def _count_gym_restart(self, death: GymServerError) -> None:
         allowed = self._args.gym_server_restarts
