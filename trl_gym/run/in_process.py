@@ -23,6 +23,7 @@ from trl_gym.engines import require_fit
 from trl_gym.errors import ConfigError, PolicyServerLostError
 from trl_gym.policy_server.transformers_engine.answers import choose, reader_of
 from trl_gym.policy_server.transformers_engine.server import TransformersServer
+from trl_gym.policy_server.transformers_engine.session import check_positions
 from trl_gym.ranks import Gather, Process, agree, agreed
 from trl_gym.weight_sync.source import quantization_method, quantization_of
 
@@ -82,7 +83,7 @@ def require_servable(args: GymGRPOConfig, model: str | PreTrainedModel, quantiza
         quantization_config: Quantization with which the trainer will load it.
 
     Raises:
-        ConfigError: It is quantized, or reads images or sounds.
+        ConfigError: It is quantized, reads images or sounds, or see `check_positions`.
     """
     config = _config_of(args, model)
     if isinstance(model, str):
@@ -104,6 +105,8 @@ def require_servable(args: GymGRPOConfig, model: str | PreTrainedModel, quantiza
             "models only.",
             _REMEDY,
         )
+    if (length := args.vllm_max_model_length or getattr(config, "max_position_embeddings", None)) is not None:
+        check_positions(config, length)
 
 
 def _config_of(args: GymGRPOConfig, model: str | PreTrainedModel) -> Any:

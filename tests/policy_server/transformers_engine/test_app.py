@@ -178,6 +178,8 @@ async def test_completions(http: Http) -> None:
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     assert all(len(choice["logprobs"]["token_logprobs"]) == 3 for choice in answer["choices"])
     by_ids = await http.post("/v1/completions", prompt=[5, 6], max_tokens=3, ignore_eos=True, return_token_ids=True)
+    unlimited = await http.post("/v1/completions", prompt=[5, 6], max_tokens=None, ignore_eos=True)
+    assert unlimited["usage"]["completion_tokens"] == 16  # as of vLLM, which has it from OpenAI
     assert len(by_ids["choices"][0]["token_ids"]) == 3 and by_ids["usage"]["prompt_tokens"] == 2
 
 

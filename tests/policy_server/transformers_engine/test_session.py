@@ -19,6 +19,7 @@ from trl_gym.policy_server.transformers_engine.session import (
     EngineOptions,
     autocast_of,
     available_on_host,
+    check_positions,
     free_memory,
     num_blocks,
     sampled_model,
@@ -78,6 +79,27 @@ def test_attention_that_it_does_not_compute_is_refused(
         setattr(model.config, name, value)
     with pytest.raises(ConfigError, match=f"a Qwen3ForCausalLM has {said}"):
         sampled_model(model)
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 1024),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 64}, 64),
+        ({"full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64}}, 64),
+        ({"rope_type": "yarn", "factor": 2.0}, None),
+    ],
+)
+def test_positions_that_depend_on_the_longest_sequence_are_refused_beyond_their_length(
+    model: PreTrainedModel, rope: dict[str, Any], longest: int | None
+) -> None:
+    model.config.rope_parameters = rope
+    if longest is None:
+        check_positions(model.config, 2048)
+        return
+    check_positions(model.config, longest)
+    with pytest.raises(ConfigError, match=rf"`vllm_max_model_length`.* to at most {longest}\."):
+        check_positions(model.config, longest + 1)
 
 
 def test_a_model_with_attention_of_its_own_is_refused() -> None:

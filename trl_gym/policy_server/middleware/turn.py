@@ -36,7 +36,7 @@ _STREAM_KEYS = ("include_usage", "continuous_usage_stats")
 _OBJECT_KEYS = ("chat_template_kwargs", "stream_options", "kv_transfer_params")
 
 CHAT_PATH, COMPLETIONS_PATH = "/v1/chat/completions", "/v1/completions"
-_COMPLETION_TOKENS = 16  # of a completion that says no limit, as vLLM and OpenAI have it
+COMPLETION_TOKENS = 16  # of a completion that says no limit, as vLLM and OpenAI have it
 # Fields of a completion with which it has no exact record: other tokens in its prompt, or in its answer.
 _NO_TURN = ("echo", "suffix", "prompt_embeds", "prompt_logprobs", "truncate_prompt_tokens")
 
@@ -155,7 +155,7 @@ class Turn:
         if asked := [key for key in _NO_TURN if not (body.get(key) in (None, "") or body[key] is False)]:
             raise InvalidTurnError(f"a turn of a rollout must be sampled without {', '.join(asked)}")
         body.pop("max_completion_tokens", None)  # which is no field of a completion
-        body.setdefault("max_tokens", _COMPLETION_TOKENS)
+        body.setdefault("max_tokens", COMPLETION_TOKENS)
         _check_types(body, [])
         _check_is_sampled(body)
         turn = cls(body, [{"role": "prompt", "content": str(prompt)}], [None], prompt, caller=identity.caller)

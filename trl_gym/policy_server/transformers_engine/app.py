@@ -39,6 +39,7 @@ from trl_gym.policy_server.middleware.http import (
     path_of,
     read_body,
 )
+from trl_gym.policy_server.middleware.turn import COMPLETION_TOKENS
 from trl_gym.policy_server.transformers_engine import counters
 from trl_gym.policy_server.transformers_engine.engine import (
     Completion,
@@ -319,6 +320,8 @@ class EngineApp:
         timings: Json = {}
         if body.get("stream"):
             raise RefusedError("stream=True is not supported by the transformers engine in completions")
+        if body.get("max_tokens") is None:
+            body = {**body, "max_tokens": COMPLETION_TOKENS}
         prompts = self._prompts(body)
         if body.get("prompt_logprobs") is not None:
             if body["prompt_logprobs"] != 0 or body.get("max_tokens") != 1:

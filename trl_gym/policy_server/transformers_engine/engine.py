@@ -35,6 +35,7 @@ from trl_gym.policy_server.transformers_engine.session import (
     EngineOptions,
     Session,
     autocast_of,
+    check_positions,
     free_memory,
     in_eval_mode,
     num_blocks,
@@ -221,6 +222,7 @@ class Engine:
             ConfigError: It cannot be sampled from in this process, or the context does not fit into memory.
         """
         taken = sampled_model(model)
+        check_positions(taken.config, self.options.max_model_len)
         num_blocks(taken, self.options, free_memory(taken.device))
         with self._stopped():
             self._model, self._lost = taken, None

@@ -26,7 +26,13 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch.distributed.tensor import DTensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from trl_gym.compat import engine_problem
 from trl_gym.errors import ConfigError, UnsupportedVersionError
@@ -113,6 +119,32 @@ def _check_attention(model: PreTrainedModel) -> None:
             f"`gym_engine` is 'transformers' and a {type(model).__name__} has {problem}, which it cannot sample with.",
             "Set `gym_engine` to 'vllm'.",
         )
+
+
+def check_positions(config: PretrainedConfig, max_model_len: int) -> None:
+    """Refuse positions that a model turns otherwise once a longer sequence is computed beside them: keys in the cache
+    keep the old turn, and the longest sequence of a trainer's batch is another than the engine's.
+
+    Args:
+        config: Of the model.
+        max_model_len: Tokens of prompt and completion together.
+
+    Raises:
+        ConfigError: Sequences of this length would change them.
+    """
+    config = config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    for one in [given, *(value for value in given.values() if isinstance(value, dict))]:  # by kind of layer, or one
+        kind = str(one.get("rope_type", ""))
+        own = getattr(config, "max_position_embeddings", None)
+        longest = one.get("original_max_position_embeddings") if kind == "longrope" else own
+        if (kind == "longrope" or "dynamic" in kind) and longest is not None and max_model_len > longest:
+            raise ConfigError(
+                f"`gym_engine` is 'transformers', the context is {max_model_len:,} tokens, and with sequences of more "
+                f"than {longest:,} the model turns the positions of all that are computed beside them otherwise "
+                f"(`rope_type` {kind!r}): what is sampled would not be what is trained.",
+                f"Set `vllm_max_model_length` (of `trl-gym serve`, `--max-model-len`) to at most {longest}.",
+            )
 
 
 def num_blocks(model: PreTrainedModel, options: EngineOptions, free_bytes: int) -> int:
