@@ -11,8 +11,8 @@ next. A part that cannot run says why. The parts are in `gpu_parts/`, in the ord
 shows, needs and takes stands in `PARTS`, and in docs/howto/gpu_check.md.
 
 This file needs nothing but the standard library: packages may come from the folder of wheels alone. `DIR/*.whl` go to
-the trainer's Python, this one; `DIR/gym/*.whl` are NeMo Gym's, for a virtual environment of its own. Of what NeMo Gym
-imports and does not use here (ray and wandb, 130 MB) it gets stand-ins where they are not installed.
+a virtual environment above this Python's packages, in which all parts run; `DIR/gym/*.whl` are NeMo Gym's, for another
+one. Of what NeMo Gym imports and does not use here (ray and wandb, 130 MB) it gets stand-ins where it lacks them.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ class Options:
     dry: bool
     folder: Path  # in which each part has a folder of its own
     gym_python: str | None
-    paths: tuple[Path, ...]  # for PYTHONPATH, beside the checkout
     budget_s: float
     vllm_args: str = "{}"  # JSON
+    python: str = sys.executable  # in which the parts run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,11 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu-check-")))
         folder.mkdir(parents=True, exist_ok=True)
-        paths, gym_python = [], options.gym_python
+        folder, python, gym_python = folder.resolve(), sys.executable, options.gym_python
         if options.wheels is not None:
-            paths, gym_python = install(options.wheels, folder, gym_python)
-        budget_s = 60 * options.minutes
-        told = Options(options.dry_run, folder.resolve(), gym_python, tuple(paths), budget_s, options.vllm_args)
+            python, gym_python = install(options.wheels, folder, gym_python)
+        told = Options(options.dry_run, folder, gym_python, 60 * options.minutes, options.vllm_args, python)
         record = check(chosen, told)
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
@@ -177,11 +176,11 @@ def run(name: str, limit_s: float, options: Options) -> dict[str, Any]:
     """Run one part in a process of its own, and kill it and its children when its time is up."""
     folder = options.folder / name
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--run-part", name, "--folder", str(folder)]
+    command = [options.python, str(Path(__file__).resolve()), "--run-part", name, "--folder", str(folder)]
     command += ["--dry-run"] if options.dry else []
     command += ["--gym-python", options.gym_python] if options.gym_python else []
     command += ["--vllm-args", options.vllm_args]
-    paths = [str(ROOT), *map(str, options.paths), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     # One: with several in sight, one process would train on all of them (torch's DataParallel).
     environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -250,24 +249,33 @@ def __getattr__(name):
 '''
 
 
-def install(wheels: Path, folder: Path, gym_python: str | None) -> tuple[list[Path], str | None]:
-    """Unpack a folder of wheels. Returns paths for the trainer's Python, and the interpreter for NeMo Gym."""
-    site = folder / "site"
-    paths = [site] if unpack(wheels, site) else []
-    gym_site = folder / "gym-site"
+def install(wheels: Path, folder: Path, gym_python: str | None) -> tuple[str, str | None]:
+    """Unpack a folder of wheels. Returns the interpreter for the parts, and that for NeMo Gym.
+
+    Each has an environment: by PYTHONPATH the packages of one would come before those of the other, which it starts.
+    """
+    site, gym_site, python = folder / "site", folder / "gym-site", sys.executable
+    if unpack(wheels, site):
+        python = new_environment(folder / "trainer", site)
     if gym_python is not None or not unpack(wheels / "gym", gym_site):
-        return paths, gym_python
+        return python, gym_python
     for name, more in _STAND_INS.items():
         if not (gym_site / name).is_dir():
             (gym_site / name).mkdir()
             (gym_site / name / "__init__.py").write_text(_ANY_NAME + more)
             (gym_site / name / "util.py").write_text("VALUE_BYTES_LIMIT = 0\n")
-    environment = folder / "gym"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
-    [packages] = environment.glob("lib/python*/site-packages")
-    own = sysconfig.get_paths()["purelib"]  # NumPy and pandas need not be in the folder where they are here
-    (packages / "gym.pth").write_text(f"{gym_site}\n{own}\n")
-    return paths, str(environment / "bin" / "python")
+    return python, new_environment(folder / "gym", gym_site)
+
+
+def new_environment(folder: Path, site: Path) -> str:
+    """Make a virtual environment with these packages, before those that this Python has. Returns its interpreter."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    own = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    folders = dict.fromkeys([str(site), sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"], *own])
+    # By `addsitedir`, which reads their `.pth` files: an editable installation is one.
+    (packages / "packages.pth").write_text("".join(f"import site; site.addsitedir({one!r})\n" for one in folders))
+    return str(folder / "bin" / "python")
 
 
 def unpack(wheels: Path, target: Path) -> bool:

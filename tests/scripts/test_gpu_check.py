@@ -96,7 +96,7 @@ def stand_in(check: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, f
     script.write_text(STAND_IN % facts)
     monkeypatch.setattr(check, "__file__", str(script))
     monkeypatch.setattr(check, "_STOP_S", 0.1)
-    return check.Options(False, folder, None, (), 600.0)
+    return check.Options(False, folder, None, 600.0)
 
 
 def parts(check: ModuleType, *names: str, expected_s: int = 1) -> list[Any]:
@@ -159,13 +159,22 @@ def test_wheels_are_unpacked_for_both_interpreters_and_what_gym_only_imports_is_
     wheel(wheels, "a", {**files, "a-1.0.data/scripts/a": ""})
     wheel(wheels / "gym", "nemo_gym", {"nemo_gym/__init__.py": "X = 2"})
     wheel(wheels / "gym", "ray", {"ray/__init__.py": "X = 3"})
-    [site], python = check.install(wheels, tmp_path, None)
+    trainer, python = check.install(wheels, tmp_path, None)
+    site = tmp_path / "site"
     assert {path.name for path in site.iterdir()} == {"a_module.py", "b_module.py", "a_package"}
     assert os.access(site / "a_package" / "bin" / "tool", os.X_OK)
+
+    def told(interpreter: str, code: str) -> list[str]:
+        return subprocess.run([interpreter, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
     code = "import nemo_gym, ray, wandb, wandb.util; from wandb import Run; print(nemo_gym.X, ray.X, Run.__name__)"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["2", "3", "Run"]
-    assert check.install(tmp_path, tmp_path / "empty", "python-of-mine") == ([], "python-of-mine")
+    assert told(python, code) == ["2", "3", "Run"]
+    # Each has its own packages before those of this Python, and not the other's.
+    assert told(trainer, "import a_module, numpy; print(a_module.__file__)") == [str(site / "a_module.py")]
+    found = "import importlib.util as u; print(*(u.find_spec(name) is None for name in ('a_module', 'nemo_gym')))"
+    assert (told(trainer, found), told(python, found)) == (["False", "True"], ["True", "False"])
+    nothing = tmp_path / "empty"
+    assert check.install(nothing, nothing, "python-of-mine") == (sys.executable, "python-of-mine")
 
 
 # -- what docs/ tells -------------------------------------------------------------------------------------------------
