@@ -30,7 +30,7 @@ from trl_gym.errors import (
 from trl_gym.policy_server.middleware.app import OnPolicyMiddleware, Settings
 from trl_gym.policy_server.server import PolicyServer
 from trl_gym.policy_server.transformers_engine.server import TransformersServer
-from trl_gym.processes import ServerState
+from trl_gym.processes import ServerState, bind_socket
 from trl_gym.run.live import LiveSource
 from trl_gym.run.servers import RunServers, servers_for, workers_problem
 
@@ -172,6 +172,14 @@ def managed(tmp_path: Path, **options: Any) -> PolicyServer:
         **options,
     )
     return RunServers(args, lambda: "a model").new_policy()
+
+
+def test_it_says_for_which_server_elsewhere_it_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with bind_socket() as nobody:
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
+    with pytest.raises(PolicyServerError, match=r"was not ready after 0\.1 s"):
+        managed(tmp_path, vllm_mode="server", vllm_server_base_url=url, vllm_server_timeout=0.1)
+    assert capsys.readouterr().out == f"waiting for the policy server at {url} (at most 0.1 s)\n"
 
 
 def test_a_managed_server_gets_a_key_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,8 +287,10 @@ class RunServers:
         """Return the policy server that the configuration names: one to start, or one that runs."""
         args = self._args
         if args.vllm_mode == "server":
-            key = api_key_from_environment()
-            return PolicyServer.attach(args.vllm_server_base_url, api_key=key, timeout_s=args.vllm_server_timeout)
+            key, timeout_s = api_key_from_environment(), args.vllm_server_timeout
+            said = f"waiting for the policy server at {args.vllm_server_base_url} (at most {timeout_s:g} s)"
+            Console().print(said, markup=False, highlight=False, soft_wrap=True)
+            return PolicyServer.attach(args.vllm_server_base_url, api_key=key, timeout_s=timeout_s)
         flags, environment = self._start_options()
         if engines.started_engine(args) == "sglang":
             python = sglang.find_python(args.gym_sglang_python)
