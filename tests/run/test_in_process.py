@@ -108,6 +108,10 @@ def test_quantized_models_and_those_of_images_are_refused_before_they_are_loaded
         in_process.require_servable(args, str(tmp_path))
     with pytest.raises(ConfigError, match=r"is quantized \(bitsandbytes\)"):
         in_process.require_servable(args, str(folder), {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(
+        ConfigError, match=r"`vllm_max_model_length` is 2,000 and the model .* was made for 1,024 tokens"
+    ):
+        in_process.require_servable(options(folder, vllm_max_model_length=2000), str(folder))
 
 
 def test_a_model_that_was_loaded_needs_no_folder(folder: Path) -> None:

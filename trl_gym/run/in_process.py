@@ -83,7 +83,7 @@ def require_servable(args: GymGRPOConfig, model: str | PreTrainedModel, quantiza
         quantization_config: Quantization with which the trainer will load it.
 
     Raises:
-        ConfigError: It is quantized, reads images or sounds, or see `check_positions`.
+        ConfigError: It is quantized, reads images or sounds, or was made for a shorter context.
     """
     config = _config_of(args, model)
     if isinstance(model, str):
@@ -105,7 +105,14 @@ def require_servable(args: GymGRPOConfig, model: str | PreTrainedModel, quantiza
             "models only.",
             _REMEDY,
         )
-    if (length := args.vllm_max_model_length or getattr(config, "max_position_embeddings", None)) is not None:
+    made_for = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if made_for is not None and (args.vllm_max_model_length or 0) > made_for:
+        raise ConfigError(
+            f"`vllm_max_model_length` is {args.vllm_max_model_length:,} and the model {name} was made for "
+            f"{made_for:,} tokens.",
+            "Lower `vllm_max_model_length`.",
+        )
+    if (length := args.vllm_max_model_length or made_for) is not None:
         check_positions(config, length)
 
 
