@@ -44,8 +44,7 @@ VICTIMS = {
 SUPERVISOR = "supervisor.py"
 WAYS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 ROLLOUTS = 128  # of a step of the quickstart
-# Temporary files of libraries: caches, and what vLLM leaves where it is killed, beside its sockets.
-THEIRS = ("wandb-artifacts", "wandb-media", "torchinductor", "vllm_dist_")
+THEIRS = ("wandb-artifacts", "wandb-media", "torchinductor")  # of libraries, for later runs
 _LOOK_EVERY_S = 0.5
 
 
@@ -173,9 +172,8 @@ def problems_of(journal: Path, metrics: Iterable[Mapping[str, Any]], steps: int)
 
 
 def files_left(folder: Path) -> list[str]:
-    """Return our files in a folder of temporary files."""
-    paths = [path for path in folder.iterdir() if not path.is_socket()]  # vLLM's, of an engine that was killed
-    return [f"file {path}" for path in paths if not any(name in path.name for name in THEIRS)]
+    """Return the files in a folder of temporary files that are no caches, an engine's sockets among them."""
+    return [f"file {path}" for path in folder.iterdir() if not any(name in path.name for name in THEIRS)]
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -93,8 +94,10 @@ import sys, time
 from pathlib import Path
 from trl_gym import processes
 processes._GRACE_S = float(sys.argv[1])
-child = processes.ChildProcess("server", [sys.executable, "-c", sys.argv[2]], log_path=Path(sys.argv[3]))
-while "\\n" not in Path(sys.argv[3]).read_text(): time.sleep(0.01)
+log = Path(sys.argv[3])
+server = [sys.executable, "-c", sys.argv[2]]
+child = processes.ChildProcess("server", server, log_path=log, scratch=log.with_name("scratch"))
+while "\\n" not in log.read_text(): time.sleep(0.01)
 exec(sys.argv[4])
 """
 
@@ -118,11 +121,15 @@ def test_nothing_survives_those_who_look_after_it(tmp_path: Path, whom: str, how
     [guard] = owner.children()
     [supervisor] = guard.children()
     assert len(pids) == 2 and all(map(alive, pids))
+    scratch = tmp_path / "scratch"
+    assert scratch.stat().st_mode & 0o777 == 0o700
+    socket.socket(socket.AF_UNIX).bind(str(scratch / "s"))
     for name in whom.split():
         {"owner": owner, "guard": guard, "supervisor": supervisor}[name].send_signal(how)
     wait_for(lambda: not any(map(alive, pids)))
     owner.kill()
     wait_for(lambda: not any(map(alive, [owner.pid, guard.pid, supervisor.pid])))
+    assert not scratch.exists()
 
 
 def test_a_supervisor_that_was_stopped_goes_on(tmp_path: Path) -> None:

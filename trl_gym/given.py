@@ -178,7 +178,7 @@ _MAX_SOCKET_CHARS = 107 if sys.platform == "linux" else 103
 # Where else Ray and vLLM can put theirs: the places of the system's own temporary files.
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 RAY_SOCKETS = "Ray", "trl-gym-abcd1234/ray/session_2026-11-28_18-18-59_319181_4194304/sockets/plasma_store"
-VLLM_SOCKETS = "vLLM", "12345678-1234-1234-1234-123456789012"
+VLLM_SOCKETS = "vLLM", "trl-gym-abcd1234/12345678-1234-1234-1234-123456789012"
 VLLM_SOCKET_VARIABLE = "VLLM_RPC_BASE_PATH"
 
 

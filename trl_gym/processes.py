@@ -22,7 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from trl_gym.supervisor import KILL_S, POLL_S, REAP_S, descendants, is_stopped, let_go_on
+from trl_gym.supervisor import KILL_S, POLL_S, REAP_S, descendants, is_stopped, let_go_on, remove
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class Launch:
     grace_s: float  # from SIGINT to SIGKILL
     pass_fds: Sequence[int]  # for the server
     adopts: bool = True  # as for `supervisor.supervise`
+    scratch: str = ""  # likewise; made by who starts them
 
 
 Start = Callable[[Launch], Supervisor]
@@ -109,9 +110,11 @@ Start = Callable[[Launch], Supervisor]
 
 def execute(launch: Launch) -> Supervisor:
     """Run the command, below a supervisor that is a program too. A `Start`."""
-    numbers = [str(launch.death_fd), str(launch.grace_s), str(int(launch.adopts)), *map(str, launch.pass_fds)]
+    told = [str(launch.death_fd), str(launch.grace_s), str(int(launch.adopts)), launch.scratch]
+    if launch.scratch:
+        os.makedirs(launch.scratch, 0o700, exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(_SUPERVISOR), *numbers, "--", *launch.command],
+        [sys.executable, "-I", "-S", str(_SUPERVISOR), *told, *map(str, launch.pass_fds), "--", *launch.command],
         stdin=subprocess.DEVNULL,
         stdout=launch.log_fd,
         stderr=subprocess.STDOUT,
@@ -133,6 +136,8 @@ class ChildProcess:
         pass_fds: File descriptors that the process inherits, e.g. a socket that was bound for it.
         start: Starts it: as a program, or from a process that has imported what it needs (`ForkServer.fork`).
         adopts: Whether all that it starts ends with it, as for `supervisor.supervise`.
+        scratch: Folder of its own, made for it (mode 0700) if there is none, and removed when it has ended, whoever
+            ends it or us.
     """
 
     def __init__(
@@ -145,8 +150,10 @@ class ChildProcess:
         pass_fds: Sequence[int] = (),
         start: Start = execute,
         adopts: bool = True,
+        scratch: Path | None = None,
     ) -> None:
         self.name = name
+        self.scratch = scratch
         self._adopts = adopts
         self.log_path = Path(log_path)
         self._started_at = time.monotonic()
@@ -162,10 +169,12 @@ class ChildProcess:
                     grace_s=_GRACE_S,
                     pass_fds=pass_fds,
                     adopts=adopts,
+                    scratch=str(scratch or ""),
                 )
                 self._supervisor = start(launch)
         except BaseException:
             os.close(death_write)
+            remove(str(scratch or ""))
             raise
         finally:
             os.close(death_read)
@@ -242,6 +251,7 @@ class ChildProcess:
                     _kill_below(pid)
                 self._supervisor.kill()
                 self._supervisor.wait()
+        remove(str(self.scratch or ""))  # where both were killed that do it
         _running.discard(self)
 
     def _continue(self) -> None:

@@ -11,9 +11,10 @@ declares itself sub-reaper, so grandchildren that lose their parent, or leave th
 The guard is the same for the supervisor: it inherits what a killed supervisor leaves, and kills it. The supervisor
 ends its server when the guard is gone, and the guard lets a supervisor go on that someone has stopped.
 
-    python supervisor.py DEATH_FD GRACE_S ADOPTS [FD …] -- COMMAND [ARG …]
+    python supervisor.py DEATH_FD GRACE_S ADOPTS SCRATCH [FD …] -- COMMAND [ARG …]
 
-ADOPTS is 0 for a fork server, whose forks have supervisors of their own and outlive it; else 1.
+ADOPTS is 0 for a fork server, whose forks have supervisors of their own and outlive it; else 1. SCRATCH is a folder of
+the server's own, which the last of these processes removes; empty if it has none.
 
 Exit status: that of the command (128 + n if signal n ended it).
 """
@@ -141,13 +142,24 @@ def reap_everything() -> None:
                 time.sleep(0.01)
 
 
-def guard(pass_fds: Sequence[int], tell: Callable[[int], None] = lambda status: None) -> int | None:
+def remove(scratch: str) -> None:
+    """Remove the folder of a server that has ended: of one that was killed, its sockets are there. Idempotent."""
+    if scratch and os.path.isdir(scratch):
+        import shutil  # not needed before, and a supervisor is to start at once
+
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def guard(
+    pass_fds: Sequence[int], tell: Callable[[int], None] = lambda status: None, *, scratch: str = ""
+) -> int | None:
     """Fork, and return in the new process, which is to be the supervisor. The old one stays behind: it waits for the
     supervisor, kills all that a killed one leaves, tells the exit status, and exits with it.
 
     Args:
         pass_fds: Descriptors for the server; closed in the process that stays.
         tell: Called with the exit status, in the process that stays.
+        scratch: Folder that is removed in the process that stays, at the end; empty for none.
 
     Returns:
         Pid of the process that stays; None outside of Linux, where nothing is inherited and this does nothing.
@@ -172,6 +184,7 @@ def guard(pass_fds: Sequence[int], tell: Callable[[int], None] = lambda status: 
         status = 128 - status
         kill_everything(None, adopts=True)
         reap_everything()
+    remove(scratch)
     tell(status)
     os._exit(status)
 
@@ -202,6 +215,7 @@ def supervise(
     owner: int,
     guarded_by: int | None = None,
     adopts: bool = True,
+    scratch: str = "",
 ) -> int:
     """Start the server, and end it when the pipe closes, or a signal asks for it, or the owner ends.
 
@@ -212,6 +226,7 @@ def supervise(
         owner: Pid of the owner.
         guarded_by: Pid from `guard`.
         adopts: Whether the server's descendants end with it, those too that have left its process group.
+        scratch: Folder of the server's own, removed at the end: the guard may be gone. Empty for none.
 
     Returns:
         The server's exit status, or 128 + n if signal n ended it.
@@ -246,13 +261,14 @@ def supervise(
     kill_everything(child.pid, adopts=adopts)
     status = child.wait()
     reap_everything()
+    remove(scratch)
     let_go_on(guarded_by)  # it tells the status
     return status if status >= 0 else 128 - status
 
 
-def main(death_fd: int, grace_s: float, adopts: bool, pass_fds: list[int], command: list[str]) -> int:
+def main(death_fd: int, grace_s: float, adopts: bool, scratch: str, pass_fds: list[int], command: list[str]) -> int:
     owner = os.getppid()
-    guarded_by = guard(pass_fds) if adopts else None
+    guarded_by = guard(pass_fds, scratch=scratch) if adopts else None
 
     def start() -> Child:
         child = subprocess.Popen(command, start_new_session=True, pass_fds=pass_fds, preexec_fn=prepare_child)
@@ -260,10 +276,11 @@ def main(death_fd: int, grace_s: float, adopts: bool, pass_fds: list[int], comma
             os.close(fd)
         return child
 
-    return supervise(death_fd, grace_s, start, owner=owner, guarded_by=guarded_by, adopts=adopts)
+    return supervise(death_fd, grace_s, start, owner=owner, guarded_by=guarded_by, adopts=adopts, scratch=scratch)
 
 
 if __name__ == "__main__":
     separator = sys.argv.index("--")
-    death, grace, adopting, *fds = sys.argv[1:separator]
-    sys.exit(main(int(death), float(grace), adopting == "1", [int(fd) for fd in fds], sys.argv[separator + 1 :]))
+    death, grace, adopting, own, *fds = sys.argv[1:separator]
+    command = sys.argv[separator + 1 :]
+    sys.exit(main(int(death), float(grace), adopting == "1", own, [int(fd) for fd in fds], command))

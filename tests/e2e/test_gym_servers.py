@@ -358,13 +358,17 @@ with servers:
 
 def test_sigkill_of_the_owner_leaves_nothing(gym: GymInstallation, tmp_path: Path) -> None:
     command = [sys.executable, "-c", OWNER, str(gym.python), str(tmp_path), NO_POLICY, config_of("mcqa")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
+        assert [path.name for path in temporary.glob("trl-gym-*/*")] == ["settings.json"]
         family = psutil.Process(owner.pid).children(recursive=True)
         assert len(family) == 3
         owner.kill()
     _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive
+    assert not alive and not [*temporary.glob("trl-gym-*")]
 
 
 HANGS = {"responses_create_params": {"input": [{"role": "user", "content": "hang"}]}, "name": "halves_agent"}

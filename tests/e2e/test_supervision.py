@@ -34,7 +34,7 @@ from trl_gym.run import recovery
 pytestmark = pytest.mark.e2e
 
 NUM_STEPS = 4
-NUM_KILLS = 4  # during rollouts, transfer (its engine is stopped), probe, and training (its server is stopped)
+NUM_KILLS = 4  # in rollouts, transfer (its engine is stopped), probe, and end of a sync (its server is stopped)
 KILLED_AFTER = 3  # rollouts of the batch
 SERVER_FLAGS = {"tool-call-parser": "hermes", "max-num-seqs": 32}
 KEY = "the key of a server that runs elsewhere"
@@ -64,8 +64,15 @@ def settings(output_dir: Path, **changes: Any) -> Any:
 # -- a server that the trainer started --------------------------------------------------------------------------------
 
 
+def note_scratch(trainer: Any) -> None:
+    """What the server keeps in its folder, sockets without their random names."""
+    folder = trainer.policy_server._process.scratch
+    trainer.scratch[folder] = {"socket" if path.is_socket() else path.name[:10] for path in folder.iterdir()}
+
+
 def kill_server(trainer: Any) -> None:
     """The API server, without a word; its supervisor notices."""
+    note_scratch(trainer)
     server = server_below(trainer.policy_server._process)
     server.kill()
     server.wait(10)
@@ -73,6 +80,7 @@ def kill_server(trainer: Any) -> None:
 
 def stop_process(trainer: Any, *, engine: bool) -> None:
     """For good: nobody continues it. Their guard, which is stopped as well, its owner does."""
+    note_scratch(trainer)
     server = server_below(trainer.policy_server._process)
     psutil.Process(trainer.policy_server._process.pid).suspend()
     (server.children()[0] if engine else server).suspend()
@@ -92,10 +100,11 @@ def once(kill: Callable[[], None], call: Callable[..., Any]) -> Callable[..., An
 
 class Killing(RecordingTrainer):
     """Kills its policy server in the rollouts of step 1 and of the evaluation, and in the sync of step 2. Stops the
-    engine in the sync of step 1, the server before that of step 3."""
+    engine in the sync of step 1, the server in that of step 3."""
 
     num_ended = 0
     told: list[str]
+    scratch: dict[Path, set[str]]
 
     def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest, calls: Any) -> Any:
         if self.state.global_step in (0, NUM_STEPS):
@@ -106,11 +115,11 @@ class Killing(RecordingTrainer):
 
     def _push_weights(self) -> None:
         step = self.state.global_step
-        if step == 3:
-            stop_process(self, engine=False)
-        fault = partial(stop_process, self, engine=True) if step == 1 else partial(kill_server, self)
+        fault = partial(kill_server, self) if step == 2 else partial(stop_process, self, engine=step == 1)
         with pytest.MonkeyPatch.context() as patch:
-            if (method := {1: "update_weights", 2: "prompt_logprobs"}.get(step)) is not None:
+            if (
+                method := {1: "update_weights", 2: "prompt_logprobs", 3: "finish_weight_update"}.get(step)
+            ) is not None:
                 patch.setattr(PolicyClient, method, once(fault, getattr(PolicyClient, method)))
             super()._push_weights()
 
@@ -120,7 +129,7 @@ def killed(
     alone: None, warm: None, small_policy: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Killing]:
     """One run in which the server dies or hangs in every phase."""
-    Killing.told = []
+    Killing.told, Killing.scratch = [], {}
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(KEY_VARIABLE)  # its server gets a random one
         patch.setattr(recovery.logger, "warning", lambda text, *args: Killing.told.append(text % args))
@@ -154,6 +163,13 @@ def test_what_hangs_is_named_with_the_process_that_was_stopped(killed: Killing) 
         "its HTTP process answers, and its engine does not" in engine and "Someone has stopped VLLM::Engine" in engine
     )
     assert "/trl_gym/info: no answer within" in server and "Someone has stopped policy server (pid " in server
+    assert "The weight sync of version 3 was lost in its end (transport `file`)" in server
+
+
+def test_nothing_is_left_of_a_server_that_was_killed(killed: Killing) -> None:
+    assert len(killed.scratch) == NUM_KILLS
+    assert all({"socket", "vllm_dist_"} <= names for names in killed.scratch.values()), killed.scratch
+    assert not any(folder.exists() for folder in killed.scratch)
 
 
 def test_the_run_goes_on_to_its_end_with_the_weights_of_the_trainer(killed: Killing) -> None:

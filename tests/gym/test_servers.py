@@ -364,7 +364,7 @@ def test_a_death_says_whether_gym_had_been_ready(tmp_path: Path, state: ServerSt
     dead._work_dir = work_dir = tmp_path / "work"
     work_dir.mkdir()
     if reason:
-        error_path(work_dir).write_text(reason)
+        error_path(dead.log_path).write_text(reason)
     assert dead.child.wait(60.0) == 1
     gym._processes, gym._state = [living, dead], state
     if state is ServerState.READY:

@@ -125,7 +125,8 @@ def test_a_forked_server_has_what_an_executed_one_has(
     shared: ForkServer, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    child = run(shared, "one", "sleep", env={"ADDED": "yes", "REMOVED": None})
+    scratch = tmp_path / "scratch"
+    child = run(shared, "one", "sleep", env={"ADDED": "yes", "REMOVED": None}, scratch=scratch)
     says = said(child)
     names = ("name", "argv", "folder", "ADDED", "REMOVED", "SET_BY_IMPORT", "main")
     assert [says[name] for name in names] == [
@@ -133,8 +134,10 @@ def test_a_forked_server_has_what_an_executed_one_has(
     ]
     assert says["leads"]
     assert server_below(child).pid == says["pid"] and child.poll() is None
+    assert scratch.stat().st_mode & 0o777 == 0o700
     child.stop()
     child.stop()
+    assert not scratch.exists()
     assert child.poll() == 7, "SIGINT arrived, as at a new process"
     other = run(shared, "two", "sleep")
     assert said(other)["token"] == says["token"], "nothing was imported again"
@@ -210,12 +213,13 @@ def test_a_server_that_is_asked_for_early_waits_and_may_be_given_up(run: Run, tm
     gate = tmp_path / "gate"
     with ForkServer(preload=["preloaded"], env={"TEST_GATE": str(gate)}) as forks:
         large: dict[str, str | None] = {f"LARGE_{n}": 100_000 * "x" for n in range(10)}  # than a socket's buffer
-        given_up, awaited = run(forks, "sleep", env=large), run(forks, "sleep", env=large)
+        scratch = tmp_path / "scratch"
+        given_up, awaited = run(forks, "sleep", env=large, scratch=scratch), run(forks, "sleep", env=large)
         assert awaited.pid is None and awaited.poll() is None and awaited.wait(0.01) is None
         given_up.stop()
         gate.touch()
         assert said(awaited)["argv"] == ["sleep"]
-        assert given_up.log_path.read_text() == ""
+        assert given_up.log_path.read_text() == "" and not scratch.exists()
 
 
 def pids_of(child: ChildProcess) -> list[int]:

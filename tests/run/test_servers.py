@@ -230,7 +230,7 @@ def test_sglang_is_started_with_its_own_names_for_the_options(tmp_path: Path) ->
     expected = {"dtype": "float32", "context-length": "64", "device": "cpu", "max-running-requests": "8"}
     expected |= {"attention-backend": "intel_amx", "sampling-backend": "pytorch"}  # the user's word is the last
     assert expected.items() <= told.items()
-    assert command.variables({}) == {"SGLANG_USE_CPU_ENGINE": "1"}
+    assert command.environment == {"SGLANG_USE_CPU_ENGINE": "1"}
     args.gym_weight_transport = "ipc"
     with pytest.raises(ConfigError, match="and SGLang is sent weights by 'file', 'nccl' or 'adapter'"):
         servers_for(args, str(folder)).new_policy()

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import secrets
-import shutil
 import socket
 import tempfile
 import uuid
@@ -46,7 +45,7 @@ from trl_gym.gym.discovery import (
 from trl_gym.gym.install import GymInstallation
 from trl_gym.processes import ChildProcess, bind_socket, reachable, wait_until
 from trl_gym.storage import writing
-from trl_gym.supervisor import is_stopped
+from trl_gym.supervisor import is_stopped, remove
 from trl_gym.threads import gym_environment
 
 Mode = Literal["host", "upstream"]
@@ -235,7 +234,7 @@ class GymProcess:
         self.child = None
         work_dir, self._work_dir = self._work_dir, None
         if work_dir is not None:
-            shutil.rmtree(work_dir, ignore_errors=True)  # links and Ray's temporary files
+            remove(str(work_dir))  # links and Ray's temporary files; of one that was started, its supervisor has
 
     def _spawn(
         self, options: StartOptions, config: dict[str, Any], head: socket.socket, log_path: Path, work_dir: Path
@@ -255,10 +254,11 @@ class GymProcess:
             "config": config,
             "search_roots": [str(root) for root in options.configs.search_roots],
             "head_fd": head_fd,
-            "error_path": str(error_path(work_dir)),
+            "error_path": str(error_path(log_path)),
             "work_dir": str(work_dir),
             "policy_urls": list(options.policy_base_urls),
         }
+        error_path(log_path).unlink(missing_ok=True)  # of an earlier one
         settings_path = work_dir / "settings.json"
         _write_private(settings_path, json.dumps(settings))
         return ChildProcess(
@@ -267,6 +267,7 @@ class GymProcess:
             log_path=log_path,
             env=_environment(options, config, work_dir),
             pass_fds=[] if head_fd is None else [head_fd],
+            scratch=work_dir,
         )
 
     def _wait_for_head(self, deadline: float, timeout_s: float) -> HeadView:
@@ -301,9 +302,9 @@ class GymProcess:
 
     def _death(self, child: ChildProcess) -> GymServerError:
         """Say when the servers ended and why: in the words of `host.py` if it left any, else with the log's end."""
-        assert self._work_dir is not None
+        assert self.log_path is not None
         cause = self.log_end()
-        if (path := error_path(self._work_dir)).is_file():
+        if (path := error_path(self.log_path)).is_file():
             cause = f"{path.read_text()}\n\nThe whole log: {self.log_path}"
         if self._view is None:
             return GymServerError(f"NeMo Gym{self._which} did not start: it {child.describe_end()}. {cause}")
@@ -313,9 +314,9 @@ class GymProcess:
         return GymServerError(f"NeMo Gym{self._which} is not ready after {timeout_s:g} s. {what} {self.log_end()}")
 
 
-def error_path(work_dir: Path) -> Path:
-    """Return the path at which `host.py` says why it failed."""
-    return work_dir / "error.txt"
+def error_path(log_path: Path) -> Path:
+    """Return the path at which `host.py` says why it failed. Its folder is gone by then."""
+    return log_path.with_suffix(".error.txt")
 
 
 def head_address(overrides: Mapping[str, Any]) -> tuple[str, int]:

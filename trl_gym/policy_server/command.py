@@ -29,6 +29,7 @@ _KEY_BYTES = 32
 
 # How the owner and the server process configure the middleware, which vLLM builds.
 ENV_NONCE = "TRL_GYM_NONCE"
+ENV_SCRATCH = "TRL_GYM_SCRATCH"  # folder for sockets and temporary files, removed when the server has ended
 ENV_API_KEYS = "TRL_GYM_SERVER_API_KEYS"  # one per line; set by the server process for itself
 ENV_REPLICAS = "TRL_GYM_REPLICAS"  # of a data-parallel engine, as many as a request may choose from
 ENV_WEIGHT_TRANSPORTS = "TRL_GYM_WEIGHT_TRANSPORTS"  # ways in which the server accepts weights, with commas
@@ -187,16 +188,16 @@ class ServeCommand(Protocol):
 
     Attributes:
         parsers: What reads the model's tool calls and thinking; None where the engine itself decides.
+        environment: Variables of the process, on top of those that every server has.
     """
 
     @property
     def parsers(self) -> Parsers | None: ...
+    @property
+    def environment(self) -> Mapping[str, str]: ...
 
     def check(self, host: str, api_key: str | None, environment: Mapping[str, str]) -> None:
         """Find what would fail only after seconds of loading. Raises `ConfigError`; see `check_before_start`."""
-
-    def variables(self, environment: Mapping[str, str]) -> Mapping[str, str]:
-        """Return what is added to the environment of the process, which is given."""
 
     def words(self, *, host: str, port: int, listen_fd: int, name: str) -> list[str]:
         """Return the command, without secrets. It serves on the inherited socket; see `policy_server/__main__.py` for

@@ -132,6 +132,7 @@ class ForkServer:
             "owner": os.getpid(),
             "grace_s": launch.grace_s,
             "pass_fds": list(launch.pass_fds),
+            "scratch": launch.scratch,
         }
         try:
             # A file, since nobody receives while the fork server imports: a socket might not hold all of it.

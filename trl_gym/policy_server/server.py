@@ -30,20 +30,19 @@ import os
 import re
 import secrets
 import socket
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 from trl_gym.errors import ConfigError, PolicyServerError, PolicyServerLostError, Problem
-from trl_gym.given import VLLM_SOCKET_VARIABLE, VLLM_SOCKETS, home_path, socket_folder, usable_key
+from trl_gym.given import VLLM_SOCKETS, home_path, socket_folder, usable_key
 from trl_gym.policy_server import command, splice_probe
 from trl_gym.policy_server.client import PolicyClient, PolicyResponseError
-from trl_gym.policy_server.command import ENV_NONCE, ServeCommand, api_key_from_environment, default_key
+from trl_gym.policy_server.command import ENV_NONCE, ENV_SCRATCH, ServeCommand, api_key_from_environment, default_key
 from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.middleware.identity import gym_key
 from trl_gym.policy_server.parsers import Parsers, choose
@@ -115,6 +114,7 @@ class OwnCommand:
     model: str | Path
     flags: list[str]  # of `command.flags_from`
     engine: str = "vllm"  # one of `command.ENGINES`
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _chosen(self) -> tuple[Parsers, list[str]]:
@@ -129,10 +129,6 @@ class OwnCommand:
 
     def check(self, host: str, api_key: str | None, environment: Mapping[str, str]) -> None:
         command.check_before_start(self.model, host, api_key, self.flags, environment, self.engine)
-
-    def variables(self, environment: Mapping[str, str]) -> Mapping[str, str]:
-        sockets = socket_folder(VLLM_SOCKETS, environment)
-        return {} if sockets == tempfile.gettempdir() else {VLLM_SOCKET_VARIABLE: sockets}
 
     def words(self, *, host: str, port: int, listen_fd: int, name: str) -> list[str]:
         return command.serve_command(
@@ -287,7 +283,7 @@ class PolicyServer:
         self._serving.check(self._host, self._api_key, environment)
         for line in self._serving.parsers.lines() if self._serving.parsers is not None else ():
             logger.info("%s", line)
-        self._env |= self._serving.variables(environment)
+        self._env |= self._serving.environment
         try:
             sock = bind_socket(self._host, self._port)
         except OSError as error:
@@ -411,15 +407,18 @@ class PolicyServer:
         self._num_starts += 1
         self.log_path = self._log_dir / f"policy_server-{self._port}{again}.log"
         safe = "Its process was not started."
+        scratch = Path(socket_folder(VLLM_SOCKETS, {**os.environ, **self._env}), f"trl-gym-{secrets.token_hex(4)}")
+        # A key of the user's shell must not become the server's without our client knowing it.
+        env = {**server_environment(), "VLLM_API_KEY": self._api_key, **self._env, ENV_NONCE: self._nonce}
         with writing("The policy server's log", self.log_path, safe=safe, kind=PolicyServerError):
             self._process = ChildProcess(
                 "policy server",
                 self._serving.words(host=self._host, port=self._port, listen_fd=sock.fileno(), name=self.model_name),
                 log_path=self.log_path,
-                # A key of the user's shell must not become the server's without our client knowing it.
-                env={**server_environment(), "VLLM_API_KEY": self._api_key, **self._env, ENV_NONCE: self._nonce},
+                env=env | {ENV_SCRATCH: str(scratch)},
                 pass_fds=[sock.fileno()],
                 start=execute if self._fork_server is None else self._fork_server.fork,
+                scratch=scratch,
             )
 
     def _rebind(self) -> socket.socket:

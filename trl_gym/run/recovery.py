@@ -186,7 +186,7 @@ class PolicyRecovery:
         """Return the death of a server whose process runs, with what is known of the culprit."""
         stopped: list[str] = getattr(self._policy, "stopped", list)()  # other backends do not tell
         culprit = f" Someone has stopped {', '.join(stopped)}." if stopped else ""
-        since = f" It had {silent_s:.0f} s (`gym_server_hang_timeout`)." if silent_s else ""
+        since = f" It was silent for {silent_s:.0f} s (`gym_server_hang_timeout`)." if silent_s else ""
         return PolicyServerLostError(f"Its process runs and is of no use. {trouble.problem}{culprit}{since}")
 
     def _wait_for_return(self, error: Exception) -> None:

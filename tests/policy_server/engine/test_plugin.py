@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from trl_gym.policy_server.command import ENV_SCRATCH
 from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, end_with_parent
 from trl_gym.policy_server.middleware.app import Settings
 
@@ -123,10 +125,12 @@ def test_a_process_of_its_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
 def registered(vllm: Path, is_own: str) -> subprocess.CompletedProcess[str]:
     """Call `register` in a Python whose vLLM is the package in this folder; prints what was loaded."""
     code = (
-        "import json, sys; from trl_gym.policy_server.engine import plugin; heavy = ['torch', 'vllm', 'transformers'];"
-        "print(json.dumps([name for name in heavy if name in sys.modules])); plugin.register()"
+        "import json, sys, tempfile; from trl_gym.policy_server.engine import plugin\n"
+        "print(json.dumps([name for name in ['torch', 'vllm', 'transformers'] if name in sys.modules]))\n"
+        "try: plugin.register()\nfinally: print(tempfile.gettempdir())"
     )
     env = {**os.environ, ENV_OWN_SERVER: is_own, "PYTHONPATH": os.pathsep.join([str(vllm), *sys.path])}
+    env |= {ENV_SCRATCH: str(vllm)}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
@@ -140,9 +144,11 @@ def test_a_vllm_of_another_version_starts_without_our_engine(tmp_path: Path, fac
         (package / "factory.py").write_text(factory)
     foreign = registered(tmp_path, "")
     assert foreign.returncode == 0, foreign.stderr
-    assert json.loads(foreign.stdout) == [], "loading the plugin imports nothing heavy"
+    loaded, temporary = foreign.stdout.splitlines()
+    assert json.loads(loaded) == [], "loading the plugin imports nothing heavy"
     own = registered(tmp_path, "1")
     assert own.returncode != 0 and "Error" in own.stderr
+    assert temporary != str(tmp_path) == own.stdout.splitlines()[1]
 
 
 def test_the_engine_is_forked_only_where_that_is_safe_and_the_same() -> None:
@@ -168,11 +174,17 @@ def test_the_engine_is_forked_only_where_that_is_safe_and_the_same() -> None:
 
 
 def test_a_server_that_we_start_marks_its_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.utils import network_utils
+
     from trl_gym.policy_server.engine import entry
 
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != ENV_OWN_SERVER})
+    monkeypatch.setenv(ENV_SCRATCH, "/scratch")
+    monkeypatch.setattr(tempfile, "tempdir", None)
     entry._configure_environment(entry.parse_args(["some/model"]))
     assert os.environ[ENV_OWN_SERVER] == "1"
+    assert network_utils.get_open_zmq_ipc_path().startswith("ipc:///scratch/")
+    assert network_utils.get_file_store_init_method().startswith("file:///scratch/")
     assert Settings.from_env().weight_transports == ("file",)
     nccl = ["--weight-transfer-config", '{"backend": "nccl"}', "--enable-lora"]
     entry._configure_environment(entry.parse_args(["some/model", *nccl]))

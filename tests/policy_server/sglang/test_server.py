@@ -27,13 +27,14 @@ from trl_gym.policy_server.sglang.server import (
 # As `sglang.launch_server`, without a model: it says what it was told, as SGLang does, and answers the few questions
 # that a gateway asks at its start. `SAYS` ends it while it loads.
 LAUNCH_SERVER = """
-import json, os, sys
+import json, os, sys, tempfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 words = sys.argv[1:]
 told = {one[2:]: other for one, other in zip(words, words[1:]) if one.startswith("--")}
 key = open(told["config"]).read().partition(": ")[2].strip()
 print(f"server_args=ServerArgs(api_key={key!r}, port={told['port']})", flush=True)
 print("VLLM_API_KEY" in os.environ, "SGLANG_RETURN_ORIGINAL_LOGPROB" in os.environ, flush=True)
+tempfile.NamedTemporaryFile(delete=False)  # as its sockets
 if said := os.environ.get("SAYS"):
     sys.exit(said)
 ANSWERS = {
@@ -102,9 +103,6 @@ def test_it_is_ready_when_the_gateway_in_front_answers_and_dies_with_sglang(
     stand_in: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
-    keys = stand_in.parent / "keys"
-    keys.mkdir()
-    monkeypatch.setenv("TMPDIR", str(keys))
     with server_of(stand_in) as server:
         info = server.client.info()
         assert (info["engine"], info["engine_version"], info["model_names"]) == ("sglang", "0.5.23", ["policy"])
@@ -118,9 +116,12 @@ def test_it_is_ready_when_the_gateway_in_front_answers_and_dies_with_sglang(
         [sglang] = [
             one for one in below if "sglang.launch_server" in one.cmdline() and "supervisor" not in one.cmdline()[3]
         ]
-        assert [path.stat().st_mode & 0o777 for path in keys.iterdir()] == [0o700]
+        scratch = server._process.scratch  # type: ignore[union-attr]
+        assert scratch.stat().st_mode & 0o777 == 0o700
+        assert sorted(path.name[:3] for path in scratch.iterdir()) == ["tmp", "trl"], "of SGLang, and its key"
         sglang.kill()
         server._process.wait(30.0)  # type: ignore[union-attr]
+        assert not scratch.exists()
         with pytest.raises(PolicyServerLostError, match="policy server ended"):
             server.check()
         url = server.base_url
@@ -128,7 +129,7 @@ def test_it_is_ready_when_the_gateway_in_front_answers_and_dies_with_sglang(
         assert server.base_url == url and server.client.info()["engine"] == "sglang"
         below += psutil.Process(server._process.pid).children(recursive=True)  # type: ignore[union-attr,arg-type]
     _, alive = psutil.wait_procs(below, timeout=20.0)
-    assert not alive and not [*keys.iterdir()]
+    assert not alive and not server._process.scratch.exists()  # type: ignore[union-attr]
 
 
 def test_what_ends_sglang_while_it_loads_is_told_by_serve_too(

@@ -49,7 +49,7 @@ from trl_gym.policy_server.command import (
     MIDDLEWARE,
     is_loopback,
 )
-from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, answer_any_text, leave_the_server
+from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, answer_any_text, leave_the_server, use_scratch
 from trl_gym.processes import bind_socket
 from trl_gym.threads import NUM_THREADS, num_cores, num_that_run, number_in, threads_here
 
@@ -259,6 +259,7 @@ def _log_as_told() -> None:
 def _configure_environment(args: argparse.Namespace) -> None:
     """Set what the middleware and the plugin read, and what vLLM needs to share a small machine."""
     os.environ[ENV_OWN_SERVER] = "1"
+    use_scratch()
     os.environ[ENV_API_KEYS] = "\n".join(_api_keys(args))
     weights = args.weight_transfer_config
     transports = [*([weights.backend] if weights else []), *(["adapter"] if args.enable_lora else [])]

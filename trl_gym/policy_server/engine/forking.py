@@ -42,7 +42,7 @@ _READ_BY_IMPORTS = (
 _READ_LATER = frozenset(
     {
         *("VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_LOGGING_LEVEL"),
-        *("OMP_NUM_THREADS", "VLLM_RPC_BASE_PATH"),
+        "OMP_NUM_THREADS",
     }
 )
 
@@ -173,12 +173,15 @@ def supervise(request: socket.socket, imported: Imported) -> NoReturn:
         with contextlib.suppress(OSError):  # nobody waits any more
             request.sendall(status.to_bytes(NUM_BYTES, "big"))
 
-    guarded_by = supervisor.guard(passed, tell)
+    scratch = told["scratch"]
+    guarded_by = supervisor.guard(passed, tell, scratch=scratch)
     supervisor_pid = os.getpid()
     reason = why_not_forked(command, told["environment"], imported)
 
     def start() -> supervisor.Child:
         child: supervisor.Child
+        if scratch:  # the owner has not made it: it may have gone since it asked
+            os.mkdir(scratch, 0o700)
         if reason:
             sys.stderr.write(f"trl-gym: this server imports vLLM itself: {reason}\n")
             sys.stderr.flush()
@@ -195,7 +198,9 @@ def supervise(request: socket.socket, imported: Imported) -> NoReturn:
         return child
 
     try:
-        status = supervisor.supervise(death, told["grace_s"], start, owner=told["owner"], guarded_by=guarded_by)
+        status = supervisor.supervise(
+            death, told["grace_s"], start, owner=told["owner"], guarded_by=guarded_by, scratch=scratch
+        )
     except OSError as error:
         if os.getpid() != supervisor_pid:
             raise  # it is the server's own

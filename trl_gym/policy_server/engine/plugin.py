@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from typing import Any
@@ -31,11 +32,12 @@ _logger = logging.getLogger("trl_gym.plugin")
 
 
 def register() -> None:
-    """Register the `file` engine; in an engine of our own, also `end_with_parent`. vLLM may call this several times.
+    """Register the `file` engine; in one of our own, also `end_with_parent`, `use_scratch`. vLLM may call this often.
 
     A vLLM whose factory differs from the supported one starts without the engine, unless it is our own server.
     """
     end_with_parent()
+    use_scratch()
     try:
         from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
@@ -76,6 +78,19 @@ def leave_the_server(sock: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent(os.getppid())
+
+
+def use_scratch() -> None:
+    """In a server of ours and its engines: have sockets and temporary files in the folder that is removed at the end.
+
+    One that is killed leaves them. vLLM's variable is for its sockets alone: its `vllm_dist_…` and what libraries
+    have (`pymp-…`) go where `tempfile` says. TMPDIR would move more: Ray finds its cluster there.
+    """
+    from trl_gym.given import VLLM_SOCKET_VARIABLE
+    from trl_gym.policy_server.command import ENV_SCRATCH
+
+    if _is_own_server() and (scratch := os.environ.get(ENV_SCRATCH)):
+        os.environ[VLLM_SOCKET_VARIABLE] = tempfile.tempdir = scratch
 
 
 def answer_any_text() -> None:

@@ -12,6 +12,7 @@ the two processes ends, the other one does.
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 import socket
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from trl_gym.errors import TrlGymError
 from trl_gym.policy_server import gateway
-from trl_gym.policy_server.command import ENV_NONCE, KEY_VARIABLE, new_key
+from trl_gym.policy_server.command import ENV_NONCE, ENV_SCRATCH, KEY_VARIABLE, new_key
 from trl_gym.policy_server.sglang.server import find_python
 from trl_gym.processes import Launch, Supervisor, bind_socket, execute
 from trl_gym.threads import NUM_THREADS, threads_here
@@ -31,7 +32,7 @@ from trl_gym.threads import NUM_THREADS, threads_here
 _GRACE_S = 3.0  # from SIGINT to SIGKILL; shorter than the owner's patience with us
 _FOREVER_S = 7 * 24 * 3600.0  # the owner knows how long it waits for a model to load
 # Of ours, and nothing to SGLang. The last one makes it report log-probabilities before temperature.
-_NOT_INHERITED = (KEY_VARIABLE, ENV_NONCE, "SGLANG_RETURN_ORIGINAL_LOGPROB")
+_NOT_INHERITED = (KEY_VARIABLE, ENV_NONCE, ENV_SCRATCH, "SGLANG_RETURN_ORIGINAL_LOGPROB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     own.add_argument("--sglang-python")
     options, flags = own.parse_known_args(argv)
     key = new_key()
-    kept = tempfile.TemporaryDirectory(prefix="trl-gym-sglang-")
+    kept = tempfile.TemporaryDirectory(prefix="trl-gym-sglang-", dir=os.environ.get(ENV_SCRATCH))
     with kept as folder:
         config = Path(folder, "key.yaml")
         config.write_text(f"api-key: {key}\n")  # in a folder with mode 0700
@@ -134,7 +135,12 @@ def _start(words: Sequence[str], key: str, environment: Mapping[str, str], forge
 
 
 def _environment(ours: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in ours.items() if name not in _NOT_INHERITED}
+    """SGLang leaves its sockets in TMPDIR, however it ends; what torch compiles stays for the next server."""
+    environment = {name: value for name, value in ours.items() if name not in _NOT_INHERITED}
+    if scratch := ours.get(ENV_SCRATCH):
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+        environment["TMPDIR"] = scratch
+    return environment
 
 
 def _free_port() -> int:

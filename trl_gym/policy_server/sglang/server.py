@@ -171,9 +171,6 @@ class SglangCommand:
             raise ConfigError("The policy server cannot be started:", problems=problems)
         sglang_version(self.python)
 
-    def variables(self, environment: Mapping[str, str]) -> Mapping[str, str]:
-        return self.environment
-
     def words(self, *, host: str, port: int, listen_fd: int, name: str) -> list[str]:
         return [
             *(sys.executable, "-m", "trl_gym.policy_server.sglang", str(self.model)),
