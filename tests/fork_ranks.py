@@ -35,7 +35,7 @@ def forked(function: Callable[..., None], *args: Any) -> BaseProcess:
     return process
 
 
-def run(function: Callable[..., None], *args: Any, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+def run(function: Callable[..., None], *args: Any, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
     """Call a function in a process of its own, and return what it printed. One that hangs is killed."""
     with tempfile.TemporaryDirectory() as folder:
         printed = [Path(folder) / name for name in ("stdout", "stderr")]

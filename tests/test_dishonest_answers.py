@@ -294,7 +294,7 @@ class World:
 
         thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
         thread.start()
-        assert is_up.wait(30)
+        assert is_up.wait(120)
         try:
             yield self
         finally:

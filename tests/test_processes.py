@@ -158,7 +158,7 @@ CTRL_C = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
 )
 def test_a_child_of_a_script_that_forgets_it_is_told_to_end(tmp_path: Path, imports: str, then: str) -> None:
     """Whatever runs at exit, in whatever order: finalizers do nothing any more when children are stopped."""
-    own(tmp_path, POLITE, then, imports).wait(120)
+    own(tmp_path, POLITE, then, imports).wait(400)
     assert (tmp_path / "log").read_text() == "up\nbye\n"
 
 
@@ -297,7 +297,7 @@ def test_children_may_open_as_many_files_as_the_hard_limit_allows(tmp_path: Path
     owner = (
         "import resource, sys\nfrom pathlib import Path\nfrom trl_gym.processes import ChildProcess\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 512))\n"
-        f"ChildProcess('child', [sys.executable, '-c', {report!r}], log_path=Path(sys.argv[1])).wait(60)\n"
+        f"ChildProcess('child', [sys.executable, '-c', {report!r}], log_path=Path(sys.argv[1])).wait(300)\n"
     )
-    subprocess.run([sys.executable, "-c", owner, str(tmp_path / "log")], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", owner, str(tmp_path / "log")], check=True, timeout=400)
     assert (tmp_path / "log").read_text() == "512 512\n"

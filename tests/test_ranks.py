@@ -266,7 +266,7 @@ finally:
 def test_a_process_that_is_told_to_end_says_why_and_ends_by_the_signal(code: str, words: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"import os, signal\nfrom trl_gym.ranks import explained\n{code}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == -signal.SIGTERM
     assert words in done.stderr

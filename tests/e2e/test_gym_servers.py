@@ -302,7 +302,7 @@ def test_fixed_and_busy_head_port_and_death_of_the_host(
         host = started()[-1]
         os.kill(host.pid, signal.SIGKILL)
         child = first._processes[0].child
-        assert child is not None and child.wait(10) is not None
+        assert child is not None and child.wait(60) is not None
         with pytest.raises(GymServerError, match=r"was ready and ended within .* \(signal SIGKILL\)[\s\S]*gym\.log"):
             first.check()
 

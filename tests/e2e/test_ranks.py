@@ -28,7 +28,7 @@ pytestmark = pytest.mark.e2e
 
 CPU_CONFIG = ROOT / "recipes" / "accelerate" / "cpu_two_processes.yaml"
 RUNS = {3: ["ddp", "killed"], 4: ["fsdp2"]}
-ENDS_WITHIN_S = 60  # of the death of a rank
+ENDS_WITHIN_S = 180  # of the death of a rank
 
 
 @pytest.fixture(
@@ -52,7 +52,7 @@ def launched(
         launch += ["--num_processes", "3", "--main_process_port", "0", "-m", "tests.e2e.ranks", *arguments]
         environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
         environment = os.environ | environment
-        done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     else:
         done = run_ranks(4, "tests.e2e.ranks", *arguments)
     ended = time.time()

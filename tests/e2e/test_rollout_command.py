@@ -59,7 +59,7 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(
     wait_for(lambda: process.poll() is not None or (tmp_path / "rollouts").is_dir())
     wait_for(lambda: process.poll() is not None or sum(r["failure"] is None for r in lines(tmp_path)) >= 5)
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=400)
     interrupted = [r for r in lines(tmp_path) if r["failure"] is None]
     assert process.returncode == 130, errors
     assert 5 <= len(interrupted) < NUM_ROWS * NUM_GENERATIONS
@@ -68,7 +68,7 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(
     assert out == "" and not (tmp_path / "summary.json").exists()
 
     again = subprocess.run(
-        [sys.executable, "-m", "trl_gym.cli", *command], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "trl_gym.cli", *command], capture_output=True, text=True, timeout=400
     )
     assert again.returncode == 0, again.stderr
     assert f"{len(interrupted)} of 48 rollouts are in {tmp_path / 'rollouts'} already" in again.stderr

@@ -77,7 +77,7 @@ def served(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
         yield Served(process, server, model, folder / "stderr")
     finally:
         process.kill()
-        process.wait(20.0)
+        process.wait(60.0)
 
 
 def gap(client: PolicyClient, model: torch.nn.Module) -> float:
@@ -171,8 +171,8 @@ def test_it_ends_with_the_command_also_where_a_call_waits(served: Served) -> Non
         wait_for(lambda: served.client.untagged_calls().others > before)
         served.process.send_signal(signal.SIGINT)
         with pytest.raises(PolicyServerError, match="was stopped"):
-            call.result(30.0)
-    assert served.process.wait(30.0) == 130
+            call.result(120.0)
+    assert served.process.wait(120.0) == 130
     written = [served.stderr, *(served.stderr.parent / "logs").rglob("*.log")]
     assert len(written) > 1 and not [path for path in written if "Traceback" in path.read_text()]
     with pytest.raises(PolicyServerError):

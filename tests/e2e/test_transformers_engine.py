@@ -374,7 +374,7 @@ def test_two_ranks_serve_their_copies_as_one_policy(
     code = f"{HIDDEN} sys.exit(main({NUM_RANKS}, 'tests.e2e.test_transformers_engine', {arguments!r}))"
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(NUM_RANKS))
     assert first["urls"] == second["urls"] and len(set(first["urls"])) == NUM_RANKS

@@ -331,7 +331,7 @@ asyncio.run(main(100))
 )
 def test_more_rollouts_than_the_soft_limit_of_open_files(hard_limit: int, words: str) -> None:
     command = [sys.executable, "-c", SIDE_BY_SIDE, str(hard_limit)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     outcome, left = done.stdout.splitlines()
     assert words in outcome and left == "0", done.stderr
 

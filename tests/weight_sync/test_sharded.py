@@ -29,7 +29,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("found")
     launch = [sys.executable, "-m", "tests.fork_ranks", str(NUM_RANKS), "tests.weight_sync.sharded", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(DEEPSPEED)}
-    done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 

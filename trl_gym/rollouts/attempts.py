@@ -46,7 +46,7 @@ MAX_BACKOFF_S = 30.0
 _LOOK_EVERY_S = 1.0
 _HURRIED_LOOK_S = 0.1  # while a rollout waits to hear whether its servers are gone
 _PATIENCE = 3  # looks in a row before a server counts as gone
-_CAUSE_S = 2.0  # for a server that has just died to be seen as dead
+_CAUSE_S = 6.0  # for a server that has just died to be seen as dead: its supervisor kills first what it has left
 _GIVE_UP_TIMEOUT_S = 5.0  # for telling a policy server that may be the reason for giving up
 _MAX_LISTED = 16  # outstanding rollouts; more are grouped
 # Failures after which a server behind the agent may go on with the rollout.

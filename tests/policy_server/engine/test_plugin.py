@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.conftest import wait_for
+from tests.test_processes import alive
 from trl_gym.policy_server.command import ENV_SCRATCH
 from trl_gym.policy_server.engine.plugin import ENV_OWN_SERVER, end_with_parent
 from trl_gym.policy_server.middleware.app import Settings
@@ -59,7 +61,7 @@ def orphaned(method: str, is_own: str) -> tuple[psutil.Process, int]:
 def test_an_engine_of_ours_ends_with_its_parent(method: str) -> None:
     orphan, num_threads = orphaned(method, "1")
     assert num_threads == 1
-    assert psutil.wait_procs([orphan], timeout=20)[1] == []
+    assert psutil.wait_procs([orphan], timeout=60)[1] == []
 
 
 # An event loop that serves, and then forks an engine as vLLM does: within the loop, through `multiprocessing`.
@@ -103,7 +105,7 @@ def test_a_forked_engine_has_nothing_of_the_server_and_ends_with_it() -> None:
             assert server.poll() is None, "the signal was the engine's alone"
         finally:
             server.kill()
-    assert psutil.wait_procs([psutil.Process(int(pid))] if psutil.pid_exists(int(pid)) else [], timeout=20)[1] == []
+    wait_for(lambda: not alive(int(pid)))
 
 
 def test_an_engine_of_another_vllm_is_left_alone() -> None:

@@ -120,7 +120,7 @@ def test_it_is_ready_when_the_gateway_in_front_answers_and_dies_with_sglang(
         assert scratch.stat().st_mode & 0o777 == 0o700
         assert sorted(path.name[:3] for path in scratch.iterdir()) == ["tmp", "trl"], "of SGLang, and its key"
         sglang.kill()
-        server._process.wait(30.0)  # type: ignore[union-attr]
+        server._process.wait(60.0)  # type: ignore[union-attr]
         assert not scratch.exists()
         with pytest.raises(PolicyServerLostError, match="policy server ended"):
             server.check()
@@ -128,7 +128,7 @@ def test_it_is_ready_when_the_gateway_in_front_answers_and_dies_with_sglang(
         server.restart()
         assert server.base_url == url and server.client.info()["engine"] == "sglang"
         below += psutil.Process(server._process.pid).children(recursive=True)  # type: ignore[union-attr,arg-type]
-    _, alive = psutil.wait_procs(below, timeout=20.0)
+    _, alive = psutil.wait_procs(below, timeout=60.0)
     assert not alive and not server._process.scratch.exists()  # type: ignore[union-attr]
 
 

@@ -4,6 +4,7 @@ waits for a thread that has died."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import threading
 import time
@@ -280,6 +281,7 @@ async def test_a_thread_that_hangs_is_told_and_left_behind(model: PreTrainedMode
         engine.check()
     engine.park()
     assert model.training, "the trainer has its model"
+    engine.options = dataclasses.replace(engine.options, hang_timeout_s=60.0)
     engine.take(model)
     engine.unpark()
     assert len((await engine.generate([5, 6, 7], free(4))).ids) == 4

@@ -67,7 +67,7 @@ def test_callers_queue_at_the_port_until_there_is_a_model(folder: Path, model: P
 
 
 def test_it_demands_its_key_and_tells_what_it_is(server: TransformersServer) -> None:
-    assert requests.get(f"{server.client.root_url}/v1/models", timeout=10).status_code == 401
+    assert requests.get(f"{server.client.root_url}/v1/models", timeout=60).status_code == 401
     info = server.client.info()
     assert info["engine"] == "transformers" and info["model_names"] == ["policy"] and info["max_model_len"] == 128
     assert info["weight_transports"] == ["shared"]
