@@ -120,6 +120,13 @@ def shape_problem(value: Any, shape: Any) -> str | None:
     return None
 
 
+def require_shape(value: Any, shape: Any) -> Any:
+    """Return a value of this type. Raises `ValueError` for any other; see `shape_problem`."""
+    if (problem := shape_problem(value, shape)) is not None:
+        raise ValueError(problem)
+    return value
+
+
 def number(value: object) -> float | None:
     """Return a measurement; None for what is no number, not finite, or so large that sums of it are not."""
     if isinstance(value, bool | int | float) and -MAX_NUMBER <= value <= MAX_NUMBER:

@@ -249,7 +249,7 @@ class _Check:
         """Find out whose server it is: SGLang's alone tells the path of its model."""
         reply = await self._call("GET", "/model_info")
         try:
-            dialect.read(reply.body, dialect.ModelInfo)
+            reply.read(dialect.ModelInfo)
         except ValueError:
             return self.wire
         return SglangWire(self.url)

@@ -27,17 +27,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any, Generic, Literal, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 
 import aiohttp
 
 from trl_gym.errors import FailureKind, GymServerLostError, PolicyServerError, PolicyServerLostError, RolloutFailure
 from trl_gym.gym.client import GymAnswer, feel_pulse, run_rollout
-from trl_gym.gym.discovery import AgentInfo
 from trl_gym.policy_server.middleware.ledger import CallRecord
-from trl_gym.rollouts.admission import Admission, Budgets
-from trl_gym.rollouts.ledger import CallState, EngineWatch, HangWatch, Ledger
-from trl_gym.rollouts.request import PolicyAccess, RolloutRequest, next_attempt
+from trl_gym.rollouts.admission import Admission
+from trl_gym.rollouts.ledger import CallState, EngineWatch, HangWatch
+from trl_gym.rollouts.request import RolloutRequest, next_attempt
+
+if TYPE_CHECKING:
+    from trl_gym.rollouts.collector import RolloutCollector
 
 logger = logging.getLogger(__name__)
 
@@ -92,22 +94,6 @@ class RolloutResult:
     was_lost: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CollectionContext:
-    """The servers that a collection works with, and its limits; see `RolloutCollector`."""
-
-    agent: Callable[[str], AgentInfo]
-    budgets: Budgets
-    check: Callable[[], None]
-    agents_down: Callable[[Counter[str]], Mapping[str, str]]
-    on_environment_down: Literal["fail", "skip"]
-    gym_log: Callable[[], str]
-    ledger: Ledger | None
-    access: PolicyAccess | None
-    stall_timeout_s: float
-    gym: Pulses | None
-
-
 class Pulses(Protocol):
     """NeMo Gym, which may hang: `GymServers`."""
 
@@ -122,14 +108,14 @@ class Collection(Generic[T]):
     """Run one batch of rollouts, once. Made in any thread; used in that of the event loop.
 
     Args:
-        context: The servers that it works with, and the limits.
+        context: Has the servers that it works with, and the limits.
         admission: Shared with other collections of the rank.
         requests, finish, progress: See `RolloutCollector.submit`.
     """
 
     def __init__(
         self,
-        context: CollectionContext,
+        context: RolloutCollector[Any],
         session: aiohttp.ClientSession,
         admission: Admission,
         requests: Sequence[RolloutRequest],

@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 import aiohttp
@@ -24,7 +25,7 @@ from trl_gym.errors import FailureKind, RolloutFailure
 from trl_gym.gym.client import new_session
 from trl_gym.gym.discovery import AgentInfo
 from trl_gym.rollouts.admission import Admission, Budgets
-from trl_gym.rollouts.attempts import Collection, CollectionContext, Ended, Progress, Pulses, RolloutResult
+from trl_gym.rollouts.attempts import Collection, Ended, Progress, Pulses, RolloutResult
 from trl_gym.rollouts.ledger import Ledger
 from trl_gym.rollouts.request import PolicyAccess, RolloutRequest
 
@@ -36,53 +37,29 @@ T = TypeVar("T", bound=Ended)
 R = TypeVar("R")
 
 
+@dataclass(eq=False)
 class RolloutCollector(Generic[T]):
-    """Runs rollouts on NeMo Gym agents.
+    """Runs rollouts on NeMo Gym agents, with these servers and within these limits."""
 
-    Args:
-        agent: Finds the address of an agent by name; raises for one that is unknown.
-        budgets: Deadlines, caps, rates and retries.
-        check: Raises when rollouts cannot go on at all: the policy server, or the whole Gym, has ended. Called about
-            every second by each collection that runs, in threads.
-        agents_down: Returns agents that cannot run rollouts now, by name, with the reason, given a counter of this
-            collection's; see `GymServers.agents_down`. Called as often as `check`.
-        on_environment_down: `"fail"` ends a collection with outstanding rollouts of such an agent; `"skip"` makes
-            these fail at once.
-        ledger: Records and cancellation at the policy server; None for a server that has neither.
-        access: Makes the keys with which agents call the policy as their rollout; None for a server that has no such
-            keys.
-        stall_timeout_s: Seconds without a rollout that ends, after which all outstanding ones are listed.
-        gym: Asked whether it hangs; nobody notices that without it.
-    """
-
-    def __init__(
-        self,
-        agent: Callable[[str], AgentInfo],
-        *,
-        budgets: Budgets,
-        check: Callable[[], None] = lambda: None,
-        agents_down: Callable[[Counter[str]], Mapping[str, str]] = lambda refused: {},
-        on_environment_down: Literal["fail", "skip"] = "fail",
-        gym_log: Callable[[], str] = str,
-        ledger: Ledger | None = None,
-        access: PolicyAccess | None = None,
-        stall_timeout_s: float = 60.0,
-        gym: Pulses | None = None,
-    ) -> None:
-        self._context = CollectionContext(
-            agent=agent,
-            budgets=budgets,
-            check=check,
-            agents_down=agents_down,
-            on_environment_down=on_environment_down,
-            gym_log=gym_log,
-            ledger=ledger,
-            access=access,
-            stall_timeout_s=stall_timeout_s,
-            gym=gym,
-        )
-        self._worker: _Worker | None = None
-        self._finalizer: weakref.finalize[..., Any] | None = None
+    agent: Callable[[str], AgentInfo]  # finds the address of an agent by name; raises for one that is unknown
+    _: KW_ONLY
+    budgets: Budgets  # deadlines, caps, rates and retries
+    # Raises when rollouts cannot go on at all: the policy server, or the whole Gym, has ended. Called about every
+    # second by each collection that runs, in threads.
+    check: Callable[[], None] = lambda: None
+    # Returns agents that cannot run rollouts now, by name, with the reason, given a counter of the collection's; see
+    # `GymServers.agents_down`. Called as often as `check`.
+    agents_down: Callable[[Counter[str]], Mapping[str, str]] = lambda refused: {}
+    # "fail" ends a collection with outstanding rollouts of such an agent; "skip" makes these fail at once.
+    on_environment_down: Literal["fail", "skip"] = "fail"
+    gym_log: Callable[[], str] = str  # returns the end of the Gym's log, for messages
+    ledger: Ledger | None = None  # records and cancellation at the policy server; None for a server that has neither
+    # Makes the keys with which agents call the policy as their rollout; None for a server that has no such keys.
+    access: PolicyAccess | None = None
+    stall_timeout_s: float = 60.0  # seconds without a rollout that ends, after which all outstanding ones are listed
+    gym: Pulses | None = None  # asked whether it hangs; nobody notices that without it
+    _worker: _Worker | None = field(default=None, init=False)
+    _finalizer: weakref.finalize[..., Any] | None = field(default=None, init=False)
 
     def collect(
         self,
@@ -120,11 +97,11 @@ class RolloutCollector(Generic[T]):
             GymServerLostError: NeMo Gym died or hangs, or an environment is down and may not be skipped.
         """
         if self._worker is None:
-            self._worker = _Worker(self._context.budgets)
+            self._worker = _Worker(self.budgets)
             # Also when nobody calls `close`: at the latest when the interpreter ends.
             self._finalizer = weakref.finalize(self, self._worker.close)
         worker = self._worker
-        collection = Collection(self._context, worker.session, worker.admission, requests, finish, progress)
+        collection = Collection(self, worker.session, worker.admission, requests, finish, progress)
         return Submission(worker, collection, requests, worker.start(collection))
 
     def close(self) -> None:

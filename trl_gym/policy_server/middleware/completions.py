@@ -17,7 +17,7 @@ from typing import Any, NotRequired, TypedDict
 import msgspec
 
 from trl_gym.policy_server.middleware import openai
-from trl_gym.untrusted import parse_json, shape_problem
+from trl_gym.untrusted import parse_json, require_shape
 
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 _MAX_STOP_TOKENS = 16  # of a stop string, which is sampled and not in the text
@@ -127,9 +127,7 @@ class _Completion(TypedDict):
 def as_chat(body: bytes) -> dict[str, Any]:
     """Parse a completion; return it as a chat completion that says the same, see `openai.read_completion`. Raises
     `ValueError`: it is no JSON, or none of a completion."""
-    answer = parse_json(body)
-    if (problem := shape_problem(answer, _Completion)) is not None:
-        raise ValueError(problem)
+    answer = require_shape(parse_json(body), _Completion)
     choices = [_chat_choice(choice) for choice in answer["choices"]]
     prompt = answer["choices"][0].get("prompt_token_ids") if choices else None
     return openai.read_completion(msgspec.json.encode({**answer, "choices": choices, "prompt_token_ids": prompt}))

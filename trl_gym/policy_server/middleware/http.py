@@ -18,7 +18,7 @@ import msgspec
 from trl_gym.errors import error_body_text
 from trl_gym.policy_server.middleware.templates import RenderRefusedError
 from trl_gym.policy_server.middleware.versions import WeightHistory
-from trl_gym.untrusted import parse_json, shape_problem
+from trl_gym.untrusted import parse_json, require_shape
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -101,12 +101,8 @@ class Reply:
         return parse_json(self.body)
 
     def read(self, shape: Any) -> Any:
-        """Parse the body, which is of a shape as for `shape_problem`. Raises `ValueError`: it is no JSON (NaN is
-        none), or of another shape."""
-        answer = strict_json(self.body)
-        if (problem := shape_problem(answer, shape)) is not None:
-            raise ValueError(problem)
-        return answer
+        """Parse the body; see `read`."""
+        return read(self.body, shape)
 
     def checked_json(self, request: str, shape: Any) -> Any:
         """Parse the body of an answer.
@@ -163,6 +159,12 @@ def strict_json(body: bytes) -> Any:
     return parse_json(body, constant=_refuse_constant)
 
 
+def read(body: bytes, shape: Any) -> Any:
+    """Parse a body of a shape, as for `shape_problem`. Raises `ValueError`: it is no JSON (NaN is none), or of
+    another shape."""
+    return require_shape(strict_json(body), shape)
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
@@ -200,11 +202,11 @@ def check_content_type(scope: Scope) -> None:
         raise AnsweredError(Reply.error(400, text, kind="Bad Request"))
 
 
-def check_length(scope: Scope, limit: int = MAX_REQUEST_BYTES) -> None:
-    """Check the length that a request says its body has. Raises `AnsweredError` if that is more than `limit` bytes."""
+def check_length(scope: Scope) -> None:
+    """Check the length that a request says its body has. Raises `AnsweredError` if that is too many bytes."""
     said = header(scope, b"content-length") or b""
-    if said.isdigit() and int(said[:20]) > limit:
-        raise _too_long(limit)
+    if said.isdigit() and int(said[:20]) > MAX_REQUEST_BYTES:
+        raise _too_long(MAX_REQUEST_BYTES)
 
 
 def _too_long(limit: int) -> AnsweredError:

@@ -21,7 +21,7 @@ import msgspec
 
 from trl_gym.policy_server.middleware.http import Reply
 from trl_gym.policy_server.middleware.splice import num_common
-from trl_gym.untrusted import MAX_NUMBER, check_depth, check_portable, shape_problem, without_halves
+from trl_gym.untrusted import MAX_NUMBER, check_depth, check_portable, require_shape, without_halves
 
 CONTENT_TYPE = b"text/event-stream; charset=utf-8"
 _MISSING_LOGPROB = -9999.0  # vLLM writes this if it has none, and if the probability is zero
@@ -110,8 +110,7 @@ def _read_completion(body: bytes) -> dict[str, Any]:
         raise ValueError(str(error)) from None
     short = {**_short(answer), "choices": [_short(choice) for choice in choices]}
     check_depth(short)
-    if (problem := shape_problem(short, _Completion)) is not None:
-        raise ValueError(problem)
+    require_shape(short, _Completion)
     return answer
 
 

@@ -29,9 +29,9 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 import msgspec
 
 from trl_gym.errors import error_body_text
-from trl_gym.policy_server.middleware.http import Reply, strict_json
+from trl_gym.policy_server.middleware.http import Reply, read, strict_json
 from trl_gym.policy_server.middleware.openai import read_completion
-from trl_gym.untrusted import shape_problem
+from trl_gym.untrusted import require_shape, shape_problem
 
 CHAT_PATH, COMPLETIONS_PATH, GENERATE_PATH = "/v1/chat/completions", "/v1/completions", "/generate"
 
@@ -127,7 +127,6 @@ class ServerArgs(TypedDict):
     max_lora_rank: NotRequired[int | None]
     lora_target_modules: NotRequired[list[str] | None]
     enable_weights_cpu_backup: NotRequired[bool]
-    sampling_defaults: NotRequired[str]
 
 
 class _Card(TypedDict):
@@ -160,14 +159,6 @@ class _Meta(TypedDict):
 class _Generated(TypedDict):
     text: NotRequired[str]
     meta_info: _Meta
-
-
-def read(body: bytes, shape: Any) -> Any:
-    """Parse the body of an answer. Raises `ValueError` if it is no JSON, or of another shape."""
-    answer = strict_json(body)
-    if (problem := shape_problem(answer, shape)) is not None:
-        raise ValueError(problem)
-    return answer
 
 
 # -- chat completions -------------------------------------------------------------------------------------------------
@@ -270,8 +261,7 @@ def chat_answer(raw: bytes, request: Mapping[str, Any], model: str) -> dict[str,
         ValueError: It is no chat completion.
     """
     answer = read_completion(raw)
-    if (problem := shape_problem({"metadata": answer.get("metadata")}, _Versions)) is not None:
-        raise ValueError(problem)
+    require_shape({"metadata": answer.get("metadata")}, _Versions)
     stop_ids = request.get("stop_token_ids") or ()
     as_ids = bool(request.get("return_tokens_as_token_ids"))
     for choice in answer["choices"]:

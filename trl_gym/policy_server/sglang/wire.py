@@ -303,7 +303,7 @@ class SglangWire:
 
     async def _server_args(self, call: _Call) -> dict[str, Any]:
         if self.args is None:
-            self.args = dialect.read((await call.ask("GET", "/server_info")).body, dialect.ServerArgs)
+            self.args = (await call.ask("GET", "/server_info")).read(dialect.ServerArgs)
         return self.args
 
     async def _health(self, call: _Call) -> Any:
@@ -324,7 +324,7 @@ class SglangWire:
         return {"world_size": dialect.world_size(await self._server_args(call))}
 
     async def _weight_info(self, call: _Call) -> Any:
-        info = dialect.read((await call.ask("GET", "/model_info")).body, dialect.ModelInfo)
+        info = (await call.ask("GET", "/model_info")).read(dialect.ModelInfo)
         return {"weight_version": info.get("weight_version")}
 
     async def _metrics(self, call: _Call) -> Reply:

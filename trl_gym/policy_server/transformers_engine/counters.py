@@ -13,18 +13,19 @@ if TYPE_CHECKING:
     from trl_gym.policy_server.transformers_engine.engine import Completion
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
-_HELP = {
-    "num_requests_running": ("gauge", "Requests that are sampled or wait for a place in the batch."),
-    "num_requests_waiting": ("gauge", "Requests held by a pause."),
-    "prompt_tokens_total": ("counter", "Tokens of prompts."),
-    "generation_tokens_total": ("counter", "Sampled tokens."),
-    "request_success_total": ("counter", "Requests that were answered."),
-    "request_aborted_total": ("counter", "Requests whose caller has gone."),
-    "request_queue_time_seconds_sum": ("counter", "Seconds until requests were begun."),
-    "request_queue_time_seconds_count": ("counter", "Requests in that sum."),
-    "request_inference_time_seconds_sum": ("counter", "Seconds from their begin to their last token."),
-    "request_inference_time_seconds_count": ("counter", "Requests in that sum."),
-}
+# Name without `vllm:`, kind, what it says, and the field of `EngineCounters` that has it.
+_METRICS = (
+    ("num_requests_running", "gauge", "Requests that are sampled or wait for a place in the batch.", "running"),
+    ("num_requests_waiting", "gauge", "Requests held by a pause.", "held"),
+    ("prompt_tokens_total", "counter", "Tokens of prompts.", "prompt_tokens"),
+    ("generation_tokens_total", "counter", "Sampled tokens.", "generation_tokens"),
+    ("request_success_total", "counter", "Requests that were answered.", "requests"),
+    ("request_aborted_total", "counter", "Requests whose caller has gone.", "aborted"),
+    ("request_queue_time_seconds_sum", "counter", "Seconds until requests were begun.", "queue_s"),
+    ("request_queue_time_seconds_count", "counter", "Requests in that sum.", "requests"),
+    ("request_inference_time_seconds_sum", "counter", "Seconds from their begin to their last token.", "inference_s"),
+    ("request_inference_time_seconds_count", "counter", "Requests in that sum.", "requests"),
+)
 
 
 @dataclass(slots=True)
@@ -49,25 +50,12 @@ class EngineCounters:
 
     def prometheus(self, model_name: str) -> str:
         """Return them as text."""
-        values = {
-            "num_requests_running": self.running,
-            "num_requests_waiting": self.held,
-            "prompt_tokens_total": self.prompt_tokens,
-            "generation_tokens_total": self.generation_tokens,
-            "request_success_total": self.requests,
-            "request_aborted_total": self.aborted,
-            "request_queue_time_seconds_sum": self.queue_s,
-            "request_queue_time_seconds_count": self.requests,
-            "request_inference_time_seconds_sum": self.inference_s,
-            "request_inference_time_seconds_count": self.requests,
-        }
         label = model_name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         lines = []
-        for name, value in values.items():
-            kind, text = _HELP[name]
+        for name, kind, text, field in _METRICS:
             lines += [
                 f"# HELP vllm:{name} {text}",
                 f"# TYPE vllm:{name} {kind}",
-                f'vllm:{name}{{engine="0",model_name="{label}"}} {float(value)!r}',
+                f'vllm:{name}{{engine="0",model_name="{label}"}} {float(getattr(self, field))!r}',
             ]
         return "\n".join(lines) + "\n"

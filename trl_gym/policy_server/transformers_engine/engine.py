@@ -271,10 +271,6 @@ class Engine:
             with self._changing:  # what is computed now ends first
                 self._is_lent = False
 
-    @property
-    def is_parked(self) -> bool:
-        return self._is_parked
-
     # -- pause --------------------------------------------------------------------------------------------------------
 
     async def pause(self, mode: PauseMode) -> None:
@@ -303,11 +299,7 @@ class Engine:
         return self._is_paused
 
     def forget(self, *, abort: bool = False) -> None:
-        """Forget all keys and values. Requests that run go on afterwards, or end with what they have.
-
-        Args:
-            abort: Whether they end.
-        """
+        """Forget all keys and values. Requests that run go on afterwards, or with `abort` end as they are."""
         with self._stopped(abort=abort):
             pass
 
