@@ -43,12 +43,8 @@ OWNED_SGLANG_FLAGS = {
 # single `beta` for all of them cannot express.
 TOKEN_MEAN_LOSSES = ("grpo", "sapo")
 _SECONDS = (
-    "gym_start_timeout",
-    "gym_server_start_timeout",
-    "gym_server_reconnect_timeout",
-    "gym_server_hang_timeout",
-    "gym_stall_timeout",
-    "gym_sync_timeout",
+    *("gym_start_timeout", "gym_server_start_timeout", "gym_server_reconnect_timeout", "gym_server_hang_timeout"),
+    *("gym_stall_timeout", "gym_sync_timeout"),
 )
 _AT_LEAST = {
     "gym_min_group_size": 2,  # a group of one has no baseline

@@ -304,15 +304,14 @@ class PolicyClient:
 
     # -- pause, sleep, caches -----------------------------------------------------------------------------------------
 
-    def pause(self, mode: Literal["abort", "wait", "keep"] = "wait", *, timeout_s: float | None = None) -> None:
+    def pause(self, mode: Literal["abort", "wait", "keep"] = "wait") -> None:
         """Stop generating. New requests are accepted and held until `resume`.
 
         Args:
             mode: What happens to running requests: `"wait"` lets them finish (the call returns when they have),
                 `"abort"` ends them with the tokens they have, `"keep"` freezes them.
-            timeout_s: With `"wait"`, at least as long as the longest generation.
         """
-        self._tell("/pause", params={"mode": mode}, timeout_s=timeout_s)
+        self._tell("/pause", params={"mode": mode})
 
     def is_paused(self) -> bool:
         """Return whether any server generates nothing until `resume`."""
@@ -352,20 +351,20 @@ class PolicyClient:
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
-    def init_weight_transfer(self, init_info: dict[str, Any], *, timeout_s: float | None = None) -> None:
+    def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Prepare the transfer, once per training run; `init_info` is the engine's (empty for `file`)."""
-        self._tell("/init_weight_transfer_engine", json={"init_info": init_info}, timeout_s=timeout_s)
+        self._tell("/init_weight_transfer_engine", json={"init_info": init_info})
 
     def start_weight_update(self) -> None:
         self._tell("/start_weight_update")
 
-    def update_weights(self, update_info: dict[str, Any], *, timeout_s: float | None = None) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> None:
         """Load one chunk of weights; `{"path": …}` for `file`. After an error the server must be considered dead."""
-        self._tell("/update_weights", json={"update_info": update_info}, timeout_s=timeout_s)
+        self._tell("/update_weights", json={"update_info": update_info})
 
-    def finish_weight_update(self, version: str, *, timeout_s: float | None = None) -> None:
+    def finish_weight_update(self, version: str) -> None:
         """Put the new weights into service under the name `version`."""
-        self._tell("/finish_weight_update", json={"weight_version": version}, timeout_s=timeout_s)
+        self._tell("/finish_weight_update", json={"weight_version": version})
 
     def abandon_weight_update(self) -> bool:
         """End an update whose trainer is gone, so that another one can be started; the server stays paused.
@@ -472,16 +471,12 @@ class PolicyClient:
         shape = _with("choices", list[dict[str, Any]])
         return self._call("POST", "/v1/completions", json=body, timeout_s=timeout_s, shape=shape)
 
-    def prompt_logprobs(
-        self, token_ids: Sequence[Sequence[int]], *, model: str | None = None, timeout_s: float | None = None
-    ) -> list[list[float]]:
+    def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return log-probabilities of given sequences at temperature 1: what a trainer's forward pass computes.
 
         Args:
             token_ids: `[N][T_i]` sequences of at least one token, shorter than the server's maximum length (it samples
                 one token more, which is thrown away).
-            model: Served model or adapter; the server's first when not given.
-            timeout_s: Timeout per server, in seconds.
 
         Returns:
             `[N][T_i - 1]`: `log p(token t | tokens < t)` for t = 1 … T_i - 1. Of several servers, the first's.
@@ -492,7 +487,7 @@ class PolicyClient:
         sequences = [list(ids) for ids in token_ids]
         if not sequences:
             return []
-        first, *others = [(one, one._prompt_logprobs(sequences, model, timeout_s)) for one in self.singly()]
+        first, *others = [(one, one._prompt_logprobs(sequences)) for one in self.singly()]
         for one, logprobs in others:
             gap = _mean_gap(first[1], logprobs)
             if gap > _MAX_REPLICA_GAP:
@@ -503,14 +498,9 @@ class PolicyClient:
                 )
         return first[1]
 
-    def _prompt_logprobs(
-        self, sequences: list[list[int]], model: str | None, timeout_s: float | None
-    ) -> list[list[float]]:
-        body: dict[str, Any] = {"prompt": sequences, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        if model is not None:
-            body["model"] = model
-        shape = _with("choices", list[_Choice])
-        answer = self._call("POST", "/v1/completions", json=body, timeout_s=timeout_s, shape=shape)
+    def _prompt_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        body = {"prompt": sequences, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        answer = self._call("POST", "/v1/completions", json=body, shape=_with("choices", list[_Choice]))
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != len(sequences):
             raise PolicyServerError(

@@ -145,12 +145,7 @@ _PLAIN_SWITCHES = frozenset({"headless", "grpc"})
 _INSECURE = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "tekken.json",
-    "spiece.model",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model"),
 )
 _CONFIG_FILES = ("config.json", "params.json")  # the second is Mistral's own format
 

@@ -79,18 +79,10 @@ OWNED_FLAGS: Mapping[str, str] = MappingProxyType(
 # SGLang's parser (`ToolCallParserEnum` in function_call_parser.py, `DetectorMap` in reasoning_parser.py, 0.5.23) for
 # what vLLM's reads. For others SGLang looks into the chat template itself ("auto"), which knows fewer of them.
 _AUTO = "auto"
-_SAME_TOOLS: tuple[str, ...] = (
-    "cohere_command4",
-    "dots",
-    "gemma4",
-    "glm45",
-    "hermes",
-    "inkling",
-    "k2_horizon",
-    "kimi_k2",
-    "lfm2",
+_SAME_TOOLS = (
+    *("cohere_command4", "dots", "gemma4", "glm45", "hermes", "inkling", "k2_horizon", "kimi_k2", "lfm2", "ling3"),
+    *("mistral", "qwen3_coder", "step3", "step3p5"),
 )
-_SAME_TOOLS += ("ling3", "mistral", "qwen3_coder", "step3", "step3p5")
 TOOL_PARSERS: Mapping[str, str] = MappingProxyType(
     {
         **{name: name for name in _SAME_TOOLS},
@@ -109,16 +101,10 @@ TOOL_PARSERS: Mapping[str, str] = MappingProxyType(
         "olmo3": "pythonic",
     }
 )
-_SAME_THOUGHTS: tuple[str, ...] = (
-    "cohere_command4",
-    "gemma4",
-    "glm45",
-    "granite_thinking_parser",
-    "kimi_k2",
-    "ling3",
-    "mimo",
+_SAME_THOUGHTS = (
+    *("cohere_command4", "gemma4", "glm45", "granite_thinking_parser", "kimi_k2", "ling3", "mimo", "mistral", "qwen3"),
+    *("step3", "step3p5"),
 )
-_SAME_THOUGHTS += ("mistral", "qwen3", "step3", "step3p5")
 REASONING_PARSERS: Mapping[str, str] = MappingProxyType(
     {
         **{name: name for name in _SAME_THOUGHTS},
