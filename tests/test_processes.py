@@ -132,6 +132,26 @@ def test_nothing_survives_those_who_look_after_it(tmp_path: Path, whom: str, how
     assert not scratch.exists()
 
 
+SHARING = """
+import time
+from multiprocessing import shared_memory
+print(shared_memory.SharedMemory(create=True, size=16)._name, flush=True)
+time.sleep(600)
+"""
+
+
+def test_shared_memory_of_a_server_that_was_killed_is_given_back(tmp_path: Path) -> None:
+    """Python's resource tracker does so, if it is let."""
+    child = ChildProcess("server", [sys.executable, "-c", SHARING], log_path=tmp_path / "log")
+    name = wait_for(lambda: log_of(tmp_path / "log")).strip()
+    server = server_below(child)
+    wait_for(lambda: [one for one in server.children() if supervisor.is_tracker(one.pid)])
+    server.kill()
+    assert child.wait(60.0) == 128 + signal.SIGKILL
+    assert name.startswith("/psm_") and not Path(f"/dev/shm{name}").exists()
+    child.stop()
+
+
 def test_a_supervisor_that_was_stopped_goes_on(tmp_path: Path) -> None:
     child = ChildProcess("polite", [sys.executable, "-c", POLITE], log_path=tmp_path / "log")
     wait_for(lambda: "up" in log_of(tmp_path / "log"))

@@ -103,6 +103,13 @@ def is_stopped(pid: int) -> bool:
     return False
 
 
+def is_tracker(pid: int) -> bool:
+    """Return whether a process is Python's resource tracker, which removes shared memory of others that have ended."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as words:
+        return b"multiprocessing.resource_tracker" in words.read()
+    return False
+
+
 def exists(pid: int) -> bool:
     """Return whether there is such a process; one that has ended and is not waited for is none."""
     try:
@@ -117,16 +124,21 @@ def exists(pid: int) -> bool:
 
 
 def kill_everything(group: int | None, *, adopts: bool) -> None:
-    """SIGKILL the group, if there is one, and, if this process adopts them, every descendant until none is left."""
+    """SIGKILL the group, if there is one, and, if this process adopts them, every descendant until none is left.
+
+    Trackers have the first half of the time to end by themselves, once those whose memory they track are gone.
+    """
     deadline = time.monotonic() + KILL_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if group is not None:
-                os.killpg(group, signal.SIGKILL)
+    while (now := time.monotonic()) < deadline:
         alive = descendants(os.getpid()) if adopts else []
+        spared = [pid for pid in alive if now < deadline - KILL_S / 2 and is_tracker(pid)]
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if group is not None and not spared:
+                os.killpg(group, signal.SIGKILL)
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                if pid not in spared:
+                    os.kill(pid, signal.SIGKILL)
         if not alive:
             return
         time.sleep(0.05)
