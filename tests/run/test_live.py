@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from trl_gym import GymGRPOConfig
@@ -71,6 +72,13 @@ def test_calls_of_no_rollout_are_counted_and_their_agents_named(
 def test_other_clients_of_the_policy_server_are_not_taken_for_our_gym(tmp_path: Path) -> None:
     live = source(tmp_path, owns_gym=True)
     assert live._untagged_metrics(UntaggedCalls(others=9)) == {}
+
+
+def test_who_trains_on_after_close_is_told_so_at_once(tmp_path: Path) -> None:
+    live = source(tmp_path, stop=lambda: None)
+    live.close()
+    with pytest.raises(RolloutError, match="The trainer was closed, and its servers with it"):
+        live.push_weights(torch.nn.Linear(1, 1), 1)
 
 
 def test_a_server_without_metrics_ends_no_batch(tmp_path: Path) -> None:

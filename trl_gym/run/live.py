@@ -78,6 +78,7 @@ class LiveSource:
         self._run = ""  # id of the training run
         self._engine = ""  # of the policy server, with its version
         self._looked: _Look | None = None  # what the policy server had counted when rollouts in flight began
+        self._is_closed = False
         self._own_sampling = OwnSampling(logger.warning, args.rollout_options.agent_sampling_of)
 
     @property
@@ -131,6 +132,7 @@ class LiveSource:
 
     def push_weights(self, model: torch.nn.Module, step: int) -> dict[str, float]:
         """Send the weights to the policy server. Return the metrics `weight_sync/…`."""
+        self._require_open()
         num_recoveries = self._weights.num_recoveries
         with self._ledger.busy():
             report = self._weights.push(model, step)
@@ -150,6 +152,7 @@ class LiveSource:
         cannot be written, a rollout drifted and `gym_drift` is `"error"`, or someone else changed the weights
         meanwhile; `ServerError`: a server was lost and did not come back."""
         assert self._collector is not None and self._journal is not None, "connect first"
+        self._require_open()
         self._run = batch.run
         is_evaluation = batch.mode == "eval"
         queue = self._new_queue(self._collector, batch) if is_evaluation else self._queue
@@ -238,6 +241,7 @@ class LiveSource:
 
     def close(self) -> None:
         """Stop what was started here; servers that were passed in keep running."""
+        self._is_closed = True
         try:
             if self._collector is not None:
                 self._queue.abandon()
@@ -246,6 +250,10 @@ class LiveSource:
                 self._journal.close()
         finally:
             self._servers.stop()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise RolloutError("The trainer was closed, and its servers with it.", "Make a new one.")
 
     def _new_collector(self) -> RolloutCollector[Rollout]:
         args, policy, gym = self._args, self.policy_server, self.gym_servers

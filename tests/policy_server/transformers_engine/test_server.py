@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -64,6 +65,15 @@ def test_callers_queue_at_the_port_until_there_is_a_model(folder: Path, model: P
         assert server.wait_ready() is server
     assert server.state is ServerState.STOPPED and not threads()
     server.stop()
+
+
+def test_the_threads_of_a_server_that_is_forgotten_end(folder: Path, model: PreTrainedModel) -> None:
+    server = TransformersServer(max_model_len=128).start()
+    server.take_model(model, AutoTokenizer.from_pretrained(folder))
+    assert server.wait_ready() and threads()
+    del server
+    gc.collect()
+    wait_for(lambda: not threads(), "they would keep the model of a trainer that was deleted")
 
 
 def test_it_demands_its_key_and_tells_what_it_is(server: TransformersServer) -> None:

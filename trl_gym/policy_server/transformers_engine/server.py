@@ -21,6 +21,7 @@ import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,7 @@ class TransformersServer:
         self._client: PolicyClient | None = None
         self._engine: Engine | None = None
         self._listener: _Listener | None = None
+        self._forgotten: weakref.finalize[Any, Any] | None = None
         self._nonce = ""
         self._samples = False
         self._lost: PolicyServerLostError | None = None  # what another rank has lost
@@ -271,18 +273,16 @@ class TransformersServer:
         settings = Settings(nonce=self._nonce, api_keys=(self._api_key,), weight_transports=self.weight_transports)
         app = OnPolicyMiddleware(EngineApp(self._engine, renderer, model_name=self.model_name), settings)
         self._listener = _Listener(app, self._socket)
+        # Without a reference to this object: threads of one that is forgotten would keep the model.
+        self._forgotten = weakref.finalize(self, _end_aside, self._engine, self._listener, self._socket)
+        self._forgotten.atexit = False
 
     def _end(self) -> None:
         """Give the model back, answer the calls that wait with an error, and end the thread. Idempotent."""
         engine, listener, self._engine, self._listener = self._engine, self._listener, None, None
-        try:
-            if engine is not None:
-                engine.end()
-        finally:
-            if listener is not None:
-                listener.stop()
-            if self._socket is not None:
-                self._socket.close()
+        if self._forgotten is not None:
+            self._forgotten.detach()
+        _end_all(engine, listener, self._socket)
 
     def _await_answers(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
@@ -303,6 +303,22 @@ class TransformersServer:
                         f"{self._start_timeout_s:g} s. The last attempt: {error}",
                         "Raise `gym_server_start_timeout` if that process was busy.",
                     ) from error
+
+
+def _end_all(engine: Engine | None, listener: _Listener | None, sock: socket.socket | None) -> None:
+    try:
+        if engine is not None:
+            engine.end()
+    finally:
+        if listener is not None:
+            listener.stop()
+        if sock is not None:
+            sock.close()
+
+
+def _end_aside(*parts: Any) -> None:
+    """In a thread of its own: the one that collects garbage may be one of those that end."""
+    threading.Thread(target=_end_all, args=parts, name="trl-gym: end policy server", daemon=True).start()
 
 
 class _Listener:
