@@ -9,9 +9,11 @@ trainer before, there is a command:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -23,6 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from trl_gym.processes import bind_socket
+
+
+def free_port() -> int:
+    """Return a port that stays free until it is bound: it is none that the operating system gives to others."""
+    for port in random.sample(range(20_001, 32_768), 20):
+        with contextlib.suppress(OSError), bind_socket(port=port):
+            return port
+    raise OSError("none of 20 ports is free")
 
 
 def forked(function: Callable[..., None], *args: Any) -> BaseProcess:
@@ -80,8 +90,7 @@ def run_rank(rank: int, num_ranks: int, port: int, module: str, arguments: list[
 
 def main(num_ranks: int, module: str, arguments: list[str]) -> int:
     importlib.import_module(module)
-    with bind_socket() as free:
-        port = free.getsockname()[1]
+    port = free_port()
     running = set()
     for rank in range(num_ranks):
         pid = os.fork()

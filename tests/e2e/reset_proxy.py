@@ -46,7 +46,7 @@ class ResetProxy:
         self._loop.close()
 
     def _run(self, coroutine: object) -> object:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
     async def _stop(self) -> None:
         self._server.close()

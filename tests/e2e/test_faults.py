@@ -34,6 +34,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.shares("small, killed at the end")]
 
 FAULTY = Path(__file__).parent / "environments" / "faulty" / "faulty.yaml"
 CALCULATOR_AGENT, FAULTY_AGENT = "calculator_simple_agent", "faulty_simple_agent"
+HANGING_AGENT = "hanging_simple_agent"  # of rows that hang
 MULTI_TURN_AGENT = "example_multi_turn_gymnasium_agent"
 SAMPLING = Sampling(temperature=0.05)  # the small policy then calls its tool
 
@@ -55,7 +56,7 @@ def calculator_row() -> dict[str, Any]:
 
 
 def faulty_row(fault: str | None) -> dict[str, Any]:
-    agent = {"type": "responses_api_agents", "name": FAULTY_AGENT}
+    agent = {"type": "responses_api_agents", "name": HANGING_AGENT if fault == "hang" else FAULTY_AGENT}
     return {**calculator_row(), "agent_ref": agent, "fault": fault}
 
 
@@ -163,7 +164,7 @@ def test_no_wrong_sample_is_in_the_gradient(
             max_steps=1,
             eval_strategy="no",
             gym_retries=0,
-            gym_environments={FAULTY_AGENT: {"deadline": 4.0}},
+            gym_environments={HANGING_AGENT: {"deadline": 1.0}},
         ),
         train_dataset=load_gym_dataset(data),
         policy_server=policy,
@@ -181,9 +182,11 @@ def test_no_wrong_sample_is_in_the_gradient(
             ids = [t for t, own in zip(trajectory.completion_ids, trajectory.env_mask, strict=True) if own]
             assert batch["completion_ids"][row][trained].tolist() == ids and rollout.reward is not None
         else:
-            expected = FailureKind.DEADLINE if fault == "hang" else FailureKind.ENVIRONMENT
+            expected, agent = FailureKind.ENVIRONMENT, FAULTY_AGENT
+            if fault == "hang":
+                expected, agent = FailureKind.DEADLINE, HANGING_AGENT
             assert rollout.failure is not None and rollout.failure.kind is expected, rollout.failure
-            assert (rollout.failure.agent, rollout.failure.where) == (FAULTY_AGENT, f"{FAULTY_AGENT} /run")
+            assert (rollout.failure.agent, rollout.failure.where) == (agent, f"{agent} /run")
             assert not trained.any() and batch["advantages"][row] == 0 and rollout.reward is None
     texts = {f: r.failure.text for f, r in zip(fault_of, batch["rollouts"], strict=True) if r.failure is not None}
     assert "the verifier tripped" in texts["raise"] and "masked this sample" in texts["mask"], texts
@@ -199,10 +202,10 @@ def test_a_tool_that_never_answers_is_cancelled_at_the_policy_server(
     refused = policy.client.info()["counters"]["cancelled"]
     batch = Batch(policy, gym, tmp_path, {})
     rows = [faulty_row("sleep"), faulty_row("slow"), *[calculator_row()] * 8, multi_turn_row()]
-    rollouts = batch.collect("sleepers", rows, environments={FAULTY_AGENT: {"deadline": 1.5}})
+    rollouts = batch.collect("sleepers", rows, environments={FAULTY_AGENT: {"deadline": 4.0}})
     assert kinds(rollouts) == ["deadline", "deadline", *[None] * 9]
     for rollout in rollouts[:2]:
-        assert "no answer within 1.5 s" in rollout.failure.text and rollout.failure.agent == FAULTY_AGENT
+        assert "no answer within 4 s" in rollout.failure.text and rollout.failure.agent == FAULTY_AGENT
         assert len(rollout.records) == 1, "its first model call was answered; it waits for the tool"
     assert len(batch.journaled()) == len(rows)
     wait_for(
@@ -234,7 +237,7 @@ def test_an_engine_that_is_stopped_in_the_middle_of_a_batch(
 ) -> None:
     """It never goes on by itself; here it does afterwards, so that the next test finds the server well."""
     [engine] = server_below(policy._process).children()
-    ledger = Ledger(policy.client.root_url, policy.client.api_key, hang_timeout_s=1.0)
+    ledger = Ledger(policy.client.root_url, policy.client.api_key, hang_timeout_s=3.0)
     batch = Batch(policy, gym, tmp_path, {"ledger": ledger}, after(3, engine.suspend))
     try:
         with pytest.raises(PolicyServerLostError, match="its HTTP process answers, and its engine does not"):

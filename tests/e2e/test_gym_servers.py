@@ -19,12 +19,12 @@ import pytest
 import yaml
 
 from tests.conftest import wait_for
+from tests.fork_ranks import free_port
 from tests.gym.fake_policy import FakePolicy
 from trl_gym.errors import ConfigError, FailureKind, GymServerError, RolloutFailure
 from trl_gym.gym.client import GymAnswer, new_session, run_rollout
 from trl_gym.gym.install import GymInstallation, probe
 from trl_gym.gym.servers import GymServers
-from trl_gym.processes import bind_socket
 from trl_gym.rollout_options import RolloutOptions
 from trl_gym.rollouts.admission import budgets_from_options
 from trl_gym.rollouts.collector import RolloutCollector, RolloutResult
@@ -284,8 +284,7 @@ def test_gyms_own_complaint_comes_through(gym: GymInstallation, tmp_path: Path) 
 def test_fixed_and_busy_head_port_and_death_of_the_host(
     gym: GymInstallation, tmp_path: Path, started: Started
 ) -> None:
-    with bind_socket() as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with make(gym, tmp_path, [config_of("mcqa")], overrides={"head_server.port": port}) as first:
         assert first.head_url == f"http://127.0.0.1:{port}"
         second = make(gym, tmp_path / "second", [config_of("mcqa")], overrides={"head_server.port": port})

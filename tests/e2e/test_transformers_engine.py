@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 
 from tests.e2e.training import CALCULATOR, ROOT, RecordingTrainer, config
 from tests.e2e.training import gap as mean_gap
+from tests.fork_ranks import free_port
 from trl_gym import GymServers, load_gym_dataset
 from trl_gym.cli import main as main_of_cli
 from trl_gym.policy_server.transformers_engine.server import TransformersServer
@@ -60,8 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, calculator_data: Any) -> tupl
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    with bind_socket() as free:
-        return int(free.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from tests.conftest import RECIPES, wait_for
-from trl_gym.processes import bind_socket
+from tests.fork_ranks import free_port
 
 SCRIPTS = [RECIPES / "cloud" / "node.sh", RECIPES / "slurm" / "two_nodes.sbatch"]
 TIMEOUT_S = 180.0
@@ -134,9 +134,7 @@ def checkout(tmp_path: Path) -> Iterator[Checkout]:
         path.write_text(text.format(python=sys.executable, root=str(tmp_path)))
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
-    with bind_socket("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    made = Checkout(tmp_path, port)
+    made = Checkout(tmp_path, free_port())
     yield made
     for process in made.started:
         with contextlib.suppress(ProcessLookupError):
@@ -221,8 +219,7 @@ def test_vllm_takes_what_the_server_is_started_with(checkout: Checkout) -> None:
 
 
 def test_a_server_with_a_lease_ends_with_training(checkout: Checkout) -> None:
-    with bind_socket("127.0.0.1", 0) as free:
-        lease_port = str(free.getsockname()[1])
+    lease_port = str(free_port())
     server = checkout.node("serve", TRL_GYM_LEASE_URL=f"http://127.0.0.1:{lease_port}/")
     trainer = checkout.node("train", TRL_GYM_SERVER_HOST="localhost", TRL_GYM_LEASE_PORT=lease_port)
     checkout.record("trainer")

@@ -355,7 +355,7 @@ def test_those_that_end_first_are_taken_until_the_oldest_are_due() -> None:
         wait_for(lambda: len(collector.submissions) > number)
         ending()
         world.version += 1
-        return names(future.result(10))
+        return names(future.result(60))
 
     def younger() -> None:
         for place in (4, 5, 6, 7):
@@ -381,7 +381,7 @@ def test_groups_that_would_become_too_stale_are_cut_short_by_option() -> None:
     wait_for(lambda: collector.submissions)
     collector.submissions[0].end(2)
     collector.submissions[0].end(3)
-    assert names(first.result(10)) == [(1, 0)]
+    assert names(first.result(60)) == [(1, 0)]
     collector.submissions[0].end(0)
     world.version = 8
     second = collecting(queue, [group(0, batch=2, size=2)], 1, step=9, later_steps=(10,), per_batch=1)
@@ -389,7 +389,7 @@ def test_groups_that_would_become_too_stale_are_cut_short_by_option() -> None:
     collector.submissions[1].end(0)
     assert not collector.submissions[0].interrupted, "nothing else could be trained yet"
     collector.submissions[1].end(1)
-    [ended] = second.result(10)
+    [ended] = second.result(60)
     assert collector.submissions[0].interrupted == ["b0g0m1-a0"]
     assert [one.failure and one.failure.kind for one in ended.rollouts] == [None, FailureKind.CANCELLED]
     assert ended.born == 7
@@ -402,7 +402,7 @@ def test_of_more_members_the_first_with_a_reward_make_the_group() -> None:
     wait_for(lambda: collector.submissions)
     for place, outcome in ((4, "ok"), (0, "environment"), (2, "ok"), (1, "ok")):
         collector.submissions[0].end(place, outcome)
-    [ended] = future.result(10)
+    [ended] = future.result(60)
     assert collector.submissions[0].interrupted == ["b0g0m3-a0"]
     assert [one.request.member for one in ended.rollouts] == [1, 2, 4]
     assert [one.request.member for one in ended.surplus] == [0, 3]
@@ -425,7 +425,7 @@ def test_what_a_group_has_no_use_for_does_not_run_again_after_a_loss() -> None:
     assert world.recovered == [2] and world.cancelled == [["b0g0m1-a0", "b0g1m1-a0", "b0g1m2-a0"]]
     assert collector.asked[1] == ["b0g1m1-a1", "b0g1m2-a1"]
     collector.submissions[1].end(1)
-    ended = future.result(10)
+    ended = future.result(60)
     assert ids(ended) == ["b0g0m0-a0", "b0g0m2-a0", "b0g1m0-a0", "b0g1m2-a1"]
     assert [[one.request.member for one in group.surplus] for group in ended] == [[], [1]]
 
@@ -471,7 +471,7 @@ def test_what_was_dropped_stays_dropped_after_a_loss() -> None:
     submission.interrupt = lambda places, why: submission.interrupted.extend(places)  # type: ignore[method-assign]
     for place in (0, 2, 3):
         submission.end(place)
-    assert names(first.result(10)) == [(1, 0)]
+    assert names(first.result(60)) == [(1, 0)]
     world.version = 8
     second = collecting(queue, [group(0, batch=2, size=2)], 1, step=9, later_steps=(10,), per_batch=1)
     wait_for(lambda: len(collector.submissions) == 2)
@@ -482,7 +482,7 @@ def test_what_was_dropped_stays_dropped_after_a_loss() -> None:
     assert collector.asked[2] == ["b0g0m1-a1", "b2g0m0-a1", "b2g0m1-a1"]
     for place in (1, 2):
         collector.submissions[2].end(place)
-    [ended] = second.result(10)
+    [ended] = second.result(60)
     assert [one.failure and one.failure.kind for one in ended.rollouts] == [None, FailureKind.CANCELLED]
     assert [name for names in collector.asked for name in names].count("b0g0m0-a0") == 1
 
@@ -495,7 +495,7 @@ def test_a_loss_in_the_background_is_told_when_groups_are_collected_and_costs_on
     wait_for(lambda: collector.submissions)
     for place in (0, 1, 2):
         collector.submissions[0].end(place)
-    assert names(first.result(10)) == [(0, 0)]
+    assert names(first.result(60)) == [(0, 0)]
     collector.submissions[0].fail(LOSS)
     second = collecting(queue, [group(0, batch=2, size=2)], 1, step=9, later_steps=(10,), per_batch=1)
     wait_for(lambda: world.recovered)
@@ -503,7 +503,7 @@ def test_a_loss_in_the_background_is_told_when_groups_are_collected_and_costs_on
     wait_for(lambda: len(collector.asked) == 3)
     assert collector.asked[2] == ["b1g0m1-a1", "b2g0m0-a1", "b2g0m1-a1"]
     collector.submissions[2].end_all()
-    assert ids(second.result(10)) == ["b1g0m0-a0", "b1g0m1-a1"]
+    assert ids(second.result(60)) == ["b1g0m0-a0", "b1g0m1-a1"]
 
 
 def test_what_a_resumed_run_recalls_keeps_its_age_and_the_rest_begins_anew() -> None:
@@ -553,7 +553,7 @@ def test_a_launch_that_does_not_end_in_time_keeps_nothing_and_ends_nobody(caplog
     wait_for(lambda: collector.submissions)
     for place in range(4):
         collector.submissions[0].end(place)
-    future.result(10)
+    future.result(60)
 
     def hang() -> None:
         raise TimeoutError
@@ -573,7 +573,7 @@ def test_what_is_abandoned_is_forgotten() -> None:
     wait_for(lambda: collector.submissions)
     for place in range(4):
         collector.submissions[0].end(place)
-    future.result(10)
+    future.result(60)
     queue.abandon()
     assert len(queue) == 0 and collector.submissions[0].future.cancelled()
 
@@ -621,7 +621,7 @@ def test_an_error_is_told_before_what_has_ended_is_taken() -> None:
         collector.submissions[0].end(0)
         collector.submissions[0].end(1)
         collector.submissions[0].fail(LOSS)
-    assert ids(future.result(10)) == ["b0g0m0-a0", "b0g0m1-a0"]
+    assert ids(future.result(60)) == ["b0g0m0-a0", "b0g0m1-a0"]
     assert world.recovered == [2] and collector.asked[1] == ["b1g0m0-a1", "b1g0m1-a1"]
 
 
@@ -634,7 +634,7 @@ def test_a_loss_that_somebody_else_has_noticed_costs_no_further_recovery() -> No
     wait_for(lambda: collector.submissions)
     for place in (0, 1, 2):
         collector.submissions[0].end(place)
-    assert names(first.result(10)) == [(0, 0)]
+    assert names(first.result(60)) == [(0, 0)]
     assert queue.give_up_lost() == 1 and queue.give_up_lost() == 0
     assert collector.submissions[0].future.cancelled()
     second = collecting(queue, [group(0, batch=2, size=2)], 1, step=9, later_steps=(10,), per_batch=1)
@@ -642,4 +642,4 @@ def test_a_loss_that_somebody_else_has_noticed_costs_no_further_recovery() -> No
     assert collector.asked[1] == ["b1g0m1-a1", "b2g0m0-a0", "b2g0m1-a0"]
     assert world.cancelled == [["b1g0m1-a0"]] and world.recovered == []
     collector.submissions[1].end_all()
-    assert ids(second.result(10)) == ["b1g0m0-a0", "b1g0m1-a1"]
+    assert ids(second.result(60)) == ["b1g0m0-a0", "b1g0m1-a1"]

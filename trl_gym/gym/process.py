@@ -55,6 +55,7 @@ _HOST_SCRIPT = Path(__file__).with_name("host.py")
 _SCHEMA_TIMEOUT_S = 30.0
 _MAX_ASKED = 8  # servers at a time
 _REQUEST_TIMEOUT_S = 2.0  # of one request to a server; while it starts, requests queue at its listening socket
+_CHECK_TIMEOUT_S = 30.0  # of one that has answered before: on a busy machine it is slow, and not gone
 # For the head server of Gym's own launcher, which binds the port again. Ray's servers, which start in between, take
 # the ports above, which the operating system gives away; Gym's other servers take those below.
 _RELEASED_PORTS = range(20_001, 32_768)
@@ -168,7 +169,7 @@ class GymProcess:
         """Raise if it does not answer (one that runs elsewhere), or if processes of it have ended. Raises
         `GymServerError`: names what died."""
         if self._nonce is None:
-            look_at_head(self._http, self.head_url, timeout_s=_REQUEST_TIMEOUT_S)
+            look_at_head(self._http, self.head_url, timeout_s=_CHECK_TIMEOUT_S)
             return
         self.check_process()
         if self._has_process_per_server and self._view is not None:

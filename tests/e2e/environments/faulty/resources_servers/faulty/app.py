@@ -16,7 +16,7 @@ from nemo_gym.base_resources_server import (
 from nemo_gym.server_utils import SESSION_ID_KEY
 from pydantic import Field
 
-SLOW_S = 3.0
+SLOW_S = 6.0
 
 
 class FaultySeedRequest(BaseSeedSessionRequest):
