@@ -35,28 +35,20 @@ SAMPLING_KEYS = tuple(parameter.name for parameter in fields(Sampling))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutOptions:
-    """Say how rollouts are sampled and what they may cost.
+    """Say how rollouts are sampled and what they may cost."""
 
-    Attributes:
-        sampling: Distribution that tokens are drawn from.
-        agent_sampling: What the policy server does with a model call that asks for another one, see `AGENT_SAMPLING`.
-        max_completion_length: Tokens that a conversation of a rollout may have after its first prompt; a compaction
-            begins a new one.
-        deadline: Seconds after which a rollout counts as failed.
-        max_inflight: Rollouts of one process that run at the same time.
-        launch_rate: Rollouts that one process starts per second at most; None for no limit.
-        retries: Further attempts by failure kind; a kind that is missing has none.
-        environments: Other values for single agents: `{agent: {"deadline", "max_inflight", "retries",
-            "launch_rate", "agent_sampling"}}`, each key optional.
-    """
-
-    sampling: Sampling = Sampling()
+    sampling: Sampling = Sampling()  # distribution that tokens are drawn from
+    # What the policy server does with a model call that asks for another one, see `AGENT_SAMPLING`.
     agent_sampling: str = AGENT_SAMPLING[0]
+    # Tokens that a conversation of a rollout may have after its first prompt; a compaction begins a new one.
     max_completion_length: int = 4096
-    deadline: float = 600.0
-    max_inflight: int = 256
-    launch_rate: float | None = None
+    deadline: float = 600.0  # seconds after which a rollout counts as failed
+    max_inflight: int = 256  # rollouts of one process that run at the same time
+    launch_rate: float | None = None  # rollouts that one process starts per second at most; None for no limit
+    # Further attempts by failure kind; a kind that is missing has none.
     retries: Mapping[str, int] = field(default_factory=lambda: by_kind(DEFAULT_RETRIES))
+    # Other values for single agents: `{agent: {"deadline", "max_inflight", "retries", "launch_rate",
+    # "agent_sampling"}}`, each key optional.
     environments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def agent_sampling_of(self, agent: str) -> str:

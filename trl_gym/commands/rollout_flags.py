@@ -45,38 +45,25 @@ class NamedFile:
 class CollectOptions:
     """Say what to roll out, on what, and where to write.
 
-    Attributes:
-        mode: `"rollout"` or `"eval"`; `mode` of the journal's lines.
-        datasets: Files, with unique names.
-        output_dir: Folder for `rollouts/`, `logs/` and the summary.
-        config_paths: NeMo Gym configs to start, unless `head_url` names a running Gym.
-        head_url: Head server of a running Gym; several, separated by commas.
-        processes: Processes of the NeMo Gym that is started; None for the default.
-        gym_python: Interpreter that has `nemo-gym`.
-        agent: Agent for rows that name none.
-        limit: Rows of each file at most.
-        num_generations: Rollouts per row.
-        rollouts: Sampling and limits, as in training.
-
     Raises:
         ConfigError: Lists every problem that can be found without starting anything.
     """
 
-    mode: str
-    datasets: Sequence[NamedFile]
-    output_dir: Path
+    mode: str  # `"rollout"` or `"eval"`; `mode` of the journal's lines
+    datasets: Sequence[NamedFile]  # files, with unique names
+    output_dir: Path  # folder for `rollouts/`, `logs/` and the summary
     base_url: str
     model: str
     api_key: str | None = field(default=None, repr=False)
-    config_paths: Sequence[str] = ()
-    head_url: str | None = None
-    processes: int | None = None
-    gym_python: str | None = None
+    config_paths: Sequence[str] = ()  # NeMo Gym configs to start, unless `head_url` names a running Gym
+    head_url: str | None = None  # head server of a running Gym; several, separated by commas
+    processes: int | None = None  # processes of the NeMo Gym that is started; None for the default
+    gym_python: str | None = None  # interpreter that has `nemo-gym`
     overrides: dict[str, Any] = field(default_factory=dict)
-    agent: str | None = None
-    limit: int | None = None
-    num_generations: int = 1
-    rollouts: RolloutOptions = field(default_factory=RolloutOptions)
+    agent: str | None = None  # agent for rows that name none
+    limit: int | None = None  # rows of each file at most
+    num_generations: int = 1  # rollouts per row
+    rollouts: RolloutOptions = field(default_factory=RolloutOptions)  # sampling and limits, as in training
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "api_key", usable_key("--api-key", self.api_key))

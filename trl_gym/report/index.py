@@ -26,61 +26,46 @@ _MIN_SHARED = 12  # characters that the tasks of an environment must begin with 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """Counted rollouts of one step, of one environment or of all.
-
-    Attributes:
-        agent: The environment; None for all of them.
-        rollouts: Number of counted rollouts.
-        failures: Number of failed ones by kind.
-        reward, reward_std: Mean and sample standard deviation over those that did not fail; None without any (or, for
-            the deviation, with one).
-        success: Mean over those that did not fail.
-        drifted, truncated: Number of rollouts; None where none has tokens, or an answer, to tell.
-        turns, sampled_tokens: Means over those that did not fail.
-        seconds_p50, seconds_p95: Percentiles over those that did not fail.
-        attempts: `evaluation.attempt_metrics` outside of training, where tasks have several attempts.
-        others: Number of lines that are not counted, by state.
-        versions: Weight versions, each once.
-    """
+    """Counted rollouts of one step, of one environment or of all."""
 
     mode: str
     dataset: str
     step: int
-    agent: str | None
-    rollouts: int
-    failures: dict[str, int] = field(default_factory=dict)
+    agent: str | None  # the environment; None for all of them
+    rollouts: int  # number of counted rollouts
+    failures: dict[str, int] = field(default_factory=dict)  # number of failed ones by kind
+    # reward, reward_std: Mean and sample standard deviation over those that did not fail; None without any (or, for
+    # the deviation, with one).
     reward: float | None = None
     reward_std: float | None = None
-    success: float | None = None
+    success: float | None = None  # mean over those that did not fail
+    # drifted, truncated: Number of rollouts; None where none has tokens, or an answer, to tell.
     drifted: int | None = None
     truncated: int | None = None
+    # turns, sampled_tokens: Means over those that did not fail.
     turns: float | None = None
     sampled_tokens: float | None = None
+    # seconds_p50, seconds_p95: Percentiles over those that did not fail.
     seconds_p50: float | None = None
     seconds_p95: float | None = None
+    # `evaluation.attempt_metrics` outside of training, where tasks have several attempts.
     attempts: dict[str, float] = field(default_factory=dict)
-    others: dict[str, int] = field(default_factory=dict)
-    versions: list[str] = field(default_factory=list)
+    others: dict[str, int] = field(default_factory=dict)  # number of lines that are not counted, by state
+    versions: list[str] = field(default_factory=list)  # weight versions, each once
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Failures with the same words.
+    """Failures with the same words."""
 
-    Attributes:
-        kind, where, agent, text: The fields that they share.
-        count: Number of lines, attempts that were tried again included.
-        counted: Number of counted rollouts.
-        example: Rollout id of the first.
-    """
-
+    # kind, where, agent, text: The fields that they share.
     kind: str
     where: str
     agent: str
     text: str
-    count: int
-    counted: int
-    example: str
+    count: int  # number of lines, attempts that were tried again included
+    counted: int  # number of counted rollouts
+    example: str  # rollout id of the first
 
 
 def states(rows: Sequence[Row]) -> list[LineState]:

@@ -21,64 +21,46 @@ _TASK_CHARACTERS = 4000  # of a task; what tells it from others may stand behind
 class Row:
     """One attempt of a rollout.
 
-    Attributes:
-        rollout_id: Its name in links.
-        mode: `"train"`, `"eval"` or `"rollout"`.
-        step: Number, from 1, of the optimizer step that it was sampled for; in an evaluation, the steps made before.
-        dataset: Name of the dataset; `""` where none is recorded.
-        agent: Name of the Gym agent, which is the environment.
-        begun: Version of the weights that it began with; the step where that is not recorded.
-        sampler: Run and fingerprint of these weights; what another one of the same version sampled is of another try.
-        task: Key of its task.
-        batch: Number of its generation batch in the run; None outside of training, and in lines of earlier versions,
-            where the step tells batches apart.
-        group, member: Its place in the batch.
-        attempt: 0 for the first try.
-        time: Seconds since 1970 when it ended; 0.0 where that is not recorded.
-        cause: The failure in words, or None.
-        where: The stage at which it failed.
-        finish: `"stop"`, or why Gym cut it; None when there is no answer.
-        is_retried: The line says that another attempt follows.
-        version: The weights' version, or several with commas.
-        rows: Token sequences that are trained of it; 0 without tokens.
-        turns, tool_calls, tool_errors: None where the answer is not recorded.
-        prompt_tokens, environment_tokens, sampled_tokens: None without tokens.
-        text: The task's last user message, on one line, cut.
-
     The others are those of `rollouts.rollout.RolloutFacts`.
     """
 
-    rollout_id: str
-    mode: str
-    step: int
-    dataset: str
-    agent: str
-    begun: int
+    rollout_id: str  # its name in links
+    mode: str  # `"train"`, `"eval"` or `"rollout"`
+    step: int  # number, from 1, of the optimizer step that it was sampled for; in an evaluation, the steps made before
+    dataset: str  # name of the dataset; `""` where none is recorded
+    agent: str  # name of the Gym agent, which is the environment
+    begun: int  # version of the weights that it began with; the step where that is not recorded
+    # Run and fingerprint of these weights; what another one of the same version sampled is of another try.
     sampler: tuple[str, str]
-    task: str
+    task: str  # key of its task
+    # Number of its generation batch in the run; None outside of training, and in lines of earlier versions, where the
+    # step tells batches apart.
     batch: int | None
+    # group, member: Its place in the batch.
     group: int
     member: int
-    attempt: int
-    time: float
+    attempt: int  # 0 for the first try
+    time: float  # seconds since 1970 when it ended; 0.0 where that is not recorded
     reward: float | None
     success: float | None
     failure: str | None
-    cause: str | None
-    where: str | None
+    cause: str | None  # the failure in words, or None
+    where: str | None  # the stage at which it failed
     drift: str | None
-    finish: str | None
-    is_retried: bool
-    version: str
+    finish: str | None  # `"stop"`, or why Gym cut it; None when there is no answer
+    is_retried: bool  # the line says that another attempt follows
+    version: str  # the weights' version, or several with commas
+    # turns, tool_calls, tool_errors: None where the answer is not recorded.
     turns: int | None
-    rows: int
+    rows: int  # token sequences that are trained of it; 0 without tokens
+    # prompt_tokens, environment_tokens, sampled_tokens: None without tokens.
     prompt_tokens: int | None
     environment_tokens: int | None
     sampled_tokens: int | None
     tool_calls: int | None
     tool_errors: int | None
     seconds: float | None
-    text: str
+    text: str  # the task's last user message, on one line, cut
 
     @property
     def is_truncated(self) -> bool:

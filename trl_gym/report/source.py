@@ -28,20 +28,13 @@ class _LogprobsShape(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What the trainer has recorded of a rollout.
+    """What the trainer has recorded of a rollout."""
 
-    Attributes:
-        rollout_id: Its name.
-        step: The step that trained it; None in lines of earlier versions.
-        advantage: What it was trained with; None in lines of earlier versions.
-        logprobs: Of each row `[T]`, in nats, `T` as in the journal line's `completion_ids` or `further_rows`, or
-            empty; what stands where the environment's tokens are is not looked at, and None stands where they were
-            not finite.
-    """
-
-    rollout_id: str
-    step: int | None
-    advantage: float | None
+    rollout_id: str  # its name
+    step: int | None  # the step that trained it; None in lines of earlier versions
+    advantage: float | None  # what it was trained with; None in lines of earlier versions
+    # Of each row `[T]`, in nats, `T` as in the journal line's `completion_ids` or `further_rows`, or empty; what
+    # stands where the environment's tokens are is not looked at, and None stands where they were not finite.
     logprobs: list[list[float | None]]
 
 

@@ -71,26 +71,19 @@ Progress = Callable[["CollectionStatus"], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutResult:
-    """The end of one attempt.
-
-    Attributes:
-        answer: Gym's answer; None when the attempt failed.
-        failure: Why it failed; None when it did not.
-        seconds: Wall time from dispatch (after waiting for a place) to the end.
-        records: The policy server's records of its model calls; empty when it was never dispatched, None without a
-            ledger.
-        retried_kinds: If it has failed for one of these, also for a reason that only `finish` sees, another attempt
-            follows and this one is not the last word.
-        was_lost: Whether the policy server was lost before it could tell of this attempt's model calls. If the server
-            comes back another attempt follows, whatever the answer.
-    """
+    """The end of one attempt."""
 
     request: RolloutRequest
-    answer: dict[str, Any] | None
-    failure: RolloutFailure | None
-    seconds: float
+    answer: dict[str, Any] | None  # Gym's answer; None when the attempt failed
+    failure: RolloutFailure | None  # why it failed; None when it did not
+    seconds: float  # wall time from dispatch (after waiting for a place) to the end
+    # The policy server's records of its model calls; empty when it was never dispatched, None without a ledger.
     records: list[CallRecord] | None = None
+    # If it has failed for one of these, also for a reason that only `finish` sees, another attempt follows and this
+    # one is not the last word.
     retried_kinds: frozenset[FailureKind] = frozenset()
+    # Whether the policy server was lost before it could tell of this attempt's model calls. If the server comes back
+    # another attempt follows, whatever the answer.
     was_lost: bool = False
 
 

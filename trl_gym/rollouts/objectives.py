@@ -114,16 +114,11 @@ class Columns:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objectives:
-    """The columns of each batch. Every rank has one and asks it for the same.
-
-    Attributes:
-        given: The columns of `gym` and of the trainer's reward functions.
-        tells: Whether this process says what is odd about components, once for each environment.
-    """
+    """The columns of each batch. Every rank has one and asks it for the same."""
 
     args: GymGRPOConfig
-    given: Columns
-    tells: bool = True
+    given: Columns  # the columns of `gym` and of the trainer's reward functions
+    tells: bool = True  # whether this process says what is odd about components, once for each environment
     _told: set[tuple[str, str]] = field(default_factory=set)
 
     @classmethod

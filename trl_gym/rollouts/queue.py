@@ -68,33 +68,25 @@ class EndedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """What samples a rank's groups: calls to the servers, to the journal, and to the other ranks.
+    """What samples a rank's groups: calls to the servers, to the journal, and to the other ranks."""
 
-    Attributes:
-        collector: Runs rollouts.
-        agree: Gets the error that ended rollouts on this rank, None without one, and tells every rank whether a
-            server is lost. Raises, on every rank, any other error. Called in step, once per wait.
-        recover: Gets the lost server back, a policy server with the current weights. Told the loss and how many
-            rollouts it cost here.
-        policy: Returns the policy that is sampled with now.
-        finisher: Makes, for a policy, what turns an attempt that has ended into a rollout.
-        recall: Returns, by index, the requests' rollouts that an interrupted run has finished with a policy.
-        before: Called before rollouts are launched; ranks agree on an error of it as on one of a rollout.
-        after: Called when enough have ended; ranks agree on an error of it too.
-        cancel: Tells a server that came back which rollouts nobody waits for: NeMo Gym may still be running them.
-        progress: Gets the state of all rollouts, while they are waited for.
-    """
-
-    collector: RolloutCollector[Rollout]
+    collector: RolloutCollector[Rollout]  # runs rollouts
+    # Gets the error that ended rollouts on this rank, None without one, and tells every rank whether a server is lost.
+    # Raises, on every rank, any other error. Called in step, once per wait.
     agree: Callable[[Exception | None], ServerLoss | None]
+    # Gets the lost server back, a policy server with the current weights. Told the loss and how many rollouts it cost
+    # here.
     recover: Callable[[ServerLoss, int], None]
-    policy: Callable[[], Policy]
-    finisher: Callable[[Policy], Finish]
+    policy: Callable[[], Policy]  # returns the policy that is sampled with now
+    finisher: Callable[[Policy], Finish]  # makes, for a policy, what turns an attempt that has ended into a rollout
+    # Returns, by index, the requests' rollouts that an interrupted run has finished with a policy.
     recall: Callable[[Sequence[RolloutRequest], Policy], Mapping[int, Rollout]] = lambda requests, policy: {}
+    # Called before rollouts are launched; ranks agree on an error of it as on one of a rollout.
     before: Callable[[], None] = lambda: None
-    after: Callable[[], None] = lambda: None
+    after: Callable[[], None] = lambda: None  # called when enough have ended; ranks agree on an error of it too
+    # Tells a server that came back which rollouts nobody waits for: NeMo Gym may still be running them.
     cancel: Callable[[list[str]], Any] = lambda rollout_ids: None
-    progress: Progress | None = None
+    progress: Progress | None = None  # gets the state of all rollouts, while they are waited for
 
 
 # -- which groups are taken -------------------------------------------------------------------------------------------

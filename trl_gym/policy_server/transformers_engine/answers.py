@@ -79,15 +79,10 @@ _CALLS = "tool_calls"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What reads the answers of a policy.
+    """What reads the answers of a policy."""
 
-    Attributes:
-        parsers: Its name for tool calls and thinking, and why it was chosen.
-        template: The response template; None if answers are text.
-    """
-
-    parsers: Parsers
-    template: Json | None
+    parsers: Parsers  # its name for tool calls and thinking, and why it was chosen
+    template: Json | None  # the response template; None if answers are text
 
 
 def choose(model: str | Path, told: str | None = None) -> Choice:
