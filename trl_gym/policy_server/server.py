@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT_S = 2.0  # while the model loads, requests queue at the socket: look at the process this often
 
-_REBIND_TIMEOUT_S = 10.0  # for the port of a server that has just died
+_REBIND_TIMEOUT_S = 30.0  # for the port of a server that has just died
 _FINAL_STATUSES = (401, 403, 404)  # of a server that is up and will not become ours by waiting
 _WITHOUT_RENDEZVOUS = ("file", "adapter")  # a process group over several servers is not made here
 

@@ -31,7 +31,7 @@ from trl_gym.rollouts.request import PolicyAccess, RolloutRequest
 
 __all__ = ["Ended", "Progress", "RolloutCollector", "RolloutResult", "Submission"]
 
-_CLOSE_TIMEOUT_S = 10.0
+_CLOSE_TIMEOUT_S = 30.0  # guards against a hang: on a busy machine it takes seconds to tell the servers
 
 T = TypeVar("T", bound=Ended)
 R = TypeVar("R")
