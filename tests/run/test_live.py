@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 import torch
 from accelerate import Accelerator
@@ -280,3 +281,22 @@ def test_a_loss_that_an_evaluation_notices_costs_trainings_rollouts_too(
     live._recover(loss, 2)
     assert order == [loss, "given up", "pushed"]
     assert [text in caplog.text for text in ("2 of this rank's rollouts", "4 of this rank's")] == [True, True]
+
+
+async def test_a_server_that_came_back_is_told_which_rollouts_have_ended(tmp_path: Path) -> None:
+    """Also where none was in flight: their agents may call late, and a new server would sample for them."""
+    live = connected(tmp_path)
+    told: list[list[str]] = []
+    live.policy_server.client.cancel_rollouts = told.append  # type: ignore[method-assign, assignment]
+    live._ledger = Ledger("http://127.0.0.1:9")
+    async with aiohttp.ClientSession() as session:
+        for name in ("r1", "r2"):
+            with pytest.raises(PolicyServerLostError):
+                await live._ledger.take(session, name)
+    queue = live._new_queue(SimpleNamespace(), BatchInfo(run="run", step=1, mode="eval"))  # type: ignore[arg-type]
+    queue._attempt(list, 0)
+    assert not told
+    queue.give_up_lost()
+    for _ in range(2):
+        queue._attempt(list, 0)
+    assert told == [["r1", "r2"]]

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ RECORDS_PATH = "/trl_gym/rollouts/records"
 CANCEL_PATH = "/trl_gym/rollouts/cancel"
 _TIMEOUT_S = 60.0
 _PEEK_TIMEOUT_S = 5.0  # for questions that only a person waits for
+_MOST_ENDED = 16_384  # whose ids are known; later calls come soon or never
 _ASK_EVERY_S = 10.0  # an engine that answers
 _FROZEN_S = 30.0  # nobody has looked for so long, as is done each second: this process was stopped, or its machine
 _PAUSES_S = (0.1, 0.3)  # after a broken connection
@@ -60,6 +62,7 @@ class Ledger:
     Attributes:
         roots: Their addresses, without `/v1`.
         busy_until: See `busy`.
+        ended: Ids of the rollouts that have ended, the last ones.
     """
 
     def __init__(
@@ -75,11 +78,13 @@ class Ledger:
         self._waiting: dict[str, asyncio.Future[_TakenCalls]] = {}  # by rollout, for the next request
         self._asked: dict[str, asyncio.Future[_TakenCalls]] = {}  # those of the request that runs
         self._taker: asyncio.Task[None] | None = None
+        self.ended: deque[str] = deque(maxlen=_MOST_ENDED)
 
     async def take(self, session: aiohttp.ClientSession, rollout_id: str) -> tuple[list[CallRecord] | None, str]:
         """Fetch the calls of a rollout that has ended; the servers forget it. Returns the calls, in the order of their
         answers, or None if a server had no room for their tokens; and which processes answered, see `ping`. Raises
         `PolicyServerError`: a server cannot be reached, keeps no ledger, or contradicts itself about this rollout."""
+        self.ended.append(rollout_id)
         future = self._waiting[rollout_id] = asyncio.get_running_loop().create_future()
         if self._taker is None:
             self._taker = asyncio.create_task(self._take_waiting(session))

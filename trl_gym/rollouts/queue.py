@@ -152,7 +152,7 @@ class RolloutQueue:
         self._max_staleness, self._in_order, self._drops = max_staleness, in_order, drops
         self._entries: list[_Entry] = []
         self._launches: list[_Launch] = []
-        self._given_up: list[str] = []  # lost attempts, which Gym may still be running
+        self._given_up: list[str] | None = None  # lost attempts, which Gym may still be running; None without a loss
         self._changed = threading.Condition()  # held while entries change
         self._is_waiting = False
 
@@ -207,7 +207,8 @@ class RolloutQueue:
         launched = [entry for entry in self._entries if entry.launch is not None]
         self._give_up_launches()
         newest = self._sampler.policy().version
-        self._given_up += [rollout_id for entry in launched for rollout_id in entry.give_up_lost(newest)]
+        lost = [rollout_id for entry in launched for rollout_id in entry.give_up_lost(newest)]
+        self._given_up = (self._given_up or []) + lost
         return sum(len(entry.missing()) for entry in launched)
 
     @property
@@ -252,9 +253,9 @@ class RolloutQueue:
         """Wait. An error is returned, not raised: the other ranks have to hear of it first."""
         try:
             self._sampler.before()
-            if self._given_up:
+            if self._given_up is not None:
                 self._sampler.cancel(self._given_up)
-                self._given_up = []
+                self._given_up = None
             self._launch(room)
             self._is_waiting = True
             with self._changed:

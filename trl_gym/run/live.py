@@ -285,7 +285,7 @@ class LiveSource:
             recall=self._recalled if evaluation is None else lambda requests, policy: {},
             before=self._servers.check_before_rollouts,
             after=self._check_version,
-            cancel=self.policy_server.client.cancel_rollouts,
+            cancel=self._end_at_server,
             progress=self._hooks.progress,
         )
         return RolloutQueue(
@@ -328,6 +328,11 @@ class LiveSource:
     def _note_loss(self, num_lost: int) -> None:
         if num_lost:
             logger.warning("%d of this rank's rollouts are lost with the server and will run again", num_lost)
+
+    def _end_at_server(self, given_up: list[str]) -> None:
+        """Tell a policy server that came back which rollouts it must not sample for: it may know none of those that
+        ended before, whose agents may call late."""
+        self.policy_server.client.cancel_rollouts([*self._ledger.ended, *given_up])
 
     def _check_version(self) -> None:
         if not self._accelerator.is_main_process:  # which tells the others
