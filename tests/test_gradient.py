@@ -438,6 +438,11 @@ def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
 
 
+def test_ranks_on_cpus_get_the_state_of_their_optimizer_back(two_ranks: list[dict[str, Any]]) -> None:
+    """accelerate numbers their devices, where torch puts nothing that it loads."""
+    assert all(torch.equal(rank["optimizer"], torch.ones(3)) for rank in two_ranks)
+
+
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_two_ranks_with_unequal_failures(
     case: Case, two_ranks: list[dict[str, Any]], model: Path, tmp_path: Path

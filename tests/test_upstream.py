@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import transformers
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
-from trl_gym import GymGRPOTrainer, upstream
+from trl_gym import GymGRPOConfig, GymGRPOTrainer, upstream
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_gym"
@@ -107,6 +107,10 @@ def used() -> set[tuple[str, str]]:
             stored = self_attributes(tree, stored=True)
             read = {name for name in self_attributes(tree, stored=False) if is_private(name)}
             names |= upstream & (stored | read | set(vars(GymGRPOTrainer)))
+        if file == "config.py":
+            names |= {name for name, own in vars(GymGRPOConfig).items() if isinstance(own, property)} & set(
+                dir(GRPOConfig)
+            )
         found |= {(name, file) for name in names if not name.startswith("trl_gym")}
     return found
 

@@ -14,7 +14,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
@@ -31,6 +31,9 @@ from trl_gym.config_checks import (
 from trl_gym.errors import ConfigError, Problem
 from trl_gym.given import home_paths
 from trl_gym.rollout_options import AGENT_SAMPLING, DEFAULT_RETRIES, RolloutOptions, Sampling, by_kind
+
+if TYPE_CHECKING:
+    import torch
 
 _JSON_OPTIONS = (
     *("gym_overrides", "gym_vllm_args", "gym_sglang_args", "gym_retries", "gym_environments", "gym_eval_sampling"),
@@ -382,6 +385,13 @@ class GymGRPOConfig(GRPOConfig):
         if "distributed_state" in vars(self):
             return int(super().world_size)
         return launched_processes(os.environ) or 1
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device. With several ranks on CPUs accelerate numbers theirs, and transformers could not resume:
+        it has `torch.load` put the optimizer's state there, which knows "cpu" alone."""
+        device = super().device
+        return type(device)("cpu") if device.type == "cpu" else device
 
     @property
     def rollout_options(self) -> RolloutOptions:

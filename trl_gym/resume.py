@@ -276,9 +276,7 @@ def read_back(start: Start, accelerator: Accelerator, args: GymGRPOConfig, *, ru
         ConfigError: See `load_state` and `restored`.
     """
     checkpoint = str(start.checkpoint)
-    # torch loads to "cpu", and not to the "cpu:0" that accelerate has with several ranks.
-    device = accelerator.device if accelerator.device.type != "cpu" else "cpu"
-    own = on_all(accelerator, lambda: load_state(checkpoint, accelerator.process_index, device))
+    own = on_all(accelerator, lambda: load_state(checkpoint, accelerator.process_index, args.device))
     of_ranks = gather_object([own and own.num_ranks])
     num_micro_steps = num_steps * args.gradient_accumulation_steps
     given: Any = {"run": run, "num_micro_steps": num_micro_steps, "generate_every": args.generate_every}

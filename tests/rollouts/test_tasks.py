@@ -217,7 +217,7 @@ def refused_by_one_rank(folder: Path) -> str:
         save_state(folder, 0, RunState("run", 0, 3, None, QueueState(groups=[{"group": 0}])))
     process.wait_for_everyone()
     with pytest.raises(ConfigError) as refused:
-        options = SimpleNamespace(gradient_accumulation_steps=1, generate_every=1)
+        options = SimpleNamespace(gradient_accumulation_steps=1, generate_every=1, device="cpu")
         read_back(Start({}, str(folder)), process, options, run="run", num_steps=0)
     return str(refused.value)
 
