@@ -9,6 +9,7 @@ vLLM is imported, because vLLM reads some of them at import. Everything that tou
 Contract with the owner:
   * `--listen-fd N` is a bound, listening socket. Without it, the socket is bound here before the model is loaded.
   * `TRL_GYM_NONCE` comes back from `GET /trl_gym/info`, which proves that this process answers and no other.
+  * `TRL_GYM_SCRATCH` is a folder for sockets and temporary files, which the owner removes when all has ended.
   * `VLLM_API_KEY` (or `--api-key`) is demanded on every route but `/health`; without one the server samples and
     takes no weights (`middleware/identity.py`).
 """
