@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +28,9 @@ from transformers import (
 
 from tests.conftest import until
 from tests.policy_server.transformers_engine.conftest import MAX_MODEL_LEN, gap
-from trl_gym.errors import ConfigError
+from trl_gym.errors import ConfigError, PolicyServerError
 from trl_gym.policy_server.transformers_engine import session as session_module
+from trl_gym.policy_server.transformers_engine.app import _called_aside
 from trl_gym.policy_server.transformers_engine.engine import (
     Completion,
     Engine,
@@ -420,12 +422,30 @@ def test_what_is_computed_with_a_lent_model_ends_before_it_is_taken_back(
         with engine.lent():
             asking.start()
             assert begun.wait(60) and not model.training
-            engine._changing = changing()  # type: ignore[assignment]
+            engine._change = changing  # type: ignore[method-assign]
         assert model.training
     finally:
         waits.set()
         asking.join(60)
-        engine._changing = lock
+        del engine._change
+
+
+async def test_prompt_logprobs_that_hang_keep_nobody_waiting(model: PreTrainedModel, engine_of: Make) -> None:
+    engine, begun, passes = engine_of(model, hang_timeout_s=0.2), threading.Event(), threading.Semaphore(0)
+
+    def hang(*_: Any) -> None:
+        begun.set()
+        assert passes.acquire(timeout=60)
+
+    with model.register_forward_pre_hook(hang):
+        asking = asyncio.create_task(_called_aside(partial(engine.prompt_logprobs, [[5, 6], [7, 8]])))
+        await until(begun.is_set)
+        with pytest.raises(PolicyServerError, match=r"`prompt_logprobs` hangs.* 0.2 s \(`gym_server_hang_timeout`\)"):
+            await asyncio.to_thread(engine.park)
+        passes.release(2)
+        assert len(await asking) == 2
+    engine.park()
+    assert model.training
 
 
 async def test_tokens_out_of_the_vocabulary_are_refused_before_they_end_the_thread(engine: Engine) -> None:

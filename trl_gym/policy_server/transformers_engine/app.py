@@ -15,12 +15,15 @@ A client that hangs up aborts its request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qs
 
 import msgspec
@@ -53,6 +56,7 @@ from trl_gym.policy_server.transformers_engine.sampling import RefusedError, ove
 from trl_gym.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Json = dict[str, Any]
 
@@ -328,7 +332,7 @@ class EngineApp:
                 raise RefusedError("prompt_logprobs must be 0, with max_tokens=1, for the transformers engine")
             for prompt in prompts:
                 self._read(prompt, body)
-            entries = await asyncio.to_thread(self.engine.prompt_logprobs, prompts)
+            entries = await _called_aside(partial(self.engine.prompt_logprobs, prompts))
             choices = [
                 _scored(index, prompt, one) for index, (prompt, one) in enumerate(zip(prompts, entries, strict=True))
             ]
@@ -515,3 +519,20 @@ def _scored(index: int, prompt: list[int], logprobs: list[float]) -> Json:
     entries: list[Json | None] = [None]  # the first token has no predecessor
     entries += [{str(token): {"logprob": one}} for token, one in zip(prompt[1:], logprobs, strict=True)]
     return {"index": index, "text": "", "prompt_logprobs": entries, "finish_reason": "length"}
+
+
+async def _called_aside(call: Callable[[], T]) -> T:
+    """Call in a thread that, unlike one of `asyncio.to_thread`, keeps no process from ending if it hangs."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            told = partial(future.set_result, call())
+        except Exception as error:  # raised by who waits
+            told = partial(future.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+            loop.call_soon_threadsafe(lambda: None if future.done() else told())
+
+    threading.Thread(target=run, name="trl-gym prompt_logprobs", daemon=True).start()
+    return await future

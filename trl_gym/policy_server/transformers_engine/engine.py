@@ -205,6 +205,7 @@ class Engine:
         self._lost: str | None = None
         self._is_parked, self._is_lent, self._is_paused = True, False, False
         self._changing = threading.RLock()  # held from when sampling is stopped until it may begin again
+        self._scored: int | None = None  # prompts that `prompt_logprobs` is done with; None where it does not run
         self._submitting = threading.Lock()  # held for moments: a request that has passed the gate is in the session
         self._gate = Gate(is_open=False)
         self._idle = Gate(is_open=True)
@@ -232,7 +233,7 @@ class Engine:
 
     def unpark(self) -> None:
         """Let requests be sampled: the trainer leaves the model alone. Called from any thread."""
-        with self._changing:
+        with self._change():
             self._is_parked = False
             self._reopen()
 
@@ -268,7 +269,7 @@ class Engine:
         try:
             yield
         finally:
-            with self._changing:  # what is computed now ends first
+            with self._change():  # what is computed now ends first
                 self._is_lent = False
 
     # -- pause --------------------------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ class Engine:
 
     def resume(self) -> None:
         """Sample again, unless the engine is parked."""
-        with self._changing:
+        with self._change():
             self._is_paused = False
             self._reopen()
 
@@ -316,9 +317,28 @@ class Engine:
         return self._model
 
     @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Hold the model. Raises `PolicyServerError`: `prompt_logprobs` has it and hangs, for which looks are counted,
+        since a process that was frozen as a whole makes none."""
+        look_s, num_looks, before = min(_LOOK_S, self.options.hang_timeout_s), 0, self._scored
+        while not self._changing.acquire(timeout=look_s):
+            num_looks = num_looks + 1 if self._scored is not None and self._scored == before else 0
+            before = self._scored
+            if num_looks * look_s >= self.options.hang_timeout_s:
+                raise PolicyServerError(
+                    "A forward pass of `prompt_logprobs` hangs, and keeps the model: it has not ended for "
+                    f"{self.options.hang_timeout_s:g} s (`gym_server_hang_timeout`).",
+                    "End this process, and resume the run. Raise the option where one forward pass takes minutes.",
+                )
+        try:
+            yield
+        finally:
+            self._changing.release()
+
+    @contextmanager
     def _stopped(self, *, abort: bool = False) -> Iterator[None]:
         """Hold all requests, end the session, and let them go on afterwards where nothing else holds them."""
-        with self._changing:
+        with self._change():
             with self._submitting:
                 self._gate.close()
                 session, self._session = self._session, None
@@ -489,8 +509,15 @@ class Engine:
                 )
             for ids in prompts:
                 self._check_tokens(ids)
-            with in_eval_mode(model), autocast_of(model, self.options.autocast):
-                return [_logprobs(model, list(ids)) for ids in prompts]
+            found: list[list[float]] = []
+            try:
+                with in_eval_mode(model), autocast_of(model, self.options.autocast):
+                    for ids in prompts:
+                        self._scored = len(found)
+                        found.append(_logprobs(model, list(ids)))
+            finally:
+                self._scored = None
+            return found
 
 
 def _logprobs(model: PreTrainedModel, ids: list[int]) -> list[float]:
