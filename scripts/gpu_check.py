@@ -42,6 +42,7 @@ BASE = ("torch", "transformers", "trl", "accelerate", "datasets", "msgspec", "uv
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 _DRY_LIMIT_S = 600  # of a part on a CPU, which others may use as well
 _STOP_S = 20.0  # for the servers of a part that was killed to end
+_FACTS_S = 240.0  # for a first import of torch from a slow disk: without it nothing runs
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def choose(names: str | None) -> list[Part]:
 def check(parts: Sequence[Part], options: Options) -> dict[str, Any]:
     """Run parts one after another. Returns what a JSON holds: facts of the machine, and for each part its result."""
     started = time.monotonic()
-    facts = run("facts", 120, options)
+    facts = run("facts", _FACTS_S, options)
     done = []
     for part in parts:
         left = options.budget_s - (time.monotonic() - started)
