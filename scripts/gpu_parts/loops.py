@@ -22,6 +22,9 @@ _LAUNCH = ROOT / "recipes" / "accelerate" / "fsdp2.yaml"
 _GAP = 0.02  # nats, mean; what the project promises
 _PLAN = "300M"  # size of the model of `plan`
 _OVER = 1.15  # a peak above so many times the plan's figure fails
+# Rows that get as long as the plan takes them for, of which a GPU of 24 GB holds the activations.
+_ROWS = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "max_completion_length": 384,
+         "vllm_max_model_length": 512}  # fmt: skip
 _DRY = {"max_steps": 2, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "use_cpu": True}
 _ALWAYS = {
     "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "gym_verify_sync_steps": 1, "bf16": True,
@@ -42,7 +45,10 @@ def options(run: Run, name: str, **changes: Any) -> list[str]:
 
 
 def _flags(run: Run) -> str:
-    return json.dumps({"enforce-eager": True} | run.vllm_args)  # compiling takes longer than the steps
+    flags: dict[str, Any] = {"enforce-eager": True}  # compiling takes longer than the steps
+    if not run.dry:  # a block of so small a policy has 8 KB: vLLM would make an object of each of some millions
+        flags["num-gpu-blocks-override"] = 16384
+    return json.dumps(flags | run.vllm_args)
 
 
 def trained(run: Run, name: str, argv: list[str], launcher: list[str] | None = None) -> list[dict[str, Any]]:
@@ -146,7 +152,8 @@ def plan(run: Run) -> None:
     from trl_gym.memory.plan import GIB, ROLLOUTS, DeviceMemory, this_device, try_estimate
 
     folder = _random_policy(run)
-    argv = options(run, "plan", gym_engine="transformers", max_steps=2, model_name_or_path=folder, learning_rate=1e-6)
+    told_to = {"gym_engine": "transformers", "max_steps": 2, "model_name_or_path": folder, "learning_rate": 1e-6}
+    argv = options(run, "plan", **told_to, **_ROWS)
     _, args, model = train.parse_options(argv, GymGRPOConfig)
     device = DeviceMemory(total_bytes=24 * GIB) if run.dry else this_device()
     expected = try_estimate(args, str(folder), 1, device, peft_config=get_peft_config(model))
@@ -169,17 +176,21 @@ def plan(run: Run) -> None:
 
 
 def _random_policy(run: Run) -> Path:
-    """Make a model with random weights that speaks with the small policy's tokenizer."""
+    """Make a model with random weights (none for a dry run) that speaks with the small policy's tokenizer."""
     from transformers import AutoTokenizer, Qwen3ForCausalLM
     from weight_sync import SIZES
 
     small = ROOT / "recipes" / "small_policy"
     tokenizer = AutoTokenizer.from_pretrained(small)
-    config = SIZES["10M" if run.dry else _PLAN].config()
+    config = SIZES[_PLAN].config()
+    config.architectures = ["Qwen3ForCausalLM"]
     config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     folder = run.folder / "model"
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    if run.dry:
+        config.save_pretrained(folder)
+    else:
+        torch.manual_seed(0)
+        Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
