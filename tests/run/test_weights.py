@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from trl_gym.errors import PolicyServerError, PolicyServerLostError, WeightMismatchError, WeightSyncError
-from trl_gym.run.weights import PolicyWeights
+from trl_gym.run.weights import PolicyWeights, check_model
 
 
 class Recorder:
@@ -130,3 +131,16 @@ def test_a_server_that_sleeps_drops_its_weights_where_all_of_them_come_again(
     )
     sharing = weights._new_sharing(args, SimpleNamespace(replaces=replaces))
     assert sharing is not None and (sharing._drops_weights, sharing._timeout_s) == (drops, 650.0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05])
+def test_dropout_is_told_of_since_nothing_samples_with_it(share: float, caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(share))
+    ranks: Any = (SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_process=False))
+    for accelerator in ranks:
+        check_model(SimpleNamespace(), accelerator, model, shares_weights=True)  # type: ignore[arg-type]
+    assert caplog.text.count("dropout of up to 0.05") == (share > 0)
+    caplog.clear()
+    model[1].p, model[0].attention_dropout = 0.0, share
+    check_model(SimpleNamespace(), ranks[0], model, shares_weights=True)  # type: ignore[arg-type]
+    assert ("dropout" in caplog.text) == (share > 0)

@@ -170,6 +170,21 @@ def check_model(
     """
     if not shares_weights:
         check_supported(model, accelerator, sends_adapter=_plan(args, accelerator, model).sends_adapter)
+    if (share := _dropout(model)) > 0 and accelerator.is_main_process:
+        logger.warning(
+            "The model is trained with dropout of up to %g and sampled from without: log-probabilities of training "
+            "differ from those of what was sampled, by as much as `logprob_gap` says. Set `lora_dropout` to 0, "
+            "`disable_dropout` to true, or `attention_dropout` of the model's config to 0.",
+            share,
+        )
+
+
+def _dropout(model: torch.nn.Module) -> float:
+    """Return the greatest share that a layer leaves out in training."""
+    layers = (
+        one.p if isinstance(one, torch.nn.Dropout) else getattr(one, "attention_dropout", 0) for one in model.modules()
+    )
+    return max((float(share) for share in layers if isinstance(share, int | float)), default=0.0)
 
 
 def _plan(
