@@ -1,8 +1,11 @@
 """Recipes are scripts, not a package: import them by path, under names that clash with nothing."""
 
 import asyncio
+import atexit
 import contextlib
+import gc
 import importlib.util
+import os
 import re
 import signal
 import sys
@@ -19,6 +22,8 @@ from hypothesis import HealthCheck, settings
 # No timed assertions: the machine may be busy, and the first example of a run builds hypothesis' character tables.
 settings.register_profile("trl-gym", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("trl-gym")
+
+gc.disable()  # until all tests are collected: to look again and again through what they import takes ten seconds
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores SIGINT, and so would every child that the tests send one to.
@@ -54,6 +59,26 @@ async def until(condition: Callable[[], Any], what: str = "", *, timeout_s: floa
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run what starts real servers last: most mistakes show in the seconds before."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.enable()
+    atexit.register(end, session, os.getpid())
+
+
+def end(session: pytest.Session, pid: int) -> None:
+    """Spare Python its last look through everything, which takes five seconds."""
+    if os.getpid() == pid:  # a fork has a status of its own
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(session.exitstatus)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_stays() -> None:
+    """Keep garbage collections, with which every training ends, to what the tests of a file make."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -201,6 +201,11 @@ class Template:
     def byte_ids(self) -> list[int]:
         return [self.tokenizer.convert_tokens_to_ids(char) for char in _byte_level()]
 
+    @cached_property
+    def _rendered(self) -> dict[str, str]:
+        """Request → text: of five requests, two were made before."""
+        return {}
+
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -216,6 +221,12 @@ class Template:
         return self.render_request({"messages": messages, "tools": tools, **options})
 
     def render_request(self, body: Json) -> str:
+        key = json.dumps(body)
+        if key not in self._rendered:
+            self._rendered[key] = self._render(body)
+        return self._rendered[key]
+
+    def _render(self, body: Json) -> str:
         vllm = _vllm()
         try:
             request = vllm.request.model_validate(body)

@@ -170,6 +170,7 @@ async def test_adapters_are_sampled_from_active_and_unmerged(model: PreTrainedMo
 
 
 async def test_the_model_is_given_back_as_it_was(model: PreTrainedModel, engine: Engine) -> None:
+    gc.unfreeze()  # what the tests did: the engine does so itself where nobody has
     frozen = model.get_submodule("model.layers.0").eval()  # a user keeps it in eval mode
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
