@@ -103,7 +103,8 @@ def run_part(name: str, *, dry: bool, folder: Path, **options: Any) -> int:
 
 
 def require(part: gpu_check.Part, run: Run) -> None:
-    """Raise `CannotRun` where something is missing; wait for memory that the part before has not given back."""
+    """Raise `CannotRun` where something is missing; wait for memory that the part before has not given back, and note
+    what is free where it stays away."""
     lacking = [name for name in (*gpu_check.BASE, *part.needs) if importlib.util.find_spec(name) is None]
     if lacking:
         raise CannotRun(f"not installed: {', '.join(lacking)}")
@@ -123,6 +124,8 @@ def require(part: gpu_check.Part, run: Run) -> None:
         until = time.monotonic() + _FREE_WAIT_S
         while (memory := torch.cuda.mem_get_info())[0] < _FREE_SHARE * memory[1] and time.monotonic() < until:
             time.sleep(0.5)
+        if memory[0] < _FREE_SHARE * memory[1]:  # a part that fails for want of memory is explained by it
+            run.measure(free_at_start_gb=memory[0] / 1e9)
 
 
 def facts(run: Run) -> None:

@@ -72,6 +72,27 @@ def test_a_part_with_a_server_says_what_it_lacks(tmp_path: Path) -> None:
     assert (found["result"], found["reason"]) == ("not run", "not installed: vllm")
 
 
+def _require(folder: str) -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import gpu_parts
+    import torch
+
+    gpu_parts._FREE_WAIT_S = 1.0  # type: ignore[attr-defined]
+    part, told = gpu_parts.gpu_check.PARTS[2], []  # `offload`, which needs nothing
+    for answers in ([(1e9, 8e9), (8e9, 8e9)], [(1e9, 8e9)] * 9):  # what the part before has held comes back, or not
+        run, left = gpu_parts.Run(False, Path(folder)), iter(answers)
+        torch.cuda.mem_get_info = lambda left=left: next(left)  # type: ignore[misc]
+        gpu_parts.require(part, run)
+        told.append(run.measured)
+    (Path(folder) / "told.json").write_text(json.dumps(told))
+
+
+def test_memory_that_the_part_before_keeps_is_waited_for_and_told(tmp_path: Path) -> None:
+    done = fork_ranks.run(_require, str(tmp_path))
+    assert (tmp_path / "told.json").exists(), done.stdout + done.stderr
+    assert json.loads((tmp_path / "told.json").read_text()) == [{}, {"free_at_start_gb": 1.0}]
+
+
 # -- one after another ------------------------------------------------------------------------------------------------
 
 STAND_IN = """
