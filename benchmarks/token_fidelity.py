@@ -108,7 +108,7 @@ def stock_server(policy: Path, folder: Path) -> Iterator[str]:
     process = ChildProcess("stock vLLM", argv, log_path=folder / "stock.log", env=environment)
     try:
         url = f"http://127.0.0.1:{port}/v1"
-        _wait(process, url)
+        wait(process, url)
         yield url
     finally:
         process.stop()
@@ -234,7 +234,8 @@ def _requests(gym: GymServers, options: argparse.Namespace) -> list[RolloutReque
     return requests
 
 
-def _wait(process: ChildProcess, url: str) -> None:
+def wait(process: ChildProcess, url: str) -> None:
+    """Return when a server answers."""
     deadline = time.monotonic() + _START_TIMEOUT_S
     client = PolicyClient(url)
     while not client.health():

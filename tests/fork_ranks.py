@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -45,11 +46,26 @@ def forked(function: Callable[..., None], *args: Any) -> BaseProcess:
     return process
 
 
+def forked_into(files: list[Path], function: Callable[..., None], *args: Any) -> BaseProcess:
+    """Do the same; what it prints to stdout and to stderr is in the two files."""
+    return forked(_into, files, function, args)
+
+
+def use_forks(control: socket.socket) -> None:
+    """Let the policy servers of this process be forked by the fork server of another one, which hears `control`."""
+    from trl_gym.policy_server import fork_server, server
+
+    forks: Any = fork_server.ForkServer()
+    forks._process, forks._control = True, control
+    server.execute = fork_server.execute = forks.fork  # type: ignore[attr-defined]
+    fork_server.ForkServer.start = lambda self: self  # type: ignore[method-assign]
+
+
 def run(function: Callable[..., None], *args: Any, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
     """Call a function in a process of its own, and return what it printed. One that hangs is killed."""
     with tempfile.TemporaryDirectory() as folder:
         printed = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = forked(_into, printed, function, args)
+        process = forked_into(printed, function, *args)
         process.join(timeout_s)
         if process.exitcode is None:
             process.kill()
@@ -60,7 +76,7 @@ def run(function: Callable[..., None], *args: Any, timeout_s: float = 600.0) -> 
 
 def _into(files: list[Path], function: Callable[..., None], args: tuple[Any, ...]) -> None:
     for number, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     function(*args)
 
 

@@ -121,9 +121,11 @@ def gym(pair: Pair) -> GymServers:
 
 
 @pytest.fixture(scope="module")
-def served(running: OneAtATime, random_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
+def served(
+    forks: ForkServer, running: OneAtATime, random_policy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Served:
     """`trl-gym serve` of a random policy with its own weights, whatever was pushed before."""
-    found = running.get("random", partial(command_served, random_policy, tmp_path_factory.mktemp("random")))
+    found = running.get("random", partial(command_served, forks, random_policy, tmp_path_factory.mktemp("random")))
     push_file(found.client, random_policy / "model.safetensors", ORIGINAL)
     return found
 

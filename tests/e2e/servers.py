@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import subprocess
+import socket
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tests.conftest import wait_for
 from tests.e2e.training import CALCULATOR
+from tests.fork_ranks import forked_into, use_forks
 from trl_gym import GymServers, PolicyServer
+from trl_gym.cli import main
 from trl_gym.policy_server.client import PolicyClient
+from trl_gym.policy_server.command import KEY_VARIABLE
+from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.middleware.ledger import Taken
 from trl_gym.processes import bind_socket
 from trl_gym.rollouts.trajectory import ModelCall, model_calls
@@ -133,9 +139,9 @@ def listening(app: Any) -> Iterator[str]:
 class Served:
     """A running `trl-gym serve`, attached to."""
 
-    process: subprocess.Popen[str]
+    process: BaseProcess
     server: PolicyServer
-    first_line: str
+    printed: Path
 
     @property
     def client(self) -> PolicyClient:
@@ -154,23 +160,32 @@ def serve_argv(model: Path, log_dir: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "trl_gym.cli", "serve", str(model), *flags, *more]
 
 
+def serve(control: socket.socket, words: list[str]) -> None:
+    """Be `trl-gym serve`, whose server is forked by who listens to `control`."""
+    os.environ[KEY_VARIABLE] = API_KEY
+    use_forks(control)
+    sys.exit(main(words))
+
+
 @contextmanager
-def command_served(model: Path, folder: Path) -> Iterator[Served]:
+def command_served(forks: ForkServer, model: Path, folder: Path) -> Iterator[Served]:
     """Run `trl-gym serve`."""
-    process = subprocess.Popen(
-        serve_argv(model, folder / "logs", "--port", "0"),
-        stdout=subprocess.PIPE,
-        stderr=(folder / "stderr").open("w"),
-        text=True,
-    )
+    words = serve_argv(model, folder / "logs", "--port", "0")
+    printed, told = folder / "stdout", folder / "stderr"
+    process = forked_into([printed, told], serve, forks._control, words[words.index("serve") :])
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("ready http://127.0.0.1:"), (folder / "stderr").read_text()
-        yield Served(process, PolicyServer.attach(line.split()[1], api_key=API_KEY), line)
+        wait_for(lambda: process.exitcode is not None or "\n" in read(printed), timeout_s=START_TIMEOUT_S)
+        line = read(printed)
+        assert line.startswith("ready http://127.0.0.1:"), told.read_text()
+        yield Served(process, PolicyServer.attach(line.split()[1], api_key=API_KEY), printed)
     finally:
         process.terminate()
-        process.wait(60.0)
+        process.join(60.0)
+
+
+def read(path: Path) -> str:
+    """What a file has so far; empty if there is none yet."""
+    return path.read_text() if path.exists() else ""
 
 
 def vllm_metric(client: PolicyClient, name: str) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,33 +23,21 @@ import pytest
 import requests
 
 from tests.conftest import wait_for
+from tests.e2e import stock_vllm
 from tests.e2e.servers import API_KEY, MAX_MODEL_LEN, START_TIMEOUT_S, vllm_metric
 from tests.e2e.stock_requests import CHAT, IN_OWN_WORDS, REFUSED, all_requests, answer_of, bodies, without_bundle
-from tests.policy_server.tiny_model import build_random_policy, build_tokenizer
+from tests.policy_server.tiny_model import build_tokenizer
 from trl_gym.errors import PolicyServerError
 from trl_gym.policy_server.client import PolicyClient
+from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.policy_server.middleware.turn import TOKEN_KEYS
 from trl_gym.policy_server.server import PolicyServer
-from trl_gym.processes import ChildProcess, bind_socket
+from trl_gym.processes import ChildProcess
 
 pytestmark = pytest.mark.e2e
 
 HOT = {"rollout": "hot", "sampling": {"temperature": 1.5, "top_p": 1.0, "top_k": -1}}
 USER = {"role": "user", "content": "What is 47 + 36?"}
-STOCK_FLAGS = ["--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager", "--dtype", "float32"]
-STOCK_FLAGS += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--served-model-name", "policy"]
-STOCK_FLAGS += ["--enable-request-id-headers"]
-# Only what a small machine needs (see `vllm_entry`); nothing that the gateway could profit from.
-ENVIRONMENT = {
-    "VLLM_SERVER_DEV_MODE": None,
-    "VLLM_API_KEY": None,
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1)),
-}
-
 AUTH = {"Authorization": f"Bearer {API_KEY}"}
 
 Json = dict[str, Any]
@@ -81,15 +68,13 @@ class Gate:
 
 
 @pytest.fixture(scope="module")
-def gate(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+def gate(
+    alone: None, forks: ForkServer, random_policy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gate]:
     folder = tmp_path_factory.mktemp("gateway")
-    with bind_socket() as free:
-        port = free.getsockname()[1]
-    model = build_random_policy(folder / "model")
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *STOCK_FLAGS]
-    argv += ["--host", "127.0.0.1", "--port", str(port), "--distributed-executor-backend", "uni"]
-    stock = ChildProcess("stock vLLM", argv, log_path=folder / "vllm.log", env=ENVIRONMENT)
-    url, log = f"http://127.0.0.1:{port}", folder / "gateway.log"
+    flags = ["--max-model-len", str(MAX_MODEL_LEN), "--enable-request-id-headers"]
+    stock, url = stock_vllm.start(forks, random_policy, folder / "vllm.log", *flags)
+    log = folder / "gateway.log"
     # Started at once: it waits for the server.
     command = [sys.executable, "-m", "trl_gym.cli", "gateway", "--upstream", f"{url}/v1", "--port", "0"]
     process = subprocess.Popen(

@@ -10,10 +10,23 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.notebooks.running import STORES, RunningNotebook, workspace
+from tests.conftest import server_below
+from tests.notebooks.running import ROOT, STORES, RunningNotebook, workspace
 from tests.test_processes import alive
+from trl_gym.policy_server.fork_server import ForkServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+# Its policy server is forked by the tests' fork server, which must not find another environment than its own.
+IN_FORKS = """
+import os, socket, sys
+os.environ.pop("FORCE_COLOR")  # IPython's
+sys.path.insert(0, {root!r})
+from tests.fork_ranks import use_forks
+use_forks(socket.socket(fileno={control}))
+del sys.path[0]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(alone: None, folder: Path) -> Iterator[RunningNotebook]:
+def first(alone: None, forks: ForkServer, folder: Path) -> Iterator[RunningNotebook]:
     """`01_first_rollouts`, executed but for the cell that stops the servers."""
-    with RunningNotebook("01_first_rollouts", folder).kernel() as notebook:
+    assert forks._control is not None
+    control = forks._control.fileno()
+    with RunningNotebook("01_first_rollouts", folder).kernel(pass_fds=[control]) as notebook:
+        notebook.execute(IN_FORKS.format(root=str(ROOT), control=control))
         notebook.run()
         yield notebook
 
@@ -57,13 +73,13 @@ def test_03_rolls_out_an_environment_of_its_own(folder: Path, policy_url: str) -
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path, policy_url: str) -> RunningNotebook:
+def trained(folder: Path, policy_url: str) -> Iterator[RunningNotebook]:
     num_steps = 8 if STORES else 4  # what readers see is what the notebook says
     notebook = RunningNotebook("02_train_and_compare", folder, {"POLICY_URL": policy_url, "NUM_STEPS": num_steps})
     with notebook.kernel():
         notebook.run()
         notebook.run(last=True)
-    return notebook
+        yield notebook
 
 
 def test_02_trains_and_charts_every_step(trained: RunningNotebook, folder: Path) -> None:
@@ -80,8 +96,9 @@ def test_02_trains_and_charts_every_step(trained: RunningNotebook, folder: Path)
 
 
 def test_04_finds_what_it_broke(trained: RunningNotebook, folder: Path) -> None:
-    with RunningNotebook("04_debug_a_run", folder).kernel() as notebook:
-        notebook.run()
+    notebook = RunningNotebook("04_debug_a_run", folder)
+    notebook.take_kernel(trained)
+    notebook.run()
     num_lines = int(re.search(r"(\d+) rollouts of two turns", notebook.text)[1])  # type: ignore[index]
     assert num_lines >= 16
     quarter = range(num_lines // 4, num_lines // 4 + 2)
@@ -92,8 +109,9 @@ def test_04_finds_what_it_broke(trained: RunningNotebook, folder: Path) -> None:
     notebook.check_stored()
 
 
-def test_99_the_last_cell_stops_everything(first: RunningNotebook) -> None:
-    kernel = psutil.Process(int(first.evaluate("os.getpid()")))
-    assert kernel.children(recursive=True)
+def test_99_the_last_cell_stops_everything(first: RunningNotebook, forks: ForkServer) -> None:
+    parents = [psutil.Process(int(first.evaluate("os.getpid()"))), server_below(forks._process)]
+    assert all(parent.children(recursive=True) for parent in parents)
     first.run(last=True)
-    assert [child for child in kernel.children(recursive=True) if alive(child.pid)] == []
+    left = [child for parent in parents for child in parent.children(recursive=True)]
+    assert [child for child in left if alive(child.pid)] == []

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,11 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import load, wait_for
+from tests.conftest import load, server_below, wait_for
 from tests.e2e.training import CALCULATOR, ROOT
+from tests.fork_ranks import forked_into, use_forks
+from trl_gym import train
+from trl_gym.policy_server.fork_server import ForkServer
 from trl_gym.responses import output_items
 from trl_gym.rollouts.journal import read_journal
 
@@ -51,31 +57,35 @@ def _is_running(process: psutil.Process) -> bool:
         return False
 
 
-def in_training(output_dir: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """A run that has finished its first step, and every process below the launcher."""
-    run = launch(
-        output_dir, "--max_steps", "500", "--eval_strategy", "no", "--eval_on_start", "false",
-        "--gradient_accumulation_steps", "1",
-    )  # fmt: skip
-    return run, after_a_step(run, output_dir)
-
-
-def after_a_step(run: subprocess.Popen[str], output_dir: Path) -> list[psutil.Process]:
-    metrics = output_dir / "metrics.jsonl"
+def after_a_step(run: BaseProcess, output: Path, metrics: Path, *parents: int) -> list[psutil.Process]:
+    """Wait for the first step of a run; return every process below the parents."""
 
     def has_stepped() -> bool:
-        assert run.poll() is None, run.communicate()[0]
+        assert run.exitcode is None, output.read_text()
         return metrics.exists() and '"reward"' in metrics.read_text()
 
     wait_for(has_stepped, "the first step", timeout_s=START_TIMEOUT_S)
-    below = psutil.Process(run.pid).children(recursive=True)
+    below = [process for parent in parents for process in psutil.Process(parent).children(recursive=True)]
     assert len(below) >= 5  # two supervisors; Gym; vLLM's API server and engine
     return below
 
 
-def start_of_the_readme(folder: Path, model: Path, data: Path) -> subprocess.Popen[str]:
-    """Run in a folder what the README shows first; return its Python, with a model that a CPU can train and the
-    environment whose tools that one knows."""
+def train_in_a_terminal(words: list[str], control: socket.socket) -> None:
+    """Be `trl-gym train` in a foreground group of its own. Its policy server is forked by who listens to `control`."""
+    os.setsid()
+    use_forks(control)
+    sys.exit(train.main(words))
+
+
+def run_script(folder: Path, name: str, environment: dict[str, str]) -> None:
+    os.chdir(folder)
+    os.environ |= environment
+    runpy.run_path(name, run_name="__main__")
+
+
+def readme_in(folder: Path, model: Path, data: Path) -> dict[str, str]:
+    """Run in a folder the commands that the README shows first; leave the Python after them as `run.py`, with a model
+    that a CPU can train and the environment whose tools that one knows. Return what the environment had."""
     shown = re.search(r"```bash\n(trl-gym new-environment .*?)```\s+```python\n(.*?)```", README, re.DOTALL)
     assert shown is not None
     commands, script = shown.groups()
@@ -95,14 +105,7 @@ def start_of_the_readme(folder: Path, model: Path, data: Path) -> subprocess.Pop
         assert shown_name.startswith("Qwen") or (folder / shown_name).is_file()
         script = script.replace(shown_name, str(other))
     (folder / "run.py").write_text(script)
-    return subprocess.Popen(
-        [sys.executable, "run.py"],
-        cwd=folder,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    return environment
 
 
 def test_the_quickstart_shortened(small_policy: Path, tmp_path: Path) -> None:
@@ -138,12 +141,14 @@ def test_the_quickstart_shortened(small_policy: Path, tmp_path: Path) -> None:
 def test_the_readme_runs_as_pasted_and_kill_9_leaves_nothing(
     small_policy: Path, calculator_data: Any, tmp_path: Path
 ) -> None:
-    train, _ = calculator_data.generate(tmp_path / "data", num_train=64, num_validation=1, seed=0)
-    run = start_of_the_readme(tmp_path, small_policy, train)
-    below = after_a_step(run, tmp_path / "out")
+    rows, _ = calculator_data.generate(tmp_path / "data", num_train=64, num_validation=1, seed=0)
+    environment, printed = readme_in(tmp_path, small_policy, rows), tmp_path / "printed"
+    run = forked_into([printed, printed], run_script, tmp_path, "run.py", environment)
+    assert run.pid is not None
+    below = after_a_step(run, printed, tmp_path / "out" / "metrics.jsonl", run.pid)
     run.kill()
     wait_for(lambda: not running(below), lambda: f"still running: {running(below)}", timeout_s=END_TIMEOUT_S)
-    output = run.communicate(timeout=300)[0]
+    output = printed.read_text()
     assert "tool calls: read by vLLM's parser `hermes` (guessed from `<tool_call>` in the chat template)" in output
     assert "default: `gradient_accumulation_steps` is 8, for 8 tasks" in output, output
     rollouts = list(read_journal(tmp_path / "out" / "rollouts"))
@@ -152,12 +157,19 @@ def test_the_readme_runs_as_pasted_and_kill_9_leaves_nothing(
     assert called, output_items(rollouts[0])
 
 
-def test_ctrl_c_ends_everything(small_policy: Path, tmp_path: Path) -> None:
-    run, below = in_training(tmp_path)
+def test_ctrl_c_ends_everything(forks: ForkServer, small_policy: Path, tmp_path: Path) -> None:
+    words = [*RECIPE[1:], "--output_dir", str(tmp_path), "--max_steps", "500", "--gradient_accumulation_steps", "1"]
+    words += ["--eval_strategy", "no", "--eval_on_start", "false"]
+    printed = tmp_path / "printed"
+    run = forked_into([printed, printed], train_in_a_terminal, words, forks._control)
+    assert run.pid is not None
+    parents = run.pid, server_below(forks._process).pid
+    below = after_a_step(run, printed, tmp_path / "metrics.jsonl", *parents)
     os.killpg(run.pid, signal.SIGINT)  # a terminal sends it to the whole foreground group
     wait_for(lambda: not running(below), lambda: f"still running: {running(below)}", timeout_s=END_TIMEOUT_S)
-    output, _ = run.communicate(timeout=300)
-    assert run.returncode != 0
+    run.join(300)
+    output = printed.read_text()
+    assert run.exitcode == 130, output
     assert "interrupted" in output and "the same command starts with the first step" in output
     assert len(list(read_journal(tmp_path / "rollouts"))) >= 32  # what was finished is kept
 

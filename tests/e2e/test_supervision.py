@@ -22,10 +22,8 @@ from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, confi
 from tests.fork_ranks import forked
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
 from trl_gym.errors import PolicyServerError
-from trl_gym.policy_server import server as server_module
 from trl_gym.policy_server.client import PolicyClient
 from trl_gym.policy_server.command import KEY_VARIABLE
-from trl_gym.processes import execute
 from trl_gym.rollouts.engine_metrics import engine_metrics, parse_counters
 from trl_gym.rollouts.journal import read_journal
 from trl_gym.rollouts.request import RolloutRequest
@@ -250,14 +248,14 @@ def test_when_the_restarts_are_used_up_it_says_so(killed: Killing) -> None:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(alone: None, small_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
-    """Executed, as a user starts it: its processes are what a test looks at."""
+def elsewhere(
+    alone: None, warm: None, small_policy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PolicyServer]:
+    """Its two engines are no forks of it: vLLM spawns them."""
     flags = {"dtype": "float32", "max-model-len": 512, "enforce-eager": True, "data-parallel-size": 2}
     logs = tmp_path_factory.mktemp("elsewhere")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server_module, "execute", execute)
-        with PolicyServer(small_policy, vllm_args=SERVER_FLAGS | flags, api_key=KEY, log_dir=logs) as server:
-            yield server
+    with PolicyServer(small_policy, vllm_args=SERVER_FLAGS | flags, api_key=KEY, log_dir=logs) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import token_fidelity
+from tests.e2e import stock_vllm
 from tests.e2e.training import MAX_MEAN_GAP, ROOT
+from trl_gym.policy_server.command import DEFAULT_ENVIRONMENT
+from trl_gym.policy_server.fork_server import ForkServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -30,9 +33,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stock(alone: None, small_policy: Path, folder: Path) -> Iterator[str]:
-    with token_fidelity.stock_server(small_policy, folder) as url:
-        yield url
+def stock(alone: None, forks: ForkServer, small_policy: Path, folder: Path) -> Iterator[str]:
+    flags = ["--max-model-len", str(token_fidelity.MAX_MODEL_LEN), "--disable-uvicorn-access-log"]
+    flags += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
+    name = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"  # NeMo Gym keeps connections open
+    variables = {name: DEFAULT_ENVIRONMENT[name]}
+    process, url = stock_vllm.start(forks, small_policy, folder / "stock.log", *flags, **variables)
+    try:
+        token_fidelity.wait(process, f"{url}/v1")
+        yield f"{url}/v1"
+    finally:
+        process.stop()
 
 
 def test_a_stock_server_drifts(stock: str, small_policy: Path, folder: Path, options: argparse.Namespace) -> None:

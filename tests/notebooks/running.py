@@ -49,10 +49,22 @@ class RunningNotebook:
         self.client = NotebookClient(self.notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources=path)
 
     @contextlib.contextmanager
-    def kernel(self) -> Iterator[RunningNotebook]:
-        """The kernel is shut down at the end as Jupyter does it."""
-        with self.client.setup_kernel():
+    def kernel(self, **how: Any) -> Iterator[RunningNotebook]:
+        """A kernel of its own, shut down at the end as Jupyter does it."""
+        with self.client.setup_kernel(**how):
             yield self
+
+    def take_kernel(self, other: RunningNotebook) -> None:
+        """Run in the kernel of another one, which has imported much and forgets its names."""
+        self.client.km, self.client.kc = other.client.km, other.client.kc
+        self.execute("%reset -f")
+
+    def execute(self, source: str) -> Any:
+        """Execute what is in none of its cells; return the outputs."""
+        cell = nbformat.v4.new_code_cell(source)
+        self.notebook.cells.append(cell)
+        self.client.execute_cell(cell, len(self.notebook.cells) - 1)
+        return self.notebook.cells.pop().outputs
 
     def run(self, *, last: bool = False) -> None:
         """Execute the cells in order: all but those tagged `stop`, or with `last` those only."""
@@ -62,10 +74,8 @@ class RunningNotebook:
 
     def evaluate(self, expression: str) -> str:
         """The text of a value in the kernel."""
-        cell = nbformat.v4.new_code_cell(f"print({expression})")
-        self.notebook.cells.append(cell)
-        self.client.execute_cell(cell, len(self.notebook.cells) - 1)
-        return "".join(output.text for output in cell.outputs if output.get("name") == "stdout").strip()
+        outputs = self.execute(f"print({expression})")
+        return "".join(output.text for output in outputs if output.get("name") == "stdout").strip()
 
     def check_stored(self) -> None:
         """Compare what the cells put out with what git has, by shape; with `STORES`, store it."""
