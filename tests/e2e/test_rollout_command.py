@@ -14,6 +14,7 @@ import pytest
 
 from tests.commands.plain_endpoint import KEY, MODEL, plain_endpoint
 from tests.conftest import wait_for
+from tests.e2e.servers import Pair
 from tests.e2e.training import CALCULATOR
 from trl_gym import PolicyServer
 from trl_gym.cli import main
@@ -31,11 +32,16 @@ def data(tmp_path_factory: pytest.TempPathFactory, calculator_data: Any) -> tupl
     return calculator_data.generate(tmp_path_factory.mktemp("data"), num_train=NUM_ROWS, num_validation=3, seed=0)
 
 
-def arguments(command: str, policy: PolicyServer, output_dir: Path, *datasets: object) -> list[str]:
+OWN_GYM = ("--gym_config_paths", CONFIG)
+
+
+def arguments(
+    command: str, policy: PolicyServer, output_dir: Path, *datasets: object, gym: tuple[str, str] = OWN_GYM
+) -> list[str]:
     return [
         command,
         *("--dataset", *map(str, datasets)),
-        *("--gym_config_paths", CONFIG),
+        *gym,
         *("--base_url", policy.base_url, "--model", policy.model_name),
         *("--output_dir", str(output_dir), "--num_generations", str(NUM_GENERATIONS)),
         *("--max_tokens", "64", "--deadline", "60"),
@@ -93,9 +99,10 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(
 
 
 def test_evaluation_of_named_sets(
-    policy: PolicyServer, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: Pair, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = arguments("eval", policy, tmp_path, f"seen={data[0]}", data[1])
+    running = ("--gym_head_url", pair.gym.head_url)
+    command = arguments("eval", pair.policy, tmp_path, f"seen={data[0]}", data[1], gym=running)
     assert main([*command, "--limit", "3"]) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
     assert list(result["sets"]) == ["seen", "validation"]
