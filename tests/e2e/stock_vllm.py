@@ -45,7 +45,7 @@ def main() -> None:
             configure(config)
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # instead of the spawn that it asks for
 
-        platform.check_and_update_config = and_fork
+        platform.check_and_update_config = staticmethod(and_fork)
     os.register_at_fork(after_in_child=_be_an_engine)
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 
