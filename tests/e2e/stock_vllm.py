@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.fork_ranks import free_port
 from trl_gym.policy_server.fork_server import ForkServer
-from trl_gym.processes import ChildProcess, bind_socket
+from trl_gym.processes import ChildProcess
 
 # What a small machine needs, see `trl_gym/policy_server/engine/entry.py`; nothing that a gateway could profit from.
 _SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -21,8 +22,7 @@ _SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 def start(forks: ForkServer, model: Path, log: Path, *flags: str, **variables: str) -> tuple[ChildProcess, str]:
     """Start it without a key, with more variables, and return it with its URL."""
-    with bind_socket() as free:
-        port = free.getsockname()[1]
+    port = free_port()
     argv = [sys.executable, "-m", "tests.e2e.stock_vllm", "--model", str(model), "--served-model-name", "policy"]
     argv += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     argv += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--distributed-executor-backend", "uni"]
