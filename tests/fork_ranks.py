@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from trl_gym.processes import bind_socket
@@ -56,7 +57,7 @@ def use_forks(control: socket.socket) -> None:
     from trl_gym.policy_server import fork_server, server
 
     forks: Any = fork_server.ForkServer()
-    forks._process, forks._control = True, control
+    forks._process, forks._control = SimpleNamespace(continue_all=lambda: None), control  # the other one's own
     server.execute = fork_server.execute = forks.fork  # type: ignore[attr-defined]
     fork_server.ForkServer.start = lambda self: self  # type: ignore[method-assign]
 
