@@ -21,12 +21,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from trl_gym.processes import bind_socket
+from trl_gym.processes import Launch, Supervisor, bind_socket
 
 
 def free_port() -> int:
@@ -52,13 +53,22 @@ def forked_into(files: list[Path], function: Callable[..., None], *args: Any) ->
     return forked(_into, files, function, args)
 
 
+# What IPython and `trl-gym train` set for themselves. No server is forked by a process that has imported without it.
+OF_A_SHELL = ("FORCE_COLOR", "TOKENIZERS_PARALLELISM")
+
+
 def use_forks(control: socket.socket) -> None:
     """Let the policy servers of this process be forked by the fork server of another one, which hears `control`."""
     from trl_gym.policy_server import fork_server, server
 
     forks: Any = fork_server.ForkServer()
     forks._process, forks._control = SimpleNamespace(continue_all=lambda: None), control  # the other one's own
-    server.execute = fork_server.execute = forks.fork  # type: ignore[attr-defined]
+
+    def fork(launch: Launch) -> Supervisor:
+        env = {name: value for name, value in launch.env.items() if name not in OF_A_SHELL}
+        return forks.fork(replace(launch, env=env))
+
+    server.execute = fork_server.execute = fork  # type: ignore[attr-defined]
     fork_server.ForkServer.start = lambda self: self  # type: ignore[method-assign]
 
 

@@ -18,10 +18,9 @@ from trl_gym.policy_server.fork_server import ForkServer
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
-# Its policy server is forked by the tests' fork server, which must not find another environment than its own.
+# Its policy server is forked by the tests' fork server.
 IN_FORKS = """
-import os, socket, sys
-os.environ.pop("FORCE_COLOR")  # IPython's
+import socket, sys
 sys.path.insert(0, {root!r})
 from tests.fork_ranks import use_forks
 use_forks(socket.socket(fileno={control}))
