@@ -73,7 +73,7 @@ def test_03_rolls_out_an_environment_of_its_own(folder: Path, policy_url: str) -
 
 @pytest.fixture(scope="module")
 def trained(folder: Path, policy_url: str) -> Iterator[RunningNotebook]:
-    num_steps = 8 if STORES else 4  # what readers see is what the notebook says
+    num_steps = 8 if STORES else 2  # what readers see is what the notebook says
     notebook = RunningNotebook("02_train_and_compare", folder, {"POLICY_URL": policy_url, "NUM_STEPS": num_steps})
     with notebook.kernel():
         notebook.run()
@@ -86,7 +86,7 @@ def test_02_trains_and_charts_every_step(trained: RunningNotebook, folder: Path)
     assert len(trained.outputs("image/png")) == 2  # the live chart, drawn again in place, and the comparison
     lines = [json.loads(line) for line in (folder / "runs/notebooks/train/metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "reward" in line]
-    assert steps == [*range(1, len(steps) + 1)] and len(steps) == (8 if STORES else 4)
+    assert steps == [*range(1, len(steps) + 1)] and len(steps) == (8 if STORES else 2)
     assert max(line["logprob_gap/mean"] for line in lines if "reward" in line) < 0.02
     last = len(steps)
     assert f"step {last}/{last} ·" in "".join(trained.outputs("text/html"))

@@ -92,11 +92,7 @@ class RunningNotebook:
     @property
     def text(self) -> str:
         """Everything that the cells printed or returned as text."""
-        return "\n".join(
-            output.get("text") or output.get("data", {}).get("text/plain", "")
-            for cell in self.notebook.cells
-            for output in cell.get("outputs", [])
-        )
+        return "\n".join("".join(map(_text_of, cell.get("outputs", []))) for cell in self.notebook.cells)
 
     def outputs(self, kind: str) -> list[str]:
         """Displayed values of a MIME type, in order."""
@@ -106,6 +102,13 @@ class RunningNotebook:
             for output in cell.get("outputs", [])
             if kind in output.get("data", {})
         ]
+
+
+def _text_of(output: Any) -> str:
+    """One print may come in several parts."""
+    if output.output_type == "stream":
+        return output.text
+    return "\n" + output.get("data", {}).get("text/plain", "") + "\n"
 
 
 def kept(cell: nbformat.NotebookNode, folder: Path) -> list[dict[str, Any]]:
