@@ -10,6 +10,7 @@ trainer before, there is a command:
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -86,6 +87,7 @@ def run(function: Callable[..., None], *args: Any, timeout_s: float = 600.0) -> 
 
 
 def _into(files: list[Path], function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    gc.freeze()
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     function(*args)
@@ -116,7 +118,10 @@ def run_rank(rank: int, num_ranks: int, port: int, module: str, arguments: list[
 
 
 def main(num_ranks: int, module: str, arguments: list[str]) -> int:
+    gc.disable()
     importlib.import_module(module)
+    gc.freeze()  # no rank looks through what was imported, and so copies it
+    gc.enable()
     port = free_port()
     running = set()
     for rank in range(num_ranks):
@@ -139,4 +144,4 @@ def main(num_ranks: int, module: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    os._exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))  # without a last look through all of it
