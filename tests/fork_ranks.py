@@ -42,8 +42,8 @@ def free_port() -> int:
 def forked(function: Callable[..., None], *args: Any) -> BaseProcess:
     """Start a function in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    # In this order: `tests/test_package.py` looks at what each of them loads, and others have imported both here.
-    context.set_forkserver_preload(["trl_gym.config", "trl_gym.trainer"])
+    # In this order: `tests/test_package.py` looks at what each of the first two loads, and others have imported all.
+    context.set_forkserver_preload(["trl_gym.config", "trl_gym.trainer", "pytest", "hypothesis"])
     process = context.Process(target=function, args=args)
     process.start()
     return process
