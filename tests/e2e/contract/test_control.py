@@ -224,7 +224,7 @@ def test_p1_a_call_during_a_pause_waits_for_the_resume(engine: Engine) -> None:
         wait_for(lambda: is_running(client, tag) and is_running(client, cancelled), "both have arrived")
         client.cancel_rollouts([cancelled["rollout"]])
         with pytest.raises(PolicyServerError, match="was cancelled"):
-            held[1].result(20.0)
+            held[1].result(60.0)
         assert client.is_paused() and client.health() and client.info()["counters"]
         assert not held[0].done() and engine.progress() == before
         client.resume()
@@ -252,7 +252,7 @@ def test_p2_what_runs_ends_is_frozen_or_is_aborted(engine: Engine, mode: Any) ->
             if mode == "keep":
                 assert not call.done() and engine.num_sampled() - before == sampled
             else:
-                assert call.result(20.0)["usage"]["completion_tokens"] == sampled
+                assert call.result(60.0)["usage"]["completion_tokens"] == sampled
         finally:
             client.resume()
         [choice] = call.result(60.0)["choices"]
@@ -477,14 +477,14 @@ def test_e7_a_dead_engine_is_told(mortal: Engine) -> None:
         wait_for(lambda: mortal.num_running() > 0, "it samples")
         if mortal.hang():
             with pytest.raises(PolicyServerLostError, match="its HTTP process answers, and its engine does not"):
-                mortal.another_client().patient(0.5).ask_engines()
+                mortal.another_client().patient(2.0).ask_engines()
         pausing.request("POST", "/pause?mode=wait", headers={"Authorization": f"Bearer {client.api_key}"})
         client.info()  # so that the pause has arrived
         mortal.kill()
         with pytest.raises(PolicyServerError):
-            running.result(30.0)
+            running.result(60.0)
     with contextlib.closing(pausing), contextlib.suppress(ConnectionError):  # a timeout is none
         pausing.getresponse()
-    wait_for(lambda: not mortal.client.health(), "it is told", timeout_s=30.0)
+    wait_for(lambda: not mortal.client.health(), "it is told")
     with pytest.raises(PolicyServerError, match=r"HTTP 500|cannot be reached"):
-        mortal.another_client().chat(messages=[USER], max_tokens=2, timeout_s=20.0)
+        mortal.another_client().chat(messages=[USER], max_tokens=2, timeout_s=60.0)
