@@ -17,7 +17,7 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import server_below
+from tests.conftest import children, server_below
 from tests.e2e.training import CALCULATOR, MAX_MEAN_GAP, RecordingTrainer, config, gap
 from tests.fork_ranks import forked
 from trl_gym import GymServers, PolicyServer, load_gym_dataset
@@ -73,7 +73,7 @@ def kill_server(trainer: Any) -> None:
     note_scratch(trainer)
     server = server_below(trainer.policy_server._process)
     server.kill()
-    server.wait(10)
+    server.wait(60)
 
 
 def stop_process(trainer: Any, *, engine: bool) -> None:
@@ -210,9 +210,9 @@ def walk(root: Path) -> Iterator[Path]:
 def test_the_key_is_nowhere_but_in_the_environment(killed: Killing) -> None:
     key = killed.policy_server.client.api_key
     assert key is not None and len(key) >= 32
-    family = psutil.Process().children(recursive=True)
+    family = children()
     assert len(family) >= 6, "policy server and NeMo Gym, each with its guard and its supervisor"
-    assert not [process for process in family if key in " ".join(process.cmdline())]
+    assert key not in str(family)
     holding = [path for path in walk(Path(killed.args.output_dir)) if key.encode() in path.read_bytes()]
     assert holding == []
     head = killed.gym_servers.head_url
@@ -307,7 +307,7 @@ def test_a_trainer_killed_in_a_transfer_leaves_a_server_that_the_next_one_can_us
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     where = (elsewhere.base_url, gym.head_url, data, small_policy)
     first = forked(train_until_it_dies, tmp_path / "first", *where)
-    first.join(120)
+    first.join(300)
     assert first.exitcode == -signal.SIGKILL
     assert elsewhere.client.is_paused()
     with attached(RecordingTrainer, tmp_path / "second", *where, max_steps=2) as second:
@@ -345,11 +345,11 @@ def test_engines_do_not_outlive_a_server_that_is_killed_with_its_supervisor(else
     family = guard.children(recursive=True)
     [supervisor], server = guard.children(), server_below(elsewhere._process)
     assert len(family) >= 4, "API server, coordinator, two engines"
+    engines = [process for process in family if "EngineCore" in process.name()]
     for process in (guard, supervisor):  # they must not clean up
         process.suspend()
     for process in (server, supervisor, guard):
         process.kill()
-    engines = [process for process in family if "EngineCore" in process.name()]
     _, alive = psutil.wait_procs(engines, timeout=60)
     for process in set(family) - {
         *engines,
