@@ -43,6 +43,7 @@ pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
         ("torch.OutOfMemoryError: CUDA out of memory. Tried", "CUDA out of memory", "gpu-memory-utilization"),
         ("ValueError: Invalid weight transfer backend: file. Available", "backend: file", "VLLM_PLUGINS"),
         ("KeyError: 'something new'", "KeyError: 'something new'", ""),
+        (f"json.decoder.JSONDecodeError: {{\nvllm.EngineDeadError: {(ends := 'EngineCore encountered')}", ends, ""),
     ],
 )
 def test_cause_and_remedy(log: str, cause: str, remedy: str) -> None:
@@ -53,7 +54,7 @@ def test_cause_and_remedy(log: str, cause: str, remedy: str) -> None:
 
 
 def test_a_log_without_an_error_has_no_cause() -> None:
-    assert find_cause("INFO all is well\nno Error here\n") == ""
+    assert find_cause("INFO all is well\nno Error here\njson.decoder.JSONDecodeError: a call\n") == ""
 
 
 @pytest.mark.parametrize(

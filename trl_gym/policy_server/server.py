@@ -523,6 +523,8 @@ _CONSEQUENCES = (
     "NewConnectionError: HTTPConnection(host='127.0.0.1'",
 )
 
+_ODD_CALL = "json.decoder.JSONDecodeError"  # logged by vLLM where the policy says a tool call that is no JSON
+
 _REMEDIES: list[tuple[str, str]] = [
     (r"Repo id must be in the form", "Give a model path that exists on this machine, or a name on the hub."),
     (
@@ -592,6 +594,7 @@ def find_cause(log: str) -> str:
     """
     lines = [_PREFIX.sub("", line) for line in log.splitlines()]
     causes = [_whole(line, following) for line, following in pairwise([*lines, ""]) if _CAUSE.match(line)]
+    causes = [line for line in causes if _ODD_CALL not in line]
     primary = [line for line in causes if not any(phrase in line for phrase in _CONSEQUENCES)]
     cause = next(iter([*primary, *causes]), "")
     return cause if len(cause) <= 1000 else f"{cause[:1000]} …"
