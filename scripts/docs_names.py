@@ -15,6 +15,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 FAILURES = "docs/reference/failures.md"
@@ -57,7 +58,8 @@ def sources(root: Path) -> list[Path]:
     return sorted((root / "trl_gym").rglob("*.py"))
 
 
-def messages(root: Path) -> list[Message]:
+@cache
+def messages(root: Path) -> tuple[Message, ...]:
     """Every message that the package can show, sorted by where it is made."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources(root)}
     shown = _our_errors(trees.values()) | _WORDS_THAT_ARE_SHOWN
@@ -79,7 +81,7 @@ def messages(root: Path) -> list[Message]:
                 continue
             for text in filter(_says_something, texts):  # of a list's line and of its function, the line
                 found[path, text] = Message(f"{path.relative_to(root)}:{node.lineno}", text)
-    return sorted(found.values())
+    return tuple(sorted(found.values()))
 
 
 def explained(root: Path) -> list[str]:

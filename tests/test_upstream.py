@@ -9,6 +9,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,8 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
                 yield module
 
 
-def used() -> set[tuple[str, str]]:
+@cache
+def used() -> frozenset[tuple[str, str]]:
     """Name and file of everything that the table has to have."""
     upstream, found = upstream_names(), set()
     for path in PACKAGE.rglob("*.py"):
@@ -112,7 +114,7 @@ def used() -> set[tuple[str, str]]:
                 dir(GRPOConfig)
             )
         found |= {(name, file) for name in names if not name.startswith("trl_gym")}
-    return found
+    return frozenset(found)
 
 
 def test_every_private_or_moving_name_is_in_the_table_of_the_architecture_page() -> None:
