@@ -321,6 +321,8 @@ def taught(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> PreT
     """Train a model to say one answer to one prompt, until it would not say anything else."""
     with one_thread():
         _teach(model, prompt, answer)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(4)  # four times the logits: else one answer of ten has another token somewhere
     return model.eval()
 
 
