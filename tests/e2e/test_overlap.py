@@ -505,12 +505,14 @@ class KillsServers(Overlapping):
     kills_gym = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.has_killed = threading.Event()
+        self.has_killed = {2: threading.Event(), 3: threading.Event()}  # by the batch that is in flight
         super().__init__(*args, **kwargs)
 
     def build_trajectories(self, answer: dict[str, Any], request: RolloutRequest, calls: Any) -> Any:
-        if self.kills_gym and request.batch == 2 and self.ended[2] >= NUM_ENDED:
-            self.has_killed.wait(300)  # in the thread of the collector: the rest of the batch is not finished before
+        batch = request.batch
+        if self.kills_gym and batch in self.has_killed and self.ended[batch] >= NUM_ENDED:
+            # In the thread of the collector: the rest of the batch is not finished before.
+            self.has_killed[batch].wait(300)
         return super().build_trajectories(answer, request, calls)
 
     def in_update(self) -> None:
@@ -521,12 +523,13 @@ class KillsServers(Overlapping):
             [engine] = [one for one in supervisor.children(recursive=True) if "EngineCore" in one.name()]
             engine.kill()
             wait_for(lambda: has_ended(engine), "the engine to end")
-            self.has_killed.set()
+            self.has_killed[2].set()
         if self.state.global_step == 2 and self.kills_gym:
             self._source._servers._num_gym_restarts = 1  # as often as allowed
             pid = self.gym_servers.servers[0].pid
             os.kill(pid, signal.SIGKILL)  # the process that runs all of its servers
             wait_for(lambda: not psutil.pid_exists(pid), "NeMo Gym to be gone")
+            self.has_killed[3].set()
 
 
 def test_an_engine_that_dies_costs_its_own_rollouts_and_a_gym_that_dies_the_run_until_it_is_resumed(
