@@ -18,7 +18,8 @@ LOGS = Path(__file__).resolve().parents[1] / ".setup"
 NO_TESTS_COLLECTED = 5
 SERVERS = "e2e and not no_policy"
 BESIDE = {"gym": "e2e and no_policy", "unit": "not e2e"}  # name of the log → marks
-ROOMS = ("tests/gym", "tests/report", "tests/scripts")  # whose unit tests run in the lane of NeMo Gym
+# Their unit tests run in the lane of NeMo Gym.
+ROOMS = ("tests/commands", "tests/gym", "tests/recipes", "tests/report", "tests/scripts")
 
 
 def main(arguments: list[str]) -> int:
