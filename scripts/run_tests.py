@@ -19,7 +19,7 @@ NO_TESTS_COLLECTED = 5
 SERVERS = "e2e and not no_policy"
 BESIDE = {"gym": "e2e and no_policy", "unit": "not e2e"}  # name of the log → marks
 # Their unit tests run in the lane of NeMo Gym.
-ROOMS = ("tests/commands", "tests/gym", "tests/recipes", "tests/report", "tests/scripts")
+ROOMS = ("tests/commands", "tests/gym", "tests/notebooks", "tests/recipes", "tests/report", "tests/scripts")
 
 
 def main(arguments: list[str]) -> int:
